@@ -1,0 +1,69 @@
+"""The `arcface` command: subcommands are imported when called, an error becomes one line and an exit code.
+
+Exit codes: 0 good, 1 a gate failed, 2 wrong use, 3 something needed is missing, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from arcface_build.errors import BuildError
+from arcface_clients.errors import ArcFaceError
+
+COMMANDS = {  # name -> (module under arcface_build.commands, one line for --help)
+    "import": ("import_", "Turn an ArcFace ONNX into a proved serving ONNX and put it into model_repository/."),
+    "serve": ("serve", "Start Triton on model_repository/, prove it with a few faces, keep serving."),
+    "embed": ("embed", "Embed face crops from files or folders through a server."),
+    "parity": ("parity", "Compare every loaded backend with the reference, face by face."),
+    "bench": ("bench", "Measure throughput through the server beside the bare runtime, in one run."),
+}
+
+
+class LazyCommands(click.Group):
+    """A group that imports a subcommand's module only when that subcommand is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, in the order in which a user meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The subcommand of this name, or None."""
+        if name not in COMMANDS:
+            return None
+        return import_module(f"arcface_build.commands.{COMMANDS[name][0]}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.command(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="arcface-triton", prog_name="arcface")
+def cli() -> None:
+    """ArcFace embeddings on NVIDIA Triton: import, prove, serve, embed, compare.
+
+    Exit codes: 0 good, 1 a gate failed, 2 wrong use, 3 something needed is missing, 130 interrupted.
+    """
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; with ARCFACE_TRACEBACK=1 errors keep their traceback."""
+    try:
+        status = cli.main(args=argv, prog_name="arcface", standalone_mode=False)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except (BuildError, ArcFaceError) as exc:
+        if os.environ.get("ARCFACE_TRACEBACK"):
+            raise
+        click.echo(f"{type(exc).__name__}: {exc}", err=True)
+        sys.exit(exc.exit_code)
+    sys.exit(status if isinstance(status, int) else 0)

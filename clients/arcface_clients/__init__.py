@@ -1,0 +1,22 @@
+"""Python clients for ArcFace embeddings on Triton; importing this costs numpy and nothing else."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from arcface_clients.triton import TritonEmbedder as TritonEmbedder
+
+__version__ = "0.1.0"
+
+_HOMES = {  # public name -> module, loaded on first use (PEP 562)
+    "TritonEmbedder": "arcface_clients.triton",
+}
+__all__ = [*sorted(_HOMES), "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,74 @@
+"""Every error that the clients raise; each message says what happened, expected against got, and the next command.
+
+ArcFaceError
+├── InvalidFaces          the caller's array is wrong            never falls back   exit 2
+├── ConfigError           a key or value in the configuration    never falls back   exit 2
+├── ContractMismatch      embeddings of two different contracts  never falls back   exit 2
+├── GateFailed            drift above its limit                  never falls back   exit 1
+├── InferenceFailed       the backend answered with an error     never falls back   exit 1
+└── BackendUnavailable    the backend is not there               FALLS BACK         exit 3
+    ├── ServerUnreachable     no server answers at the address
+    ├── ModelNotReady         the server has no such model, or it is not loaded
+    ├── DeadlineExceeded      no answer within timeout_s
+    └── DependencyMissing     a package or a program is not installed
+"""
+
+from __future__ import annotations
+
+
+class ArcFaceError(Exception):
+    """Root of all errors of this package; `exit_code` is what a command line returns for it."""
+
+    exit_code = 1
+
+
+class InvalidFaces(ArcFaceError, ValueError):
+    """The faces do not fit the tensor contract (shape, dtype, range). Never falls back: no backend could answer it."""
+
+    exit_code = 2
+
+
+class ConfigError(ArcFaceError, ValueError):
+    """A configuration key is unknown or its value impossible. Never falls back."""
+
+    exit_code = 2
+
+
+class ContractMismatch(ArcFaceError, ValueError):
+    """Embeddings of two contracts were about to be compared or mixed. Never falls back."""
+
+    exit_code = 2
+
+
+class GateFailed(ArcFaceError):
+    """Drift, accuracy or a benchmark is outside its limit. Never falls back."""
+
+    exit_code = 1
+
+
+class InferenceFailed(ArcFaceError):
+    """The backend is there and answered this request with an error. Never falls back: the cause would be hidden."""
+
+    exit_code = 1
+
+
+class BackendUnavailable(ArcFaceError, ConnectionError):
+    """The backend cannot answer at all. Falls back to the next engine of a chain."""
+
+    exit_code = 3
+
+
+class ServerUnreachable(BackendUnavailable):
+    """No server answers at the address. Falls back."""
+
+
+class ModelNotReady(BackendUnavailable):
+    """The server answers, but the model is unknown to it or not loaded. Falls back."""
+
+
+class DeadlineExceeded(BackendUnavailable, TimeoutError):
+    """No answer within `timeout_s`. Falls back."""
+
+
+class DependencyMissing(BackendUnavailable):
+    """A package or program that this engine needs is not installed. Falls back."""
