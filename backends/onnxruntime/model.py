@@ -1,0 +1,191 @@
+"""Triton backend `onnxruntime` in Python: serves the native backend's config.pbtxt where only the wheel is at hand.
+
+In: requests for a model whose version folder holds an ONNX file. Out: one response a request, computed in one run.
+It reads what the native backend reads: default_model_filename, instance_group, the parameters intra_op_thread_count,
+inter_op_thread_count and execution_mode, optimization.graph.level and optimization.execution_accelerators.
+Differences, both measured: threads default to cores / instances, and idle threads do not spin.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import triton_python_backend_utils as pb_utils
+
+TRITON_DTYPES = {
+    "tensor(float)": "TYPE_FP32",
+    "tensor(float16)": "TYPE_FP16",
+    "tensor(double)": "TYPE_FP64",
+    "tensor(uint8)": "TYPE_UINT8",
+    "tensor(int8)": "TYPE_INT8",
+    "tensor(int32)": "TYPE_INT32",
+    "tensor(int64)": "TYPE_INT64",
+    "tensor(bool)": "TYPE_BOOL",
+}
+PROVIDERS = {
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+GRAPH_LEVELS = {-1: "ORT_ENABLE_BASIC", 0: "ORT_ENABLE_ALL", 1: "ORT_ENABLE_EXTENDED", 2: "ORT_ENABLE_ALL"}
+
+
+class TritonPythonModel:
+    """One instance of one model."""
+
+    @staticmethod
+    def auto_complete_config(config):
+        """Add the inputs and outputs that config.pbtxt leaves out, read from the ONNX file."""
+        current = config.as_dict()
+        if current["input"] and current["output"]:
+            return config
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = _open(_model_file_of_this_stub(current), options, ["CPUExecutionProvider"])
+        batched = current["max_batch_size"] > 0
+        if not current["input"]:
+            for tensor in session.get_inputs():
+                config.add_input(_tensor_config(tensor, batched))
+        if not current["output"]:
+            for tensor in session.get_outputs():
+                config.add_output(_tensor_config(tensor, batched))
+        return config
+
+    def initialize(self, args):
+        """Open the session that this instance owns."""
+        config = json.loads(args["model_config"])
+        filename = config.get("default_model_filename") or "model.onnx"
+        path = Path(args["model_repository"]) / args["model_version"] / filename
+        wanted = _wanted_providers(config, args["model_instance_kind"], int(args["model_instance_device_id"]))
+        threads = _threads(config)
+        self.session = _open(path, _session_options(config, threads), wanted)
+        taken, expected = self.session.get_providers()[0], wanted[0][0] if isinstance(wanted[0], tuple) else wanted[0]
+        if taken != expected:  # ONNX Runtime falls back to the CPU without an error
+            raise pb_utils.TritonModelException(
+                f"{args['model_name']}: ONNX Runtime took {taken} where {expected} was configured; its log says why. "
+                "To run on the CPU on purpose: instance_group kind KIND_CPU and no execution accelerator"
+            )
+        self.inputs = [tensor.name for tensor in self.session.get_inputs()]
+        self.outputs = [tensor.name for tensor in self.session.get_outputs()]
+        pb_utils.Logger.log_info(
+            f"{args['model_instance_name']}: {path.parent.name}/{filename} on {taken}"
+            + (f", {threads} threads" if taken == "CPUExecutionProvider" else "")
+        )
+
+    def execute(self, requests):
+        """Answer all requests from one run; where it fails, each alone, so that one cannot fail its neighbours."""
+        try:
+            return self._run(requests)
+        except Exception as exc:
+            if len(requests) == 1:
+                return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"onnxruntime: {exc}"))]
+            return [self.execute([request])[0] for request in requests]
+
+    def _run(self, requests):
+        feeds, rows = {}, []
+        for name in self.inputs:
+            parts = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
+            rows = [len(part) for part in parts]
+            feeds[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        results = dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
+        responses, start = [], 0
+        for request, count in zip(requests, rows, strict=True):
+            # A whole result or a slice of its rows is C-contiguous: Tensor takes it without a copy.
+            mine = slice(start, start + count)
+            tensors = [pb_utils.Tensor(name, results[name][mine]) for name in request.requested_output_names()]
+            responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
+            start += count
+        return responses
+
+
+def _model_file_of_this_stub(config):
+    """The ONNX file; auto_complete_config is told no path, but the stub process has it as its first argument."""
+    first = Path(Path("/proc/self/cmdline").read_bytes().split(b"\0")[1].decode())
+    return first.parent / (config["default_model_filename"] or "model.onnx")
+
+
+def _open(path, options, providers):
+    if not path.is_file():
+        raise pb_utils.TritonModelException(
+            f"no weights at {path}. Put some there: arcface import demo (for trying), or arcface import YOUR.onnx"
+        )
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as exc:
+        raise pb_utils.TritonModelException(f"ONNX Runtime {ort.__version__} cannot load {path}: {exc}") from exc
+
+
+def _session_options(config, threads):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = int(_parameter(config, "inter_op_thread_count", 0)) or 1
+    if int(_parameter(config, "execution_mode", 0)) == 1:
+        options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, GRAPH_LEVELS.get(level, "ORT_ENABLE_ALL"))
+    return options
+
+
+def _threads(config):
+    """intra_op_thread_count where it is set above 0, else the cores of this process over the instances."""
+    configured = int(_parameter(config, "intra_op_thread_count", 0))
+    if configured > 0:
+        return configured
+    instances = sum(group.get("count", 1) for group in config.get("instance_group", [])) or 1
+    return max(1, len(os.sched_getaffinity(0)) // instances)
+
+
+def _wanted_providers(config, kind, device_id):
+    """Providers in order of preference; the first is the one that the session must end up with."""
+    accelerators = config.get("optimization", {}).get("execution_accelerators", {})
+    side = "gpu_execution_accelerator" if kind == "GPU" else "cpu_execution_accelerator"
+    available, wanted = ort.get_available_providers(), []
+    for accelerator in accelerators.get(side, []):
+        provider = PROVIDERS.get(accelerator["name"])
+        if provider is None or provider not in available:
+            raise pb_utils.TritonModelException(
+                f"no accelerator {accelerator['name']!r} in this ONNX Runtime (it has {', '.join(available)}). "
+                "Install the wheel that has it (openvino: onnxruntime-openvino; tensorrt: onnxruntime-gpu)"
+            )
+        wanted.append((provider, _accelerator_options(accelerator, _threads(config), device_id)))
+    if kind == "GPU":
+        if PROVIDERS["cuda"] in available:
+            wanted.append((PROVIDERS["cuda"], {"device_id": str(device_id)}))
+        else:
+            pb_utils.Logger.log_warn(
+                "a GPU is here but this ONNX Runtime has no CUDA provider: install onnxruntime-gpu. Using the CPU"
+            )
+    return [*wanted, "CPUExecutionProvider"]
+
+
+def _accelerator_options(accelerator, threads, device_id):
+    if accelerator["name"] != "openvino":
+        return {"device_id": str(device_id)}
+    precision = accelerator.get("parameters", {}).get("precision", "fp32").lower()
+    if precision == "bf16" and not _cpu_has_bf16():
+        pb_utils.Logger.log_warn("precision bf16 is configured, this CPU has no bf16 instructions: OpenVINO runs fp32")
+        precision = "fp32"
+    hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "fp16": "f16"}.get(precision, precision)}
+    hints |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1"}
+    return {"device_type": "CPU", "load_config": json.dumps({"CPU": hints})}
+
+
+def _cpu_has_bf16():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _parameter(config, key, default):
+    return config.get("parameters", {}).get(key, {}).get("string_value", default)
+
+
+def _tensor_config(tensor, batched):
+    shape = tensor.shape[1:] if batched else tensor.shape
+    return {
+        "name": tensor.name,
+        "data_type": TRITON_DTYPES[tensor.type],
+        "dims": [d if isinstance(d, int) and d > 0 else -1 for d in shape],
+    }

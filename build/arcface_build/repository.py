@@ -1,0 +1,113 @@
+"""The model repository on disk: which versions a model has, and weights put into a new version whole or not at all.
+
+Weights live in numbered version folders; Triton serves the highest. What a version is (contract id, precision, source)
+stands in its manifest.json and, for clients to read from the server, as parameters in configs/<name>.pbtxt.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from arcface_build.atomic import new_file, new_folder, write_json
+from arcface_build.errors import Missing, WrongUse
+
+OVERLAYS = ("tensorrt", "onnx", "reference")  # what --model-config-name can be
+WEIGHTS = {"arcface_onnx": "model.onnx", "arcface_reference": "source.onnx"}
+
+
+def find_repository(given: Path | None = None) -> Path:
+    """The model repository: the given folder, else `model_repository` here or in a folder above.
+
+    Raises:
+        Missing: there is none.
+    """
+    if given is not None:
+        if not (given / "arcface" / "config.pbtxt").is_file():
+            raise Missing(f"{given} is not our model repository: it has no arcface/config.pbtxt.")
+        return given.resolve()
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "model_repository" / "arcface" / "config.pbtxt").is_file():
+            return folder / "model_repository"
+    raise Missing(
+        f"no model_repository/ in {Path.cwd()} or above it. "
+        "Run from a checkout of arcface-triton, or name it: --model-repository FOLDER"
+    )
+
+
+def versions(model: Path) -> list[int]:
+    """Version numbers of a model folder that hold a manifest (so: weights), ascending."""
+    return sorted(int(p.parent.name) for p in model.glob("*/manifest.json") if p.parent.name.isdecimal())
+
+
+def served_manifest(repository: Path, model: str = "arcface_onnx") -> dict[str, Any] | None:
+    """The manifest of the version that Triton would serve, or None where there are no weights."""
+    have = versions(repository / model)
+    return json.loads((repository / model / str(have[-1]) / "manifest.json").read_text()) if have else None
+
+
+def install(repository: Path, model: str, files: Mapping[str, Path], manifest: Mapping[str, Any]) -> int:
+    """Put files into a model as a new version and write its overlays; the same manifest again changes nothing.
+
+    The first version goes into the folder `1` that git already holds; each later one appears by a single rename.
+    Files whose names end in .py are carried over from the version before.
+
+    Returns:
+        The version number that now holds the files.
+    """
+    folder = repository / model
+    have = versions(folder)
+    if have and json.loads((folder / str(have[-1]) / "manifest.json").read_text()) == dict(manifest):
+        return have[-1]
+    version = have[-1] + 1 if have else 1
+    target = folder / str(version)
+    if version == 1:
+        for name, source in files.items():
+            with new_file(target / name) as temporary:
+                shutil.copyfile(source, temporary)
+        write_json(target / "manifest.json", manifest)
+    else:
+        with new_folder(target) as temporary:
+            for code in (folder / str(have[-1])).glob("*.py"):
+                shutil.copyfile(code, temporary / code.name)
+            for name, source in files.items():
+                shutil.copyfile(source, temporary / name)
+            write_json(temporary / "manifest.json", manifest)
+    write_overlays(folder, manifest)
+    return version
+
+
+def write_overlays(model: Path, manifest: Mapping[str, Any]) -> None:
+    """Write configs/{tensorrt,onnx,reference}.pbtxt: config.pbtxt plus parameters that say what the weights are."""
+    parameters = {
+        "contract_id": manifest["contract_id"],
+        "precision": manifest.get("precision", "fp32"),
+        "source_sha256": manifest["source"]["sha256"],
+        "model_name": manifest["name"],
+    }
+    lines = "".join(f'parameters {{ key: "{k}" value: {{ string_value: "{v}" }} }}\n' for k, v in parameters.items())
+    base = (model / "config.pbtxt").read_text()
+    for name in OVERLAYS:
+        with new_file(model / "configs" / f"{name}.pbtxt") as temporary:
+            temporary.write_text(f"{base}\n# Written by the build; what the weights beside this are:\n{lines}")
+
+
+def roll_back(repository: Path, model: str) -> tuple[int, int]:
+    """Remove the newest version of a model and write the overlays of the one before; returns (removed, now served).
+
+    Raises:
+        WrongUse: there is no version before.
+    """
+    folder = repository / model
+    have = versions(folder)
+    if len(have) < 2:
+        raise WrongUse(f"{model} has {len(have)} version{'s' * (len(have) != 1)}: expected at least two to go back.")
+    write_overlays(folder, json.loads((folder / str(have[-2]) / "manifest.json").read_text()))
+    doomed = folder / f".{have[-1]}.rolled-back"
+    shutil.rmtree(doomed, ignore_errors=True)
+    (folder / str(have[-1])).rename(doomed)
+    shutil.rmtree(doomed)
+    return have[-1], have[-2]

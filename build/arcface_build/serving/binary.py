@@ -1,0 +1,94 @@
+"""Which tritonserver runs here, and with which backends: PATH first, else the one inside the nvidia-pytriton wheel."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata, util
+from pathlib import Path
+
+from arcface_build.errors import Missing
+
+
+@dataclass(frozen=True)
+class TritonBinary:
+    """A tritonserver that can be started: its path, the environment it needs, and its backends (None: its own)."""
+
+    path: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    backend_directory: Path | None = None
+    origin: str = ""
+
+
+def find_tritonserver(root: Path) -> TritonBinary:
+    """The tritonserver of this host; `root` is the checkout whose backends/ the wheel's server is given.
+
+    Raises:
+        Missing: neither PATH nor the environment has one, or what the wheel's server needs is wrong.
+    """
+    on_path = shutil.which("tritonserver")
+    if on_path:
+        return TritonBinary(Path(on_path), origin="on PATH, with its native backends")
+    spec = util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise Missing(
+            "no tritonserver: it is neither on PATH nor in this Python environment. "
+            "Install the wheel that holds one (Linux x86-64, glibc 2.35): pip install 'arcface-triton[serve]', "
+            "or run inside the NGC container: docker-compose up"
+        )
+    package = Path(next(iter(spec.submodule_search_locations)))
+    server = package / "tritonserver"
+    return TritonBinary(
+        path=server / "bin" / "tritonserver",
+        environment=_environment(package),
+        backend_directory=_compose_backends(server, root),
+        origin=f"from nvidia-pytriton {metadata.version('nvidia-pytriton')}, with backends/ of this checkout",
+    )
+
+
+def _environment(package: Path) -> dict[str, str]:
+    """Libraries for the server only, and this very environment for the Python stubs that it starts.
+
+    Without VIRTUAL_ENV and PATH the stub takes the system's Python and finds no numpy.
+    """
+    libraries = [str(package.parent / "nvidia_pytriton.libs"), os.environ.get("LD_LIBRARY_PATH", "")]
+    return {
+        "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{sys.prefix}/bin:{os.environ.get('PATH', '')}",
+    }
+
+
+def _compose_backends(server: Path, root: Path) -> Path:
+    """A backend directory: the wheel's python backend with the stub of this Python, and links to our backends/."""
+    if int(metadata.version("numpy").split(".")[0]) >= 2:
+        raise Missing(
+            f"numpy {metadata.version('numpy')} is installed, the Python stub of this tritonserver needs numpy < 2 "
+            "(with numpy 2 its answers come back empty). Next: pip install 'numpy<2'"
+        )
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = server / "python_backend_stubs" / python / "triton_python_backend_stub"
+    if not stub.is_file():
+        have = sorted(p.name for p in (server / "python_backend_stubs").iterdir())
+        raise Missing(
+            f"this tritonserver has no stub for Python {python} (it has {', '.join(have)}). Use one of those."
+        )
+    folder = root / ".cache" / "backends" / f"{metadata.version('nvidia-pytriton')}-py{python}"
+    target = folder / "python"
+    if not (target / stub.name).is_file():
+        target.mkdir(parents=True, exist_ok=True)
+        for file in (server / "backends" / "python").glob("*.*"):
+            shutil.copyfile(file, target / file.name)
+        ready = target / f".{stub.name}"  # the stub last: its presence says that the folder is complete
+        shutil.copyfile(stub, ready)
+        ready.chmod(0o755)
+        ready.replace(target / stub.name)
+    for ours in (root / "backends").iterdir():
+        link = folder / ours.name
+        if ours.is_dir() and (not link.is_symlink() or link.resolve() != ours.resolve()):
+            link.unlink(missing_ok=True)
+            link.symlink_to(ours)
+    return folder

@@ -1,0 +1,76 @@
+"""Which backend `arcface` is served by: a pure rule over what is there, and the reason that is printed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from arcface_build.errors import Missing
+from arcface_build.repository import versions
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value for --model-config-name and why it was taken."""
+
+    backend: str
+    reason: str
+
+
+def choose_backend(asked: str, gpu_sm: str | None, plan_sms: set[str], onnx: bool, reference: bool) -> Choice:
+    """Pick tensorrt, onnx or reference.
+
+    Args:
+        asked: auto, or one of the three.
+        gpu_sm: SM of this host's GPU ("8.6"), None where there is none.
+        plan_sms: SMs for which verified plans stand in arcface_trt.
+        onnx: whether arcface_onnx holds weights.
+        reference: whether arcface_reference holds weights and InsightFace is installed.
+
+    Raises:
+        Missing: what was asked for is not there, or nothing is.
+    """
+    there = {"tensorrt": gpu_sm is not None and gpu_sm in plan_sms, "onnx": onnx, "reference": reference}
+    plans = ", ".join(sorted(plan_sms)) or "none"
+    why_no_plan = f"no GPU here (plans: {plans})" if gpu_sm is None else f"no plan for SM {gpu_sm} (plans: {plans})"
+    if asked != "auto":
+        if there[asked]:
+            return Choice(asked, "asked for")
+        reasons = {
+            "tensorrt": f"{why_no_plan}. Next: arcface plan build --precision fp16, on such a GPU",
+            "onnx": "arcface_onnx has no weights. Next: arcface import demo, or arcface import YOUR.onnx",
+            "reference": "arcface_reference has no weights, or insightface is not installed. "
+            "Next: arcface import demo; pip install --no-deps insightface",
+        }
+        raise Missing(f"cannot serve {asked}: {reasons[asked]}")
+    if there["tensorrt"]:
+        return Choice("tensorrt", f"GPU of SM {gpu_sm} and a verified plan for it")
+    if there["onnx"]:
+        return Choice("onnx", why_no_plan)
+    if there["reference"]:
+        return Choice("reference", f"{why_no_plan}, and arcface_onnx has no weights")
+    raise Missing(
+        "no weights in the model repository. Next: arcface import demo (for trying), or arcface import YOUR.onnx"
+    )
+
+
+def gpu_sm() -> str | None:
+    """SM of the first GPU as nvidia-smi tells it ("8.6"), None where there is no GPU or no driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    lines = answer.stdout.split()
+    return lines[0] if answer.returncode == 0 and lines else None
+
+
+def plan_sms(repository: Path) -> set[str]:
+    """SMs ("8.6") of the plans that stand in the newest version of arcface_trt."""
+    have = versions(repository / "arcface_trt")
+    if not have:
+        return set()
+    names = (p.stem.removeprefix("sm") for p in (repository / "arcface_trt" / str(have[-1])).glob("sm*.plan"))
+    return {f"{name[:-1]}.{name[-1]}" for name in names}

@@ -1,0 +1,232 @@
+"""A running tritonserver: started on a repository, watched until ready, stopped without leaving a process."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from arcface_build.errors import ServerFailed
+from arcface_build.serving.binary import TritonBinary
+
+STOP_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the server listens."""
+
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+    def check_free(self, host: str = "127.0.0.1") -> None:
+        """Refuse before Triton does, with a message that names the port and the option.
+
+        Raises:
+            ServerFailed: something listens on one of them.
+        """
+        for name, port in (("http", self.http), ("grpc", self.grpc), ("metrics", self.metrics)):
+            with socket.socket() as probe:
+                if probe.connect_ex((host, port)) == 0:
+                    raise ServerFailed(
+                        f"port {port} ({name}) is in use on {host}. Stop what listens there (ss -ltnp | grep {port}), "
+                        f"or take another: arcface serve --{name}-port {port + 10}"
+                    )
+
+
+def free_ports() -> Ports:
+    """Three ports that nothing listens on now."""
+    sockets = [socket.socket() for _ in range(3)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = Ports(*(s.getsockname()[1] for s in sockets))
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def arguments(
+    binary: TritonBinary, repository: Path | str, models: Sequence[str], config_name: str, ports: Ports, host: str
+) -> list[str]:
+    """Triton's command line. Explicit control: an ensemble loads what it is composed of, and nothing else."""
+    line = [str(binary.path), f"--model-repository={repository}", "--model-control-mode=explicit"]
+    line += [f"--load-model={model}" for model in models]
+    line += [f"--model-config-name={config_name}"] if config_name else []
+    line += [f"--backend-directory={binary.backend_directory}"] if binary.backend_directory else []
+    line += [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}", f"--metrics-port={ports.metrics}"]
+    return [*line, f"--http-address={host}", f"--grpc-address={host}", f"--metrics-address={host}"]
+
+
+class TritonProcess:
+    """One tritonserver child; a context manager that stops it.
+
+    Args:
+        binary: what `find_tritonserver` found.
+        repository: a folder, or an s3:// address that Triton itself reads.
+        models: what to load; the models that an ensemble is composed of come with it.
+        config_name: Triton's --model-config-name: tensorrt, onnx or reference.
+        log_path: where the server's output goes.
+        extra: further arguments for tritonserver, as they are.
+    """
+
+    def __init__(
+        self,
+        binary: TritonBinary,
+        repository: Path | str,
+        models: Sequence[str],
+        *,
+        log_path: Path,
+        config_name: str = "onnx",
+        ports: Ports | None = None,
+        host: str = "127.0.0.1",
+        extra: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.ports = ports or Ports()
+        self.host = host
+        self.models = tuple(models)
+        self.log_path = log_path
+        self._line = [*arguments(binary, repository, models, config_name, self.ports, host), *extra]
+        self._environment = {**os.environ, **binary.environment, **(environment or {})}
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def grpc_url(self) -> str:
+        """host:port of the gRPC endpoint."""
+        return f"{_reachable(self.host)}:{self.ports.grpc}"
+
+    @property
+    def http_url(self) -> str:
+        """host:port of the HTTP endpoint."""
+        return f"{_reachable(self.host)}:{self.ports.http}"
+
+    @property
+    def metrics_url(self) -> str:
+        """URL of the Prometheus metrics."""
+        return f"http://{_reachable(self.host)}:{self.ports.metrics}/metrics"
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of tritonserver while it runs."""
+        return self._child.pid if self._child and self._child.poll() is None else None
+
+    def start(self) -> TritonProcess:
+        """Start the server and return at once; `wait_ready` follows.
+
+        Raises:
+            ServerFailed: a port is taken, or the program cannot be executed.
+        """
+        self.ports.check_free(_reachable(self.host))
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("wb") as log:
+            try:
+                self._child = subprocess.Popen(
+                    self._line,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env=self._environment,
+                    start_new_session=True,  # Ctrl-C reaches us first; the group is ours to end as a whole
+                    preexec_fn=_die_with_parent,
+                )
+            except OSError as exc:
+                raise ServerFailed(f"cannot execute {self._line[0]}: {exc}") from exc
+        return self
+
+    def wait_ready(self, timeout_s: float = 180.0) -> None:
+        """Return when the server and all its models are ready.
+
+        Raises:
+            ServerFailed: the server ended, or was not ready in time; the message carries Triton's own reason.
+        """
+        if self._child is None:
+            raise ServerFailed("the server was not started: call start() first.")
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self._child.poll() is not None:
+                raise ServerFailed(self._why_it_ended())
+            try:
+                with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        self.stop()
+        raise ServerFailed(f"tritonserver was not ready after {timeout_s:g} s. Its log: {self.log_path}")
+
+    def wait(self) -> int:
+        """Block until the server ends by itself; returns its exit status."""
+        return self._child.wait() if self._child else 0
+
+    def stop(self) -> None:
+        """End the server: SIGTERM, which lets running requests finish, then SIGKILL for the whole group."""
+        child, self._child = self._child, None
+        if child is None:
+            return
+        if child.poll() is None:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):  # stubs of the python backend are in the group as well
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+    def kill(self) -> None:
+        """End the server at once, as a crash would."""
+        child, self._child = self._child, None
+        if child is not None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+    def __enter__(self) -> TritonProcess:
+        """Start."""
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        """Stop."""
+        self.stop()
+
+    def _why_it_ended(self) -> str:
+        status = self._child.returncode if self._child else 0
+        return f"tritonserver ended with status {status} while starting: {reason_in_log(self.log_path)}"
+
+
+def reason_in_log(path: Path) -> str:
+    """The cause in a tritonserver log, as one sentence: a missing library, or why models could not be loaded."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    library = re.search(r"error while loading shared libraries: (\S+?):|version `(GLIBC_[0-9.]+)' not found", text)
+    if library:
+        name = library.group(1) or library.group(2)
+        return f"it needs {name}, which this host has not. Install it, or use the NGC container: docker-compose up"
+    reasons = re.findall(r"failed to load '(\w+)' version \d+: \w+(?: \w+)*: (.+)", text)
+    if reasons:
+        told = {model: _first_line(reason) for model, reason in reasons}
+        return "; ".join(f"{model}: {reason}" for model, reason in told.items()) + f" (log: {path})"
+    errors = [line for line in text.splitlines() if re.match(r"E\d{4} |error: ", line)]
+    return f"{errors[-1] if errors else 'no reason in its output'} (log: {path})"
+
+
+def _first_line(reason: str) -> str:
+    """What a model said, without the exception's class and the stack that the python backend appends."""
+    plain = re.sub(r"^(?:\w+Exception|\w+Error): ", "", reason.strip().strip('"'))
+    return re.split(r"\\n|\n| At:", plain)[0].strip()
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+
+
+def _die_with_parent() -> None:
+    """Linux: end the server when we are killed ourselves (PR_SET_PDEATHSIG = 1), so that no process is left."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
