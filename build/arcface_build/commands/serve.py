@@ -1,0 +1,157 @@
+"""`arcface serve`: weights, backend choice, a real tritonserver, a parity table, then serving until it is stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+
+import click
+
+EPILOG = """\b
+Examples:
+  arcface serve                              the best backend this host has, demo weights where there are none
+  arcface serve --backend onnx --http-port 8010 --grpc-port 8011 --metrics-port 8012
+  arcface serve --no-reference               without InsightFace beside it: half the memory, no parity table
+  arcface serve --once --json                start, prove, print, stop: for scripts and CI
+  arcface serve -- --log-verbose=1           what follows -- goes to tritonserver as it is
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_SERVE", "show_default": True})
+@click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
+@click.option(
+    "--backend",
+    "--model-config-name",
+    "backend",
+    default="auto",
+    type=click.Choice(["auto", "tensorrt", "onnx", "reference"]),
+    help="What answers as `arcface`; auto: a verified plan for this GPU, else ONNX Runtime, else InsightFace.",
+)
+@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--http-port", default=8000)
+@click.option("--grpc-port", default=8001)
+@click.option("--metrics-port", default=8002)
+@click.option("--demo/--no-demo", default=True, help="Import the demo network where there are no weights.")
+@click.option("--reference/--no-reference", default=True, help="Load InsightFace beside it and print the parity table.")
+@click.option(
+    "--faces", "faces_from", type=click.Path(path_type=Path), help="Crops for the table; default: drawn faces."
+)
+@click.option("--once", is_flag=True, help="Stop after the table; exit 1 when a gate fails.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--ready-timeout", "ready_timeout_s", default=300.0, help="Seconds to wait for the models.")
+@click.argument("triton_arguments", nargs=-1, type=click.UNPROCESSED)
+def command(
+    model_repository: Path | None,
+    backend: str,
+    host: str,
+    http_port: int,
+    grpc_port: int,
+    metrics_port: int,
+    demo: bool,
+    reference: bool,
+    faces_from: Path | None,
+    once: bool,
+    as_json: bool,
+    ready_timeout_s: float,
+    triton_arguments: tuple[str, ...],
+) -> int:
+    """Start Triton on model_repository/, prove it with a few faces, keep serving until Ctrl-C or SIGTERM."""
+    from arcface_build.repository import find_repository
+    from arcface_build.serving.binary import find_tritonserver
+    from arcface_build.serving.process import Ports, TritonProcess
+
+    repository = find_repository(model_repository)
+    ports = Ports(http_port, grpc_port, metrics_port)
+    ports.check_free()  # before any work
+    choice, with_reference = _prepare(repository, backend, demo, reference)
+    binary = find_tritonserver(repository.parent)
+    _say(f"tritonserver {binary.origin}\nbackend {choice.backend}: {choice.reason}", as_json)
+    signal.signal(signal.SIGTERM, _interrupt)
+    server = TritonProcess(
+        binary,
+        repository,
+        ["arcface", "arcface_parity"] if with_reference else ["arcface"],
+        config_name=choice.backend,
+        ports=ports,
+        host=host,
+        log_path=repository.parent / ".cache" / "tritonserver.log",
+        extra=triton_arguments,
+    )
+    try:
+        with server:
+            server.wait_ready(ready_timeout_s)
+            passed = _prove(server, choice, faces_from, with_reference, as_json)
+            if once:
+                return 0 if passed else 1
+            _say(_invitation(server), as_json)
+            return _serve(server)
+    except KeyboardInterrupt:
+        _say("stopped: no process is left", as_json)
+        return 0
+
+
+def _prepare(repository: Path, asked: str, demo: bool, reference: bool):  # noqa: ANN202
+    """Weights where there are none, then the backend choice and whether InsightFace is loaded beside it."""
+    from arcface_build.repository import versions
+    from arcface_build.serving.choose import choose_backend, gpu_sm, plan_sms
+
+    if demo and not versions(repository / "arcface_onnx") and not versions(repository / "arcface_trt"):
+        from arcface_build.importing import import_demo
+
+        click.echo("no weights in model_repository/: importing the demo network (NOT for recognition)", err=True)
+        import_demo(repository)
+    has_reference = bool(versions(repository / "arcface_reference")) and find_spec("insightface") is not None
+    choice = choose_backend(
+        asked, gpu_sm(), plan_sms(repository), bool(versions(repository / "arcface_onnx")), has_reference
+    )
+    return choice, reference and has_reference and choice.backend != "reference"
+
+
+def _prove(server, choice, faces_from, with_reference, as_json):  # noqa: ANN001, ANN202
+    """Embed a few faces through every loaded backend and print the table; True when all gates pass."""
+    from arcface_clients.parity import measure_parity, render_table
+
+    report = measure_parity(server.grpc_url, faces_from=faces_from)
+    if as_json:
+        urls = {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}
+        told = {"backend": choice.backend, "reason": choice.reason, "urls": urls, "parity": report.to_json()}
+        click.echo(json.dumps(told, indent=2))
+    else:
+        click.echo(render_table(report))
+        if not with_reference:
+            click.echo("no reference is loaded: nothing was compared with InsightFace")
+    return report.passed
+
+
+def _invitation(server) -> str:  # noqa: ANN001
+    return f"""
+serving   gRPC {server.grpc_url}   HTTP http://{server.http_url}   metrics {server.metrics_url}
+log       {server.log_path}
+try it:
+    import numpy as np
+    from arcface_clients import TritonEmbedder
+    faces = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)  # your aligned BGR crops
+    with TritonEmbedder("{server.grpc_url}") as embedder:
+        embeddings = embedder.encode(faces)
+    print(embeddings.shape, embeddings @ embeddings.T)
+Ctrl-C stops it."""
+
+
+def _serve(server) -> int:  # noqa: ANN001
+    """Wait until the server ends by itself, which it should not."""
+    from arcface_build.errors import ServerFailed
+    from arcface_build.serving.process import reason_in_log
+
+    status = server.wait()
+    raise ServerFailed(f"tritonserver ended by itself with status {status}: {reason_in_log(server.log_path)}")
+
+
+def _say(text: str, as_json: bool) -> None:
+    click.echo(text, err=as_json)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,66 @@
+# Sourced by the other scripts: makes .venv with what a task needs, once. prepare_environment EXTRAS [system packages ...]
+# A second run with unchanged requirements installs nothing.
+
+fail() { # exit status, message
+  printf '%s\n' "$2" >&2
+  exit "$1"
+}
+
+find_python() {
+  local candidate
+  for candidate in ${ARCFACE_PYTHON:-python3.12 python3.11 python3.10 python3}; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  fail 3 "no usable Python: expected 3.10, 3.11 or 3.12 with venv, found $(python3 --version 2>&1 || echo none).
+Next: apt-get install python3 python3-venv, or name one: ARCFACE_PYTHON=/path/to/python3.11 $0"
+}
+
+# One ONNX Runtime, never two: three packages share its import name.
+onnxruntime_package() {
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    echo onnxruntime-gpu
+  elif [ "$(uname -sm)" = "Linux x86_64" ]; then
+    echo onnxruntime-openvino # the CPU provider of the plain package, and OpenVINO's bf16 and int8 beside it
+  else
+    echo onnxruntime
+  fi
+}
+
+install_system_packages() { # only what is missing; as root with apt, else it is named
+  local package missing=()
+  for package in "$@"; do
+    dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "installing system packages: ${missing[*]}" >&2
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null && return 0
+  fi
+  echo "note: system packages not installed: ${missing[*]} (what needs them is skipped). Next: sudo apt-get install ${missing[*]}" >&2
+}
+
+prepare_environment() {
+  local extras=$1 python stamp wanted
+  shift
+  [ $# -eq 0 ] || install_system_packages "$@"
+  wanted=$(cat pyproject.toml constraints.txt scripts/environment.sh | cksum | cut -d' ' -f1)
+  stamp=.venv/.installed-$extras-$wanted
+  if [ ! -e "$stamp" ]; then
+    if [ ! -x .venv/bin/python ]; then
+      python=$(find_python) || exit $?
+      echo "making .venv with $("$python" --version)" >&2
+      "$python" -m venv .venv || fail 3 "cannot make .venv with $python. Next: apt-get install python3-venv"
+    fi
+    echo "installing arcface-triton[$extras] into .venv (first run: one or two minutes)" >&2
+    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]" "$(onnxruntime_package)" ||
+      fail 3 "installing failed; the lines above say why. Next: check the network, then run $0 again"
+    # Without its requirements: it asks for a second ONNX Runtime and for an OpenCV that needs a display library.
+    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps insightface ||
+      fail 3 "installing insightface failed; the lines above say why. Next: check the network, then run $0 again"
+    touch "$stamp"
+  fi
+  export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
+}
