@@ -7,8 +7,13 @@ import signal
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from arcface_build.serving.choose import Choice
+    from arcface_build.serving.process import TritonProcess
 
 EPILOG = """\b
 Examples:
@@ -93,7 +98,7 @@ def command(
         return 0
 
 
-def _prepare(repository: Path, asked: str, demo: bool, reference: bool):  # noqa: ANN202
+def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple[Choice, bool]:
     """Weights where there are none, then the backend choice and whether InsightFace is loaded beside it."""
     from arcface_build.repository import versions
     from arcface_build.serving.choose import choose_backend, gpu_sm, plan_sms
@@ -110,7 +115,7 @@ def _prepare(repository: Path, asked: str, demo: bool, reference: bool):  # noqa
     return choice, reference and has_reference and choice.backend != "reference"
 
 
-def _prove(server, choice, faces_from, with_reference, as_json):  # noqa: ANN001, ANN202
+def _prove(server: TritonProcess, choice: Choice, faces_from: Path | None, with_reference: bool, as_json: bool) -> bool:
     """Embed a few faces through every loaded backend and print the table; True when all gates pass."""
     from arcface_clients.parity import measure_parity, render_table
 
@@ -126,7 +131,7 @@ def _prove(server, choice, faces_from, with_reference, as_json):  # noqa: ANN001
     return report.passed
 
 
-def _invitation(server) -> str:  # noqa: ANN001
+def _invitation(server: TritonProcess) -> str:
     return f"""
 serving   gRPC {server.grpc_url}   HTTP http://{server.http_url}   metrics {server.metrics_url}
 log       {server.log_path}
@@ -140,7 +145,7 @@ try it:
 Ctrl-C stops it."""
 
 
-def _serve(server) -> int:  # noqa: ANN001
+def _serve(server: TritonProcess) -> int:
     """Wait until the server ends by itself, which it should not."""
     from arcface_build.errors import ServerFailed
     from arcface_build.serving.process import reason_in_log

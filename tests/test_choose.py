@@ -1,0 +1,49 @@
+"""Which backend is served: the rule as a table, most of it negative."""
+
+from __future__ import annotations
+
+import pytest
+
+from arcface_build.errors import Missing
+from arcface_build.serving.choose import choose_backend
+
+
+@pytest.mark.parametrize(
+    ("gpu", "plans", "onnx", "reference", "backend", "reason"),
+    [
+        ("8.6", {"8.6", "9.0"}, True, True, "tensorrt", "GPU of SM 8.6 and a verified plan for it"),
+        ("8.9", {"8.6"}, True, True, "onnx", "no plan for SM 8.9 (plans: 8.6)"),
+        (None, {"8.6"}, True, True, "onnx", "no GPU here (plans: 8.6)"),
+        (None, set(), True, False, "onnx", "no GPU here (plans: none)"),
+        (None, set(), False, True, "reference", "no GPU here (plans: none), and arcface_onnx has no weights"),
+    ],
+)
+def test_auto_takes_the_best_that_is_there_and_says_why(gpu, plans, onnx, reference, backend, reason):
+    choice = choose_backend("auto", gpu, plans, onnx, reference)
+    assert (choice.backend, choice.reason) == (backend, reason)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "plans", "message"),
+    [
+        ("tensorrt", None, {"8.6"}, "cannot serve tensorrt: no GPU here (plans: 8.6). Next: arcface plan build"),
+        (
+            "tensorrt",
+            "12.0",
+            {"8.6"},
+            "cannot serve tensorrt: no plan for SM 12.0 (plans: 8.6). Next: arcface plan build",
+        ),
+        ("onnx", None, set(), "cannot serve onnx: arcface_onnx has no weights. Next: arcface import"),
+        ("reference", None, set(), "cannot serve reference: arcface_reference has no weights, or insightface is not"),
+        ("auto", None, set(), "no weights in the model repository. Next: arcface import demo"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_the_next_command(asked, gpu, plans, message):
+    with pytest.raises(Missing) as caught:
+        choose_backend(asked, gpu, plans, onnx=False, reference=False)
+    assert str(caught.value).startswith(message)
+    assert caught.value.exit_code == 3
+
+
+def test_a_backend_that_was_asked_for_is_never_replaced_by_a_better_one():
+    assert choose_backend("reference", "8.6", {"8.6"}, onnx=True, reference=True).backend == "reference"

@@ -1,0 +1,91 @@
+"""Weights in the model repository: versions, overlays, going back, and what is left when a copy fails."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import REPO
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from arcface_build.errors import Missing, WrongUse
+from arcface_build.repository import find_repository, install, roll_back, served_manifest, versions
+
+
+def manifest(name: str) -> dict:
+    return {"name": name, "contract_id": f"id-of-{name}", "precision": "fp32", "source": {"sha256": "0" * 64}}
+
+
+@pytest.fixture
+def leaf(tmp_path):
+    """A repository with one leaf model and a file to install."""
+    folder = tmp_path / "model_repository" / "arcface_onnx"
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text('name: "arcface_onnx"\nmax_batch_size: 64\n')
+    weights = tmp_path / "weights.onnx"
+    weights.write_bytes(b"weights")
+    return folder.parent, {"model.onnx": weights}
+
+
+def test_the_first_weights_go_into_version_1_and_the_same_again_changes_nothing(leaf):
+    repository, files = leaf
+    assert install(repository, "arcface_onnx", files, manifest("a")) == 1
+    assert install(repository, "arcface_onnx", files, manifest("a")) == 1
+    assert (repository / "arcface_onnx" / "1" / "model.onnx").read_bytes() == b"weights"
+
+
+def test_other_weights_become_the_next_version_with_code_carried_over(leaf):
+    repository, files = leaf
+    (repository / "arcface_onnx" / "1" / "model.py").write_text("# code")
+    install(repository, "arcface_onnx", files, manifest("a"))
+    assert install(repository, "arcface_onnx", files, manifest("b")) == 2
+    assert (repository / "arcface_onnx" / "2" / "model.py").read_text() == "# code"
+    assert served_manifest(repository)["name"] == "b"
+
+
+def test_going_back_serves_the_version_before_with_its_contract_id(leaf):
+    repository, files = leaf
+    for name in ("a", "b"):
+        install(repository, "arcface_onnx", files, manifest(name))
+    assert roll_back(repository, "arcface_onnx") == (2, 1)
+    assert versions(repository / "arcface_onnx") == [1]
+    assert "id-of-a" in (repository / "arcface_onnx" / "configs" / "onnx.pbtxt").read_text()
+    with pytest.raises(WrongUse, match="arcface_onnx has 1 version: expected at least two to go back"):
+        roll_back(repository, "arcface_onnx")
+
+
+def test_a_copy_that_fails_leaves_no_version_behind(leaf, tmp_path):
+    repository, files = leaf
+    install(repository, "arcface_onnx", files, manifest("a"))
+    with pytest.raises(FileNotFoundError):
+        install(repository, "arcface_onnx", {"model.onnx": tmp_path / "absent.onnx"}, manifest("b"))
+    assert sorted(p.name for p in (repository / "arcface_onnx").iterdir()) == ["1", "config.pbtxt", "configs"]
+
+
+def test_a_folder_that_is_no_repository_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(Missing, match=r"is not our model repository: it has no arcface/config\.pbtxt"):
+        find_repository(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Missing, match=r"no model_repository/ in .* or above it\. Run from a checkout"):
+        find_repository()
+
+
+CONFIGS = [
+    path for pattern in ("*/config.pbtxt", "*/configs/*.pbtxt") for path in REPO.glob(f"model_repository/{pattern}")
+]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS), ids=lambda p: f"{p.parts[-2]}-{p.name}")
+def test_every_config_parses_as_tritons_own_message_and_bears_its_folders_name(path):
+    config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+    folder = path.parent if path.name == "config.pbtxt" else path.parent.parent
+    assert config.name == folder.name
+    assert config.max_batch_size == 64
+
+
+def test_no_plan_is_a_default_so_that_an_unmapped_gpu_fails_loudly():
+    config = text_format.Parse(
+        (REPO / "model_repository" / "arcface_trt" / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
+    )
+    assert not config.default_model_filename
+    assert config.cc_model_filenames["8.6"] == "sm86.plan"
+    assert config.cc_model_filenames["12.0"] == "sm120.plan"
