@@ -6,6 +6,7 @@ ArcFaceError
 ├── ContractMismatch      embeddings of two different contracts  never falls back   exit 2
 ├── GateFailed            drift above its limit                  never falls back   exit 1
 ├── InferenceFailed       the backend answered with an error     never falls back   exit 1
+├── ClientUnusable        closed, or carried into a fork         never falls back   exit 2
 └── BackendUnavailable    the backend is not there               FALLS BACK         exit 3
     ├── ServerUnreachable     no server answers at the address
     ├── ModelNotReady         the server has no such model, or it is not loaded
@@ -50,6 +51,12 @@ class InferenceFailed(ArcFaceError):
     """The backend is there and answered this request with an error. Never falls back: the cause would be hidden."""
 
     exit_code = 1
+
+
+class ClientUnusable(ArcFaceError, RuntimeError):
+    """The client was closed, or was opened by another process and carried over a fork. Never falls back."""
+
+    exit_code = 2
 
 
 class BackendUnavailable(ArcFaceError, ConnectionError):

@@ -1,0 +1,61 @@
+"""A server's address as people write it in; protocol, TLS, host, port and base path out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from arcface_clients.errors import ConfigError
+
+_SCHEMES = {  # scheme -> (protocol, TLS, Triton's port; HTTPS is a proxy's, Triton's own HTTP has no TLS)
+    "grpc": ("grpc", False, 8001),
+    "grpcs": ("grpc", True, 8001),
+    "http": ("http", False, 8000),
+    "https": ("http", True, 443),
+}
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server answers; `str()` gives the URL back."""
+
+    protocol: str  # "grpc" or "http"
+    tls: bool
+    host: str
+    port: int
+    path: str = ""  # base path of a proxy, "" or "/something"
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """`localhost:8001`, `grpc://…`, `grpcs://…`, `http://…/base`, `https://…`; without a scheme it is gRPC.
+
+        Raises:
+            ConfigError: unknown scheme, no host, a port that is no number, user names, queries.
+        """
+        text = url if "://" in url else f"grpc://{url}"
+        try:
+            parts = urlsplit(text)
+            port = parts.port
+        except ValueError as exc:
+            raise ConfigError(f"cannot read the server URL {url!r}: {exc}. {_EXAMPLES}") from exc
+        if parts.scheme not in _SCHEMES:
+            raise ConfigError(f"the server URL {url!r} begins with {parts.scheme}://, which is not served. {_EXAMPLES}")
+        if not parts.hostname or parts.username or parts.query or parts.fragment:
+            raise ConfigError(f"cannot read the server URL {url!r}. {_EXAMPLES}")
+        protocol, tls, usual_port = _SCHEMES[parts.scheme]
+        path = parts.path.rstrip("/")
+        if path and protocol == "grpc":
+            raise ConfigError(f"the server URL {url!r} has a path, which gRPC knows nothing of. {_EXAMPLES}")
+        return cls(protocol, tls, parts.hostname, usual_port if port is None else port, path)
+
+    @property
+    def target(self) -> str:
+        """`host:port`, IPv6 hosts in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        """The URL, scheme always written out."""
+        return f"{self.protocol}{'s' if self.tls else ''}://{self.target}{self.path}"
+
+
+_EXAMPLES = "Expected localhost:8001, grpc://host:8001, grpcs://host:8001, http://host:8000 or https://host/base"

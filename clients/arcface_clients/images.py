@@ -1,0 +1,131 @@
+"""Face crops from files: folders, files, globs and .npz in; (name, face) out, or (name, the reason why not)."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from arcface_clients.contract import FACE_SHAPE, check_faces
+from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+ARRAY_SUFFIXES = (".npz", ".npy")
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One face that was asked for: its name, and either the crop uint8 (112,112,3) BGR or why there is none."""
+
+    name: str  # path, or path[index] for a row of an array file
+    face: np.ndarray | None
+    refused: str = ""
+
+
+def find_files(sources: Iterable[str | Path]) -> list[str]:
+    """Files of folders (with all below them), globs (`**` too) and single paths; sorted and once each.
+
+    A path that does not exist stays in the list: reading it gives the reason.
+    """
+    found: set[str] = set()
+    for source in map(str, sources):
+        if Path(source).is_dir():
+            found.update(str(p) for p in Path(source).rglob("*") if _is_ours(p))
+        elif glob.has_magic(source) and not Path(source).exists():
+            # Path.glob takes no absolute patterns
+            found.update(p for p in glob.glob(source, recursive=True) if Path(p).is_file())  # noqa: PTH207
+        else:
+            found.add(source)
+    return sorted(found)
+
+
+def read_crops(files: Iterable[str]) -> Iterator[Crop]:
+    """The crops of each file in turn, one image in memory at a time; a file that cannot be read gives a refused Crop.
+
+    Raises:
+        DependencyMissing: an image is to be read and OpenCV is not installed.
+    """
+    for name in files:
+        try:
+            if name.lower().endswith(ARRAY_SUFFIXES):
+                for index, face in enumerate(read_array(name)):
+                    yield Crop(f"{name}[{index}]", face)
+            else:
+                yield Crop(name, read_face(name))
+        except DependencyMissing:
+            raise
+        except (ArcFaceError, OSError) as exc:
+            yield Crop(name, None, _reason(exc))
+
+
+def load_faces(sources: Iterable[str | Path]) -> tuple[np.ndarray, list[str], list[Crop]]:
+    """All crops at once: faces uint8 (N,112,112,3) BGR, their N names, and what was refused."""
+    crops = list(read_crops(find_files(sources)))
+    good = [crop for crop in crops if crop.face is not None]
+    faces = np.stack([crop.face for crop in good]) if good else np.empty((0, *FACE_SHAPE), np.uint8)
+    return faces, [crop.name for crop in good], [crop for crop in crops if crop.face is None]
+
+
+def read_face(path: str | Path) -> np.ndarray:
+    """One crop uint8 (112,112,3) BGR; grey becomes BGR, transparency is dropped, EXIF orientation is applied.
+
+    Raises:
+        InvalidFaces: not an image, or not 112×112.
+        OSError: the file cannot be read.
+    """
+    try:
+        import cv2
+    except ImportError as exc:
+        raise DependencyMissing(f"reading images needs OpenCV ({exc}): pip install opencv-python-headless") from exc
+    data = np.fromfile(path, np.uint8)
+    if not data.size:
+        raise InvalidFaces("the file is empty")
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    except cv2.error as exc:  # larger than OpenCV's limit on pixels
+        raise InvalidFaces(f"OpenCV cannot decode it: {exc.err or exc}") from exc
+    if image is None:
+        raise InvalidFaces("not an image that OpenCV can decode, or cut off")
+    if image.shape != FACE_SHAPE:
+        height, width = image.shape[:2]
+        raise InvalidFaces(f"expected an aligned crop of 112×112 pixels, got {width}×{height}")
+    return image
+
+
+def read_array(path: str | Path) -> np.ndarray:
+    """Faces uint8 (N,112,112,3) of a .npy, or of a .npz under `faces` or its only array of four dimensions.
+
+    Raises:
+        InvalidFaces: not such a file, or the array does not fit the tensor contract.
+        OSError: the file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return check_faces(loaded)
+            names = ["faces"] if "faces" in loaded.files else [n for n in loaded.files if loaded[n].ndim == 4]
+            if len(names) != 1:
+                raise InvalidFaces(f"expected an array `faces` in it, found: {', '.join(loaded.files) or 'nothing'}")
+            return check_faces(loaded[names[0]])
+    except InvalidFaces:
+        raise
+    except (ValueError, EOFError, _bad_zip()) as exc:
+        raise InvalidFaces(f"not a NumPy file, or cut off ({exc})") from exc
+
+
+def _is_ours(path: Path) -> bool:
+    return path.suffix.lower() in (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES) and path.is_file()
+
+
+def _bad_zip() -> type[Exception]:
+    from zipfile import BadZipFile
+
+    return BadZipFile
+
+
+def _reason(exc: Exception) -> str:
+    return exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
