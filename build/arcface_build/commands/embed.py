@@ -71,7 +71,9 @@ def command(
             names.extend(crop.name for crop in batch)
         dim = embedder.embedding_dim
     for crop in refused:
-        errors.print(f"not read: {crop.name}: {crop.refused}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        errors.print(
+            f"not read: {crop.name}: {crop.refused}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
     if not names:
         raise WrongUse(
             f"no face could be read from {' '.join(sources)} ({len(files)} files found, {len(refused)} refused); "

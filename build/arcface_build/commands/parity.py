@@ -69,7 +69,9 @@ def command(url: str, sources: tuple[str, ...], limit: int, timeout_s: float, as
 
         faces, _, refused = load_faces(sources)
         for crop in refused:
-            errors.print(f"not read: {crop.name}: {crop.refused}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            errors.print(
+                f"not read: {crop.name}: {crop.refused}", style="yellow", markup=False, highlight=False, soft_wrap=True
+            )
     else:
         faces = synthetic_faces(min(limit, 64))
     with errors.status("") as status:
