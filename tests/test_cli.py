@@ -1,0 +1,35 @@
+"""The command line as a whole: help for each subcommand, exit codes, one line for an error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import click
+import pytest
+
+from arcface_build.cli import COMMANDS, cli
+
+
+def arcface(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_subcommand_has_help_with_an_example(name):
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    assert f"arcface {name}" in (command.epilog or ""), f"`arcface {name} --help` shows no example"
+
+
+def test_an_unknown_subcommand_is_wrong_use():
+    answer = arcface("servve")
+    assert answer.returncode == 2
+    assert "No such command 'servve'" in answer.stderr
+
+
+def test_an_error_is_one_line_with_its_class_and_exit_code(tmp_path):
+    answer = arcface("serve", "--model-repository", str(tmp_path))
+    assert answer.returncode == 3
+    assert answer.stderr == (f"Missing: {tmp_path} is not our model repository: it has no arcface/config.pbtxt.\n")
