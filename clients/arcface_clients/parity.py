@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from arcface_clients.contract import check_faces
 from arcface_clients.drift import DRIFT_LIMITS, compare_embeddings
-from arcface_clients.errors import GateFailed, InvalidFaces, ModelNotReady
+from arcface_clients.errors import ConfigError, GateFailed, InvalidFaces, ModelNotReady
 from arcface_clients.triton import TritonEmbedder
 
 REFERENCE = "arcface_reference"
@@ -20,17 +21,28 @@ MODELS = (REFERENCE, "arcface_onnx", "arcface_trt", "arcface")
 
 @dataclass(frozen=True)
 class BackendParity:
-    """One row: a served model beside the reference, on the same faces."""
+    """One row: a served model beside the reference, on the same faces; cosines are None when no reference is loaded."""
 
     model: str
-    runs: str  # the leaf model and its backend, where `model` is an ensemble
+    leaf: str  # the model that answers where `model` is an ensemble
+    backend: str
     precision: str
-    faces_per_s: float  # one pass of the faces through the server; a first impression, not a benchmark
-    mean_cosine: float
-    min_cosine: float
-    worst_face: int
+    faces_per_s: float  # one pass of the faces through the server: a first impression, not a benchmark
+    mean_cosine: float | None
+    min_cosine: float | None
+    worst_face: int | None
     limit: float | None  # largest drift that its precision may show; None for the reference itself
     passed: bool
+
+    @property
+    def gate(self) -> str:
+        """The verdict in words, with its figures."""
+        if self.min_cosine is None:
+            return "not compared"
+        if self.limit is None:
+            return "reference"
+        relation, verdict = ("≤", "passed") if self.passed else (">", "FAILED")
+        return f"{verdict} ({self.precision}: drift {1 - self.min_cosine:.1e} {relation} {self.limit:g})"
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every row is within its gate."""
+        """Whether every row that was compared is within its gate."""
         return all(row.passed for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
@@ -53,73 +65,118 @@ class ParityReport:
         return {**asdict(self), "passed": self.passed}
 
     def require(self) -> None:
-        """Raise GateFailed, naming each backend with its figure, unless all passed."""
-        failed = [
-            f"{r.model} 1 − cosine {1 - r.min_cosine:.2e} > {r.limit:g} ({r.precision})"
-            for r in self.rows
-            if not r.passed
-        ]
+        """Return when every gate passed.
+
+        Raises:
+            ModelNotReady: there was no reference to compare with.
+            GateFailed: names each backend outside its limit, with the figure.
+        """
+        if REFERENCE in self.skipped:
+            raise ModelNotReady(f"nothing was compared: {self.skipped[REFERENCE]}")
+        failed = [f"{row.model} {row.gate}" for row in self.rows if not row.passed]
         if failed:
-            raise GateFailed(
-                f"drift above its limit on {self.faces} faces: {'; '.join(failed)}. Look at them: arcface compare"
-            )
+            raise GateFailed(f"on {self.faces} faces: {'; '.join(failed)}. See which faces: arcface compare")
 
 
 def measure_parity(
     url: str,
-    faces: np.ndarray,
-    models: tuple[str, ...] = MODELS,
+    faces: np.ndarray | None = None,
+    models: Sequence[str] = MODELS,
     *,
+    faces_from: str | Path | None = None,
     timeout_s: float = 120.0,
     progress: Callable[[str], None] = lambda model: None,
 ) -> ParityReport:
-    """Embed `faces` uint8 (N,112,112,3), N ≥ 1, with every model that is loaded, and compare with the reference.
+    """Embed faces with every model that is loaded, and compare with the reference where that is loaded.
+
+    Args:
+        url: the server.
+        faces: uint8 (N,112,112,3) BGR, N ≥ 1; without them `faces_from` is read, else 32 drawn faces are taken.
+        models: what to ask for; those that are not loaded are skipped, with the reason in the report.
+        faces_from: folder, file, glob or .npz of crops.
+        timeout_s: longest wait for one request.
+        progress: called with each model's name before it is asked.
 
     The gate of a row is that of its served precision (parameter `precision` of the leaf model, fp32 when absent).
 
     Raises:
         InvalidFaces: no faces, or not faces.
         ServerUnreachable: no server answers.
-        ModelNotReady: the reference is not loaded, so there is nothing to compare with.
         ContractMismatch: a backend serves another contract than the reference.
+        ConfigError: a backend states a precision that has no gate.
     """
-    faces = check_faces(faces)
+    faces = check_faces(_faces(faces, faces_from))
     if not len(faces):
-        raise InvalidFaces("cannot compare 0 faces: expected at least one.")
+        raise InvalidFaces(f"no faces to compare{f' in {faces_from}' if faces_from else ''}: expected at least one.")
     rows: list[BackendParity] = []
     skipped: dict[str, str] = {}
     reference: np.ndarray | None = None
     contract: str | None = None
-    for model in (REFERENCE, *(m for m in models if m != REFERENCE)):
+    for model in sorted(models, key=lambda name: name != REFERENCE):
         progress(model)
         with TritonEmbedder(url, model, timeout_s=timeout_s, retry_for_s=0, expected_contract=contract) as embedder:
             try:
                 served = embedder.ensure_ready()
             except ModelNotReady as exc:
-                if model == REFERENCE:
-                    raise
                 skipped[model] = str(exc)
                 continue
             embedder.encode(faces[:1])  # the first request may allocate; it is not timed
             started = time.perf_counter()
             embeddings = embedder.encode(faces)
             faces_per_s = len(faces) / (time.perf_counter() - started)
-        if reference is None:
-            reference, contract = embeddings, served.contract_id
-        drift = compare_embeddings(reference, embeddings)
+        if model == REFERENCE:
+            reference = embeddings
+        contract = contract or served.contract_id
+        drift = compare_embeddings(reference, embeddings) if reference is not None else None
         precision = served.precision or "fp32"
-        limit = None if model == REFERENCE else DRIFT_LIMITS[precision]
+        limit = _limit(model, precision)
         rows.append(
             BackendParity(
                 model=model,
-                runs=served.backend if served.leaf == model else f"{served.leaf} ({served.backend})",
+                leaf=served.leaf,
+                backend=served.backend,
                 precision=precision,
                 faces_per_s=faces_per_s,
-                mean_cosine=drift.mean_cosine,
-                min_cosine=drift.min_cosine,
-                worst_face=drift.worst_face,
+                mean_cosine=drift.mean_cosine if drift else None,
+                min_cosine=drift.min_cosine if drift else None,
+                worst_face=drift.worst_face if drift else None,
                 limit=limit,
-                passed=limit is None or drift.max_drift <= limit,
+                passed=limit is None or drift is None or drift.max_drift <= limit,
             )
         )
     return ParityReport(url=url, faces=len(faces), contract_id=contract, rows=tuple(rows), skipped=skipped)
+
+
+def render_table(report: ParityReport) -> str:
+    """The report as a table for a terminal or a log, at most 100 columns wide where names are ours."""
+    lines = [("backend", "faces/s", "mean cosine", "min cosine", "gate")]
+    for row in report.rows:
+        lines.append((row.model, f"{row.faces_per_s:.1f}", _cosine(row.mean_cosine), _cosine(row.min_cosine), row.gate))
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    lines.insert(1, tuple("─" * width for width in widths))
+    return "\n".join(
+        "  ".join(cell.rjust(width) if i in (1, 2, 3) else cell.ljust(width) for i, (cell, width) in columns).rstrip()
+        for columns in (list(enumerate(zip(line, widths, strict=True))) for line in lines)
+    )
+
+
+def _faces(faces: np.ndarray | None, faces_from: str | Path | None) -> np.ndarray:
+    if faces is not None:
+        return faces
+    if faces_from is not None:
+        from arcface_clients.images import load_faces
+
+        return load_faces([faces_from])[0]
+    from arcface_clients.synthetic import synthetic_faces
+
+    return synthetic_faces(32)
+
+
+def _limit(model: str, precision: str) -> float | None:
+    if precision not in DRIFT_LIMITS:
+        raise ConfigError(f"{model!r} states precision {precision!r}; expected one of {', '.join(DRIFT_LIMITS)}.")
+    return None if model == REFERENCE else DRIFT_LIMITS[precision]
+
+
+def _cosine(value: float | None) -> str:
+    return "—" if value is None else f"{value:.7f}"

@@ -10,15 +10,24 @@ import click
 from arcface_build.atomic import new_file
 from arcface_build.errors import WrongUse
 
+EPILOG = """\b
+Examples:
+  arcface embed crops/ -o embeddings.npz
+  arcface embed 'people/*/*.jpg' -o people.npz --url grpc://gpu-host:8001
+  arcface embed faces.npz -o embeddings.npz --force
+"""
 
-@click.command()
+
+@click.command(epilog=EPILOG, context_settings={"show_default": True})
 @click.argument("sources", nargs=-1, required=True, metavar="FOLDER_OR_FILES...")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .npz to write."
 )
-@click.option("--url", default="localhost:8001", show_default=True, envvar="ARCFACE_URL", help="Server to ask.")
-@click.option("--model", default="arcface", show_default=True, help="Served model.")
-@click.option("--timeout-s", type=float, default=120.0, show_default=True, help="Longest wait for one request.")
+@click.option("--url", default="localhost:8001", envvar="ARCFACE_URL", help="Server to ask.")
+@click.option("--model", default="arcface", help="Served model.")
+@click.option(
+    "--timeout-s", type=click.FloatRange(0, min_open=True), default=120.0, help="Longest wait for one request."
+)
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(
@@ -28,12 +37,6 @@ def command(
 
     What cannot be read is listed with the reason and left out. The .npz holds `paths`, `embeddings` float32 (N,D) of
     unit length, `contract_id` and `model`.
-
-    \b
-    Examples:
-      arcface embed crops/ -o embeddings.npz
-      arcface embed 'people/*/*.jpg' -o people.npz --url grpc://gpu-host:8001
-      arcface embed faces.npz -o embeddings.npz --force
     """
     import json
 
@@ -71,15 +74,13 @@ def command(
             names.extend(crop.name for crop in batch)
         dim = embedder.embedding_dim
     for crop in refused:
-        errors.print(
-            f"not read: {crop.name}: {crop.refused}", style="yellow", markup=False, highlight=False, soft_wrap=True
-        )
+        click.echo(f"not read: {crop.name}: {crop.refused}", err=True)
     if not names:
         raise WrongUse(
             f"no face could be read from {' '.join(sources)} ({len(files)} files found, {len(refused)} refused); "
             "expected aligned 112×112 crops. Nothing was written"
         )
-    embeddings = np.concatenate(rows) if rows else np.empty((0, dim), np.float32)
+    embeddings = np.concatenate(rows)
     with new_file(output) as temporary, temporary.open("wb") as file:
         np.savez(
             file,

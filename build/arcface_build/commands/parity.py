@@ -3,86 +3,54 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from arcface_clients.parity import ParityReport
-
-
-def parity_table(report: ParityReport) -> Table:
-    """The table that `arcface parity` and `arcface serve` print."""
-    from rich.table import Table
-
-    table = Table(title=f"{report.faces} faces through {report.url}", title_justify="left")
-    for title, justify in (
-        ("backend", "left"),
-        ("runs", "left"),
-        ("faces/s", "right"),
-        ("mean cosine", "right"),
-        ("min cosine", "right"),
-        ("gate", "left"),
-    ):
-        table.add_column(title, justify=justify, no_wrap=title not in ("runs", "gate"))
-    for row in report.rows:
-        if row.limit is None:
-            gate = "reference"
-        else:
-            relation, verdict = ("≤", "passed") if row.passed else (">", "FAILED")
-            gate = f"{verdict} ({row.precision}: {1 - row.min_cosine:.1e} {relation} {row.limit:g})"
-        table.add_row(
-            row.model, row.runs, f"{row.faces_per_s:.1f}", f"{row.mean_cosine:.7f}", f"{row.min_cosine:.7f}", gate
-        )
-    return table
+EPILOG = """\b
+Examples:
+  arcface parity
+  arcface parity --faces crops/ --json
+  arcface parity --url grpc://gpu-host:8001 --faces 'people/**/*.jpg'
+"""
 
 
-@click.command()
-@click.option("--url", default="localhost:8001", show_default=True, envvar="ARCFACE_URL", help="Server to ask.")
+@click.command(epilog=EPILOG, context_settings={"show_default": True})
+@click.option("--url", default="localhost:8001", envvar="ARCFACE_URL", help="Server to ask.")
 @click.option(
     "--faces", "sources", multiple=True, metavar="PATH", help="Folder, file, glob or .npz; default: drawn faces."
 )
-@click.option("--limit", type=click.IntRange(1), default=400, show_default=True, help="Take at most this many faces.")
-@click.option("--timeout-s", type=float, default=120.0, show_default=True, help="Longest wait for one request.")
+@click.option("--limit", type=click.IntRange(1), default=400, help="Take at most this many faces.")
+@click.option(
+    "--timeout-s", type=click.FloatRange(0, min_open=True), default=120.0, help="Longest wait for one request."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(url: str, sources: tuple[str, ...], limit: int, timeout_s: float, as_json: bool) -> int:
     """Compare every loaded backend with the reference, face by face.
 
-    Exit code 1 when a backend's drift is above the limit of its precision.
-
-    \b
-    Examples:
-      arcface parity
-      arcface parity --faces crops/ --json
-      arcface parity --url http://gpu-host:8000 --faces 'people/**/*.jpg'
+    Exit code 1 when a backend's drift is above the limit of its precision, 3 when no reference is loaded.
     """
     from rich.console import Console
 
-    from arcface_clients.parity import measure_parity
-    from arcface_clients.synthetic import synthetic_faces
+    from arcface_clients.parity import measure_parity, render_table
 
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, soft_wrap=True)
+    faces = None
     if sources:
         from arcface_clients.images import load_faces
 
         faces, _, refused = load_faces(sources)
+        faces = faces[:limit]
         for crop in refused:
-            errors.print(
-                f"not read: {crop.name}: {crop.refused}", style="yellow", markup=False, highlight=False, soft_wrap=True
-            )
-    else:
-        faces = synthetic_faces(min(limit, 64))
+            click.echo(f"not read: {crop.name}: {crop.refused}", err=True)
     with errors.status("") as status:
         report = measure_parity(
-            url, faces[:limit], timeout_s=timeout_s, progress=lambda model: status.update(f"asking {model} …")
+            url, faces, timeout_s=timeout_s, progress=lambda model: status.update(f"asking {model} …")
         )
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:
-        Console().print(parity_table(report))
-        for model, reason in report.skipped.items():
-            errors.print(f"not compared: {model}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        click.echo(render_table(report))
+        for reason in report.skipped.values():
+            click.echo(f"not compared: {reason}", err=True)
     report.require()
     return 0

@@ -1,0 +1,42 @@
+"""Server URLs as people write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from arcface_clients.address import Address
+from arcface_clients.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("url", "written"),
+    [
+        ("localhost:8001", "grpc://localhost:8001"),
+        ("localhost", "grpc://localhost:8001"),
+        ("grpc://10.0.0.7:9", "grpc://10.0.0.7:9"),
+        ("grpcs://host", "grpcs://host:8001"),
+        ("http://host", "http://host:8000"),
+        ("HTTP://host:81/", "http://host:81"),
+        ("https://host/triton/", "https://host:443/triton"),
+        ("[::1]:8001", "grpc://[::1]:8001"),
+    ],
+)
+def test_urls_are_understood(url: str, written: str) -> None:
+    assert str(Address.parse(url)) == written
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("", "cannot read the server URL ''"),
+        ("ftp://host", "begins with ftp://, which is not served"),
+        ("host:port", "cannot read the server URL 'host:port'"),
+        ("host:70000", "cannot read the server URL 'host:70000'"),
+        ("grpc://host/path", "has a path, which gRPC knows nothing of"),
+        ("http://user:secret@host", "cannot read the server URL"),
+    ],
+)
+def test_urls_that_cannot_be_are_refused_with_examples(url: str, words: str) -> None:
+    with pytest.raises(ConfigError, match="Expected localhost:8001") as caught:
+        Address.parse(url)
+    assert words in str(caught.value)

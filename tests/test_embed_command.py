@@ -1,0 +1,67 @@
+"""`arcface embed` against a real server: what is written, what is listed, what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arcface_clients import TritonEmbedder
+from arcface_clients.synthetic import synthetic_faces
+
+cv2 = pytest.importorskip("cv2")
+
+
+def arcface(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", "from arcface_build.cli import main; main()", "embed", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("crops")
+    for i, face in enumerate(synthetic_faces(5)):
+        cv2.imwrite(str(folder / f"{i}.png"), face)
+    (folder / "bad.jpg").write_text("not an image")
+    return folder
+
+
+def test_embeddings_and_names_are_written_and_bad_files_listed(server, crops: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.npz"
+    done = arcface(str(crops), "-o", str(out), "--url", server.grpc_url, "--json")
+    assert done.returncode == 0, done.stderr
+    assert f"not read: {crops}/bad.jpg: not an image that OpenCV can decode" in done.stderr
+    told = json.loads(done.stdout)
+    with np.load(out) as saved, TritonEmbedder(server.grpc_url) as embedder:
+        assert saved["paths"].tolist() == [str(crops / f"{i}.png") for i in range(5)]
+        np.testing.assert_allclose(saved["embeddings"], embedder.encode(synthetic_faces(5)), atol=1e-5)
+        assert str(saved["contract_id"]) == (embedder.contract_id or "")
+        assert str(saved["model"]) == "arcface"
+        assert told["embedding_dim"] == embedder.embedding_dim
+    assert [r["path"] for r in told["refused"]] == [f"{crops}/bad.jpg"]
+
+
+def test_existing_output_is_kept_unless_forced(crops: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.npz"
+    out.write_bytes(b"precious")
+    done = arcface(str(crops), "-o", str(out), "--url", "127.0.0.1:1")
+    assert (done.returncode, out.read_bytes()) == (2, b"precious")
+    assert done.stderr == f"WrongUse: {out} is there already. Choose another name, or overwrite it: --force\n"
+
+
+def test_dead_server_leaves_nothing_behind(crops: Path, tmp_path: Path) -> None:
+    done = arcface(str(crops), "-o", str(tmp_path / "out.npz"), "--url", "127.0.0.1:1")
+    assert done.returncode == 3
+    assert done.stderr.startswith("ServerUnreachable: no Triton server answers at grpc://127.0.0.1:1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_readable_is_an_error_and_writes_nothing(server, crops: Path, tmp_path: Path) -> None:
+    done = arcface(str(crops / "bad.jpg"), "-o", str(tmp_path / "out.npz"), "--url", server.grpc_url)
+    assert done.returncode == 2
+    assert "no face could be read" in done.stderr
+    assert list(tmp_path.iterdir()) == []

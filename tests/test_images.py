@@ -1,0 +1,88 @@
+"""Crops from files: what is found, in which order, and what is refused with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arcface_clients.images import find_files, load_faces
+from arcface_clients.synthetic import synthetic_faces
+
+cv2 = pytest.importorskip("cv2")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two people with three crops, beside things that are no crops."""
+    faces = synthetic_faces(3)
+    for name, face in zip(("b/2.png", "a/1.png", "b/10.PNG"), faces, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        assert cv2.imwrite(str(tmp_path / name), face)
+    (tmp_path / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_folder_gives_all_images_below_it_sorted(folder: Path) -> None:
+    faces, names, refused = load_faces([folder])
+    assert [Path(n).relative_to(folder).as_posix() for n in names] == ["a/1.png", "b/10.PNG", "b/2.png"]
+    np.testing.assert_array_equal(faces, synthetic_faces(3)[[1, 2, 0]])  # PNG keeps every pixel, BGR stays BGR
+    assert refused == []
+
+
+def test_overlapping_sources_give_each_file_once(folder: Path) -> None:
+    files = find_files([folder, f"{folder}/**/*.png", folder / "a" / "1.png"])
+    assert [Path(f).name for f in files] == ["1.png", "10.PNG", "2.png"]
+
+
+def test_what_cannot_be_read_is_named_with_its_reason(folder: Path) -> None:
+    whole = cv2.imencode(".jpg", synthetic_faces(1)[0])[1].tobytes()
+    (folder / "big.png").write_bytes(cv2.imencode(".png", np.zeros((250, 200, 3), np.uint8))[1].tobytes())
+    (folder / "cut.png").write_bytes(cv2.imencode(".png", synthetic_faces(1)[0])[1].tobytes()[:40])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "good.jpg").write_bytes(whole)
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
+    faces, names, refused = load_faces([folder, "missing.png"])
+    assert len(faces) == len(names) == 4
+    assert {Path(c.name).name: c.refused for c in refused if not c.name.endswith(".npz")} == {
+        "big.png": "expected an aligned crop of 112×112 pixels, got 200×250",
+        "cut.png": "not an image that OpenCV can decode, or cut off",
+        "empty.jpg": "the file is empty",
+        "text.jpg": "not an image that OpenCV can decode, or cut off",
+        "missing.png": "No such file or directory",
+    }
+    assert [c.refused.split(" (")[0] for c in refused if c.name.endswith(".npz")] == ["not a NumPy file, or cut off"]
+
+
+def test_array_files_give_their_rows_with_an_index(tmp_path: Path) -> None:
+    faces = synthetic_faces(2)
+    np.savez(tmp_path / "a.npz", faces=faces, labels=np.arange(2))
+    np.savez(tmp_path / "b.npz", anything=faces.astype(np.float32))
+    np.save(tmp_path / "c.npy", faces[:1])
+    np.savez(tmp_path / "d.npz", labels=np.arange(2))
+    loaded, names, refused = load_faces([tmp_path])
+    assert [n.removeprefix(f"{tmp_path}/") for n in names] == [
+        "a.npz[0]",
+        "a.npz[1]",
+        "b.npz[0]",
+        "b.npz[1]",
+        "c.npy[0]",
+    ]
+    np.testing.assert_array_equal(loaded, np.concatenate([faces, faces, faces[:1]]))
+    assert [c.refused for c in refused] == ["expected an array `faces` in it, found: labels"]
+
+
+def test_pickled_arrays_are_never_loaded(tmp_path: Path) -> None:
+    np.save(tmp_path / "evil.npy", np.array([{"run": "me"}], dtype=object), allow_pickle=True)
+    _, _, refused = load_faces([tmp_path])
+    assert "allow_pickle=False" in refused[0].refused
+
+
+def test_grey_and_transparent_images_become_bgr(tmp_path: Path) -> None:
+    grey = synthetic_faces(1)[0, :, :, 0]
+    cv2.imwrite(str(tmp_path / "grey.png"), grey)
+    cv2.imwrite(str(tmp_path / "rgba.png"), np.dstack([grey, grey, grey, np.full_like(grey, 9)]))
+    faces, _, _ = load_faces([tmp_path])
+    np.testing.assert_array_equal(faces, np.repeat(np.dstack([grey] * 3)[None], 2, axis=0))
