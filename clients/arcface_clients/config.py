@@ -164,7 +164,8 @@ class Triton(_Section):
 
     url: str = Field("localhost:8001", min_length=1)
     model: str = Field("arcface", min_length=1)
-    timeout_s: float = Field(30.0, gt=0)
+    timeout_s: float = Field(120.0, gt=0)
+    retry_for_s: float = Field(5.0, ge=0)
     in_flight: int = Field(4, ge=1, le=256)
     headers: dict[str, str] = {}
     tls: Tls = Tls()

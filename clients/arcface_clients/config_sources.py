@@ -156,7 +156,7 @@ def _fault(model: type[BaseModel], found: Layers, error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return f"{where}: {key}: no such key. {_neighbours(model, key)}"
     if error["type"] == "model_type":
-        return f"{where}: {key}: got {error['input']!r}; expected keys under it. {_neighbours(model, f'{key}.')}"
+        return f"{where}: {key}: got {error['input']!r}; expected keys under it. {_allowed(model, key)}"
     message = error["msg"].removeprefix("Value error, ").rstrip(".")
     if isinstance(error["input"], dict):  # a rule over several keys
         return f"{where}: {key}: {message}."
@@ -166,8 +166,11 @@ def _fault(model: type[BaseModel], found: Layers, error: Any) -> str:
 def _neighbours(model: type[BaseModel], key: str) -> str:
     """What could stand there instead of an unknown key."""
     known = list(leaf_keys(model))
-    parent = key.rpartition(".")[0]
-    here = list(dict.fromkeys(k[len(parent) :].lstrip(".").split(".")[0] for k in known if k.startswith(parent)))
     close = difflib.get_close_matches(key, [*known, *dict.fromkeys(k.split(".")[0] for k in known)], n=1, cutoff=0.7)
-    hint = f"Did you mean {close[0]}? " if close else ""
-    return f"{hint}Allowed{f' in {parent}' if parent else ''}: {', '.join(here)}."
+    return (f"Did you mean {close[0]}? " if close else "") + _allowed(model, key.rpartition(".")[0])
+
+
+def _allowed(model: type[BaseModel], section: str) -> str:
+    start = f"{section}." if section else ""
+    here = dict.fromkeys(k.removeprefix(start).split(".")[0] for k in leaf_keys(model) if k.startswith(start))
+    return f"Allowed{f' in {section}' if section else ''}: {', '.join(here)}."

@@ -60,7 +60,8 @@ class LocalEngine(ABC):
         if bad.size:
             raise InferenceFailed(
                 f"{self.name}: {bad.size} of {len(embeddings)} embeddings hold NaN or infinity, "
-                f"first for face {bad[0]}: the model overflows in this precision. Compare it with the reference: arcface parity"
+                f"first for face {bad[0]}: the model overflows in this precision. "
+                "Compare it with the reference: arcface parity"
             )
         return embeddings
 

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 @EngineRegistry.register("onnx")
 class OnnxEngine(LocalEngine):
-    """ONNX Runtime in this process on a serving ONNX (`face` uint8 → `embedding` float32), as `arcface import` makes it.
+    """ONNX Runtime in this process on a serving ONNX: `face` uint8 → `embedding` float32, as `arcface import` makes it.
 
     Several threads may call `encode`; each call uses `threads` threads of its own pool.
     """

@@ -17,8 +17,6 @@ class EmbeddingEngine(Protocol):
     mistakes are `InvalidFaces` and `ConfigError` (a chain never falls back on those).
     """
 
-    name: str
-
     @property
     def embedding_dim(self) -> int:
         """Width D of an embedding; may connect or load.
