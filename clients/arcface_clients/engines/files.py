@@ -49,7 +49,11 @@ class ModelFolder:
             raise ModelMissing(
                 f"no {precision} ONNX of model {self.path.name}: expected {file} (variants there: "
                 f"{', '.join(there) or 'none'}). Make it: arcface {command} "
-                + (f"SOURCE --name {self.path.name}" if command == "import" else f"{self.path.name} -p {precision}")
+                + (
+                    f"SOURCE --name {self.path.name}"
+                    if command == "import"
+                    else f"{self.path.name} --precision {precision}"
+                )
             )
         return file
 
