@@ -10,6 +10,7 @@ ArcFaceError
 └── BackendUnavailable    the backend is not there               FALLS BACK         exit 3
     ├── ServerUnreachable     no server answers at the address
     ├── ModelNotReady         the server has no such model, or it is not loaded
+    ├── ModelMissing          no ONNX file or plan for this host
     ├── DeadlineExceeded      no answer within timeout_s
     └── DependencyMissing     a package or a program is not installed
 """
@@ -71,6 +72,10 @@ class ServerUnreachable(BackendUnavailable):
 
 class ModelNotReady(BackendUnavailable):
     """The server answers, but the model is unknown to it or not loaded. Falls back."""
+
+
+class ModelMissing(BackendUnavailable):
+    """The file that an in-process engine reads (serving ONNX, plan, source) is not on this host. Falls back."""
 
 
 class DeadlineExceeded(BackendUnavailable, TimeoutError):

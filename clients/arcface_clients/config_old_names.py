@@ -1,0 +1,85 @@
+"""Configuration keys under their former names in; today's keys out, with one warning for each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from arcface_clients.errors import ConfigError
+
+
+def _same(key: str) -> Callable[[Any], dict[str, Any]]:
+    return lambda value: {key: value}
+
+
+def _size(unit: str) -> Callable[[Any], dict[str, Any]]:
+    return lambda value: {"workspace": f"{value}{unit}"}
+
+
+def _bucket(value: Any) -> dict[str, Any]:
+    return {"storage.bucket": value, "storage.type": "s3"} if value else {"storage.bucket": None}
+
+
+def _switch(value: Any) -> dict[str, Any]:
+    return {"backend": "tensorrt" if value else "insightface"}  # off meant the unaccelerated reference
+
+
+# Old key -> what it sets now. `tensorrt.` and `arcface_tensorrt.` are two names of one former section; a key that
+# stands there without being listed is refused like any unknown key.
+_IN_SECTION: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "enabled": _switch,
+    "precision": _same("precision"),
+    "device": _same("device"),
+    "workspace_gb": _size("GB"),
+    "workspace_size_mb": _size("MB"),
+    "batch_size": _same("batch.max"),
+    "min_batch_size": _same("batch.min"),
+    "opt_batch_size": _same("batch.opt"),
+    "max_batch_size": _same("batch.max"),
+    "engine_path": _same("local.plan"),
+    "onnx_path": _same("local.serving_onnx"),
+    "engine_s3_bucket": _bucket,
+    "engine_s3_prefix": _same("storage.prefix"),
+    "engine_cache_dir": _same("storage.cache"),
+    "s3_endpoint_url": _same("storage.endpoint"),
+    "s3_region": _same("storage.region"),
+    "build_locally": _same("fallback.build_locally"),
+    "fallback_to_pytorch": _same("fallback.enabled"),
+    "allow_cpu_fallback": _same("fallback.allow_cpu"),
+    "run_validation": _same("validation.run_on_startup"),
+    "eval_set_size": _same("validation.eval_set_size"),
+}
+OLD_NAMES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "backend_type": _same("backend"),
+    "workspace_gb": _size("GB"),
+    "workspace_size_mb": _size("MB"),
+    "batch_size": _same("batch.max"),
+    "min_batch_size": _same("batch.min"),
+    "opt_batch_size": _same("batch.opt"),
+    "max_batch_size": _same("batch.max"),
+    **{f"{section}.{key}": to for section in ("tensorrt", "arcface_tensorrt") for key, to in _IN_SECTION.items()},
+}
+
+
+def renamed(flat: dict[str, Any], origin: str) -> dict[str, Any]:
+    """`flat` (dotted key → value) with old names replaced; each one that occurs is a FutureWarning.
+
+    Raises:
+        ConfigError: an old and a new name, or two old ones, say different things.
+    """
+    result = {key: value for key, value in flat.items() if key not in OLD_NAMES}
+    said_by = {key: key for key in result}
+    for old in (key for key in flat if key in OLD_NAMES):
+        now = OLD_NAMES[old](flat[old])
+        for key, value in now.items():
+            if key in result and result[key] != value:
+                raise ConfigError(
+                    f"{origin}: {said_by[key]} says {result[key]!r} and the old name {old} says {value!r}: "
+                    f"keep {key} and delete {old}."
+                )
+            result[key] = value
+            said_by.setdefault(key, old)
+        first = next(iter(now))
+        warnings.warn(f"{origin}: {old} is an old name; write {first}: {now[first]}", FutureWarning, stacklevel=2)
+    return result

@@ -1,0 +1,176 @@
+"""YAML, environment and overrides in; checked values, or one message that names every fault and its place, out."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from arcface_clients.config_old_names import renamed
+from arcface_clients.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+ENV_PREFIX = "ARCFACE_"
+FILE_VARIABLE = "ARCFACE_CONFIG"
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Layers:
+    """Merged values as a flat table of dotted keys, and where each of them came from."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+
+    def add(self, flat: Mapping[str, Any], origin: str | Mapping[str, str]) -> None:
+        """Put a layer on top; it wins over what is there, and over anything below or above the same key."""
+        for key, value in flat.items():
+            for old in [k for k in self.values if k.startswith(f"{key}.") or key.startswith(f"{k}.")]:
+                del self.values[old]
+            self.values[key] = value
+            self.origin[key] = origin if isinstance(origin, str) else origin[key]
+
+
+def layers(path: str | Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]) -> Layers:
+    """File, environment and overrides on top of each other, old names already replaced."""
+    from arcface_clients.config import DEFAULT_FILE, EmbeddingConfig
+
+    found = Layers()
+    file = Path(path or environ.get(FILE_VARIABLE) or DEFAULT_FILE)
+    if path or environ.get(FILE_VARIABLE) or file.exists():
+        found.add(renamed(dict(flatten(read_yaml(file))), str(file)), str(file))
+    names = {variable(key): key for key in leaf_keys(EmbeddingConfig)}
+    from_env = {names[name]: _parsed(name, text) for name, text in environ.items() if name in names}
+    found.add(from_env, {key: f"environment variable {variable(key)}" for key in from_env})
+    _refuse_unknown_variables(environ, names)
+    found.add(renamed(dict(flatten(overrides)), "arguments"), "arguments")
+    return found
+
+
+def checked(model: type[Model], found: Layers) -> Model:
+    """An instance of `model`.
+
+    Raises:
+        ConfigError: one line for each fault: where, dotted key, what was got, what is allowed.
+    """
+    try:
+        return model.model_validate(_nested(_without_empty_sections(model, found.values)))
+    except ValidationError as exc:
+        faults = [_fault(model, found, error) for error in exc.errors()]
+        raise ConfigError("\n".join(faults)) from exc
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping."""
+    try:
+        data = yaml.safe_load(file.read_text())
+    except OSError as exc:
+        raise ConfigError(
+            f"{file}: cannot be read ({exc.strerror}): expected a YAML file. Copy config/embedding.yaml to start one."
+        ) from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        where = getattr(exc, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where else ""
+        raise ConfigError(f"{file}: not YAML{line}: {getattr(exc, 'problem', exc)}.") from exc
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: expected keys and values, got {type(data).__name__}.")
+    return data
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) for every leaf; `headers` is a value, not a section."""
+    for key, value in data.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value and dotted != "triton.headers":
+            yield from flatten(value, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def leaf_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a configuration model, in its order."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from leaf_keys(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def variable(key: str) -> str:
+    """The environment variable of a dotted key: storage.bucket → ARCFACE_STORAGE__BUCKET."""
+    return ENV_PREFIX + key.upper().replace(".", "__")
+
+
+def _parsed(name: str, text: str) -> Any:
+    """A variable's text: empty or null is None, [lists] and {mappings} are YAML, everything else stays text."""
+    if text.strip().lower() in ("", "null", "none"):
+        return None
+    try:
+        return yaml.safe_load(text) if text.strip()[0] in "[{" else text
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"environment variable {name}: not YAML: {text!r}.") from exc
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str], names: Mapping[str, str]) -> None:
+    """ARCFACE_X__Y can only be meant for us: refuse unknown ones. ARCFACE_X may be somebody else's: warn if close."""
+    for name in sorted(set(environ) - set(names)):
+        if not name.startswith(ENV_PREFIX):
+            continue
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+        if "__" in name:
+            hint = f"did you mean {close[0]}?" if close else "docs/configuration.md lists them all."
+            raise ConfigError(f"environment variable {name}: no such key: {hint}")
+        if close:
+            _log.warning("environment variable %s is ignored; did you mean %s?", name, close[0])
+
+
+def _without_empty_sections(model: type[BaseModel], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A section whose keys are all commented out reads as None in YAML; it means the defaults."""
+    sections = {k.rpartition(".")[0] for k in leaf_keys(model)}
+    return {key: value for key, value in flat.items() if value is not None or key not in sections}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def _fault(model: type[BaseModel], found: Layers, error: Any) -> str:
+    """One pydantic error as one line of ours."""
+    key = ".".join(str(part) for part in error["loc"])
+    where = next((text for k, text in found.origin.items() if k == key or k.startswith(f"{key}.")), "configuration")
+    if error["type"] == "extra_forbidden":
+        return f"{where}: {key}: no such key. {_neighbours(model, key)}"
+    if error["type"] == "model_type":
+        return f"{where}: {key}: got {error['input']!r}; expected keys under it. {_allowed(model, key)}"
+    message = error["msg"].removeprefix("Value error, ").rstrip(".")
+    if isinstance(error["input"], dict):  # a rule over several keys
+        return f"{where}: {key}: {message}."
+    return f"{where}: {key}: got {error['input']!r}; {message[0].lower()}{message[1:]}."
+
+
+def _neighbours(model: type[BaseModel], key: str) -> str:
+    """What could stand there instead of an unknown key."""
+    known = list(leaf_keys(model))
+    close = difflib.get_close_matches(key, [*known, *dict.fromkeys(k.split(".")[0] for k in known)], n=1, cutoff=0.7)
+    return (f"Did you mean {close[0]}? " if close else "") + _allowed(model, key.rpartition(".")[0])
+
+
+def _allowed(model: type[BaseModel], section: str) -> str:
+    start = f"{section}." if section else ""
+    here = dict.fromkeys(k.removeprefix(start).split(".")[0] for k in leaf_keys(model) if k.startswith(start))
+    return f"Allowed{f' in {section}' if section else ''}: {', '.join(here)}."

@@ -1,0 +1,72 @@
+"""A device as users write it in; the ONNX Runtime providers to take, in order of preference, out. Pure, no imports."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from arcface_clients.errors import ConfigError, DependencyMissing
+
+CPU = "CPUExecutionProvider"
+# `auto` never takes the TensorRT provider: it builds an engine at the first run, minutes that nobody asked for.
+_AUTO = ("CUDAExecutionProvider", "CoreMLExecutionProvider", "OpenVINOExecutionProvider", CPU)
+_PROVIDERS = {
+    "auto": _AUTO,
+    "gpu": ("CUDAExecutionProvider", "CoreMLExecutionProvider"),
+    "cuda": ("CUDAExecutionProvider",),
+    "tensorrt": ("TensorrtExecutionProvider",),
+    "coreml": ("CoreMLExecutionProvider",),
+    "openvino": ("OpenVINOExecutionProvider",),
+    "cpu": (CPU,),
+}
+_ALIASES = {"mps": "coreml", "trt": "tensorrt"}
+_PACKAGES = {
+    "CUDAExecutionProvider": "onnxruntime-gpu",
+    "TensorrtExecutionProvider": "onnxruntime-gpu",
+    "CoreMLExecutionProvider": "onnxruntime (macOS)",
+    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+    CPU: "onnxruntime",
+}
+
+
+def canonical_device(device: str) -> str:
+    """`device` in lower case with aliases resolved; "cuda:1" keeps its index.
+
+    Raises:
+        ConfigError: not a device; the message lists those that exist.
+    """
+    text = str(device).lower()
+    text = _ALIASES.get(text, text)
+    base = text.split(":")[0]
+    if base not in _PROVIDERS or (text != base and not re.fullmatch(r"(cuda|tensorrt):\d+", text)):
+        raise ConfigError(f"no device is called {device!r}: expected one of {', '.join(_PROVIDERS)}, or cuda:1.")
+    return text
+
+
+def device_index(device: str) -> int:
+    """GPU number: 1 for "cuda:1", 0 where none is given."""
+    return int(device.partition(":")[2] or 0)
+
+
+def choose_provider(device: str, available: Sequence[str], needs: str | None = None) -> tuple[str, str]:
+    """The provider to ask for and the reason, in words.
+
+    Args:
+        device: as `canonical_device` gives it.
+        available: what `onnxruntime.get_available_providers()` says.
+        needs: the only provider that can run what was asked for (bf16 needs OpenVINO), or None.
+
+    Raises:
+        DependencyMissing: none of the device's providers is in this ONNX Runtime; falls back.
+    """
+    wanted = _PROVIDERS[device.split(":")[0]]
+    if needs is not None:
+        wanted = tuple(name for name in wanted if name == needs) or ((needs,) if device == "cpu" else ())
+    for name in wanted:
+        if name in available:
+            return name, f"first of {', '.join(wanted)} that is available" if len(wanted) > 1 else f"device={device}"
+    packages = sorted({_PACKAGES[name] for name in wanted}) or [_PACKAGES[needs or CPU]]
+    raise DependencyMissing(
+        f"this ONNX Runtime cannot run on device {device!r}: expected one of {', '.join(wanted or (needs or CPU,))}, "
+        f"got {', '.join(available)}. Install exactly one of its wheels: pip install {' or '.join(packages)}"
+    )

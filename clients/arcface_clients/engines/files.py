@@ -1,0 +1,121 @@
+"""A models folder and a model's name in; the files and facts that in-process engines read out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arcface_clients.contract import Preprocessing
+from arcface_clients.errors import ConfigError, ModelMissing
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """One imported model: models/NAME/ with serving.onnx, source.onnx, manifest.json and variants/."""
+
+    path: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def contract_id(self) -> str | None:
+        """Contract id that the import wrote; None where there is no manifest."""
+        return self.manifest.get("contract_id")
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the source network wants; InsightFace's own where there is no manifest."""
+        stated = self.manifest.get("preprocessing")
+        return Preprocessing.from_json(stated) if stated else Preprocessing()
+
+    @property
+    def source_sha256(self) -> str | None:
+        """Digest of the source ONNX; None where there is no manifest."""
+        return self.manifest.get("source", {}).get("sha256")
+
+    def serving(self, precision: str = "fp32", target: str = "cpu") -> Path:
+        """The serving ONNX of a precision; bf16 is run from the fp32 file.
+
+        Raises:
+            ModelMissing: no such file; the message lists the variants that are there. Falls back.
+        """
+        file = self.path / "serving.onnx"
+        if precision in ("fp16", "int8"):
+            file = self.path / "variants" / f"{precision}-{target}.onnx"
+        if not file.is_file():
+            there = sorted(found.stem for found in (self.path / "variants").glob("*.onnx"))
+            command = "import" if file.name == "serving.onnx" else "quantize"
+            raise ModelMissing(
+                f"no {precision} ONNX of model {self.path.name}: expected {file} (variants there: "
+                f"{', '.join(there) or 'none'}). Make it: arcface {command} "
+                + (
+                    f"SOURCE --name {self.path.name}"
+                    if command == "import"
+                    else f"{self.path.name} --precision {precision}"
+                )
+            )
+        return file
+
+    def source(self) -> Path:
+        """The ONNX that was imported, which the reference runs.
+
+        Raises:
+            ModelMissing: it is not there. Falls back.
+        """
+        file = self.path / "source.onnx"
+        if not file.is_file():
+            raise ModelMissing(
+                f"the reference needs the source ONNX: expected {file}, got nothing. "
+                f"Import it again: arcface import SOURCE --name {self.path.name}"
+            )
+        return file
+
+
+def find_model(models_dir: str | Path, name: str | None = None) -> ModelFolder:
+    """The model of this name, or the only one there is.
+
+    Raises:
+        ModelMissing: none there, or none of this name; the message lists what is there. Falls back.
+        ConfigError: several are there and no name was given.
+    """
+    root = Path(models_dir).expanduser()
+    there = sorted(file.parent.name for file in root.glob("*/serving.onnx"))
+    if name is None:
+        if len(there) > 1:
+            raise ConfigError(f"{root} holds {len(there)} models ({', '.join(there)}): say which one in local.model.")
+        if not there:
+            raise ModelMissing(f"no model in {root.absolute()}. Import one: arcface import SOURCE (or: import demo)")
+        name = there[0]
+    elif name not in there:
+        raise ModelMissing(
+            f"no model {name!r} in {root} (there: {', '.join(there) or 'none'}). "
+            f"Import it: arcface import SOURCE --name {name}"
+        )
+    return read_folder(root / name)
+
+
+def folder_of(file: Path) -> ModelFolder:
+    """The model folder that a serving ONNX, a variant or a source belongs to, by the manifest beside or above it."""
+    for parent in (file.parent, file.parent.parent):
+        if (parent / "manifest.json").is_file():
+            return read_folder(parent)
+    return ModelFolder(file.parent)
+
+
+def read_folder(path: Path) -> ModelFolder:
+    """A folder with its manifest, where it has one.
+
+    Raises:
+        ConfigError: the manifest is not JSON or not ours.
+    """
+    file = path / "manifest.json"
+    if not file.is_file():
+        return ModelFolder(path)
+    try:
+        manifest = json.loads(file.read_text())
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"{file}: cannot be read ({exc}). Import the model again: arcface import") from exc
+    if not isinstance(manifest, dict):
+        raise ConfigError(f"{file}: expected a JSON object, got {type(manifest).__name__}. Import the model again.")
+    return ModelFolder(path, manifest)

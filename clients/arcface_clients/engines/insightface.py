@@ -1,0 +1,132 @@
+"""InsightFace itself as an engine: the reference against which everything else is measured; source ONNX in."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_clients.contract import FACE_SHAPE, Preprocessing
+from arcface_clients.engines.devices import CPU
+from arcface_clients.engines.files import ModelFolder, find_model, folder_of
+from arcface_clients.engines.local import LocalEngine, unit_rows
+from arcface_clients.engines.registry import EngineRegistry
+from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
+
+
+@EngineRegistry.register("insightface")
+class InsightFaceEngine(LocalEngine):
+    """InsightFace's ArcFaceONNX on the CPU; its output is not of unit length, so it is normalised here.
+
+    `get_feat` is used where the preprocessing that InsightFace guesses is the stated one; else `forward`, which takes a
+    blob, with mean and std set to the stated ones per channel.
+    """
+
+    name = "insightface"
+    precision = "fp32"
+
+    def __init__(
+        self,
+        file: str | Path | None = None,
+        *,
+        models_dir: str | Path = "models",
+        model: str | None = None,
+        preprocessing: Preprocessing | None = None,
+        threads: int = 0,
+        max_batch: int = 64,
+    ) -> None:
+        """Choose what to load; nothing is loaded yet.
+
+        Args:
+            file: a source ONNX (not a serving one); None takes models_dir/model/source.onnx.
+            models_dir: where imported models are.
+            model: name of the model; None takes the only one there.
+            preprocessing: None takes what the manifest beside the file says, else InsightFace's own guess.
+            threads: intra-op threads; 0 leaves it to ONNX Runtime.
+            max_batch: largest batch given to one run.
+        """
+        super().__init__(max_batch)
+        self._file = Path(file).expanduser() if file is not None else None
+        self._models_dir, self._model = models_dir, model
+        self._stated, self._threads = preprocessing, threads
+        self._net: Any = None
+        self._one_by_one = False
+        self._guess_fits = True
+        self._color = "rgb"
+
+    @property
+    def contract_id(self) -> str | None:
+        """From the manifest beside the file; None where there is none."""
+        return self._folder().contract_id
+
+    def _folder(self) -> ModelFolder:
+        return folder_of(self._file) if self._file is not None else find_model(self._models_dir, self._model)
+
+    def _load(self) -> None:
+        folder = self._folder()
+        file = self._file or folder.source()
+        if not file.is_file():
+            raise ModelMissing(f"no source ONNX at {file}. Import one: arcface import SOURCE")
+        try:
+            with warnings.catch_warnings():  # its own imports warn about themselves
+                warnings.simplefilter("ignore")
+                import onnxruntime as ort
+                from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+        except ImportError as exc:
+            raise DependencyMissing(
+                f"the reference needs InsightFace ({exc}). Install it: pip install insightface onnxruntime onnx"
+            ) from exc
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        try:
+            session = ort.InferenceSession(str(file), options, providers=[CPU])
+            net = ArcFaceONNX(model_file=str(file), session=session)
+        except Exception as exc:
+            raise ConfigError(f"{file}: InsightFace cannot load it: {str(exc).partition(chr(10))[0]}") from exc
+        if len(net.input_shape) != 4 or list(net.input_shape[1:]) != [3, *FACE_SHAPE[:2]]:
+            raise ConfigError(
+                f"{file}: expected a source ONNX with input [N,3,112,112], got {net.input_shape}. The reference runs "
+                "the file that was imported, not the serving ONNX: models/NAME/source.onnx"
+            )
+        guess = Preprocessing(mean=(net.input_mean,) * 3, std=(net.input_std,) * 3)
+        stated = self._stated or (folder.preprocessing if folder.manifest else guess)
+        self._guess_fits = stated == guess
+        if not self._guess_fits:
+            net.input_mean = np.float32(stated.mean).reshape(1, 3, 1, 1)
+            net.input_std = np.float32(stated.std).reshape(1, 3, 1, 1)
+        self._color = stated.color
+        self._one_by_one = net.input_shape[0] == 1
+        width = net.output_shape[-1]
+        self._dim = width if isinstance(width, int) else None
+        self._net = net
+        self.taken = {
+            "provider": session.get_providers()[0],
+            "reason": "the reference runs on the CPU",
+            "file": str(file),
+            "call": "get_feat" if self._guess_fits else "forward",
+            "preprocessing": stated.to_json(),
+            "precision": self.precision,
+        }
+
+    def _run(self, faces: np.ndarray) -> np.ndarray:
+        net = self._net
+        if net is None:
+            raise InferenceFailed("insightface: the engine was closed while it was encoding.")
+        step = 1 if self._one_by_one else len(faces)
+        try:
+            rows = [self._features(net, faces[i : i + step]) for i in range(0, len(faces), step)]
+        except Exception as exc:
+            raise InferenceFailed(f"insightface: {str(exc).partition(chr(10))[0]} (batch {len(faces)})") from exc
+        return unit_rows(np.concatenate(rows))
+
+    def _features(self, net: Any, faces: np.ndarray) -> np.ndarray:
+        if self._guess_fits:
+            return net.get_feat(list(faces))
+        ordered = faces[..., ::-1] if self._color == "rgb" else faces
+        return net.forward(ordered.transpose(0, 3, 1, 2).astype(np.float32))
+
+    def _unload(self) -> None:
+        self._net = None

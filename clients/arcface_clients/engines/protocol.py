@@ -1,0 +1,68 @@
+"""What every engine is: aligned faces in, unit embeddings out, on one page."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+
+@runtime_checkable
+class EmbeddingEngine(Protocol):
+    """Anything that embeds faces: a server's client, a plan, an ONNX file, InsightFace, or a chain of them.
+
+    Constructing one is cheap: it checks arguments and loads nothing. An engine may be used from several threads.
+    Errors that mean "this backend is not there" are `BackendUnavailable` (a chain falls back on them); the caller's
+    mistakes are `InvalidFaces` and `ConfigError` (a chain never falls back on those).
+    """
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width D of an embedding; may connect or load.
+
+        Raises:
+            BackendUnavailable: falls back.
+        """
+        ...
+
+    @property
+    def contract_id(self) -> str | None:
+        """Which embeddings these may be compared with; None where it is not known. May connect, never loads weights.
+
+        Raises:
+            BackendUnavailable: falls back.
+        """
+        ...
+
+    def ensure_ready(self) -> None:
+        """Load or connect now, so that the first `encode` is not the slow one; calling it again is free.
+
+        Raises:
+            BackendUnavailable: falls back.
+        """
+        ...
+
+    def encode(self, faces: np.ndarray) -> np.ndarray:
+        """Embeddings of faces, in order: uint8 (N,112,112,3) BGR, any N ≥ 0 → float32 (N,D), rows of unit L2 norm.
+
+        Raises:
+            InvalidFaces: the array does not fit the tensor contract; never falls back.
+            InferenceFailed: the backend is there and failed on this input; never falls back.
+            BackendUnavailable: falls back.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give memory and connections back; calling it again does nothing."""
+        ...
+
+    def __enter__(self) -> EmbeddingEngine:
+        """The engine itself."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the engine."""
+        ...

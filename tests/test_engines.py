@@ -1,0 +1,270 @@
+"""Engines in this process: names, files, providers, and equality with the reference on real ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import onnxruntime
+import pytest
+from tiny_model import write_model
+
+from arcface_clients.contract import Preprocessing
+from arcface_clients.drift import compare_embeddings
+from arcface_clients.engines import EmbeddingEngine, EngineRegistry
+from arcface_clients.engines.devices import canonical_device, choose_provider
+from arcface_clients.engines.files import find_model
+from arcface_clients.engines.onnx import cpu_has_bf16
+from arcface_clients.errors import BackendUnavailable, ConfigError, DependencyMissing, InvalidFaces, ModelMissing
+from arcface_clients.synthetic import synthetic_faces
+
+IMAGENET = Preprocessing("rgb", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+CUDA, COREML, TRT = "CUDAExecutionProvider", "CoreMLExecutionProvider", "TensorrtExecutionProvider"
+VINO, CPU = "OpenVINOExecutionProvider", "CPUExecutionProvider"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    write_model(root / "tiny")
+    write_model(root / "fixed", IMAGENET, dim=128, fixed_batch=True, seed=1)
+    write_model(root / "bgr", Preprocessing("bgr", (0, 0, 0), (1, 1, 1)), seed=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def faces():
+    return synthetic_faces(9)
+
+
+def engine(name, models, model="tiny", **kwargs):
+    if name == "onnx":
+        kwargs.setdefault("device", "cpu")
+    return EngineRegistry.get(name, models_dir=models, model=model, threads=1, **kwargs)
+
+
+def test_names_are_listed_and_the_old_one_is_an_alias():
+    assert EngineRegistry.names()[:4] == ["triton", "tensorrt", "onnx", "insightface"]
+    assert EngineRegistry.canonical("PyTorch") == "insightface"
+
+
+def test_unknown_name_lists_the_known():
+    with pytest.raises(ConfigError) as caught:
+        EngineRegistry.get("tensorflow")
+    assert str(caught.value) == (
+        "no engine is called 'tensorflow': expected one of triton, tensorrt, onnx, insightface "
+        "(pytorch is insightface). Did you mean tensorrt?"
+    )
+
+
+def test_own_engine_is_registered_and_names_cannot_be_taken():
+    try:
+
+        @EngineRegistry.register("mine")
+        def mine(scale=1):
+            return ("mine", scale)
+
+        assert EngineRegistry.get("mine", scale=2) == ("mine", 2)
+        with pytest.raises(ConfigError, match="'onnx' is taken"):
+            EngineRegistry.register("onnx")(mine)
+        with pytest.raises(ConfigError, match="'pytorch' is taken"):
+            EngineRegistry.register("pytorch")(mine)
+    finally:
+        EngineRegistry._registered.pop("mine", None)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = (
+        "import sys, arcface_clients, arcface_clients.engines, arcface_clients.fallback\n"
+        "heavy = 'onnx onnxruntime tensorrt polygraphy insightface boto3 tritonclient pydantic yaml cv2'.split()\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["onnx", "insightface"])
+def test_engines_keep_the_protocol_and_the_contract(name, models, faces):
+    with engine(name, models) as got:
+        assert isinstance(got, EmbeddingEngine)
+        got.ensure_ready()
+        embeddings = got.encode(faces)
+        assert (embeddings.shape, embeddings.dtype, got.embedding_dim) == ((9, 64), np.float32, 64)
+        assert np.abs(np.linalg.norm(embeddings, axis=1) - 1).max() < 1e-5
+        assert got.contract_id == json.loads((models / "tiny" / "manifest.json").read_text())["contract_id"]
+        assert got.encode(faces[:0]).shape == (0, 64)
+        assert got.encode(faces[0]).shape == (1, 64)
+        assert np.allclose(got.encode(faces[::2].astype(np.float64)), embeddings[::2], atol=1e-6)
+        with pytest.raises(InvalidFaces):
+            got.encode(faces[:, :96])
+
+
+@pytest.mark.parametrize("model", ["tiny", "fixed", "bgr"])
+def test_onnx_equals_insightface_whatever_the_preprocessing(model, models, faces):
+    with engine("onnx", models, model) as onnx, engine("pytorch", models, model) as reference:
+        assert compare_embeddings(reference.encode(faces), onnx.encode(faces)).min_cosine > 0.999999
+        assert reference.taken["call"] == ("get_feat" if model == "tiny" else "forward")
+
+
+def test_stated_preprocessing_matters(models, faces):
+    source = models / "fixed" / "source.onnx"
+    right = EngineRegistry.get("insightface", file=source).encode(faces)
+    wrong = EngineRegistry.get("insightface", file=source, preprocessing=Preprocessing("bgr")).encode(faces)
+    assert compare_embeddings(right, wrong).min_cosine < 0.99
+
+
+@pytest.mark.parametrize("max_batch", [1, 4, 9, 64])
+def test_split_at_the_batch_limit_keeps_the_order(max_batch, models, faces):
+    whole = engine("onnx", models).encode(faces)
+    assert np.allclose(engine("onnx", models, max_batch=max_batch).encode(faces), whole, atol=1e-6)
+
+
+def test_closed_engine_loads_again(models, faces):
+    got = engine("onnx", models)
+    first = got.encode(faces)
+    got.close()
+    got.close()
+    assert np.array_equal(got.encode(faces), first)
+
+
+def test_threads_share_an_engine(models, faces):
+    got, answers = engine("onnx", models), []
+    threads = [threading.Thread(target=lambda: answers.append(got.encode(faces))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(answers) == 4 and all(np.allclose(a, answers[0], atol=1e-6) for a in answers)
+
+
+def test_what_was_taken_is_said(models):
+    got = engine("onnx", models)
+    got.ensure_ready()
+    assert {k: got.taken[k] for k in ("provider", "reason", "file", "precision", "threads")} == {
+        "provider": CPU,
+        "reason": "device=cpu",
+        "file": str(models / "tiny" / "serving.onnx"),
+        "precision": "fp32",
+        "threads": 1,
+    }
+
+
+@pytest.mark.skipif(VINO not in onnxruntime.get_available_providers(), reason="needs onnxruntime-openvino")
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("bf16", 1e-3)])
+def test_openvino_is_taken_in_the_precision_asked_for(precision, limit, models, faces):
+    with engine("onnx", models, device="openvino", precision=precision) as got, engine("onnx", models) as plain:
+        drift = compare_embeddings(plain.encode(faces), got.encode(faces)).max_drift
+        assert drift < limit
+        assert got.taken["provider"] == VINO
+        if precision == "bf16" and cpu_has_bf16():
+            assert got.taken["precision"] == "bf16" and drift > 1e-9
+        if precision == "bf16" and not cpu_has_bf16():
+            assert "this CPU has no bf16" in got.taken["reason"]
+
+
+def test_bf16_is_read_from_the_cpu_flags(tmp_path):
+    (tmp_path / "yes").write_text("flags : sse avx512_bf16 fma")
+    (tmp_path / "no").write_text("flags : sse avx2 fma")
+    assert cpu_has_bf16(tmp_path / "yes")
+    assert not cpu_has_bf16(tmp_path / "no") and not cpu_has_bf16(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "needs", "expected"),
+    [
+        ("auto", [CPU], None, CPU),
+        ("auto", [VINO, CPU], None, VINO),
+        ("auto", [TRT, CUDA, CPU], None, CUDA),
+        ("auto", [COREML, CPU], None, COREML),
+        ("cpu", [TRT, CUDA, VINO, CPU], None, CPU),
+        ("cuda:1", [TRT, CUDA, CPU], None, CUDA),
+        ("tensorrt", [TRT, CUDA, CPU], None, TRT),
+        ("auto", [VINO, CPU], VINO, VINO),
+        ("cpu", [VINO, CPU], VINO, VINO),
+        ("gpu", [VINO, CPU], None, None),
+        ("cuda", [VINO, CPU], None, None),
+        ("auto", [CUDA, CPU], VINO, None),
+        ("cuda", [CUDA, VINO, CPU], VINO, None),
+        ("coreml", [CPU], None, None),
+    ],
+)
+def test_provider_follows_device_and_availability(device, available, needs, expected):
+    if expected is None:
+        with pytest.raises(DependencyMissing, match="this ONNX Runtime cannot run on device"):
+            choose_provider(device, available, needs)
+    else:
+        assert choose_provider(device, available, needs)[0] == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("CUDA:1", "cuda:1"), ("mps", "coreml"), ("trt", "tensorrt")])
+def test_devices_are_written_in_many_ways(text, expected):
+    assert canonical_device(text) == expected
+
+
+@pytest.mark.parametrize("text", ["cuda:x", "cpu:1", "", "rocm"])
+def test_impossible_device_lists_the_possible(text):
+    with pytest.raises(ConfigError, match="expected one of auto, gpu, cuda, tensorrt, coreml, openvino, cpu"):
+        canonical_device(text)
+
+
+def test_device_that_is_not_there_says_what_to_install(models):
+    with pytest.raises(DependencyMissing) as caught:
+        engine("onnx", models, device="coreml").ensure_ready()
+    assert str(caught.value) == (
+        "this ONNX Runtime cannot run on device 'coreml': expected one of CoreMLExecutionProvider, got "
+        f"{', '.join(onnxruntime.get_available_providers())}. Install exactly one of its wheels: "
+        "pip install onnxruntime (macOS)"
+    )
+
+
+def test_missing_model_lists_those_that_exist(models):
+    with pytest.raises(ModelMissing) as caught:
+        engine("onnx", models, "r50").ensure_ready()
+    assert str(caught.value) == (
+        f"no model 'r50' in {models} (there: bgr, fixed, tiny). Import it: arcface import SOURCE --name r50"
+    )
+    assert isinstance(caught.value, BackendUnavailable)
+
+
+def test_several_models_and_no_name_is_wrong_use(models):
+    with pytest.raises(ConfigError, match="holds 3 models"):
+        find_model(models)
+
+
+def test_missing_variant_names_the_command(models):
+    with pytest.raises(ModelMissing) as caught:
+        engine("onnx", models, precision="int8").ensure_ready()
+    assert str(caught.value) == (
+        f"no int8 ONNX of model tiny: expected {models}/tiny/variants/int8-cpu.onnx (variants there: none). "
+        "Make it: arcface quantize tiny --precision int8"
+    )
+
+
+def test_source_file_given_to_the_onnx_engine_is_refused(models):
+    with pytest.raises(ConfigError, match="not a serving ONNX: expected face uint8"):
+        EngineRegistry.get("onnx", file=models / "tiny" / "source.onnx", device="cpu").ensure_ready()
+
+
+def test_serving_file_given_to_the_reference_is_refused(models):
+    with pytest.raises(ConfigError, match="expected a source ONNX with input"):
+        EngineRegistry.get("insightface", file=models / "tiny" / "serving.onnx").ensure_ready()
+
+
+def test_truncated_file_is_refused(models, tmp_path):
+    data = (models / "tiny" / "serving.onnx").read_bytes()
+    (tmp_path / "cut.onnx").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ConfigError, match="ONNX Runtime cannot load it"):
+        EngineRegistry.get("onnx", file=tmp_path / "cut.onnx", device="cpu").ensure_ready()
+
+
+def test_real_weights_are_run_by_the_reference_with_their_own_preprocessing(assets, lfw_faces):
+    file = assets / "models" / "MobileFaceNet.onnx"
+    with EngineRegistry.get("insightface", file=file, preprocessing=IMAGENET, threads=1) as reference:
+        got = reference.encode(lfw_faces[:16])
+        session = onnxruntime.InferenceSession(str(file), providers=[CPU])
+        blob = IMAGENET.apply(lfw_faces[:16])
+        expected = np.concatenate([session.run(None, {"input0": row[None]})[0] for row in blob])
+        assert compare_embeddings(expected, got).min_cosine > 0.9999999
+        assert got.shape == (16, 128)
