@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,22 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on a clean exit it is synced and renamed to `path`, on an error removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from arcface_clients.atomic import new_file as new_file
 
 
 @contextmanager

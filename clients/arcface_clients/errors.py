@@ -2,6 +2,7 @@
 
 ArcFaceError
 ├── InvalidFaces          the caller's array is wrong            never falls back   exit 2
+├── InvalidEmbeddings     zero rows, NaN, widths that differ     never falls back   exit 2
 ├── ConfigError           a key or value in the configuration    never falls back   exit 2
 ├── ContractMismatch      embeddings of two different contracts  never falls back   exit 2
 ├── GateFailed            drift above its limit                  never falls back   exit 1
@@ -26,6 +27,12 @@ class ArcFaceError(Exception):
 
 class InvalidFaces(ArcFaceError, ValueError):
     """The faces do not fit the tensor contract (shape, dtype, range). Never falls back: no backend could answer it."""
+
+    exit_code = 2
+
+
+class InvalidEmbeddings(ArcFaceError, ValueError):
+    """Embeddings that have no direction (zero, NaN) or do not fit together (shape, width). Never falls back."""
 
     exit_code = 2
 
