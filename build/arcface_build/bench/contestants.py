@@ -1,0 +1,123 @@
+"""What is measured: a serving ONNX, InsightFace or a served model in; variants for `measure_in_turns` out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from arcface_build.bench.interleaved import Variant, Work
+from arcface_build.bench.perf_analyzer import Load, PerfAnalyzer
+from arcface_build.bench.triton_statistics import read_statistics, server_split
+from arcface_build.errors import Missing
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+
+
+def in_process(name: str, encode: Callable[[np.ndarray], object], faces_bgr_u8: np.ndarray, batch: int) -> Variant:
+    """A variant that calls `encode` on batches of `batch` faces, taken in turn from `faces_bgr_u8`, in this process."""
+    batches = _batches(faces_bgr_u8, batch)
+
+    def sample(seconds: float) -> Work:
+        latencies_s: list[float] = []
+        started = time.perf_counter()
+        while True:
+            before = time.perf_counter()
+            encode(batches[len(latencies_s) % len(batches)])
+            now = time.perf_counter()
+            latencies_s.append(now - before)
+            if now - started >= seconds and (len(latencies_s) >= 2 or seconds == 0):
+                break
+        return Work(len(latencies_s) * batch, now - started, [1000 * s for s in latencies_s])
+
+    return Variant(name, sample, about={"batch": batch})
+
+
+def bare_session(onnx: Path, faces_bgr_u8: np.ndarray, batch: int, threads: int = 0) -> Variant:
+    """ONNX Runtime on a serving ONNX with its default options: what serving is measured against.
+
+    Args:
+        onnx: serving ONNX (`face` uint8 → `embedding`).
+        faces_bgr_u8: faces to embed, uint8 (N,112,112,3).
+        batch: faces a call.
+        threads: intra-op threads; 0 leaves ONNX Runtime's default (all cores).
+    """
+    if not onnx.is_file():
+        raise Missing(f"no serving ONNX at {onnx}. Next: arcface import demo, or name one: arcface bench --onnx FILE")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+    variant = in_process(
+        f"bare b{batch}", lambda faces: session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces}), faces_bgr_u8, batch
+    )
+    variant.about |= {"runtime": f"onnxruntime {onnxruntime.__version__}", "threads": threads or "all cores"}
+    return variant
+
+
+def insightface_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequence[int]) -> list[Variant]:
+    """InsightFace's own `get_feat` on an untouched source ONNX, a variant for each batch that the file allows.
+
+    Called as pipelines do today. Its preprocessing may not be the one that the weights were trained with: time only.
+    """
+    if not source.is_file():
+        raise Missing(f"no source ONNX at {source}. Next: arcface import demo, or arcface import YOUR.onnx")
+    try:
+        from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+    except ImportError as exc:
+        raise Missing(f"InsightFace is not installed ({exc}). Next: pip install --no-deps insightface") from exc
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+    model = ArcFaceONNX(model_file=str(source), session=session)
+    fixed = session.get_inputs()[0].shape[0]
+    allowed = [batch for batch in batches if not isinstance(fixed, int) or batch == fixed]
+    return [
+        in_process(f"insightface b{batch}", lambda faces: model.get_feat(list(faces)), faces_bgr_u8, batch)
+        for batch in allowed
+    ]
+
+
+def served(
+    program: PerfAnalyzer,
+    load: Load,
+    *,
+    grpc_url: str,
+    http_url: str,
+    input_data: Path,
+    server_pid: int | None = None,
+) -> Variant:
+    """A variant that perf_analyzer measures through the server; each sample carries the server's own split of its time.
+
+    Args:
+        program: what `find_perf_analyzer` found.
+        load: model, protocol, batch, concurrency.
+        grpc_url: host:port; the load's protocol chooses between this and `http_url`.
+        http_url: host:port, also asked for the statistics.
+        input_data: file that `write_input_data` wrote.
+        server_pid: tritonserver's, when it runs on this host; its CPU time is then told.
+    """
+    url = grpc_url if load.protocol.startswith("grpc") else http_url
+    requests_per_s = 0.0
+
+    def sample(seconds: float) -> Work:
+        nonlocal requests_per_s
+        before = read_statistics(http_url)
+        work = program.measure(load, url, input_data, math.ceil(requests_per_s * seconds))
+        work.details["server"] = server_split(before, read_statistics(http_url))
+        requests_per_s = work.faces_per_s / load.batch
+        return work
+
+    pids = (server_pid,) if server_pid else ()
+    return Variant(load.name, sample, "server", pids, {**asdict(load), "url": url})
+
+
+def _batches(faces_bgr_u8: np.ndarray, batch: int) -> list[np.ndarray]:
+    """At least one whole batch, faces repeated where there are too few."""
+    count = max(1, len(faces_bgr_u8) // batch)
+    index = np.arange(count * batch) % len(faces_bgr_u8)
+    return [np.ascontiguousarray(faces_bgr_u8[part]) for part in index.reshape(count, batch)]

@@ -1,0 +1,74 @@
+"""Where a measurement was taken: hardware, versions, governor and load, as JSON."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "arcface-triton",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-openvino",
+    "openvino",
+    "insightface",
+    "tritonclient",
+    "nvidia-pytriton",
+    "tensorrt",
+)
+_TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def describe_host() -> dict[str, Any]:
+    """Processor, cores, memory, GPU, kernel, package versions, frequency governor and the load of the last minute."""
+    cpuinfo = _text("/proc/cpuinfo")
+    flags = set(_field(cpuinfo, "flags").split())
+    return {
+        "cpu": _field(cpuinfo, "model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_flags": [flag for flag in _TELLING_FLAGS if flag in flags],
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": _gpus(),
+        "governor": _text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or "not visible",
+        "load_1min": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in _PACKAGES if _installed(name)},
+    }
+
+
+def _gpus() -> list[dict[str, str]]:
+    """Name, SM, driver and memory of each GPU that nvidia-smi tells of."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    rows = [line.split(", ") for line in answer.stdout.splitlines()] if answer.returncode == 0 else []
+    return [dict(zip(("name", "sm", "driver", "memory"), row, strict=False)) for row in rows]
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _field(cpuinfo: str, name: str) -> str:
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    return next((value.strip() for key, _, value in lines if key.strip() == name), "")

@@ -1,0 +1,227 @@
+"""Triton's own load generator on real crops: a load in, the faces it got through and each request's latency out."""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import json
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata, util
+from pathlib import Path
+
+import numpy as np
+
+from arcface_build.bench.interleaved import Work
+from arcface_build.errors import BuildError, Missing, WrongUse
+from arcface_clients.contract import FACE_INPUT
+
+# What --protocol may be → perf_analyzer's arguments; the first word tells which of the server's ports is used.
+PROTOCOLS: dict[str, tuple[str, ...]] = {
+    "grpc": ("-i", "grpc"),
+    "grpc-shm": ("-i", "grpc", "--shared-memory", "system"),
+    "grpc-cudashm": ("-i", "grpc", "--shared-memory", "cuda"),
+    "http": ("-i", "http"),
+    "http-shm": ("-i", "http", "--shared-memory", "system"),
+    "http-json": ("-i", "http", "--input-tensor-format", "json", "--output-tensor-format", "json"),
+}
+# The export holds one face and all embeddings of each request as decimal text: bound the file, not the patience.
+_MOST_EXPORT_BYTES = 120e6
+_TEXT_BYTES_OF_FACE, _TEXT_BYTES_OF_EMBEDDING = 150e3, 10.5e3
+_FEWEST_GENERATIONS = 4
+
+
+@dataclass(frozen=True)
+class Load:
+    """One point of a benchmark: `concurrency` callers, each with a request of `batch` faces always under way."""
+
+    model: str
+    protocol: str = "grpc"
+    batch: int = 32
+    concurrency: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown protocol and counts below one."""
+        if self.protocol not in PROTOCOLS:
+            raise WrongUse(f"unknown protocol {self.protocol!r}: expected one of {', '.join(PROTOCOLS)}.")
+        if self.batch < 1 or self.concurrency < 1:
+            raise WrongUse(f"batch {self.batch}, concurrency {self.concurrency}: expected both to be at least 1.")
+
+    @property
+    def name(self) -> str:
+        """For tables: model, protocol, batch and concurrency."""
+        return f"{self.model} {self.protocol} b{self.batch} c{self.concurrency}"
+
+    def most_requests(self) -> int:
+        """How many requests one sample may have, so that the exported timestamps stay a file of bounded size."""
+        return int(_MOST_EXPORT_BYTES / (_TEXT_BYTES_OF_FACE + self.batch * _TEXT_BYTES_OF_EMBEDDING))
+
+
+@dataclass
+class PerfAnalyzer:
+    """A perf_analyzer that was seen to start, with the environment that its libraries need."""
+
+    path: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def measure(self, load: Load, url: str, input_data: Path, requests: int, timeout_s: float = 600.0) -> Work:
+        """Send `requests` requests in a closed loop and time them from their own timestamps.
+
+        perf_analyzer's printed throughput counts whole windows, which is wrong by a request in each: with two seconds
+        a request that is all there is. So the rate is that of all generations (one request of each caller) after the
+        first, which starts on an idle server: (n − c) · batch / (end of request n − end of request c).
+
+        Args:
+            load: what to send, and to which model.
+            url: host:port of the protocol that the load names.
+            input_data: file that `write_input_data` wrote.
+            requests: how many at least; made a whole number of generations, and bounded by `Load.most_requests`.
+            timeout_s: after which the run is ended.
+
+        Raises:
+            BuildError: it failed, or a request did; the message carries perf_analyzer's own.
+        """
+        generations = max(_FEWEST_GENERATIONS, -(-min(requests, load.most_requests()) // load.concurrency)) + 1
+        count = generations * load.concurrency
+        with tempfile.TemporaryDirectory(prefix="perf_analyzer-") as folder:
+            export = Path(folder) / "requests.json"  # an existing file would be refused
+            line = [str(self.path), "-m", load.model, "-u", url, *PROTOCOLS[load.protocol], "-b", str(load.batch)]
+            line += ["--concurrency-range", f"{load.concurrency}:{load.concurrency}:1", "--request-count", str(count)]
+            line += ["--input-data", str(input_data), "--profile-export-file", str(export)]
+            answer = self._run(line, timeout_s)
+            if answer.returncode or not export.is_file():
+                raise BuildError(f"perf_analyzer failed on {load.name} at {url}: {_reason(answer)}")
+            starts, ends = _timestamps(export)
+        if len(ends) < 2 * load.concurrency:
+            raise BuildError(
+                f"perf_analyzer answered {len(ends)} of {count} requests on {load.name}: {_reason(answer)}"
+            )
+        return work_from_timestamps(starts, ends, load.batch, load.concurrency)
+
+    def check(self) -> None:
+        """Start it once.
+
+        Raises:
+            Missing: one of its libraries is not on this host; the message names the package.
+        """
+        answer = self._run([str(self.path), "--version"], 20)
+        said = answer.stdout + answer.stderr
+        library = re.search(r"loading shared libraries: (\S+?):|version `(\S+?)' not found", said)
+        if library:
+            name = library.group(1) or library.group(2)
+            package = {
+                "libb64.so.0d": "apt-get install libb64-0d",
+                "libcudart.so.12": "pip install 'arcface-triton[evidence]' (it brings nvidia-cuda-runtime-cu12)",
+            }
+            raise Missing(
+                f"{self.path} needs {name}, which this host has not. Next: {package.get(name, f'install {name}')}"
+            )
+        if answer.returncode:
+            raise Missing(f"{self.path} does not start (status {answer.returncode}): {_reason(answer)}")
+
+    def _run(self, line: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **self.environment}
+        try:
+            return subprocess.run(
+                line, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace"
+            )
+        except subprocess.TimeoutExpired as exc:
+            raise BuildError(
+                f"perf_analyzer did not finish within {timeout_s:g} s. "
+                "Is the server alive (curl http://HOST:8000/v2/health/ready)? Ask for a smaller batch."
+            ) from exc
+
+
+def work_from_timestamps(starts_ns: np.ndarray, ends_ns: np.ndarray, batch: int, concurrency: int) -> Work:
+    """Throughput and latencies of the generations after the first; int64 (n,) nanoseconds of one clock, any order."""
+    order = np.argsort(ends_ns, kind="stable")
+    starts_ns, ends_ns = starts_ns[order], ends_ns[order]
+    whole = len(ends_ns) // concurrency * concurrency
+    counted = slice(concurrency, whole)
+    return Work(
+        faces=(whole - concurrency) * batch,
+        wall_s=float(ends_ns[whole - 1] - ends_ns[concurrency - 1]) / 1e9,
+        latencies_ms=((ends_ns[counted] - starts_ns[counted]) / 1e6).tolist(),
+        faces_in_all=len(ends_ns) * batch,
+    )
+
+
+def write_input_data(faces_bgr_u8: np.ndarray, path: Path) -> Path:
+    """Write faces, uint8 (N,112,112,3), as perf_analyzer's JSON: one step a face, which it fills batches from."""
+    steps = [{FACE_INPUT: {"b64": base64.b64encode(face.tobytes()).decode()}} for face in faces_bgr_u8]
+    path.write_text(json.dumps({"data": steps}))
+    return path
+
+
+def find_perf_analyzer() -> PerfAnalyzer:
+    """The perf_analyzer on PATH, of this environment, or of the installed tritonclient wheel.
+
+    Raises:
+        Missing: there is none, or one of its libraries is not on this host; the message names the package.
+    """
+    path = _binary()
+    if path is None:
+        raise Missing(
+            "no perf_analyzer: it is neither on PATH nor in this Python environment. "
+            "The wheel that holds it (newer ones do not): pip install 'tritonclient[grpc,http]==2.50.0'"
+        )
+    program = PerfAnalyzer(path, _library_environment())
+    program.check()
+    return program
+
+
+def _binary() -> Path | None:
+    """PATH, then beside this Python, then where the wheel's record says."""
+    for candidate in (shutil.which("perf_analyzer"), Path(sys.executable).with_name("perf_analyzer")):
+        if candidate and os.access(candidate, os.X_OK):
+            return Path(candidate)
+    try:
+        files = metadata.files("tritonclient") or []
+    except metadata.PackageNotFoundError:
+        return None
+    found = (Path(str(file.locate())).resolve() for file in files if file.name == "perf_analyzer")
+    return next((path for path in found if os.access(path, os.X_OK)), None)
+
+
+def _library_environment() -> dict[str, str]:
+    """LD_LIBRARY_PATH for that process only: CUDA's runtime from its wheel, libb64 from the one that Triton brings."""
+    folders = []
+    cuda = util.find_spec("nvidia.cuda_runtime") if util.find_spec("nvidia") else None
+    if cuda and cuda.submodule_search_locations:
+        folders.append(str(Path(next(iter(cuda.submodule_search_locations))) / "lib"))
+    pytriton = util.find_spec("pytriton")
+    if pytriton and pytriton.origin:
+        bundled = sorted((Path(pytriton.origin).parent.parent / "nvidia_pytriton.libs").glob("libb64-*.so.0d"))
+        if bundled:  # auditwheel has put a digest into its name
+            folder = tempfile.mkdtemp(prefix="libb64-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            (Path(folder) / "libb64.so.0d").symlink_to(bundled[0])
+            folders.append(folder)
+    folders.append(os.environ.get("LD_LIBRARY_PATH", ""))
+    return {"LD_LIBRARY_PATH": ":".join(filter(None, folders))}
+
+
+def _timestamps(export: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(start, end) of each request in nanoseconds, without parsing the tensors that the export holds too."""
+    pattern = re.compile(rb'"timestamp":\s*(\d+)|"response_timestamps":\s*\[(?:\d+,\s*)*(\d+)\]')
+    starts: list[int] = []
+    ends: list[int] = []
+    with export.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        for found in pattern.finditer(text):
+            (starts if found.group(1) else ends).append(int(found.group(1) or found.group(2)))
+    answered = min(len(starts), len(ends))
+    return np.array(starts[:answered], np.int64), np.array(ends[:answered], np.int64)
+
+
+def _reason(answer: subprocess.CompletedProcess[str]) -> str:
+    """The line of its output that tells why, without its usage text."""
+    lines = [line.strip() for line in (answer.stderr + "\n" + answer.stdout).splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"error|fail|thread|unable|not found|invalid", line, re.IGNORECASE)]
+    return " ".join((telling or lines or ["it printed nothing"])[:3])

@@ -1,0 +1,103 @@
+"""Samples in; the benchmark's JSON out, and its comparison with an older one.
+
+The format is described in docs/reports.md. Ratios are the result; faces a second are what this host gave that day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from arcface_build.bench.interleaved import Sample, Spread, Variant, ratio, undisturbed_rounds
+from arcface_build.errors import WrongUse
+
+FORMAT = 1
+DEFAULT_MARGIN = 0.03  # closer than this two runs on a shared machine cannot be told apart
+
+
+def summarise(
+    variants: Sequence[Variant], samples: Mapping[str, Sequence[Sample]], host: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The result as a JSON object: host, rounds, a row for each variant, and the ratios between them."""
+    rounds, disturbed = undisturbed_rounds(samples)
+    return {
+        "format": FORMAT,
+        "kind": "bench",
+        "host": dict(host),
+        "rounds": {"measured": len(next(iter(samples.values()))), "kept": rounds, "disturbed": disturbed},
+        "variants": [_row(v, [samples[v.name][r] for r in rounds]) for v in variants],
+        "ratios": [
+            {"variant": variant, "base": base, **ratio(samples, variant, base, rounds).to_json()}
+            for variant, base in comparisons(variants)
+        ],
+    }
+
+
+def comparisons(variants: Sequence[Variant]) -> list[tuple[str, str]]:
+    """(variant, base) pairs worth a ratio; base: bare runtime of that batch, InsightFace b1, an ensemble's leaf."""
+    pairs = []
+    for variant in variants:
+        for base in variants:
+            if base is variant:
+                continue
+            same_batch = base.about.get("batch") == variant.about.get("batch")
+            one_at_a_time = base.name == "insightface b1"
+            leaf = (
+                variant.about.get("model") == "arcface"
+                and str(base.about.get("model", "")).startswith("arcface_")
+                and all(variant.about[key] == base.about.get(key) for key in ("protocol", "batch", "concurrency"))
+            )
+            if (base.name.startswith("bare") and same_batch) or one_at_a_time or leaf:
+                pairs.append((variant.name, base.name))
+    return pairs
+
+
+def regressions(old: Mapping[str, Any], new: Mapping[str, Any], margin: float = DEFAULT_MARGIN) -> list[str]:
+    """One sentence for each ratio that fell by more than `margin` (relative) beyond the larger of the two spreads.
+
+    Raises:
+        WrongUse: the two results share no ratio, or `old` is not a benchmark of this format.
+    """
+    if old.get("format") != FORMAT or old.get("kind") != "bench":
+        raise WrongUse(f"not a benchmark of format {FORMAT}: got format {old.get('format')}, kind {old.get('kind')!r}.")
+    before = {(row["variant"], row["base"]): row for row in old["ratios"]}
+    now = {(row["variant"], row["base"]): row for row in new["ratios"]}
+    shared = [pair for pair in before if pair in now]
+    if not shared:
+        raise WrongUse(
+            f"the two results share no ratio: expected some of {sorted(before)}, got {sorted(now)}. Measure the same."
+        )
+    found = []
+    for pair in shared:
+        was, is_ = _spread(before[pair]), _spread(now[pair])
+        allowed = margin * was.median + max(was.half_width, is_.half_width)
+        if was.median - is_.median > allowed:
+            found.append(
+                f"{pair[0]} / {pair[1]}: {is_}, was {was}; fell by {was.median - is_.median:.3f}, allowed {allowed:.3f}"
+            )
+    return found
+
+
+def _row(variant: Variant, samples: Sequence[Sample]) -> dict[str, Any]:
+    latencies = [ms for sample in samples for ms in sample.latencies_ms]
+    cpu = [s.cpu_ms_per_face for s in samples if s.cpu_ms_per_face is not None]
+    return {
+        "name": variant.name,
+        "where": variant.where,
+        **variant.about,
+        "faces_per_s": Spread.of([s.faces_per_s for s in samples]).to_json(),
+        "cpu_ms_per_face": Spread.of(cpu).to_json() if cpu else None,
+        "latency_ms": {f"p{p}": float(np.percentile(latencies, p)) for p in (50, 90, 95, 99)} if latencies else None,
+        "calls": len(latencies),
+        "server": samples[-1].details.get("server"),
+        "samples": [
+            {"round": s.round, "faces_per_s": s.faces_per_s, "foreign_share": round(s.foreign_share, 4)}
+            for s in samples
+        ],
+    }
+
+
+def _spread(row: Mapping[str, Any]) -> Spread:
+    return Spread(row["median"], row["low"], row["high"], row["count"])

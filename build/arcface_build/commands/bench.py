@@ -1,0 +1,214 @@
+"""`arcface bench`: a model repository or a running server in; throughput ratios to the bare runtime out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import numpy as np
+
+EPILOG = """\b
+Examples:
+  arcface bench                                       own server, gRPC, batch 32, two callers, against the bare runtime
+  arcface bench --insightface --json bench.json       beside InsightFace in-process, one face a call and batched
+  arcface bench --protocol grpc --protocol grpc-shm --batch 1 --batch 32 --concurrency 1 --concurrency 4
+  arcface bench --url gpu-host:8001 --http-url gpu-host:8000 --no-bare
+  arcface bench --against bench.json                  exit 1 when a ratio fell beyond margin and spread
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The server under test; `pid` only where it runs on this host."""
+
+    grpc_url: str
+    http_url: str
+    pid: int | None
+
+
+@click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_BENCH", "show_default": True})
+@click.option("--model", "models", multiple=True, default=("arcface_onnx", "arcface"), help="Served model; repeatable.")
+@click.option("--protocol", "protocols", multiple=True, default=("grpc",), help="grpc, grpc-shm, http, http-json …")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(32,), help="Faces a request.")
+@click.option("--concurrency", "callers", multiple=True, type=click.IntRange(1), default=(2,), help="Callers at once.")
+@click.option("--bare/--no-bare", default=True, help="ONNX Runtime in this process: what the ratios refer to.")
+@click.option("--insightface", is_flag=True, help="InsightFace in this process, one face a call and batched.")
+@click.option("--onnx", type=click.Path(path_type=Path), help="Serving ONNX for the bare runtime; default: the served.")
+@click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
+@click.option("--config-name", default="onnx", help="Backend of the own server: onnx, tensorrt, reference, tuned.")
+@click.option("--url", help="host:port of a running server's gRPC; default: start one and stop it.")
+@click.option("--http-url", help="host:port of its HTTP; default: the port below --url's.")
+@click.option("--faces", "sources", multiple=True, help="Crops to send (folder, files, .npz); default: drawn faces.")
+@click.option("--rounds", default=7, type=click.IntRange(1), help="Undisturbed rounds; each measures everything once.")
+@click.option("--sample-s", default=3.0, type=click.FloatRange(0), help="Seconds of one sample, about.")
+@click.option("--json", "json_to", type=click.Path(path_type=Path), help="Write the result here; - prints it.")
+@click.option("--against", type=click.Path(path_type=Path, exists=True), help="An older result to check against.")
+@click.option("--margin", default=0.03, help="Relative fall of a ratio beyond the spread that counts as worse.")
+def command(
+    models: tuple[str, ...],
+    protocols: tuple[str, ...],
+    batches: tuple[int, ...],
+    callers: tuple[int, ...],
+    bare: bool,
+    insightface: bool,
+    onnx: Path | None,
+    model_repository: Path | None,
+    config_name: str,
+    url: str | None,
+    http_url: str | None,
+    sources: tuple[str, ...],
+    rounds: int,
+    sample_s: float,
+    json_to: Path | None,
+    against: Path | None,
+    margin: float,
+) -> int:
+    """Measure throughput through the server beside the bare runtime, in turns, in one run."""
+    from arcface_build.atomic import write_json
+    from arcface_build.bench import contestants
+    from arcface_build.bench.host import describe_host
+    from arcface_build.bench.interleaved import measure_in_turns
+    from arcface_build.bench.perf_analyzer import Load, find_perf_analyzer, write_input_data
+    from arcface_build.bench.result import regressions, summarise
+
+    old = json.loads(against.read_text()) if against else None
+    loads = [Load(*parts) for parts in product(models, protocols, batches, callers)]
+    program = find_perf_analyzer()
+    faces = _faces(sources, max(batches))
+    host = describe_host()
+    with (
+        tempfile.TemporaryDirectory(prefix="arcface-bench-") as folder,
+        _server(url, http_url, model_repository, models, config_name, Path(folder)) as target,
+    ):
+        data = write_input_data(faces, Path(folder) / "faces.json")
+        variants = []
+        if bare:
+            path = onnx or _served_file(model_repository, "arcface_onnx", "model.onnx")
+            variants += [contestants.bare_session(path, faces, batch) for batch in batches]
+        if insightface:
+            path = _served_file(model_repository, "arcface_reference", "source.onnx")
+            variants += contestants.insightface_sessions(path, faces, sorted({1, *batches}))
+        variants += [
+            contestants.served(
+                program,
+                load,
+                grpc_url=target.grpc_url,
+                http_url=target.http_url,
+                input_data=data,
+                server_pid=target.pid,
+            )
+            for load in loads
+        ]
+        with _progress(len(variants) * (rounds + 1)) as advance:
+            samples = measure_in_turns(variants, rounds, sample_s, advance)
+    result = summarise(variants, samples, host) | {"faces": len(faces), "faces_from": list(sources) or "drawn"}
+    if json_to and str(json_to) != "-":
+        write_json(json_to, result)
+    click.echo(json.dumps(result, indent=2) if str(json_to) == "-" else render(result))
+    worse = regressions(old, result, margin) if old else []
+    for sentence in worse:
+        click.echo(f"worse than {against}: {sentence}", err=True)
+    return 1 if worse else 0
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as text: a table of variants and the ratios below it."""
+    lines = [f"{'':34} {'faces/s':>9} {'p10–p90':>17} {'CPU ms/face':>12} {'p50 ms':>9} {'p99 ms':>9}"]
+    for row in result["variants"]:
+        speed, cpu, latency = row["faces_per_s"], row["cpu_ms_per_face"], row["latency_ms"]
+        lines.append(
+            f"{row['name']:34} {speed['median']:9.1f} {speed['low']:8.1f}–{speed['high']:<8.1f} "
+            f"{cpu['median'] if cpu else float('nan'):12.2f} {latency['p50']:9.1f} {latency['p99']:9.1f}"
+        )
+    lines += ["", "ratio of throughput, within a round: median (p10–p90)"]
+    for row in result["ratios"]:
+        lines.append(f"  {row['median']:.3f} ({row['low']:.3f}–{row['high']:.3f})  {row['variant']} / {row['base']}")
+    rounds = result["rounds"]
+    lines.append(
+        f"{len(rounds['kept'])} of {rounds['measured']} rounds kept: {result['host']['cpu']}, "
+        f"{result['host']['cores']} cores, load {result['host']['load_1min']:.1f} at the start"
+    )
+    if rounds["disturbed"]:
+        lines.append("NOT RELIABLE: other processes took CPU in nearly every round. Measure again on a quiet machine.")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _server(
+    url: str | None, http_url: str | None, repository: Path | None, models: tuple[str, ...], config: str, folder: Path
+) -> Iterator[Target]:
+    """The running server that was named, else one of our own on free ports."""
+    from arcface_build.bench.cpu_time import pid_listening_on
+    from arcface_build.repository import find_repository
+    from arcface_build.serving.binary import find_tritonserver
+    from arcface_build.serving.process import TritonProcess, free_ports
+
+    if url:
+        host, _, port = url.removeprefix("grpc://").rpartition(":")
+        yield Target(
+            f"{host}:{port}",
+            http_url or f"{host}:{int(port) - 1}",
+            pid_listening_on(int(port)) if host in ("localhost", "127.0.0.1") else None,
+        )
+        return
+    found = find_repository(repository)
+    binary = find_tritonserver(found.parent)
+    log = folder / "tritonserver.log"
+    with TritonProcess(binary, found, models, config_name=config, ports=free_ports(), log_path=log) as server:
+        server.wait_ready()
+        yield Target(server.grpc_url, server.http_url, server.pid)
+
+
+def _served_file(repository: Path | None, model: str, name: str) -> Path:
+    """The file of the newest version of a model in the repository."""
+    from arcface_build.errors import Missing
+    from arcface_build.repository import find_repository, versions
+
+    folder = find_repository(repository) / model
+    have = versions(folder)
+    if not have:
+        raise Missing(f"{model} has no weights in {folder}. Next: arcface import demo, or arcface import YOUR.onnx")
+    return folder / str(have[-1]) / name
+
+
+def _faces(sources: tuple[str, ...], batch: int) -> np.ndarray:
+    """Crops from files, else drawn ones: at least one batch."""
+    from arcface_build.errors import WrongUse
+    from arcface_clients.synthetic import synthetic_faces
+
+    if not sources:
+        return synthetic_faces(max(64, batch))
+    from arcface_clients.images import load_faces
+
+    faces, _, refused = load_faces(sources)
+    for crop in refused:
+        click.echo(f"not read: {crop.name}: {crop.refused}", err=True)
+    if not len(faces):
+        raise WrongUse(f"no face could be read from {' '.join(sources)}: expected aligned 112×112 crops.")
+    return faces[: max(256, batch)]
+
+
+@contextlib.contextmanager
+def _progress(total: int):
+    """A bar on stderr when that is a terminal; yields the callback for `measure_in_turns`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("warming up", total=total)
+
+        def advance(name: str, round_: int) -> None:
+            bar.update(task, advance=1, description="warming up" if round_ < 0 else f"round {round_ + 1}: {name}")
+
+        yield advance

@@ -1,0 +1,159 @@
+"""Benchmark arithmetic, the regression check, and the real perf_analyzer on the real server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arcface_build.bench.contestants import in_process
+from arcface_build.bench.cpu_time import watch_cpu
+from arcface_build.bench.interleaved import Sample, Variant, Work, measure_in_turns, ratio, undisturbed_rounds
+from arcface_build.bench.perf_analyzer import Load, PerfAnalyzer, find_perf_analyzer, work_from_timestamps
+from arcface_build.bench.result import regressions, summarise
+from arcface_build.errors import Missing, WrongUse
+
+
+def _ms(*values: float) -> np.ndarray:
+    return np.array([int(v * 1e6) for v in values], np.int64)
+
+
+@pytest.mark.parametrize(
+    ("ends_ms", "concurrency", "faces_per_s"),
+    [
+        ((10, 20, 30, 40, 50), 1, 100.0),  # one caller, one face each 10 ms; the first is warm-up
+        ((10, 10, 20, 20, 30, 30), 2, 200.0),  # pairs that the server answers in one batch
+        ((5, 10, 15, 20, 25, 30), 2, 200.0),  # two callers that take turns
+        ((50, 20, 40, 10, 30), 1, 100.0),  # perf_analyzer writes requests in any order
+        ((10, 10, 20, 20, 30), 2, 200.0),  # half a generation at the end is not counted
+    ],
+)
+def test_rate_is_that_of_whole_generations_after_the_first(
+    ends_ms: tuple[float, ...], concurrency: int, faces_per_s: float
+) -> None:
+    ends = _ms(*ends_ms)
+    work = work_from_timestamps(ends - 1_000_000, ends, 1, concurrency)
+    assert work.faces_per_s == pytest.approx(faces_per_s)
+    assert work.faces_in_all == len(ends_ms)
+    assert set(np.round(work.latencies_ms, 6)) == {1.0}
+
+
+def test_ratios_are_paired_within_a_round_so_a_slow_minute_cancels() -> None:
+    speed = iter([100.0, 50.0, 10.0, 5.0, 40.0, 20.0])  # the machine slows down tenfold in round 2
+
+    def worker(seconds: float) -> Work:
+        return Work(1, 1.0) if seconds == 0 else Work(1, 1 / next(speed))
+
+    # Each round turns the order by one, so round 2 is (half, full): its speeds come the other way round.
+    full, half = Variant("full", worker), Variant("half", worker)
+    samples = measure_in_turns([full, half], rounds=1, sample_s=1.0, foreign_limit=1.1)
+    assert ratio(samples, "half", "full", [0]).median == pytest.approx(0.5)
+    assert [s.round for s in samples["full"]] == [0]
+
+
+def _sample(number: int, share: float, speed: float = 1.0) -> Sample:
+    return Sample(number, speed, None, share, [1.0], {})
+
+
+def test_rounds_with_a_disturbed_sample_are_dropped_for_all_variants() -> None:
+    samples = {
+        "a": [_sample(i, share) for i, share in enumerate((0.0, 0.3, 0.01, 0.0, 0.0))],
+        "b": [_sample(i, share) for i, share in enumerate((0.0, 0.0, 0.02, 0.9, 0.0))],
+    }
+    assert undisturbed_rounds(samples) == ([0, 2, 4], False)
+
+
+def test_a_busy_machine_keeps_the_least_disturbed_rounds_and_says_so() -> None:
+    samples = {"a": [_sample(i, share) for i, share in enumerate((0.5, 0.2, 0.9, 0.3))]}
+    assert undisturbed_rounds(samples) == ([0, 1, 3], True)
+
+
+def test_another_process_on_a_core_is_seen_as_foreign(tmp_path: Path) -> None:
+    code = f"""
+import os, time
+os.setsid()
+if os.fork(): os._exit(0)  # so that it is no child of ours
+open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+end = time.time() + 20
+while time.time() < end: pass
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.01)
+    pid = int((tmp_path / "pid").read_text())
+    try:
+        with watch_cpu() as cpu:
+            time.sleep(0.5)
+        with watch_cpu(pid) as known:
+            time.sleep(0.5)
+    finally:
+        os.kill(pid, 9)
+    assert cpu.foreign_share > 0.2 / (os.cpu_count() or 1)
+    assert known.servers_s > 0.1
+    assert cpu.this_process_s < 0.3
+
+
+def _result(median: float, low: float, high: float, variant: str = "served") -> dict:
+    row = {"variant": variant, "base": "bare b32", "median": median, "low": low, "high": high, "count": 7}
+    return {"format": 1, "kind": "bench", "ratios": [row]}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "worse"),
+    [
+        ((0.98, 0.97, 0.99), (0.97, 0.96, 0.98), False),  # within the spread
+        ((0.98, 0.97, 0.99), (0.945, 0.94, 0.95), False),  # beyond the spread, within the margin on top of it
+        ((0.98, 0.97, 0.99), (0.93, 0.92, 0.94), True),
+        ((0.98, 0.97, 0.99), (0.90, 0.80, 1.00), False),  # a spread that wide proves nothing
+        ((0.98, 0.97, 0.99), (1.20, 1.10, 1.30), False),  # better is never worse
+    ],
+)
+def test_a_ratio_is_worse_only_beyond_margin_and_spread(old: tuple, new: tuple, worse: bool) -> None:
+    found = regressions(_result(*old), _result(*new), margin=0.03)
+    assert bool(found) is worse
+    if worse:
+        assert found[0].startswith("served / bare b32: 0.930 (0.920–0.940), was 0.980 (0.970–0.990); fell by 0.050")
+
+
+def test_results_without_a_common_ratio_are_not_compared() -> None:
+    with pytest.raises(WrongUse, match=r"share no ratio: expected some of .*served.*, got .*other"):
+        regressions(_result(1, 1, 1), _result(1, 1, 1, "other"))
+    with pytest.raises(WrongUse, match="not a benchmark of format 1: got format None"):
+        regressions({}, _result(1, 1, 1))
+
+
+def test_in_process_variants_report_calls_and_cpu_time() -> None:
+    faces = np.zeros((5, 112, 112, 3), np.uint8)
+    seen: list[int] = []
+    variants = [in_process("bare b2", lambda batch: seen.append(len(batch)), faces, 2)]
+    variants += [in_process("insightface b1", lambda batch: time.sleep(0.001), faces, 1)]
+    result = summarise(variants, measure_in_turns(variants, 2, 0.02, foreign_limit=2.0), {})
+    assert set(seen) == {2}
+    assert [row["name"] for row in result["variants"]] == ["bare b2", "insightface b1"]
+    assert result["variants"][1]["latency_ms"]["p50"] >= 1.0
+    assert ("bare b2", "insightface b1") in {(r["variant"], r["base"]) for r in result["ratios"]}
+
+
+def test_unknown_protocol_lists_the_known() -> None:
+    with pytest.raises(WrongUse, match="unknown protocol 'carrier-pigeon': expected one of grpc, grpc-shm"):
+        Load("arcface", "carrier-pigeon")
+
+
+def _perf_analyzer() -> PerfAnalyzer:
+    try:
+        return find_perf_analyzer()
+    except Missing as exc:
+        pytest.skip(str(exc))
+
+
+def test_missing_library_is_named_with_its_package() -> None:
+    program = _perf_analyzer()
+    if program.path.read_bytes()[:4] != b"\x7fELF":
+        pytest.skip("this perf_analyzer is a script")
+    with pytest.raises(Missing, match=r"needs libcudart.so.12, which this host has not. Next: pip install"):
+        PerfAnalyzer(program.path, {"LD_LIBRARY_PATH": "/nonexistent"}).check()
