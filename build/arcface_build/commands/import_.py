@@ -1,0 +1,170 @@
+"""`arcface import`: a source's name in, models/NAME/ and a filled model repository out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from arcface_build.errors import WrongUse
+from arcface_clients.contract import Preprocessing
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command("import")
+@click.argument("source")
+@click.option("--name", help="Name of the folder under models/; by default the file's or the known model's.")
+@click.option("--color", type=click.Choice(["rgb", "bgr"]), help="Channel order that the network wants.")
+@click.option("--mean", help="One number or three (123.675,116.28,103.53), 0..255 units, in --color's order.")
+@click.option("--std", help="One number or three, as --mean.")
+@click.option(
+    "--faces",
+    type=click.Path(exists=True, path_type=Path),
+    help="Prove on these aligned 112×112 crops: a folder, or an .npz with `faces`. Default: 64 drawn faces.",
+)
+@click.option("--accept-license", is_flag=True, help="Agree to the licence of weights that have to be downloaded.")
+@click.option(
+    "--insightface-root",
+    type=click.Path(path_type=Path),
+    help="InsightFace's root [INSIGHTFACE_HOME or ~/.insightface].",
+)
+@click.option("--models-dir", type=click.Path(path_type=Path), default=Path("models"), show_default=True)
+@click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
+@click.option("--no-assemble", is_flag=True, help="Only write models/NAME/, leave the model repository alone.")
+@click.option("--force", is_flag=True, help="Import again although nothing has changed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def command(
+    source: str,
+    name: str | None,
+    color: str | None,
+    mean: str | None,
+    std: str | None,
+    faces: Path | None,
+    accept_license: bool,
+    insightface_root: Path | None,
+    models_dir: Path,
+    model_repository: Path | None,
+    no_assemble: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Turn an ArcFace ONNX into a proved serving ONNX and put it into the model repository.
+
+    SOURCE is an ONNX file, a name from config/models.yaml (mobilefacenet), an InsightFace pack (buffalo_l, buffalo_s,
+    antelopev2) or a demo network with random weights (demo, demo-r18, demo-r34, demo-r50, demo-r100).
+
+    \b
+    Examples:
+      arcface import demo
+      arcface import buffalo_l --accept-license
+      arcface import my_r50.onnx --name r50
+      arcface import other.onnx --color bgr --mean 127.5 --std 128
+
+    Nothing is written unless the result equals InsightFace's: cosine ≥ 0.99999 on every face, and each row of a batch
+    equal to its single run.
+    """
+    from arcface_build.importing import check_name, existing_import, import_model
+    from arcface_build.proof_faces import drawn_faces, read_faces
+    from arcface_build.sources import known_models, resolve
+
+    stated = _stated(color, mean, std)
+    with tempfile.TemporaryDirectory(prefix="arcface-import-") as workspace, _progress() as progress:
+        found = resolve(
+            source,
+            Path(workspace),
+            known=known_models(),
+            accept_licence=accept_license,
+            insightface_root=insightface_root,
+            say=lambda line: click.echo(line, err=True),
+            progress=lambda done, total: progress("build the demo network", done, total),
+        )
+        folder = models_dir / check_name(name or found.name)
+        manifest = None if force else existing_import(folder, found, stated)
+        reused = manifest is not None
+        if manifest is None:
+            crops, faces_from = read_faces(faces) if faces else drawn_faces()
+            manifest = import_model(found, folder, crops, faces_from, stated=stated, progress=progress)
+    installed = None
+    if not no_assemble:
+        from arcface_build.assemble import assemble
+        from arcface_build.repository import find_repository
+
+        installed = assemble(folder, find_repository(model_repository))
+    if as_json:
+        click.echo(json.dumps(manifest.to_json(), indent=2))
+        return
+    _report(manifest, folder, reused, installed)
+
+
+def _stated(color: str | None, mean: str | None, std: str | None) -> Preprocessing | None:
+    """What the user says about preprocessing; a part that is not said is InsightFace's."""
+    if color is None and mean is None and std is None:
+        return None
+    if (mean is None) != (std is None):
+        raise WrongUse("--mean and --std belong together: expected both, got one.")
+    means, stds = _three("--mean", mean or "127.5"), _three("--std", std or "127.5")
+    if 0 < max(means) <= 1 and max(stds) <= 1:
+        raise WrongUse(f"--mean {mean} --std {std} look like units of 0..1: expected 0..255. Multiply both by 255.")
+    try:
+        return Preprocessing(color or "rgb", means, stds)
+    except ValueError as exc:
+        raise WrongUse(f"--mean, --std: {exc}.") from exc
+
+
+def _three(option: str, text: str) -> tuple[float, float, float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 3):
+        raise WrongUse(f"{option} is {text!r}: expected one number or three with commas, as 123.675,116.28,103.53.")
+    return tuple(numbers * 3 if len(numbers) == 1 else numbers)
+
+
+def _proof_faces(path: Path | None):
+    from arcface_build.proof_faces import drawn_faces, read_faces
+
+    return drawn_faces() if path is None else read_faces(path)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr that shows what is being done; silent where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("import", total=1)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def _report(manifest, folder: Path, reused: bool, installed: dict[str, int] | None) -> None:
+    """What was found, done and proved, in a few lines on stdout."""
+    source, proof, wants = manifest.source, manifest.proof, manifest.preprocessing
+    if source["kind"] == "demo":
+        click.secho(source["note"], fg="yellow", bold=True)
+    click.echo(f"{manifest.name}: {source['file']} ({source['sha256'][:12]}…), licence {source['licence']}")
+    click.echo(f"  preprocessing  {wants['color']}, mean {wants['mean']}, std {wants['std']} ({wants['why']})")
+    for step in manifest.steps:
+        if step["changed"]:
+            click.echo(f"  {step['step']:<14} {step['why']}")
+    click.echo(
+        f"  proof          {proof['faces']} faces ({proof['faces_from']}) against {proof['reference']}: "
+        f"min cosine {proof['min_cosine']:.8f}, batch rows within {proof['max_row_difference']:.1e}"
+    )
+    click.echo(f"  contract id    {manifest.contract_id}")
+    click.echo(
+        f"{'unchanged' if reused else 'written'}: {folder} ({manifest.dim}-d, opset {manifest.serving['opset']})"
+    )
+    if installed:
+        click.echo("served from: " + ", ".join(f"{model}/{version}" for model, version in installed.items()))

@@ -1,0 +1,58 @@
+"""Batch: a model whose batch is fixed, named or baked into a Reshape in, one whose first dimension is free out."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from arcface_build.graph import Step
+from arcface_build.graph.index import GraphIndex, attribute, shapes
+
+if TYPE_CHECKING:
+    import onnx
+
+BATCH = "N"
+
+
+def dynamic_batch(model: onnx.ModelProto) -> Step:
+    """Name the first dimension of input and output `N` and let each Reshape that holds the batch take it over.
+
+    Whether rows stay apart is not proved here but by running the result (arcface_build.proof).
+    """
+    graph = model.graph
+    known = shapes(model)
+    index = GraphIndex(graph)
+    face = index.inputs()[0]
+    batch = known[face.name][0]
+    fixed = batch if isinstance(batch, int) else 1
+    baked = [node for node in graph.node if _holds_batch(index, known, node, fixed)]
+    for node in baked:
+        shape = index.constant(node.input[1]).copy()
+        shape[0] = 0  # "as in the input": unlike −1 it cannot mix faces
+        node.input[1] = index.add_constant(f"{node.output[0]}_shape", shape.astype(np.int64))
+    for value in (face, *graph.output):
+        dim = value.type.tensor_type.shape.dim
+        if len(dim):
+            dim[0].Clear()
+            dim[0].dim_param = BATCH
+    del graph.value_info[:]  # inferred for the old batch
+    if batch == BATCH and not baked:
+        return Step("dynamic_batch", model, False, "the batch is dynamic already")
+    was = f"was fixed to {batch}" if isinstance(batch, int) else f"was {batch or 'unnamed'!r}"
+    also = f", and {len(baked)} Reshape that held it" if baked else ""
+    return Step("dynamic_batch", model, True, f"batch {was}{also}")
+
+
+def _holds_batch(index: GraphIndex, known: dict[str, list], node: onnx.NodeProto, batch: int) -> bool:
+    """Whether a Reshape of data states the batch as its first number (and not one that merely looks like it)."""
+    if node.op_type != "Reshape" or index.constant(node.input[0]) is not None or attribute(node, "allowzero", 0):
+        return False
+    shape = index.constant(node.input[1])
+    if shape is None or shape.size < 2 or shape[0] != batch:
+        return False
+    before, rest = known.get(node.input[0], [None]), list(shape[1:])
+    if -1 in rest or 0 in rest or not all(isinstance(d, int) for d in before[1:]):
+        return True
+    return prod(before[1:]) == prod(rest)

@@ -1,0 +1,189 @@
+"""BatchNormalization: a model in, the same with each one folded into a neighbouring Conv or Gemm where that is exact.
+
+A BN is y = s·x + t with s = scale / sqrt(var + epsilon) and t = bias − s·mean (ONNX operator specification). After a
+Conv or Gemm it goes into weight and bias. Before one it does too, unless a padded Conv would see 0 where t belongs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from arcface_build.graph import Step
+from arcface_build.graph.index import GraphIndex, attribute, reconnect, replace_nodes, shapes
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def fold_batchnorm(model: onnx.ModelProto) -> Step:
+    """Fold what can be folded exactly; arithmetic in float64, weights back to float32."""
+    graph = model.graph
+    known = shapes(model)
+    index = GraphIndex(graph)
+    folded, kept = [], 0
+    for node in [n for n in graph.node if n.op_type == "BatchNormalization"]:
+        affine = _affine(index, node)
+        if affine is not None and (_into_maker(index, known, node, *affine) or _into_user(index, known, node, *affine)):
+            folded.append(node)
+        else:
+            kept += 1
+    instead = {node.output[0]: node.input[0] for node in folded}
+    last = [node for node in folded if node.output[0] in index.outputs]
+    replace_nodes(graph, {name: [] for name in instead})
+    for node in last:  # the graph's output keeps its name
+        next(n for n in graph.node if n.output[0] == node.input[0]).output[0] = node.output[0]
+        del instead[node.output[0]]
+    reconnect(graph, instead)
+    if not folded:
+        why = f"{kept} BatchNormalization stand where folding is not exact" if kept else "no BatchNormalization"
+        return Step("fold_batchnorm", model, False, why)
+    rest = f"; {kept} stay (before a padded Conv, or their input is used twice)" if kept else ""
+    return Step("fold_batchnorm", model, True, f"{len(folded)} folded into their neighbour{rest}")
+
+
+def _affine(index: GraphIndex, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray] | None:
+    """(s, t) of y = s·x + t per channel, float64; None where a parameter is computed at run time."""
+    values = [index.constant(name) for name in node.input[1:5]]
+    if any(value is None for value in values):
+        return None
+    scale, bias, mean, variance = (value.astype(np.float64) for value in values)
+    slope = scale / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
+    return slope, bias - slope * mean
+
+
+def _into_maker(
+    index: GraphIndex, known: dict[str, list], node: onnx.NodeProto, slope: np.ndarray, shift: np.ndarray
+) -> bool:
+    """Conv → BN, Gemm → BN and Conv → Flatten of (N,C,1,1) → BN, where nobody else reads the Conv."""
+    maker = index.maker.get(node.input[0])
+    if maker is None or index.only_user(node.input[0]) is not node:
+        return False
+    if maker.op_type in ("Flatten", "Reshape") and _flattens(index, known, maker):
+        if known.get(maker.input[0], [])[2:] != [1, 1] or index.only_user(maker.input[0]) is not maker:
+            return False
+        maker = index.maker.get(maker.input[0])
+        if maker is None:
+            return False
+    weight = _weight(index, maker)
+    if weight is None:
+        return False
+    rows_last = maker.op_type == "Gemm" and not attribute(maker, "transB", 0)
+    per_row = (-1,) if rows_last else (-1, *[1] * (weight.ndim - 1))
+    bias = _bias(index, maker, slope.size)
+    if bias is None:
+        return False
+    # Gemm computes alpha·x·W + beta·b; beta stays in the node, so b must carry the shift over beta.
+    beta = attribute(maker, "beta", 1.0) if maker.op_type == "Gemm" else 1.0
+    _set(index, maker, weight * slope.reshape(per_row), (bias * beta * slope + shift) / beta)
+    return True
+
+
+def _into_user(
+    index: GraphIndex, known: dict[str, list], node: onnx.NodeProto, slope: np.ndarray, shift: np.ndarray
+) -> bool:
+    """BN → Conv without padding, BN → (Flatten →) Gemm, where nobody else reads the BN."""
+    user = index.only_user(node.output[0])
+    if user is None:
+        return False
+    spread = 1
+    if user.op_type in ("Flatten", "Reshape") and _flattens(index, known, user):
+        shape = known.get(node.output[0]) or known.get(node.input[0]) or []
+        if len(shape) < 2 or not all(isinstance(d, int) for d in shape[1:]):
+            return False
+        spread = int(np.prod(shape[2:]))
+        user = index.only_user(user.output[0])
+        if user is None or user.op_type != "Gemm":
+            return False
+    weight = _weight(index, user)
+    if weight is None or (user.op_type == "Conv" and not _is_exact_before(user, weight, shift)):
+        return False
+    slope, shift = np.repeat(slope, spread), np.repeat(shift, spread)
+    if user.op_type == "Conv":
+        return _fold_before_conv(index, user, weight, slope, shift)
+    return _fold_before_gemm(index, user, weight, slope, shift)
+
+
+def _fold_before_conv(
+    index: GraphIndex, conv: onnx.NodeProto, weight: np.ndarray, slope: np.ndarray, shift: np.ndarray
+) -> bool:
+    groups = attribute(conv, "group", 1)
+    out, per_group = weight.shape[:2]
+    if per_group * groups != slope.size:
+        return False
+    # Output channel o reads input channels of its own group only.
+    channels = (np.arange(out) // (out // groups))[:, None] * per_group + np.arange(per_group)
+    bias = _bias(index, conv, out)
+    if bias is None:
+        return False
+    tail = [1] * (weight.ndim - 2)
+    bias = bias + (weight * shift[channels].reshape(out, per_group, *tail)).reshape(out, -1).sum(axis=1)
+    _set(index, conv, weight * slope[channels].reshape(out, per_group, *tail), bias)
+    return True
+
+
+def _fold_before_gemm(
+    index: GraphIndex, gemm: onnx.NodeProto, weight: np.ndarray, slope: np.ndarray, shift: np.ndarray
+) -> bool:
+    transposed = bool(attribute(gemm, "transB", 0))
+    matrix = weight if transposed else weight.T  # (out, in)
+    alpha, beta = attribute(gemm, "alpha", 1.0), attribute(gemm, "beta", 1.0)
+    bias = _bias(index, gemm, matrix.shape[0])
+    if matrix.shape[1] != slope.size or bias is None:
+        return False
+    bias = bias + alpha * (matrix @ shift) / beta
+    matrix = matrix * slope
+    _set(index, gemm, matrix if transposed else matrix.T, bias)
+    return True
+
+
+def _weight(index: GraphIndex, node: onnx.NodeProto) -> np.ndarray | None:
+    """Float64 weight of a Conv or Gemm whose weight is constant and used here only; None otherwise."""
+    if node.op_type not in ("Conv", "Gemm") or len(index.users.get(node.input[1], [])) != 1:
+        return None
+    if node.op_type == "Gemm" and (attribute(node, "transA", 0) or not attribute(node, "beta", 1.0)):
+        return None
+    weight = index.constant(node.input[1])
+    return None if weight is None else weight.astype(np.float64)
+
+
+def _bias(index: GraphIndex, node: onnx.NodeProto, size: int) -> np.ndarray | None:
+    """Float64 bias (size,), zeros where the node has none; None where it is not one number an output."""
+    if len(node.input) < 3 or not node.input[2]:
+        return np.zeros(size)
+    bias = index.constant(node.input[2])
+    if bias is None or bias.size not in (1, size):
+        return None
+    return np.broadcast_to(bias.astype(np.float64).reshape(-1), (size,)).copy()
+
+
+def _set(index: GraphIndex, node: onnx.NodeProto, weight: np.ndarray, bias: np.ndarray) -> None:
+    """Give the node new weights; the bias is a new tensor, because a bias may be shared."""
+    import onnx
+
+    old = index.initializers[node.input[1]]
+    old.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(weight, np.float32), old.name))
+    name = index.add_constant(f"{node.output[0]}_bias", bias.astype(np.float32))
+    if len(node.input) < 3:
+        node.input.append(name)
+    else:
+        node.input[2] = name
+
+
+def _is_exact_before(conv: onnx.NodeProto, weight: np.ndarray, shift: np.ndarray) -> bool:
+    """A padded Conv reads 0 outside the image, where the BN would have put t: exact only without padding or t."""
+    if not shift.any():
+        return True
+    auto = attribute(conv, "auto_pad", b"NOTSET")
+    if auto in (b"SAME_UPPER", b"SAME_LOWER"):
+        return all(size == 1 for size in weight.shape[2:])
+    return not any(attribute(conv, "pads", []))
+
+
+def _flattens(index: GraphIndex, known: dict[str, list], node: onnx.NodeProto) -> bool:
+    """Whether the node makes (N, C·H·W) of (N, C, H, W)."""
+    if node.op_type == "Flatten":
+        return attribute(node, "axis", 1) == 1
+    shape = index.constant(node.input[1])
+    return shape is not None and shape.size == 2 and shape[0] in (0, -1)

@@ -1,0 +1,148 @@
+"""Who makes and who uses each tensor of a graph, and which tensors are constants: a graph in, lookups out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+
+
+class GraphIndex:
+    """Lookups over one graph. Build a new one after nodes were added or removed; constants stay up to date."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        """Read the graph once; O(nodes)."""
+        self.graph = graph
+        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self.maker = {name: node for node in graph.node for name in node.output if name}
+        self.users: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.users.setdefault(name, []).append(node)
+        self.outputs = {value.name for value in graph.output}
+
+    def inputs(self) -> list[onnx.ValueInfoProto]:
+        """Graph inputs that a caller has to feed: files of IR version 3 list their weights as inputs, too."""
+        return [value for value in self.graph.input if value.name not in self.initializers]
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """The value of an initializer or of a Constant node, None when the tensor depends on the input."""
+        import onnx
+
+        if name in self.initializers:
+            return onnx.numpy_helper.to_array(self.initializers[name])
+        node = self.maker.get(name)
+        if node is not None and node.op_type == "Identity":
+            return self.constant(node.input[0])
+        if node is None or node.op_type != "Constant" or not node.attribute:
+            return None
+        value = onnx.helper.get_attribute_value(node.attribute[0])
+        return onnx.numpy_helper.to_array(value) if node.attribute[0].name == "value" else np.asarray(value)
+
+    def only_user(self, name: str) -> onnx.NodeProto | None:
+        """The one node that reads this tensor; None when several do, none does, or it leaves the graph."""
+        users = self.users.get(name, [])
+        return users[0] if len(users) == 1 and name not in self.outputs else None
+
+    def add_constant(self, name: str, value: np.ndarray) -> str:
+        """Add an initializer under a name that is still free; returns that name."""
+        import onnx
+
+        free, count = name, 1
+        while free in self.initializers or free in self.maker:
+            free, count = f"{name}_{count}", count + 1
+        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(value), free)
+        self.graph.initializer.append(tensor)
+        self.initializers[free] = self.graph.initializer[-1]
+        return free
+
+
+def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:
+    """The value of a node's attribute, or `default` where it is not given."""
+    import onnx
+
+    for item in node.attribute:
+        if item.name == name:
+            return onnx.helper.get_attribute_value(item)
+    return default
+
+
+def shapes(model: onnx.ModelProto) -> dict[str, list[int | str | None]]:
+    """Inferred shape of each tensor: int where known, the symbol's name or None where not.
+
+    Large weights are left out of what is inferred from: only their shapes matter, and inference copies the model.
+    """
+    import onnx
+
+    light = onnx.ModelProto()
+    light.ir_version = model.ir_version
+    light.opset_import.extend(model.opset_import)
+    graph = light.graph
+    graph.name = "shapes"
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    listed = {value.name for value in graph.input}
+    for tensor in model.graph.initializer:
+        if len(tensor.dims) <= 1 and sum(tensor.dims) <= 64:  # shapes, axes, indices: inference reads their values
+            graph.initializer.append(tensor)
+        elif tensor.name not in listed:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    try:
+        graph = onnx.shape_inference.infer_shapes(light).graph
+    except onnx.shape_inference.InferenceError:  # a graph that breaks its specification still has declared shapes
+        graph = light.graph
+    known = {}
+    for value in [*graph.value_info, *graph.input, *graph.output]:
+        if value.type.tensor_type.HasField("shape"):
+            known[value.name] = [_dim(dim) for dim in value.type.tensor_type.shape.dim]
+    return known
+
+
+def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    if dim.HasField("dim_value") and dim.dim_value > 0:
+        return dim.dim_value
+    return dim.dim_param or None
+
+
+def replace_nodes(graph: onnx.GraphProto, instead: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
+    """Put other nodes (none, one, several) in the place of nodes, which are named by their first output."""
+    import onnx
+
+    rewritten = onnx.GraphProto()
+    for node in graph.node:
+        rewritten.node.extend(instead.get(node.output[0], [node]))
+    del graph.node[:]
+    graph.node.extend(rewritten.node)
+
+
+def reconnect(graph: onnx.GraphProto, instead: Mapping[str, str]) -> None:
+    """Let every node that reads tensor `old` read `instead[old]`; chains are followed."""
+    for node in graph.node:
+        for position, name in enumerate(node.input):
+            while name in instead:
+                name = instead[name]
+            node.input[position] = name
+
+
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove nodes and initializers that no output depends on, and inputs that are weights (IR version 3)."""
+    needed = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node.output[0])
+    alive = set(kept)
+    replace_nodes(graph, {node.output[0]: [] for node in graph.node if node.output[0] not in alive})
+    weights = {tensor.name for tensor in graph.initializer}
+    for field, gone in (
+        (graph.input, lambda value: value.name in weights),
+        (graph.initializer, lambda tensor: tensor.name not in needed),
+    ):
+        for position in reversed([i for i, item in enumerate(field) if gone(item)]):
+            del field[position]

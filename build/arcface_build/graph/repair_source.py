@@ -1,0 +1,161 @@
+"""Repairs: a source that InsightFace cannot run as it stands in, one that it can and that means the same out.
+
+The repaired model is what the reference runs; each repair follows what the exporter meant and the specification says.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from arcface_build.graph import Step
+from arcface_build.graph.dynamic_batch import dynamic_batch
+from arcface_build.graph.index import GraphIndex, attribute, reconnect, replace_nodes, shapes
+from arcface_clients.contract import FACE_SIZE
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def repair_source(model: onnx.ModelProto) -> Step:
+    """Repair what old exporters wrote wrongly, and give an NHWC input or an unnamed image size the usual form."""
+    done = [
+        text
+        for text in (
+            _spatial_batchnorm(model),
+            _flat_gemm(model),
+            _channel_slopes(model),
+            _image_size(model),
+            _channels_first(model),
+            _many_at_once(model),
+        )
+        if text
+    ]
+    if done:
+        model.ir_version = max(4, model.ir_version)  # from 4 on a weight need not stand among the inputs
+    return Step("repair_source", model, bool(done), "; ".join(done) or "the file follows its specification")
+
+
+def _spatial_batchnorm(model: onnx.ModelProto) -> str:
+    """MXNet wrote spatial=0 where it meant 1: scale has one number a channel, so nothing else can be meant.
+
+    https://github.com/onnx/models/issues/156, https://github.com/microsoft/onnxruntime/issues/2447
+    """
+    index, count = GraphIndex(model.graph), 0
+    for node in model.graph.node:
+        if node.op_type != "BatchNormalization" or attribute(node, "spatial", 1) != 0:
+            continue
+        scale = index.constant(node.input[1])
+        if scale is None or scale.ndim != 1:
+            continue
+        for item in node.attribute:
+            if item.name == "spatial":
+                item.i = 1
+                count += 1
+    return f"BatchNormalization spatial=0 with one scale a channel is spatial=1 ({count} nodes)" if count else ""
+
+
+def _flat_gemm(model: onnx.ModelProto) -> str:
+    """MXNet's FullyConnected flattens by itself, ONNX's Gemm takes rank 2 only.
+
+    https://github.com/microsoft/onnxruntime/issues/2045
+    """
+    import onnx
+
+    index, known, instead = GraphIndex(model.graph), shapes(model), {}
+    for node in model.graph.node:
+        if node.op_type != "Gemm" or index.constant(node.input[0]) is not None:
+            continue
+        rank = _rank(index, known, node.input[0])
+        if rank is None or rank < 3:
+            continue
+        flat = f"{node.output[0]}_flat"
+        flatten = onnx.helper.make_node("Flatten", [node.input[0]], [flat], axis=1)
+        gemm = onnx.NodeProto()
+        gemm.CopyFrom(node)
+        gemm.input[0] = flat
+        instead[node.output[0]] = [flatten, gemm]
+    replace_nodes(model.graph, instead)
+    return f"Flatten put before {len(instead)} Gemm that read an image" if instead else ""
+
+
+def _rank(index: GraphIndex, known: dict[str, list], name: str) -> int | None:
+    """Rank of a tensor, also where inference gave up: BatchNormalization, PRelu and Dropout keep the rank."""
+    for _ in range(8):
+        if name in known:
+            return len(known[name])
+        maker = index.maker.get(name)
+        if maker is None:
+            return None
+        if maker.op_type in ("Conv", "MaxPool", "AveragePool"):
+            return 4
+        if maker.op_type not in ("BatchNormalization", "PRelu", "Dropout", "Relu", "Identity"):
+            return None
+        name = maker.input[0]
+    return None
+
+
+def _channel_slopes(model: onnx.ModelProto) -> str:
+    """MXNet wrote PRelu slopes as [C]; by the specification that means columns, and a runtime refuses it.
+
+    https://github.com/microsoft/onnxruntime/issues/3205
+    """
+    index, known, count = GraphIndex(model.graph), shapes(model), 0
+    for node in model.graph.node:
+        if node.op_type != "PRelu" or node.input[1] not in index.initializers:
+            continue
+        slope = index.constant(node.input[1])
+        shape = known.get(node.input[0])
+        rank = len(shape) if shape else _rank(index, known, node.input[0])
+        if slope is None or slope.ndim != 1 or slope.size == 1 or rank != 4:
+            continue
+        if shape and shape[3] == slope.size:
+            continue  # legal as it stands: it does mean columns
+        node.input[1] = index.add_constant(f"{node.input[1]}_channels", slope.reshape(-1, 1, 1))
+        count += 1
+    return f"PRelu slopes [C] are [C,1,1] ({count} nodes)" if count else ""
+
+
+def _image_size(model: onnx.ModelProto) -> str:
+    """A height and width that the file leaves open become 112: InsightFace reads its crop size from them."""
+    face = GraphIndex(model.graph).inputs()[0]
+    dim = face.type.tensor_type.shape.dim
+    if len(dim) != 4:
+        return ""
+    sides = (1, 2) if dim[3].dim_value == 3 else (2, 3)
+    open_sides = [side for side in sides if dim[side].dim_value <= 0]
+    for side in open_sides:
+        dim[side].Clear()
+        dim[side].dim_value = FACE_SIZE
+    channels = 3 if dim[3].dim_value == 3 else 1
+    if dim[channels].dim_value <= 0:
+        dim[channels].Clear()
+        dim[channels].dim_value = 3
+    return f"open image size set to {FACE_SIZE}×{FACE_SIZE}" if open_sides else ""
+
+
+def _channels_first(model: onnx.ModelProto) -> str:
+    """An NHWC input (tf2onnx) gets a Transpose, so that it is fed as every other ArcFace model is."""
+    import onnx
+
+    graph = model.graph
+    face = GraphIndex(graph).inputs()[0]
+    dim = face.type.tensor_type.shape.dim
+    if len(dim) != 4 or dim[3].dim_value != 3 or dim[1].dim_value == 3:
+        return ""
+    inner = f"{face.name}_nhwc"
+    reconnect(graph, {face.name: inner})
+    nodes = [onnx.helper.make_node("Transpose", [face.name], [inner], perm=[0, 2, 3, 1]), *graph.node]
+    rewritten = onnx.GraphProto()
+    rewritten.node.extend(nodes)
+    del graph.node[:]
+    graph.node.extend(rewritten.node)
+    sizes = [3, dim[1].dim_value, dim[2].dim_value]
+    for position, size in enumerate(sizes, start=1):
+        dim[position].dim_value = size
+    return "NHWC input is NCHW (a Transpose stands in front)"
+
+
+def _many_at_once(model: onnx.ModelProto) -> str:
+    """A batch fixed to more than 1 is freed in the source, too: the reference embeds one face at a time."""
+    size = GraphIndex(model.graph).inputs()[0].type.tensor_type.shape.dim[0].dim_value
+    return f"reference freed from a batch of {size}: {dynamic_batch(model).why}" if size > 1 else ""

@@ -1,0 +1,61 @@
+"""Opset: a model of any opset in, the same with opset 17 or newer and weights that are no inputs out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from arcface_build.errors import SourceRefused
+from arcface_build.graph import Step
+from arcface_build.graph.index import GraphIndex, drop_unused
+
+if TYPE_CHECKING:
+    import onnx
+
+MIN_OPSET = 17
+
+
+def upgrade_opset(model: onnx.ModelProto, minimum: int = MIN_OPSET) -> Step:
+    """Convert to `minimum` with onnx.version_converter where the model is older; newer opsets stay as they are.
+
+    Raises:
+        SourceRefused: the converter has no rule for one of the nodes.
+    """
+    import onnx
+
+    opset = opset_of(model)
+    _only_fed_inputs(model.graph)
+    _set_ir_version(model)  # before the conversion: below IR version 4 the converter wants weights among the inputs
+    if opset >= minimum:
+        return Step("upgrade_opset", model, False, f"opset {opset} is {minimum} or newer")
+    try:
+        model = onnx.version_converter.convert_version(model, minimum)
+    except Exception as exc:  # the converter raises its C++ errors as RuntimeError, ValueError or its own class
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise SourceRefused(
+            f"cannot convert opset {opset} to {minimum}: {reason}. Export the model again with opset {minimum}."
+        ) from exc
+    _only_fed_inputs(model.graph)
+    _set_ir_version(model)
+    return Step("upgrade_opset", model, True, f"opset {opset} → {minimum} by onnx.version_converter")
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of the standard operator set (0 where the file names none)."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def _set_ir_version(model: onnx.ModelProto) -> None:
+    """The oldest IR version that may hold this opset: older runtimes refuse a newer one for no reason of ours."""
+    import onnx
+
+    standard = [entry for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    model.ir_version = max(8, onnx.helper.find_min_ir_version_for(standard, ignore_unknown=True))
+
+
+def _only_fed_inputs(graph: onnx.GraphProto) -> None:
+    """Weights that stand among the inputs (IR version 3) are not constant for a runtime, which then folds nothing."""
+    weights = GraphIndex(graph).initializers
+    for position in reversed(range(len(graph.input))):
+        if graph.input[position].name in weights:
+            del graph.input[position]
+    drop_unused(graph)

@@ -1,0 +1,208 @@
+"""Import: a source and the user's word on it in, models/NAME/ with source, proved serving ONNX and manifest out."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from arcface_build.atomic import new_folder, write_json
+from arcface_build.errors import SourceRefused, WrongUse
+from arcface_build.flavour import (
+    Flavour,
+    check_width,
+    external_files,
+    flavour_of,
+    guess_preprocessing,
+    normalises_inside,
+    read_source,
+)
+from arcface_build.graph import Step
+from arcface_build.graph.dynamic_batch import dynamic_batch
+from arcface_build.graph.fold_batchnorm import fold_batchnorm
+from arcface_build.graph.fold_constants import fold_constants
+from arcface_build.graph.repair_source import repair_source
+from arcface_build.graph.serving import serving_form
+from arcface_build.graph.upgrade_opset import opset_of, upgrade_opset
+from arcface_build.manifest import FILE, Manifest, load_manifest
+from arcface_build.proof import Reference, prove, reference_embeddings
+from arcface_build.sources import Source, file_digest
+from arcface_clients.contract import Preprocessing, contract_id
+
+if TYPE_CHECKING:
+    import onnx
+
+SOURCE_FILE = "source.onnx"
+SERVING_FILE = "serving.onnx"
+CONVERSION = 1  # raise it when the steps give another graph: earlier imports are then done again
+TOOLS = ("arcface-triton", "onnx", "onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu", "insightface", "numpy")
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+def import_model(
+    source: Source,
+    folder: Path,
+    faces: np.ndarray,
+    faces_from: str,
+    *,
+    stated: Preprocessing | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Manifest:
+    """Convert, prove and write; `folder` appears (or is replaced) whole, or is left as it was.
+
+    Args:
+        source: what `arcface_build.sources.resolve` gave.
+        folder: models/NAME.
+        faces: uint8 (N,112,112,3) BGR to prove on.
+        faces_from: where they come from, for the manifest.
+        stated: the user's word on preprocessing; it wins over everything.
+        progress: told what is being done.
+
+    Raises:
+        SourceRefused, ProofFailed, WrongUse: see there; nothing is left behind.
+    """
+    label = source.path.name
+    progress("read", 0, 1)
+    model = read_source(source.path)
+    flavour = flavour_of(model, label)
+    preprocessing, why = decide_preprocessing(source, flavour, stated)
+    with new_folder(folder) as temporary:
+        copy = temporary / SOURCE_FILE
+        repaired = repair_source(model)
+        exact = not repaired.changed and not external_files(source.path)
+        if exact:
+            shutil.copyfile(source.path, copy)
+        else:
+            copy.write_bytes(repaired.model.SerializeToString(deterministic=True))
+        reference = Reference(copy, preprocessing)
+        expected = reference_embeddings(reference, faces, lambda done, total: progress("reference", done, total))
+        dim = check_width(expected.shape[1], label)
+        progress("convert", 0, 1)
+        serving, steps = to_serving(repaired.model, preprocessing, dim)
+        _save_checked(serving, temporary / SERVING_FILE)
+        opset = opset_of(serving)
+        del serving, model, repaired.model.graph.initializer[:]
+        proof = prove(
+            temporary / SERVING_FILE,
+            faces,
+            expected,
+            reference,
+            faces_from,
+            lambda done, total: progress("prove", done, total),
+        )
+        manifest = Manifest(
+            name=folder.name,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            source={
+                "sha256": source.sha256,
+                "file": label,
+                "kind": source.kind,
+                "licence": source.licence,
+                "url": source.url,
+                "note": source.note,
+                "copy": {"file": SOURCE_FILE, "sha256": file_digest(copy), "exact": exact},
+            },
+            flavour=flavour.to_json(),
+            preprocessing={**preprocessing.to_json(), "why": why},
+            dim=dim,
+            contract_id=contract_id(source.sha256, preprocessing, dim),
+            steps=[step.to_json() for step in (repaired, *steps)],
+            serving={
+                "file": SERVING_FILE,
+                "sha256": file_digest(temporary / SERVING_FILE),
+                "opset": opset,
+                "conversion": CONVERSION,
+                "bytes": (temporary / SERVING_FILE).stat().st_size,
+            },
+            proof=proof.to_json(),
+            tools=tool_versions(),
+        )
+        write_json(temporary / FILE, manifest.to_json())
+    return manifest
+
+
+def to_serving(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int) -> tuple[onnx.ModelProto, list[Step]]:
+    """Run the graph steps in their order; returns the serving model and what each step did."""
+    steps = [upgrade_opset(model)]
+    for step in (fold_constants, dynamic_batch, fold_batchnorm):
+        steps.append(step(steps[-1].model))
+    steps.append(serving_form(steps[-1].model, preprocessing, dim))
+    return steps[-1].model, steps
+
+
+def decide_preprocessing(source: Source, flavour: Flavour, stated: Preprocessing | None) -> tuple[Preprocessing, str]:
+    """The user's word, else config/models.yaml's, else the file's own; with the reason.
+
+    Raises:
+        SourceRefused: the file cannot tell.
+        WrongUse: the user's word would normalise twice.
+    """
+    if stated is None and source.preprocessing is None:
+        return guess_preprocessing(flavour, source.path.name)
+    chosen, why = (stated, "stated by the caller") if stated else (source.preprocessing, source.note)
+    if normalises_inside(flavour) and (any(chosen.mean) or set(chosen.std) != {1.0}):
+        raise WrongUse(
+            f"{source.path.name} normalises inside its graph: expected --mean 0 --std 1, got mean {list(chosen.mean)}, "
+            f"std {list(chosen.std)}; it would be done twice."
+        )
+    return chosen, why
+
+
+def existing_import(folder: Path, source: Source, stated: Preprocessing | None) -> Manifest | None:
+    """The manifest of an earlier import of the same source by the same version, where its files are still whole."""
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        manifest = load_manifest(folder)
+        same = (
+            manifest.source["sha256"] == source.sha256
+            and manifest.tools == tool_versions()
+            and manifest.serving["conversion"] == CONVERSION
+            and (stated is None or manifest.wants() == stated)
+            and (source.preprocessing is None or stated is not None or manifest.wants() == source.preprocessing)
+            and (stated is not None or manifest.preprocessing["why"] != "stated by the caller")
+            and file_digest(folder / SERVING_FILE) == manifest.serving["sha256"]
+            and file_digest(folder / SOURCE_FILE) == manifest.source["copy"]["sha256"]
+        )
+    except (WrongUse, KeyError, OSError):
+        return None
+    return manifest if same else None
+
+
+def check_name(name: str) -> str:
+    """A model name, refused where a folder or a file on S3 could not have it."""
+    if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}", name):
+        raise WrongUse(
+            f"{name!r} cannot be a model's name: expected letters, digits, '.', '_', '-'. Choose one: --name NAME"
+        )
+    return name
+
+
+def tool_versions() -> dict[str, str]:
+    """Installed versions of what takes part in an import."""
+    found = {}
+    for package in TOOLS:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _save_checked(model: onnx.ModelProto, path: Path) -> None:
+    import onnx
+
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+        line = str(exc).strip().splitlines()[0]
+        raise SourceRefused(
+            f"the converted graph breaks the ONNX specification: {line}. Report the file's flavour."
+        ) from exc

@@ -1,0 +1,203 @@
+"""Import: every flavour becomes the same serving form, equal to its reference; a refusal leaves nothing behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from tiny_nets import tiny_net
+
+from arcface_build.errors import ProofFailed, SourceRefused, WrongUse
+from arcface_build.importing import existing_import, import_model
+from arcface_build.manifest import Manifest, load_manifest
+from arcface_build.sources import known_models, resolve
+from arcface_clients.contract import Preprocessing, contract_id
+from arcface_clients.synthetic import synthetic_faces
+
+FLAVOURS = {
+    "dynamic": {},
+    "batch fixed to 1": {"batch": 1},
+    "batch fixed to 1 in a Reshape, too": {"batch": 1, "baked_reshape": 1},
+    "batch fixed to 4 in a Reshape, too": {"batch": 4, "baked_reshape": 4},
+    "batch named None": {"batch": "None"},
+    "batch named None over a baked Reshape": {"batch": "None", "baked_reshape": 1},
+    "batch unnamed": {"batch": None},
+    "Reshape to -1": {"batch": 1, "baked_reshape": -1},
+    "normalised inside, MXNet names": {"inside": "mxnet"},
+    "normalised inside, PyTorch names": {"inside": "pytorch"},
+    "opset 8, MXNet": {"opset": 8, "mxnet": True, "inside": "mxnet", "batch": 1, "slope_shape": "[C]"},
+    "opset 11": {"opset": 11},
+    "opset 13": {"opset": 13, "batch": 1},
+    "opset 20": {"opset": 20},
+    "NHWC": {"nhwc": True},
+    "open image size": {"sides": ("height", "width")},
+    "128-d": {"dim": 128},
+    "256-d": {"dim": 256},
+    "input named face": {"input_name": "face"},
+    "input named data": {"input_name": "data"},
+    "BatchNorm before convolutions": {"bn_before_conv": True},
+}
+
+
+@pytest.fixture(scope="module")
+def faces() -> np.ndarray:
+    return synthetic_faces(64)
+
+
+def save(model: onnx.ModelProto, path: Path) -> Path:
+    onnx.save(model, str(path))
+    return path
+
+
+def run_import(path: Path, faces: np.ndarray, stated: Preprocessing | None = None) -> Manifest:
+    folder = path.parent / "models" / path.stem
+    source = resolve(str(path), path.parent, known=known_models())
+    return import_model(source, folder, faces, "drawn", stated=stated)
+
+
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_each_flavour_becomes_the_serving_form(name: str, tmp_path: Path, faces: np.ndarray) -> None:
+    manifest = run_import(save(tiny_net(**FLAVOURS[name]), tmp_path / "net.onnx"), faces)
+    folder = tmp_path / "models" / "net"
+    session = onnxruntime.InferenceSession(str(folder / "serving.onnx"), providers=["CPUExecutionProvider"])
+    (face,), (embedding,) = session.get_inputs(), session.get_outputs()
+    dim = FLAVOURS[name].get("dim", 512)
+    assert (face.name, face.type, face.shape) == ("face", "tensor(uint8)", ["N", 112, 112, 3])
+    assert (embedding.name, embedding.type, embedding.shape) == ("embedding", "tensor(float)", ["N", dim])
+    assert manifest.serving["opset"] >= 17
+    assert manifest.proof["min_cosine"] >= 0.99999
+    rows = session.run(None, {"face": faces[:5]})[0]
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "serving.onnx", "source.onnx"]
+
+
+def test_preprocessing_inside_the_graph_is_found_even_where_insightface_would_miss_it(
+    tmp_path: Path, faces: np.ndarray
+) -> None:
+    mxnet = run_import(save(tiny_net(inside="mxnet"), tmp_path / "mxnet.onnx"), faces)
+    pytorch = run_import(save(tiny_net(inside="pytorch"), tmp_path / "pytorch.onnx"), faces)
+    assert mxnet.wants() == pytorch.wants() == Preprocessing("rgb", (0, 0, 0), (1, 1, 1))
+    assert mxnet.proof["reference"] == "insightface.get_feat"
+    assert pytorch.proof["reference"] == "insightface.forward"
+    assert "would take rgb, mean 127.5, std 127.5" in pytorch.proof["reference_why"]
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        Preprocessing("bgr", (127.5,) * 3, (128.0,) * 3),
+        Preprocessing("rgb", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+        Preprocessing("bgr", (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)),
+    ],
+)
+def test_stated_preprocessing_is_what_the_graph_does(stated: Preprocessing, tmp_path: Path, faces: np.ndarray) -> None:
+    path = save(tiny_net(), tmp_path / "net.onnx")
+    manifest = run_import(path, faces, stated)
+    plain = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    serving = onnxruntime.InferenceSession(
+        str(tmp_path / "models/net/serving.onnx"), providers=["CPUExecutionProvider"]
+    )
+    raw = plain.run(None, {"input.1": stated.apply(faces)})[0]
+    expected = raw / np.linalg.norm(raw, axis=1, keepdims=True)
+    np.testing.assert_allclose(serving.run(None, {"face": faces})[0], expected, atol=2e-6)
+    assert manifest.contract_id == contract_id(manifest.source["sha256"], stated, 512)
+
+
+def test_the_reference_is_plain_onnx_runtime_where_insightface_is_not_installed(
+    tmp_path: Path, faces: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "insightface.model_zoo.arcface_onnx", None)
+    manifest = run_import(save(tiny_net(), tmp_path / "net.onnx"), faces)
+    assert manifest.proof["reference"] == "onnxruntime"
+    assert "InsightFace cannot be imported" in manifest.proof["reference_why"]
+
+
+def test_a_graph_that_mixes_faces_of_a_batch_is_refused_and_nothing_is_left(tmp_path: Path, faces: np.ndarray) -> None:
+    path = save(tiny_net(across_batch=True), tmp_path / "net.onnx")
+    with pytest.raises(
+        ProofFailed, match=r"faces of a batch change each other: row . of 2 differs from its single run"
+    ):
+        run_import(path, faces)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["net.onnx"]
+
+
+def test_double_normalisation_is_refused(tmp_path: Path, faces: np.ndarray) -> None:
+    path = save(tiny_net(inside="mxnet"), tmp_path / "net.onnx")
+    with pytest.raises(WrongUse, match="normalises inside its graph: expected --mean 0 --std 1, got mean"):
+        run_import(path, faces, Preprocessing())
+
+
+def test_a_graph_that_only_half_normalises_asks_for_flags(tmp_path: Path, faces: np.ndarray) -> None:
+    path = save(tiny_net(inside="half"), tmp_path / "net.onnx")
+    with pytest.raises(SourceRefused, match=r"the graph maps pixels 0..255 to -1..509"):
+        run_import(path, faces)
+    manifest = run_import(path, faces, Preprocessing("rgb", (0, 0, 0), (255, 255, 255)))
+    assert manifest.preprocessing["why"] == "stated by the caller"
+
+
+def test_the_copy_of_the_source_is_the_file_itself_unless_it_had_to_be_repaired(
+    tmp_path: Path, faces: np.ndarray
+) -> None:
+    plain = save(tiny_net(), tmp_path / "plain.onnx")
+    manifest = run_import(plain, faces)
+    copy = (tmp_path / "models/plain/source.onnx").read_bytes()
+    assert manifest.source["copy"]["exact"] and copy == plain.read_bytes()
+    assert manifest.source["sha256"] == hashlib.sha256(copy).hexdigest()
+    old = save(tiny_net(mxnet=True, opset=8, batch=1, slope_shape="[C]"), tmp_path / "old.onnx")
+    manifest = run_import(old, faces)
+    assert not manifest.source["copy"]["exact"]
+    assert manifest.steps[0]["why"] == (
+        "BatchNormalization spatial=0 with one scale a channel is spatial=1 (5 nodes); "
+        "Flatten put before 1 Gemm that read an image; PRelu slopes [C] are [C,1,1] (3 nodes)"
+    )
+
+
+def test_weights_in_a_file_beside_it_are_part_of_the_digest(tmp_path: Path, faces: np.ndarray) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(tiny_net(), str(path), save_as_external_data=True, location="net.bin", size_threshold=1024)
+    manifest = run_import(path, faces)
+    joined = hashlib.sha256(path.read_bytes() + (tmp_path / "net.bin").read_bytes()).hexdigest()
+    assert manifest.source["sha256"] == joined
+    assert (tmp_path / "models/net/source.onnx").stat().st_size > (tmp_path / "net.bin").stat().st_size
+
+
+def test_a_second_import_of_the_same_file_has_nothing_to_do(tmp_path: Path, faces: np.ndarray) -> None:
+    path = save(tiny_net(), tmp_path / "net.onnx")
+    manifest = run_import(path, faces)
+    source = resolve(str(path), tmp_path, known=known_models())
+    folder = tmp_path / "models" / "net"
+    assert existing_import(folder, source, None) == manifest
+    assert existing_import(folder, source, Preprocessing("bgr")) is None
+    (folder / "serving.onnx").write_bytes(b"damaged")
+    assert existing_import(folder, source, None) is None
+
+
+def test_a_manifest_that_cannot_be_used_says_why(tmp_path: Path, faces: np.ndarray) -> None:
+    run_import(save(tiny_net(), tmp_path / "net.onnx"), faces)
+    file = tmp_path / "models/net/manifest.json"
+    data = json.loads(file.read_text())
+    assert load_manifest(file.parent).to_json() == data
+    file.write_text(json.dumps({**data, "format": 9}))
+    with pytest.raises(WrongUse, match=r"has format 9: expected 1\. Import the model again: arcface import SOURCE\."):
+        load_manifest(file.parent)
+    del data["dim"]
+    file.write_text(json.dumps(data))
+    with pytest.raises(WrongUse, match=r"lacks dim\."):
+        load_manifest(file.parent)
+
+
+def test_the_real_mobilefacenet_is_known_by_its_digest_and_equal_on_real_faces(
+    assets: Path, lfw_faces: np.ndarray, tmp_path: Path
+) -> None:
+    source = resolve(str(assets / "models" / "MobileFaceNet.onnx"), tmp_path, known=known_models())
+    manifest = import_model(source, tmp_path / "models" / "m", lfw_faces, "lfw")
+    assert source.name == "mobilefacenet" and manifest.source["licence"] == "Apache-2.0"
+    assert manifest.wants() == Preprocessing("rgb", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+    assert manifest.proof["faces"] == 400 and manifest.proof["min_cosine"] >= 0.99999
+    assert manifest.proof["between_faces"] < 0.1
+    assert manifest.dim == 128
