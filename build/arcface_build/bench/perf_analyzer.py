@@ -35,7 +35,7 @@ PROTOCOLS: dict[str, tuple[str, ...]] = {
 # The export holds one face and all embeddings of each request as decimal text: bound the file, not the patience.
 _MOST_EXPORT_BYTES = 120e6
 _TEXT_BYTES_OF_FACE, _TEXT_BYTES_OF_EMBEDDING = 150e3, 10.5e3
-_FEWEST_GENERATIONS = 4
+_FEWEST_GENERATIONS = 3
 
 
 @dataclass(frozen=True)
