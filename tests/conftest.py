@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,43 @@ def start_triton(triton_binary: TritonBinary, tmp_path: Path) -> Iterator[Callab
     yield start
     for server in started:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def demo_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of model_repository/ without its weights, filled with the mobile demo network."""
+    folder = tmp_path_factory.mktemp("served")
+    import_into(copy_repository(folder), "demo")
+    return folder / "model_repository"
+
+
+@pytest.fixture(scope="session")
+def server(
+    triton_binary: TritonBinary, demo_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonProcess]:
+    """The one tritonserver of the session: reference, ONNX Runtime and both ensembles on the mobile demo network."""
+    log_path = tmp_path_factory.mktemp("log") / "tritonserver.log"
+    models = ["arcface", "arcface_parity"]
+    with TritonProcess(triton_binary, demo_repository, models, log_path=log_path, ports=free_ports()) as process:
+        process.wait_ready()
+        yield process
+
+
+def copy_repository(folder: Path) -> Path:
+    """folder/model_repository: what git holds of ours, no weights."""
+    ignored = shutil.ignore_patterns("*.onnx", "*.plan", "manifest.json", "[2-9]", "__pycache__")
+    target = folder / "model_repository"
+    shutil.copytree(REPO / "model_repository", target, ignore=ignored)
+    for leaf in ("arcface_onnx", "arcface_trt", "arcface_reference"):
+        shutil.rmtree(target / leaf / "configs", ignore_errors=True)
+    return target
+
+
+def import_into(repository: Path, source: str, *options: str) -> Path:
+    """Import a source as a user would; returns the models folder beside the repository."""
+    from arcface_build.commands.import_ import command
+
+    models = repository.parent / "models"
+    arguments = [source, "--models-dir", str(models), "--model-repository", str(repository), *options]
+    command.main(arguments, standalone_mode=False)
+    return models

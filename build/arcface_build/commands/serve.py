@@ -104,10 +104,11 @@ def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple
     from arcface_build.serving.choose import choose_backend, gpu_sm, plan_sms
 
     if demo and not versions(repository / "arcface_onnx") and not versions(repository / "arcface_trt"):
-        from arcface_build.importing import import_demo
+        from arcface_build.commands.import_ import command as import_command
 
         click.echo("no weights in model_repository/: importing the demo network (NOT for recognition)", err=True)
-        import_demo(repository)
+        folders = ["--models-dir", str(repository.parent / "models"), "--model-repository", str(repository)]
+        import_command.main(["demo", *folders], standalone_mode=False)
     has_reference = bool(versions(repository / "arcface_reference")) and find_spec("insightface") is not None
     choice = choose_backend(
         asked, gpu_sm(), plan_sms(repository), bool(versions(repository / "arcface_onnx")), has_reference
