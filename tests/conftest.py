@@ -40,7 +40,7 @@ def lfw_faces(assets: Path) -> np.ndarray:
 def triton_binary() -> TritonBinary:
     """The tritonserver of this host; skips the test, visibly, where there is none."""
     try:
-        return find_tritonserver(REPO)
+        return find_tritonserver()
     except Missing as exc:
         pytest.skip(str(exc))
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from people import PixelEngine
 
 from arcface_clients.cache import ENTRY_OVERHEAD_BYTES, EmbeddingCache
 from arcface_clients.errors import ConfigError, ContractMismatch
 from arcface_clients.synthetic import synthetic_faces
+from people import PixelEngine
 
 
 @pytest.fixture(scope="module")

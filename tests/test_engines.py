@@ -10,7 +10,6 @@ import threading
 import numpy as np
 import onnxruntime
 import pytest
-from tiny_model import write_model
 
 from arcface_clients.contract import Preprocessing
 from arcface_clients.drift import compare_embeddings
@@ -20,6 +19,7 @@ from arcface_clients.engines.files import find_model
 from arcface_clients.engines.onnx import cpu_has_bf16
 from arcface_clients.errors import BackendUnavailable, ConfigError, DependencyMissing, InvalidFaces, ModelMissing
 from arcface_clients.synthetic import synthetic_faces
+from tiny_model import write_model
 
 IMAGENET = Preprocessing("rgb", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 CUDA, COREML, TRT = "CUDAExecutionProvider", "CoreMLExecutionProvider", "TensorrtExecutionProvider"

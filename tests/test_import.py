@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from tiny_nets import tiny_net
 
 from arcface_build.errors import ProofFailed, SourceRefused, WrongUse
 from arcface_build.importing import existing_import, import_model
@@ -18,6 +17,7 @@ from arcface_build.manifest import Manifest, load_manifest
 from arcface_build.sources import known_models, resolve
 from arcface_clients.contract import Preprocessing, contract_id
 from arcface_clients.synthetic import synthetic_faces
+from tiny_nets import tiny_net
 
 FLAVOURS = {
     "dynamic": {},

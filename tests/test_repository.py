@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from conftest import REPO
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from arcface_build.errors import Missing, WrongUse
 from arcface_build.repository import find_repository, install, roll_back, served_manifest, versions
+from conftest import REPO
 
 
 def manifest(name: str) -> dict:

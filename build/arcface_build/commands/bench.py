@@ -161,7 +161,7 @@ def _server(
         )
         return
     found = find_repository(repository)
-    binary = find_tritonserver(found.parent)
+    binary = find_tritonserver()
     log = folder / "tritonserver.log"
     with TritonProcess(binary, found, models, config_name=config, ports=free_ports(), log_path=log) as server:
         server.wait_ready()

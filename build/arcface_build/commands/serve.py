@@ -72,7 +72,7 @@ def command(
     ports = Ports(http_port, grpc_port, metrics_port)
     ports.check_free()  # before any work
     choice, with_reference = _prepare(repository, backend, demo, reference)
-    binary = find_tritonserver(repository.parent)
+    binary = find_tritonserver()
     _say(f"tritonserver {binary.origin}\nbackend {choice.backend}: {choice.reason}", as_json)
     signal.signal(signal.SIGTERM, _interrupt)
     server = TritonProcess(

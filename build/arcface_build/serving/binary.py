@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata, util
@@ -23,8 +24,8 @@ class TritonBinary:
     origin: str = ""
 
 
-def find_tritonserver(root: Path) -> TritonBinary:
-    """The tritonserver of this host; `root` is the checkout whose backends/ the wheel's server is given.
+def find_tritonserver() -> TritonBinary:
+    """The tritonserver of this host; the one of the wheel is given our python-based backends.
 
     Raises:
         Missing: neither PATH nor the environment has one, or what the wheel's server needs is wrong.
@@ -44,9 +45,16 @@ def find_tritonserver(root: Path) -> TritonBinary:
     return TritonBinary(
         path=server / "bin" / "tritonserver",
         environment=_environment(package),
-        backend_directory=_compose_backends(server, root),
-        origin=f"from nvidia-pytriton {metadata.version('nvidia-pytriton')}, with backends/ of this checkout",
+        backend_directory=_compose_backends(server, our_backends()),
+        origin=f"from nvidia-pytriton {metadata.version('nvidia-pytriton')}, with our python-based backends",
     )
+
+
+def our_backends() -> Path:
+    """backends/ of the checkout, or the copy of it that a wheel carries."""
+    package = Path(__file__).resolve().parent.parent
+    carried = package / "backends"
+    return carried if carried.is_dir() else package.parent.parent / "backends"
 
 
 def _environment(package: Path) -> dict[str, str]:
@@ -62,7 +70,7 @@ def _environment(package: Path) -> dict[str, str]:
     }
 
 
-def _compose_backends(server: Path, root: Path) -> Path:
+def _compose_backends(server: Path, ours: Path) -> Path:
     """A backend directory: the wheel's python backend with the stub of this Python, and links to our backends/."""
     if int(metadata.version("numpy").split(".")[0]) >= 2:
         raise Missing(
@@ -76,7 +84,8 @@ def _compose_backends(server: Path, root: Path) -> Path:
         raise Missing(
             f"this tritonserver has no stub for Python {python} (it has {', '.join(have)}). Use one of those."
         )
-    folder = root / ".cache" / "backends" / f"{metadata.version('nvidia-pytriton')}-py{python}"
+    checkout = f"{zlib.crc32(str(ours).encode()):08x}"  # several checkouts may share an environment
+    folder = Path(sys.prefix) / "share" / "arcface-triton" / f"{metadata.version('nvidia-pytriton')}-{checkout}"
     target = folder / "python"
     if not (target / stub.name).is_file():
         target.mkdir(parents=True, exist_ok=True)
@@ -86,9 +95,9 @@ def _compose_backends(server: Path, root: Path) -> Path:
         shutil.copyfile(stub, ready)
         ready.chmod(0o755)
         ready.replace(target / stub.name)
-    for ours in (root / "backends").iterdir():
-        link = folder / ours.name
-        if ours.is_dir() and (not link.is_symlink() or link.resolve() != ours.resolve()):
+    for backend in filter(Path.is_dir, ours.iterdir()):
+        link = folder / backend.name
+        if not link.is_symlink() or link.resolve() != backend.resolve():
             link.unlink(missing_ok=True)
-            link.symlink_to(ours)
+            link.symlink_to(backend)
     return folder

@@ -1,0 +1,153 @@
+"""`arcface serve` as its user runs it: what stops it before it starts, the table, and a stop that leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from arcface_build.serving.process import free_ports, reason_in_log
+from conftest import copy_repository
+
+MAIN = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
+
+
+def serve(repository: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
+    ports = free_ports()
+    line = [sys.executable, "-c", MAIN, "serve", "--model-repository", str(repository)]
+    line += ["--http-port", str(ports.http), "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics)]
+    return subprocess.Popen(
+        [*line, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+    )
+
+
+def processes_of(repository: Path) -> list[str]:
+    """Command lines of running processes that name this repository."""
+    lines = [p.read_bytes().replace(b"\0", b" ").decode() for p in Path("/proc").glob("[0-9]*/cmdline") if readable(p)]
+    return [line for line in lines if str(repository) in line]
+
+
+def readable(path: Path) -> bool:
+    try:
+        return bool(path.read_bytes())
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_it_serves_until_a_signal_and_leaves_no_process(triton_binary, demo_repository, number):
+    process = serve(demo_repository)
+    shown = []
+    for line in process.stdout:
+        shown.append(line)
+        if line.startswith("Ctrl-C"):
+            break
+    text = "".join(shown)
+    assert "\nbackend onnx: no " in text
+    assert "arcface_onnx" in text and "passed (fp32: drift" in text
+    assert "TritonEmbedder(" in text
+    assert processes_of(demo_repository)
+    process.send_signal(number)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "stopped: no process is left" in rest
+    assert processes_of(demo_repository) == []
+
+
+def test_the_server_ends_when_serve_is_killed(triton_binary, demo_repository):
+    process = serve(demo_repository, "--no-reference")
+    for line in process.stdout:
+        if line.startswith("Ctrl-C"):
+            break
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while processes_of(demo_repository) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_of(demo_repository) == []
+
+
+def test_once_with_json_prints_one_object_and_the_choice(triton_binary, demo_repository):
+    output, errors = serve(demo_repository, "--once", "--json", "--backend", "reference").communicate(timeout=120)
+    told = json.loads(output)
+    assert told["backend"] == "reference" and told["reason"] == "asked for"
+    assert [row["model"] for row in told["parity"]["rows"]] == ["arcface_reference", "arcface"]
+    assert "tritonserver" in errors
+
+
+def test_a_busy_port_is_named_before_any_work(demo_repository):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        process = serve(demo_repository, "--grpc-port", str(port))
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert errors == (
+        f"ServerFailed: port {port} (grpc) is in use on 127.0.0.1. Stop what listens there (ss -ltnp | grep {port}), "
+        f"or take another: arcface serve --grpc-port {port + 10}\n"
+    )
+
+
+def test_a_repository_without_weights_is_refused_where_the_demo_is_not_wanted(tmp_path):
+    process = serve(copy_repository(tmp_path), "--no-demo")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert errors == (
+        "Missing: no weights in the model repository. "
+        "Next: arcface import demo (for trying), or arcface import YOUR.onnx\n"
+    )
+
+
+def test_tensorrt_without_gpu_says_what_is_there_and_what_to_do(demo_repository):
+    process = serve(demo_repository, "--backend", "tensorrt", PATH="/nowhere")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert errors == (
+        "Missing: cannot serve tensorrt: no GPU here (plans: none). "
+        "Next: arcface plan build --precision fp16, on such a GPU\n"
+    )
+
+
+def test_broken_weights_are_reported_with_the_models_own_reason(triton_binary, tmp_path, demo_repository):
+    import shutil
+
+    shutil.copytree(demo_repository, tmp_path / "model_repository")
+    (tmp_path / "model_repository" / "arcface_onnx" / "1" / "model.onnx").write_bytes(b"\x08\x08truncated")
+    process = serve(tmp_path / "model_repository", "--no-reference", "--once")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert errors.startswith(
+        "ServerFailed: tritonserver ended with status 1 while starting: arcface_onnx: ONNX Runtime"
+    )
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            "tritonserver: error while loading shared libraries: libb64.so.0d: cannot open shared object file\n",
+            "it needs libb64.so.0d, which this host has not. Install it, or use the NGC container: docker-compose up",
+        ),
+        (
+            "/x/tritonserver: /lib/libc.so.6: version `GLIBC_2.35' not found (required by /x/tritonserver)\n",
+            "it needs GLIBC_2.35, which this host has not. Install it, or use the NGC container: docker-compose up",
+        ),
+        ("", "no reason in its output (log: {log})"),
+    ],
+)
+def test_the_reason_is_taken_from_the_servers_log(tmp_path, log, reason):
+    path = tmp_path / "tritonserver.log"
+    path.write_text(log)
+    assert reason_in_log(path) == reason.format(log=path)
