@@ -80,10 +80,12 @@ class HttpTransport:
         """Close all connections; requests under way fail."""
         self._closed.set()
         with self._lock:
-            connections = [*self._idle, *self._busy]
-            self._idle.clear()
-        for connection in connections:
-            _cut(connection)
+            idle, self._idle = self._idle, []
+            busy = list(self._busy)
+        for connection in idle:
+            connection.close()
+        for connection in busy:
+            _cut(connection)  # its own thread then closes it
 
     def _ask(
         self,
