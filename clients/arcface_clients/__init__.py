@@ -6,11 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from arcface_clients.address import Tls as Tls
+    from arcface_clients.fake import FakeEmbedder as FakeEmbedder
     from arcface_clients.triton import TritonEmbedder as TritonEmbedder
+    from arcface_clients.triton_async import AsyncTritonEmbedder as AsyncTritonEmbedder
 
 __version__ = "0.1.0"
 
 _HOMES = {  # public name -> module, loaded on first use (PEP 562)
+    "AsyncTritonEmbedder": "arcface_clients.triton_async",
+    "FakeEmbedder": "arcface_clients.fake",
+    "Tls": "arcface_clients.address",
     "TritonEmbedder": "arcface_clients.triton",
 }
 __all__ = [*sorted(_HOMES), "__version__"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from arcface_clients.errors import ConfigError
@@ -13,6 +14,7 @@ _SCHEMES = {  # scheme -> (protocol, TLS, Triton's port; HTTPS is a proxy's, Tri
     "http": ("http", False, 8000),
     "https": ("http", True, 443),
 }
+COMPRESSIONS = (None, "gzip", "deflate")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,46 @@ class Address:
     def __str__(self) -> str:
         """The URL, scheme always written out."""
         return f"{self.protocol}{'s' if self.tls else ''}://{self.target}{self.path}"
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files for `grpcs://` and `https://`: who is trusted, and for mutual TLS who we are.
+
+    Without `ca_file` the system's authorities are trusted; `cert_file` and `key_file` go together.
+    """
+
+    ca_file: str | Path | None = None
+    cert_file: str | Path | None = None
+    key_file: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse half a key pair and files that are not there."""
+        if bool(self.cert_file) != bool(self.key_file):
+            raise ConfigError("mutual TLS needs both cert_file and key_file; got only one of them.")
+        for name in ("ca_file", "cert_file", "key_file"):
+            path = getattr(self, name)
+            if path and not Path(path).is_file():
+                raise ConfigError(f"TLS {name} {path} is not there; expected a PEM file.")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Everything that a transport is opened with."""
+
+    address: Address
+    headers: dict[str, str] = field(default_factory=dict)
+    tls: Tls = field(default_factory=Tls)
+    compression: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no transport can do."""
+        if self.compression not in COMPRESSIONS:
+            raise ConfigError(f"compression is {self.compression!r}; expected None, 'gzip' or 'deflate'.")
+        if self.tls != Tls() and not self.address.tls:
+            raise ConfigError(
+                f"TLS files were given for {self.address}, which is not encrypted: use grpcs:// or https://."
+            )
 
 
 _EXAMPLES = "Expected localhost:8001, grpc://host:8001, grpcs://host:8001, http://host:8000 or https://host/base"

@@ -7,6 +7,7 @@ ArcFaceError
 ├── ContractMismatch      embeddings of two different contracts  never falls back   exit 2
 ├── GateFailed            drift above its limit                  never falls back   exit 1
 ├── InferenceFailed       the backend answered with an error     never falls back   exit 1
+│   └── SharedMemoryLost      the server does not know our region; the client then registers it again
 ├── ClientUnusable        closed, or carried into a fork         never falls back   exit 2
 └── BackendUnavailable    the backend is not there               FALLS BACK         exit 3
     ├── ServerUnreachable     no server answers at the address
@@ -59,6 +60,10 @@ class InferenceFailed(ArcFaceError):
     """The backend is there and answered this request with an error. Never falls back: the cause would be hidden."""
 
     exit_code = 1
+
+
+class SharedMemoryLost(InferenceFailed):
+    """The server does not know the shared memory region; the client handles this itself. Never falls back."""
 
 
 class ClientUnusable(ArcFaceError, RuntimeError):

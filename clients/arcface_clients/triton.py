@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
-from arcface_clients.address import Address
+from arcface_clients.address import Address, Connection, Tls
 from arcface_clients.contract import check_faces
 from arcface_clients.errors import ClientUnusable, ConfigError
 from arcface_clients.served_model import ServedModel
-from arcface_clients.session import Session, run
+from arcface_clients.session import Job, Session, Way, run
+from arcface_clients.streaming import Stream
 from arcface_clients.transports import Transport, open_transport
 
 IN_FLIGHT = 4
+STREAM_RETRY_FOR_S = 120.0  # a server that is restarted loads its models again, which takes a while
 
 
 class TritonEmbedder:
     """Embeddings from a Triton server; safe to use from many threads, connects with the first use.
 
     Args:
-        url: `host:port` or `grpc://host:port`.
+        url: `host:port` or `grpc://…`, `grpcs://…`, `http://…`, `https://…`.
         model: served model, normally the ensemble `arcface`.
         timeout_s: longest wait for the answer to one request of up to max_batch_size faces, queueing included.
         in_flight: requests under way at a time when there are more faces than fit one.
         retry_for_s: how long a lost server or an unloaded model is tried again; 0: not at all.
         expected_contract: contract id that the served model must have.
-        headers: sent with every request (gRPC metadata), such as an API key.
+        headers: sent with every request (gRPC metadata), such as a key.
+        tls: files for grpcs:// and https://; without, the system's authorities are trusted.
+        compression: None, "gzip" or "deflate"; photographs hardly shrink, so None.
+        shared_memory: None: used when the server is on this host, else the wire (`way` says which and why);
+            False: never; True: an error when it is not possible.
     """
 
     def __init__(
@@ -45,25 +53,20 @@ class TritonEmbedder:
         retry_for_s: float = 5.0,
         expected_contract: str | None = None,
         headers: Mapping[str, str] | None = None,
+        tls: Tls | None = None,
+        compression: str | None = None,
+        shared_memory: bool | None = None,
     ) -> None:
         """Check the arguments; nothing is sent yet."""
-        self.address = Address.parse(url)
-        if timeout_s <= 0 or in_flight < 1 or retry_for_s < 0:
-            raise ConfigError(
-                f"expected timeout_s > 0, in_flight ≥ 1 and retry_for_s ≥ 0, "
-                f"got {timeout_s}, {in_flight}, {retry_for_s}."
-            )
+        self._made_with = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        self.connection, self._session = opened_with(**self._made_with)
+        self.address = self.connection.address
         self.model = model
         self.in_flight = in_flight
-        self._headers = dict(headers or {})
-        self._session = Session(
-            str(self.address), model, timeout_s=timeout_s, retry_for_s=retry_for_s, expected_contract=expected_contract
-        )
-        self._lock = threading.Lock()
-        self._transport: Transport | None = None
-        self._workers: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
-        self._closed = False
+        self._live = _Live(self._pid, self._session)
+        # also when it is forgotten, and at the end of the process: regions must not be left to the server
+        self._finalizer = weakref.finalize(self, self._live.end)
 
     def encode(self, faces: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
         """Unit embeddings float32 (N,D), in order, of faces uint8 (N,112,112,3) BGR; any N, 0 too.
@@ -74,17 +77,44 @@ class TritonEmbedder:
             InvalidFaces: wrong shape, dtype or range; nothing was sent.
             ServerUnreachable, ModelNotReady, DeadlineExceeded: the server cannot answer (these fall back).
             InferenceFailed: the server answered with an error, or with rows that are not unit embeddings.
-            ContractMismatch: see `expected_contract`.
+            ContractMismatch: see `expected_contract`; or the model changed under way.
         """
         faces = check_faces(faces)
-        served = self.served
+        size = self.served.max_batch_size
+        if 0 < len(faces) <= size:
+            rows = self._embed(self._prepared([faces]))
+            return rows if rows.flags.writeable else rows.copy()
         rows = np.empty((len(faces), self._session.embedding_dim), np.float32)
-        size = served.max_batch_size
         done = 0
-        for answer in self._in_order([faces[i : i + size]] for i in range(0, len(faces), size)):
+        for answer in self._in_order(([faces[i : i + size]] for i in range(0, len(faces), size)), None):
             rows[done : done + len(answer)] = answer
             done += len(answer)
         return rows
+
+    def encode_stream(
+        self,
+        items: Iterable[np.ndarray],
+        *,
+        batch_size: int | None = None,
+        retry_for_s: float = STREAM_RETRY_FOR_S,
+    ) -> Iterator[np.ndarray]:
+        """Embeddings of a stream, one for each item and in order: (D,) for a face (112,112,3), (n,D) for a batch.
+
+        At most `in_flight` requests of `batch_size` faces are held in memory; faces of several items share a request.
+        The source may reuse its memory. A server that is restarted meanwhile is waited for up to `retry_for_s`; every
+        face is answered once.
+
+        Args:
+            items: faces or batches, uint8 BGR.
+            batch_size: faces in a request; default and most: the server's max_batch_size.
+            retry_for_s: how long a lost server is tried again.
+
+        Raises:
+            ConfigError: batch_size is not in 1..max_batch_size.
+            What `encode` raises, when the item's turn comes.
+        """
+        size = stream_size(self.served, batch_size)
+        return self._streamed(items, Stream(size, self._session.embedding_dim), retry_for_s)
 
     @property
     def served(self) -> ServedModel:
@@ -106,6 +136,11 @@ class TritonEmbedder:
         """The most faces that go into one request."""
         return self.served.max_batch_size
 
+    @property
+    def way(self) -> Way:
+        """Shared memory or the wire, and why."""
+        return self._session.way
+
     def ensure_ready(self) -> ServedModel:
         """Ask the server for the model now, and check its contract.
 
@@ -113,67 +148,56 @@ class TritonEmbedder:
             ServerUnreachable, ModelNotReady, DeadlineExceeded: the server cannot answer (these fall back).
             ConfigError, ContractMismatch: it serves something else than was expected.
         """
-        return run(self._session.connect(), self._opened())
+        return run(self._session.connect(), self._transport())
 
     def close(self) -> None:
-        """Give up the connection; may be called twice."""
-        with self._lock:
-            self._closed = True
-            transport, workers = self._transport, self._workers
-            self._transport = self._workers = None
-        if os.getpid() != self._pid:
-            return  # the parent's connection is not ours to close
-        if transport:
-            transport.close()
-        if workers:
-            workers.shutdown(wait=True, cancel_futures=True)
+        """Give up the connection and the shared memory; may be called twice. Requests under way fail."""
+        self._finalizer()
 
-    def _embed(self, body: bytes, count: int) -> np.ndarray:
-        return run(self._session.embed(body, count), self._opened())
+    def _streamed(self, items: Iterable[np.ndarray], stream: Stream, retry_for_s: float) -> Iterator[np.ndarray]:
+        chunks = chain(chain.from_iterable(map(stream.take, items)), _later(stream.rest))
+        for rows in self._in_order(chunks, retry_for_s):
+            yield from stream.give(rows)
+        yield from stream.finished()
 
-    def _in_order(self, chunks: Iterable[list[np.ndarray]]) -> Iterator[np.ndarray]:
+    def _in_order(self, chunks: Iterable[list[np.ndarray]], retry_for_s: float | None) -> Iterator[np.ndarray]:
         """Embeddings of each chunk in order, `in_flight` requests under way; a lone chunk goes out on this thread."""
-        chunks = iter(chunks)
-        head = list(islice(chunks, 2))
+        jobs = map(self._prepared, chunks)
+        head = list(islice(jobs, 2))
         if len(head) < 2:
-            for chunk in head:
-                yield self._embed(*self._packed(chunk))
+            for job in head:
+                yield self._embed(job, retry_for_s)
             return
-        window: deque[Future[np.ndarray]] = deque()
+        window: deque[tuple[Future[np.ndarray], Job]] = deque()
         try:
-            for chunk in chain(head, chunks):
-                if len(window) == self.in_flight:
-                    yield window.popleft().result()
-                window.append(self._pool().submit(self._embed, *self._packed(chunk)))
+            for job in chain(head, jobs):
+                window.append((self._live.workers(self.in_flight).submit(self._embed, job, retry_for_s), job))
+                while window and (len(window) == self.in_flight or window[0][0].done()):
+                    yield window.popleft()[0].result()
             while window:
-                yield window.popleft().result()
+                yield window.popleft()[0].result()
         finally:
-            for waiting in window:
-                waiting.cancel()
+            for future, job in window:
+                if future.cancel():
+                    self._session.drop(job)
 
-    def _packed(self, chunk: list[np.ndarray]) -> tuple[bytes, int]:
-        return self._opened().pack(self.model, chunk), sum(len(part) for part in chunk)
+    def _prepared(self, parts: list[np.ndarray]) -> Job:
+        return self._session.prepare(parts, self._transport().pack)
 
-    def _opened(self) -> Transport:
+    def _embed(self, job: Job, retry_for_s: float | None = None) -> np.ndarray:
+        return run(self._session.embed(job, retry_for_s), self._transport())
+
+    def _transport(self) -> Transport:
         if os.getpid() != self._pid:
             raise ClientUnusable(
-                f"this client was opened by process {self._pid} and carried over a fork into {os.getpid()}: "
-                "gRPC's threads do not survive that. Make one client in each process"
+                f"this client was opened by process {self._pid} and carried over a fork into {os.getpid()}: its "
+                "threads do not survive that. Make one client in each process"
             )
-        with self._lock:
-            if self._closed:
-                raise ClientUnusable("this client is closed; make a new one.")
-            if self._transport is None:
-                self._transport = open_transport(self.address, self._headers)
-            return self._transport
+        return self._live.transport(self.connection)
 
-    def _pool(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._closed:
-                raise ClientUnusable("this client is closed; make a new one.")
-            if self._workers is None:
-                self._workers = ThreadPoolExecutor(self.in_flight, thread_name_prefix="arcface-triton")
-            return self._workers
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its arguments: it arrives in another process as a client of its own, not connected yet."""
+        return _made_again, (type(self), self._made_with)
 
     def __enter__(self) -> TritonEmbedder:
         """The embedder itself."""
@@ -187,4 +211,100 @@ class TritonEmbedder:
 
     def __repr__(self) -> str:
         """URL and model."""
-        return f"TritonEmbedder({str(self.address)!r}, model={self.model!r})"
+        return f"{type(self).__name__}({str(self.address)!r}, model={self.model!r})"
+
+
+def opened_with(
+    url: str,
+    model: str,
+    timeout_s: float,
+    in_flight: int,
+    retry_for_s: float,
+    expected_contract: str | None,
+    headers: Mapping[str, str] | None,
+    tls: Tls | None,
+    compression: str | None,
+    shared_memory: bool | None,
+) -> tuple[Connection, Session]:
+    """The arguments of an embedder, checked; the same for the asyncio twin.
+
+    Raises:
+        ConfigError: one of them cannot be.
+    """
+    connection = Connection(Address.parse(url), dict(headers or {}), tls or Tls(), compression)
+    if timeout_s <= 0 or in_flight < 1 or retry_for_s < 0:
+        raise ConfigError(
+            f"expected timeout_s > 0, in_flight ≥ 1 and retry_for_s ≥ 0, got {timeout_s}, {in_flight}, {retry_for_s}."
+        )
+    session = Session(
+        connection.address,
+        model,
+        timeout_s=timeout_s,
+        retry_for_s=retry_for_s,
+        expected_contract=expected_contract,
+        shared_memory=shared_memory,
+    )
+    return connection, session
+
+
+def stream_size(served: ServedModel, batch_size: int | None) -> int:
+    """Faces in a full request of a stream.
+
+    Raises:
+        ConfigError: the server takes no such batch.
+    """
+    size = served.max_batch_size if batch_size is None else batch_size
+    if not 1 <= size <= served.max_batch_size:
+        raise ConfigError(f"batch_size is {size}; expected 1..{served.max_batch_size}, the server's max_batch_size.")
+    return size
+
+
+class _Live:
+    """What an embedder has open; apart from it, so that it can be ended when the embedder is forgotten."""
+
+    def __init__(self, pid: int, session: Session) -> None:
+        self._pid = pid
+        self._session = session
+        self._lock = threading.Lock()
+        self._ended = False
+        self._transport: Transport | None = None
+        self._workers: ThreadPoolExecutor | None = None
+
+    def transport(self, connection: Connection) -> Transport:
+        with self._lock:
+            if self._ended:
+                raise ClientUnusable("this client is closed; make a new one.")
+            if self._transport is None:
+                self._transport = open_transport(connection)
+            return self._transport
+
+    def workers(self, count: int) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._ended:
+                raise ClientUnusable("this client is closed; make a new one.")
+            if self._workers is None:
+                self._workers = ThreadPoolExecutor(count, thread_name_prefix="arcface-triton")
+            return self._workers
+
+    def end(self) -> None:
+        if os.getpid() != self._pid:
+            return  # the parent's connection and regions are not a forked child's to close
+        with self._lock:
+            self._ended = True
+            transport, workers = self._transport, self._workers
+            self._transport = self._workers = None
+        if transport is None:
+            return
+        run(self._session.detach(), transport)
+        transport.close()
+        if workers:
+            workers.shutdown(wait=True, cancel_futures=True)
+
+
+def _later(chunks: Any) -> Iterator[list[np.ndarray]]:
+    """`chunks()`, called when its turn comes."""
+    yield from chunks()
+
+
+def _made_again(kind: type[TritonEmbedder], arguments: dict[str, Any]) -> TritonEmbedder:
+    return kind(**arguments)

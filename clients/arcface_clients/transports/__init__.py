@@ -7,21 +7,42 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from arcface_clients.address import Address
+from arcface_clients.address import Connection
+from arcface_clients.shared_memory import Slot
 
 
 class Transport(Protocol):
-    """One connection to one server, safe to use from many threads.
+    """One connection to one server, safe to use from many threads; asyncio ones have coroutines of these names.
 
     Every method raises only errors of `arcface_clients.errors`; `timeout_s` covers the whole exchange.
     """
 
-    def pack(self, model: str, parts: Sequence[np.ndarray]) -> bytes:
-        """The request body for `parts`, C-contiguous uint8 (n_i,112,112,3) each, one after the other. No I/O."""
+    def pack(self, model: str, parts: Sequence[np.ndarray]) -> Any:
+        """The request for `parts`, C-contiguous uint8 (n_i,112,112,3) each, one after the other. A copy, no I/O."""
         ...
 
-    def infer(self, model: str, body: bytes, timeout_s: float) -> np.ndarray:
-        """Embeddings float32 (N,D) for a packed body; the array may be read-only."""
+    def infer(self, model: str, body: Any, timeout_s: float) -> np.ndarray:
+        """Embeddings float32 (N,D) for a packed request; the array may be read-only."""
+        ...
+
+    def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+        """Have the server embed the `count` faces in a registered slot, and write the embeddings into it.
+
+        Raises:
+            SharedMemoryLost: the server does not know the region (any more).
+        """
+        ...
+
+    def register_shared(self, slot: Slot, timeout_s: float) -> None:
+        """Make a slot known to the server; a slot that is known already stays so."""
+        ...
+
+    def unregister_shared(self, name: str, timeout_s: float) -> None:
+        """Make the server forget a region; an unknown name is fine."""
+        ...
+
+    def shared_regions(self, timeout_s: float) -> list[str]:
+        """Names of all system shared memory regions that the server knows."""
         ...
 
     def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
@@ -37,12 +58,27 @@ class Transport(Protocol):
         ...
 
 
-def open_transport(address: Address, headers: dict[str, str] | None = None) -> Transport:
+def open_transport(connection: Connection) -> Transport:
     """A transport for the address's protocol; does not talk to the server yet.
 
     Raises:
         DependencyMissing: the driver of this protocol is not installed.
     """
+    if connection.address.protocol == "http":
+        from arcface_clients.transports.http import HttpTransport
+
+        return HttpTransport(connection)
     from arcface_clients.transports.grpc import GrpcTransport
 
-    return GrpcTransport(address, headers)
+    return GrpcTransport(connection)
+
+
+def open_async_transport(connection: Connection) -> Any:
+    """The asyncio twin of `open_transport`; to be called inside a running event loop."""
+    if connection.address.protocol == "http":
+        from arcface_clients.transports.http_aio import AsyncHttpTransport
+
+        return AsyncHttpTransport(connection)
+    from arcface_clients.transports.grpc_aio import AsyncGrpcTransport
+
+    return AsyncGrpcTransport(connection)

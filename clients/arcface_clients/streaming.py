@@ -1,0 +1,72 @@
+"""A stream of faces and batches in; full requests out, and the embeddings cut to the shape of what came in. No I/O."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from arcface_clients.contract import FACE_SHAPE, check_faces
+
+
+class Stream:
+    """What is between a source of faces and its embeddings.
+
+    Args:
+        size: faces in a full request.
+        embedding_dim: D.
+    """
+
+    def __init__(self, size: int, embedding_dim: int) -> None:
+        """Nothing has come in yet."""
+        self._size = size
+        self._waiting: list[np.ndarray] = []  # faces for the request that is being filled
+        self._room = size
+        self._items: deque[int | None] = (
+            deque()
+        )  # what went in and has not come out: faces in the batch, None: one face
+        self._rows = np.empty((0, embedding_dim), np.float32)
+
+    def take(self, item: np.ndarray) -> list[list[np.ndarray]]:
+        """The requests that one face (112,112,3) or a batch (n,112,112,3) completes; to be packed before the next take.
+
+        Raises:
+            InvalidFaces: what `check_faces` refuses.
+        """
+        lone = getattr(item, "shape", None) == FACE_SHAPE
+        faces = check_faces(item)
+        self._items.append(None if lone else len(faces))
+        full = []
+        while len(faces) >= self._room:
+            full.append([*self._waiting, faces[: self._room]])
+            faces = faces[self._room :]
+            self._waiting, self._room = [], self._size
+        if len(faces):
+            self._waiting.append(faces.copy())  # the source may reuse its memory for the next item
+            self._room -= len(faces)
+        return full
+
+    def rest(self) -> list[list[np.ndarray]]:
+        """The last request, which is not full; none when nothing waits."""
+        rest, self._waiting, self._room = self._waiting, [], self._size
+        return [rest] if rest else []
+
+    def give(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The items that these rows complete, in order: (D,) for a face, (n,D) for a batch."""
+        self._rows = np.concatenate([self._rows, rows]) if len(self._rows) else rows
+        return self.finished()
+
+    def finished(self) -> list[np.ndarray]:
+        """The items at the head for which all rows are there: batches of no faces need none."""
+        done: list[np.ndarray] = []
+        start = 0
+        while self._items and start + self._needs(self._items[0]) <= len(self._rows):
+            count = self._items.popleft()
+            done.append(self._rows[start] if count is None else self._rows[start : start + count])
+            start += 1 if count is None else count
+        self._rows = self._rows[start:]
+        return done
+
+    @staticmethod
+    def _needs(item: int | None) -> int:
+        return 1 if item is None else item

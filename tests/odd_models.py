@@ -1,0 +1,58 @@
+"""Models that misbehave, for a real tritonserver: each is one python-backend model in a repository of the test's own.
+
+The embedding is a fixed projection of the face, so a late, lost, doubled or misplaced answer is seen in the numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODEL = """
+import json, os, time
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.name = args["model_name"]
+        self.weights = np.random.default_rng(5).standard_normal((28 * 28 * 3, 64)).astype(np.float32)
+
+    def execute(self, requests):
+        answers = []
+        for request in requests:
+            faces = pb_utils.get_input_tensor_by_name(request, "face").as_numpy()
+            if self.name == "slow" and faces[0, 0, 0, 0] == 255:  # only a marked face is slow
+                time.sleep(1.0)
+            if self.name == "failing":
+                error = pb_utils.TritonError("the network gave up on purpose")
+                answers.append(pb_utils.InferenceResponse(output_tensors=[], error=error))
+                continue
+            rows = (faces[:, ::4, ::4].reshape(len(faces), -1).astype(np.float32) - 127.5) @ self.weights
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            if self.name == "nan":
+                rows[-1] = np.nan
+            if self.name == "long":
+                rows *= 3
+            answers.append(pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("embedding", rows)]))
+        return answers
+"""
+CONFIG = """
+backend: "python"
+max_batch_size: 8
+input [ {{ name: "face" data_type: TYPE_UINT8 dims: [ 112, 112, 3 ] }} ]
+output [ {{ name: "embedding" data_type: TYPE_FP32 dims: [ {width} ] }} ]
+instance_group [ {{ kind: KIND_CPU count: 1 }} ]
+dynamic_batching {{ }}
+parameters {{ key: "contract_id" value: {{ string_value: "{contract}" }} }}
+"""
+
+
+def write_model(
+    repository: Path, name: str, *, contract: str = "odd", width: int = 64, config: str | None = None
+) -> None:
+    """Put the model `name` into a repository; its name says how it misbehaves, any other name behaves."""
+    folder = repository / name
+    (folder / "1").mkdir(parents=True, exist_ok=True)
+    (folder / "1" / "model.py").write_text(MODEL)
+    (folder / "config.pbtxt").write_text(config or CONFIG.format(width=width, contract=contract))

@@ -1,0 +1,238 @@
+"""Every way to a real server gives one answer: gRPC and HTTP, wire and shared memory, threads and asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+from odd_models import CONFIG, write_model
+
+from arcface_clients import AsyncTritonEmbedder, TritonEmbedder
+from arcface_clients.errors import (
+    ClientUnusable,
+    ConfigError,
+    DeadlineExceeded,
+    InferenceFailed,
+    ModelNotReady,
+    ServerUnreachable,
+)
+from arcface_clients.synthetic import synthetic_faces
+
+FACES = synthetic_faces(11)
+MARKED = np.full((1, 112, 112, 3), 255, np.uint8)  # what `slow` is slow on
+WAYS = [("grpc", False), ("grpc", True), ("http", False), ("http", True)]
+each_way = pytest.mark.parametrize(("protocol", "shared_memory"), WAYS, ids=["grpc", "grpc-shm", "http", "http-shm"])
+each_protocol = pytest.mark.parametrize("protocol", ["grpc", "http"])
+
+
+@pytest.fixture(scope="module")
+def odd(triton_binary, tmp_path_factory):
+    """A tritonserver with models that misbehave."""
+    from arcface_build.serving.process import TritonProcess, free_ports
+
+    folder = tmp_path_factory.mktemp("odd")
+    names = ["good", "slow", "failing", "nan", "long"]
+    for name in names:
+        write_model(folder / "repository", name)
+    open_width = CONFIG.format(width=-1, contract="odd")
+    write_model(folder / "repository", "open", config=open_width)
+    write_model(folder / "repository", "foreign", config=open_width.replace("TYPE_UINT8", "TYPE_FP32"))
+    names += ["open", "foreign"]
+    with TritonProcess(
+        triton_binary, folder / "repository", names, config_name="", log_path=folder / "log", ports=free_ports()
+    ) as process:
+        process.wait_ready()
+        yield process
+
+
+@pytest.fixture(scope="module")
+def truth(odd) -> np.ndarray:
+    with TritonEmbedder(odd.grpc_url, "good", shared_memory=False) as embedder:
+        return np.concatenate([embedder.encode(face) for face in FACES])
+
+
+def url(server, protocol: str) -> str:
+    return f"grpc://{server.grpc_url}" if protocol == "grpc" else f"http://{server.http_url}"
+
+
+@each_way
+@pytest.mark.parametrize("count", [0, 1, 8, 9, 50])
+def test_all_ways_agree(odd, truth, protocol, shared_memory, count) -> None:
+    order = np.arange(count) % len(FACES)
+    with TritonEmbedder(url(odd, protocol), "good", shared_memory=shared_memory, in_flight=3) as embedder:
+        embeddings = embedder.encode(FACES[order])
+        assert embedder.way.shared_memory is shared_memory
+    np.testing.assert_array_equal(embeddings.shape, (count, 64))
+    np.testing.assert_allclose(embeddings, truth[order], atol=1e-6)
+    assert embeddings.flags.writeable
+
+
+@each_way
+def test_asyncio_agrees(odd, truth, protocol, shared_memory) -> None:
+    async def work() -> list[np.ndarray]:
+        async with AsyncTritonEmbedder(url(odd, protocol), "good", shared_memory=shared_memory) as embedder:
+            assert (await embedder.ensure_ready()).contract_id == embedder.contract_id == "odd"
+            many = [embedder.encode(FACES[i:]) for i in range(len(FACES))]
+            return [*await asyncio.gather(*many), await embedder.encode(FACES[:0])]
+
+    *answers, nothing = asyncio.run(work())
+    for i, answer in enumerate(answers):
+        np.testing.assert_allclose(answer, truth[i:], atol=1e-6)
+    assert nothing.shape == (0, 64)
+
+
+@each_way
+def test_model_that_fails_gives_its_own_words(odd, protocol, shared_memory) -> None:
+    with (
+        TritonEmbedder(url(odd, protocol), "failing", shared_memory=shared_memory) as embedder,
+        pytest.raises(InferenceFailed, match="the network gave up on purpose"),
+    ):
+        embedder.encode(FACES)
+
+
+@each_way
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("nan", r"1 of 5 embeddings that are not of unit length \(row 4: norm nan\)"),
+        ("long", r"5 of 5 .*\(row 0: norm 3\).*arcface parity"),
+    ],
+)
+def test_rows_that_are_no_unit_embeddings_are_refused(odd, protocol, shared_memory, model, words) -> None:
+    with (
+        TritonEmbedder(url(odd, protocol), model, shared_memory=shared_memory) as embedder,
+        pytest.raises(InferenceFailed, match=words),
+    ):
+        embedder.encode(FACES[:5])
+
+
+@each_way
+def test_late_answer_is_an_error_and_harms_no_later_one(odd, truth, protocol, shared_memory) -> None:
+    with TritonEmbedder(url(odd, protocol), "slow", shared_memory=shared_memory, timeout_s=0.3) as embedder:
+        embedder.ensure_ready()
+        with pytest.raises(DeadlineExceeded, match=r"no answer from 'slow' at .* within 0.3 s. Raise timeout_s"):
+            embedder.encode(MARKED)
+        for _ in range(20):  # while the server still works on the lost one, and writes its answer somewhere
+            try:
+                np.testing.assert_allclose(embedder.encode(FACES[:8]), truth[:8], atol=1e-6)
+            except DeadlineExceeded:
+                time.sleep(0.1)
+            else:
+                break
+        else:
+            pytest.fail("the server did not come back")
+        for _ in range(5):
+            np.testing.assert_allclose(embedder.encode(FACES[:8]), truth[:8], atol=1e-6)
+
+
+@each_protocol
+def test_cancelled_task_cancels_its_request_and_the_client_lives_on(odd, truth, protocol) -> None:
+    async def work() -> np.ndarray:
+        async with AsyncTritonEmbedder(url(odd, protocol), "slow") as embedder:
+            await embedder.ensure_ready()
+            started = time.monotonic()
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(embedder.encode(MARKED), 0.2)
+            assert time.monotonic() - started < 0.9  # the answer takes 1 s
+            return await embedder.encode(FACES)
+
+    np.testing.assert_allclose(asyncio.run(work()), truth, atol=1e-6)
+
+
+@each_way
+def test_close_ends_requests_under_way(odd, protocol, shared_memory) -> None:
+    embedder = TritonEmbedder(url(odd, protocol), "slow", shared_memory=shared_memory)
+    embedder.ensure_ready()
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            embedder.encode(MARKED)
+        except BaseException as exc:
+            raised.append(exc)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.2)
+    started = time.monotonic()
+    embedder.close()
+    thread.join(5)
+    assert time.monotonic() - started < 0.7
+    assert [type(exc) for exc in raised] == [ClientUnusable]
+
+
+@each_protocol
+def test_dead_server_and_unknown_model_are_told_apart(odd, protocol) -> None:
+    async def ask(address: str) -> None:
+        async with AsyncTritonEmbedder(address, "nosuch", retry_for_s=0) as embedder:
+            await embedder.encode(FACES)
+
+    for address, error in ((url(odd, protocol), ModelNotReady), (f"{protocol}://127.0.0.1:1", ServerUnreachable)):
+        with pytest.raises(error, match=f"at {address}|{address} does not serve 'nosuch'"):
+            TritonEmbedder(address, "nosuch", retry_for_s=0).encode(FACES)
+        with pytest.raises(error, match=f"at {address}|{address} does not serve 'nosuch'"):
+            asyncio.run(ask(address))
+
+
+def test_grpc_port_is_recognised_by_http(odd) -> None:
+    with (
+        TritonEmbedder(f"http://{odd.grpc_url}", retry_for_s=0) as embedder,
+        pytest.raises(ServerUnreachable, match=rf"is the gRPC port: grpc://{odd.grpc_url}"),
+    ):
+        embedder.ensure_ready()
+
+
+def test_width_that_the_server_leaves_open_is_asked_for(odd) -> None:
+    with TritonEmbedder(odd.grpc_url, "open") as embedder:
+        assert embedder.embedding_dim == 64
+        assert embedder.encode(FACES[:0]).shape == (0, 64)
+
+
+def test_model_of_another_contract_is_refused_with_both_shapes(odd) -> None:
+    with (
+        TritonEmbedder(odd.grpc_url, "foreign") as embedder,
+        pytest.raises(ConfigError, match=r"expected `face` TYPE_UINT8 .* got `face` TYPE_FP32 \[112, 112, 3\]"),
+    ):
+        embedder.encode(FACES)
+
+
+@each_protocol
+@pytest.mark.parametrize("compression", ["gzip", "deflate"])
+def test_compression_changes_nothing(odd, truth, protocol, compression) -> None:
+    with TritonEmbedder(url(odd, protocol), "good", compression=compression, shared_memory=False) as embedder:
+        np.testing.assert_allclose(embedder.encode(FACES), truth, atol=1e-6)
+
+
+def test_loop_and_client_belong_together(odd) -> None:
+    embedder = AsyncTritonEmbedder(odd.grpc_url, "good")
+
+    async def use() -> None:
+        await embedder.encode(FACES[:1])
+
+    async def use_and_close() -> None:
+        await use()
+        await embedder.close()
+
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(use())
+        with pytest.raises(ClientUnusable, match="belongs to another event loop"):
+            asyncio.run(use())
+        loop.run_until_complete(use_and_close())
+        with pytest.raises(ClientUnusable, match="closed"):
+            loop.run_until_complete(use())
+    finally:
+        loop.close()
+
+
+def test_pickled_client_arrives_as_one_of_its_own(odd, truth) -> None:
+    import pickle
+
+    with TritonEmbedder(odd.grpc_url, "good", in_flight=2) as embedder:
+        embedder.encode(FACES)
+        with pickle.loads(pickle.dumps(embedder)) as other:
+            assert (other.in_flight, other.model) == (2, "good")
+            np.testing.assert_allclose(other.encode(FACES), truth, atol=1e-6)
