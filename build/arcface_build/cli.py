@@ -18,6 +18,7 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
     "import": ("import_", "Turn an ArcFace ONNX into a proved serving ONNX and put it into model_repository/."),
     "serve": ("serve", "Start Triton on model_repository/, prove it with a few faces, keep serving."),
     "embed": ("embed", "Embed face crops from files or folders through a server."),
+    "consensus": ("consensus", "Find who most photos of each person show, and which photos do not belong."),
     "parity": ("parity", "Compare every loaded backend with the reference, face by face."),
     "bench": ("bench", "Measure throughput through the server beside the bare runtime, in one run."),
     "doctor": ("doctor", "Look at this host and the configuration; say what is wrong and how to mend it."),

@@ -1,0 +1,150 @@
+"""`arcface consensus`: folders of faces, one a person, in; who does not belong and each person's embedding out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from arcface_build.atomic import write_json
+from arcface_build.errors import WrongUse
+from arcface_clients.people import FORMAT, VERSION, Journal, Limits, consensus_of_people, people_in
+
+if TYPE_CHECKING:
+    from arcface_clients.engines.protocol import EmbeddingEngine
+
+EPILOG = """\b
+Examples:
+  arcface consensus people/ -o consensus.json
+  arcface consensus people/ -o consensus.json --max-distance 0.58 --workers 8 --cache embeddings.sqlite
+
+Ctrl-C keeps everybody who is finished in OUTPUT.partial; the same command goes on from there.
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"show_default": True})
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER_OF_PERSONS")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .json to write."
+)
+@click.option("--url", default="localhost:8001", envvar="ARCFACE_URL", help="Server to ask.")
+@click.option("--model", default="arcface", help="Served model.")
+@click.option(
+    "--max-distance",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=Limits.max_distance,
+    help="From a face to the mean of the person's other faces (1 − cosine).",
+)
+@click.option("--min-support", type=click.IntRange(1), default=Limits.min_support, help="Faces that must agree.")
+@click.option(
+    "--min-share",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=Limits.min_share,
+    help="And be more than this share of all.",
+)
+@click.option("--workers", type=click.IntRange(1), default=4, help="People at a time.")
+@click.option("--cache", "cache_path", type=click.Path(path_type=Path, dir_okay=False), help="Embeddings kept here.")
+@click.option("--force", is_flag=True, help="Overwrite the output and start over.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def command(
+    folder: Path,
+    output: Path,
+    url: str,
+    model: str,
+    max_distance: float,
+    min_support: int,
+    min_share: float,
+    workers: int,
+    cache_path: Path | None,
+    force: bool,
+    as_json: bool,
+) -> int:
+    """Find for each person who most of the photos show, and which photos show somebody else.
+
+    FOLDER_OF_PERSONS holds one folder of aligned 112×112 crops a person. The output names each person's references,
+    outliers with their distance, what could not be read, and the consensus embedding.
+    """
+    import json
+
+    from arcface_clients import TritonEmbedder
+
+    if output.exists() and not force:
+        raise WrongUse(f"{output} is there already. Choose another name, or overwrite it: --force")
+    limits = Limits(max_distance, min_support, min_share)
+    with TritonEmbedder(url, model) as engine:
+        engine.ensure_ready()
+        records = run(folder, output, engine, limits, workers, cache_path, force)
+    undecided = {name: record["reason"] for name, record in records.items() if not record["agreed"]}
+    summary = {
+        "output": str(output),
+        "people": len(records),
+        "agreed": len(records) - len(undecided),
+        "outliers": sum(len(record["outliers"]) for record in records.values() if record["agreed"]),
+        "refused": sum(len(record["refused"]) for record in records.values()),
+        "undecided": undecided,
+    }
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+        return 0
+    for name, record in records.items():
+        for refused in record["refused"]:
+            click.echo(f"not read: {refused['path']}: {refused['reason']}", err=True)
+        if not record["agreed"]:
+            click.echo(f"undecided: {name}: {record['reason']}")
+            continue
+        for outlier in record["outliers"]:
+            click.echo(f"outlier: {outlier['path']}: distance {outlier['distance']:.3f}")
+    click.echo(
+        f"{output}: {summary['agreed']} of {summary['people']} people agreed, {summary['outliers']} outliers, "
+        f"{summary['refused']} files not read"
+    )
+    return 0
+
+
+def run(
+    folder: Path,
+    output: Path,
+    engine: EmbeddingEngine,
+    limits: Limits,
+    workers: int,
+    cache_path: Path | None,
+    start_over: bool,
+) -> dict[str, dict]:
+    """Records of everybody in `folder` by name, written to `output`; an interrupted run's records are taken over."""
+    from contextlib import ExitStack
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from arcface_clients.cache import EmbeddingCache
+
+    people = people_in(folder)
+    errors = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with ExitStack() as stack:
+        journal = stack.enter_context(
+            Journal(output.with_name(f"{output.name}.partial"), engine.contract_id, limits, start_over)
+        )
+        cache = stack.enter_context(EmbeddingCache(path=cache_path)) if cache_path else None
+        left = journal.left(people)
+        if len(left) < len(people):
+            click.echo(f"going on: {len(people) - len(left)} of {len(people)} people were finished before", err=True)
+        progress = stack.enter_context(Progress(*columns, console=errors, disable=not errors.is_terminal))
+        bar = progress.add_task("people", total=len(people), completed=len(people) - len(left))
+        for record in consensus_of_people(left, engine, limits, workers=workers, cache=cache):
+            journal.add(record)
+            progress.advance(bar)
+        records = {name: journal.records[name] for name in people}
+        write_json(
+            output,
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "contract_id": engine.contract_id,
+                "limits": vars(limits),
+                "people": {name: {k: v for k, v in r.items() if k != "person"} for name, r in records.items()},
+            },
+        )
+        journal.close(delete=True)
+    return records

@@ -1,0 +1,147 @@
+"""Folders of people: strangers found, files that cannot be read listed, an interrupted run gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from people import CONTRACT, PixelEngine
+
+from arcface_build.commands.consensus import run
+from arcface_clients.cache import EmbeddingCache
+from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
+from arcface_clients.people import Journal, Limits, consensus_of_people, people_in
+from arcface_clients.synthetic import synthetic_people
+
+LIMITS = Limits(max_distance=0.12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight people with five faces each, one stranger in each folder, one file that is no image."""
+    root = tmp_path_factory.mktemp("people")
+    faces = synthetic_people(9, 6, seed=3)
+    for person in range(8):
+        (root / f"p{person}").mkdir()
+        for view in range(5):
+            cv2.imwrite(str(root / f"p{person}" / f"{view}.png"), faces[person, view])
+        cv2.imwrite(str(root / f"p{person}" / "stranger.png"), faces[person + 1, 5])
+    (root / "p0" / "broken.jpg").write_bytes(b"no image")
+    return root
+
+
+def test_strangers_in_each_folder_are_found(folder: Path, tmp_path: Path) -> None:
+    records = run(folder, tmp_path / "out.json", PixelEngine(), LIMITS, 3, None, False)
+    assert list(records) == [f"p{i}" for i in range(8)]
+    for name, record in records.items():
+        assert record["agreed"], record["reason"]
+        assert [Path(outlier["path"]).name for outlier in record["outliers"]] == ["stranger.png"]
+        assert [Path(path).name for path in record["references"]] == [f"{i}.png" for i in range(5)]
+        assert len(record["refused"]) == (name == "p0")
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert (written["format"], written["version"], written["contract_id"]) == ("arcface-consensus", 1, CONTRACT)
+    assert np.linalg.norm(written["people"]["p3"]["embedding"]) == pytest.approx(1, abs=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_cache_spares_the_engine_and_forgets_one_person(folder: Path, tmp_path: Path) -> None:
+    engine = PixelEngine()
+    for name in ("a.json", "b.json"):
+        run(folder, tmp_path / name, engine, LIMITS, 2, tmp_path / "cache.sqlite", False)
+    assert engine.faces_seen == 48
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    with EmbeddingCache(path=tmp_path / "cache.sqlite") as cache:
+        assert cache.clear("p5") == 6
+
+
+def test_ctrl_c_keeps_who_is_finished_and_a_rerun_goes_on(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    script = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from people import PixelEngine\n"
+        "from arcface_build.commands.consensus import run\n"
+        "from arcface_clients.people import Limits\n"
+        "class Slow(PixelEngine):\n"
+        "    def encode(self, faces):\n"
+        "        time.sleep(0.2)\n"
+        "        return super().encode(faces)\n"
+        "run(Path(sys.argv[2]), Path(sys.argv[3]), Slow(), Limits(max_distance=0.12), 1, None, False)\n"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(folder), str(output)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        journal = tmp_path / "out.json.partial"
+        deadline = time.monotonic() + 20
+        while (not journal.exists() or journal.read_bytes().count(b"\n") < 4) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGINT)
+        assert b"KeyboardInterrupt" in process.stderr.read()
+    assert not output.exists()
+    finished = journal.read_bytes().count(b"\n") - 1
+    assert 3 <= finished < 8
+    with journal.open("ab") as file:
+        file.write(b'{"person": "p7", "signat')  # what a kill in the middle of a write leaves
+    engine = PixelEngine()
+    records = run(folder, output, engine, LIMITS, 2, None, False)
+    assert len(engine.calls) == 8 - finished
+    assert list(records) == [f"p{i}" for i in range(8)]
+    assert run(folder, tmp_path / "again.json", PixelEngine(), LIMITS, 2, None, False) == records
+    assert not journal.exists()
+
+
+def test_a_person_whose_files_changed_is_done_again(folder: Path, tmp_path: Path) -> None:
+    people = people_in(folder)
+    with Journal(tmp_path / "j", CONTRACT, LIMITS) as journal:
+        for record in consensus_of_people(people, PixelEngine(), LIMITS):
+            journal.add(record)
+        assert journal.left(people) == {}
+        people["p4"] = people["p4"][:-1]
+        assert list(journal.left(people)) == ["p4"]
+
+
+def test_a_journal_of_another_model_or_other_limits_is_not_mixed_in(tmp_path: Path) -> None:
+    path = tmp_path / "out.json.partial"
+    Journal(path, CONTRACT, LIMITS).close()
+    with pytest.raises(ContractMismatch, match="Start over: --force"):
+        Journal(path, "d" * 64, LIMITS)
+    with pytest.raises(ConfigError, match=r"was begun with \{'max_distance': 0.12"):
+        Journal(path, CONTRACT, Limits())
+    Journal(path, "d" * 64, LIMITS, start_over=True).close()
+    path.write_text("something else\n")
+    with pytest.raises(ConfigError, match="is not a journal of this program"):
+        Journal(path, CONTRACT, LIMITS)
+
+
+def test_a_dead_server_stops_the_run_and_no_more_people_wait_than_twice_the_workers(folder: Path) -> None:
+    class Dying(PixelEngine):
+        def encode(self, faces: np.ndarray) -> np.ndarray:
+            if len(self.calls) == 3:
+                raise ServerUnreachable("gone")
+            return super().encode(faces)
+
+    asked: list[str] = []
+
+    class People(dict):
+        def items(self):  # type: ignore[override]
+            for name, files in super().items():
+                asked.append(name)
+                yield name, files
+
+    records = consensus_of_people(People(people_in(folder)), Dying(), LIMITS, workers=1)
+    next(records)
+    assert len(asked) <= 3
+    with pytest.raises(ServerUnreachable):
+        list(records)
+
+
+def test_a_folder_without_folders_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected one folder a person"):
+        people_in(tmp_path)
