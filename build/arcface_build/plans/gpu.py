@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def find_gpus() -> list[Gpu]:
             f"no usable NVIDIA GPU: nvidia-smi says {said[0] if said else answer.returncode!r}. Check the driver."
         )
     gpus = parse_gpus(answer.stdout, banner)
+    gpus = visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not gpus:
         raise Missing(
             "no NVIDIA GPU on this host: nvidia-smi lists none. Check CUDA_VISIBLE_DEVICES and the container's --gpus"
@@ -75,6 +77,15 @@ def parse_gpus(csv: str, banner: str = "") -> list[Gpu]:
         memory = [int(float(mib)) << 20 if mib.replace(".", "").isdigit() else 0 for mib in (total, used)]
         gpus.append(Gpu(int(index), name, parse_sm(sm), driver, *memory, cuda=cuda[0] if cuda else None))
     return gpus
+
+
+def visible(gpus: list[Gpu], cuda_visible_devices: str | None) -> list[Gpu]:
+    """The GPUs that CUDA shows a process, in its order, when indices are listed; UUIDs are left to CUDA itself."""
+    wanted = [part.strip() for part in (cuda_visible_devices or "").split(",")]
+    if cuda_visible_devices is None or not all(part.lstrip("-").isdigit() for part in wanted if part):
+        return gpus
+    by_index = {str(gpu.index): gpu for gpu in gpus}
+    return [by_index[part] for part in wanted if part in by_index]
 
 
 def load_gpus_yaml(path: Path) -> dict[str, SmInfo]:
