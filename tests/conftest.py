@@ -100,3 +100,26 @@ def import_into(repository: Path, source: str, *options: str) -> Path:
     arguments = [source, "--models-dir", str(models), "--model-repository", str(repository), *options]
     command.main(arguments, standalone_mode=False)
     return models
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A real S3 server process of this session (moto's), empty; its URL."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two folders, `ours` and `theirs`, each with an ed25519 pair private.pem and public.pem."""
+    from plan_samples import make_keys
+
+    return {name: make_keys(tmp_path_factory.mktemp(name)) for name in ("ours", "theirs")}

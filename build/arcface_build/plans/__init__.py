@@ -1,0 +1,1 @@
+"""TensorRT plans: what identifies one, what proves one, how it is built, kept and found again."""

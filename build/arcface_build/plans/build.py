@@ -1,0 +1,246 @@
+"""Builds a plan in a child process: typed ONNX and spec in; a proved plan file and its manifest out, or nothing at all.
+
+A crash, an out-of-memory or a Ctrl-C costs the child. The plan gets its name only after its precision is proved from
+the engine inspector and its drift against the reference embeddings is within the limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_build.atomic import copy_file, write_json
+from arcface_build.errors import BuildError, Missing, PlanRefused, ProofFailed
+from arcface_build.plans.build_child import EXIT_MISSING
+from arcface_build.plans.gpu import Gpu, find_gpus
+from arcface_build.plans.inspect import check_precision, count_precisions
+from arcface_build.plans.manifest import PlanManifest, file_sha256, now_utc
+from arcface_build.plans.spec import PlanSpec
+from arcface_build.plans.typed import TypedOnnx, check_buildable
+from arcface_clients.drift import DRIFT_LIMITS, compare_embeddings
+
+OnPhase = Callable[[str, int, int], None]
+"""Called with a phase's name, the steps done and the steps in all (0: unknown)."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a plan is measured on: faces uint8 (N,112,112,3) BGR and the reference's unit embeddings float32 (N,D)."""
+
+    faces: np.ndarray
+    reference: np.ndarray
+    max_drift: Mapping[str, float] | None = None  # by precision; None: arcface_clients.drift.DRIFT_LIMITS
+
+
+def tensorrt_version() -> str:
+    """The version of the TensorRT that would build here.
+
+    Raises:
+        Missing: TensorRT is not installed, or its libraries cannot be loaded.
+    """
+    try:
+        import tensorrt
+    except (ImportError, OSError) as exc:
+        raise Missing(
+            f"TensorRT is not installed here ({exc}). Use the server's image (docker compose run triton), or a plan "
+            "that was built elsewhere: arcface plan pull"
+        ) from exc
+    return tensorrt.__version__
+
+
+def build_plan(
+    typed: TypedOnnx,
+    spec: PlanSpec,
+    target: Path,
+    proof: Proof,
+    *,
+    contract_id: str | None = None,
+    timing_caches: Path | None = None,
+    refused: Path | None = None,
+    timeout_s: float = 1800.0,
+    on_phase: OnPhase | None = None,
+) -> PlanManifest:
+    """Build, prove and write the plan `target`; on any failure `target` is not there and no temporary file is left.
+
+    timing_caches: folder of TensorRT's timing caches, one per TensorRT version and GPU; None: no cache.
+    refused: folder that keeps a plan which failed its proof, as <name>.refused beside its report; None: not kept.
+
+    Raises:
+        WrongUse: the ONNX does not fit the spec.
+        Missing: no GPU, no TensorRT, or out of memory.
+        PlanRefused: TensorRT failed, or the plan is not of the asked precision.
+        ProofFailed: drift above the limit.
+    """
+    check_buildable(typed, spec.precision, spec.tensorrt)
+    gpu = find_gpus()[0]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as name:
+        folder = Path(name)
+        cache = timing_cache_path(timing_caches, spec.tensorrt, gpu.name) if timing_caches else None
+        if cache and cache.is_file():
+            shutil.copyfile(cache, folder / "timing.cache")
+        (folder / "request.json").write_text(json.dumps({"spec": spec.to_json(), "onnx": str(typed.path.resolve())}))
+        np.save(folder / "faces.npy", proof.faces)
+        with _VramWatch(gpu) as vram:
+            _run_child(folder, timeout_s, on_phase or (lambda *_: None))
+        manifest = _manifest(folder, typed, spec, gpu, vram.peak_bytes, contract_id)
+        try:
+            manifest = _prove(folder, manifest, typed, proof)
+        except BuildError as exc:
+            if refused:
+                copy_file(folder / "plan", refused / f"{spec.file_name}.refused")
+                write_json(refused / f"{spec.file_name}.refused.json", {"why": str(exc), **manifest.to_json()})
+                raise type(exc)(f"{exc} It is kept, with its report: {refused / spec.file_name}.refused") from exc
+            raise
+        if cache and (folder / "timing.cache").is_file():
+            copy_file(folder / "timing.cache", cache)
+        (folder / "plan").chmod(0o644)
+        (folder / "plan").replace(target)
+    return manifest
+
+
+def timing_cache_path(folder: Path, tensorrt: str, gpu_name: str) -> Path:
+    """One timing cache per TensorRT version and kind of GPU: no other may be mixed with it."""
+    return folder / f"trt-{tensorrt}-{re.sub(r'[^a-z0-9]+', '-', gpu_name.lower()).strip('-')}.cache"
+
+
+def _run_child(folder: Path, timeout_s: float, on_phase: OnPhase) -> None:
+    """Run build_child to its end; forward its progress; kill it on Ctrl-C or timeout."""
+    command = [sys.executable, "-m", "arcface_build.plans.build_child", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts
+    with (folder / "stderr.log").open("w") as log:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+    late = threading.Event()
+    timer = threading.Timer(timeout_s, lambda: (late.set(), child.kill()))
+    timer.start()
+    error = ""
+    try:
+        for line in child.stdout:
+            said = json.loads(line)
+            if "error" in said:
+                error = said["error"]
+            else:
+                on_phase(said["phase"], said["step"], said["steps"])
+        code = child.wait()
+    finally:
+        timer.cancel()
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    if code != 0:
+        log = (folder / "stderr.log").read_text(errors="replace")
+        raise child_error(code, error, log, timeout_s if late.is_set() else None)
+
+
+def child_error(code: int, error: str, log: str, timeout_s: float | None = None) -> BuildError:
+    """What a failed child means: its exit code, the error it named, and the last errors of its log."""
+    words = _last_errors(log) or error or "it said nothing"
+    if timeout_s is not None:
+        return PlanRefused(f"the build took longer than {timeout_s:g} s and was stopped. Give it more: --timeout-s")
+    if code == EXIT_MISSING:
+        return Missing(
+            f"TensorRT cannot run here: {error}. Check the driver and the CUDA runtime: pip install nvidia-cuda-runtime-cu12"
+        )
+    if re.search(r"out of memory|OutOfMemory|insufficient memory|CUDA Error: 2\b", log + error, re.IGNORECASE):
+        return Missing(
+            f"the GPU's memory did not suffice: {words}. Free it, or build with less: --workspace 512MB --max-batch 32"
+        )
+    if code == -signal.SIGKILL:
+        return Missing(
+            "the build was killed (by the kernel for want of memory, or by hand). Free memory and try again."
+        )
+    if code < 0:
+        return PlanRefused(f"TensorRT crashed ({signal.Signals(-code).name}): {words}. Nothing was written.")
+    return PlanRefused(f"TensorRT built no plan: {words}. Nothing was written.")
+
+
+def _last_errors(log: str) -> str:
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in log.splitlines()]
+    errors = [line for line in lines if re.match(r"\[[EC!]|\[!\]|Error|.*Exception:", line)]
+    return " | ".join(errors[-3:])[:600]
+
+
+def _manifest(
+    folder: Path, typed: TypedOnnx, spec: PlanSpec, gpu: Gpu, peak: int | None, contract: str | None
+) -> PlanManifest:
+    import polygraphy
+
+    import arcface_clients
+
+    result = json.loads((folder / "result.json").read_text())
+    if result["tensorrt"] != spec.tensorrt:
+        raise PlanRefused(f"TensorRT {result['tensorrt']} built this, asked for {spec.tensorrt}.")
+    tools = {"arcface-triton": arcface_clients.__version__, "polygraphy": polygraphy.__version__}
+    return PlanManifest(
+        spec=spec,
+        sha256=file_sha256(folder / "plan"),
+        bytes=(folder / "plan").stat().st_size,
+        gpu={"name": gpu.name, "driver": gpu.driver, "cuda": gpu.cuda, "memory_bytes": gpu.memory_bytes},
+        build={
+            "seconds": round(result["seconds"], 3),
+            "peak_vram_bytes": peak,
+            "created": now_utc(),
+            "tools": tools,
+        },
+        contract_id=contract,
+        dim=typed.dim,
+    )
+
+
+def _prove(folder: Path, manifest: PlanManifest, typed: TypedOnnx, proof: Proof) -> PlanManifest:
+    precision = manifest.spec.precision
+    counts = count_precisions((folder / "inspector.json").read_text())
+    manifest = replace(manifest, precision_proof={**counts.to_json(), "onnx": dict(typed.layers)})
+    check_precision(counts, precision, typed.layers)
+    drift = compare_embeddings(proof.reference, np.load(folder / "embeddings.npy"))
+    limit = (proof.max_drift or DRIFT_LIMITS)[precision]
+    if not drift.max_drift <= limit:
+        raise ProofFailed(
+            f"the {precision} plan drifts by {drift.max_drift:.2e} at face {drift.worst_face} of {drift.faces}: "
+            f"expected at most {limit:g} (mean cosine {drift.mean_cosine:.6f}). Keep more layers in a higher "
+            "precision: arcface quantize"
+        )
+    return replace(manifest, drift={**drift.to_json(), "limit": limit})
+
+
+class _VramWatch:
+    """The most memory that the GPU gave out beyond what it had given before, sampled through nvidia-smi.
+
+    nvidia-smi counts the whole GPU (it does not see process ids across containers), so other work on it is counted too.
+    """
+
+    def __init__(self, gpu: Gpu, interval_s: float = 0.5) -> None:
+        self.gpu, self.interval_s = gpu, interval_s
+        self.peak_bytes: int | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _VramWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            try:
+                used = next(g.memory_used_bytes for g in find_gpus() if g.index == self.gpu.index)
+            except (Missing, StopIteration):
+                return
+            self.peak_bytes = max(self.peak_bytes or 0, used - self.gpu.memory_used_bytes, 0)

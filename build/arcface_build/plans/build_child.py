@@ -1,0 +1,123 @@
+"""The process in which TensorRT builds: a request file in; plan, inspector JSON, embeddings and progress lines out.
+
+    python -m arcface_build.plans.build_child FOLDER
+
+FOLDER holds request.json and faces.npy; plan, inspector.json, embeddings.npy, timing.cache and result.json are written
+there. Standard output carries one JSON object a line: {"phase", "step", "steps"} or {"error"}; everything else that
+TensorRT and Polygraphy print goes to standard error. A crash here leaves the parent alive, with our last words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+EXIT_FAILED, EXIT_MISSING = 1, 3
+
+
+def main(folder: Path) -> int:
+    """Build; the exit code is 0, EXIT_FAILED or EXIT_MISSING."""
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # C++ code prints to standard output too
+
+    def say(**fields: Any) -> None:
+        print(json.dumps(fields), file=lines, flush=True)
+
+    try:
+        import tensorrt as trt
+        from polygraphy import cuda
+
+        cuda.wrapper()  # before minutes of building, not after them
+    except Exception as exc:
+        say(error=f"{type(exc).__name__}: {exc}")
+        return EXIT_MISSING
+    try:
+        _build(folder, trt, say)
+    except Exception as exc:
+        say(error=f"{type(exc).__name__}: {exc}")
+        return EXIT_FAILED
+    return 0
+
+
+def _build(folder: Path, trt: Any, say: Any) -> None:
+    from arcface_build.plans.loaders import engine_loader
+    from arcface_build.plans.spec import PlanSpec
+    from arcface_build.plans.typed import read_typed_onnx
+
+    request = json.loads((folder / "request.json").read_text())
+    spec, typed = PlanSpec.from_json(request["spec"]), read_typed_onnx(Path(request["onnx"]))
+    monitor = _monitor(trt, say) if hasattr(trt, "IProgressMonitor") else None
+    say(phase="parsing and building", step=0, steps=0)
+    started = time.monotonic()
+    plan = engine_loader(trt, typed, spec, str(folder / "timing.cache"), monitor)()
+    seconds = time.monotonic() - started
+    with (folder / "plan").open("wb") as file:
+        file.write(plan)
+        file.flush()
+        os.fsync(file.fileno())
+    say(phase="proving the precision", step=0, steps=0)
+    from polygraphy.backend.trt import EngineFromBytes
+
+    engine = EngineFromBytes(plan)()
+    del plan
+    (folder / "inspector.json").write_text(inspector_json(trt, engine, spec.opt_batch))
+    _embed(folder, engine, spec.max_batch, say)
+    (folder / "result.json").write_text(json.dumps({"seconds": seconds, "tensorrt": trt.__version__}))
+
+
+def inspector_json(trt: Any, engine: Any, batch: int) -> str:
+    """The inspector's JSON; it has the formats of a dynamic plan only with a context whose shapes are set."""
+    from arcface_clients.contract import FACE_INPUT, FACE_SHAPE
+
+    context = engine.create_execution_context()
+    if context is None or not context.set_input_shape(FACE_INPUT, (batch, *FACE_SHAPE)):
+        raise RuntimeError(f"the plan takes no batch of {batch} faces")
+    inspector = engine.create_engine_inspector()
+    inspector.execution_context = context
+    return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+
+
+def _embed(folder: Path, engine: Any, max_batch: int, say: Any) -> None:
+    """Embeddings of faces.npy in batches of 1, 2, 3, … up to the largest: every shape of the profile has to be right."""
+    import numpy as np
+    from polygraphy.backend.trt import TrtRunner
+
+    from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+
+    faces, parts, start, batch = np.load(folder / "faces.npy"), [], 0, 1
+    with TrtRunner(engine) as runner:
+        while start < len(faces):
+            say(phase="measuring drift", step=start, steps=len(faces))
+            feed = {FACE_INPUT: np.ascontiguousarray(faces[start : start + batch])}
+            parts.append(np.array(runner.infer(feed)[EMBEDDING_OUTPUT], np.float32))  # infer reuses its buffer
+            start, batch = start + batch, min(batch + 1, max_batch)
+    np.save(folder / "embeddings.npy", np.concatenate(parts))
+
+
+def _monitor(trt: Any, say: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:  # inner phases come by the thousand
+                self.steps[phase_name] = num_steps
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.steps:
+                say(phase=phase_name, step=step + 1, steps=self.steps[phase_name])
+            return True  # False would cancel the build
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

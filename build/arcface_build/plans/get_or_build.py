@@ -1,0 +1,180 @@
+"""A plan for a spec: from the cache, else from the store, else built here; which it was is said, with the reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from arcface_build.errors import BuildError, Missing, PlanNotFound, PlanRefused, WrongUse
+from arcface_build.plans.manifest import PlanManifest, check_content, manifest_bytes
+from arcface_build.plans.signing import sign
+from arcface_build.plans.spec import PlanSpec
+from arcface_build.plans.store import PlanStore, manifest_name, nearest, plan_name
+from arcface_build.store.local import LocalStore, disk_error
+from arcface_build.store.objects import Progress
+
+Builder = Callable[[PlanSpec, Path], PlanManifest]
+"""Builds the plan of a spec into the given file and returns its manifest; leaves nothing behind when it fails."""
+
+
+@dataclass(frozen=True)
+class Obtained:
+    """A verified plan on this host. source: "cache", "store" or "build"; notes: why the steps before it did not do."""
+
+    path: Path
+    manifest: PlanManifest
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+def get_or_build(
+    spec: PlanSpec,
+    cache: PlanStore,
+    store: PlanStore | None = None,
+    build: Builder | None = None,
+    *,
+    read_cache: bool = True,
+    upload: bool = False,
+    sign_key: Path | None = None,
+    lock_timeout_s: float = 1800.0,
+    progress: Progress | None = None,
+) -> Obtained:
+    """The plan of this spec, verified, in the cache folder; one process per key and host at a time.
+
+    Steps: the cache (`read_cache`), the store (None: skipped), a build (None: skipped). A damaged or refused plan
+    counts as none and is noted; a store that does not answer is noted too where a build may follow. With `upload` a
+    plan built here is published; losing that race to another host is noted, and the plan built here is used.
+
+    Raises:
+        PlanNotFound: no step had it.
+        PlanRefused, StoreUnreachable: the only plan was refused, or the store failed, and nothing may be built.
+        WrongUse: a build here could not be accepted: a public key is configured and no key to sign with.
+        Missing: another process held the key for lock_timeout_s.
+    """
+    folder = _folder(cache)
+    with _locked(folder, spec.key, lock_timeout_s):
+        folder.sweep(spec.key)
+        notes: list[str] = []
+        failures: list[BuildError] = []
+
+        def tried(step: Callable[[], PlanManifest | None], name: str) -> PlanManifest | None:
+            try:
+                found = step()
+            except (PlanRefused, Missing) as exc:
+                failures.append(exc)
+                notes.append(f"{name}: {exc}")
+                return None
+            if found is None:
+                notes.append(f"{name}: no plan of this key in {name} {(cache if name == 'cache' else store).url}")
+            return found
+
+        if read_cache:
+            manifest = tried(lambda: _from_cache(cache, spec), "cache")
+            if manifest:
+                return Obtained(cache.local_path(manifest), manifest, "cache", tuple(notes))
+            failures.clear()  # a damaged cache is replaced by what follows
+        if store is not None:
+            manifest = tried(lambda: _from_store(cache, store, spec, progress), "store")
+            if manifest:
+                return Obtained(cache.local_path(manifest), manifest, "store", tuple(notes))
+        if build is None:
+            if failures:
+                raise failures[-1]
+            raise _not_found(spec, cache, store)
+        if (cache.public_key or (store and store.public_key)) and sign_key is None:
+            raise WrongUse(
+                "a public key is configured, so a plan built here must be signed: add --sign-key PRIVATE.pem, "
+                "or build it where the private key is and push it."
+            )
+        manifest = _build(cache, spec, build, sign_key)
+        if upload and store is not None:
+            notes.append(_upload(cache, store, manifest, progress))
+        return Obtained(cache.local_path(manifest), manifest, "build", tuple(notes))
+
+
+def _from_cache(cache: PlanStore, spec: PlanSpec) -> PlanManifest | None:
+    manifest = cache.find(spec.key)
+    if manifest:
+        check_content(cache.local_path(manifest), manifest, str(cache.local_path(manifest)))
+    return manifest
+
+
+def _from_store(cache: PlanStore, store: PlanStore, spec: PlanSpec, progress: Progress | None) -> PlanManifest | None:
+    manifest = store.find(spec.key)
+    if manifest is None:
+        return None
+    store.fetch(manifest, cache.local_path(manifest), progress)
+    return _adopt(cache, manifest)
+
+
+def _build(cache: PlanStore, spec: PlanSpec, build: Builder, sign_key: Path | None) -> PlanManifest:
+    unfinished = _folder(cache).path(f"{spec.key}/.building/{spec.file_name}")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        manifest = build(spec, unfinished)
+        if sign_key is not None:
+            manifest = sign(manifest, sign_key)
+        final = cache.local_path(manifest)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.replace(final)
+    finally:
+        _folder(cache).sweep(spec.key)
+    return _adopt(cache, manifest)
+
+
+def _adopt(cache: PlanStore, manifest: PlanManifest) -> PlanManifest:
+    """Make the plan that now lies in the cache the plan of its key there; the lock makes this ours alone."""
+    cache.objects.delete(manifest_name(manifest))
+    cache.objects.create(manifest_name(manifest), manifest_bytes(manifest))
+    for stored in cache.objects.list(f"{manifest.key}/"):
+        if stored.name not in (manifest_name(manifest), plan_name(manifest)):
+            cache.objects.delete(stored.name)
+    return manifest
+
+
+def _upload(cache: PlanStore, store: PlanStore, manifest: PlanManifest, progress: Progress | None) -> str:
+    try:
+        put = store.put(cache.local_path(manifest), manifest, progress)
+    except Missing as exc:
+        return f"store: not uploaded: {exc}"
+    if put.created:
+        return f"store: uploaded to {store.url}"
+    return (
+        f"store: another host published a plan of this key first ({store.url}); the one built here is used on this host"
+    )
+
+
+def _not_found(spec: PlanSpec, cache: PlanStore, store: PlanStore | None) -> PlanNotFound:
+    place = store or cache
+    have = nearest(spec, place.list(lambda *_: None))
+    return PlanNotFound(
+        f"no {spec.precision} plan of {spec.model} for SM {spec.sm} in {place.url} ({have}). "
+        f"Build one on an SM {spec.sm} GPU: arcface plan build {spec.model} --precision {spec.precision}"
+    )
+
+
+def _folder(cache: PlanStore) -> LocalStore:
+    if not isinstance(cache.objects, LocalStore):
+        raise WrongUse(f"the plan cache is {cache.url}: expected a local folder. Use --cache FOLDER")
+    return cache.objects
+
+
+@contextmanager
+def _locked(folder: LocalStore, key: str, timeout_s: float) -> Iterator[None]:
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError as exc:
+        raise Missing("the plan cache needs the package filelock: pip install 'arcface-triton[store]'") from exc
+    path = folder.path(f".locks/{key}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path, timeout=timeout_s):
+            yield
+    except Timeout as exc:
+        raise Missing(
+            f"another process has held plan {key[:12]} for {timeout_s:g} s (lock {path}). Try again when it is done."
+        ) from exc
+    except OSError as exc:
+        raise disk_error(exc, folder.url) from exc

@@ -1,0 +1,93 @@
+"""Polygraphy's loaders for one plan: typed ONNX and spec in; a callable that returns the serialized engine out.
+
+Nothing of TensorRT runs until the loader is called. `trt` is the tensorrt module; its version decides how precision is
+said: strong typing from 10 on; on 8.6 builder flags, and the layers pinned to the precision that the ONNX says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+from arcface_build.plans.spec import PlanSpec, parse_version
+from arcface_build.plans.typed import TypedOnnx
+from arcface_clients.contract import FACE_INPUT, FACE_SHAPE
+
+_EXTERNAL_TACTICS = ("CUBLAS", "CUBLAS_LT", "CUDNN")
+
+
+def engine_loader(
+    trt: ModuleType, typed: TypedOnnx, spec: PlanSpec, timing_cache: str | None = None, progress_monitor: Any = None
+) -> Callable[[], Any]:
+    """An EngineBytesFromNetwork: called, it parses, builds and returns the plan's bytes."""
+    from polygraphy.backend.trt import EngineBytesFromNetwork
+
+    return EngineBytesFromNetwork(
+        network_loader(trt, typed), config_loader(trt, typed, spec, timing_cache, progress_monitor), timing_cache
+    )
+
+
+def network_loader(trt: ModuleType, typed: TypedOnnx) -> Callable[[], Any]:
+    """A loader that parses the ONNX from its path (external weights lie beside it), strongly typed where it can be."""
+    from polygraphy.backend.trt import NetworkFromOnnxPath, PostprocessNetwork
+
+    if strongly_typed(trt):
+        return NetworkFromOnnxPath(str(typed.path), strongly_typed=True)
+    network = NetworkFromOnnxPath(str(typed.path))
+    if not typed.pins:
+        return network
+    return PostprocessNetwork(network, lambda network: pin_precisions(trt, network, typed.pins), "PinPrecisions")
+
+
+def config_loader(
+    trt: ModuleType, typed: TypedOnnx, spec: PlanSpec, timing_cache: str | None = None, progress_monitor: Any = None
+) -> Callable[..., Any]:
+    """A CreateConfig: one profile, the workspace limit, the options; precision flags only on 8.6."""
+    from polygraphy.backend.trt import CreateConfig, Profile
+
+    options = spec.options
+    shapes = [(batch, *FACE_SHAPE) for batch in (spec.min_batch, spec.opt_batch, spec.max_batch)]
+    arguments: dict[str, Any] = {
+        "profiles": [Profile().add(FACE_INPUT, *shapes)],
+        "memory_pool_limits": {trt.MemoryPoolType.WORKSPACE: options.workspace_bytes},
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # else the inspector cannot prove the precision
+        "load_timing_cache": timing_cache,
+        "tf32": options.tf32,
+        "builder_optimization_level": options.optimization_level,
+    }
+    if not options.external_tactics:
+        members = trt.TacticSource.__members__
+        arguments["tactic_sources"] = [source for name, source in members.items() if name not in _EXTERNAL_TACTICS]
+    if options.hardware_compatible:
+        arguments["hardware_compatibility_level"] = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if progress_monitor is not None:
+        arguments["progress_monitor"] = progress_monitor
+    if not strongly_typed(trt):
+        arguments["fp16"] = bool(typed.layers.get("fp16"))
+        arguments["int8"] = bool(typed.layers.get("int8"))
+        arguments["precision_constraints"] = "prefer" if typed.pins else None
+    return CreateConfig(**arguments)
+
+
+def strongly_typed(trt: ModuleType) -> bool:
+    """Whether this TensorRT builds what the ONNX says: from 10 on (11 keeps the flag and ignores it)."""
+    return parse_version(trt.__version__) >= (10,) and hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+
+def pin_precisions(trt: ModuleType, network: Iterable[Any], pins: Mapping[str, str]) -> None:
+    """Ask a weakly typed network to compute as the ONNX says.
+
+    The parser names a layer after its ONNX node, with _N where a node makes several, and the last tensor of a node
+    after the node's output.
+    """
+    kinds = {"fp32": trt.float32, "fp16": trt.float16}
+    data_only = (trt.LayerType.CONSTANT, trt.LayerType.SHUFFLE, trt.LayerType.SHAPE, trt.LayerType.CAST)
+    for layer in network:
+        if not layer.num_outputs or layer.type in data_only or layer.get_output(0).dtype not in kinds.values():
+            continue
+        names = (layer.name, layer.get_output(0).name, re.sub(r"_\d+$", "", layer.name))
+        kind = next((pins[name] for name in names if name in pins), None)
+        if kind:
+            layer.precision = kinds[kind]

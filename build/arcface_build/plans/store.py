@@ -1,0 +1,217 @@
+"""Plans in an object store: a manifest and a plan file in; found, verified, listed and cleaned again by key.
+
+Layout: `<key>/manifest.json` and `<key>/<sha256 of the plan>/<model>-<precision>-sm<SM>.plan`. Two builds of one key
+differ in their bytes, so the plan lies under its own digest, and the manifest, created last and only where there is
+none, decides which of two uploads is the plan of this key. A plan without a manifest does not exist; `gc` removes it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from arcface_build.atomic import new_file
+from arcface_build.errors import BuildError, PlanNotFound, PlanRefused, WrongUse
+from arcface_build.plans.manifest import (
+    PlanManifest,
+    check_content,
+    manifest_bytes,
+    manifest_path,
+    parse_manifest,
+)
+from arcface_build.plans.signing import check_signature
+from arcface_build.plans.spec import PlanSpec
+from arcface_build.store.local import LocalStore, disk_error
+from arcface_build.store.objects import ObjectStore, Progress, Stored
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Put:
+    """What `put` did: `created` is False where this key had a plan already; `manifest` is the store's."""
+
+    created: bool
+    manifest: PlanManifest
+
+
+class PlanStore:
+    """Plans by key in one object store. With `public_key`, only manifests signed by its private key are accepted."""
+
+    def __init__(self, objects: ObjectStore, public_key: Path | None = None) -> None:
+        self.objects = objects
+        self.public_key = public_key
+
+    @property
+    def url(self) -> str:
+        """The address of the object store."""
+        return self.objects.url
+
+    def find(self, key: str) -> PlanManifest | None:
+        """The manifest of a key, its signature checked, or None.
+
+        Raises:
+            PlanRefused: it is damaged, of another key, or not signed as configured.
+            StoreUnreachable: the store did not answer.
+        """
+        data = self.objects.read(f"{key}/{_MANIFEST}")
+        if data is None:
+            return None
+        where = f"{self.url}/{key}/{_MANIFEST}"
+        manifest = parse_manifest(data, where)
+        if manifest.key != key:
+            raise PlanRefused(f"{where} is the manifest of key {manifest.key}. Delete it: arcface plan gc")
+        check_signature(manifest, self.public_key, where)
+        return manifest
+
+    def list(self, on_refused: Callable[[str, BuildError], None] | None = None) -> list[PlanManifest]:
+        """All manifests, by model, precision, SM, version; a refused one goes to `on_refused(key, error)` or raises."""
+        keys = [stored.name.split("/")[0] for stored in self.objects.list() if stored.name.endswith(f"/{_MANIFEST}")]
+
+        def find(key: str) -> PlanManifest | None:
+            try:
+                return self.find(key)
+            except PlanRefused as exc:
+                if on_refused is None:
+                    raise
+                on_refused(key, exc)
+                return None
+
+        with ThreadPoolExecutor(8) as pool:
+            found = [manifest for manifest in pool.map(find, keys) if manifest]
+        return sorted(found, key=lambda m: (m.spec.model, m.spec.precision, float(m.spec.sm), m.spec.tensorrt, m.key))
+
+    def resolve(self, name: str) -> PlanManifest:
+        """The one plan whose key begins with `name` (at least 6 digits) or whose file name it is.
+
+        Raises:
+            PlanNotFound: none, or several.
+        """
+        found = [
+            m
+            for m in self.list(lambda *_: None)
+            if (len(name) >= 6 and m.key.startswith(name)) or m.spec.file_name == name
+        ]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            keys = ", ".join(m.key[:12] for m in found)
+            raise PlanNotFound(f"{len(found)} plans in {self.url} are called {name}: give a key ({keys}).")
+        raise PlanNotFound(f"no plan {name} in {self.url}. See what is there: arcface plan list --store {self.url}")
+
+    def fetch(self, manifest: PlanManifest, target: Path, progress: Progress | None = None) -> Path:
+        """The plan as the file `target`, verified before it gets that name.
+
+        Raises:
+            PlanRefused: what came is truncated or changed.
+            PlanNotFound: the manifest is there and the plan is not.
+            StoreUnreachable: the store did not answer, or the disk is full.
+        """
+        try:
+            with new_file(target) as temporary:
+                self._fetch(manifest, temporary, progress)
+        except OSError as exc:
+            raise disk_error(exc, str(target.parent)) from exc
+        return target
+
+    def pull(self, manifest: PlanManifest, folder: Path, progress: Progress | None = None) -> Path:
+        """The plan as a file of `folder`, its manifest beside it; raises as `fetch` does."""
+        plan = self.fetch(manifest, folder / manifest.spec.file_name, progress)
+        with new_file(manifest_path(plan)) as temporary:
+            temporary.write_bytes(manifest_bytes(manifest))
+        return plan
+
+    def verify(self, manifest: PlanManifest, progress: Progress | None = None) -> None:
+        """Read the plan whole and compare it with its manifest, keeping nothing; raises as `fetch` does."""
+        with tempfile.TemporaryDirectory(prefix="arcface-verify-") as folder:
+            self._fetch(manifest, Path(folder) / "plan", progress)
+
+    def _fetch(self, manifest: PlanManifest, file: Path, progress: Progress | None) -> None:
+        where = f"{self.url}/{plan_name(manifest)}"
+        for last in (False, True):  # what was damaged on the way comes whole the second time
+            if not self.objects.download(plan_name(manifest), file, progress):
+                raise PlanNotFound(
+                    f"plan {where} is missing, though its manifest is there. Put it back: arcface plan push"
+                )
+            try:
+                return check_content(file, manifest, where)
+            except PlanRefused:
+                if last:
+                    raise
+
+    def put(self, plan: Path, manifest: PlanManifest, progress: Progress | None = None) -> Put:
+        """Publish a plan: the file first, then the manifest, only where this key has none.
+
+        Raises:
+            PlanRefused: the file is not what the manifest says, or unsigned where a key is configured.
+            StoreUnreachable: the store did not answer; nothing was published.
+        """
+        check_content(plan, manifest, str(plan))
+        check_signature(manifest, self.public_key, str(plan))
+        there = self.find(manifest.key)
+        if there is not None and there.sha256 != manifest.sha256:
+            return Put(created=False, manifest=there)
+        self.objects.upload(plan, plan_name(manifest), progress)
+        if self.objects.create(manifest_name(manifest), manifest_bytes(manifest)):
+            return Put(created=True, manifest=manifest)
+        winner = self.find(manifest.key)
+        if winner is None:  # deleted between the two calls: what was uploaded is an orphan, which gc removes
+            raise PlanNotFound(f"plan {manifest.key} was deleted from {self.url} while it was uploaded. Push it again.")
+        if winner.sha256 != manifest.sha256:
+            self.objects.delete(plan_name(manifest))
+        return Put(created=False, manifest=winner)
+
+    def delete(self, key: str) -> None:
+        """Remove a plan: the manifest first, so that no reader finds a manifest without a plan for long."""
+        self.objects.delete(f"{key}/{_MANIFEST}")
+        for stored in self.objects.list(f"{key}/"):
+            self.objects.delete(stored.name)
+
+    def orphans(self, min_age_s: float = 3600.0) -> list[Stored]:
+        """Objects that no valid manifest speaks of: lost races, cut uploads, damaged manifests.
+
+        Younger ones are left out: their upload may be under way.
+        """
+        stored = self.objects.list()
+        manifests = PlanStore(self.objects).list(lambda *_: None)  # an unsigned plan is somebody's, not an orphan
+        known = {manifest_name(m) for m in manifests} | {plan_name(m) for m in manifests}
+        return [s for s in stored if s.name not in known and s.modified_s < time.time() - min_age_s]
+
+    def local_path(self, manifest: PlanManifest) -> Path:
+        """Where the plan lies as a file, for a store that is a folder.
+
+        Raises:
+            WrongUse: the store is no folder.
+        """
+        if not isinstance(self.objects, LocalStore):
+            raise WrongUse(f"{self.url} is no folder: pull the plan first: arcface plan pull {manifest.key[:12]}")
+        return self.objects.path(plan_name(manifest))
+
+
+def plan_name(manifest: PlanManifest) -> str:
+    """The name of the plan's object."""
+    return f"{manifest.key}/{manifest.sha256}/{manifest.spec.file_name}"
+
+
+def manifest_name(manifest: PlanManifest) -> str:
+    """The name of the manifest's object."""
+    return f"{manifest.key}/{_MANIFEST}"
+
+
+def nearest(spec: PlanSpec, manifests: Iterable[PlanManifest]) -> str:
+    """What the store has instead of the asked plan, in a few words: the SMs, else the versions, else the precisions."""
+    same = [m.spec for m in manifests if m.spec.model == spec.model and m.spec.precision == spec.precision]
+    if not same:
+        others = sorted({f"{m.spec.model} {m.spec.precision}" for m in manifests if m.spec.model == spec.model})
+        return f"found: {', '.join(others)}" if others else "found: no plan of this model"
+    sms = sorted({s.sm for s in same}, key=float)
+    if spec.sm not in sms:
+        return f"found: {', '.join(sms)}"
+    versions = sorted({s.tensorrt for s in same if s.sm == spec.sm})
+    if spec.tensorrt not in versions:
+        return f"found: TensorRT {', '.join(versions)}, asked for {spec.tensorrt}"
+    return "found: the same SM and TensorRT version with another ONNX, profile or builder options"

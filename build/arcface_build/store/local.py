@@ -1,0 +1,139 @@
+"""Objects as files of a folder: the cache on this host, or a store on a shared disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from arcface_build.atomic import new_file
+from arcface_build.errors import StoreUnreachable, WrongUse
+from arcface_build.store.objects import Progress, Stored
+
+_BLOCK = 1 << 20
+
+
+class LocalStore:
+    """A folder, created on the first write. Names that begin with a dot are its own (temporary files, locks)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = str(folder)
+
+    def list(self, prefix: str = "") -> list[Stored]:
+        """Files whose names begin with `prefix`, sorted; an absent folder is an empty store."""
+        found = []
+        with _named(self.url):
+            for path in self.folder.rglob("*"):
+                relative = path.relative_to(self.folder)
+                if any(part.startswith(".") for part in relative.parts) or not relative.as_posix().startswith(prefix):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # removed by somebody else meanwhile
+                    if path.is_file():
+                        status = path.stat()
+                        found.append(Stored(relative.as_posix(), status.st_size, status.st_mtime))
+        return sorted(found)
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file, or None."""
+        with _named(self.url):
+            try:
+                return self.path(name).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def download(self, name: str, file: Path, progress: Progress | None = None) -> bool:
+        """Copy a file out of the store."""
+        with _named(self.url):
+            try:
+                _copy(self.path(name), file, progress)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
+
+    def upload(self, file: Path, name: str, progress: Progress | None = None) -> None:
+        """Copy a file into the store, atomically."""
+        with _named(self.url), new_file(self.path(name)) as temporary:
+            _copy(file, temporary, progress)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Link a finished temporary file to the name: fails where the name exists, on a network disk too."""
+        path = self.path(name)
+        with _named(self.url):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                Path(temporary).chmod(0o644)
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        return True
+
+    def delete(self, name: str) -> None:
+        """Remove a file, and the folders that this leaves empty."""
+        path = self.path(name)
+        with _named(self.url):
+            path.unlink(missing_ok=True)
+            for folder in path.parents:
+                if folder == self.folder or not folder.is_relative_to(self.folder):
+                    break
+                with contextlib.suppress(OSError):  # not empty
+                    folder.rmdir()
+
+    def sweep(self, prefix: str) -> None:
+        """Remove what interrupted writers left under `prefix`; only for the holder of that prefix's lock."""
+        with _named(self.url):
+            for path in list(self.path(prefix).rglob(".*")):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def path(self, name: str) -> Path:
+        """Where an object lies, for programs that want a file.
+
+        Raises:
+            WrongUse: the name leads out of the folder.
+        """
+        if name.startswith("/") or ".." in name.split("/"):
+            raise WrongUse(f"object name is {name!r}: expected a relative path without '..'.")
+        return self.folder / name
+
+
+@contextmanager
+def _named(url: str) -> Iterator[None]:
+    """Map what the file system says to our errors, with the store's name."""
+    try:
+        yield
+    except OSError as exc:
+        raise disk_error(exc, url) from exc
+
+
+def disk_error(exc: OSError, where: str) -> StoreUnreachable:
+    """Our error for a file system's: which folder, what it said, what to do."""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        reason, step = "the disk is full", "Free some space: arcface plan gc"
+    elif exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        reason, step = "it may not be written or read by this user", "Choose another folder: --cache FOLDER"
+    else:
+        reason, step = "the file system refused", "Choose another folder: --cache FOLDER"
+    return StoreUnreachable(f"{where}: {reason} ({exc.strerror or exc}). {step}")
+
+
+def _copy(source: Path, target: Path, progress: Progress | None) -> None:
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while block := reader.read(_BLOCK):
+            writer.write(block)
+            if progress:
+                progress(len(block))

@@ -1,0 +1,42 @@
+"""The protocol of an object store: names in, bytes out, and nothing half-written ever visible under a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes moved since the last call."""
+
+
+class Stored(NamedTuple):
+    """One object as `list` reports it: its name, size, and when it was written (seconds since 1970)."""
+
+    name: str
+    bytes: int
+    modified_s: float
+
+
+class ObjectStore(Protocol):
+    """Objects by name; a name is a relative path with `/`. Every method may raise StoreUnreachable."""
+
+    url: str
+
+    def list(self, prefix: str = "") -> list[Stored]:
+        """Objects whose names begin with `prefix`, sorted by name."""
+
+    def read(self, name: str) -> bytes | None:
+        """A small object whole, or None where there is none of this name."""
+
+    def download(self, name: str, file: Path, progress: Progress | None = None) -> bool:
+        """Write an object into `file` (a temporary name of the caller); False where there is none of this name."""
+
+    def upload(self, file: Path, name: str, progress: Progress | None = None) -> None:
+        """Put a file under a name; readers see the old object or the new one, never a part."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put a small object where no object of this name exists; False, and nothing changed, where one does."""
+
+    def delete(self, name: str) -> None:
+        """Remove an object; none of this name is no error."""

@@ -1,0 +1,125 @@
+"""Manifests and signatures: what is written is read again, and everything that was changed is refused by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from plan_samples import SPEC, spec, write_plan
+
+from arcface_build.errors import Missing, PlanRefused, WrongUse
+from arcface_build.plans.manifest import (
+    PlanManifest,
+    check_content,
+    check_spec,
+    load_manifest,
+    manifest_bytes,
+    manifest_path,
+    parse_manifest,
+)
+from arcface_build.plans.signing import check_signature, sign
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    return tmp_path / SPEC.file_name
+
+
+@pytest.fixture
+def manifest(plan: Path) -> PlanManifest:
+    return write_plan(plan)
+
+
+def test_a_manifest_is_read_as_it_was_written(plan: Path, manifest: PlanManifest) -> None:
+    path = manifest_path(plan)
+    path.write_bytes(manifest_bytes(manifest))
+    assert load_manifest(path) == manifest
+    assert json.loads(path.read_text())["file"] == "tiny-fp16-sm86.plan"
+    with pytest.raises(Missing, match="no plan manifest at"):
+        load_manifest(plan.with_name("other.json"))
+
+
+@pytest.mark.parametrize("text", [b"", b"\x00\xff", b"[]", b"{}", b'{"format": 1}', b"null", b'"plan"'])
+def test_what_is_no_manifest_is_refused(text: bytes) -> None:
+    with pytest.raises(PlanRefused, match="here is not a plan manifest"):
+        parse_manifest(text, "here")
+
+
+def edited(manifest: PlanManifest, **changes: object) -> bytes:
+    return json.dumps({**manifest.to_json(), **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    "change", [{"key": "0" * 64}, {"spec": spec(sm="8.9").to_json()}, {"file": "tiny-fp16-sm89.plan"}]
+)
+def test_a_manifest_whose_parts_do_not_give_its_key_is_refused(manifest: PlanManifest, change: dict) -> None:
+    with pytest.raises(PlanRefused, match="it was edited"):
+        parse_manifest(edited(manifest, **change), "here")
+
+
+def test_a_manifest_of_a_later_format_asks_for_an_update(manifest: PlanManifest) -> None:
+    with pytest.raises(PlanRefused, match=r"has format 2: expected 1\. Update arcface-triton"):
+        parse_manifest(edited(manifest, format=2), "here")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(lambda b: b[:-1], "is truncated: expected 300000 bytes, got 299999"), (lambda b: b"", "is truncated"),
+     (lambda b: b + b"x", "is too long"), (lambda b: b[:-1] + bytes([b[-1] ^ 1]), "is corrupted: expected sha256")],
+)  # fmt: skip
+def test_a_damaged_plan_is_refused(plan: Path, manifest: PlanManifest, damage, message: str) -> None:
+    check_content(plan, manifest, "here")
+    plan.write_bytes(damage(plan.read_bytes()))
+    with pytest.raises(PlanRefused, match=message):
+        check_content(plan, manifest, "here")
+
+
+def test_a_plan_of_another_key_is_refused_by_the_parts_that_differ(manifest: PlanManifest) -> None:
+    check_spec(manifest, spec(model="renamed"), "here")
+    with pytest.raises(PlanRefused) as caught:
+        check_spec(manifest, spec(sm="8.9", tensorrt="11.0.0"), "here")
+    assert str(caught.value) == (
+        "plan here is of another key: sm 8.6 instead of 8.9; tensorrt 10.3.0 instead of 11.0.0. "
+        "Build the one asked for: arcface plan build"
+    )
+
+
+def test_a_signed_manifest_is_accepted_also_after_a_round_trip(manifest: PlanManifest, keys: dict[str, Path]) -> None:
+    signed = sign(manifest, keys["ours"] / "private.pem")
+    check_signature(signed, keys["ours"] / "public.pem", "here")
+    check_signature(parse_manifest(manifest_bytes(signed), "here"), keys["ours"] / "public.pem", "here")
+    check_signature(manifest, None, "here")  # no key configured: unsigned will do
+
+
+def test_unsigned_foreign_and_changed_manifests_are_refused_where_a_key_is_configured(
+    manifest: PlanManifest, keys: dict[str, Path]
+) -> None:
+    public = keys["ours"] / "public.pem"
+    signed = sign(manifest, keys["ours"] / "private.pem")
+    with pytest.raises(PlanRefused, match=r"is unsigned, and .*public\.pem is configured"):
+        check_signature(manifest, public, "here")
+    with pytest.raises(PlanRefused, match="is signed by key"):
+        check_signature(sign(manifest, keys["theirs"] / "private.pem"), public, "here")
+    for changed in (
+        replace(signed, sha256="0" * 64),
+        replace(signed, drift={"max_drift": 0.0}),
+        replace(signed, signature={**signed.signature, "value": "00" * 64}),
+        replace(signed, signature={**signed.signature, "value": "not hex"}),
+        replace(signed, signature={"public_key": signed.signature["public_key"]}),
+    ):
+        with pytest.raises(PlanRefused, match="was changed after it was signed"):
+            check_signature(changed, public, "here")
+
+
+def test_key_files_that_are_none_are_named(manifest: PlanManifest, keys: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(Missing, match="openssl genpkey -algorithm ed25519"):
+        sign(manifest, tmp_path / "absent.pem")
+    (tmp_path / "text.pem").write_text("hello")
+    with pytest.raises(WrongUse, match="is not a PEM private key"):
+        sign(manifest, tmp_path / "text.pem")
+    with pytest.raises(WrongUse, match="is not a PEM public key"):
+        check_signature(manifest, tmp_path / "text.pem", "here")
+    with pytest.raises(WrongUse, match="is not a PEM private key"):
+        sign(manifest, keys["ours"] / "public.pem")
