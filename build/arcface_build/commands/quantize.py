@@ -1,0 +1,90 @@
+"""`arcface quantize`: an imported model in; an fp16, bf16 or int8 variant that passed its gate, or a refusal, out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+EPILOG = """\b
+Examples:
+  arcface quantize demo --precision bf16                        the CPU fast path: proves the fp32 file in bf16
+  arcface quantize mymodel --precision int8 --eval crops/       finds the layers to keep, if any; crops/PERSON/*.jpg
+  arcface quantize mymodel --precision fp16 --eval crops/       typed ONNX for TensorRT
+  arcface quantize mymodel --precision int8 --target tensorrt --recipe models/mymodel/variants/int8-cpu.json
+Exit codes: 0 passed, 1 refused by the gate, 2 wrong use, 3 something needed is missing.
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_QUANTIZE", "show_default": True})
+@click.argument("name")
+@click.option("--precision", required=True, type=click.Choice(["fp16", "bf16", "int8"]))
+@click.option("--target", type=click.Choice(["cpu", "tensorrt"]), help="Default: tensorrt for fp16, else cpu.")
+@click.option("--eval", "eval_source", default="synthetic", help="Judge by: FOLDER of crops, .npz, or synthetic.")
+@click.option("--eval-faces", default=400, type=click.IntRange(1), help="At most so many of them.")
+@click.option("--calibration", help="Ranges from: FOLDER, .npz or synthetic. Default: a draw from --eval.")
+@click.option(
+    "--max-drift", type=click.FloatRange(0, 2), help="Limit of 1 − cosine per face, instead of the gate's own."
+)
+@click.option("--search/--no-search", default=True, help="Find the layers to keep where the plain variant fails.")
+@click.option("--keep", multiple=True, help="A layer (node name) that stays in higher precision; may be repeated.")
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="Replay a recipe or a sidecar: no calibration, no search."
+)
+@click.option("--models-dir", type=click.Path(path_type=Path), default=Path("models"))
+@click.option("--json", "as_json", is_flag=True, help="Print the sidecar.")
+def command(
+    name: str,
+    precision: str,
+    target: str | None,
+    eval_source: str,
+    eval_faces: int,
+    calibration: str | None,
+    max_drift: float | None,
+    search: bool,
+    keep: tuple[str, ...],
+    recipe: Path | None,
+    models_dir: Path,
+    as_json: bool,
+) -> None:
+    """Make a variant of an imported model and let it through only if its drift is within the gate."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from arcface_build.variants.make import Wish, make_variant
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def stage(title: str) -> Callable[[int, int], None]:
+            task = bars.add_task(title, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        wish = Wish(precision, target, eval_source, eval_faces, calibration, max_drift, search, keep, recipe)
+        sidecar = make_variant(models_dir / name, wish, stage)
+    if as_json:
+        click.echo(json.dumps(sidecar, indent=2))
+    else:
+        _print(models_dir / name, sidecar)
+
+
+def _print(model_dir: Path, sidecar: dict[str, Any]) -> None:
+    click.echo(f"{sidecar['precision']} of {sidecar['name']}: {model_dir / sidecar['file']}")
+    for gate in sidecar["gates"]:
+        drift = gate["drift"]
+        line = f"  {'passed' if gate['passed'] else 'REFUSED'} in {gate['runtime']}: worst of {drift['faces']} faces"
+        line += f" {drift['max_drift']:.2g} of {gate['limit']:g} allowed, mean {1 - drift['mean_cosine']:.2g}"
+        if gate["accuracy"] is not None:
+            line += f"; accuracy {gate['accuracy']:.2%}, fp32 {gate['accuracy_reference']:.2%}"
+        click.echo(line)
+    recipe = sidecar["recipe"]
+    if recipe and recipe["keep"]:
+        click.echo(f"  kept in higher precision ({len(recipe['keep'])}): {', '.join(recipe['keep'])}")
+    if recipe and recipe["search"]:
+        click.echo(f"  search: {model_dir}/variants/{sidecar['precision']}-{sidecar['target']}.search.png")
+    if sidecar["eval"]["origin"] == "synthetic":
+        click.echo("  judged by drawn faces: for a verdict on real ones give --eval FOLDER")

@@ -1,0 +1,111 @@
+"""Calibration: serving ONNX and faces in; for each convolution input the clipped range that loses least, out.
+
+One pass serves both targets: uint8 with a zero point (CPUs: signed activations are ten times slower there) and
+symmetric int8 (TensorRT). Ranges are clipped where the squared error over the values seen is least;
+onnxruntime.quantization has min/max, percentile and entropy, which lose more (docs/variants.md has by how much).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from arcface_build.cpu_path import open_session
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+BINS = 4096
+BATCH = 8
+LEVELS = {"cpu": (0, 255), "tensorrt": (-127, 127)}
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Values of one tensor: `counts` int64 (BINS,) over equal bins of [low, high]."""
+
+    low: float
+    high: float
+    counts: np.ndarray
+
+    def centres(self) -> np.ndarray:
+        """The middle of each bin, float64 (BINS,)."""
+        edges = np.linspace(self.low, self.high, len(self.counts) + 1)
+        return (edges[1:] + edges[:-1]) / 2
+
+
+def conv_inputs(model: onnx.ModelProto) -> list[str]:
+    """Names of all tensors that a convolution with constant weights reads, in graph order, each once."""
+    constants = {i.name for i in model.graph.initializer}
+    return list(dict.fromkeys(n.input[0] for n in model.graph.node if n.op_type == "Conv" and n.input[1] in constants))
+
+
+def collect_histograms(
+    model: onnx.ModelProto, tensors: Iterable[str], faces: np.ndarray, progress: Progress | None = None
+) -> dict[str, Histogram]:
+    """Histograms of `tensors` over `faces` (uint8 (N,112,112,3) BGR); two passes: first the ends, then the counts."""
+    names = list(tensors)
+    session = _session_with_outputs(model, names)
+    batches = [faces[i : i + BATCH] for i in range(0, len(faces), BATCH)]
+    total, done = 2 * len(batches), 0
+    ends: dict[str, tuple[float, float]] = {name: (0.0, 0.0) for name in names}  # 0 always is in the range
+    counts = {name: np.zeros(BINS, np.int64) for name in names}
+    for counting in (False, True):
+        for batch in batches:
+            for name, value in zip(names, session.run(names, {session.get_inputs()[0].name: batch}), strict=True):
+                low, high = ends[name]
+                if counting:
+                    index = (value.ravel() - np.float32(low)) * np.float32(BINS / max(high - low, 1e-12))
+                    counts[name] += np.bincount(index.astype(np.int32).clip(0, BINS - 1), minlength=BINS)
+                else:
+                    ends[name] = min(low, float(value.min())), max(high, float(value.max()))
+            done += 1
+            if progress:
+                progress(done, total)
+    return {name: Histogram(*ends[name], counts[name]) for name in names}
+
+
+def least_error_range(histogram: Histogram, target: str) -> tuple[float, float]:
+    """The range [low, high] whose 8-bit grid has the least squared error over the histogram; it always holds 0.
+
+    Args:
+        histogram: values seen.
+        target: "cpu" (256 levels, any zero point) or "tensorrt" (255 levels around 0).
+    """
+    keep = histogram.counts > 0
+    values, counts = histogram.centres()[keep], histogram.counts[keep].astype(np.float64)
+    shares = np.concatenate([np.geomspace(0.05, 0.4, 12), np.linspace(0.42, 1, 30)])
+    if target == "tensorrt":
+        bound = max(-histogram.low, histogram.high, 1e-12)
+        candidates = [(-share * bound, share * bound) for share in shares]
+    else:
+        lows = shares * histogram.low if histogram.low < 0 else [0.0]
+        highs = shares * histogram.high if histogram.high > 0 else [0.0]
+        candidates = [(low, high) for low in lows for high in highs if high - low > 1e-12]
+    if not candidates:  # the tensor is zero everywhere
+        return -1.0, 1.0
+    errors = [float(counts @ np.square(values - on_grid(values, *ends, target))) for ends in candidates]
+    return candidates[int(np.argmin(errors))]
+
+
+def on_grid(values: np.ndarray, low: float, high: float, target: str) -> np.ndarray:
+    """`values` quantised to the 8-bit grid of [low, high] and back (ONNX QuantizeLinear, DequantizeLinear)."""
+    lowest, highest = LEVELS[target]
+    scale = (high - low) / (highest - lowest)
+    zero = 0 if target == "tensorrt" else round(lowest - low / scale)
+    return (np.clip(np.rint(values / scale) + zero, lowest, highest) - zero) * scale
+
+
+def _session_with_outputs(model: onnx.ModelProto, names: list[str]) -> onnxruntime.InferenceSession:
+    import onnx
+
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    have = {o.name for o in watched.graph.output}
+    watched.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in have)
+    return open_session(watched)

@@ -1,0 +1,107 @@
+"""Faces to calibrate on or to judge by: a folder, an .npz or `synthetic` in; faces, identities and digest out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_build.errors import Missing, WrongUse
+from arcface_clients.contract import FACE_SHAPE, check_faces
+from arcface_clients.synthetic import synthetic_people
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+VIEWS = 4  # drawn views a person
+
+
+@dataclass(frozen=True)
+class FaceSet:
+    """Faces uint8 (N,112,112,3) BGR; a name for each; who it shows, or None where nobody knows."""
+
+    origin: str
+    faces: np.ndarray
+    names: Sequence[str]
+    identities: np.ndarray | None
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the pixels in their order."""
+        return hashlib.sha256(np.ascontiguousarray(self.faces).tobytes()).hexdigest()
+
+    def sample(self, count: int, seed: int = 0) -> FaceSet:
+        """`count` faces drawn without replacement, in order; all of them where there are fewer."""
+        if count >= len(self.faces):
+            return self
+        index = np.sort(np.random.default_rng(seed).choice(len(self.faces), count, replace=False))
+        identities = None if self.identities is None else self.identities[index]
+        return FaceSet(self.origin, self.faces[index], [self.names[i] for i in index], identities)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a sidecar records: where from, how many, digest."""
+        return {"origin": self.origin, "faces": len(self.faces), "sha256": self.sha256}
+
+
+def load_faces(source: str, count: int, seed: int = 0) -> FaceSet:
+    """Faces from a folder, an .npz, or drawn ones.
+
+    Args:
+        source: a folder of 112×112 crops (a sub-folder a person, if identities are known); an .npz with `faces` and
+            perhaps `identities`; or "synthetic".
+        count: at most so many; from files a seeded draw of them.
+        seed: of the draw.
+
+    Raises:
+        Missing: nothing there.
+        WrongUse: crops of another size, a file that is neither.
+    """
+    if source == "synthetic":
+        people = -(-count // VIEWS)
+        faces = synthetic_people(people, VIEWS, seed=7_000 + seed).reshape(-1, *FACE_SHAPE)[:count]
+        who = np.repeat(np.arange(people), VIEWS)[:count]
+        return FaceSet(source, faces, [f"synthetic {seed}:{i}" for i in range(len(faces))], who)
+    path = Path(source)
+    if path.suffix == ".npz" and path.is_file():
+        found = _from_npz(path)
+    elif path.is_dir():
+        found = _from_folder(path)
+    else:
+        raise Missing(f"no faces at {source}: expected a folder of 112×112 crops, an .npz, or the word synthetic.")
+    return found.sample(count, seed)
+
+
+def _from_npz(path: Path) -> FaceSet:
+    with np.load(path, allow_pickle=False) as archive:
+        if "faces" not in archive:
+            raise WrongUse(
+                f"{path} holds {', '.join(archive.files) or 'nothing'}: expected `faces` (N,112,112,3) uint8 BGR, "
+                "and perhaps `identities` (N,)."
+            )
+        faces = check_faces(archive["faces"])
+        identities = archive.get("identities")
+    return FaceSet(path.name, faces, [f"{path.name}[{i}]" for i in range(len(faces))], identities)
+
+
+def _from_folder(folder: Path) -> FaceSet:
+    try:
+        import cv2
+    except ImportError as exc:
+        raise Missing(
+            f"cannot read pictures: {exc}. Next: pip install opencv-python-headless, or give an .npz"
+        ) from exc
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise Missing(f"no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}.")
+    faces = []
+    for path in paths:
+        face = cv2.imread(str(path))
+        if face is None or face.shape != FACE_SHAPE:
+            got = "not a picture" if face is None else f"{face.shape[1]}×{face.shape[0]}"
+            raise WrongUse(f"{path} is {got}: expected aligned crops of 112×112. arcface embed --detect aligns photos")
+        faces.append(face)
+    names = [str(p.relative_to(folder)) for p in paths]
+    people = [p.parent.name for p in paths] if all(p.parent != folder for p in paths) else None
+    return FaceSet(folder.name, np.stack(faces), names, None if people is None else np.array(people))

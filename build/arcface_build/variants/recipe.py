@@ -1,0 +1,81 @@
+"""Recipes: what makes a variant again from the same serving ONNX, as JSON, without faces and without a search."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arcface_build.errors import Missing, WrongUse
+from arcface_build.variants.int8 import quantize_convolutions
+from arcface_build.variants.typed import to_float16
+
+if TYPE_CHECKING:
+    import onnx
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to which file.
+
+    Attributes:
+        precision: fp16 or int8.
+        target: cpu or tensorrt.
+        serving_sha256: the serving ONNX that it was made for.
+        keep: names of the nodes that stay in higher precision.
+        ranges: int8 only: for each target, each convolution input's [low, high]; both from one calibration.
+        calibration: the faces: origin, count, digest.
+        search: what the search measured, where there was one.
+    """
+
+    precision: str
+    target: str
+    serving_sha256: str
+    keep: tuple[str, ...] = ()
+    ranges: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
+
+    def apply(self, serving: onnx.ModelProto) -> onnx.ModelProto:
+        """The variant; the same bytes each time."""
+        if self.precision == "int8":
+            return quantize_convolutions(serving, self.ranges[self.target], self.target, self.keep)
+        return to_float16(serving, self.keep)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the field names as keys."""
+        return {"format": FORMAT, **asdict(self)}
+
+
+def load_recipe(path: Path, precision: str, target: str, serving_sha256: str) -> Recipe:
+    """A recipe from its own file or from a variant's sidecar, checked against what is asked for.
+
+    Raises:
+        Missing: no such file.
+        WrongUse: not a recipe, or one for another precision, target or serving ONNX.
+    """
+    if not path.is_file():
+        raise Missing(f"no recipe at {path}: expected the .json that arcface quantize wrote beside a variant.")
+    try:
+        data = json.loads(path.read_text())
+        data = data.get("recipe", data)
+        if data.pop("format") != FORMAT:
+            raise KeyError("format")
+        data["keep"] = tuple(data["keep"])
+        recipe = Recipe(**data)
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise WrongUse(f"{path} is not a recipe of format {FORMAT} ({type(exc).__name__}: {exc}).") from exc
+    if recipe.serving_sha256 != serving_sha256:
+        raise WrongUse(
+            f"{path} was made for another serving ONNX: expected {serving_sha256[:12]}…, got "
+            f"{recipe.serving_sha256[:12]}…. Leave out --recipe to search again."
+        )
+    if recipe.precision != precision or (precision == "int8" and target not in recipe.ranges):
+        raise WrongUse(
+            f"{path} makes {recipe.precision} for {', '.join(recipe.ranges) or recipe.target}, "
+            f"not {precision} for {target}."
+        )
+    return Recipe(**{**data, "target": target})

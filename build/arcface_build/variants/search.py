@@ -1,0 +1,111 @@
+"""The search: sensitivities and a way to try a set of kept layers in; the smallest set that passes the gate, out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from arcface_build.variants.gate import Verdict
+
+if TYPE_CHECKING:
+    import onnx
+
+MAX_TRIES = 10
+_AIM = 0.97  # of the limit: the prediction aims a little below, so that the first hit seldom fails by a hair
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One set that was built and measured: how many layers it keeps, what was predicted, what came out."""
+
+    kept: int
+    predicted_drift: float
+    max_drift: float
+    mean_drift: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """`keep` is None where even keeping every layer does not pass; `order` is the order in which layers are kept."""
+
+    keep: tuple[str, ...] | None
+    order: tuple[str, ...]
+    attempts: tuple[Attempt, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What a recipe records."""
+        return {"order": list(self.order), "attempts": [asdict(a) for a in self.attempts]}
+
+
+def order_to_keep(sensitivity: Mapping[str, float], work: Mapping[str, float]) -> list[str]:
+    """Layers by drift saved for each multiplication that stays in higher precision, most first.
+
+    Greedy on that ratio is the knapsack's way to the least work kept; plain drift would keep one stem convolution for
+    the price of six later ones.
+    """
+    return sorted(sensitivity, key=lambda name: -sensitivity[name] / work[name])
+
+
+def smallest_passing_set(
+    sensitivity: Mapping[str, float],
+    work: Mapping[str, float],
+    attempt: Callable[[Sequence[str]], Verdict],
+    always: Sequence[str] = (),
+) -> SearchResult:
+    """How many layers, in `order_to_keep`, have to stay in higher precision so that the variant passes its gate.
+
+    Errors of different layers are nearly independent, so their drifts add up: what is left when k layers are kept
+    predicts the drift after one measured scale factor. The prediction chooses what to build next; only what was built
+    and passed counts.
+
+    Args:
+        sensitivity: layer → drift when it alone is coarse.
+        work: layer → multiplications a face.
+        attempt: builds and judges the variant that keeps the given layers.
+        always: layers that are kept in any case.
+    """
+    order = [name for name in order_to_keep(sensitivity, work) if name not in always]
+    left = [sum(sensitivity[name] for name in order[k:]) for k in range(len(order) + 1)]
+    attempts: list[Attempt] = []
+    fails, passes, guess, scale = -1, None, 0, 1.0
+    while len(attempts) < MAX_TRIES:
+        verdict = attempt([*always, *order[:guess]])
+        drift = verdict.drift.max_drift
+        attempts.append(Attempt(len(always) + guess, scale * left[guess], drift, verdict.mean_drift, verdict.passed))
+        if verdict.passed:
+            passes = guess
+        else:
+            fails = guess
+        if passes == fails + 1 or (passes is None and guess == len(order)):
+            break
+        if left[guess] > 0:
+            scale = max(drift, 1e-12) / left[guess]
+        wanted = next((k for k, rest in enumerate(left) if scale * rest <= _AIM * verdict.limit), len(order))
+        highest = len(order) if passes is None else passes - 1
+        guess = min(max(wanted, fails + 1), highest)
+    if passes is None:
+        return SearchResult(None, tuple(order), tuple(attempts))
+    return SearchResult((*always, *order[:passes]), tuple(order), tuple(attempts))
+
+
+def layer_work(model: onnx.ModelProto) -> dict[str, float]:
+    """Multiplications a face of each convolution, by node name."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inferred.value_info}
+    weights = {i.name: list(i.dims) for i in model.graph.initializer}
+    work = {}
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.input[1] in weights:
+            out_channels, *rest = weights[node.input[1]]
+            pixels = 1
+            for size in shapes.get(node.output[0], [0, 0, 1, 1])[2:]:
+                pixels *= max(size, 1)
+            kernel = 1
+            for size in rest:
+                kernel *= size
+            work[node.name] = float(out_channels * kernel * pixels)
+    return work

@@ -1,0 +1,126 @@
+"""fp16 typed ONNX: serving ONNX in, the same graph with its body in float16, out; inputs and outputs stay as they are.
+
+In float32 stay: what comes before the first convolution (pixels), what comes after the last one (final BN, FC, L2
+norm), what would overflow, and what a recipe keeps. onnxconverter-common 1.16 does not get there: a graph that begins
+with Cast(uint8 → float) comes out invalid, and blocking the last node makes the output float16 all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from arcface_build.cpu_path import open_session
+
+if TYPE_CHECKING:
+    import onnx
+
+FLOAT16_MAX = 65504.0
+HEADROOM = 4.0  # faces that calibration has not seen reach further
+
+
+def body_nodes(model: onnx.ModelProto) -> list[str]:
+    """Names of the nodes from the first to the last convolution: on a path from one or at one, and on one to one."""
+    after: set[str] = set()  # tensors that depend on a convolution
+    for node in model.graph.node:
+        if node.op_type == "Conv" or after.intersection(node.input):
+            after.update(node.output)
+    before: set[str] = set()  # tensors that a convolution depends on
+    for node in reversed(model.graph.node):
+        if node.op_type == "Conv" or before.intersection(node.output):
+            before.update(node.input)
+    return [
+        n.name
+        for n in model.graph.node
+        if n.op_type == "Conv" or (after.intersection(n.output) and before.intersection(n.output))
+    ]
+
+
+def overflowing(model: onnx.ModelProto, largest: Mapping[str, float]) -> list[str]:
+    """Names of body nodes that touch a tensor whose largest magnitude seen comes near what float16 can hold."""
+    limit = FLOAT16_MAX / HEADROOM
+    hot = {name for name, value in largest.items() if not value < limit}
+    inside = set(body_nodes(model))
+    return [n.name for n in model.graph.node if n.name in inside and hot.intersection([*n.input, *n.output])]
+
+
+def largest_values(
+    model: onnx.ModelProto,
+    nodes: Collection[str],
+    faces: np.ndarray,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Largest magnitude of each tensor that the named nodes make, over faces uint8 (N,112,112,3) BGR; NaN stays NaN."""
+    import onnx
+
+    names = [o for n in model.graph.node if n.name in set(nodes) for o in n.output]
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    watched.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names)
+    session = open_session(watched)
+    largest = dict.fromkeys(names, 0.0)
+    for done, face in enumerate(faces, 1):  # one at a time: every tensor of the network comes out
+        for name, value in zip(names, session.run(names, {session.get_inputs()[0].name: face[None]}), strict=True):
+            largest[name] = float(np.maximum(largest[name], np.abs(value).max()))
+        if progress:
+            progress(done, len(faces))
+    return largest
+
+
+def to_float16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
+    """A copy of `model` whose body, but for the nodes named in `keep`, computes in float16.
+
+    Args:
+        model: serving ONNX, every node named.
+        keep: names of body nodes that stay float32.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    half = set(body_nodes(model)) - set(keep)
+    weights = {i.name: i for i in model.graph.initializer}
+    floats = _float_tensors(model)
+    produced_half = {o for n in model.graph.node if n.name in half for o in n.output}
+    nodes: list[onnx.NodeProto] = []
+    made: dict[tuple[str, int], str] = {}
+    halved: dict[str, onnx.TensorProto] = {}
+
+    def as_type(name: str, want_half: bool) -> str:
+        """The name under which tensor `name` can be read in the wanted type; a Cast is written on first need."""
+        if name not in floats or (name in produced_half) == want_half:
+            return name
+        if name in weights:  # never produced, so it is float32 and wanted as float16
+            array = numpy_helper.to_array(weights[name]).clip(-FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
+            halved[name] = numpy_helper.from_array(array, f"{name}.fp16")
+            return f"{name}.fp16"
+        to = TensorProto.FLOAT16 if want_half else TensorProto.FLOAT
+        if (name, to) not in made:
+            made[name, to] = f"{name}.{'fp16' if want_half else 'fp32'}"
+            nodes.append(helper.make_node("Cast", [name], [made[name, to]], name=f"cast.{made[name, to]}", to=to))
+        return made[name, to]
+
+    for node in model.graph.node:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.input[:] = [as_type(name, node.name in half) for name in node.input]
+        nodes.append(copy)
+    typed = onnx.ModelProto()
+    typed.CopyFrom(model)
+    used = {name for node in nodes for name in node.input}
+    del typed.graph.node[:], typed.graph.initializer[:], typed.graph.value_info[:]
+    typed.graph.node.extend(nodes)
+    typed.graph.initializer.extend(w for name, w in weights.items() if name in used)
+    typed.graph.initializer.extend(halved.values())
+    return typed
+
+
+def _float_tensors(model: onnx.ModelProto) -> set[str]:
+    """Names of all float32 tensors, weights included."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    values = [*inferred.value_info, *inferred.input, *inferred.output]
+    floats = {v.name for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    return floats | {i.name for i in model.graph.initializer if i.data_type == onnx.TensorProto.FLOAT}
