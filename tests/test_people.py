@@ -13,13 +13,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from people import CONTRACT, PixelEngine
 
 from arcface_build.commands.consensus import run
 from arcface_clients.cache import EmbeddingCache
 from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
 from arcface_clients.people import Journal, Limits, consensus_of_people, people_in
 from arcface_clients.synthetic import synthetic_people
+from people import CONTRACT, PixelEngine
 
 LIMITS = Limits(max_distance=0.12)
 
