@@ -20,7 +20,7 @@ def arcface(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_every_subcommand_has_help_with_an_example(name):
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
-    assert f"arcface {name}" in (command.epilog or ""), f"`arcface {name} --help` shows no example"
+    assert f"arcface {name}" in f"{command.help}{command.epilog}", f"`arcface {name} --help` shows no example"
 
 
 def test_an_unknown_subcommand_is_wrong_use():
