@@ -198,8 +198,8 @@ def test_widths_are_compared_where_contracts_are_unknown():
 
 
 def test_engine_that_fails_its_validation_is_put_out_of_the_chain_loudly(caplog):
-    def validate(engine):
-        if engine.name == "triton":
+    def validate(name, engine):
+        if name == "triton":
             raise GateFailed("drift too large")
 
     first, second = Engine("triton"), Engine("onnx")
@@ -213,7 +213,7 @@ def test_engine_that_fails_its_validation_is_put_out_of_the_chain_loudly(caplog)
 
 
 def test_gate_fails_when_nothing_else_is_left():
-    def validate(engine):
+    def validate(name, engine):
         raise GateFailed("drift too large")
 
     with pytest.raises(GateFailed, match="drift too large"):

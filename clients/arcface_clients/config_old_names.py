@@ -83,3 +83,11 @@ def renamed(flat: dict[str, Any], origin: str) -> dict[str, Any]:
         first = next(iter(now))
         warnings.warn(f"{origin}: {old} is an old name; write {first}: {now[first]}", FutureWarning, stacklevel=2)
     return result
+
+
+def from_section(flat: dict[str, Any]) -> dict[str, Any]:
+    """Keys of the former section, as `tensorrt_config` still has them, in today's; others are returned as they are."""
+    result: dict[str, Any] = {}
+    for key, value in flat.items():
+        result.update(_IN_SECTION[key](value) if key in _IN_SECTION else {key: value})
+    return result

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class FallbackEmbedder:
     Attributes:
         last_engine: name of the engine that gave the latest answer; None before the first.
         reason: why it was that one, in words.
+        validations: what `validate` returned, by engine name.
     """
 
     name = "fallback"
@@ -59,7 +60,7 @@ class FallbackEmbedder:
         *,
         retry_after_s: float = 5.0,
         retry_after_max_s: float = 300.0,
-        validate: Callable[[EmbeddingEngine], object] | None = None,
+        validate: Callable[[str, EmbeddingEngine], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Arrange a chain; nothing is loaded or connected yet.
@@ -68,7 +69,7 @@ class FallbackEmbedder:
             chain: engines, or pairs (name, function that makes the engine); first is preferred.
             retry_after_s: how long an engine that was not there is left alone at first.
             retry_after_max_s: the longest that it is left alone.
-            validate: called with each engine when it is loaded; `GateFailed` puts that engine out of the chain.
+            validate: called with name and engine when one is loaded; `GateFailed` puts that engine out of the chain.
             clock: seconds, monotonic; for tests.
 
         Raises:
@@ -82,6 +83,7 @@ class FallbackEmbedder:
             raise ConfigError(f"a fallback chain needs a different name for each engine, got {', '.join(names)}.")
         self._retry_after_s, self._retry_after_max_s = retry_after_s, retry_after_max_s
         self._validate, self._clock = validate, clock
+        self.validations: dict[str, Any] = {}
         self._lock = threading.RLock()
         self._contract_lock = threading.Lock()
         self._loading = {name: threading.Lock() for name in names}
@@ -205,7 +207,7 @@ class FallbackEmbedder:
         if self._validate is None:
             return
         try:
-            self._validate(engine)
+            self.validations[state.name] = self._validate(state.name, engine)
         except GateFailed as exc:
             state.refused = exc
             _log.error("%s failed its validation and is not used: %s", state.name, exc)

@@ -1,0 +1,92 @@
+"""`arcface doctor`: this host and the configuration in; a list of what is there, what is wrong and the fix out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from arcface_clients.errors import ConfigError
+
+if TYPE_CHECKING:
+    from arcface_clients.config import EmbeddingConfig
+
+EPILOG = """\b
+Examples:
+  arcface doctor                             what is here and what is wrong, each problem with its fix
+  arcface doctor --json | jq .problems
+  arcface doctor --measure                   load the configured engine too, validate it and time it
+  ARCFACE_BACKEND=onnx arcface doctor --measure --faces 64 --batch-size 8
+
+Exit code 0: no problem; 2: the configuration is wrong; 3: something that is needed is missing.
+"""
+_MARKS = {"ok": ("ok      ", "green"), "absent": ("absent  ", "yellow"), "problem": ("PROBLEM ", "red")}
+
+
+@click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_DOCTOR", "show_default": True})
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="Default: config/embedding.yaml.")
+@click.option("--measure", is_flag=True, help="Load the configured engine, validate it and time it.")
+@click.option("--faces", default=128, type=click.IntRange(1), help="Faces to time with --measure.")
+@click.option("--batch-size", default=32, type=click.IntRange(1), help="Faces in one call with --measure.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(config_file: Path | None, measure: bool, faces: int, batch_size: int, as_json: bool) -> int:
+    """Look at driver, GPU, runtimes, server, plans, store and configuration; say what is wrong and how to mend it."""
+    from arcface_build.host_checks import build_checks
+    from arcface_clients.config import EmbeddingConfig, load_config
+    from arcface_clients.diagnostics import Check, client_checks
+
+    try:
+        settings = load_config(config_file)
+        configuration = Check("configuration", "ok", f"backend {settings.backend}, precision {settings.precision}")
+    except ConfigError as exc:
+        settings = EmbeddingConfig()
+        configuration = Check("configuration", "problem", str(exc), "docs/configuration.md lists every key")
+    checks = [configuration, *client_checks(settings), *build_checks(settings)]
+    engine: dict[str, Any] | None = None
+    if measure and configuration.status == "ok":
+        engine, check = _measured(settings, faces, batch_size)
+        checks.append(check)
+    problems = [check for check in checks if check.status == "problem"]
+    if as_json:
+        told = {
+            "ok": not problems,
+            "problems": [check.to_json() for check in problems],
+            "checks": [check.to_json() for check in checks],
+            "engine": engine,
+        }
+        click.echo(json.dumps(told, indent=2))
+    else:
+        for check in checks:
+            mark, color = _MARKS[check.status]
+            click.echo(f"{click.style(mark, fg=color)} {check.name:<14} {check.found}")
+            if check.fix and check.status != "ok":
+                click.echo(f"{'':<24}→ {check.fix}")
+        if engine:
+            click.echo(json.dumps(engine, indent=2))
+        click.echo("no problems" if not problems else f"{len(problems)} problem{'s' * (len(problems) != 1)}")
+    if configuration.status == "problem":
+        return 2
+    return 3 if problems else 0
+
+
+def _measured(settings: EmbeddingConfig, faces: int, batch_size: int):
+    """The diagnostics of the engine that answers, and how that went as a check."""
+    from arcface_clients.benchmark import benchmark_embedder
+    from arcface_clients.diagnostics import Check, engine_diagnostics
+    from arcface_clients.door import get_embedding_backend
+    from arcface_clients.errors import ArcFaceError
+
+    try:
+        with get_embedding_backend(config=settings) as backend:
+            backend.ensure_ready()
+            figures = benchmark_embedder(backend, faces, batch_size)
+            engine = engine_diagnostics(backend, settings, figures)
+    except ArcFaceError as exc:
+        return None, Check("engine", "problem", f"{type(exc).__name__}: {exc}", "see the checks above")
+    found = f"{engine['backend']} answers: {figures.faces_per_s:.1f} faces/s at batch {batch_size}"
+    if engine["backend"] != settings.backend:
+        fix = "see the checks above; the fallback chain is in config/embedding.yaml"
+        return engine, Check("engine", "problem", f"{found}, not {settings.backend} ({engine['reason']})", fix)
+    return engine, Check("engine", "ok", found)

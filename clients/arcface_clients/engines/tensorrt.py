@@ -1,0 +1,145 @@
+"""A TensorRT plan in, an engine in this process out, run by Polygraphy; the plan for this GPU is found by itself."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.engines.devices import canonical_device
+from arcface_clients.engines.local import LocalEngine
+from arcface_clients.engines.plan_files import PlanFile, find_plan, read_plan
+from arcface_clients.engines.registry import EngineRegistry
+from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
+from arcface_clients.gpu import find_gpus
+
+
+@EngineRegistry.register("tensorrt")
+class TensorRtEngine(LocalEngine):
+    """A plan in this process. One execution context: calls from several threads take turns.
+
+    It runs on CUDA's current device; CUDA_VISIBLE_DEVICES chooses another. Device buffers are kept between calls.
+    """
+
+    name = "tensorrt"
+
+    def __init__(
+        self,
+        plan: str | Path | None = None,
+        *,
+        device: str = "auto",
+        precision: str = "fp16",
+        model: str | None = None,
+        model_repository: str | Path = "model_repository",
+        cache: str | Path = "~/.cache/arcface-triton",
+        max_batch: int = 64,
+    ) -> None:
+        """Choose what to load; nothing is loaded yet.
+
+        Args:
+            plan: the plan file; None takes the one for this GPU from the model repository, else from the cache.
+            device: auto, gpu, cuda or tensorrt: the first GPU that CUDA shows.
+            precision: of the plan that is looked for in the cache.
+            model: name of the model that is looked for in the cache; None takes the newest plan of any.
+            model_repository: where `arcface assemble` puts plans.
+            cache: where `arcface plan build` and `plan pull` put them.
+            max_batch: largest batch given to one run; the plan's own limit wins where it is smaller.
+        """
+        super().__init__(max_batch)
+        if canonical_device(device) not in ("auto", "gpu", "cuda", "cuda:0", "tensorrt", "tensorrt:0"):
+            raise ConfigError(
+                f"the tensorrt engine runs on the first GPU that CUDA shows, got device {device!r}: "
+                "expected auto, gpu or cuda. CUDA_VISIBLE_DEVICES=1 chooses another GPU."
+            )
+        self.precision = precision
+        self._plan = Path(plan).expanduser() if plan is not None else None
+        self._model, self._repository, self._cache = model, Path(model_repository), Path(cache)
+        self._runner: Any = None
+        self._run_lock = threading.Lock()
+
+    @property
+    def contract_id(self) -> str | None:
+        """From the manifest beside the plan; None where there is none."""
+        return self._file(None).contract_id
+
+    def _file(self, tensorrt: str | None) -> PlanFile:
+        if self._plan is not None:
+            return read_plan(self._plan)
+        return find_plan(
+            _sm(),
+            self.precision,
+            model_repository=self._repository,
+            cache=self._cache,
+            model=self._model,
+            tensorrt=tensorrt,
+        )
+
+    def _load(self) -> None:
+        try:
+            import tensorrt as trt
+            from polygraphy.backend.common import BytesFromPath
+            from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+            from polygraphy.logger import G_LOGGER
+        except ImportError as exc:
+            raise DependencyMissing(
+                f"the tensorrt engine needs TensorRT and Polygraphy ({exc}). On a GPU host: "
+                "pip install tensorrt polygraphy, in the version that built the plan"
+            ) from exc
+        file = self._file(trt.__version__)
+        file.check(_sm(), trt.__version__)
+        runner = TrtRunner(EngineFromBytes(BytesFromPath(str(file.path))), name="arcface")
+        try:
+            with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+                runner.activate()
+        except Exception as exc:  # Polygraphy raises its own for a plan that does not deserialise, ctypes for no CUDA
+            raise ModelMissing(
+                f"{file.path} does not load under TensorRT {trt.__version__}: {str(exc).partition(chr(10))[0]}. "
+                f"Build one on this host: arcface plan build --precision {self.precision}"
+            ) from exc
+        self._runner = runner
+        self.precision = file.precision or self.precision
+        largest = runner.engine.get_tensor_profile_shape(FACE_INPUT, 0)[2][0]
+        self.max_batch = min(self.max_batch, int(largest))
+        width = runner.engine.get_tensor_shape(EMBEDDING_OUTPUT)[-1]
+        self._dim = int(width) if width > 0 else None
+        self.taken = {
+            "provider": "TensorRT",
+            "reason": "local.plan" if self._plan else f"plan for SM {_sm()}",
+            "file": str(file.path),
+            "precision": self.precision,
+            "tensorrt": trt.__version__,
+        }
+
+    def _run(self, faces: np.ndarray) -> np.ndarray:
+        with self._run_lock:
+            if self._runner is None:
+                raise InferenceFailed("tensorrt: the engine was closed while it was encoding.")
+            try:
+                outputs = self._runner.infer({FACE_INPUT: faces}, check_inputs=False)
+            except Exception as exc:
+                raise InferenceFailed(
+                    f"tensorrt: {str(exc).partition(chr(10))[0]} (batch {len(faces)}, {self.taken['file']})"
+                ) from exc
+            return np.array(outputs[EMBEDDING_OUTPUT], np.float32)  # the runner's buffer is reused by the next call
+
+    def _unload(self) -> None:
+        with self._run_lock:
+            self._runner.deactivate()
+            self._runner = None
+
+
+def _sm() -> str:
+    """SM of the first GPU.
+
+    Raises:
+        DependencyMissing: there is none. Falls back.
+    """
+    gpus = find_gpus()
+    if not gpus:
+        raise DependencyMissing(
+            "the tensorrt engine needs an NVIDIA GPU and its driver: nvidia-smi shows none. See: arcface doctor"
+        )
+    return gpus[0].sm
