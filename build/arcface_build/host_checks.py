@@ -1,4 +1,4 @@
-"""The configuration in; checks of what the build side needs out: tritonserver, weights, plans for this GPU, the store."""
+"""The configuration in; checks of what the build side needs out: tritonserver, weights, plans and their store."""
 
 from __future__ import annotations
 
@@ -45,12 +45,16 @@ def check_weights(settings: EmbeddingConfig) -> Check:
     try:
         repository = find_repository(given if given.exists() else None)
     except Missing as exc:
-        return Check("weights", "absent", str(exc).partition(". ")[0], "run from a checkout, or set local.model_repository")
+        return Check(
+            "weights", "absent", str(exc).partition(". ")[0], "run from a checkout, or set local.model_repository"
+        )
     models = ("arcface_trt", "arcface_onnx", "arcface_reference")
     have = {name: versions(repository / name) for name in models}
     found = ", ".join(f"{name} {'version ' + str(v[-1]) if v else 'none'}" for name, v in have.items())
     if not any(have.values()):
-        return Check("weights", "absent", f"no weights in {repository}", "arcface import SOURCE, or: arcface import demo")
+        return Check(
+            "weights", "absent", f"no weights in {repository}", "arcface import SOURCE, or: arcface import demo"
+        )
     return Check("weights", "ok", found)
 
 
@@ -82,7 +86,9 @@ def check_store(settings: EmbeddingConfig) -> Check:
     storage = settings.storage
     cache = storage.cache.expanduser()
     if not _may_write(cache):
-        return Check("store", "problem", f"the plan cache {cache} may not be written", "set storage.cache to another folder")
+        return Check(
+            "store", "problem", f"the plan cache {cache} may not be written", "set storage.cache to another folder"
+        )
     if storage.type == "local":
         return Check("store", "ok", f"local only, cache {cache}")
     from arcface_build.store import open_store

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from arcface_clients.engines.devices import canonical_device
 from arcface_clients.engines.protocol import EmbeddingEngine
 from arcface_clients.engines.registry import EngineRegistry
+from arcface_clients.errors import BackendUnavailable
 from arcface_clients.fallback import FallbackEmbedder
 from arcface_clients.validation import StartupValidation
 
@@ -59,7 +60,7 @@ def get_embedding_backend(
         allow_cpu_fallback and settings.fallback.allow_cpu,
     )
     return FallbackEmbedder(
-        [(link.label, lambda link=link: _make(link, settings)) for link in links],
+        [_named(link, settings) for link in links],
         retry_after_s=settings.fallback.retry_after_s,
         retry_after_max_s=settings.fallback.retry_after_max_s,
         validate=startup_validation(settings) if settings.validation.run_on_startup else None,
@@ -76,11 +77,11 @@ def plan_chain(
     """
     anywhere = "auto" if allow_cpu else "gpu"
     links = [Link(backend, anywhere if (backend, device) == ("onnx", "auto") else device, precision, backend)]
+    onnx_device = device if device == "cpu" or (backend != "onnx" and device != "auto") else anywhere
     for name in fallback:
-        its_device = (anywhere if backend == "onnx" or device == "auto" else device) if name == "onnx" else device
-        if not allow_cpu and (name == "insightface" or (name == "onnx" and its_device == "cpu")):
+        if not allow_cpu and (name == "insightface" or (name == "onnx" and onnx_device == "cpu")):
             continue
-        link = Link(name, its_device, "fp32" if name == "onnx" else precision, name)
+        link = Link(name, onnx_device, "fp32", name) if name == "onnx" else Link(name, "auto", precision, name)
         twins = [have for have in links if have.engine == name]
         if not twins:
             links.append(link)
@@ -136,6 +137,15 @@ def startup_validation(settings: EmbeddingConfig) -> StartupValidation:
         stored=settings.validation.reference,
         make_reference=lambda: _make(reference, settings),
     )
+
+
+def _named(link: Link, settings: EmbeddingConfig) -> tuple[str, Callable[[], EmbeddingEngine]]:
+    """Name and maker; the engine is made now where it can be, so that a contradiction is said here and not later."""
+    try:
+        engine = _make(link, settings)
+    except BackendUnavailable:
+        return link.label, lambda: _make(link, settings)
+    return link.label, lambda: engine
 
 
 def _make(link: Link, settings: EmbeddingConfig) -> EmbeddingEngine:

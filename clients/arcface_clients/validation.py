@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,10 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from arcface_clients.atomic import new_file
 from arcface_clients.contract import check_faces
 from arcface_clients.drift import compare_embeddings
 from arcface_clients.engines.protocol import EmbeddingEngine
-from arcface_clients.errors import BackendUnavailable, ConfigError, ContractMismatch, GateFailed, InferenceFailed, InvalidFaces
+from arcface_clients.errors import (
+    BackendUnavailable,
+    ConfigError,
+    ContractMismatch,
+    GateFailed,
+    InferenceFailed,
+    InvalidFaces,
+)
 from arcface_clients.synthetic import synthetic_faces
 
 _log = logging.getLogger(__name__)
@@ -49,14 +55,8 @@ class StoredReference:
 
     def save(self, file: Path) -> None:
         """Write an .npz with faces, embeddings and contract_id, whole or not at all."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".npz", dir=file.parent)
-        os.close(handle)
-        try:
-            np.savez(name, faces=self.faces, embeddings=self.embeddings, contract_id=self.contract_id or "")
-            Path(name).replace(file)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with new_file(file) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, faces=self.faces, embeddings=self.embeddings, contract_id=self.contract_id or "")
 
     @classmethod
     def load(cls, file: Path, count: int) -> StoredReference:

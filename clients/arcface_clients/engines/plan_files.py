@@ -99,7 +99,7 @@ def read_plan(path: Path) -> PlanFile:
 
 
 def _manifest_of(plan: Path) -> dict[str, Any]:
-    """Beside it NAME.plan.json; in the cache KEY/manifest.json for KEY/SHA256/NAME.plan; else manifest.json beside it."""
+    """NAME.plan.json or manifest.json beside it; in the cache KEY/manifest.json for KEY/SHA256/NAME.plan."""
     candidates = (
         plan.with_name(plan.name + ".json"),
         plan.with_name("manifest.json"),

@@ -1,0 +1,141 @@
+"""Startup validation on real engines: what passes, what is refused, and what happens then."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_model import write_model
+
+from arcface_clients import get_embedding_backend
+from arcface_clients.config import EmbeddingConfig, LocalModel, Validation
+from arcface_clients.contract import Preprocessing
+from arcface_clients.engines import EngineRegistry
+from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed
+from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.validation import StoredReference, reference_from, validate_engine
+
+FACES = synthetic_faces(6)
+
+
+def config(folder: Path, **keys: object) -> EmbeddingConfig:
+    local = LocalModel(models_dir=folder.parent, model=folder.name, threads=1)
+    keys.setdefault("validation", Validation(eval_set_size=4))
+    return EmbeddingConfig(backend="onnx", device="cpu", local=local, **keys)
+
+
+def reference(folder: Path) -> StoredReference:
+    with EngineRegistry.get("insightface", file=folder / "source.onnx", threads=1) as engine:
+        return reference_from(engine, FACES)
+
+
+def onnx(folder: Path):
+    return EngineRegistry.get("onnx", file=folder / "serving.onnx", device="cpu", threads=1)
+
+
+def test_engine_that_equals_the_reference_passes(tmp_path):
+    folder = write_model(tmp_path / "good")
+    report = validate_engine(onnx(folder), reference(folder), 1e-5, "onnx")
+    assert (report.status, report.faces) == ("passed", 6)
+    assert 0 <= report.max_drift < 1e-6
+
+
+def test_engine_that_drifts_is_refused_with_figures(tmp_path):
+    folder = write_model(tmp_path / "bad", error=0.3)
+    with pytest.raises(GateFailed) as caught:
+        validate_engine(onnx(folder), reference(folder), 1e-3, "onnx")
+    said = str(caught.value)
+    assert "is above the limit 0.001 on 6 faces" in said and "Look closer: arcface parity" in said
+
+
+def test_wrong_channel_order_is_refused(tmp_path):
+    folder = write_model(tmp_path / "rgb")
+    swapped = write_model(tmp_path / "bgr", Preprocessing("bgr"))
+    (folder / "serving.onnx").write_bytes((swapped / "serving.onnx").read_bytes())
+    with pytest.raises(GateFailed):
+        validate_engine(onnx(folder), reference(folder), 1e-2, "onnx")
+
+
+def test_another_models_reference_is_a_mismatch_not_a_drift(tmp_path):
+    one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other", seed=1)
+    with pytest.raises(ContractMismatch, match="they are two models"):
+        validate_engine(onnx(one), reference(other), 1e-3, "onnx")
+
+
+def test_model_that_overflows_is_refused(tmp_path):
+    folder = write_model(tmp_path / "nan", error=float("inf"))
+    with pytest.raises(GateFailed, match="onnx cannot embed the 6 faces of its validation"):
+        validate_engine(onnx(folder), reference(folder), 1e-3, "onnx")
+
+
+def test_refused_backend_is_replaced_by_the_fallback_loudly(tmp_path, caplog):
+    with get_embedding_backend(config=config(write_model(tmp_path / "bad", error=0.3))) as engine:
+        embeddings = engine.encode(FACES)
+        assert engine.last_engine == "insightface"
+        assert "onnx: drift" in engine.reason
+        assert engine.validations["insightface"].status == "skipped"
+    assert np.allclose(embeddings, reference(tmp_path / "bad").embeddings, atol=1e-6)
+    assert [r.levelname for r in caplog.records if "failed its validation" in r.message] == ["ERROR"]
+
+
+def test_limit_is_that_of_the_precision(tmp_path):
+    folder = write_model(tmp_path / "close", error=0.02)
+    drift = validate_engine(onnx(folder), reference(folder), 2.0, "onnx").max_drift
+    assert 1e-5 < drift < 1e-2
+    with get_embedding_backend(config=config(folder)) as engine:
+        engine.ensure_ready()
+        assert engine.last_engine == "insightface"
+    relaxed = {"max_drift": {"fp32": 1e-2}}
+    with get_embedding_backend(config=config(folder, comparison=relaxed)) as engine:
+        engine.ensure_ready()
+        assert (engine.last_engine, engine.validations["onnx"].limit) == ("onnx", 1e-2)
+
+
+def test_validation_can_be_switched_off(tmp_path):
+    folder = write_model(tmp_path / "bad", error=0.3)
+    with get_embedding_backend(config=config(folder, validation=Validation(run_on_startup=False))) as engine:
+        engine.encode(FACES)
+        assert (engine.last_engine, engine.validations) == ("onnx", {})
+
+
+def test_stored_reference_needs_no_insightface(tmp_path):
+    folder = write_model(tmp_path / "bad", error=0.3)
+    stored = tmp_path / "reference.npz"
+    reference(folder).save(stored)
+    (folder / "source.onnx").unlink()
+    settings = config(folder, validation=Validation(reference=stored), fallback={"enabled": False})
+    with get_embedding_backend(config=settings) as engine, pytest.raises(GateFailed, match="on 6 faces"):
+        engine.encode(FACES)
+
+
+def test_without_a_reference_the_engine_is_used_and_that_is_said(tmp_path, caplog):
+    folder = write_model(tmp_path / "alone")
+    (folder / "source.onnx").unlink()
+    with caplog.at_level(logging.WARNING), get_embedding_backend(config=config(folder)) as engine:
+        engine.encode(FACES)
+        assert (engine.last_engine, engine.validations["onnx"].status) == ("onnx", "skipped")
+    assert "onnx is used without validation: there is no reference on this host" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arrays", "expected"),
+    [
+        ({"faces": FACES}, "expected an .npz with faces, embeddings and contract_id"),
+        ({"faces": FACES, "embeddings": np.zeros((2, 8))}, "got 6 faces and embeddings of shape (2, 8)"),
+        ({"faces": FACES[:, :50], "embeddings": np.zeros((6, 8))}, "expected faces of shape"),
+    ],
+)
+def test_stored_reference_that_does_not_fit_is_refused(tmp_path, arrays, expected):
+    file = tmp_path / "reference.npz"
+    np.savez(file, **arrays)
+    with pytest.raises(ConfigError) as caught:
+        StoredReference.load(file, 16)
+    assert expected in str(caught.value)
+
+
+def test_file_that_is_no_npz_is_refused(tmp_path):
+    (tmp_path / "reference.npz").write_text("hello")
+    with pytest.raises(ConfigError, match=r"expected an \.npz"):
+        StoredReference.load(tmp_path / "reference.npz", 16)
