@@ -107,4 +107,4 @@ def _may_write(folder: Path) -> bool:
     import os
 
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    return os.access(there, os.W_OK)
+    return there.is_dir() and os.access(there, os.W_OK)
