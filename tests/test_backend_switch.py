@@ -6,7 +6,6 @@ import logging
 
 import numpy as np
 import pytest
-from tiny_model import write_model
 
 from arcface_clients import get_embedding_backend
 from arcface_clients.config import load_config
@@ -14,6 +13,7 @@ from arcface_clients.door import Link, plan_chain
 from arcface_clients.drift import compare_embeddings
 from arcface_clients.errors import BackendUnavailable, ConfigError, ContractMismatch, InvalidFaces
 from arcface_clients.synthetic import synthetic_faces
+from tiny_model import write_model
 
 FACES = synthetic_faces(5)
 

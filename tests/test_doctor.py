@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-from tiny_model import write_model
 
 from arcface_build.host_checks import check_store
 from arcface_clients import benchmark_embedder, get_embedding_backend
@@ -25,6 +24,7 @@ from arcface_clients.diagnostics import (
 from arcface_clients.engines import EngineRegistry
 from arcface_clients.errors import ConfigError
 from arcface_clients.gpu import Gpu, find_gpus, parse_gpus
+from tiny_model import write_model
 
 A10 = Gpu("NVIDIA A10", "8.6", "550.54.15", 23028 << 20, 4 << 20)
 

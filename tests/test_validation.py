@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_model import write_model
 
 from arcface_clients import get_embedding_backend
 from arcface_clients.config import EmbeddingConfig, LocalModel, Validation
@@ -16,6 +15,7 @@ from arcface_clients.engines import EngineRegistry
 from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed
 from arcface_clients.synthetic import synthetic_faces
 from arcface_clients.validation import StoredReference, reference_from, validate_engine
+from tiny_model import write_model
 
 FACES = synthetic_faces(6)
 
