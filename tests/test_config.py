@@ -129,7 +129,10 @@ def test_caller_wins_over_environment_and_file(write):
             "endpoint, region, path_style, retries, timeout_s, public_key.",
         ),
         ("triton: {timeout_s: -1}", "FILE: triton.timeout_s: got -1; input should be greater than 0."),
-        ("triton: {tls: {cert: a.pem}}", "FILE: triton.tls: expected cert and key together, got one of them."),
+        (
+            "triton: {tls: {cert_file: a.pem}}",
+            "FILE: triton.tls: expected cert_file and key_file together, got one of them.",
+        ),
         (
             "comparison: {min_cosine: {target: 0.9, warn: 0.95}}",
             "FILE: comparison: expected min_cosine.warn below its target 0.9, got 0.95.",

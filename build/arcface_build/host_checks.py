@@ -94,8 +94,15 @@ def check_store(settings: EmbeddingConfig) -> Check:
     from arcface_build.store import open_store
 
     url = f"s3://{storage.bucket}/{storage.prefix}"
+    options = {
+        "endpoint_url": storage.endpoint,
+        "region": storage.region,
+        "path_style": storage.path_style,
+        "max_attempts": 1,  # a doctor answers soon
+        "read_timeout_s": min(storage.timeout_s, 5.0),
+    }
     try:
-        plans = open_store(url, endpoint_url=storage.endpoint, region=storage.region).list()
+        plans = open_store(url, **options).list()
     except BuildError as exc:
         fact, _, fix = str(exc).rpartition(". ")
         return Check("store", "problem", fact or str(exc), fix or "check storage.* and the AWS variables")
@@ -107,4 +114,4 @@ def _may_write(folder: Path) -> bool:
     import os
 
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    return os.access(there, os.W_OK)
+    return there.is_dir() and os.access(there, os.W_OK)

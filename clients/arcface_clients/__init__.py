@@ -21,7 +21,10 @@ __version__ = "0.1.0"
 
 _HOMES = {  # public name -> module, loaded on first use (PEP 562)
     "AsyncTritonEmbedder": "arcface_clients.triton_async",
+    "EmbeddingEngine": "arcface_clients.engines.protocol",
+    "EngineRegistry": "arcface_clients.engines.registry",
     "FakeEmbedder": "arcface_clients.fake",
+    "FallbackEmbedder": "arcface_clients.fallback",
     "Tls": "arcface_clients.address",
     "EmbeddingEngine": "arcface_clients.engines.protocol",
     "EngineRegistry": "arcface_clients.engines.registry",

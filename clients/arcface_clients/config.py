@@ -74,9 +74,9 @@ class Storage(_Section):
     cache: Path = Path("~/.cache/arcface-triton")
     endpoint: str | None = None
     region: str | None = None
-    path_style: bool = True
-    retries: int = Field(3, ge=0)
-    timeout_s: float = Field(60.0, gt=0)
+    path_style: bool | None = None
+    retries: int = Field(4, ge=0)
+    timeout_s: float = Field(30.0, gt=0)
     public_key: Path | None = None
 
     @model_validator(mode="after")
@@ -146,16 +146,16 @@ class Comparison(_Section):
 
 
 class Tls(_Section):
-    """Files for TLS (`ca`) and mutual TLS (`cert` and `key`), PEM."""
+    """PEM files: the authority that is trusted, and for mutual TLS the client's certificate and key."""
 
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
 
     @model_validator(mode="after")
     def _pair(self) -> Tls:
-        if (self.cert is None) != (self.key is None):
-            raise ValueError("expected cert and key together, got one of them")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("expected cert_file and key_file together, got one of them")
         return self
 
 
@@ -167,6 +167,9 @@ class Triton(_Section):
     timeout_s: float = Field(120.0, gt=0)
     retry_for_s: float = Field(5.0, ge=0)
     in_flight: int = Field(4, ge=1, le=256)
+    expected_contract: str | None = None
+    shared_memory: bool | None = None
+    compression: Literal["gzip", "deflate"] | None = None
     headers: dict[str, str] = {}
     tls: Tls = Tls()
 

@@ -39,11 +39,11 @@ class Layers:
 
 def layers(path: str | Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]) -> Layers:
     """File, environment and overrides on top of each other, old names already replaced."""
-    from arcface_clients.config import DEFAULT_FILE, EmbeddingConfig
+    from arcface_clients.config import EmbeddingConfig
 
     found = Layers()
-    file = Path(path or environ.get(FILE_VARIABLE) or DEFAULT_FILE)
-    if path or environ.get(FILE_VARIABLE) or file.exists():
+    file = config_file(path, environ)
+    if file is not None:
         found.add(renamed(dict(flatten(read_yaml(file))), str(file)), str(file))
     names = {variable(key): key for key in leaf_keys(EmbeddingConfig)}
     from_env = {names[name]: _parsed(name, text) for name, text in environ.items() if name in names}
@@ -51,6 +51,16 @@ def layers(path: str | Path | None, overrides: Mapping[str, Any], environ: Mappi
     _refuse_unknown_variables(environ, names)
     found.add(renamed(dict(flatten(overrides)), "arguments"), "arguments")
     return found
+
+
+def config_file(path: str | Path | None, environ: Mapping[str, str]) -> Path | None:
+    """The file that is read: the given one, else $ARCFACE_CONFIG, else the default one where it exists, else none."""
+    from arcface_clients.config import DEFAULT_FILE
+
+    named = path or environ.get(FILE_VARIABLE)
+    if named:
+        return Path(named)
+    return DEFAULT_FILE if DEFAULT_FILE.exists() else None
 
 
 def checked(model: type[Model], found: Layers) -> Model:

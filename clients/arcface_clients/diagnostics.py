@@ -43,7 +43,7 @@ def client_checks(settings: EmbeddingConfig) -> list[Check]:
         "python": check_python,
         "gpu": lambda: check_gpu(gpus),
         "tensorrt": lambda: check_tensorrt(gpus),
-        "onnxruntime": lambda: check_onnxruntime(gpus),
+        "onnxruntime": lambda: check_onnxruntime(gpus, settings.backend == "onnx"),
         "reference": check_reference,
         "shared memory": check_shared_memory,
         "local model": lambda: check_local_model(settings),
@@ -86,12 +86,13 @@ def check_tensorrt(gpus: list[Gpu]) -> Check:
     return Check("tensorrt", "absent", f"not installed: {missing} (needed on a GPU host only)")
 
 
-def check_onnxruntime(gpus: list[Gpu]) -> Check:
+def check_onnxruntime(gpus: list[Gpu], needed: bool = False) -> Check:
     """ONNX Runtime: exactly one wheel of it, and its providers."""
     wheels = [n for n in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino") if _version(n)]
     if util.find_spec("onnxruntime") is None:
         wanted = "onnxruntime-gpu" if gpus else "onnxruntime"
-        return Check("onnxruntime", "absent", "not installed: no onnx engine here", f"pip install {wanted}")
+        status = "problem" if needed else "absent"
+        return Check("onnxruntime", status, "not installed: no onnx engine here", f"pip install {wanted}")
     try:
         import onnxruntime
 
@@ -150,9 +151,8 @@ def check_local_model(settings: EmbeddingConfig) -> Check:
     try:
         model = find_model(settings.local.models_dir, settings.local.model)
     except BackendUnavailable as exc:
-        return Check(
-            "local model", "absent", str(exc).partition(". ")[0], "arcface import SOURCE, or: arcface import demo"
-        )
+        status = "problem" if settings.backend in ("onnx", "insightface") else "absent"
+        return Check("local model", status, _fact(exc), "arcface import SOURCE, or: arcface import demo")
     except ArcFaceError as exc:
         return Check(
             "local model", "problem", str(exc).partition(": ")[0], "name it: local.model in config/embedding.yaml"
@@ -220,6 +220,11 @@ def guarded(name: str, look: Callable[[], Check]) -> Check:
         return look()
     except Exception as exc:
         return Check(name, "problem", f"{type(exc).__name__}: {exc}", "run again with ARCFACE_TRACEBACK=1")
+
+
+def _fact(error: Exception) -> str:
+    """The first sentence of one of our messages: what happened, without what to do."""
+    return str(error).partition(". ")[0]
 
 
 def _host_port(url: str) -> tuple[str, int]:

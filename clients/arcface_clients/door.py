@@ -94,9 +94,9 @@ def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
     """What the configuration says to the constructor of an engine; {} for engines that are not ours."""
     local, triton = settings.local, settings.triton
     if link.engine == "triton":
-        tls = {key: str(value) for key, value in triton.tls.model_dump().items() if value is not None}
-        arguments = triton.model_dump(include={"url", "model", "timeout_s", "in_flight", "retry_for_s", "headers"})
-        return {**arguments, **({"tls": tls} if tls else {})}
+        from arcface_clients.address import Tls
+
+        return {**triton.model_dump(), "tls": Tls(**triton.tls.model_dump())}
     if link.engine == "onnx":
         return {
             "file": local.serving_onnx,

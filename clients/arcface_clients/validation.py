@@ -21,6 +21,7 @@ from arcface_clients.errors import (
     ContractMismatch,
     GateFailed,
     InferenceFailed,
+    InvalidEmbeddings,
     InvalidFaces,
 )
 from arcface_clients.synthetic import synthetic_faces
@@ -104,7 +105,11 @@ def validate_engine(engine: EmbeddingEngine, reference: StoredReference, limit: 
         )
     try:
         drift = compare_embeddings(reference.embeddings, engine.encode(reference.faces))
-    except (InferenceFailed, InvalidFaces) as exc:  # NaN, zero rows, or an engine that cannot embed drawn faces
+    except (
+        InferenceFailed,
+        InvalidFaces,
+        InvalidEmbeddings,
+    ) as exc:  # NaN, zero rows, or an engine that cannot embed drawn faces
         raise GateFailed(f"{name} cannot embed the {len(reference.faces)} faces of its validation: {exc}") from exc
     report = ValidationReport(
         status="passed" if drift.max_drift <= limit else "failed",

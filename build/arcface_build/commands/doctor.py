@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from arcface_clients.errors import ConfigError
 
 if TYPE_CHECKING:
     from arcface_clients.config import EmbeddingConfig
+    from arcface_clients.diagnostics import Check
 
 EPILOG = """\b
 Examples:
@@ -26,20 +28,23 @@ _MARKS = {"ok": ("ok      ", "green"), "absent": ("absent  ", "yellow"), "proble
 
 
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_DOCTOR", "show_default": True})
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="Default: config/embedding.yaml.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: config/embedding.yaml.")
 @click.option("--measure", is_flag=True, help="Load the configured engine, validate it and time it.")
 @click.option("--faces", default=128, type=click.IntRange(1), help="Faces to time with --measure.")
 @click.option("--batch-size", default=32, type=click.IntRange(1), help="Faces in one call with --measure.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(config_file: Path | None, measure: bool, faces: int, batch_size: int, as_json: bool) -> int:
+def command(config_path: Path | None, measure: bool, faces: int, batch_size: int, as_json: bool) -> int:
     """Look at driver, GPU, runtimes, server, plans, store and configuration; say what is wrong and how to mend it."""
     from arcface_build.host_checks import build_checks
     from arcface_clients.config import EmbeddingConfig, load_config
+    from arcface_clients.config_sources import config_file
     from arcface_clients.diagnostics import Check, client_checks
 
     try:
-        settings = load_config(config_file)
-        configuration = Check("configuration", "ok", f"backend {settings.backend}, precision {settings.precision}")
+        settings = load_config(config_path)
+        origin = config_file(config_path, os.environ) or "defaults (no config/embedding.yaml here)"
+        found = f"{origin}: backend {settings.backend}, precision {settings.precision}"
+        configuration = Check("configuration", "ok", found)
     except ConfigError as exc:
         settings = EmbeddingConfig()
         configuration = Check("configuration", "problem", str(exc), "docs/configuration.md lists every key")
@@ -71,7 +76,7 @@ def command(config_file: Path | None, measure: bool, faces: int, batch_size: int
     return 3 if problems else 0
 
 
-def _measured(settings: EmbeddingConfig, faces: int, batch_size: int):
+def _measured(settings: EmbeddingConfig, faces: int, batch_size: int) -> tuple[dict[str, Any] | None, Check]:
     """The diagnostics of the engine that answers, and how that went as a check."""
     from arcface_clients.benchmark import benchmark_embedder
     from arcface_clients.diagnostics import Check, engine_diagnostics

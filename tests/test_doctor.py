@@ -1,0 +1,203 @@
+"""`arcface doctor` and the figures of an engine: what is found on this host, and the fix for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from arcface_build.host_checks import check_store
+from arcface_clients import benchmark_embedder, get_embedding_backend
+from arcface_clients.config import EmbeddingConfig, LocalModel, Storage
+from arcface_clients.diagnostics import (
+    check_gpu,
+    check_local_model,
+    check_onnxruntime,
+    check_server,
+    check_shared_memory,
+    engine_diagnostics,
+    guarded,
+)
+from arcface_clients.engines import EngineRegistry
+from arcface_clients.errors import ConfigError
+from arcface_clients.gpu import Gpu, find_gpus, parse_gpus
+from tiny_model import write_model
+
+A10 = Gpu("NVIDIA A10", "8.6", "550.54.15", 23028 << 20, 4 << 20)
+
+
+@pytest.fixture
+def doctor(tmp_path):
+    """doctor(*arguments, **environment) → (exit code, standard output) of the command in an empty folder."""
+
+    def doctor(*arguments: str, **environment: str) -> tuple[int, str]:
+        code = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
+        given = {k: v for k, v in os.environ.items() if not k.startswith("ARCFACE_")}
+        answer = subprocess.run(
+            [sys.executable, "-c", code, "doctor", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**given, "ARCFACE_TRITON__URL": "127.0.0.1:1", **environment},
+            timeout=60,
+        )
+        assert "Traceback" not in answer.stderr, answer.stderr
+        return answer.returncode, answer.stdout
+
+    return doctor
+
+
+def test_host_without_a_server_has_one_problem_with_its_fix(doctor):
+    code, out = doctor("--json")
+    told = json.loads(out)
+    assert code == 3 and not told["ok"] and told["engine"] is None
+    assert [problem for problem in told["problems"] if problem["name"] == "server"] == [
+        {
+            "name": "server",
+            "status": "problem",
+            "found": "nothing answers at 127.0.0.1:1 (Connection refused)",
+            "fix": "start one: arcface serve, or set triton.url (ARCFACE_TRITON__URL)",
+        }
+    ]
+    assert [check["name"] for check in told["checks"]] == [
+        "configuration",
+        "python",
+        "gpu",
+        "tensorrt",
+        "onnxruntime",
+        "reference",
+        "shared memory",
+        "local model",
+        "server",
+        "tritonserver",
+        "weights",
+        "plans",
+        "store",
+    ]
+
+
+def test_local_backend_is_measured_and_has_no_problem(doctor, tmp_path):
+    write_model(tmp_path / "models" / "tiny")
+    code, out = doctor("--json", "--measure", "--faces", "8", "--batch-size", "4", ARCFACE_BACKEND="onnx")
+    told = json.loads(out)
+    assert (code, told["problems"]) == (0, []) or find_gpus()
+    engine = told["engine"]
+    assert (engine["backend"], engine["precision"], engine["embedding_dim"]) == ("onnx", "fp32", 64)
+    assert engine["engine_path"] == "models/tiny/serving.onnx"
+    assert engine["validation"]["status"] == "passed" and engine["validation"]["faces"] == 16
+    assert engine["throughput_faces_per_s"] > 0 and engine["latency_ms"]["p99"] >= engine["latency_ms"]["p50"] > 0
+
+
+def test_answer_of_a_fallback_is_a_problem(doctor, tmp_path):
+    write_model(tmp_path / "models" / "tiny")
+    code, out = doctor("--measure", "--faces", "4", "--batch-size", "4", ARCFACE_BACKEND="tensorrt")
+    assert code == 3
+    assert "not tensorrt (tensorrt: DependencyMissing: " in out
+
+
+def test_wrong_configuration_is_exit_code_2_and_the_rest_is_still_looked_at(doctor, tmp_path):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "embedding.yaml").write_text("backend: onx\nprecision: fp16\n")
+    code, out = doctor()
+    assert code == 2
+    assert "PROBLEM  configuration  config/embedding.yaml: backend: got 'onx'" in out
+    assert "ok       python" in out
+
+
+def test_a_served_model_is_described(server):
+    settings = EmbeddingConfig(triton={"url": server.grpc_url})
+    check = check_server(settings)
+    assert check.status == "ok"
+    assert check.found.startswith(f"{server.grpc_url} serves arcface, width 512, contract ")
+
+
+def test_a_model_that_is_not_served_is_named(server):
+    check = check_server(EmbeddingConfig(triton={"url": server.grpc_url, "model": "arcface_v2"}))
+    assert check.status == "problem" and "arcface_v2" in check.found
+
+
+def test_unused_server_is_no_problem():
+    assert check_server(EmbeddingConfig(backend="onnx", triton={"url": "127.0.0.1:1"})).status == "absent"
+
+
+def test_gpu_that_this_onnx_runtime_cannot_use_is_a_problem():
+    check = check_onnxruntime([A10])
+    assert check.status == "problem" and "pip install onnxruntime-gpu" in check.fix
+    assert check_onnxruntime([]).status == "ok"
+
+
+def test_small_shared_memory_is_a_problem(tmp_path, monkeypatch):
+    assert check_shared_memory(tmp_path / "none").status == "absent"
+    monkeypatch.setattr("arcface_clients.diagnostics.SHARED_MEMORY_WANTED_BYTES", 1 << 60)
+    check = check_shared_memory(tmp_path)
+    assert check.status == "problem" and "--shm-size=1g" in check.fix
+
+
+def test_several_local_models_need_a_name(tmp_path):
+    for name in ("a", "b"):
+        write_model(tmp_path / name)
+    check = check_local_model(EmbeddingConfig(backend="onnx", local=LocalModel(models_dir=tmp_path)))
+    assert (check.status, check.fix) == ("problem", "name it: local.model in config/embedding.yaml")
+
+
+def test_cache_that_may_not_be_written_is_a_problem(tmp_path):
+    (tmp_path / "file").touch()
+    check = check_store(EmbeddingConfig(storage=Storage(cache=tmp_path / "file" / "cache")))
+    assert (check.status, check.fix) == ("problem", "set storage.cache to another folder")
+    assert check_store(EmbeddingConfig(storage=Storage(cache=tmp_path / "new" / "cache"))).status == "ok"
+
+
+def test_a_check_that_dies_is_a_problem_not_the_end():
+    def look():
+        raise OSError("broken")
+
+    assert guarded("disk", look).found == "OSError: broken"
+
+
+def test_gpus_are_read_from_nvidia_smi():
+    csv = "NVIDIA A10, 8.6, 550.54.15, 23028, 4\nNVIDIA GB10, 12.1, 580.1, [N/A], [N/A]\n"
+    assert parse_gpus(csv) == [A10]
+    assert parse_gpus("") == [] and parse_gpus("Failed to initialize NVML") == []
+    assert check_gpu([A10]).found == "NVIDIA A10 SM 8.6 22 GB driver 550.54.15"
+
+
+def test_benchmark_counts_and_times_what_it_is_told(tmp_path):
+    calls = []
+    engine = EngineRegistry.get("onnx", file=write_model(tmp_path / "tiny") / "serving.onnx", device="cpu", threads=1)
+    plain = engine.encode
+    engine.encode = lambda faces: calls.append(len(faces)) or plain(faces)
+    report = benchmark_embedder(engine, num_faces=10, batch_size=4, warmup_batches=2)
+    assert calls == [4, 4, 4, 4, 2]
+    assert report.faces_per_s == pytest.approx(10 / report.seconds)
+    assert 0 < report.latency_p50_ms <= report.latency_p99_ms <= report.latency_max_ms
+    assert report.peak_rss_bytes > 20 << 20
+    with pytest.raises(ConfigError, match="expected num_faces ≥ 1"):
+        benchmark_embedder(engine, num_faces=0)
+
+
+def test_diagnostics_of_an_engine_have_every_figure(tmp_path):
+    write_model(tmp_path / "tiny")
+    settings = EmbeddingConfig(backend="onnx", device="cpu", local=LocalModel(models_dir=tmp_path, threads=1))
+    with get_embedding_backend(config=settings) as backend:
+        told = engine_diagnostics(backend, settings, benchmark_embedder(backend, 4, 2, 0))
+    assert json.loads(json.dumps(told)) == told
+    assert set(told) == {
+        "backend",
+        "reason",
+        "engine_path",
+        "provider",
+        "precision",
+        "batch_size",
+        "embedding_dim",
+        "contract_id",
+        "throughput_faces_per_s",
+        "latency_ms",
+        "vram_bytes",
+        "peak_rss_bytes",
+        "benchmark",
+        "validation",
+    }
+    assert (told["provider"], told["batch_size"], told["vram_bytes"]) == ("CPUExecutionProvider", 64, None)
