@@ -80,7 +80,7 @@ def import_model(
             shutil.copyfile(source.path, copy)
         else:
             copy.write_bytes(repaired.model.SerializeToString(deterministic=True))
-        reference = Reference(copy, preprocessing)
+        reference = Reference(copy, preprocessing, label)
         expected = reference_embeddings(reference, faces, lambda done, total: progress("reference", done, total))
         dim = check_width(expected.shape[1], label)
         progress("convert", 0, 1)

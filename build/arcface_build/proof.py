@@ -49,14 +49,15 @@ class Reference:
     has to be told, onnxruntime where it is not there; `why` says so in words.
     """
 
-    def __init__(self, source: Path, preprocessing: Preprocessing) -> None:
-        """Open the source with the CPU provider.
+    def __init__(self, source: Path, preprocessing: Preprocessing, label: str | None = None) -> None:
+        """Open the source with the CPU provider; `label` names it in messages.
 
         Raises:
             SourceRefused: ONNX Runtime cannot load it.
         """
         self._preprocessing = preprocessing
-        self._session = open_session(source)
+        self.label = label or source.name
+        self._session = open_session(source, self.label)
         self._input = self._session.get_inputs()[0].name
         try:
             from insightface.model_zoo.arcface_onnx import ArcFaceONNX
@@ -85,7 +86,7 @@ class Reference:
         return np.asarray(self._session.run(None, {self._input: self._preprocessing.apply(face[None])})[0]).reshape(-1)
 
 
-def open_session(path: Path) -> onnxruntime.InferenceSession:
+def open_session(path: Path, label: str) -> onnxruntime.InferenceSession:
     """A session on the CPU provider that keeps stderr clean.
 
     Raises:
@@ -99,7 +100,7 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # pybind raises a class an error code, without a common root
         raise SourceRefused(
-            f"ONNX Runtime cannot load the graph: {_first_line(exc)}. Check it: python -m onnx.checker FILE.onnx"
+            f"{label}: ONNX Runtime cannot load the graph: {_first_line(exc)}. Export it again."
         ) from exc
 
 
@@ -115,16 +116,21 @@ def reference_embeddings(reference: Reference, faces: np.ndarray, progress: Prog
             rows.append(reference.embed(face))
         except Exception as exc:  # see open_session
             raise SourceRefused(
-                f"ONNX Runtime cannot run it on a 112×112 crop: {_first_line(exc)}. Export it for 112×112."
+                f"{reference.label}: ONNX Runtime cannot run it on a 112×112 crop: {_first_line(exc)}. "
+                "Export it for 112×112."
             ) from exc
         if progress:
             progress(len(rows), len(faces))
     raw = np.stack(rows)
     if not np.isfinite(raw).all() or not np.linalg.norm(raw, axis=1).all():
-        raise SourceRefused("its embeddings hold NaN or are zero: expected numbers. Export it from a sound checkpoint.")
+        raise SourceRefused(
+            f"{reference.label} gives embeddings that are zero or hold NaN: expected numbers. "
+            "Export it from a sound checkpoint."
+        )
     if between_faces(raw) > 1 - 1e-7:
         raise SourceRefused(
-            "it gives every face the same embedding: expected a trained recognition model. Check the export."
+            f"{reference.label} gives every face the same embedding: expected a trained recognition model. "
+            "Check the export."
         )
     return raw
 
@@ -142,7 +148,7 @@ def prove(
     Raises:
         ProofFailed: a face's cosine is below `MIN_COSINE`, or a batch row departs from the single run.
     """
-    session = open_session(serving)
+    session = open_session(serving, serving.name)
     hostile = hostile_batches(faces)
     total = len(faces) + sum(len(batch) for batch in hostile) * 2
     done = 0
