@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plan_samples import SPEC, spec, write_plan
 
 from arcface_build.errors import Missing, PlanNotFound, PlanRefused, StoreUnreachable, WrongUse
 from arcface_build.plans.get_or_build import Builder, get_or_build
@@ -19,6 +18,7 @@ from arcface_build.plans.manifest import PlanManifest
 from arcface_build.plans.spec import PlanSpec
 from arcface_build.plans.store import PlanStore, manifest_name, plan_name
 from arcface_build.store import open_store
+from plan_samples import SPEC, spec, write_plan
 
 TESTS = Path(__file__).resolve().parent
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plan_samples import SPEC, spec, write_plan
 
 from arcface_build.errors import Missing, PlanRefused, WrongUse
 from arcface_build.plans.manifest import (
@@ -20,6 +19,7 @@ from arcface_build.plans.manifest import (
     parse_manifest,
 )
 from arcface_build.plans.signing import check_signature, sign
+from plan_samples import SPEC, spec, write_plan
 
 
 @pytest.fixture

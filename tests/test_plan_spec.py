@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from plan_samples import SPEC, spec
 
 from arcface_build.errors import Missing, PlanNotFound, WrongUse
 from arcface_build.plans.choose import choose_plan, misfit, plan_file_for
 from arcface_build.plans.gpu import find_gpus, load_gpus_yaml, parse_gpus
 from arcface_build.plans.manifest import PlanManifest
 from arcface_build.plans.spec import BuilderOptions, PlanSpec, parse_bytes, parse_sm, parse_version, sm_tag
+from plan_samples import SPEC, spec
 
 REPO = Path(__file__).resolve().parent.parent
 

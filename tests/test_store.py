@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_proxy import FaultProxy, Faults
-from plan_samples import SPEC, spec, write_plan
 
 from arcface_build.errors import PlanNotFound, PlanRefused, StoreUnreachable, WrongUse
 from arcface_build.plans.manifest import PlanManifest, manifest_path
@@ -22,6 +20,8 @@ from arcface_build.plans.store import PlanStore, manifest_name, plan_name
 from arcface_build.store import open_store
 from arcface_build.store.objects import ObjectStore
 from arcface_build.store.s3 import S3Store
+from fault_proxy import FaultProxy, Faults
+from plan_samples import SPEC, spec, write_plan
 
 TESTS = Path(__file__).resolve().parent
 

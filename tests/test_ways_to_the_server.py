@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import pytest
-from odd_models import CONFIG, write_model
 
 from arcface_clients import AsyncTritonEmbedder, TritonEmbedder
 from arcface_clients.errors import (
@@ -20,6 +19,7 @@ from arcface_clients.errors import (
     ServerUnreachable,
 )
 from arcface_clients.synthetic import synthetic_faces
+from odd_models import CONFIG, write_model
 
 FACES = synthetic_faces(11)
 MARKED = np.full((1, 112, 112, 3), 255, np.uint8)  # what `slow` is slow on

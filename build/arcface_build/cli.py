@@ -20,6 +20,7 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
     "embed": ("embed", "Embed face crops from files or folders through a server."),
     "parity": ("parity", "Compare every loaded backend with the reference, face by face."),
     "bench": ("bench", "Measure throughput through the server beside the bare runtime, in one run."),
+    "plan": ("plan", "Build, prove, keep and move TensorRT plans: one for each kind of GPU."),
 }
 
 
