@@ -22,7 +22,7 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
     "consensus": ("consensus", "Find who most photos of each person show, and which photos do not belong."),
     "parity": ("parity", "Compare every loaded backend with the reference, face by face."),
     "bench": ("bench", "Measure throughput through the server beside the bare runtime, in one run."),
-    "doctor": ("doctor", "Look at this host and the configuration; say what is wrong and how to mend it."),
+    "plan": ("plan", "Build, prove, keep and move TensorRT plans: one for each kind of GPU."),
 }
 
 

@@ -153,7 +153,8 @@ def child_error(code: int, error: str, log: str, timeout_s: float | None = None)
         return PlanRefused(f"the build took longer than {timeout_s:g} s and was stopped. Give it more: --timeout-s")
     if code == EXIT_MISSING:
         return Missing(
-            f"TensorRT cannot run here: {error}. Check the driver and the CUDA runtime: pip install nvidia-cuda-runtime-cu12"
+            f"TensorRT cannot run here: {error}. Check the driver and the CUDA runtime: "
+            "pip install nvidia-cuda-runtime-cu12"
         )
     if re.search(r"out of memory|OutOfMemory|insufficient memory|CUDA Error: 2\b", log + error, re.IGNORECASE):
         return Missing(

@@ -70,7 +70,7 @@ def _build(folder: Path, trt: Any, say: Any) -> None:
 
 
 def inspector_json(trt: Any, engine: Any, batch: int) -> str:
-    """The inspector's JSON; it has the formats of a dynamic plan only with a context whose shapes are set."""
+    """The inspector's JSON. It has the formats of a dynamic plan only with a context whose shapes are set."""
     from arcface_clients.contract import FACE_INPUT, FACE_SHAPE
 
     context = engine.create_execution_context()
@@ -82,7 +82,7 @@ def inspector_json(trt: Any, engine: Any, batch: int) -> str:
 
 
 def _embed(folder: Path, engine: Any, max_batch: int, say: Any) -> None:
-    """Embeddings of faces.npy in batches of 1, 2, 3, … up to the largest: every shape of the profile has to be right."""
+    """Embeddings of faces.npy in batches of 1, 2, 3 … up to the largest: the whole profile has to be right."""
     import numpy as np
     from polygraphy.backend.trt import TrtRunner
 

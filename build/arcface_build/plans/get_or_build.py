@@ -36,6 +36,7 @@ def get_or_build(
     build: Builder | None = None,
     *,
     read_cache: bool = True,
+    read_store: bool = True,
     upload: bool = False,
     sign_key: Path | None = None,
     lock_timeout_s: float = 1800.0,
@@ -43,9 +44,10 @@ def get_or_build(
 ) -> Obtained:
     """The plan of this spec, verified, in the cache folder; one process per key and host at a time.
 
-    Steps: the cache (`read_cache`), the store (None: skipped), a build (None: skipped). A damaged or refused plan
-    counts as none and is noted; a store that does not answer is noted too where a build may follow. With `upload` a
-    plan built here is published; losing that race to another host is noted, and the plan built here is used.
+    Steps: the cache (`read_cache`), the store (`read_store`; None: there is none), a build (None: switched off). A
+    damaged or refused plan counts as none and is noted; a store that does not answer is noted too where a build may
+    follow. With `upload` a plan built here is published; losing that race to another host is noted, and the plan built
+    here is used.
 
     Raises:
         PlanNotFound: no step had it.
@@ -75,7 +77,7 @@ def get_or_build(
             if manifest:
                 return Obtained(cache.local_path(manifest), manifest, "cache", tuple(notes))
             failures.clear()  # a damaged cache is replaced by what follows
-        if store is not None:
+        if store is not None and read_store:
             manifest = tried(lambda: _from_store(cache, store, spec, progress), "store")
             if manifest:
                 return Obtained(cache.local_path(manifest), manifest, "store", tuple(notes))

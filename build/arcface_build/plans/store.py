@@ -90,17 +90,19 @@ class PlanStore:
 
         Raises:
             PlanNotFound: none, or several.
+            PlanRefused: there is one of this key, and it is refused.
         """
-        found = [
-            m
-            for m in self.list(lambda *_: None)
-            if (len(name) >= 6 and m.key.startswith(name)) or m.spec.file_name == name
-        ]
+        refused: dict[str, BuildError] = {}
+        plans = self.list(refused.__setitem__)
+        found = [m for m in plans if (len(name) >= 6 and m.key.startswith(name)) or m.spec.file_name == name]
         if len(found) == 1:
             return found[0]
         if found:
             keys = ", ".join(m.key[:12] for m in found)
             raise PlanNotFound(f"{len(found)} plans in {self.url} are called {name}: give a key ({keys}).")
+        for key, error in refused.items():
+            if len(name) >= 6 and key.startswith(name):
+                raise error
         raise PlanNotFound(f"no plan {name} in {self.url}. See what is there: arcface plan list --store {self.url}")
 
     def fetch(self, manifest: PlanManifest, target: Path, progress: Progress | None = None) -> Path:

@@ -103,8 +103,8 @@ def check_interface(model: ModelProto, where: str) -> None:
     readers = sorted({node.op_type for node in model.graph.node if FACE_INPUT in node.input})
     if readers != ["Cast"]:
         raise WrongUse(
-            f"{where}: {FACE_INPUT} is read by {', '.join(readers) or 'nothing'}: expected Cast alone, because TensorRT "
-            "computes nothing in uint8. Import the source again: arcface import SOURCE"
+            f"{where}: {FACE_INPUT} is read by {', '.join(readers) or 'nothing'}: expected Cast alone, because "
+            "TensorRT computes nothing in uint8. Import the source again: arcface import SOURCE"
         )
 
 
@@ -176,8 +176,9 @@ def check_buildable(typed: TypedOnnx, precision: str, tensorrt: str) -> None:
     """
     if typed.precision != precision:
         raise WrongUse(
-            f"{typed.path} computes in {typed.precision} ({dict(typed.layers)}), asked for a {precision} plan: precision "
-            f"lives in the ONNX. Make that one: arcface quantize NAME --precision {precision} --target tensorrt"
+            f"{typed.path} computes in {typed.precision} ({dict(typed.layers)}), asked for a {precision} plan: "
+            "precision lives in the ONNX. Make that one: "
+            f"arcface quantize NAME --precision {precision} --target tensorrt"
         )
     if parse_version(tensorrt) >= (10,):
         return

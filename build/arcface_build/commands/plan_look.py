@@ -1,0 +1,133 @@
+"""`arcface plan list`, `show` and `matrix`: plans of the cache and the store in, tables or JSON out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from arcface_build.commands.plan_options import json_option, megabytes, place_options, summary, table
+
+if TYPE_CHECKING:
+    from arcface_build.errors import BuildError
+    from arcface_build.plans.manifest import PlanManifest
+    from arcface_build.plans.places import Places
+
+
+@click.command(
+    "list", epilog="\b\nExamples:\n  arcface plan list\n  arcface plan list --store s3://models/plans --json"
+)
+@click.option("--model", help="Only plans of this model.")
+@place_options
+@json_option
+def list_(places: Places, model: str | None, as_json: bool) -> None:
+    """List the plans of the cache and the store."""
+    found, refused = _collect(places, model)
+    if as_json:
+        rows = [{"where": sorted(where), **manifest.to_json()} for manifest, where in found]
+        click.echo(json.dumps({"plans": rows, "refused": refused}, indent=2))
+        return
+    rows = [{**summary(manifest), "where": "+".join(sorted(where))} for manifest, where in found]
+    if rows:
+        click.echo(table(list(rows[0]), [list(row.values()) for row in rows]))
+    else:
+        click.echo(
+            f"no plans in {' or '.join(plans.url for _, plans in places.all())}. Build one: arcface plan build NAME"
+        )
+    for why in refused:
+        click.echo(f"refused: {why}", err=True)
+
+
+@click.command(epilog="\b\nExamples:\n  arcface plan show r50-fp16-sm86.plan\n  arcface plan show 9363ac3dd29e --json")
+@click.argument("plan", metavar="FILE_OR_KEY")
+@place_options
+@json_option
+def show(places: Places, plan: str, as_json: bool) -> None:
+    """Show everything known about one plan: a file, a key (or its first digits), or a plan's name."""
+    from arcface_build.plans.places import find_plan
+
+    manifest, _, where = find_plan(places, plan)
+    if as_json:
+        click.echo(json.dumps({"where": where, **manifest.to_json()}, indent=2))
+        return
+    click.echo(f"{manifest.spec.file_name}   in {where}")
+    click.echo(table(("", ""), _lines(manifest)))
+
+
+@click.command(
+    epilog="\b\nExamples:\n  arcface plan matrix\n  arcface plan matrix --model r50 --store s3://models/plans"
+)
+@click.option("--model", help="Only plans of this model.")
+@click.option("--gpus", type=click.Path(path_type=Path), default=Path("config/gpus.yaml"), show_default=True)
+@place_options
+@json_option
+def matrix(places: Places, model: str | None, gpus: Path, as_json: bool) -> None:
+    """SM × precision × TensorRT version: what there is and what is missing of what config/gpus.yaml wants."""
+    from arcface_build.plans.gpu import load_gpus_yaml
+
+    infos = load_gpus_yaml(gpus)
+    found, _ = _collect(places, model)
+    have = {(m.spec.model, m.spec.sm, m.spec.precision, m.spec.tensorrt): sorted(where) for m, where in found}
+    models = sorted({m.spec.model for m, _ in found} | ({model} if model else set()))
+    versions = sorted({m.spec.tensorrt for m, _ in found})
+    cells = []
+    for name in models:
+        for sm in sorted({*infos, *(m.spec.sm for m, _ in found)}, key=float):
+            wanted = set(infos[sm].plans) if sm in infos else set()
+            for precision in sorted(wanted | {p for m, s, p, _ in have if (m, s) == (name, sm)}):
+                for version in versions or ["any"]:
+                    where = have.get((name, sm, precision, version), [])
+                    cells.append(
+                        {
+                            "model": name,
+                            "sm": sm,
+                            "cards": ", ".join(infos[sm].cards[:2]) if sm in infos else "not in gpus.yaml",
+                            "precision": precision,
+                            "tensorrt": version,
+                            "state": "+".join(where) if where else "MISSING" if precision in wanted else "-",
+                        }
+                    )
+    if as_json:
+        click.echo(json.dumps(cells, indent=2))
+    elif cells:
+        click.echo(table(list(cells[0]), [list(cell.values()) for cell in cells]))
+    else:
+        click.echo("no plans anywhere: name a model to see what it needs: arcface plan matrix --model NAME")
+
+
+def _collect(places: Places, model: str | None) -> tuple[list[tuple[PlanManifest, set[str]]], list[str]]:
+    """Plans with the places that have them, in list order; and why others were refused."""
+    found: dict[str, tuple[PlanManifest, set[str]]] = {}
+    refused: list[str] = []
+
+    def on_refused(_: str, exc: BuildError) -> None:
+        refused.append(str(exc))
+
+    for where, plans in places.all():
+        for manifest in plans.list(on_refused):
+            if model is None or manifest.spec.model == model:
+                found.setdefault(manifest.key, (manifest, set()))[1].add(where)
+    return list(found.values()), refused
+
+
+def _lines(manifest: PlanManifest) -> list[tuple[str, Any]]:
+    spec, options, build, gpu = manifest.spec, manifest.spec.options, manifest.build, manifest.gpu
+    peak, drift, proof = build.get("peak_vram_bytes"), manifest.drift, manifest.precision_proof
+    return [
+        ("key", manifest.key),
+        ("sha256", manifest.sha256),
+        ("size", megabytes(manifest.bytes)),
+        ("runs on", f"SM {spec.sm}{' and newer' if options.hardware_compatible else ''}, TensorRT {spec.tensorrt}"),
+        ("batch", f"min {spec.min_batch}, opt {spec.opt_batch}, max {spec.max_batch}"),
+        ("workspace", megabytes(options.workspace_bytes)),
+        ("embedding", f"{manifest.dim or '?'}-d, contract {manifest.contract_id or 'unknown'}"),
+        ("typed ONNX", spec.onnx_sha256),
+        ("built", f"{build.get('created', '?')} in {build.get('seconds', '?')} s"),
+        ("peak VRAM", megabytes(peak) if peak else "not measured"),
+        ("on", f"{gpu.get('name', '?')}, driver {gpu.get('driver', '?')}, CUDA {gpu.get('cuda', '?')}"),
+        ("layers", ", ".join(f"{n} {p}" for p, n in (proof.get("compute") or {}).items()) or "not proved"),
+        ("drift", f"max {drift['max_drift']:.2e} on {drift['faces']} faces" if drift else "not measured"),
+        ("signed by", manifest.signature["public_key"] if manifest.signature else "nobody"),
+    ]

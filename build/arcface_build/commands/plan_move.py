@@ -1,0 +1,198 @@
+"""`arcface plan push`, `pull`, `verify` and `gc`: plans between files, the cache and the store."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from arcface_build.commands.plan_options import byte_progress, json_option, megabytes, place_options
+
+if TYPE_CHECKING:
+    from arcface_build.plans.manifest import PlanManifest
+    from arcface_build.plans.places import Places
+    from arcface_build.plans.store import PlanStore
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(
+    epilog="\b\nExamples:\n  arcface plan push --all\n  arcface plan push 9363ac3dd29e --sign-key private.pem"
+)
+@click.argument("plans", nargs=-1, metavar="[FILE_OR_KEY]...")
+@click.option("--all", "everything", is_flag=True, help="Every plan of the cache.")
+@click.option("--sign-key", type=_PATH, help="PEM, ed25519: sign the manifests first.")
+@place_options
+@json_option
+def push(places: Places, plans: tuple[str, ...], everything: bool, sign_key: Path | None, as_json: bool) -> None:
+    """Publish plans to the store; a key that the store has already is left as it is."""
+    from arcface_build.errors import WrongUse
+    from arcface_build.plans.places import find_plan
+    from arcface_build.plans.signing import sign
+    from arcface_build.plans.store import PlanStore
+
+    store = places.need_store()
+    if bool(plans) == everything:
+        raise WrongUse("say what to push: files, keys or names, or --all. See them: arcface plan list")
+    # What is about to be signed may be unsigned still.
+    local = places if sign_key is None else type(places)(PlanStore(places.cache.objects), None, places.config)
+    names = [m.key for m in local.cache.list()] if everything else plans
+    done = []
+    for name in names:
+        manifest, path, _ = find_plan(type(places)(local.cache, None, places.config), name)
+        manifest = sign(manifest, sign_key) if sign_key else manifest
+        with byte_progress(f"push {manifest.spec.file_name}", manifest.bytes) as progress:
+            put = store.put(path, manifest, progress)
+        same = put.manifest.sha256 == manifest.sha256
+        state = "pushed" if put.created else "was there" if same else "the store keeps another build of this key"
+        done.append({"plan": manifest.spec.file_name, "key": manifest.key, "state": state, "store": store.url})
+    _report(done, as_json, f"nothing to push: no plans in {places.cache.url}")
+
+
+@click.command(
+    epilog="\b\nExamples:\n  arcface plan pull --sm auto\n  arcface plan pull r50-fp16-sm86.plan --output plans/"
+)
+@click.argument("plans", nargs=-1, metavar="[KEY_OR_NAME]...")
+@click.option("--sm", help="Every plan for this SM; auto: of this host's GPU.")
+@click.option("--precision", help="With --sm: only this precision.")
+@click.option("--output", "-o", type=_PATH, help="A folder for plan and manifest, instead of the cache.")
+@place_options
+@json_option
+def pull(
+    places: Places, plans: tuple[str, ...], sm: str | None, precision: str | None, output: Path | None, as_json: bool
+) -> None:
+    """Fetch plans from the store; each is verified before it gets its name."""
+    from arcface_build.errors import PlanNotFound, WrongUse
+    from arcface_build.plans.get_or_build import get_or_build
+    from arcface_build.plans.gpu import find_gpus
+    from arcface_build.plans.spec import parse_sm
+
+    store = places.need_store()
+    if bool(plans) == (sm is not None):
+        raise WrongUse("say what to pull: keys or names, or --sm auto. See them: arcface plan list")
+    if sm is None:
+        wanted = [store.resolve(name) for name in plans]
+    else:
+        sm = find_gpus()[0].sm if sm == "auto" else parse_sm(sm)
+        have = store.list(lambda _, exc: click.echo(f"refused: {exc}", err=True))
+        wanted = [m for m in have if m.spec.sm == sm and precision in (None, m.spec.precision)]
+        if not wanted:
+            found = ", ".join(sorted({m.spec.sm for m in have}, key=float)) or "none"
+            raise PlanNotFound(
+                f"no {precision + ' ' if precision else ''}plan for SM {sm} in {store.url} (found: {found}). "
+                f"Build one on an SM {sm} GPU: arcface plan build"
+            )
+    done = []
+    for manifest in wanted:
+        with byte_progress(f"pull {manifest.spec.file_name}", manifest.bytes) as progress:
+            if output is not None:
+                path, state = store.pull(manifest, output, progress), "pulled"
+            else:
+                obtained = get_or_build(manifest.spec, places.cache, store, progress=progress)
+                path, state = obtained.path, "pulled" if obtained.source == "store" else "was there"
+        done.append({"plan": manifest.spec.file_name, "key": manifest.key, "state": state, "path": str(path)})
+    _report(done, as_json, "nothing to pull")
+
+
+@click.command(
+    epilog="\b\nExamples:\n  arcface plan verify\n  arcface plan verify r50-fp16-sm86.plan --public-key public.pem"
+)
+@click.argument("plans", nargs=-1, metavar="[FILE_OR_KEY]...")
+@place_options
+@json_option
+def verify(places: Places, plans: tuple[str, ...], as_json: bool) -> int:
+    """Read plans back whole, check size, digest, key and signature; without names, all of cache and store.
+
+    Exit code 1 if one is refused.
+    """
+    from arcface_build.errors import PlanNotFound, PlanRefused
+    from arcface_build.plans.places import find_plan
+
+    done: list[dict[str, Any]] = []
+
+    def check(name: str, where: str, action: Any) -> None:
+        try:
+            action()
+            done.append({"plan": name, "where": where, "state": "good"})
+        except (PlanRefused, PlanNotFound) as exc:
+            done.append({"plan": name, "where": where, "state": f"REFUSED: {exc}"})
+
+    for name in plans:
+        check(
+            name,
+            "file" if Path(name).is_file() else "cache or store",
+            lambda n=name: _verify_one(places, find_plan(places, n)),
+        )
+    for where, store in [] if plans else places.all():
+        refused: dict[str, Exception] = {}
+        for manifest in store.list(refused.__setitem__):
+            check(manifest.spec.file_name, where, lambda s=store, m=manifest: s.verify(m))
+        done += [{"plan": key[:12], "where": where, "state": f"REFUSED: {exc}"} for key, exc in refused.items()]
+    _report(done, as_json, "nothing to verify: there are no plans")
+    return 1 if any(row["state"] != "good" for row in done) else 0
+
+
+@click.command(
+    epilog="\b\nExamples:\n  arcface plan gc --dry-run\n  arcface plan gc --keep-tensorrt 10.3.0 --store s3://models/plans"
+)
+@click.option(
+    "--keep-tensorrt", "versions", multiple=True, help="Remove plans of every other TensorRT version; repeatable."
+)
+@click.option(
+    "--min-age-h", default=1.0, show_default=True, help="Leave leftovers alone that are younger: uploads under way."
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@place_options
+@json_option
+def gc(places: Places, versions: tuple[str, ...], min_age_h: float, dry_run: bool, as_json: bool) -> None:
+    """Remove leftovers (lost races, cut uploads, damaged manifests) from the cache and the store."""
+    from arcface_build.plans.spec import parse_version
+
+    kept = {parse_version(version) for version in versions}
+    done = []
+    for where, plans in places.all():
+        for stored in plans.orphans(min_age_h * 3600):
+            done.append({"plan": stored.name, "where": where, "state": f"leftover, {megabytes(stored.bytes)}"})
+            if not dry_run:
+                plans.objects.delete(stored.name)
+        for manifest in plans.list(lambda *_: None) if kept else []:
+            if parse_version(manifest.spec.tensorrt) not in kept:
+                state = f"TensorRT {manifest.spec.tensorrt}, {megabytes(manifest.bytes)}"
+                done.append({"plan": manifest.spec.file_name, "where": where, "state": state})
+                if not dry_run:
+                    plans.delete(manifest.key)
+    for path in _old_temporaries(places.cache, time.time() - min_age_h * 3600):
+        done.append({"plan": path.name, "where": "cache", "state": f"unfinished, {megabytes(path.stat().st_size)}"})
+        if not dry_run:
+            path.unlink(missing_ok=True)
+    _report(done, as_json, "nothing to remove")
+
+
+def _verify_one(places: Places, found: tuple[PlanManifest, Path | None, str]) -> None:
+    from arcface_build.plans.manifest import check_content
+
+    manifest, path, _ = found
+    if path is not None:
+        check_content(path, manifest, str(path))
+    else:
+        places.need_store().verify(manifest)
+
+
+def _old_temporaries(cache: PlanStore, before_s: float) -> list[Path]:
+    """Temporary files of writers that were killed; locks and timing caches are kept."""
+    folder = cache.objects.folder
+    files = [p for p in folder.glob("*/**/.*") if p.is_file() and not p.relative_to(folder).parts[0].startswith(".")]
+    return [p for p in files if p.stat().st_mtime < before_s]
+
+
+def _report(rows: list[dict[str, Any]], as_json: bool, nothing: str) -> None:
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        click.echo(f"{row['plan']}: {row['state']}" + "".join(f"  {row[k]}" for k in ("where", "path") if k in row))
+    if not rows:
+        click.echo(nothing)

@@ -1,0 +1,98 @@
+"""Where this user's plans are: config/embedding.yaml and options in; the cache and the store behind it out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from arcface_build.errors import PlanNotFound, WrongUse
+from arcface_build.plans.manifest import PlanManifest, check_content, load_manifest, manifest_path
+from arcface_build.plans.signing import check_signature
+from arcface_build.plans.store import PlanStore
+from arcface_build.store import open_store
+from arcface_clients.config import EmbeddingConfig, load_config
+
+
+@dataclass(frozen=True)
+class Places:
+    """The cache folder, the store (None: there is none), and the configuration that they came from."""
+
+    cache: PlanStore
+    store: PlanStore | None
+    config: EmbeddingConfig
+
+    @property
+    def timing_caches(self) -> Path:
+        """TensorRT's timing caches; a dot folder, so no object of the cache."""
+        return self.cache.objects.folder / ".timing"
+
+    @property
+    def refused(self) -> Path:
+        """Plans that failed their proof, beside their reports."""
+        return self.cache.objects.folder / ".refused"
+
+    def need_store(self) -> PlanStore:
+        """The store.
+
+        Raises:
+            WrongUse: none is configured.
+        """
+        if self.store is None:
+            raise WrongUse(
+                "no plan store is configured: add --store s3://bucket/prefix (or a folder), or set storage.type and "
+                "storage.bucket in config/embedding.yaml"
+            )
+        return self.store
+
+    def all(self) -> Iterator[tuple[str, PlanStore]]:
+        """("cache", …) and, where there is one, ("store", …)."""
+        yield "cache", self.cache
+        if self.store is not None:
+            yield "store", self.store
+
+
+def open_places(
+    config_file: Path | None = None, store: str | None = None, cache: Path | None = None, public_key: Path | None = None
+) -> Places:
+    """The configured places; an option that is given wins over the configuration. Nothing is contacted yet."""
+    config = load_config(config_file)
+    storage = config.storage
+    key = public_key or storage.public_key
+    url = store or (f"s3://{storage.bucket}/{storage.prefix}" if storage.type == "s3" else None)
+    folder = (cache or storage.cache / "plans").expanduser()
+    remote = None
+    if url is not None:
+        remote = open_store(
+            url,
+            endpoint_url=storage.endpoint,
+            region=storage.region,
+            path_style=storage.path_style if storage.endpoint else None,
+            max_attempts=storage.retries + 1,
+            read_timeout_s=storage.timeout_s,
+        )
+    return Places(PlanStore(open_store(str(folder)), key), PlanStore(remote, key) if remote else None, config)
+
+
+def find_plan(places: Places, name: str) -> tuple[PlanManifest, Path | None, str]:
+    """A plan by file (the plan or its .json), by key or by name: its manifest, its file if local, and where it is.
+
+    Raises:
+        PlanNotFound: nowhere.
+        PlanRefused: a file that is not what its manifest says.
+    """
+    path = Path(name)
+    if path.is_file():
+        plan = path.with_suffix("") if path.suffix == ".json" else path
+        manifest = load_manifest(manifest_path(plan))
+        check_content(plan, manifest, str(plan))
+        check_signature(manifest, places.cache.public_key, str(plan))
+        return manifest, plan, str(plan)
+    for where, plans in places.all():
+        try:
+            manifest = plans.resolve(name)
+        except PlanNotFound as exc:
+            missing = exc
+            continue
+        return manifest, plans.local_path(manifest) if where == "cache" else None, plans.url
+    raise missing

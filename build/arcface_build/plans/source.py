@@ -1,0 +1,68 @@
+"""Which typed ONNX a plan is built from: a model's name or a file in; the ONNX, its reference and its contract out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from arcface_build.errors import Missing, WrongUse
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+
+
+@dataclass(frozen=True)
+class PlanSource:
+    """name: of the model. onnx: what is built. reference: the fp32 serving ONNX, itself proved against InsightFace."""
+
+    name: str
+    onnx: Path
+    reference: Path
+    contract_id: str | None
+
+    def embed(self, faces: np.ndarray, batch: int = 16) -> np.ndarray:
+        """The reference's embeddings of uint8 (N,112,112,3) BGR faces, by ONNX Runtime on the CPU: float32 (N,D).
+
+        Raises:
+            Missing: ONNX Runtime is not installed.
+        """
+        try:
+            import onnxruntime
+        except ImportError as exc:
+            raise Missing("drift is measured against ONNX Runtime: pip install onnxruntime") from exc
+        session = onnxruntime.InferenceSession(str(self.reference), providers=["CPUExecutionProvider"])
+        parts = [faces[i : i + batch] for i in range(0, len(faces), batch)]
+        return np.concatenate([session.run([EMBEDDING_OUTPUT], {FACE_INPUT: part})[0] for part in parts])
+
+
+def find_source(model: str, precision: str, models_dir: Path, reference: Path | None = None) -> PlanSource:
+    """models/NAME/serving.onnx for fp32, models/NAME/variants/<precision>-tensorrt.onnx else; or an ONNX file as given.
+
+    Raises:
+        Missing: the model is not imported, or has no variant of this precision (a refused one counts as none).
+        WrongUse: an ONNX file without its reference.
+    """
+    from arcface_build.manifest import load_manifest
+
+    path = Path(model)
+    if path.suffix == ".onnx":
+        if not path.is_file():
+            raise Missing(f"no ONNX file at {path}. Import one first: arcface import SOURCE")
+        if reference is None and precision != "fp32":
+            raise WrongUse(
+                f"{path} alone says nothing about its drift: add --reference SERVING.onnx (the fp32 one), "
+                "or build by the model's name."
+            )
+        return PlanSource(path.stem, path, reference or path, None)
+    folder = models_dir / model
+    manifest = load_manifest(folder)
+    serving = folder / str(manifest.serving["file"])
+    typed = serving if precision == "fp32" else folder / "variants" / f"{precision}-tensorrt.onnx"
+    if not typed.is_file():
+        refused = typed.with_name(typed.name + ".refused")
+        why = f"it failed its gate ({refused})" if refused.is_file() else f"expected {typed}"
+        raise Missing(
+            f"{model} has no {precision} variant for TensorRT: {why}. "
+            f"Make it: arcface quantize {model} --precision {precision} --target tensorrt"
+        )
+    return PlanSource(manifest.name, typed, reference or serving, manifest.contract_id)
