@@ -42,6 +42,20 @@ install_system_packages() { # only what is missing; as root with apt, else it is
   echo "note: system packages not installed: ${missing[*]} (what needs them is skipped). Next: sudo apt-get install ${missing[*]}" >&2
 }
 
+has_shared_python() { # the Python stub of tritonserver links it
+  .venv/bin/python - <<'PY'
+import ctypes, pathlib, sys, sysconfig
+name = "libpython%d.%d.so.1.0" % sys.version_info[:2]
+for place in (pathlib.Path(sysconfig.get_config_var("LIBDIR") or "") / name, name):
+    try:
+        ctypes.CDLL(str(place))
+    except OSError:
+        continue
+    sys.exit(0)
+sys.exit(1)
+PY
+}
+
 prepare_environment() {
   local extras=$1 python stamp wanted
   shift
@@ -54,6 +68,7 @@ prepare_environment() {
       echo "making .venv with $("$python" --version)" >&2
       "$python" -m venv .venv || fail 3 "cannot make .venv with $python. Next: apt-get install python3-venv"
     fi
+    has_shared_python || install_system_packages "$(.venv/bin/python -c 'import sys; print("libpython%d.%d" % sys.version_info[:2])')"
     echo "installing arcface-triton[$extras] into .venv (first run: one or two minutes)" >&2
     .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]" "$(onnxruntime_package)" ||
       fail 3 "installing failed; the lines above say why. Next: check the network, then run $0 again"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import shutil
 import sys
+import sysconfig
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -62,7 +65,10 @@ def _environment(package: Path) -> dict[str, str]:
 
     Without VIRTUAL_ENV and PATH the stub takes the system's Python and finds no numpy.
     """
-    libraries = [str(package.parent / "nvidia_pytriton.libs"), os.environ.get("LD_LIBRARY_PATH", "")]
+    shared_python = sysconfig.get_config_var(
+        "LIBDIR"
+    )  # the stub links libpython, which may lie beside this Python only
+    libraries = [str(package.parent / "nvidia_pytriton.libs"), shared_python, os.environ.get("LD_LIBRARY_PATH")]
     return {
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
         "VIRTUAL_ENV": sys.prefix,
@@ -84,6 +90,7 @@ def _compose_backends(server: Path, ours: Path) -> Path:
         raise Missing(
             f"this tritonserver has no stub for Python {python} (it has {', '.join(have)}). Use one of those."
         )
+    _check_shared_python(python)
     checkout = f"{zlib.crc32(str(ours).encode()):08x}"  # several checkouts may share an environment
     folder = Path(sys.prefix) / "share" / "arcface-triton" / f"{metadata.version('nvidia-pytriton')}-{checkout}"
     target = folder / "python"
@@ -101,3 +108,16 @@ def _compose_backends(server: Path, ours: Path) -> Path:
             link.unlink(missing_ok=True)
             link.symlink_to(backend)
     return folder
+
+
+def _check_shared_python(python: str) -> None:
+    """The stub links libpython3.X.so: some builds of Python have none, and Debian keeps it in a package of its own."""
+    name = f"libpython{python}.so.1.0"
+    for place in (str(Path(sysconfig.get_config_var("LIBDIR") or "") / name), name):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(place)
+            return
+    raise Missing(
+        f"{name} is nowhere to be found, and the Python stub of this tritonserver needs it. "
+        f"Next: apt-get install libpython{python}, or use a Python that was built with --enable-shared"
+    )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from arcface_build.errors import Missing
+from arcface_build.plans.gpu import find_gpus
 from arcface_build.repository import versions
 
 
@@ -57,14 +56,11 @@ def choose_backend(asked: str, gpu_sm: str | None, plan_sms: set[str], onnx: boo
 
 
 def gpu_sm() -> str | None:
-    """SM of the first GPU as nvidia-smi tells it ("8.6"), None where there is no GPU or no driver."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
+    """SM of the first GPU ("8.6"), None where there is no usable GPU."""
+    try:
+        return find_gpus()[0].sm
+    except Missing:
         return None
-    query = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    lines = answer.stdout.split()
-    return lines[0] if answer.returncode == 0 and lines else None
 
 
 def plan_sms(repository: Path) -> set[str]:

@@ -157,6 +157,9 @@ class TritonProcess:
         while time.monotonic() < deadline:
             if self._child.poll() is not None:
                 raise ServerFailed(self._why_it_ended())
+            if missing_library(self.log_path):  # a stub that cannot start: Triton would wait for it for ever
+                self.stop()
+                raise ServerFailed(f"tritonserver cannot load its models: {reason_in_log(self.log_path)}")
             try:
                 with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2):
                     return
@@ -204,17 +207,23 @@ class TritonProcess:
 
 def reason_in_log(path: Path) -> str:
     """The cause in a tritonserver log, as one sentence: a missing library, or why models could not be loaded."""
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    library = re.search(r"error while loading shared libraries: (\S+?):|version `(GLIBC_[0-9.]+)' not found", text)
+    library = missing_library(path)
     if library:
-        name = library.group(1) or library.group(2)
-        return f"it needs {name}, which this host has not. Install it, or use the NGC container: docker-compose up"
+        return f"it needs {library}, which this host has not. Install it, or use the NGC container: docker-compose up"
+    text = path.read_text(errors="replace") if path.is_file() else ""
     reasons = re.findall(r"failed to load '(\w+)' version \d+: \w+(?: \w+)*: (.+)", text)
     if reasons:
         told = {model: _first_line(reason) for model, reason in reasons}
         return "; ".join(f"{model}: {reason}" for model, reason in told.items()) + f" (log: {path})"
     errors = [line for line in text.splitlines() if re.match(r"E\d{4} |error: ", line)]
     return f"{errors[-1] if errors else 'no reason in its output'} (log: {path})"
+
+
+def missing_library(path: Path) -> str | None:
+    """The shared library (or GLIBC version) that the server or one of its stubs did not find, None if none."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    found = re.search(r"error while loading shared libraries: (\S+?):|version `(GLIBC_[0-9.]+)' not found", text)
+    return found and (found.group(1) or found.group(2))
 
 
 def _first_line(reason: str) -> str:
