@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -45,9 +46,15 @@ def readable(path: Path) -> bool:
         return False
 
 
+@pytest.fixture
+def own_repository(tmp_path, demo_repository) -> Path:
+    """A repository that no other server of this session reads, so that its processes can be told apart."""
+    return Path(shutil.copytree(demo_repository, tmp_path / "model_repository"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_it_serves_until_a_signal_and_leaves_no_process(triton_binary, demo_repository, number):
-    process = serve(demo_repository)
+def test_it_serves_until_a_signal_and_leaves_no_process(triton_binary, own_repository, number):
+    process = serve(own_repository)
     shown = []
     for line in process.stdout:
         shown.append(line)
@@ -57,25 +64,25 @@ def test_it_serves_until_a_signal_and_leaves_no_process(triton_binary, demo_repo
     assert "\nbackend onnx: no " in text
     assert "arcface_onnx" in text and "passed (fp32: drift" in text
     assert "TritonEmbedder(" in text
-    assert processes_of(demo_repository)
+    assert processes_of(own_repository)
     process.send_signal(number)
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "stopped: no process is left" in rest
-    assert processes_of(demo_repository) == []
+    assert processes_of(own_repository) == []
 
 
-def test_the_server_ends_when_serve_is_killed(triton_binary, demo_repository):
-    process = serve(demo_repository, "--no-reference")
+def test_the_server_ends_when_serve_is_killed(triton_binary, own_repository):
+    process = serve(own_repository, "--no-reference")
     for line in process.stdout:
         if line.startswith("Ctrl-C"):
             break
     process.kill()
     process.communicate(timeout=60)
     deadline = time.monotonic() + 30
-    while processes_of(demo_repository) and time.monotonic() < deadline:
+    while processes_of(own_repository) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert processes_of(demo_repository) == []
+    assert processes_of(own_repository) == []
 
 
 def test_once_with_json_prints_one_object_and_the_choice(triton_binary, demo_repository):
@@ -120,12 +127,9 @@ def test_tensorrt_without_gpu_says_what_is_there_and_what_to_do(demo_repository)
     )
 
 
-def test_broken_weights_are_reported_with_the_models_own_reason(triton_binary, tmp_path, demo_repository):
-    import shutil
-
-    shutil.copytree(demo_repository, tmp_path / "model_repository")
-    (tmp_path / "model_repository" / "arcface_onnx" / "1" / "model.onnx").write_bytes(b"\x08\x08truncated")
-    process = serve(tmp_path / "model_repository", "--no-reference", "--once")
+def test_broken_weights_are_reported_with_the_models_own_reason(triton_binary, own_repository):
+    (own_repository / "arcface_onnx" / "1" / "model.onnx").write_bytes(b"\x08\x08truncated")
+    process = serve(own_repository, "--no-reference", "--once")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
     assert errors.startswith(
