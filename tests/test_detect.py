@@ -129,7 +129,8 @@ def test_what_cannot_be_used_is_reported_and_the_rest_goes_on(
     (tmp_path / "c_text.jpg").write_text("no image at all")
     (tmp_path / "d_empty.png").write_bytes(b"")
     cv2.imwrite(str(tmp_path / "e_nobody.png"), np.full((300, 300, 3), 127, np.uint8))
-    Image.new("1", (12_000, 9_000)).save(tmp_path / "f_huge.png")
+    Image.new("1", (10_000, 8_500)).save(tmp_path / "f_huge.png")
+    Image.new("1", (20_000, 9_000)).save(tmp_path / "f_vast.png")
     (tmp_path / "g_damaged.png").write_bytes((tmp_path / "e_nobody.png").read_bytes()[:60] + bytes(200))
     np.save(tmp_path / "h_array.npy", np.zeros((1, 112, 112, 3), np.uint8))
     (tmp_path / "i_good.jpg").write_bytes(whole)
@@ -140,7 +141,8 @@ def test_what_cannot_be_used_is_reported_and_the_rest_goes_on(
     assert reasons["b_cut_off.jpg"].startswith("damaged or cut off (image file is truncated")
     assert reasons["c_text.jpg"] == reasons["d_empty.png"] == "not an image, or of a kind that Pillow does not know"
     assert reasons["e_nobody.png"] == "no face found (score of at least 0.7)"
-    assert reasons["f_huge.png"] == "12000×9000 pixels; expected up to 80,000,000. Shrink it first"
+    assert reasons["f_huge.png"] == "10000×8500 pixels; expected up to 80,000,000. Shrink it first"
+    assert reasons["f_vast.png"].startswith("too large")
     assert reasons["g_damaged.png"].startswith("damaged or cut off")
     assert reasons["h_array.npy"].startswith("an array of crops")
     missing = list(detect_crops([str(tmp_path / "nowhere.jpg")], detector))
