@@ -1,0 +1,165 @@
+"""Two open sides and faces in; the comparison as one JSON object (docs/reports.md) out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_build.compare.sides import Side
+from arcface_build.errors import WrongUse
+from arcface_clients.accuracy import Pairs, changed_decisions, measure_accuracy
+from arcface_clients.diagnose import Finding, diagnose
+from arcface_clients.drift import TARGETS, DriftReport, Verdict, compare_embeddings, judge
+from arcface_clients.errors import ContractMismatch
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Faces:
+    """What is embedded: uint8 (N,112,112,3) BGR, None when both sides are saved; a name for each, None when unnamed."""
+
+    pixels: np.ndarray | None
+    names: tuple[str, ...] | None
+
+    def sample(self, count: int | None) -> Faces:
+        """`count` faces spread evenly over all; None or more than there are: all."""
+        total = len(self.pixels) if self.pixels is not None else len(self.names or ())
+        if not count or count >= total:
+            return self
+        rows = np.linspace(0, total - 1, count).astype(int)
+        return Faces(
+            self.pixels[rows] if self.pixels is not None else None,
+            tuple(self.names[i] for i in rows) if self.names else None,
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Result of `compare_sides`; `report` is what is written as JSON."""
+
+    report: dict[str, Any]
+    drift: DriftReport
+    verdicts: list[Verdict]
+    reference: np.ndarray
+    candidate: np.ndarray
+
+    @property
+    def passed(self) -> bool:
+        """Whether drift is within its limit and no figure is beyond its warning."""
+        return bool(self.report["passed"])
+
+
+def compare_sides(
+    a: Side,
+    b: Side,
+    faces: Faces,
+    max_drift: float,
+    pairs: Pairs | None = None,
+    threshold: float | None = None,
+    targets: Mapping[str, tuple[float, float]] = TARGETS,
+) -> Comparison:
+    """Embed the faces with both sides and compare; `a` is what is right.
+
+    Args:
+        a: the reference.
+        b: the candidate.
+        faces: what to embed; saved embeddings are matched to them by name where both have names.
+        max_drift: largest 1 − cosine a face may show.
+        pairs: labelled pairs of rows, for accuracy.
+        threshold: cosine from which a pair counts as one person; None takes A's best one (ten-fold).
+        targets: (target, warning) for each figure.
+
+    Raises:
+        ContractMismatch: both sides know their contract, and the two differ.
+        WrongUse: saved embeddings do not fit the faces.
+    """
+    if a.contract_id and b.contract_id and a.contract_id != b.contract_id:
+        raise ContractMismatch(
+            f"{a.label} is of contract {a.contract_id[:12]}…, {b.label} of {b.contract_id[:12]}…: their embeddings "
+            "come from different weights or preprocessing and cannot be compared. Embed again with one of them"
+        )
+    reference, candidate = embeddings_of(a, faces), embeddings_of(b, faces)
+    drift = compare_embeddings(reference, candidate, [_key(name) for name in faces.names] if faces.names else None)
+    verdicts = judge(drift, targets)
+    gate = drift.max_drift <= max_drift
+    report: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": "compare",
+        "a": _about(a),
+        "b": _about(b),
+        "faces": drift.faces,
+        "drift": drift.to_json(),
+        "gate": {"max_drift": max_drift, "passed": gate},
+        "targets": [asdict(verdict) for verdict in verdicts],
+        "accuracy": _accuracy(reference, candidate, pairs, threshold) if pairs is not None else None,
+        "findings": [],
+        "layers": None,
+        "passed": gate and all(verdict.status != "warning" for verdict in verdicts),
+    }
+    return Comparison(report, drift, verdicts, reference, candidate)
+
+
+def embeddings_of(side: Side, faces: Faces) -> np.ndarray:
+    """A side's embeddings of the faces, in their order."""
+    if side.saved is None:
+        if faces.pixels is None or side.encode is None:
+            raise WrongUse(f"{side.label} has to embed faces and there are none: name crops with --faces FOLDER.")
+        return side.encode(faces.pixels)
+    if side.names and faces.names:
+        rows = {_key(name): row for row, name in enumerate(side.names)}
+        absent = [name for name in faces.names if _key(name) not in rows]
+        if absent:
+            raise WrongUse(
+                f"{side.label} holds no embedding of {absent[0]} ({len(absent)} of {len(faces.names)} are not in it). "
+                "Compare on the faces that were embedded: arcface compare … --faces THE_SAME_FOLDER"
+            )
+        return side.saved[[rows[_key(name)] for name in faces.names]]
+    expected = len(faces.pixels) if faces.pixels is not None else len(faces.names or side.saved)
+    if len(side.saved) != expected:
+        raise WrongUse(f"{side.label} holds {len(side.saved)} embeddings without names, expected {expected}.")
+    return side.saved
+
+
+def explain(comparison: Comparison, b: Side, faces: Faces, source: Path) -> list[Finding]:
+    """Faults that explain the candidate, tried out on the network of a source ONNX; also put into the report."""
+    from arcface_build.compare.reference import reference_network
+
+    if faces.pixels is None:
+        return []
+    network, preprocessing = reference_network(source)
+    findings = diagnose(faces.pixels, comparison.candidate, network, preprocessing, b.encode)
+    comparison.report["findings"] = [finding.to_json() for finding in findings]
+    return findings
+
+
+def _accuracy(reference: np.ndarray, candidate: np.ndarray, pairs: Pairs, threshold: float | None) -> dict[str, Any]:
+    before, after = measure_accuracy(reference, pairs), measure_accuracy(candidate, pairs)
+    decided_at = before.fold_threshold if threshold is None else threshold
+    return {
+        "a": before.to_json(),
+        "b": after.to_json(),
+        "changed": changed_decisions(reference, candidate, pairs, decided_at).to_json(),
+    }
+
+
+def _about(side: Side) -> dict[str, Any]:
+    return {"label": side.label, "precision": side.precision, "contract_id": side.contract_id}
+
+
+def _key(name: str) -> str:
+    """The last two parts of a path: person and file, whatever folder they lie in."""
+    return "/".join(Path(name).parts[-2:])
+
+
+def names_of(sides: Sequence[Side]) -> tuple[str, ...] | None:
+    """Names that all saved sides with names share, in the order of the first."""
+    named = [side for side in sides if side.saved is not None and side.names]
+    if not named:
+        return None
+    keys = [{_key(name) for name in side.names or ()} for side in named[1:]]
+    return tuple(name for name in named[0].names or () if all(_key(name) in other for other in keys))

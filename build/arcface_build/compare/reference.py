@@ -1,0 +1,36 @@
+"""The reference network without its preprocessing, for `arcface_clients.diagnose`: a source ONNX in, a function out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from arcface_clients.contract import Preprocessing
+from arcface_clients.diagnose import Network
+from arcface_clients.engines.files import folder_of
+
+
+def reference_network(source: Path) -> tuple[Network, Preprocessing]:
+    """The network of an untouched source ONNX, and the preprocessing that the manifest beside it states."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+    tensor = session.get_inputs()[0]
+    step = tensor.shape[0] if isinstance(tensor.shape[0], int) else 32
+
+    def network(blob: np.ndarray) -> np.ndarray:
+        parts = [session.run(None, {tensor.name: blob[i : i + step]})[0] for i in range(0, len(blob), step)]
+        return np.concatenate(parts)
+
+    return network, folder_of(source).preprocessing
+
+
+def find_source(*texts: str) -> Path | None:
+    """The source ONNX beside one of the files that are compared (models/NAME/source.onnx), or None."""
+    for text in texts:
+        path = Path(text)
+        for folder in (path.parent, path.parent.parent) if path.suffix in (".onnx", ".plan") else ():
+            if (folder / "source.onnx").is_file():
+                return folder / "source.onnx"
+    return None

@@ -1,0 +1,105 @@
+"""Files run by Polygraphy: an ONNX or a plan and faces in; embeddings, or every layer's output, out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arcface_build.errors import Missing, WrongUse
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
+
+if TYPE_CHECKING:
+    import onnx
+
+BATCH = 32
+
+
+def session_runner(onnx_path: Path, outputs: Sequence[str] | None = None) -> Any:
+    """Polygraphy's OnnxrtRunner on the CPU; `outputs` marks these tensors of the graph as outputs."""
+    from polygraphy.backend.onnx import BytesFromOnnx, ModifyOutputs, OnnxFromPath
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+
+    model: Any = str(onnx_path)
+    if outputs is not None:
+        model = BytesFromOnnx(ModifyOutputs(OnnxFromPath(str(onnx_path)), outputs=list(outputs)))
+    return OnnxrtRunner(SessionFromOnnx(model, providers=["CPUExecutionProvider"]), name=f"ONNX Runtime {onnx_path}")
+
+
+def plan_runner(plan: Path) -> Any:
+    """Polygraphy's TrtRunner on a plan.
+
+    Raises:
+        Missing: TensorRT is not installed here.
+    """
+    _require_tensorrt(f"running {plan}")
+    from polygraphy.backend.trt import EngineFromPath, TrtRunner
+
+    return TrtRunner(EngineFromPath(str(plan)), name=f"TensorRT {plan}")
+
+
+def tensorrt_runner(onnx_path: Path, outputs: Sequence[str], batch: int) -> Any:
+    """Polygraphy's TrtRunner on a plan that is built now, strongly typed where TensorRT can, with layers as outputs."""
+    _require_tensorrt(f"building {onnx_path}")
+    import tensorrt
+    from polygraphy.backend.trt import (
+        CreateConfig,
+        EngineFromNetwork,
+        ModifyNetworkOutputs,
+        NetworkFromOnnxPath,
+        Profile,
+        TrtRunner,
+    )
+
+    shape = (batch, *FACE_SHAPE)
+    typed = {"strongly_typed": True} if int(tensorrt.__version__.split(".")[0]) >= 10 else {}
+    network = ModifyNetworkOutputs(NetworkFromOnnxPath(str(onnx_path), **typed), outputs=list(outputs))
+    config = CreateConfig(profiles=[Profile().add(FACE_INPUT, min=shape, opt=shape, max=shape)])
+    return TrtRunner(EngineFromNetwork(network, config=config), name=f"TensorRT {onnx_path}")
+
+
+def embed_with(runner: Any, faces_bgr_u8: np.ndarray) -> np.ndarray:
+    """Embeddings float32 (N,D) of faces uint8 (N,112,112,3) through Polygraphy's Comparator."""
+    outputs = run_all([runner], [faces_bgr_u8[i : i + BATCH] for i in range(0, len(faces_bgr_u8), BATCH)])[0]
+    if EMBEDDING_OUTPUT not in outputs[0]:
+        raise WrongUse(f"{runner.name} has no output `{EMBEDDING_OUTPUT}`: it gives {', '.join(outputs[0])}.")
+    return np.concatenate([np.array(o[EMBEDDING_OUTPUT], np.float32) for o in outputs])
+
+
+def run_all(runners: Sequence[Any], batches: Sequence[np.ndarray]) -> list[list[dict[str, np.ndarray]]]:
+    """Outputs by name of each batch, for each runner, each of which sees the same batches."""
+    from polygraphy.comparator import Comparator
+
+    with _quiet():
+        results = Comparator.run(list(runners), data_loader=[{FACE_INPUT: batch} for batch in batches])
+    return [[dict(iteration) for iteration in results[runner.name]] for runner in runners]
+
+
+def tensors_in_order(model: onnx.ModelProto) -> dict[str, str]:
+    """Float tensors that nodes compute, name → operator, in the order of the graph (which ONNX wants topological)."""
+    constants = {"Constant", "Shape", "Cast", "DequantizeLinear", "QuantizeLinear"}
+    return {
+        name: node.op_type for node in model.graph.node if node.op_type not in constants for name in node.output if name
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Polygraphy logs its progress to stdout, where our JSON goes."""
+    from polygraphy.logger import G_LOGGER
+
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        yield
+
+
+def _require_tensorrt(purpose: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("tensorrt") is None:
+        raise Missing(
+            f"{purpose} needs TensorRT and its GPU, and TensorRT is not installed here. "
+            "Next: run it on a GPU host (arcface doctor tells what it has), or compare the plan's ONNX instead"
+        )

@@ -1,0 +1,127 @@
+"""What can be compared: a name, address or file in; something that embeds faces, or saved embeddings, out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from arcface_build.errors import Missing, WrongUse
+from arcface_clients.engines.registry import EngineRegistry
+
+SAVED = (".npz", ".npy")
+PLANS = (".plan", ".engine")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side: `encode` embeds faces where it can be called, `saved` holds embeddings (with `names`) where not."""
+
+    label: str
+    precision: str = "fp32"
+    contract_id: str | None = None
+    encode: Callable[[np.ndarray], np.ndarray] | None = None
+    saved: np.ndarray | None = None
+    names: tuple[str, ...] | None = None
+
+
+@contextmanager
+def open_side(text: str, models_dir: Path = Path("models"), model: str | None = None) -> Iterator[Side]:
+    """Open one of: saved embeddings (.npz, .npy), an ONNX file, a plan, HOST:PORT[/MODEL], or an engine's name.
+
+    Args:
+        text: what the user gave.
+        models_dir: where in-process engines look for imported models.
+        model: which of those; None takes the only one.
+
+    Raises:
+        Missing: a file is not there.
+        WrongUse: it is none of these.
+    """
+    path = Path(text)
+    suffix = path.suffix.lower()
+    if suffix in (*SAVED, ".onnx", *PLANS):
+        if not path.is_file():
+            raise Missing(f"there is no file {path}. Expected embeddings, an ONNX file or a plan.")
+        if suffix in SAVED:
+            yield _saved(path)
+        elif suffix == ".onnx" and not _is_serving(path):
+            with EngineRegistry.get("insightface", file=path) as engine:
+                yield Side(f"InsightFace on {text}", "fp32", engine.contract_id, engine.encode)
+        else:
+            from arcface_build.compare.runs import embed_with, plan_runner, session_runner
+
+            runner = session_runner(path) if suffix == ".onnx" else plan_runner(path)
+            facts = _facts_beside(path)
+            yield Side(
+                text, facts.get("precision", "fp32"), facts.get("contract_id"), lambda faces: embed_with(runner, faces)
+            )
+    elif ":" in text:
+        from arcface_clients import TritonEmbedder
+
+        scheme, _, rest = text.rpartition("://")
+        address, _, served_name = rest.partition("/")
+        url = f"{scheme}://{address}" if scheme else address
+        with TritonEmbedder(url, served_name or "arcface") as embedder:
+            served = embedder.ensure_ready()
+            yield Side(f"{served.name} at {url}", served.precision or "fp32", served.contract_id, embedder.encode)
+    else:
+        if path.exists():
+            raise WrongUse(f"{text} is neither {', '.join(SAVED)}, .onnx nor {', '.join(PLANS)}: cannot compare it.")
+        with EngineRegistry.get(text, models_dir=models_dir, model=model) as engine:
+            engine.ensure_ready()
+            yield Side(text, getattr(engine, "precision", "fp32"), engine.contract_id, engine.encode)
+
+
+def _saved(path: Path) -> Side:
+    """Embeddings float (N,D) of a .npy, or of a .npz as `arcface embed` writes it."""
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return Side(str(path), saved=_two_dimensional(loaded, path))
+            if "embeddings" not in loaded.files:
+                raise WrongUse(f"{path} holds {', '.join(loaded.files) or 'nothing'}: expected an array `embeddings`.")
+            names = tuple(str(name) for name in loaded["paths"]) if "paths" in loaded.files else None
+            contract = str(loaded["contract_id"]) or None if "contract_id" in loaded.files else None
+            precision = str(loaded["precision"]) if "precision" in loaded.files else "fp32"
+            return Side(str(path), precision, contract, saved=_two_dimensional(loaded["embeddings"], path), names=names)
+    except (ValueError, EOFError, OSError) as exc:
+        if isinstance(exc, WrongUse):
+            raise
+        raise WrongUse(
+            f"{path} is not a NumPy file, or cut off ({exc}). Next: arcface embed FOLDER -o FILE.npz"
+        ) from exc
+
+
+def _two_dimensional(array: np.ndarray, path: Path) -> np.ndarray:
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise WrongUse(f"{path} holds {array.dtype} {array.shape}: expected float embeddings (N, D).")
+    return array
+
+
+def _is_serving(path: Path) -> bool:
+    """Whether an ONNX takes `face` as uint8, as `arcface import` makes it."""
+    import onnx
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as exc:  # protobuf raises its own classes
+        raise WrongUse(f"{path} is not an ONNX file: {exc}") from exc
+    inputs = {tensor.name: tensor.type.tensor_type.elem_type for tensor in model.graph.input}
+    return inputs.get("face") == onnx.TensorProto.UINT8
+
+
+def _facts_beside(path: Path) -> dict[str, str]:
+    """Precision and contract id from the JSON beside a variant or a plan, or from the manifest of its folder."""
+    for candidate in (path.with_suffix(".json"), path.with_name("manifest.json"), path.parent.parent / "manifest.json"):
+        if candidate.is_file():
+            facts = json.loads(candidate.read_text())
+            found = {key: facts[key] for key in ("precision", "contract_id") if isinstance(facts.get(key), str)}
+            if found:
+                return found
+    return {}
