@@ -17,6 +17,8 @@ from arcface_clients.errors import ArcFaceError
 COMMANDS = {  # name -> (module under arcface_build.commands, one line for --help)
     "import": ("import_", "Turn an ArcFace ONNX into a proved serving ONNX and put it into model_repository/."),
     "quantize": ("quantize", "Make an fp16, bf16 or int8 variant that passed its drift gate."),
+    "assemble": ("assemble", "Put an imported model, a variant or plans into model_repository/ as a new version."),
+    "rollback": ("rollback", "Go back to the version before."),
     "serve": ("serve", "Start Triton on model_repository/, prove it with a few faces, keep serving."),
     "embed": ("embed", "Embed face crops from files or folders through a server."),
     "consensus": ("consensus", "Find who most photos of each person show, and which photos do not belong."),

@@ -49,18 +49,40 @@ def served_manifest(repository: Path, model: str = "arcface_onnx") -> dict[str, 
     return json.loads((repository / model / str(have[-1]) / "manifest.json").read_text()) if have else None
 
 
-def install(repository: Path, model: str, files: Mapping[str, Path], manifest: Mapping[str, Any]) -> int:
+def served_folder(repository: Path, model: str) -> Path:
+    """The version folder that Triton would serve.
+
+    Raises:
+        Missing: the model has no weights.
+    """
+    have = versions(repository / model)
+    if not have:
+        raise Missing(f"{model} has no weights in {repository}. Next: arcface import demo, or arcface import YOUR.onnx")
+    return repository / model / str(have[-1])
+
+
+def install(
+    repository: Path,
+    model: str,
+    files: Mapping[str, Path],
+    manifest: Mapping[str, Any],
+    *,
+    overlay: str = "",
+    keep: int = 3,
+) -> int:
     """Put files into a model as a new version and write its overlays; the same manifest again changes nothing.
 
     The first version goes into the folder `1` that git already holds; each later one appears by a single rename.
-    Files whose names end in .py are carried over from the version before.
+    Files whose names end in .py are carried over from the version before. `overlay` is more text for config.pbtxt that
+    these weights want; versions older than the newest `keep` are removed.
 
     Returns:
         The version number that now holds the files.
     """
     folder = repository / model
     have = versions(folder)
-    if have and json.loads((folder / str(have[-1]) / "manifest.json").read_text()) == dict(manifest):
+    manifest = {**manifest, "overlay": overlay} if overlay else dict(manifest)
+    if have and json.loads((folder / str(have[-1]) / "manifest.json").read_text()) == manifest:
         return have[-1]
     version = have[-1] + 1 if have else 1
     target = folder / str(version)
@@ -77,6 +99,8 @@ def install(repository: Path, model: str, files: Mapping[str, Path], manifest: M
                 shutil.copyfile(source, temporary / name)
             write_json(temporary / "manifest.json", manifest)
     write_overlays(folder, manifest)
+    for old in versions(folder)[:-keep]:
+        _remove(folder / str(old))
     return version
 
 
@@ -92,7 +116,8 @@ def write_overlays(model: Path, manifest: Mapping[str, Any]) -> None:
     base = (model / "config.pbtxt").read_text()
     for name in OVERLAYS:
         with new_file(model / "configs" / f"{name}.pbtxt") as temporary:
-            temporary.write_text(f"{base}\n# Written by the build; what the weights beside this are:\n{lines}")
+            added = manifest.get("overlay", "") + lines
+            temporary.write_text(f"{base}\n# Written by the build; what the weights beside this want and are:\n{added}")
 
 
 def roll_back(repository: Path, model: str) -> tuple[int, int]:
@@ -106,8 +131,18 @@ def roll_back(repository: Path, model: str) -> tuple[int, int]:
     if len(have) < 2:
         raise WrongUse(f"{model} has {len(have)} version{'s' * (len(have) != 1)}: expected at least two to go back.")
     write_overlays(folder, json.loads((folder / str(have[-2]) / "manifest.json").read_text()))
-    doomed = folder / f".{have[-1]}.rolled-back"
-    shutil.rmtree(doomed, ignore_errors=True)
-    (folder / str(have[-1])).rename(doomed)
-    shutil.rmtree(doomed)
+    _remove(folder / str(have[-1]))
     return have[-1], have[-2]
+
+
+def _remove(version: Path) -> None:
+    """Remove a version at once for Triton (one rename), then its files; what git holds of version 1 stays."""
+    if version.name == "1":
+        (version / "manifest.json").unlink()  # first: without it the folder is no version
+        for weights in [*version.glob("*.onnx"), *version.glob("*.plan")]:
+            weights.unlink()
+        return
+    doomed = version.with_name(f".{version.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    version.rename(doomed)
+    shutil.rmtree(doomed)
