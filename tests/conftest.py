@@ -82,6 +82,19 @@ def server(
         yield process
 
 
+@pytest.fixture(scope="session")
+def odd_server(triton_binary: TritonBinary, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonProcess]:
+    """A second tritonserver, of quick models that misbehave each in its own way (tests/odd_models.py)."""
+    from odd_models import write_models
+
+    folder = tmp_path_factory.mktemp("odd")
+    models = write_models(folder / "repository")
+    options = {"config_name": "", "log_path": folder / "tritonserver.log", "ports": free_ports()}
+    with TritonProcess(triton_binary, folder / "repository", models, **options) as process:
+        process.wait_ready()
+        yield process
+
+
 def copy_repository(folder: Path) -> Path:
     """folder/model_repository: what git holds of ours, no weights."""
     ignored = shutil.ignore_patterns("*.onnx", "*.plan", "manifest.json", "[2-9]", "__pycache__")

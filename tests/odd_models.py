@@ -22,7 +22,7 @@ class TritonPythonModel:
         answers = []
         for request in requests:
             faces = pb_utils.get_input_tensor_by_name(request, "face").as_numpy()
-            if self.name == "slow" and faces[0, 0, 0, 0] == 255:  # only a marked face is slow
+            if self.name == "slow" and faces[0, 0, 0].min() == 255:  # only a marked face is slow
                 time.sleep(1.0)
             if self.name == "failing":
                 error = pb_utils.TritonError("the network gave up on purpose")
@@ -56,3 +56,13 @@ def write_model(
     (folder / "1").mkdir(parents=True, exist_ok=True)
     (folder / "1" / "model.py").write_text(MODEL)
     (folder / "config.pbtxt").write_text(config or CONFIG.format(width=width, contract=contract))
+
+
+def write_models(repository: Path) -> list[str]:
+    """All the models of `odd_server`; returns their names."""
+    open_width = CONFIG.format(width=-1, contract="odd")
+    for name in ("good", "slow", "failing", "nan", "long"):
+        write_model(repository, name)
+    write_model(repository, "open", config=open_width)
+    write_model(repository, "foreign", config=open_width.replace("TYPE_UINT8", "TYPE_FP32"))
+    return sorted(folder.name for folder in repository.iterdir())

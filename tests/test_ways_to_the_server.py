@@ -19,7 +19,6 @@ from arcface_clients.errors import (
     ServerUnreachable,
 )
 from arcface_clients.synthetic import synthetic_faces
-from odd_models import CONFIG, write_model
 
 FACES = synthetic_faces(11)
 MARKED = np.full((1, 112, 112, 3), 255, np.uint8)  # what `slow` is slow on
@@ -29,28 +28,8 @@ each_protocol = pytest.mark.parametrize("protocol", ["grpc", "http"])
 
 
 @pytest.fixture(scope="module")
-def odd(triton_binary, tmp_path_factory):
-    """A tritonserver with models that misbehave."""
-    from arcface_build.serving.process import TritonProcess, free_ports
-
-    folder = tmp_path_factory.mktemp("odd")
-    names = ["good", "slow", "failing", "nan", "long"]
-    for name in names:
-        write_model(folder / "repository", name)
-    open_width = CONFIG.format(width=-1, contract="odd")
-    write_model(folder / "repository", "open", config=open_width)
-    write_model(folder / "repository", "foreign", config=open_width.replace("TYPE_UINT8", "TYPE_FP32"))
-    names += ["open", "foreign"]
-    with TritonProcess(
-        triton_binary, folder / "repository", names, config_name="", log_path=folder / "log", ports=free_ports()
-    ) as process:
-        process.wait_ready()
-        yield process
-
-
-@pytest.fixture(scope="module")
-def truth(odd) -> np.ndarray:
-    with TritonEmbedder(odd.grpc_url, "good", shared_memory=False) as embedder:
+def truth(odd_server) -> np.ndarray:
+    with TritonEmbedder(odd_server.grpc_url, "good", shared_memory=False) as embedder:
         return np.concatenate([embedder.encode(face) for face in FACES])
 
 
@@ -60,9 +39,9 @@ def url(server, protocol: str) -> str:
 
 @each_way
 @pytest.mark.parametrize("count", [0, 1, 8, 9, 50])
-def test_all_ways_agree(odd, truth, protocol, shared_memory, count) -> None:
+def test_all_ways_agree(odd_server, truth, protocol, shared_memory, count) -> None:
     order = np.arange(count) % len(FACES)
-    with TritonEmbedder(url(odd, protocol), "good", shared_memory=shared_memory, in_flight=3) as embedder:
+    with TritonEmbedder(url(odd_server, protocol), "good", shared_memory=shared_memory, in_flight=3) as embedder:
         embeddings = embedder.encode(FACES[order])
         assert embedder.way.shared_memory is shared_memory
     np.testing.assert_array_equal(embeddings.shape, (count, 64))
@@ -71,9 +50,9 @@ def test_all_ways_agree(odd, truth, protocol, shared_memory, count) -> None:
 
 
 @each_way
-def test_asyncio_agrees(odd, truth, protocol, shared_memory) -> None:
+def test_asyncio_agrees(odd_server, truth, protocol, shared_memory) -> None:
     async def work() -> list[np.ndarray]:
-        async with AsyncTritonEmbedder(url(odd, protocol), "good", shared_memory=shared_memory) as embedder:
+        async with AsyncTritonEmbedder(url(odd_server, protocol), "good", shared_memory=shared_memory) as embedder:
             assert (await embedder.ensure_ready()).contract_id == embedder.contract_id == "odd"
             many = [embedder.encode(FACES[i:]) for i in range(len(FACES))]
             return [*await asyncio.gather(*many), await embedder.encode(FACES[:0])]
@@ -85,9 +64,9 @@ def test_asyncio_agrees(odd, truth, protocol, shared_memory) -> None:
 
 
 @each_way
-def test_model_that_fails_gives_its_own_words(odd, protocol, shared_memory) -> None:
+def test_model_that_fails_gives_its_own_words(odd_server, protocol, shared_memory) -> None:
     with (
-        TritonEmbedder(url(odd, protocol), "failing", shared_memory=shared_memory) as embedder,
+        TritonEmbedder(url(odd_server, protocol), "failing", shared_memory=shared_memory) as embedder,
         pytest.raises(InferenceFailed, match="the network gave up on purpose"),
     ):
         embedder.encode(FACES)
@@ -101,17 +80,17 @@ def test_model_that_fails_gives_its_own_words(odd, protocol, shared_memory) -> N
         ("long", r"5 of 5 .*\(row 0: norm 3\).*arcface parity"),
     ],
 )
-def test_rows_that_are_no_unit_embeddings_are_refused(odd, protocol, shared_memory, model, words) -> None:
+def test_rows_that_are_no_unit_embeddings_are_refused(odd_server, protocol, shared_memory, model, words) -> None:
     with (
-        TritonEmbedder(url(odd, protocol), model, shared_memory=shared_memory) as embedder,
+        TritonEmbedder(url(odd_server, protocol), model, shared_memory=shared_memory) as embedder,
         pytest.raises(InferenceFailed, match=words),
     ):
         embedder.encode(FACES[:5])
 
 
 @each_way
-def test_late_answer_is_an_error_and_harms_no_later_one(odd, truth, protocol, shared_memory) -> None:
-    with TritonEmbedder(url(odd, protocol), "slow", shared_memory=shared_memory, timeout_s=0.3) as embedder:
+def test_late_answer_is_an_error_and_harms_no_later_one(odd_server, truth, protocol, shared_memory) -> None:
+    with TritonEmbedder(url(odd_server, protocol), "slow", shared_memory=shared_memory, timeout_s=0.3) as embedder:
         embedder.ensure_ready()
         with pytest.raises(DeadlineExceeded, match=r"no answer from 'slow' at .* within 0.3 s. Raise timeout_s"):
             embedder.encode(MARKED)
@@ -129,9 +108,9 @@ def test_late_answer_is_an_error_and_harms_no_later_one(odd, truth, protocol, sh
 
 
 @each_protocol
-def test_cancelled_task_cancels_its_request_and_the_client_lives_on(odd, truth, protocol) -> None:
+def test_cancelled_task_cancels_its_request_and_the_client_lives_on(odd_server, truth, protocol) -> None:
     async def work() -> np.ndarray:
-        async with AsyncTritonEmbedder(url(odd, protocol), "slow") as embedder:
+        async with AsyncTritonEmbedder(url(odd_server, protocol), "slow") as embedder:
             await embedder.ensure_ready()
             started = time.monotonic()
             with pytest.raises(asyncio.TimeoutError):
@@ -143,8 +122,8 @@ def test_cancelled_task_cancels_its_request_and_the_client_lives_on(odd, truth, 
 
 
 @each_way
-def test_close_ends_requests_under_way(odd, protocol, shared_memory) -> None:
-    embedder = TritonEmbedder(url(odd, protocol), "slow", shared_memory=shared_memory)
+def test_close_ends_requests_under_way(odd_server, protocol, shared_memory) -> None:
+    embedder = TritonEmbedder(url(odd_server, protocol), "slow", shared_memory=shared_memory)
     embedder.ensure_ready()
     raised: list[BaseException] = []
 
@@ -165,35 +144,38 @@ def test_close_ends_requests_under_way(odd, protocol, shared_memory) -> None:
 
 
 @each_protocol
-def test_dead_server_and_unknown_model_are_told_apart(odd, protocol) -> None:
+def test_dead_server_and_unknown_model_are_told_apart(odd_server, protocol) -> None:
     async def ask(address: str) -> None:
         async with AsyncTritonEmbedder(address, "nosuch", retry_for_s=0) as embedder:
             await embedder.encode(FACES)
 
-    for address, error in ((url(odd, protocol), ModelNotReady), (f"{protocol}://127.0.0.1:1", ServerUnreachable)):
+    for address, error in (
+        (url(odd_server, protocol), ModelNotReady),
+        (f"{protocol}://127.0.0.1:1", ServerUnreachable),
+    ):
         with pytest.raises(error, match=f"at {address}|{address} does not serve 'nosuch'"):
             TritonEmbedder(address, "nosuch", retry_for_s=0).encode(FACES)
         with pytest.raises(error, match=f"at {address}|{address} does not serve 'nosuch'"):
             asyncio.run(ask(address))
 
 
-def test_grpc_port_is_recognised_by_http(odd) -> None:
+def test_grpc_port_is_recognised_by_http(odd_server) -> None:
     with (
-        TritonEmbedder(f"http://{odd.grpc_url}", retry_for_s=0) as embedder,
-        pytest.raises(ServerUnreachable, match=rf"is the gRPC port: grpc://{odd.grpc_url}"),
+        TritonEmbedder(f"http://{odd_server.grpc_url}", retry_for_s=0) as embedder,
+        pytest.raises(ServerUnreachable, match=rf"is the gRPC port: grpc://{odd_server.grpc_url}"),
     ):
         embedder.ensure_ready()
 
 
-def test_width_that_the_server_leaves_open_is_asked_for(odd) -> None:
-    with TritonEmbedder(odd.grpc_url, "open") as embedder:
+def test_width_that_the_server_leaves_open_is_asked_for(odd_server) -> None:
+    with TritonEmbedder(odd_server.grpc_url, "open") as embedder:
         assert embedder.embedding_dim == 64
         assert embedder.encode(FACES[:0]).shape == (0, 64)
 
 
-def test_model_of_another_contract_is_refused_with_both_shapes(odd) -> None:
+def test_model_of_another_contract_is_refused_with_both_shapes(odd_server) -> None:
     with (
-        TritonEmbedder(odd.grpc_url, "foreign") as embedder,
+        TritonEmbedder(odd_server.grpc_url, "foreign") as embedder,
         pytest.raises(ConfigError, match=r"expected `face` TYPE_UINT8 .* got `face` TYPE_FP32 \[112, 112, 3\]"),
     ):
         embedder.encode(FACES)
@@ -201,13 +183,13 @@ def test_model_of_another_contract_is_refused_with_both_shapes(odd) -> None:
 
 @each_protocol
 @pytest.mark.parametrize("compression", ["gzip", "deflate"])
-def test_compression_changes_nothing(odd, truth, protocol, compression) -> None:
-    with TritonEmbedder(url(odd, protocol), "good", compression=compression, shared_memory=False) as embedder:
+def test_compression_changes_nothing(odd_server, truth, protocol, compression) -> None:
+    with TritonEmbedder(url(odd_server, protocol), "good", compression=compression, shared_memory=False) as embedder:
         np.testing.assert_allclose(embedder.encode(FACES), truth, atol=1e-6)
 
 
-def test_loop_and_client_belong_together(odd) -> None:
-    embedder = AsyncTritonEmbedder(odd.grpc_url, "good")
+def test_loop_and_client_belong_together(odd_server) -> None:
+    embedder = AsyncTritonEmbedder(odd_server.grpc_url, "good")
 
     async def use() -> None:
         await embedder.encode(FACES[:1])
@@ -228,10 +210,10 @@ def test_loop_and_client_belong_together(odd) -> None:
         loop.close()
 
 
-def test_pickled_client_arrives_as_one_of_its_own(odd, truth) -> None:
+def test_pickled_client_arrives_as_one_of_its_own(odd_server, truth) -> None:
     import pickle
 
-    with TritonEmbedder(odd.grpc_url, "good", in_flight=2) as embedder:
+    with TritonEmbedder(odd_server.grpc_url, "good", in_flight=2) as embedder:
         embedder.encode(FACES)
         with pickle.loads(pickle.dumps(embedder)) as other:
             assert (other.in_flight, other.model) == (2, "good")

@@ -160,6 +160,8 @@ class Session:
             self.embedding_dim = served.embedding_dim or (yield from self._probe_width())
         if self.served is None:
             self.way = yield from self._choose_way(served)
+        elif self.pool.doubtful:
+            yield from self._forget_lost_regions()
         self.served = served
         self._last_answer_s = time.monotonic()
         return served
@@ -167,15 +169,8 @@ class Session:
     def prepare(self, parts: Sequence[np.ndarray], pack: Callable[..., Any]) -> Job:
         """A request for these faces, which are copied: their memory may be changed afterwards. No I/O."""
         count = sum(len(part) for part in parts)
-        if self.way.shared_memory and self.served:
-            try:
-                slot = self.pool.take(self.served.max_batch_size, self.embedding_dim)
-            except OSError as exc:  # /dev/shm is full: the wire always works
-                self.way = Way(False, f"no more room in shared memory ({exc.strerror or exc})")
-            else:
-                slot.put(parts)
-                return Job(count, slot=slot)
-        return Job(count, body=pack(self.model, parts))
+        slot = self._filled_slot(parts)
+        return Job(count, slot=slot) if slot else Job(count, body=pack(self.model, parts))
 
     def drop(self, job: Job) -> None:
         """Take back a job that is done with, or was never begun; twice does no harm."""
@@ -205,6 +200,7 @@ class Session:
                     if time.monotonic() + wait_s > give_up_s:
                         raise
                 yield "sleep", wait_s
+                yield from self._move(job)
                 check_again = True
         finally:
             self.drop(job)
@@ -239,6 +235,27 @@ class Session:
             self._doubt(slot)
             raise
         return slot.rows(job.count)
+
+    def _filled_slot(self, parts: Sequence[np.ndarray]) -> Slot | None:
+        """A slot with these faces in it; None when they have to go over the wire."""
+        if not self.way.shared_memory or self.served is None:
+            return None
+        try:
+            slot = self.pool.take(self.served.max_batch_size, self.embedding_dim)
+        except OSError as exc:
+            self.way = Way(False, f"no more room in shared memory ({exc.strerror or exc})")
+            return None
+        slot.put(parts)
+        return slot
+
+    def _move(self, job: Job) -> Steps[None]:
+        """Take a job out of a slot that became doubtful, before it is sent again."""
+        if job.slot is None or not job.slot.doubtful:
+            return
+        parts = [job.slot.faces(job.count)]
+        job.slot = self._filled_slot(parts)
+        if job.slot is None:
+            job.body = yield "pack", self.model, parts
 
     def _doubt(self, slot: Slot) -> None:
         """The server may still be at work on this slot, late or twice: it must never hold another request."""
@@ -276,6 +293,12 @@ class Session:
             return self.pool.take(served.max_batch_size, self.embedding_dim), ""
         except OSError as exc:
             return None, f"no shared memory on this host ({exc})"
+
+    def _forget_lost_regions(self) -> Steps[None]:
+        try:
+            self.pool.forget((yield "shared_regions", CONTROL_TIMEOUT_S))
+        except (InferenceFailed, ConfigError):
+            return  # the next client of this server removes them
 
     def _sweep(self) -> Steps[None]:
         """Unregister and remove what clients that died have left behind."""

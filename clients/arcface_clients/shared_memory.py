@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +96,8 @@ class Slot:
         if self._file >= 0:
             if not self.doubtful:
                 self.path.unlink(missing_ok=True)
-            os.close(self._file)  # the lock goes with it: a doubtful file is left for `stale`
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # the mapping would keep it: a doubtful file is left for `stale`
+            os.close(self._file)
             self._file = -1
 
 
@@ -138,6 +139,15 @@ class SlotPool:
         if not slot.doubtful:
             with self._lock:
                 self._free.append(slot)
+
+    def forget(self, known: Collection[str]) -> None:
+        """Unlink the doubtful slots that the server does not know: the one that did is gone, and its requests too."""
+        with self._lock:
+            gone = {slot for slot in self._all if slot.doubtful and slot.name not in known}
+            self._all -= gone
+        for slot in gone:
+            slot.doubtful = False
+            slot.close()
 
     def close(self) -> list[str]:
         """Close every slot; returns the names that may be unregistered: not those in use, and no doubtful ones."""
