@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from arcface_clients import get_embedding_backend
@@ -161,3 +162,17 @@ def test_server_and_local_model_of_two_contracts_are_not_mixed(server, settings)
     file = settings(backend="triton", triton=f'{{url: "{server.grpc_url}"}}')
     with get_embedding_backend(config=file) as engine, pytest.raises(ContractMismatch):
         engine.encode(FACES)
+
+
+def test_one_changed_line_replaces_insightface_in_the_process(server, demo_repository, lfw_faces, settings):
+    from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+
+    source = demo_repository.parent / "models" / "demo-mobile" / "source.onnx"
+    session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+    features = ArcFaceONNX(model_file=str(source), session=session).get_feat(list(lfw_faces[::4]))
+    file = settings(triton=f'{{url: "{server.grpc_url}"}}', local=f"{{models_dir: {demo_repository.parent}/models}}")
+    with get_embedding_backend("triton", config=file) as backend:
+        embeddings = backend.encode(lfw_faces[::4])
+        assert backend.last_engine == "triton"
+    assert len(embeddings) == 100
+    assert compare_embeddings(features, embeddings).min_cosine >= 0.99999

@@ -150,6 +150,21 @@ def test_cache_that_may_not_be_written_is_a_problem(tmp_path):
     assert check_store(EmbeddingConfig(storage=Storage(cache=tmp_path / "new" / "cache"))).status == "ok"
 
 
+def test_store_is_asked_and_what_it_says_is_told(s3_server, monkeypatch):
+    import boto3
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    boto3.resource("s3", endpoint_url=s3_server, region_name="us-east-1").create_bucket(Bucket="doctor")
+    there = Storage(type="s3", bucket="doctor", endpoint=s3_server)
+    assert check_store(EmbeddingConfig(storage=there)).found.startswith("s3://doctor/plans answers, 0 objects")
+    check = check_store(EmbeddingConfig(storage=there.model_copy(update={"bucket": "nowhere"})))
+    assert check.status == "problem"
+    assert "there is no bucket 'nowhere'" in check.found and check.fix == "Create it: aws s3 mb s3://nowhere"
+    gone = there.model_copy(update={"endpoint": "http://127.0.0.1:1"})
+    assert check_store(EmbeddingConfig(storage=gone)).status == "problem"
+
+
 def test_a_check_that_dies_is_a_problem_not_the_end():
     def look():
         raise OSError("broken")

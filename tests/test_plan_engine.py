@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from arcface_clients.drift import compare_embeddings
 from arcface_clients.engines import EngineRegistry
 from arcface_clients.engines.plan_files import PlanFile, find_plan, read_plan
 from arcface_clients.errors import ConfigError, DependencyMissing, ModelMissing
 from arcface_clients.gpu import find_gpus
+from arcface_clients.synthetic import synthetic_faces
+from tiny_model import write_model
 
 
 def put_in_cache(cache: Path, name: str, sm: str, precision: str, tensorrt: str = "10.3.0") -> Path:
@@ -126,3 +130,27 @@ def test_host_without_tensorrt_or_gpu_says_what_is_missing():
 def test_device_that_a_plan_cannot_run_on_is_wrong_use(device):
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
         EngineRegistry.get("tensorrt", device=device)
+
+
+@pytest.mark.gpu
+def test_plan_equals_onnx_runtime_on_a_gpu(tmp_path):
+    """Builds an fp32 plan of a tiny model here, for batches up to 8."""
+    if not os.environ.get("REQUIRE_GPU"):
+        pytest.importorskip("tensorrt")
+        if not find_gpus():
+            pytest.skip("no GPU on this host")
+    from polygraphy.backend.trt import CreateConfig, NetworkFromOnnxPath, Profile, engine_from_network, save_engine
+
+    folder = write_model(tmp_path / "tiny")
+    profile = Profile().add("face", *((n, 112, 112, 3) for n in (1, 4, 8)))
+    network = NetworkFromOnnxPath(str(folder / "serving.onnx"))
+    plan = tmp_path / "tiny-fp32.plan"
+    save_engine(engine_from_network(network, CreateConfig(profiles=[profile])), str(plan))
+    with (
+        EngineRegistry.get("tensorrt", plan=plan, precision="fp32") as got,
+        EngineRegistry.get("onnx", file=folder / "serving.onnx", device="cpu") as expected,
+    ):
+        for count in (1, 5, 8, 20, 1):
+            faces = synthetic_faces(count)
+            assert compare_embeddings(expected.encode(faces), got.encode(faces)).max_drift < 1e-5
+        assert (got.max_batch, got.embedding_dim) == (8, 64)

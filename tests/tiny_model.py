@@ -74,13 +74,14 @@ def _serving(preprocessing: Preprocessing, weights: dict, dim: int) -> tuple:
         "std": np.float32(preprocessing.std),
     }
     nodes = [
-        helper.make_node("Gather", ["face", "order"], ["ordered"], axis=3),
-        helper.make_node("Cast", ["ordered"], ["pixels"], to=TensorProto.FLOAT),
-        helper.make_node("Sub", ["pixels", "mean"], ["centred"]),
+        helper.make_node("Cast", ["face"], ["pixels"], to=TensorProto.FLOAT),  # first, as TensorRT wants it
+        helper.make_node("Gather", ["pixels", "order"], ["ordered"], axis=3),
+        helper.make_node("Sub", ["ordered", "mean"], ["centred"]),
         helper.make_node("Div", ["centred", "std"], ["scaled"]),
         helper.make_node("Transpose", ["scaled"], ["nchw"], perm=[0, 3, 1, 2]),
         *_network("nchw", "features_out"),
-        helper.make_node("LpNormalization", ["features_out"], ["embedding"], axis=1, p=2),
+        helper.make_node("ReduceL2", ["features_out"], ["norm"], axes=[1], keepdims=1),
+        helper.make_node("Div", ["features_out", "norm"], ["embedding"]),
     ]
     face = helper.make_tensor_value_info("face", TensorProto.UINT8, ["N", 112, 112, 3])
     embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", dim])

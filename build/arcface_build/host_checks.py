@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcface_build.errors import BuildError, Missing
-from arcface_clients.diagnostics import Check, guarded
+from arcface_clients.diagnostics import Check, fact_and_fix, guarded
 from arcface_clients.errors import BackendUnavailable
 from arcface_clients.gpu import find_gpus
 
@@ -33,8 +34,7 @@ def check_tritonserver() -> Check:
     try:
         return Check("tritonserver", "ok", find_tritonserver(find_repository().parent).origin)
     except Missing as exc:
-        fact, _, fix = str(exc).partition(". ")
-        return Check("tritonserver", "absent", fact, fix)
+        return Check("tritonserver", "absent", *fact_and_fix(exc))
 
 
 def check_weights(settings: EmbeddingConfig) -> Check:
@@ -45,9 +45,7 @@ def check_weights(settings: EmbeddingConfig) -> Check:
     try:
         repository = find_repository(given if given.exists() else None)
     except Missing as exc:
-        return Check(
-            "weights", "absent", str(exc).partition(". ")[0], "run from a checkout, or set local.model_repository"
-        )
+        return Check("weights", "absent", fact_and_fix(exc)[0], "run from a checkout, or set local.model_repository")
     models = ("arcface_trt", "arcface_onnx", "arcface_reference")
     have = {name: versions(repository / name) for name in models}
     found = ", ".join(f"{name} {'version ' + str(v[-1]) if v else 'none'}" for name, v in have.items())
@@ -76,8 +74,7 @@ def check_plans(settings: EmbeddingConfig) -> Check:
             model=settings.local.model,
         )
     except BackendUnavailable as exc:
-        fact, _, fix = str(exc).partition(". ")
-        return Check("plans", "problem" if wanted else "absent", fact, fix)
+        return Check("plans", "problem" if wanted else "absent", *fact_and_fix(exc))
     return Check("plans", "ok", f"{plan.path} for SM {gpus[0].sm}")
 
 
@@ -104,14 +101,12 @@ def check_store(settings: EmbeddingConfig) -> Check:
     try:
         plans = open_store(url, **options).list()
     except BuildError as exc:
-        fact, _, fix = str(exc).rpartition(". ")
-        return Check("store", "problem", fact or str(exc), fix or "check storage.* and the AWS variables")
+        fact, fix = fact_and_fix(exc)
+        return Check("store", "problem", fact, fix or "check storage.* and the AWS variables")
     return Check("store", "ok", f"{url} answers, {len(plans)} objects, cache {cache}")
 
 
 def _may_write(folder: Path) -> bool:
     """Whether the folder, or the nearest one above that exists, may be written by this user."""
-    import os
-
     there = next(path for path in (folder, *folder.parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK)

@@ -134,7 +134,7 @@ def _refuse_unknown_variables(environ: Mapping[str, str], names: Mapping[str, st
     for name in sorted(set(environ) - set(names)):
         if not name.startswith(ENV_PREFIX):
             continue
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.9)
         if "__" in name:
             hint = f"did you mean {close[0]}?" if close else "docs/configuration.md lists them all."
             raise ConfigError(f"environment variable {name}: no such key: {hint}")

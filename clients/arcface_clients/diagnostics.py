@@ -152,7 +152,7 @@ def check_local_model(settings: EmbeddingConfig) -> Check:
         model = find_model(settings.local.models_dir, settings.local.model)
     except BackendUnavailable as exc:
         status = "problem" if settings.backend in ("onnx", "insightface") else "absent"
-        return Check("local model", status, _fact(exc), "arcface import SOURCE, or: arcface import demo")
+        return Check("local model", status, fact_and_fix(exc)[0], "arcface import SOURCE, or: arcface import demo")
     except ArcFaceError as exc:
         return Check(
             "local model", "problem", str(exc).partition(": ")[0], "name it: local.model in config/embedding.yaml"
@@ -222,9 +222,10 @@ def guarded(name: str, look: Callable[[], Check]) -> Check:
         return Check(name, "problem", f"{type(exc).__name__}: {exc}", "run again with ARCFACE_TRACEBACK=1")
 
 
-def _fact(error: Exception) -> str:
-    """The first sentence of one of our messages: what happened, without what to do."""
-    return str(error).partition(". ")[0]
+def fact_and_fix(error: Exception) -> tuple[str, str]:
+    """One of our messages at its first full stop: what happened, and what to do (or "")."""
+    fact, _, fix = str(error).partition(". ")
+    return fact, fix
 
 
 def _host_port(url: str) -> tuple[str, int]:

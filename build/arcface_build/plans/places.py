@@ -67,7 +67,7 @@ def open_places(
             url,
             endpoint_url=storage.endpoint,
             region=storage.region,
-            path_style=storage.path_style if storage.endpoint else None,
+            path_style=storage.path_style,
             max_attempts=storage.retries + 1,
             read_timeout_s=storage.timeout_s,
         )

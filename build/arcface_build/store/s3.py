@@ -241,6 +241,6 @@ def _explain(exc: Any, bucket: str) -> tuple[str, str]:
     if (status is not None and status >= 500) or code in ("SlowDown", "503"):
         return (
             f"the server answered {status} each time ({text})",
-            "Try again later; storage.max_attempts sets how often",
+            "Try again later; storage.retries sets how often",
         )
     return f"the server answered {status} ({text})", _NETWORK
