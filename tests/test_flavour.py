@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tiny_nets import tiny_net
 
 from arcface_build.errors import BuildError, Missing, SourceRefused
 from arcface_build.flavour import flavour_of, guess_preprocessing, read_source
@@ -17,6 +16,7 @@ from arcface_build.importing import import_model
 from arcface_build.sources import known_models, resolve
 from arcface_clients.contract import Preprocessing
 from arcface_clients.synthetic import synthetic_faces
+from tiny_nets import tiny_net
 
 ITSELF = "Import the recognition ONNX itself."
 

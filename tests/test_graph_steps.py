@@ -7,7 +7,6 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tiny_nets import tiny_net
 
 from arcface_build.errors import SourceRefused
 from arcface_build.graph import Step
@@ -18,6 +17,7 @@ from arcface_build.graph.repair_source import repair_source
 from arcface_build.graph.serving import serving_form
 from arcface_build.graph.upgrade_opset import upgrade_opset
 from arcface_clients.contract import Preprocessing
+from tiny_nets import tiny_net
 
 RNG = np.random.default_rng(7)
 IMAGE = RNG.normal(0, 1, (3, 3, 112, 112)).astype(np.float32)

@@ -16,10 +16,10 @@ import onnx
 import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
-from tiny_nets import tiny_net
 
 from arcface_build.errors import LicenceNotAccepted, Missing, SourceRefused, WrongUse
 from arcface_build.sources import KnownModels, file_digest, known_models, resolve
+from tiny_nets import tiny_net
 
 PACK = {"licence": "non-commercial research", "url": "https://example.invalid/buffalo_s.zip"}
 
