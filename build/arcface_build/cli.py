@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
@@ -65,11 +66,19 @@ def main(argv: list[str] | None = None) -> None:
         exc.show()
         sys.exit(exc.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        sys.exit(130)
+        _interrupted()
+    except ImportError as exc:
+        if isinstance(exc.__cause__, KeyboardInterrupt):  # Ctrl-C while pybind11 initialised an extension
+            _interrupted()
+        raise
     except (BuildError, ArcFaceError) as exc:
         if os.environ.get("ARCFACE_TRACEBACK"):
             raise
         click.echo(f"{type(exc).__name__}: {exc}", err=True)
         sys.exit(exc.exit_code)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _interrupted() -> NoReturn:
+    click.echo("interrupted", err=True)
+    sys.exit(130)

@@ -62,6 +62,8 @@ class Reference:
         try:
             from insightface.model_zoo.arcface_onnx import ArcFaceONNX
         except ImportError as exc:
+            if isinstance(exc.__cause__, KeyboardInterrupt):
+                raise  # Ctrl-C during the import is no missing package
             self._arcface = None
             self.name, self.why = "onnxruntime", f"InsightFace cannot be imported ({exc}); preprocessing as stated"
             return

@@ -30,7 +30,7 @@ def upgrade_opset(model: onnx.ModelProto, minimum: int = MIN_OPSET) -> Step:
     try:
         model = onnx.version_converter.convert_version(model, minimum)
     except Exception as exc:  # the converter raises its C++ errors as RuntimeError, ValueError or its own class
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip(".!")
         raise SourceRefused(
             f"cannot convert opset {opset} to {minimum}: {reason}. Export the model again with opset {minimum}."
         ) from exc
