@@ -136,3 +136,18 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from plan_samples import make_keys
 
     return {name: make_keys(tmp_path_factory.mktemp(name)) for name in ("ours", "theirs")}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` skip, visibly, where TensorRT or a GPU is missing; with REQUIRE_GPU=1 they fail instead."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    from arcface_build.plans.build import tensorrt_version
+    from arcface_build.plans.gpu import find_gpus
+
+    try:
+        find_gpus(), tensorrt_version()
+    except Missing as exc:
+        if os.environ.get("REQUIRE_GPU") == "1":
+            pytest.fail(f"REQUIRE_GPU=1, and {exc}")
+        pytest.skip(str(exc))

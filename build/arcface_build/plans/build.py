@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from arcface_build.atomic import copy_file, write_json
 from arcface_build.errors import BuildError, Missing, PlanRefused, ProofFailed
 from arcface_build.plans.build_child import EXIT_MISSING
 from arcface_build.plans.gpu import Gpu, find_gpus
-from arcface_build.plans.inspect import check_precision, count_precisions
+from arcface_build.plans.inspect import PrecisionProof, check_precision, count_precisions
 from arcface_build.plans.manifest import PlanManifest, file_sha256, now_utc
 from arcface_build.plans.spec import PlanSpec
 from arcface_build.plans.typed import TypedOnnx, check_buildable
-from arcface_clients.drift import DRIFT_LIMITS, compare_embeddings
+from arcface_clients.drift import DRIFT_LIMITS, DriftReport, compare_embeddings
 
 OnPhase = Callable[[str, int, int], None]
 """Called with a phase's name, the steps done and the steps in all (0: unknown)."""
@@ -96,15 +96,17 @@ def build_plan(
         np.save(folder / "faces.npy", proof.faces)
         with _VramWatch(gpu) as vram:
             _run_child(folder, timeout_s, on_phase or (lambda *_: None))
-        manifest = _manifest(folder, typed, spec, gpu, vram.peak_bytes, contract_id)
+        manifest, counts, drift = _measured(folder, typed, spec, gpu, vram.peak_bytes, proof, contract_id)
         try:
-            manifest = _prove(folder, manifest, typed, proof)
+            check_precision(counts, spec.precision, typed.layers)
+            _check_drift(drift, spec.precision, manifest.drift["limit"])
         except BuildError as exc:
-            if refused:
-                copy_file(folder / "plan", refused / f"{spec.file_name}.refused")
-                write_json(refused / f"{spec.file_name}.refused.json", {"why": str(exc), **manifest.to_json()})
-                raise type(exc)(f"{exc} It is kept, with its report: {refused / spec.file_name}.refused") from exc
-            raise
+            if refused is None:
+                raise
+            kept = refused / f"{spec.file_name}.refused"
+            copy_file(folder / "plan", kept)
+            write_json(refused / f"{spec.file_name}.json.refused", {"why": str(exc), **manifest.to_json()})
+            raise type(exc)(f"{exc} It is kept, with its report: {kept}") from exc
         if cache and (folder / "timing.cache").is_file():
             copy_file(folder / "timing.cache", cache)
         (folder / "plan").chmod(0o644)
@@ -175,9 +177,10 @@ def _last_errors(log: str) -> str:
     return " | ".join(errors[-3:])[:600]
 
 
-def _manifest(
-    folder: Path, typed: TypedOnnx, spec: PlanSpec, gpu: Gpu, peak: int | None, contract: str | None
-) -> PlanManifest:
+def _measured(
+    folder: Path, typed: TypedOnnx, spec: PlanSpec, gpu: Gpu, peak: int | None, proof: Proof, contract: str | None
+) -> tuple[PlanManifest, PrecisionProof, DriftReport]:
+    """What the child left, as a manifest that tells its precision and its drift, not judged yet."""
     import polygraphy
 
     import arcface_clients
@@ -185,37 +188,32 @@ def _manifest(
     result = json.loads((folder / "result.json").read_text())
     if result["tensorrt"] != spec.tensorrt:
         raise PlanRefused(f"TensorRT {result['tensorrt']} built this, asked for {spec.tensorrt}.")
+    counts = count_precisions((folder / "inspector.json").read_text())
+    drift = compare_embeddings(proof.reference, np.load(folder / "embeddings.npy"))
+    limit = (proof.max_drift or DRIFT_LIMITS)[spec.precision]
     tools = {"arcface-triton": arcface_clients.__version__, "polygraphy": polygraphy.__version__}
-    return PlanManifest(
+    seconds = round(result["seconds"], 3)
+    manifest = PlanManifest(
         spec=spec,
         sha256=file_sha256(folder / "plan"),
         bytes=(folder / "plan").stat().st_size,
         gpu={"name": gpu.name, "driver": gpu.driver, "cuda": gpu.cuda, "memory_bytes": gpu.memory_bytes},
-        build={
-            "seconds": round(result["seconds"], 3),
-            "peak_vram_bytes": peak,
-            "created": now_utc(),
-            "tools": tools,
-        },
+        build={"seconds": seconds, "peak_vram_bytes": peak, "created": now_utc(), "tools": tools},
+        precision_proof={**counts.to_json(), "onnx": dict(typed.layers)},
+        drift={**drift.to_json(), "limit": limit},
         contract_id=contract,
         dim=typed.dim,
     )
+    return manifest, counts, drift
 
 
-def _prove(folder: Path, manifest: PlanManifest, typed: TypedOnnx, proof: Proof) -> PlanManifest:
-    precision = manifest.spec.precision
-    counts = count_precisions((folder / "inspector.json").read_text())
-    manifest = replace(manifest, precision_proof={**counts.to_json(), "onnx": dict(typed.layers)})
-    check_precision(counts, precision, typed.layers)
-    drift = compare_embeddings(proof.reference, np.load(folder / "embeddings.npy"))
-    limit = (proof.max_drift or DRIFT_LIMITS)[precision]
+def _check_drift(drift: DriftReport, precision: str, limit: float) -> None:
     if not drift.max_drift <= limit:
         raise ProofFailed(
             f"the {precision} plan drifts by {drift.max_drift:.2e} at face {drift.worst_face} of {drift.faces}: "
             f"expected at most {limit:g} (mean cosine {drift.mean_cosine:.6f}). Keep more layers in a higher "
-            "precision: arcface quantize"
+            "precision: arcface quantize."
         )
-    return replace(manifest, drift={**drift.to_json(), "limit": limit})
 
 
 class _VramWatch:

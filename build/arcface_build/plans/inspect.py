@@ -53,7 +53,7 @@ def count_precisions(inspector: str | Mapping[str, Any]) -> PrecisionProof:
         PlanRefused: not the inspector's JSON, or a plan built without DETAILED verbosity (layers are bare names then).
     """
     try:
-        layers = (json.loads(inspector) if isinstance(inspector, str) else inspector)["Layers"]
+        layers = list((json.loads(inspector) if isinstance(inspector, str) else inspector)["Layers"])
     except (ValueError, TypeError, KeyError) as exc:
         raise PlanRefused(f"the engine inspector gave no layers ({type(exc).__name__}: {exc}).") from exc
     if any(not isinstance(layer, Mapping) for layer in layers):

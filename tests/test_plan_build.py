@@ -1,0 +1,467 @@
+"""Building plans: what the typed ONNX says, Polygraphy's real loaders, and the builder's child process end to end.
+
+TensorRT is tests/fake_tensorrt.py in three versions; behind the marker `gpu` the same tests run on the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from arcface_build.errors import BuildError, Missing, PlanRefused, ProofFailed, WrongUse
+from arcface_build.plans.build import Proof, build_plan, child_error, timing_cache_path
+from arcface_build.plans.inspect import check_precision, count_precisions, layer_precision
+from arcface_build.plans.manifest import PlanManifest, check_content
+from arcface_build.plans.source import PlanSource
+from arcface_build.plans.spec import BuilderOptions, PlanSpec
+from arcface_build.plans.typed import check_buildable, read_typed_onnx
+from arcface_clients.synthetic import synthetic_faces
+from tiny_onnx import DIM, tiny_onnx, write_tiny
+
+TESTS = Path(__file__).resolve().parent
+VERSIONS = ("8.6.0", "10.3.0", "11.0.0")
+SMI = """#!/bin/sh
+case "$1" in
+  --query*) echo "0, NVIDIA A10, 8.6, 550.54.15, 23028, 312" ;;
+  *) echo "CUDA Version: 12.4" ;;
+esac
+"""
+
+
+# --- what the typed ONNX says ---
+
+
+@pytest.mark.parametrize(
+    ("precision", "layers"),
+    [("fp32", {"fp32": 2}), ("fp16", {"fp16": 2}), ("int8", {"int8": 1, "fp32": 1})],
+)
+def test_the_typed_onnx_tells_which_layers_compute_in_what(tmp_path: Path, precision: str, layers: dict) -> None:
+    typed = read_typed_onnx(write_tiny(tmp_path / "x.onnx", precision))
+    assert (typed.precision, dict(typed.layers), typed.dim, typed.opset) == (precision, layers, DIM, 17)
+
+
+def test_what_a_weakly_typed_builder_must_be_told(tmp_path: Path) -> None:
+    assert read_typed_onnx(write_tiny(tmp_path / "a.onnx", "fp32")).pins == {}
+    half = read_typed_onnx(write_tiny(tmp_path / "b.onnx", "fp16")).pins
+    assert half == {"conv": "fp16", "c": "fp16", "fc": "fp16", "e": "fp16", "norm": "fp32", "n": "fp32", "unit": "fp32",
+                    "embedding": "fp32"}  # fmt: skip
+    eight = read_typed_onnx(write_tiny(tmp_path / "c.onnx", "int8")).pins
+    assert (eight["fc"], eight["norm"]) == ("fp32", "fp32")
+    assert not {"conv", "q", "dq", "dqw"} & set(eight)
+
+
+def test_a_uint8_input_that_is_not_cast_first_is_refused(tmp_path: Path) -> None:
+    onnx.save(tiny_onnx(first_op="Transpose"), tmp_path / "x.onnx")
+    with pytest.raises(WrongUse, match="face is read by Transpose: expected Cast alone"):
+        read_typed_onnx(tmp_path / "x.onnx")
+
+
+def test_a_file_that_is_no_serving_onnx_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Missing, match="no ONNX file at"):
+        read_typed_onnx(tmp_path / "absent.onnx")
+    (tmp_path / "x.onnx").write_bytes(b"\x08\x07garbage")
+    with pytest.raises(WrongUse, match="is not"):
+        read_typed_onnx(tmp_path / "x.onnx")
+    model = tiny_onnx()
+    model.graph.input[0].name = "data"
+    onnx.save(model, tmp_path / "x.onnx")
+    with pytest.raises(WrongUse, match=r"expected one input face\[N, 112, 112, 3\], got data\['N', 112, 112, 3\]"):
+        read_typed_onnx(tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize(
+    ("have", "asked", "tensorrt", "message"),
+    [("fp32", "fp16", "10.3.0", "computes in fp32 .* asked for a fp16 plan: precision lives in the ONNX"),
+     ("fp16", "fp32", "10.3.0", "computes in fp16"),
+     ("int8", "fp16", "8.6.0", "computes in int8")],
+)  # fmt: skip
+def test_an_onnx_of_another_precision_is_refused_before_the_build(
+    tmp_path: Path, have: str, asked: str, tensorrt: str, message: str
+) -> None:
+    typed = read_typed_onnx(write_tiny(tmp_path / "x.onnx", have))
+    check_buildable(typed, have, tensorrt)
+    with pytest.raises(WrongUse, match=message):
+        check_buildable(typed, asked, tensorrt)
+
+
+def test_an_opset_that_8_6_cannot_parse_is_refused_there_only(tmp_path: Path) -> None:
+    onnx.save(tiny_onnx(opset=18), tmp_path / "x.onnx")
+    typed = read_typed_onnx(tmp_path / "x.onnx")
+    check_buildable(typed, "fp32", "10.3.0")
+    with pytest.raises(WrongUse, match=r"has opset 18; TensorRT 8\.6\.1 parses up to 17"):
+        check_buildable(typed, "fp32", "8.6.1")
+
+
+# --- the inspector's JSON (shapes as NVIDIA's documentation shows them) ---
+
+DOCUMENTED_8 = {
+    "Name": "node_of_gpu_0/res4_0_branch2a_1 + node_of_gpu_0/res4_0_branch2a_bn_1",
+    "LayerType": "CaskConvolution",
+    "Inputs": [{"Name": "a", "Dimensions": [16, 512, 28, 28],
+                "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format."}],
+    "Outputs": [{"Name": "b", "Format/Datatype": "Channel major FP16 format where channel % 8 == 0"}],
+    "ParameterType": "Convolution", "Weights": {"Type": "Int8", "Count": 131072},
+    "TacticName": "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32_nchw_vect_c_32kcrs_vect_c_32",
+}  # fmt: skip
+
+
+def conv(text: str = "", field: str = "Format/Datatype", **more: Any) -> dict[str, Any]:
+    return {"Name": "c", "LayerType": "CaskConvolution", "Inputs": [{"Name": "x", field: text}], **more}
+
+
+@pytest.mark.parametrize(
+    ("layer", "precision"),
+    [(DOCUMENTED_8, "int8"),
+     (conv("Row major linear FP32"), "fp32"), (conv("Row major linear FP16 format"), "fp16"),
+     (conv("Channel major FP16 format where channel % 8 == 0"), "fp16"), (conv("Half"), "fp16"),
+     (conv("Float"), "fp32"),
+     (conv("BFloat16"), "bf16"), (conv("Row major linear BF16 format"), "bf16"), (conv("Int8"), "int8"),
+     (conv("Float", "DataType", Format="Row major"), "fp32"), (conv("Half", "DataType"), "fp16"),
+     (conv("", Weights={"Type": "Half", "Count": 9}), "fp16"), (conv("", Weights={"Type": "Float"}), "fp32"),
+     (conv("", TacticName="sm80_xmma_fprop_implicit_gemm_f16f16_f16f16_f16_nhwckrsc_nhwc"), "fp16"),
+     (conv("", TacticName="sm86_xmma_fprop_implicit_gemm_tf32f32_tf32f32_f32"), "fp32"),
+     (conv("N/A due to dynamic shapes"), "unknown"), ({"Name": "c", "LayerType": "CaskConvolution"}, "unknown")],
+)  # fmt: skip
+def test_the_precision_of_a_layer_is_read_in_every_spelling(layer: dict[str, Any], precision: str) -> None:
+    assert layer_precision(layer) == precision
+
+
+def test_convolutions_and_products_are_counted_and_hidden_subgraphs_named() -> None:
+    layers = [
+        conv("Row major linear FP16 format"), conv("Half"), DOCUMENTED_8,
+        {"Name": "fc", "LayerType": "gemm", "Inputs": [{"Format/Datatype": "Float"}]},
+        {"Name": "r", "LayerType": "Reformat", "Inputs": [{"Format/Datatype": "Float"}], "ParameterType": "Reformat"},
+        {"Name": "cv", "LayerType": "Convert", "Inputs": [{"Format/Datatype": "Float"}]},
+        {"Name": "{ForeignNode[embedding_norm...embedding]}", "LayerType": "Myelin"},
+        {"Name": "p", "LayerType": "Prelu", "ParameterType": "ParametricReLU"},
+    ]  # fmt: skip
+    proof = count_precisions(json.dumps({"Layers": layers, "Bindings": ["face", "embedding"]}))
+    assert proof.compute == {"fp16": 2, "int8": 1, "fp32": 1}
+    assert proof.opaque == 1
+    assert proof.all_layers["CaskConvolution"] == 3
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"Layers": ["conv1", "conv2"]}', '{"Layers": 3}'])
+def test_what_proves_nothing_is_refused(text: str) -> None:
+    with pytest.raises(PlanRefused, match=r"gave no layers|only the names of its layers"):
+        count_precisions(text)
+
+
+@pytest.mark.parametrize(
+    ("plan", "asked", "onnx_layers", "refused"),
+    [({"fp16": 50}, "fp16", {"fp16": 50}, None),
+     ({"fp16": 48}, "fp16", {"fp16": 50}, None),
+     ({"fp16": 49, "fp32": 1}, "fp16", {"fp16": 49, "fp32": 1}, None),
+     ({"fp16": 49, "fp32": 1}, "fp16", {"fp16": 50}, "was to be fp16 and holds 1 fp32"),
+     ({"fp32": 50}, "fp16", {"fp16": 50}, "was to be fp16 and holds 50 fp32"),
+     ({}, "fp16", {"fp16": 50}, "no fp16 convolution or matrix product is found"),
+     ({"fp16": 49, "unknown": 1}, "fp16", {"fp16": 50}, "holds 1 unknown"),
+     ({"int8": 40, "fp16": 10}, "int8", {"int8": 40, "fp16": 10}, None),
+     ({"int8": 39, "fp16": 11}, "int8", {"int8": 40, "fp16": 10}, "holds 11 fp16"),
+     ({"int8": 40, "fp32": 10}, "int8", {"int8": 40, "fp16": 10}, "holds 10 fp32"),
+     ({"fp32": 50}, "fp32", {"fp32": 50}, None),
+     ({"bf16": 50}, "bf16", {"bf16": 50}, None),
+     ({"fp32": 50}, "bf16", {"bf16": 50}, "holds 50 fp32")],
+)  # fmt: skip
+def test_a_plan_of_a_higher_precision_than_its_onnx_is_refused(
+    plan: dict, asked: str, onnx_layers: dict, refused: str | None
+) -> None:
+    proof = count_precisions({"Layers": []})
+    proof = type(proof)(compute=plan)
+    if refused is None:
+        check_precision(proof, asked, onnx_layers)
+    else:
+        with pytest.raises(PlanRefused, match=refused):
+            check_precision(proof, asked, onnx_layers)
+
+
+# --- the builder ---
+
+
+@pytest.fixture
+def fake_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """fake_host(version, fault): child processes find our TensorRT and an nvidia-smi of an A10."""
+
+    def prepare(version: str = "10.3.0", fault: str = "") -> None:
+        folder = tmp_path / "host"
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(TESTS / "fake_tensorrt.py", folder / "tensorrt.py")
+        smi = folder / "nvidia-smi"
+        smi.write_text(SMI)
+        smi.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setenv("FAKE_TRT_VERSION", version)
+        monkeypatch.setenv("FAKE_TRT_FAULT", fault)
+        monkeypatch.syspath_prepend(str(folder))
+
+    return prepare
+
+
+@pytest.fixture(scope="session")
+def faces() -> np.ndarray:
+    return synthetic_faces(12)
+
+
+def ask(tmp_path: Path, precision: str, version: str, **options: Any) -> tuple[Any, PlanSpec, PlanSource]:
+    typed = read_typed_onnx(write_tiny(tmp_path / "onnx" / f"{precision}.onnx", precision))
+    serving = write_tiny(tmp_path / "onnx" / "fp32.onnx")
+    spec = PlanSpec("tiny", typed.sha256, precision, "8.6", version, 1, 4, 8, BuilderOptions(**options))
+    return typed, spec, PlanSource("tiny", typed.path, serving, "c" * 64)
+
+
+LOOSE = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.2}  # three layers of noise are coarser than a network
+
+
+def build(
+    tmp_path: Path, faces: np.ndarray, precision: str = "fp16", version: str = "10.3.0", **more: Any
+) -> PlanManifest:
+    typed, spec, source = ask(tmp_path, precision, version, **more.pop("options", {}))
+    proof = Proof(faces, source.embed(faces), LOOSE)
+    return build_plan(typed, spec, tmp_path / "out" / spec.file_name, proof, contract_id="c" * 64, **more)
+
+
+def left(tmp_path: Path) -> list[str]:
+    return sorted(p.name for p in (tmp_path / "out").rglob("*"))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_plan_is_built_proved_and_described(
+    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray, version: str, precision: str
+) -> None:
+    fake_host(version)
+    phases: list[str] = []
+    manifest = build(
+        tmp_path,
+        faces,
+        precision,
+        version,
+        timing_caches=tmp_path / "timing",
+        on_phase=lambda name, *_: phases.append(name),
+    )
+    plan = tmp_path / "out" / manifest.spec.file_name
+    assert left(tmp_path) == [f"tiny-{precision}-sm86.plan"]
+    check_content(plan, manifest, "here")
+    assert manifest.precision_proof["compute"] == dict(read_typed_onnx(tmp_path / "onnx" / f"{precision}.onnx").layers)
+    assert manifest.drift["faces"] == 12
+    assert manifest.drift["max_drift"] <= LOOSE[precision]
+    assert manifest.gpu == {"name": "NVIDIA A10", "driver": "550.54.15", "cuda": "12.4", "memory_bytes": 23028 << 20}
+    assert (manifest.dim, manifest.contract_id) == (DIM, "c" * 64)
+    assert manifest.build["seconds"] >= 0
+    assert ("Building" in phases) == (version != "8.6.0")  # 8.6 reports no progress
+    assert {"parsing and building", "proving the precision", "measuring drift"} <= set(phases)
+    assert timing_cache_path(tmp_path / "timing", version, "NVIDIA A10").read_bytes() == b"timings"
+
+
+def content(tmp_path: Path, manifest: PlanManifest) -> dict[str, Any]:
+    import pickle
+
+    return pickle.loads((tmp_path / "out" / manifest.spec.file_name).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("precision", "version", "flags"),
+    [("fp32", "8.6.0", []), ("fp16", "8.6.0", ["FP16", "PREFER_PRECISION_CONSTRAINTS"]),
+     ("int8", "8.6.0", ["INT8", "PREFER_PRECISION_CONSTRAINTS"]), ("fp16", "10.3.0", []), ("int8", "11.0.0", [])],
+)  # fmt: skip
+def test_precision_is_said_by_flags_on_8_6_and_by_the_onnx_from_10_on(
+    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray, precision: str, version: str, flags: list[str]
+) -> None:
+    fake_host(version)
+    plan = content(tmp_path, build(tmp_path, faces, precision, version))
+    assert sorted(plan["flags"]) == flags  # and TF32 off
+    assert plan["typed"] == (version != "8.6.0")
+    assert bool(plan["pins"]) == (version == "8.6.0" and precision != "fp32")
+    assert plan["profile"] == {"face": ((1, 112, 112, 3), (4, 112, 112, 3), (8, 112, 112, 3))}
+
+
+def test_builder_options_reach_the_builder(fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray) -> None:
+    fake_host("8.6.0")
+    options = {"workspace_bytes": 256 << 20, "external_tactics": False, "tf32": True, "hardware_compatible": True}
+    plan = content(tmp_path, build(tmp_path, faces, "fp32", "8.6.0", options=options))
+    assert plan["workspace"] == 256 << 20
+    assert plan["sources"] == 0b11000  # edge mask and JIT convolutions need no library of their own
+    assert plan["flags"] == ["TF32"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [("crash", PlanRefused, r"^TensorRT crashed \(SIGABRT\)"),
+     ("oom", Missing, r"^the GPU's memory did not suffice: .*OutOfMemory.*--workspace 512MB"),
+     ("error", PlanRefused, r"^TensorRT built no plan: .*no kernel for Conv_7"),
+     ("fp32", PlanRefused, r"^the plan was to be fp16 and holds 2 fp32"),
+     ("drift", ProofFailed, r"^the fp16 plan drifts by .* expected at most 0\.001")],
+)  # fmt: skip
+def test_a_build_that_fails_is_named_and_leaves_nothing_behind(
+    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray, fault: str, error: type[BuildError], message: str
+) -> None:
+    fake_host(fault=fault)
+    with pytest.raises(error, match=message):
+        build(tmp_path, faces, timing_caches=tmp_path / "timing")
+    assert left(tmp_path) == []
+    assert not (tmp_path / "timing").exists()
+
+
+def test_a_plan_that_fails_its_proof_is_kept_beside_its_report_where_asked(
+    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray
+) -> None:
+    fake_host(fault="drift")
+    with pytest.raises(ProofFailed, match=r"It is kept, with its report: .*tiny-fp16-sm86\.plan\.refused"):
+        build(tmp_path, faces, refused=tmp_path / "refused")
+    assert left(tmp_path) == []
+    assert sorted(p.name for p in (tmp_path / "refused").iterdir()) == [
+        "tiny-fp16-sm86.plan.json.refused", "tiny-fp16-sm86.plan.refused"]  # fmt: skip
+    report = json.loads((tmp_path / "refused" / "tiny-fp16-sm86.plan.json.refused").read_text())
+    assert report["why"].startswith("the fp16 plan drifts by")
+    assert report["precision_proof"]["compute"] == {"fp16": 2}
+
+
+def test_a_build_that_takes_too_long_is_stopped(
+    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray
+) -> None:
+    fake_host(fault="slow")
+    with pytest.raises(PlanRefused, match="took longer than 3 s and was stopped"):
+        build(tmp_path, faces, timeout_s=3)
+    assert left(tmp_path) == []
+
+
+def test_a_child_that_was_killed_or_never_started_is_told_apart() -> None:
+    assert isinstance(child_error(-signal.SIGKILL, "", ""), Missing)
+    assert "was killed" in str(child_error(-signal.SIGKILL, "", ""))
+    assert "SIGSEGV" in str(child_error(-signal.SIGSEGV, "", "[E] 3: bad thing\n"))
+    missing = child_error(3, "ImportError: libcudart.so.12", "")
+    assert isinstance(missing, Missing)
+    assert "libcudart.so.12" in str(missing)
+
+
+def test_without_tensorrt_the_child_says_what_is_missing(
+    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray
+) -> None:
+    fake_host()
+    (tmp_path / "host" / "tensorrt.py").write_text(
+        "raise ImportError('libnvinfer.so.10: cannot open shared object file')"
+    )
+    with pytest.raises(Missing, match=r"TensorRT cannot run here: ImportError: libnvinfer\.so\.10"):
+        build(tmp_path, faces)
+    assert left(tmp_path) == []
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def plan_build(
+    fake_host: Callable[..., None], tmp_path: Path
+) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """plan_build(*arguments): `arcface plan build tiny …` in a process of its own, in a folder with models/tiny."""
+    fake_host()
+    folder = tmp_path / "models" / "tiny"
+    write_tiny(folder / "serving.onnx")
+    write_tiny(folder / "variants" / "fp16-tensorrt.onnx", "fp16")
+    names = [
+        "name",
+        "created",
+        "source",
+        "flavour",
+        "preprocessing",
+        "dim",
+        "contract_id",
+        "steps",
+        "serving",
+        "proof",
+        "tools",
+    ]
+    manifest = {"format": 1, **dict.fromkeys(names), "name": "tiny", "dim": DIM, "contract_id": "c" * 64}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "serving": {"file": "serving.onnx"}}))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from arcface_build.cli import main; main()", "plan", "build", *arguments]
+        path = os.pathsep.join(filter(None, sys.path))
+        places = {"ARCFACE_PLAN_CACHE": str(tmp_path / "cache"), "ARCFACE_PLAN_STORE": str(tmp_path / "store")}
+        environment = {**os.environ, "PYTHONPATH": path, **places}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+
+    yield run
+
+
+def test_plan_build_builds_once_then_finds_it(plan_build: Callable[..., Any], tmp_path: Path) -> None:
+    first = plan_build("tiny", "--precision", "fp16", "--max-batch", "8", "--workspace", "512MB", "--push", "--json")
+    assert first.returncode == 0, first.stderr
+    said = json.loads(first.stdout)
+    assert (said["source"], said["file"], said["contract_id"]) == ("build", "tiny-fp16-sm86.plan", "c" * 64)
+    assert said["spec"]["opt_batch"] == 8
+    assert said["spec"]["options"]["workspace_bytes"] == 512 << 20
+    shutil.rmtree(tmp_path / "cache")
+    again = plan_build("tiny", "--precision", "fp16", "--max-batch", "8", "--workspace", "0.5GB", "--json")
+    assert json.loads(again.stdout)["source"] == "store"
+    readable = plan_build("tiny", "--precision", "fp16", "--max-batch", "8", "--workspace", "512MB")
+    assert "from the cache: " in readable.stdout
+    forced = plan_build("tiny", "--precision", "fp16", "--max-batch", "8", "--workspace", "512MB", "--force")
+    assert "built: " in forced.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [(["absent"], 3, "no imported model in"),
+     (["tiny", "--precision", "int8"], 3, "arcface quantize tiny --precision int8"),
+     (["tiny", "--precision", "fp32", "--sm", "9.0"], 2, "of SM 8.6, asked for SM 9.0"),
+     (["tiny", "--precision", "fp32", "--min-batch", "9", "--max-batch", "8"], 2, "expected 1 ≤ min ≤ opt ≤ max"),
+     (["tiny", "--precision", "fp32", "--workspace", "lots"], 2, "such as 2GB or 2048MB"),
+     (["absent.onnx"], 3, "no ONNX file at absent.onnx"),
+     (["models/tiny/variants/fp16-tensorrt.onnx", "--precision", "fp16"], 2, "add --reference SERVING.onnx"),
+     (["models/tiny/serving.onnx", "--precision", "fp16", "--reference", "models/tiny/serving.onnx"], 2, "in fp32")],
+)  # fmt: skip
+def test_plan_build_refuses_before_it_builds(
+    plan_build: Callable[..., Any], arguments: list[str], code: int, message: str
+) -> None:
+    done = plan_build(*arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+
+
+def test_ctrl_c_stops_the_child_and_leaves_nothing(
+    plan_build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TRT_FAULT", "slow")
+    code = "from arcface_build.cli import main; main()"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "ARCFACE_PLAN_CACHE": str(tmp_path / "cache"),
+    }
+    command = [sys.executable, "-c", code, "plan", "build", "tiny", "--precision", "fp16"]
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "cache").rglob("request.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1].strip() == "interrupted"
+    assert process.returncode == 130
+    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".lock"] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_the_real_tensorrt_builds_what_was_asked(tmp_path: Path, faces: np.ndarray, precision: str) -> None:
+    from arcface_build.plans.build import tensorrt_version
+    from arcface_build.plans.gpu import find_gpus
+
+    typed, spec, source = ask(tmp_path, precision, tensorrt_version())
+    spec = type(spec)(**{**spec.to_json(), "sm": find_gpus()[0].sm, "options": BuilderOptions(external_tactics=False)})
+    proof = Proof(faces, source.embed(faces), LOOSE)
+    manifest = build_plan(typed, spec, tmp_path / "out" / spec.file_name, proof)
+    assert manifest.precision_proof["compute"].get(precision)
+    assert left(tmp_path) == [spec.file_name]
