@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import click
 import pytest
 
 from arcface_build.cli import COMMANDS, cli
+from conftest import REPO
 
 
 def arcface(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -33,3 +35,19 @@ def test_an_error_is_one_line_with_its_class_and_exit_code(tmp_path):
     answer = arcface("serve", "--model-repository", str(tmp_path))
     assert answer.returncode == 3
     assert answer.stderr == (f"Missing: {tmp_path} is not our model repository: it has no arcface/config.pbtxt.\n")
+
+
+def test_every_command_module_is_registered():
+    folder = REPO / "build" / "arcface_build" / "commands"
+    modules = {
+        path.stem
+        for path in folder.glob("*.py")
+        if "\ncommand" in path.read_text() or "\ndef command(" in path.read_text()
+    }
+    assert modules == {module for module, _ in COMMANDS.values()}
+
+
+def test_readme_names_every_subcommand_and_no_other():
+    named = set(re.findall(r"\barcface ([a-z]+)", (REPO / "README.md").read_text()))
+    assert named <= set(COMMANDS), f"README names subcommands that do not exist: {named - set(COMMANDS)}"
+    assert named >= set(COMMANDS), f"README does not mention: {set(COMMANDS) - named}"

@@ -27,6 +27,7 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
     "compare": ("compare", "Compare two engines, servers, files or saved embeddings: drift, accuracy, and why."),
     "bench": ("bench", "Measure throughput through the server beside the bare runtime, in one run."),
     "plan": ("plan", "Build, prove, keep and move TensorRT plans: one for each kind of GPU."),
+    "doctor": ("doctor", "Look at this host and the configuration; say what is wrong and how to mend it."),
 }
 
 

@@ -74,7 +74,8 @@ def command(
     choice, with_reference = _prepare(repository, backend, demo, reference)
     binary = find_tritonserver()
     _say(f"tritonserver {binary.origin}\nbackend {choice.backend}: {choice.reason}", as_json)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
+        signal.signal(number, _interrupt)
     server = TritonProcess(
         binary,
         repository,
