@@ -28,11 +28,10 @@ def build_checks(settings: EmbeddingConfig) -> list[Check]:
 
 def check_tritonserver() -> Check:
     """A tritonserver that `arcface serve` could start."""
-    from arcface_build.repository import find_repository
     from arcface_build.serving.binary import find_tritonserver
 
     try:
-        return Check("tritonserver", "ok", find_tritonserver(find_repository().parent).origin)
+        return Check("tritonserver", "ok", find_tritonserver().origin)
     except Missing as exc:
         return Check("tritonserver", "absent", *fact_and_fix(exc))
 
