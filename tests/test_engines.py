@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -17,6 +18,7 @@ from arcface_clients.engines import EmbeddingEngine, EngineRegistry
 from arcface_clients.engines.devices import canonical_device, choose_provider
 from arcface_clients.engines.files import find_model
 from arcface_clients.engines.onnx import cpu_has_bf16
+from arcface_clients.engines.variants import cpu_runtime
 from arcface_clients.errors import BackendUnavailable, ConfigError, DependencyMissing, InvalidFaces, ModelMissing
 from arcface_clients.synthetic import synthetic_faces
 from tiny_model import write_model
@@ -237,9 +239,58 @@ def test_missing_variant_names_the_command(models):
     with pytest.raises(ModelMissing) as caught:
         engine("onnx", models, precision="int8").ensure_ready()
     assert str(caught.value) == (
-        f"no int8 ONNX of model tiny: expected {models}/tiny/variants/int8-cpu.onnx (variants there: none). "
+        f"no int8 ONNX of model tiny: expected {models}/tiny/variants/int8-cpu.onnx, not there (variants there: none). "
         "Make it: arcface quantize tiny --precision int8"
     )
+
+
+@pytest.mark.parametrize(
+    ("precision", "openvino", "bf16", "gated", "expected"),
+    [
+        ("fp32", False, True, None, "onnxruntime"),
+        ("fp32", True, True, None, "openvino-fp32"),
+        ("fp16", True, True, ["onnxruntime"], "openvino-fp32"),
+        ("bf16", True, True, None, "openvino-bf16"),
+        ("bf16", True, False, None, "openvino-fp32"),
+        ("int8", True, True, None, "openvino-fp32"),
+        ("int8", True, True, ["openvino-bf16", "openvino-fp32"], "openvino-bf16"),
+        ("int8", True, True, ["openvino-fp32"], "openvino-fp32"),
+        ("int8", True, False, ["openvino-fp32"], "openvino-fp32"),
+        ("int8", True, False, ["openvino-bf16"], None),
+        ("int8", False, True, ["openvino-bf16"], None),
+        ("int8", False, True, ["onnxruntime"], "onnxruntime"),
+        ("int8", True, True, [], None),
+    ],
+)
+def test_a_variant_is_run_only_as_it_was_gated(precision, openvino, bf16, gated, expected):
+    if expected is None:
+        with pytest.raises(ModelMissing, match="passed its gate in"):
+            cpu_runtime(precision, openvino, bf16, gated, Path("int8-cpu.onnx"))
+    else:
+        assert cpu_runtime(precision, openvino, bf16, gated, Path("int8-cpu.onnx"))[0] == expected
+
+
+def test_refused_variant_is_named_as_refused(tmp_path):
+    folder = write_model(tmp_path / "tiny")
+    (folder / "variants").mkdir()
+    (folder / "variants" / "int8-cpu.onnx.refused").touch()
+    with pytest.raises(ModelMissing, match="its gate refused it"):
+        engine("onnx", tmp_path, precision="int8").ensure_ready()
+
+
+def test_int8_variant_runs_as_its_sidecar_says(tmp_path, faces):
+    folder = write_model(tmp_path / "tiny")
+    (folder / "variants").mkdir()
+    (folder / "serving.onnx").rename(folder / "variants" / "int8-cpu.onnx")
+    (folder / "serving.onnx").touch()
+    sidecar = folder / "variants" / "int8-cpu.json"
+    sidecar.write_text(json.dumps({"gates": [{"runtime": "onnxruntime", "passed": True}]}))
+    with engine("onnx", tmp_path, precision="int8") as got:
+        assert got.encode(faces).shape == (9, 64)
+        assert (got.taken["runtime"], got.contract_id is not None) == ("onnxruntime", True)
+    sidecar.write_text(json.dumps({"gates": [{"runtime": "onnxruntime", "passed": False}]}))
+    with pytest.raises(ModelMissing, match="passed its gate in no runtime, this host has onnxruntime"):
+        engine("onnx", tmp_path, precision="int8").ensure_ready()
 
 
 def test_source_file_given_to_the_onnx_engine_is_refused(models):

@@ -197,6 +197,15 @@ def test_widths_are_compared_where_contracts_are_unknown():
         chain.encode(FACES)
 
 
+def test_an_unknown_contract_is_said_once(caplog):
+    chain = FallbackEmbedder([Engine("triton", None), Engine("onnx")])
+    for _ in range(3):
+        chain.encode(FACES)
+    assert caplog.messages == [
+        "triton does not tell its contract: only the width is compared with the rest of the chain"
+    ]
+
+
 def test_engine_that_fails_its_validation_is_put_out_of_the_chain_loudly(caplog):
     def validate(name, engine):
         if name == "triton":

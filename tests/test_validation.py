@@ -64,6 +64,14 @@ def test_another_models_reference_is_a_mismatch_not_a_drift(tmp_path):
         validate_engine(onnx(one), reference(other), 1e-3, "onnx")
 
 
+def test_drift_of_an_engine_of_unknown_contract_is_not_fallen_back_from(tmp_path):
+    folder = write_model(tmp_path / "bad", error=0.3)
+    expected = reference(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ContractMismatch, match="so it may be another model"):
+        validate_engine(onnx(folder), expected, 1e-3, "onnx")
+
+
 def test_model_that_overflows_is_refused(tmp_path):
     folder = write_model(tmp_path / "nan", error=float("inf"))
     with pytest.raises(GateFailed, match="onnx cannot embed the 6 faces of its validation"):

@@ -34,6 +34,7 @@ class _State:
     left_alone_until: float = 0.0  # by the clock; not asked before that while another engine is there
     probing: bool = False  # a thread is asking it again after a failure
     why: str = ""
+    unknown_said: bool = False
     refused: GateFailed | None = None  # failed its validation: not asked again
 
 
@@ -216,7 +217,13 @@ class FallbackEmbedder:
     def _compare_contracts(self, state: _State, engine: EmbeddingEngine) -> None:
         """Refuse a chain whose embeddings must not be mixed; the other engines are asked now, not in an outage."""
         with self._contract_lock:
-            self._agree(state.name, engine.contract_id, engine.embedding_dim)
+            contract = engine.contract_id
+            self._agree(state.name, contract, engine.embedding_dim)
+            if contract is None and len(self._states) > 1 and not state.unknown_said:
+                state.unknown_said = True
+                _log.warning(
+                    "%s does not tell its contract: only the width is compared with the rest of the chain", state.name
+                )
             for other in self._states:
                 if other is state or other.failures:
                     continue

@@ -92,7 +92,7 @@ def validate_engine(engine: EmbeddingEngine, reference: StoredReference, limit: 
 
     Raises:
         GateFailed: the largest drift is above `limit`; the message says by how much and for which face.
-        ContractMismatch: engine and reference are of two models, so that a comparison means nothing.
+        ContractMismatch: engine and reference are of two models, or may be: one's contract is unknown and they differ.
     """
     contract = engine.contract_id
     known = contract is not None and reference.contract_id is not None
@@ -119,12 +119,18 @@ def validate_engine(engine: EmbeddingEngine, reference: StoredReference, limit: 
         limit=limit,
         worst_face=drift.worst_face,
     )
-    if report.status == "failed":
-        raise GateFailed(
-            f"drift {drift.max_drift:.2g} of face {drift.worst_face} is above the limit {limit:g} on "
-            f"{drift.faces} faces (mean cosine {drift.mean_cosine:.6f}, {report.why}). Look closer: arcface parity"
+    if report.status == "passed":
+        return report
+    said = (
+        f"drift {drift.max_drift:.2g} of face {drift.worst_face} is above the limit {limit:g} on "
+        f"{drift.faces} faces (mean cosine {drift.mean_cosine:.6f}, {report.why})"
+    )
+    if not known:  # a fallback could then be another model, and mix two contracts quietly
+        raise ContractMismatch(
+            f"{name}: {said}, and its contract or the reference's is not known, so it may be another model. "
+            "Serve it with its contract (arcface serve does), or set validation.run_on_startup: false"
         )
-    return report
+    raise GateFailed(f"{said}. Look closer: arcface parity")
 
 
 class StartupValidation:

@@ -34,26 +34,25 @@ class ModelFolder:
         """Digest of the source ONNX; None where there is no manifest."""
         return self.manifest.get("source", {}).get("sha256")
 
-    def serving(self, precision: str = "fp32", target: str = "cpu") -> Path:
-        """The serving ONNX of a precision; bf16 is run from the fp32 file.
+    def serving(self, precision: str = "fp32") -> Path:
+        """The ONNX file of a precision; bf16 is computed from the fp32 file, fp16 has one file for every target.
 
         Raises:
             ModelMissing: no such file; the message lists the variants that are there. Falls back.
         """
-        file = self.path / "serving.onnx"
-        if precision in ("fp16", "int8"):
-            file = self.path / "variants" / f"{precision}-{target}.onnx"
+        name = self.path.name
+        variant = {"fp16": "fp16-tensorrt", "int8": "int8-cpu"}.get(precision)
+        if variant is None:
+            file, command = self.path / "serving.onnx", f"arcface import SOURCE --name {name}"
+        else:
+            file = self.path / "variants" / f"{variant}.onnx"
+            command = f"arcface quantize {name} --precision {precision}"
         if not file.is_file():
             there = sorted(found.stem for found in (self.path / "variants").glob("*.onnx"))
-            command = "import" if file.name == "serving.onnx" else "quantize"
+            state = "its gate refused it" if file.with_name(f"{file.name}.refused").exists() else "not there"
             raise ModelMissing(
-                f"no {precision} ONNX of model {self.path.name}: expected {file} (variants there: "
-                f"{', '.join(there) or 'none'}). Make it: arcface {command} "
-                + (
-                    f"SOURCE --name {self.path.name}"
-                    if command == "import"
-                    else f"{self.path.name} --precision {precision}"
-                )
+                f"no {precision} ONNX of model {name}: expected {file}, {state} (variants there: "
+                f"{', '.join(there) or 'none'}). Make it: {command}"
             )
         return file
 
@@ -70,6 +69,12 @@ class ModelFolder:
                 f"Import it again: arcface import SOURCE --name {self.path.name}"
             )
         return file
+
+
+def sidecar_of(file: Path) -> dict[str, Any] | None:
+    """What `arcface quantize` wrote beside a variant (NAME.json for NAME.onnx); None where there is none."""
+    sidecar = file.with_suffix(".json")
+    return _read_json(sidecar) if sidecar.is_file() else None
 
 
 def find_model(models_dir: str | Path, name: str | None = None) -> ModelFolder:
@@ -112,10 +117,14 @@ def read_folder(path: Path) -> ModelFolder:
     file = path / "manifest.json"
     if not file.is_file():
         return ModelFolder(path)
+    return ModelFolder(path, _read_json(file))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(file.read_text())
+        data = json.loads(file.read_text())
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{file}: cannot be read ({exc}). Import the model again: arcface import") from exc
-    if not isinstance(manifest, dict):
-        raise ConfigError(f"{file}: expected a JSON object, got {type(manifest).__name__}. Import the model again.")
-    return ModelFolder(path, manifest)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: expected a JSON object, got {type(data).__name__}. Import the model again.")
+    return data

@@ -12,13 +12,14 @@ import numpy as np
 
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.devices import CPU, canonical_device, choose_provider, device_index
-from arcface_clients.engines.files import ModelFolder, find_model, folder_of
+from arcface_clients.engines.files import ModelFolder, find_model, folder_of, sidecar_of
 from arcface_clients.engines.local import LocalEngine
 from arcface_clients.engines.registry import EngineRegistry
+from arcface_clients.engines.variants import cpu_runtime, gated_runtimes
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
 
 OPENVINO = "OpenVINOExecutionProvider"
-_OPENVINO_HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}
+_HINTS = {"openvino-fp32": "f32", "openvino-bf16": "bf16"}
 _log = logging.getLogger(__name__)
 
 
@@ -91,12 +92,15 @@ class OnnxEngine(LocalEngine):
         provider, reason = choose_provider(
             self.device, ort.get_available_providers(), OPENVINO if self.precision == "bf16" else None
         )
-        precision, bf16_reason = _usable(self.precision)
+        runtime, why = "", ""
+        if provider in (CPU, OPENVINO):
+            gated = gated_runtimes(sidecar_of(file))
+            runtime, why = cpu_runtime(self.precision, provider == OPENVINO, cpu_has_bf16(), gated, file)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning starves a second engine
-        asked = [(provider, self._provider_options(provider, precision))]
+        asked = [(provider, self._provider_options(provider, runtime))]
         if provider == "TensorrtExecutionProvider":  # what it cannot take runs on the same GPU
             asked.append(("CUDAExecutionProvider", {"device_id": str(device_index(self.device))}))
         try:
@@ -115,21 +119,22 @@ class OnnxEngine(LocalEngine):
         self._session = session
         self.taken = {
             "provider": provider,
-            "reason": reason + bf16_reason,
+            "reason": "; ".join(filter(None, (reason, why))),
             "file": str(file),
-            "precision": precision,
+            "precision": "fp32" if (self.precision, runtime) == ("bf16", "openvino-fp32") else self.precision,
+            "runtime": runtime or provider,
             "threads": self._threads,
             "onnxruntime": ort.__version__,
         }
         _log.info("onnx: %s on %s (%s)", file, provider, self.taken["reason"])
 
-    def _provider_options(self, provider: str, precision: str) -> dict[str, str]:
+    def _provider_options(self, provider: str, runtime: str) -> dict[str, str]:
         if provider == OPENVINO:
             # Left alone, OpenVINO infers in bf16 wherever the CPU has it; load_config takes the JSON text itself.
-            config = {"CPU": {"INFERENCE_PRECISION_HINT": _OPENVINO_HINTS[precision]}}
+            hints = {"INFERENCE_PRECISION_HINT": _HINTS[runtime], "NUM_STREAMS": "1"}
             if self._threads:
-                config["CPU"]["INFERENCE_NUM_THREADS"] = str(self._threads)
-            return {"device_type": "CPU", "load_config": json.dumps(config)}
+                hints["INFERENCE_NUM_THREADS"] = str(self._threads)
+            return {"device_type": "CPU", "load_config": json.dumps({"CPU": hints})}
         if provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider"):
             return {"device_id": str(device_index(self.device))}
         return {}
@@ -159,13 +164,6 @@ def _check_contract(session: Any, file: Path) -> int | None:
         )
     width = outputs[0].shape[-1]
     return width if isinstance(width, int) else None
-
-
-def _usable(precision: str) -> tuple[str, str]:
-    """bf16 where this CPU computes in it, else fp32 and why."""
-    if precision != "bf16" or cpu_has_bf16():
-        return precision, ""
-    return "fp32", "; this CPU has no bf16 (avx512_bf16 or amx_bf16), so it runs in fp32"
 
 
 def _cores() -> int:
