@@ -162,6 +162,8 @@ def _report(manifest, folder: Path, reused: bool, installed: dict[str, int] | No
         f"  proof          {proof['faces']} faces ({proof['faces_from']}) against {proof['reference']}: "
         f"min cosine {proof['min_cosine']:.8f}, batch rows within {proof['max_row_difference']:.1e}"
     )
+    if manifest.cpu:
+        click.echo(f"  for CPU        {manifest.cpu['why']}: min cosine {manifest.cpu['min_cosine']:.8f}")
     click.echo(f"  contract id    {manifest.contract_id}")
     click.echo(
         f"{'unchanged' if reused else 'written'}: {folder} ({manifest.dim}-d, opset {manifest.serving['opset']})"
