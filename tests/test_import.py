@@ -179,6 +179,18 @@ def test_a_second_import_of_the_same_file_has_nothing_to_do(tmp_path: Path, face
     assert existing_import(folder, source, None) is None
 
 
+def test_variants_outlive_an_import_that_gives_the_same_serving_onnx(tmp_path: Path, faces: np.ndarray) -> None:
+    path = save(tiny_net(), tmp_path / "net.onnx")
+    run_import(path, faces)
+    variants = tmp_path / "models" / "net" / "variants"
+    variants.mkdir()
+    (variants / "int8-cpu.json").write_text("{}")
+    run_import(path, faces)
+    assert (variants / "int8-cpu.json").read_text() == "{}"
+    run_import(path, faces, Preprocessing("bgr"))
+    assert not variants.exists()
+
+
 def test_a_manifest_that_cannot_be_used_says_why(tmp_path: Path, faces: np.ndarray) -> None:
     run_import(save(tiny_net(), tmp_path / "net.onnx"), faces)
     file = tmp_path / "models/net/manifest.json"

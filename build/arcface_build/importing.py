@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arcface_build.atomic import new_folder, write_json
-from arcface_build.errors import SourceRefused, WrongUse
+from arcface_build.errors import Missing, SourceRefused, WrongUse
 from arcface_build.flavour import (
     Flavour,
     check_width,
@@ -132,6 +132,7 @@ def import_model(
             cpu=cpu,
         )
         write_json(temporary / FILE, manifest.to_json())
+        _keep_variants(folder, temporary, manifest)
     return manifest
 
 
@@ -204,6 +205,16 @@ def tool_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _keep_variants(old: Path, new: Path, manifest: Manifest) -> None:
+    """Variants (hours of search, perhaps) outlive a new import that gives the same serving ONNX; others are stale."""
+    try:
+        same = load_manifest(old).serving["sha256"] == manifest.serving["sha256"]
+    except (Missing, WrongUse, KeyError):
+        return
+    if same and (old / "variants").is_dir():
+        shutil.copytree(old / "variants", new / "variants")
 
 
 def _described(path: Path) -> dict[str, str | int]:
