@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.errors import SourceRefused
 from arcface_build.graph import Step
+from arcface_build.graph.blocked_layout import blocked_layout
 from arcface_build.graph.dynamic_batch import dynamic_batch
 from arcface_build.graph.fold_batchnorm import fold_batchnorm
 from arcface_build.graph.fold_constants import fold_constants
@@ -273,6 +274,34 @@ def test_the_channel_order_costs_a_node_only_where_no_convolution_can_take_it(
     assert step.why.endswith(f"channel order: {order}")
     assert ops(model, "Gather") == (order == "Gather")
     np.testing.assert_allclose(run(model, faces), raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_the_cpu_form_computes_the_same_without_leaving_the_blocked_layout() -> None:
+    model = tiny_net(bn_before_conv=True)
+    before = run(model)
+    step = blocked_layout(model)
+    assert step.why == "2 PRelu and 4 BatchNormalization as depthwise 1×1 Conv"
+    assert (ops(model, "PRelu"), ops(model, "BatchNormalization")) == (1, 4)  # 3 and 12 channels are not blocked
+    np.testing.assert_allclose(run(model), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("slope", [0.25, 0.0, 1.0, 1.7, -0.4])
+def test_prelu_as_convolutions_is_exact_for_any_slope(slope: float) -> None:
+    slopes = np.full((8, 1, 1), slope, np.float32)
+    model = chain(("PRelu", ["a"], {}), x=["N", 8, 5, 5], a=slopes)
+    x = RNG.normal(0, 3, (2, 8, 5, 5)).astype(np.float32)
+    expected = run(model, x)
+    assert blocked_layout(model).changed
+    np.testing.assert_allclose(run(model, x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "slopes", [np.float32([[[0.25]]]), np.full((6, 1, 1), 0.25, np.float32), np.full((8, 5, 5), 0.25, np.float32)]
+)
+def test_prelu_without_one_slope_a_blocked_channel_stays(slopes: np.ndarray) -> None:
+    model = chain(("PRelu", ["a"], {}), x=["N", max(len(slopes), 2), 5, 5], a=slopes)
+    step = blocked_layout(model)
+    assert (step.changed, step.why) == (False, "nothing to rewrite")
 
 
 def test_a_zero_embedding_stays_zero_instead_of_nan() -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arcface_build.atomic import new_folder, write_json
-from arcface_build.errors import SourceRefused, WrongUse
+from arcface_build.errors import Missing, SourceRefused, WrongUse
 from arcface_build.flavour import (
     Flavour,
     check_width,
@@ -24,6 +25,7 @@ from arcface_build.flavour import (
     read_source,
 )
 from arcface_build.graph import Step
+from arcface_build.graph.blocked_layout import blocked_layout
 from arcface_build.graph.dynamic_batch import dynamic_batch
 from arcface_build.graph.fold_batchnorm import fold_batchnorm
 from arcface_build.graph.fold_constants import fold_constants
@@ -31,7 +33,7 @@ from arcface_build.graph.repair_source import repair_source
 from arcface_build.graph.serving import serving_form
 from arcface_build.graph.upgrade_opset import opset_of, upgrade_opset
 from arcface_build.manifest import FILE, Manifest, load_manifest
-from arcface_build.proof import Reference, prove, reference_embeddings
+from arcface_build.proof import Proof, Reference, prove, reference_embeddings
 from arcface_build.sources import Source, file_digest
 from arcface_clients.contract import Preprocessing, contract_id
 
@@ -40,7 +42,8 @@ if TYPE_CHECKING:
 
 SOURCE_FILE = "source.onnx"
 SERVING_FILE = "serving.onnx"
-CONVERSION = 1  # raise it when the steps give another graph: earlier imports are then done again
+CPU_FILE = "serving_cpu.onnx"
+CONVERSION = 2  # raise it when the steps give another graph: earlier imports are then done again
 TOOLS = ("arcface-triton", "onnx", "onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu", "insightface", "numpy")
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -81,21 +84,31 @@ def import_model(
         else:
             copy.write_bytes(repaired.model.SerializeToString(deterministic=True))
         reference = Reference(copy, preprocessing, label)
-        expected = reference_embeddings(reference, faces, lambda done, total: progress("reference", done, total))
+        expected = reference_embeddings(reference, faces, partial(progress, "reference"))
         dim = check_width(expected.shape[1], label)
         progress("convert", 0, 1)
         serving, steps = to_serving(repaired.model, preprocessing, dim)
         _save_checked(serving, temporary / SERVING_FILE)
         opset = opset_of(serving)
-        del serving, model, repaired.model.graph.initializer[:]
-        proof = prove(
-            temporary / SERVING_FILE,
-            faces,
-            expected,
-            reference,
-            faces_from,
-            lambda done, total: progress("prove", done, total),
-        )
+        for_cpu = blocked_layout(serving)
+        if for_cpu.changed:
+            _save_checked(for_cpu.model, temporary / CPU_FILE)
+        del serving, model, for_cpu.model.graph.initializer[:], repaired.model.graph.initializer[:]
+
+        def proved(file: str) -> Proof:
+            told = partial(progress, f"prove {file}")
+            return prove(temporary / file, faces, expected, reference, faces_from, told)
+
+        proof = proved(SERVING_FILE)
+        cpu = None
+        if for_cpu.changed:
+            cpu_proof = proved(CPU_FILE)
+            cpu = {
+                **_described(temporary / CPU_FILE),
+                "why": for_cpu.why,
+                "min_cosine": cpu_proof.min_cosine,
+                "max_row_difference": cpu_proof.max_row_difference,
+            }
         manifest = Manifest(
             name=folder.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -113,17 +126,13 @@ def import_model(
             dim=dim,
             contract_id=contract_id(source.sha256, preprocessing, dim),
             steps=[step.to_json() for step in (repaired, *steps)],
-            serving={
-                "file": SERVING_FILE,
-                "sha256": file_digest(temporary / SERVING_FILE),
-                "opset": opset,
-                "conversion": CONVERSION,
-                "bytes": (temporary / SERVING_FILE).stat().st_size,
-            },
+            serving={**_described(temporary / SERVING_FILE), "opset": opset, "conversion": CONVERSION},
             proof=proof.to_json(),
             tools=tool_versions(),
+            cpu=cpu,
         )
         write_json(temporary / FILE, manifest.to_json())
+        _keep_variants(folder, temporary, manifest)
     return manifest
 
 
@@ -167,8 +176,11 @@ def existing_import(folder: Path, source: Source, stated: Preprocessing | None) 
             and (stated is None or manifest.wants() == stated)
             and (source.preprocessing is None or stated is not None or manifest.wants() == source.preprocessing)
             and (stated is not None or manifest.preprocessing["why"] != "stated by the caller")
-            and file_digest(folder / SERVING_FILE) == manifest.serving["sha256"]
-            and file_digest(folder / SOURCE_FILE) == manifest.source["copy"]["sha256"]
+            and all(
+                file_digest(folder / part["file"]) == part["sha256"]
+                for part in (manifest.serving, manifest.source["copy"], manifest.cpu)
+                if part
+            )
         )
     except (WrongUse, KeyError, OSError):
         return None
@@ -193,6 +205,20 @@ def tool_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _keep_variants(old: Path, new: Path, manifest: Manifest) -> None:
+    """Variants (hours of search, perhaps) outlive a new import that gives the same serving ONNX; others are stale."""
+    try:
+        same = load_manifest(old).serving["sha256"] == manifest.serving["sha256"]
+    except (Missing, WrongUse, KeyError):
+        return
+    if same and (old / "variants").is_dir():
+        shutil.copytree(old / "variants", new / "variants")
+
+
+def _described(path: Path) -> dict[str, str | int]:
+    return {"file": path.name, "sha256": file_digest(path), "bytes": path.stat().st_size}
 
 
 def _save_checked(model: onnx.ModelProto, path: Path) -> None:

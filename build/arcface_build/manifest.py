@@ -23,9 +23,11 @@ class Manifest:
     flavour: the fields of `arcface_build.flavour.Flavour`.
     preprocessing: color, mean, std (0..255 units) and `why`, from what that was read.
     steps: step, changed, why, in the order in which they ran.
-    serving: file, sha256, opset, bytes.
+    serving: file, sha256, opset, bytes, conversion.
     proof: see `arcface_build.proof.Proof`.
     tools: package → version.
+    cpu: the same network in the form for ONNX Runtime's CPU provider (graph.blocked_layout): file, sha256, bytes, why,
+        min_cosine, max_row_difference; None where that form is the same.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Manifest:
     proof: dict[str, Any]
     tools: dict[str, str]
     precision: str = "fp32"
+    cpu: dict[str, Any] | None = None
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +73,7 @@ def load_manifest(folder: Path) -> Manifest:
         got = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise WrongUse(f"{path} has format {got!r}: expected {FORMAT}. {again}.")
     wanted = Manifest.__dataclass_fields__
-    missing = [key for key in wanted if key not in data and key not in ("precision", "format")]
+    missing = [key for key in wanted if key not in data and key not in ("precision", "format", "cpu")]
     if missing:
         raise WrongUse(f"{path} lacks {', '.join(missing)}. {again}.")
     return Manifest(**{key: value for key, value in data.items() if key in wanted})

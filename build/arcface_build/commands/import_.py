@@ -87,11 +87,14 @@ def command(
             progress=lambda done, total: progress("build the demo network", done, total),
         )
         folder = models_dir / check_name(name or found.name)
+        had_variants = (folder / "variants").is_dir()
         manifest = None if force else existing_import(folder, found, stated)
         reused = manifest is not None
         if manifest is None:
             crops, faces_from = read_faces(faces) if faces else drawn_faces()
             manifest = import_model(found, folder, crops, faces_from, stated=stated, progress=progress)
+    if had_variants and not (folder / "variants").is_dir():
+        click.echo(f"the serving ONNX is another one now: {folder}/variants were of the old one and are gone", err=True)
     installed = None
     if not no_assemble:
         from arcface_build.assemble import assemble
@@ -162,6 +165,8 @@ def _report(manifest, folder: Path, reused: bool, installed: dict[str, int] | No
         f"  proof          {proof['faces']} faces ({proof['faces_from']}) against {proof['reference']}: "
         f"min cosine {proof['min_cosine']:.8f}, batch rows within {proof['max_row_difference']:.1e}"
     )
+    if manifest.cpu:
+        click.echo(f"  for CPU        {manifest.cpu['why']}: min cosine {manifest.cpu['min_cosine']:.8f}")
     click.echo(f"  contract id    {manifest.contract_id}")
     click.echo(
         f"{'unchanged' if reused else 'written'}: {folder} ({manifest.dim}-d, opset {manifest.serving['opset']})"

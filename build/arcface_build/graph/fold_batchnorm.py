@@ -24,7 +24,7 @@ def fold_batchnorm(model: onnx.ModelProto) -> Step:
     index = GraphIndex(graph)
     folded, kept = [], 0
     for node in [n for n in graph.node if n.op_type == "BatchNormalization"]:
-        affine = _affine(index, node)
+        affine = affine_of(index, node)
         if affine is not None and (_into_maker(index, known, node, *affine) or _into_user(index, known, node, *affine)):
             folded.append(node)
         else:
@@ -43,7 +43,7 @@ def fold_batchnorm(model: onnx.ModelProto) -> Step:
     return Step("fold_batchnorm", model, True, f"{len(folded)} folded into their neighbour{rest}")
 
 
-def _affine(index: GraphIndex, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray] | None:
+def affine_of(index: GraphIndex, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray] | None:
     """(s, t) of y = s·x + t per channel, float64; None where a parameter is computed at run time."""
     values = [index.constant(name) for name in node.input[1:5]]
     if any(value is None for value in values):
