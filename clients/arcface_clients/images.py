@@ -73,16 +73,29 @@ def read_face(path: str | Path) -> np.ndarray:
     """One crop uint8 (112,112,3) BGR; grey becomes BGR, transparency is dropped, EXIF orientation is applied.
 
     Raises:
-        InvalidFaces: not an image, or not 112×112.
+        InvalidFaces: not an image, cut off, or not 112×112.
         OSError: the file cannot be read.
+    """
+    return decode_face(np.fromfile(path, np.uint8))
+
+
+def decode_face(data: np.ndarray) -> np.ndarray:
+    """A crop as `read_face` gives it, from a file's bytes uint8 (n,).
+
+    Raises:
+        InvalidFaces: as `read_face`.
+        DependencyMissing: OpenCV is not installed.
     """
     try:
         import cv2
     except ImportError as exc:
         raise DependencyMissing(f"reading images needs OpenCV ({exc}): pip install opencv-python-headless") from exc
-    data = np.fromfile(path, np.uint8)
     if not data.size:
         raise InvalidFaces("the file is empty")
+    encoded = data.tobytes()
+    # OpenCV fills what is missing of a JPEG with grey and says nothing: scan data must be followed by an end mark.
+    if encoded.startswith(b"\xff\xd8") and encoded.rfind(b"\xff\xd9") < encoded.rfind(b"\xff\xda"):
+        raise InvalidFaces("a JPEG that is cut off")
     try:
         image = cv2.imdecode(data, cv2.IMREAD_COLOR)
     except cv2.error as exc:  # larger than OpenCV's limit on pixels

@@ -1,7 +1,8 @@
-"""`arcface embed`: face crops in, an .npz with their embeddings and names out."""
+"""`arcface embed`: face crops, or photos, in; their embeddings and names, as .npz or Parquet, out."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,29 +16,95 @@ Examples:
   arcface embed crops/ -o embeddings.npz
   arcface embed 'people/*/*.jpg' -o people.npz --url grpc://gpu-host:8001
   arcface embed faces.npz -o embeddings.npz --force
+  arcface embed photos/ -o photos.npz --detect
+  arcface embed crops/ db.parquet -o all.parquet --url gpu-1:8001 --url gpu-2:8001
+
+A .parquet output is for any number of faces: memory stays bounded, an interrupted or killed run is gone on with by the
+same command, what could not be read is listed in OUTPUT.bad.jsonl. With --engine ray Ray Data does it.
 """
 
 
 @click.command(epilog=EPILOG, context_settings={"show_default": True})
 @click.argument("sources", nargs=-1, required=True, metavar="FOLDER_OR_FILES...")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .npz to write."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The .npz or .parquet to write.",
 )
-@click.option("--url", default="localhost:8001", envvar="ARCFACE_URL", help="Server to ask.")
+@click.option(
+    "--url",
+    "urls",
+    multiple=True,
+    default=["localhost:8001"],
+    envvar="ARCFACE_URL",
+    help="Server to ask; several share the work of a .parquet.",
+)
 @click.option("--model", default="arcface", help="Served model.")
 @click.option(
     "--timeout-s", type=click.FloatRange(0, min_open=True), default=120.0, help="Longest wait for one request."
 )
-@click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--detect", is_flag=True, help="The sources are photos: find and align every face in them.")
+@click.option(
+    "--detector",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="ARCFACE_DETECTOR",
+    help="YuNet's ONNX.  [default: in ~/.cache/arcface-triton/detectors]",
+)
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="Who does the work of a .parquet.")
+@click.option("--actors", type=click.IntRange(1), help="Ray actors.  [default: one a URL]")
+@click.option("--force", is_flag=True, help="Overwrite the output, start an unfinished one over.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(
-    sources: tuple[str, ...], output: Path, url: str, model: str, timeout_s: float, force: bool, as_json: bool
+    sources: tuple[str, ...],
+    output: Path,
+    urls: tuple[str, ...],
+    model: str,
+    timeout_s: float,
+    detect: bool,
+    detector: Path | None,
+    engine: str,
+    actors: int | None,
+    force: bool,
+    as_json: bool,
 ) -> int:
-    """Embed face crops (112×112, aligned) from folders, files, globs or .npz through a server.
+    """Embed face crops (112×112, aligned) from folders, files, globs, .npz, .npy or Parquet through a server.
 
-    What cannot be read is listed with the reason and left out. The .npz holds `paths`, `embeddings` float32 (N,D) of
-    unit length, `contract_id` and `model`.
+    What cannot be read is listed with the reason and left out. A .npz holds `paths`, `embeddings` float32 (N,D) of
+    unit length, `contract_id` and `model`; a .parquet the columns path, identity, embedding, contract_id and digest.
     """
+    if output.suffix not in (".npz", ".parquet"):
+        raise WrongUse(
+            f"the output is {output.name!r}; expected a name that ends in .npz or .parquet, such as {output.stem}.npz"
+        )
+    if output.exists() and not force:
+        raise WrongUse(f"{output} is there already. Choose another name, or overwrite it: --force")
+    if output.suffix == ".npz" and (len(urls) > 1 or engine == "ray"):
+        raise WrongUse(f"several servers and --engine ray write Parquet. Name the output {output.stem}.parquet")
+    if detect:
+        from arcface_clients.detect import find_model
+
+        detector = find_model(detector)
+    elif detector is not None and "ARCFACE_DETECTOR" not in os.environ:
+        raise WrongUse("--detector is for photos: add --detect")
+    found_by = detector if detect else None
+    if output.suffix == ".parquet":
+        from arcface_build.commands.embed_parquet import embed_to_parquet
+
+        return embed_to_parquet(sources, output, urls, model, timeout_s, found_by, engine, actors, force, as_json)
+    return _embed_to_npz(sources, output, urls[0], model, timeout_s, found_by, as_json)
+
+
+def _embed_to_npz(
+    sources: tuple[str, ...],
+    output: Path,
+    url: str,
+    model: str,
+    timeout_s: float,
+    detector: Path | None,
+    as_json: bool,
+) -> int:
     import json
 
     import numpy as np
@@ -47,10 +114,6 @@ def command(
     from arcface_clients import TritonEmbedder
     from arcface_clients.images import Crop, find_files, read_crops
 
-    if output.suffix != ".npz":
-        raise WrongUse(f"the output is {output.name!r}; expected a name that ends in .npz, such as {output.stem}.npz")
-    if output.exists() and not force:
-        raise WrongUse(f"{output} is there already. Choose another name, or overwrite it: --force")
     files = find_files(sources)
     errors = Console(stderr=True)
     names: list[str] = []
@@ -69,7 +132,12 @@ def command(
                 yield name
                 progress.advance(bar)
 
-        for batch in _batches(read_crops(told()), served.max_batch_size * embedder.in_flight, refused):
+        crops = read_crops(told())
+        if detector:
+            from arcface_clients.detect import FaceDetector, detect_crops
+
+            crops = detect_crops(told(), FaceDetector(detector))
+        for batch in _batches(crops, served.max_batch_size * embedder.in_flight, refused):
             rows.append(embedder.encode([crop.face for crop in batch]))
             names.extend(crop.name for crop in batch)
         dim = embedder.embedding_dim
@@ -78,7 +146,12 @@ def command(
     if not names:
         raise WrongUse(
             f"no face could be read from {' '.join(sources)} ({len(files)} files found, {len(refused)} refused); "
-            "expected aligned 112×112 crops. Nothing was written"
+            + (
+                "expected photos that show a face."
+                if detector
+                else "expected aligned 112×112 crops; photos need --detect."
+            )
+            + " Nothing was written"
         )
     embeddings = np.concatenate(rows)
     with new_file(output) as temporary, temporary.open("wb") as file:

@@ -1,0 +1,85 @@
+"""The Parquet side of `arcface embed`: sources of any size and servers in, one Parquet file and a summary out."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from arcface_build.errors import WrongUse
+from arcface_clients import TritonEmbedder
+from arcface_clients.bulk.job import Job, Plan, run_local
+from arcface_clients.bulk.parts import bad_path
+
+
+def embed_to_parquet(
+    sources: tuple[str, ...],
+    output: Path,
+    urls: tuple[str, ...],
+    model: str,
+    timeout_s: float,
+    detector: Path | None,
+    engine: str,
+    actors: int | None,
+    start_over: bool,
+    as_json: bool,
+) -> int:
+    """Run the job, or what is left of it, and print the summary; 0.
+
+    Raises:
+        WrongUse: there is nothing to embed.
+        ArcFaceError: what the servers raise; the same command goes on from there.
+    """
+    connect = partial(_connect, model, timeout_s)
+    errors = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with ExitStack() as stack:
+        engines = [stack.enter_context(connect(url)) for url in urls]
+        served = engines[0].ensure_ready()
+        plan = Plan(
+            tuple(str(Path(source)) for source in sources),
+            served.contract_id,
+            engines[0].embedding_dim,
+            detector=str(detector) if detector else None,
+        )
+        job = stack.enter_context(Job(output, plan, start_over))
+        if not job.items:
+            raise WrongUse(f"nothing to embed in {' '.join(sources)}: expected images, .npz, .npy or Parquet files.")
+        progress = stack.enter_context(Progress(*columns, console=errors, disable=not errors.is_terminal))
+        left = sum(1 for _ in job.pending())
+        if left < job.units:
+            click.echo(f"going on: {job.units - left} of {job.units} units were finished before", err=True)
+        bar = progress.add_task("faces", total=job.items)
+        progress.advance(bar, max(0, job.items - left * plan.unit_rows))
+        if engine == "ray":
+            from arcface_clients.bulk.on_ray import run_on_ray
+
+            run_on_ray(job, connect, urls, actors or len(urls), partial(progress.advance, bar))
+        else:
+            run_local(job, engines, partial(progress.advance, bar))
+        rows, refused = job.finish()
+    summary = {
+        "output": str(output),
+        "faces": rows,
+        "embedding_dim": plan.dim,
+        "contract_id": plan.contract_id,
+        "model": model,
+        "refused": refused,
+        "refused_list": str(bad_path(output)) if refused else None,
+    }
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        left_out = f", {refused} not read: {bad_path(output)}" if refused else ""
+        click.echo(f"{output}: {rows} embeddings of {plan.dim} numbers from {model}{left_out}")
+    return 0
+
+
+def _connect(model: str, timeout_s: float, url: str) -> TritonEmbedder:
+    """A module-level function, so that Ray can send it."""
+    return TritonEmbedder(url, model, timeout_s=timeout_s)

@@ -1,0 +1,259 @@
+"""Sources and an output name in; the units that are still to do, and at the end one Parquet file, out.
+
+Beside OUTPUT.parquet lies OUTPUT.parquet.parts/ while the job is under way: units.jsonl (what to do), plan.json (with
+what), part-N.parquet (unit N, done). A part has its name only when it is whole and synced, so a run that was killed
+at any moment is gone on with: no unit is missing, none is there twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arcface_clients.atomic import new_file
+from arcface_clients.bulk.parts import is_whole, merge_parts, part_path, schema, write_part
+from arcface_clients.bulk.read import Item, read_unit
+from arcface_clients.bulk.units import Unit, plan_units, unit_size
+from arcface_clients.errors import ConfigError, ContractMismatch
+
+if TYPE_CHECKING:
+    from arcface_clients.detect import FaceDetector
+    from arcface_clients.engines.protocol import EmbeddingEngine
+
+UNIT_ROWS = 2048  # what a kill may cost: four minutes of a network that gives 8 faces/s
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides the rows of a job; a job that was begun with another plan is not gone on with."""
+
+    sources: tuple[str, ...]
+    contract_id: str | None
+    dim: int
+    unit_rows: int = UNIT_ROWS
+    detector: str | None = None  # the detector's file; None: the sources are crops
+    min_score: float = 0.7
+
+    def open_detector(self) -> FaceDetector | None:
+        """The detector that the plan names."""
+        if self.detector is None:
+            return None
+        from arcface_clients.detect import FaceDetector
+
+        return FaceDetector(self.detector, min_score=self.min_score)
+
+
+class Job:
+    """The folder of a job; one process at a time may hold it."""
+
+    def __init__(self, output: Path | str, plan: Plan, start_over: bool = False) -> None:
+        """Begin the job or go on with it.
+
+        Raises:
+            ConfigError: another process is at it, or it was begun with other sources or settings.
+            ContractMismatch: it was begun with another model.
+        """
+        self.output = Path(output).absolute()
+        self.folder = self.output.with_name(f"{self.output.name}.parts")
+        self.plan = plan
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
+        except OSError as exc:
+            self._lock.close()
+            raise ConfigError(
+                f"another process is writing {self.output}: expected one at a time. Wait for it, or give another name."
+            ) from exc
+        try:
+            if start_over:
+                self._empty()
+            self._begin()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _begin(self) -> None:
+        file = self.folder / "plan.json"
+        mine = json.loads(json.dumps(asdict(self.plan)))
+        if file.exists():
+            begun = json.loads(file.read_text())
+            if begun["plan"]["contract_id"] != mine["contract_id"]:
+                raise ContractMismatch(
+                    f"{self.output} was begun with contract {begun['plan']['contract_id']}, the model that is served "
+                    f"now has {mine['contract_id']}: expected one model for all rows. Start over: --force"
+                )
+            different = [key for key in mine if begun["plan"].get(key) != mine[key]]
+            if different:
+                raise ConfigError(
+                    f"{self.output} was begun with other {', '.join(different)}: expected "
+                    f"{[begun['plan'].get(key) for key in different]}, got {[mine[key] for key in different]}. "
+                    "Give the same, or start over: --force"
+                )
+            self.units, self.items = begun["units"], begun["items"]
+            return
+        self._empty()
+        self.units = self.items = 0
+        with new_file(self.folder / "units.jsonl") as temporary, temporary.open("w") as lines:
+            for unit in plan_units(self.plan.sources, self.plan.unit_rows):
+                lines.write(json.dumps(unit) + "\n")
+                self.units += 1
+                self.items += unit_size(unit)
+        with new_file(file) as temporary:
+            temporary.write_text(json.dumps({"plan": mine, "units": self.units, "items": self.items}))
+
+    def _empty(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                path.unlink()
+
+    def pending(self) -> Iterator[tuple[int, Unit]]:
+        """Number and unit of what is not done yet, in order; read line by line."""
+        with (self.folder / "units.jsonl").open() as lines:
+            for number, line in enumerate(lines):
+                if not is_whole(part_path(self.folder, number)):
+                    yield number, json.loads(line)
+
+    def finish(self) -> tuple[int, int]:
+        """Merge the parts into the output and remove the folder; returns rows and refusals."""
+        parts = (part_path(self.folder, number) for number in range(self.units))
+        counts = merge_parts(parts, self.output, schema(self.plan.dim, self.plan.contract_id))
+        shutil.rmtree(self.folder)
+        return counts
+
+    def close(self) -> None:
+        """Let another process have the job."""
+        self._lock.close()
+
+    def __enter__(self) -> Job:
+        """The job itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+
+class Stopped(Exception):
+    """A unit was given up because the run ends; its part was not written."""
+
+
+def embed_unit(
+    folder: Path,
+    number: int,
+    unit: Unit,
+    engine: EmbeddingEngine,
+    plan: Plan,
+    detector: FaceDetector | None = None,
+    advance: Callable[[int], object] = lambda count: None,
+    stop: threading.Event | None = None,
+) -> tuple[int, int]:
+    """Write the part of one unit; returns rows and refusals. Memory: two requests of faces, and the unit's rows.
+
+    Raises:
+        ContractMismatch: the engine is of another contract than the plan.
+        ArcFaceError: what the engine raises; nothing was written then.
+        Stopped: `stop` was set.
+    """
+    if engine.contract_id != plan.contract_id:
+        raise ContractMismatch(
+            f"this job is of contract {plan.contract_id}, {engine!r} serves {engine.contract_id}: expected one model "
+            "behind all URLs. Serve the same one everywhere: arcface serve"
+        )
+    names: list[str] = []
+    identities: list[str | None] = []
+    digests: list[bytes] = []
+    refused: list[tuple[str, str]] = []
+
+    def faces() -> Iterator[np.ndarray]:
+        for item in read_unit(unit, detector):
+            if stop is not None and stop.is_set():
+                raise Stopped
+            if item.face is None:
+                refused.append((item.name, item.refused))
+                continue
+            names.append(item.name)
+            identities.append(item.identity)
+            digests.append(_digest(item))
+            yield item.face
+
+    rows: list[np.ndarray] = []
+    for row in _stream(engine, faces()):
+        rows.append(row)
+        advance(len(row))
+    advance(unit_size(unit) - len(names))
+    embeddings = np.concatenate(rows) if rows else np.empty((0, plan.dim), np.float32)
+    write_part(part_path(folder, number), names, identities, embeddings, digests, refused, plan.contract_id)
+    return len(names), len(refused)
+
+
+def run_local(
+    job: Job, engines: Sequence[EmbeddingEngine], advance: Callable[[int], object] = lambda count: None
+) -> None:
+    """Do what is pending, a thread for each engine (one a server); Ctrl-C gives up the units under way at once.
+
+    Raises:
+        ArcFaceError: what an engine raises; the others stop too, and the job can be gone on with.
+    """
+    free: SimpleQueue[tuple[EmbeddingEngine, FaceDetector | None]] = SimpleQueue()
+    for engine in engines:
+        free.put((engine, job.plan.open_detector()))
+    stop = threading.Event()
+
+    def work(number: int, unit: Unit) -> None:
+        engine, detector = free.get()
+        try:
+            embed_unit(job.folder, number, unit, engine, job.plan, detector, advance, stop)
+        finally:
+            free.put((engine, detector))
+
+    pool = ThreadPoolExecutor(len(engines), thread_name_prefix="arcface-bulk")
+    under_way: set[Future[None]] = set()
+    pending = job.pending()
+    try:
+        while True:
+            while len(under_way) <= len(engines) and (entry := next(pending, None)) is not None:
+                under_way.add(pool.submit(work, *entry))
+            if not under_way:
+                return
+            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _stream(engine: Any, faces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Embeddings (n,D) of a stream of faces: several requests in flight where the engine can."""
+    if hasattr(engine, "encode_stream"):
+        for row in engine.encode_stream(faces):
+            yield row[None]
+        return
+    batch: list[np.ndarray] = []
+    for face in faces:
+        batch.append(face)
+        if len(batch) == BATCH:
+            yield engine.encode(np.stack(batch))
+            batch = []
+    if batch:
+        yield engine.encode(np.stack(batch))
+
+
+def _digest(item: Item) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(item.face)).digest()

@@ -1,0 +1,300 @@
+"""Bulk embedding: any source to one Parquet file, in bounded memory, through kills, each face once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from arcface_clients.bulk.job import Job, Plan, run_local
+from arcface_clients.bulk.parts import bad_path, read_embeddings
+from arcface_clients.bulk.read import read_unit
+from arcface_clients.bulk.units import plan_units, unit_size
+from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
+from arcface_clients.synthetic import synthetic_faces
+from people import CONTRACT, PixelEngine
+
+pq = pytest.importorskip("pyarrow.parquet")
+import pyarrow as pa  # noqa: E402
+
+DIM = 64
+
+
+@pytest.fixture(scope="module")
+def faces() -> np.ndarray:
+    return synthetic_faces(30)
+
+
+@pytest.fixture(scope="module")
+def sources(faces: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of people, an .npz, a compressed .npz, a .npy and two Parquet files: 30 faces each way, some bad."""
+    root = tmp_path_factory.mktemp("sources")
+    for i, face in enumerate(faces[:10]):
+        (root / "crops" / f"p{i % 3}").mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(root / "crops" / f"p{i % 3}" / f"{i}.png"), face)
+    cv2.imwrite(str(root / "crops" / "loose.png"), faces[10])
+    (root / "crops" / "p1" / "broken.jpg").write_bytes(b"no image")
+    cv2.imwrite(str(root / "crops" / "p2" / "large.png"), np.zeros((200, 200, 3), np.uint8))
+    jpeg = cv2.imencode(".jpg", faces[0])[1].tobytes()
+    (root / "crops" / "p0" / "cut_off.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    np.savez(root / "stored.npz", faces=faces)
+    np.savez_compressed(root / "packed.npz", faces=faces)
+    np.save(root / "plain.npy", faces)
+    np.save(root / "floats.npy", faces[:3].astype(np.float32))
+    np.savez(root / "other.npz", something=np.zeros(3))
+    rows = {"path": [f"db/{i}" for i in range(30)], "identity": [f"p{i % 4}" for i in range(30)]}
+    encoded: list[bytes | None] = [cv2.imencode(".png", face)[1].tobytes() for face in faces]
+    encoded[7], encoded[8] = None, b"no image"
+    pq.write_table(pa.table({"image": encoded, **rows}), root / "images.parquet", row_group_size=9)
+    pq.write_table(pa.table({"face": [face.tobytes() for face in faces]}), root / "raw.parquet", row_group_size=7)
+    pq.write_table(pa.table({"x": [1]}), root / "nothing.parquet")
+    return root
+
+
+def run(
+    output: Path, sources: Sequence[str | Path], engine: PixelEngine | None = None, workers: int = 2, unit_rows: int = 4
+) -> tuple[int, int]:
+    engine = engine or PixelEngine(DIM)
+    plan = Plan(tuple(map(str, sources)), engine.contract_id, DIM, unit_rows)
+    with Job(output, plan) as job:
+        run_local(job, [engine] * workers)
+        return job.finish()
+
+
+def rows_of(output: Path) -> dict[str, tuple[str | None, np.ndarray]]:
+    found: dict[str, tuple[str | None, np.ndarray]] = {}
+    for paths, identities, embeddings in read_embeddings(output):
+        for path, identity, row in zip(paths, identities, embeddings, strict=True):
+            assert path not in found, "a double row"
+            found[path] = (identity, row)
+    return found
+
+
+def bad_of(output: Path) -> dict[str, str]:
+    lines = bad_path(output).read_text().splitlines()
+    return {line["path"]: line["reason"] for line in map(json.loads, lines)}
+
+
+def test_a_folder_of_people_becomes_rows_with_identity_digest_and_contract(
+    faces: np.ndarray, sources: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.parquet"
+    assert run(output, [sources / "crops"]) == (11, 3)
+    table = pq.read_table(output)
+    assert table.schema.names == ["path", "identity", "embedding", "contract_id", "digest"]
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), DIM)
+    assert set(table.column("contract_id").to_pylist()) == {CONTRACT}
+    assert table.schema.metadata[b"contract_id"] == CONTRACT.encode()
+    expected = PixelEngine(DIM).encode(faces)
+    for path, identity, embedding, digest in zip(
+        *(table.column(n).to_pylist() for n in ("path", "identity", "embedding", "digest")), strict=True
+    ):
+        name = Path(path).stem
+        number = 10 if name == "loose" else int(name)
+        assert identity == (None if name == "loose" else f"p{number % 3}")
+        assert np.allclose(embedding, expected[number], atol=1e-6)
+        assert digest == hashlib.sha256(faces[number].tobytes()).digest()
+    bad = {Path(path).name: reason for path, reason in bad_of(output).items()}
+    assert bad == {
+        "broken.jpg": "not an image that OpenCV can decode, or cut off",
+        "cut_off.jpg": "a JPEG that is cut off",
+        "large.png": "expected an aligned crop of 112×112 pixels, got 200×200",
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "out.parquet.bad.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["stored.npz", "packed.npz", "plain.npy", "raw.parquet"])
+@pytest.mark.parametrize("unit_rows", [4, 1000])
+def test_arrays_and_parquet_give_every_row_once(
+    faces: np.ndarray, sources: Path, tmp_path: Path, name: str, unit_rows: int
+) -> None:
+    assert run(tmp_path / "out.parquet", [sources / name], unit_rows=unit_rows) == (30, 0)
+    rows = rows_of(tmp_path / "out.parquet")
+    expected = PixelEngine(DIM).encode(faces)
+    assert list(rows) == [f"{sources / name}[{i}]" for i in range(30)]
+    assert np.allclose(np.stack([row for _, row in rows.values()]), expected, atol=1e-6)
+    assert not bad_path(tmp_path / "out.parquet").exists()
+
+
+def test_parquet_keeps_its_paths_and_identities_and_names_bad_rows(
+    faces: np.ndarray, sources: Path, tmp_path: Path
+) -> None:
+    assert run(tmp_path / "out.parquet", [sources / "images.parquet"]) == (28, 2)
+    rows = rows_of(tmp_path / "out.parquet")
+    assert rows["db/29"][0] == "p1"
+    assert np.allclose(rows["db/29"][1], PixelEngine(DIM).encode(faces)[29], atol=1e-6)
+    bad = bad_of(tmp_path / "out.parquet")
+    assert list(bad) == ["db/7", "db/8"]
+    assert bad["db/7"] == "no bytes in this row"
+
+
+def test_a_glob_and_whole_number_floats_are_read_and_files_of_other_kinds_named(sources: Path, tmp_path: Path) -> None:
+    rows, bad = run(
+        tmp_path / "out.parquet",
+        [str(sources / "crops" / "p*" / "[0-9].png"), sources / "floats.npy", sources / "other.npz",
+         sources / "nothing.parquet", sources / "nowhere.png"],
+    )  # fmt: skip
+    assert (rows, bad) == (13, 3)
+    reasons = {Path(path).name: reason for path, reason in bad_of(tmp_path / "out.parquet").items()}
+    assert reasons["other.npz"] == "expected faces of shape (N, 112, 112, 3) in C order, got float64 (3,)"
+    assert "has the columns x: expected one of face, image, bytes" in reasons["nothing.parquet"]
+    assert reasons["nowhere.png"] == "No such file or directory"
+    assert [identity for identity, _ in list(rows_of(tmp_path / "out.parquet").values())[:2]] == ["p0", "p0"]
+
+
+def test_a_file_that_breaks_in_the_middle_costs_only_its_rest(faces: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "whole.npy", faces)
+    whole = (tmp_path / "whole.npy").read_bytes()
+    (tmp_path / "broken.npy").write_bytes(whole[: len(whole) - 10 * 37_632 - 5])
+    units = list(plan_units([tmp_path / "broken.npy"], 8))
+    assert [unit_size(unit) for unit in units] == [8, 8, 8, 6]
+    items = [item for unit in units for item in read_unit(unit)]
+    assert len(items) == 30
+    assert all(item.face is not None for item in items[:16])
+    assert items[29].refused == "the file became unreadable here (cut off)"
+
+
+def test_a_job_that_was_killed_is_gone_on_with_and_no_row_is_lost_or_double(tmp_path: Path) -> None:
+    np.save(tmp_path / "faces.npy", np.random.default_rng(0).integers(0, 256, (400, 112, 112, 3), dtype=np.uint8))
+    output = tmp_path / "out.parquet"
+    script = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from people import PixelEngine\n"
+        "from arcface_clients.bulk.job import Job, Plan, run_local\n"
+        "class Slow(PixelEngine):\n"
+        "    def encode(self, faces):\n"
+        "        time.sleep(0.02)\n"
+        "        return super().encode(faces)\n"
+        "engine = Slow(64)\n"
+        "with Job(sys.argv[3], Plan((sys.argv[2],), engine.contract_id, 64, 10)) as job:\n"
+        "    run_local(job, [engine])\n"
+        "    print(job.finish(), engine.faces_seen)\n"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "faces.npy"), str(output)]
+    parts = tmp_path / "out.parquet.parts"
+    for kill_at in (5, 12, 25):
+        with subprocess.Popen(command) as process:
+            deadline = time.monotonic() + 20
+            while len(list(parts.glob("part-*.parquet"))) < kill_at and time.monotonic() < deadline:
+                time.sleep(0.005)
+            os.kill(process.pid, signal.SIGKILL)
+        assert not output.exists()
+        assert len(list(parts.glob("part-*.parquet"))) >= kill_at
+    torn = parts / "part-00000003.parquet"
+    torn.write_bytes(torn.read_bytes()[:200])  # what a disk that lost its cache may leave
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows, seen = answer.rsplit(" ", 1)
+    assert rows == "(400, 0)"
+    assert int(seen) <= 160
+    found = rows_of(output)
+    assert list(found) == [f"{tmp_path / 'faces.npy'}[{i}]" for i in range(400)]
+    assert np.allclose(
+        np.stack([row for _, row in found.values()]),
+        PixelEngine(DIM).encode(np.load(tmp_path / "faces.npy")),
+        atol=1e-6,
+    )
+    assert not parts.exists()
+
+
+def test_a_server_that_dies_stops_all_workers_and_the_job_is_gone_on_with(sources: Path, tmp_path: Path) -> None:
+    class Dying(PixelEngine):
+        def encode(self, faces: np.ndarray) -> np.ndarray:
+            if len(self.calls) >= 3:
+                raise ServerUnreachable("gone")
+            return super().encode(faces)
+
+    output = tmp_path / "out.parquet"
+    with pytest.raises(ServerUnreachable):
+        run(output, [sources / "stored.npz"], Dying(DIM))
+    assert not output.exists()
+    engine = PixelEngine(DIM)
+    assert run(output, [sources / "stored.npz"], engine) == (30, 0)
+    assert engine.faces_seen == 30 - 3 * 4
+    assert len(rows_of(output)) == 30
+
+
+def test_another_model_other_sources_or_a_second_process_are_refused(sources: Path, tmp_path: Path) -> None:
+    plan = Plan((str(sources / "plain.npy"),), CONTRACT, DIM, 4)
+    with Job(tmp_path / "out.parquet", plan), pytest.raises(ConfigError, match="another process is writing"):
+        Job(tmp_path / "out.parquet", plan)
+    with pytest.raises(ContractMismatch, match=r"expected one model for all rows\. Start over: --force"):
+        Job(tmp_path / "out.parquet", Plan(plan.sources, "d" * 64, DIM, 4))
+    with pytest.raises(ConfigError, match="was begun with other sources, unit_rows"):
+        Job(tmp_path / "out.parquet", Plan((str(sources),), CONTRACT, DIM, 5))
+    with Job(tmp_path / "out.parquet", plan) as job, pytest.raises(ContractMismatch, match="behind all URLs"):
+        run_local(job, [PixelEngine(DIM), PixelEngine(DIM, contract_id="e" * 64)])
+    with Job(tmp_path / "out.parquet", Plan((str(sources),), CONTRACT, DIM, 5), start_over=True) as job:
+        assert job.units > 0
+
+
+def test_workers_share_the_units(tmp_path: Path) -> None:
+    np.save(
+        tmp_path / "faces.npy",
+        np.zeros((40, 112, 112, 3), np.uint8) + np.arange(40, dtype=np.uint8)[:, None, None, None],
+    )
+    met = threading.Barrier(2, timeout=10)
+
+    class Meeting(PixelEngine):
+        def encode(self, faces: np.ndarray) -> np.ndarray:
+            if not self.calls:
+                met.wait()  # passes only when both work at a time
+            self.calls.append(len(faces))
+            return np.ones((len(faces), DIM), np.float32) / 8
+
+    engines = [Meeting(DIM), Meeting(DIM)]
+    done: list[int] = []
+    with Job(tmp_path / "out.parquet", Plan((str(tmp_path / "faces.npy"),), CONTRACT, DIM, 5)) as job:
+        run_local(job, engines, done.append)
+        assert job.finish() == (40, 0)
+    assert sum(done) == 40
+    assert sum(map(sum, (engine.calls for engine in engines))) == 40
+
+
+def test_planning_a_large_tree_holds_no_list_of_it(tmp_path: Path) -> None:
+    for person in range(20):
+        (tmp_path / f"{person:02}").mkdir()
+        for i in range(5):
+            (tmp_path / f"{person:02}" / f"{i}.jpg").touch()
+    units = plan_units([tmp_path], 7)
+    first = next(units)
+    assert [identity for _, identity, _ in first["items"]] == ["00"] * 5 + ["01"] * 2
+    assert sum(map(unit_size, units)) == 93
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray warns about itself, and leaves sockets and files to its garbage collector
+def test_two_ray_workers_write_the_same_file(sources: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'arcface-triton[ray]'")
+    from arcface_clients.bulk.on_ray import run_on_ray
+
+    engine = PixelEngine(DIM)
+    run(tmp_path / "local.parquet", [sources / "crops", sources / "stored.npz"])
+    plan = Plan((str(sources / "crops"), str(sources / "stored.npz")), engine.contract_id, DIM, 4)
+    done: list[int] = []
+    try:
+        with Job(tmp_path / "ray.parquet", plan) as job:
+            run_on_ray(job, partial(engine_of, tmp_path), ["first", "second"], actors=2, advance=done.append)
+            assert job.finish() == (41, 3)
+    finally:
+        ray.shutdown()
+    assert sum(done) == 44
+    assert {path.name for path in tmp_path.glob("used-*")} == {"used-first", "used-second"}
+    assert pq.read_table(tmp_path / "ray.parquet").equals(pq.read_table(tmp_path / "local.parquet"))
+    assert {(tmp_path / name).exists() for name in ("ray.parquet.bad.jsonl", "local.parquet.bad.jsonl")} == {True}
+
+
+def engine_of(folder: Path, url: str) -> PixelEngine:
+    """What an actor makes of a URL; leaves a file by which the test knows that this URL was used."""
+    (folder / f"used-{url}").touch()
+    return PixelEngine(DIM)
