@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from arcface_build.errors import Missing, PlanRefused, ProofFailed
 from arcface_build.repository import install, served_folder, served_manifest
+from arcface_build.serving.choose import gpu_sm
 from arcface_clients.drift import DRIFT_LIMITS
 
 if TYPE_CHECKING:
@@ -42,12 +43,15 @@ def assemble(
     imported = _imported(model_dir)
     manifest = dict(imported)
     weights, extra = model_dir / "serving.onnx", ""
+    if imported.get("cpu") and gpu_sm() is None:  # the same network in the form that ONNX Runtime's CPU kernels like
+        weights = model_dir / imported["cpu"]["file"]
     if variant is not None and variant.precision != "fp32":
         if not (variant.sidecar or {}).get("passed"):
             raise ProofFailed(f"{variant.file} of {imported['name']} has not passed its gate. Next: arcface quantize")
         weights, extra = model_dir / variant.file, variant.accelerator_pbtxt()
         told = {key: value for key, value in variant.to_json().items() if key != "reason"}
         manifest |= {"precision": variant.precision, "variant": told}
+    manifest["weights"] = weights.relative_to(model_dir).as_posix()
     return {
         # The reference first: a version of arcface_onnx never stands there without what proves it.
         "arcface_reference": install(
