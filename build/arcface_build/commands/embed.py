@@ -118,7 +118,6 @@ def _embed_to_npz(
     errors = Console(stderr=True)
     names: list[str] = []
     refused: list[Crop] = []
-    rows: list[np.ndarray] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         TritonEmbedder(url, model, timeout_s=timeout_s) as embedder,
@@ -137,9 +136,16 @@ def _embed_to_npz(
             from arcface_clients.detect import FaceDetector, detect_crops
 
             crops = detect_crops(told(), FaceDetector(detector))
-        for batch in _batches(crops, served.max_batch_size * embedder.in_flight, refused):
-            rows.append(embedder.encode([crop.face for crop in batch]))
-            names.extend(crop.name for crop in batch)
+
+        def readable() -> Iterator[np.ndarray]:
+            for crop in crops:
+                if crop.face is None:
+                    refused.append(crop)
+                else:
+                    names.append(crop.name)
+                    yield crop.face
+
+        rows = list(embedder.encode_stream(readable()))  # files are read while the server works
         dim = embedder.embedding_dim
     for crop in refused:
         click.echo(f"not read: {crop.name}: {crop.refused}", err=True)
@@ -153,7 +159,7 @@ def _embed_to_npz(
             )
             + " Nothing was written"
         )
-    embeddings = np.concatenate(rows)
+    embeddings = np.stack(rows)
     with new_file(output) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
@@ -176,18 +182,3 @@ def _embed_to_npz(
         left_out = f", {len(refused)} not read" if refused else ""
         click.echo(f"{output}: {len(names)} embeddings of {dim} numbers from {model}{left_out}")
     return 0
-
-
-def _batches(crops: Iterator, size: int, refused: list) -> Iterator[list]:
-    """Lists of up to `size` readable crops; the others go to `refused`."""
-    batch: list = []
-    for crop in crops:
-        if crop.face is None:
-            refused.append(crop)
-            continue
-        batch.append(crop)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
