@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,9 +15,15 @@ import pytest
 from arcface_build.bench.contestants import in_process
 from arcface_build.bench.cpu_time import watch_cpu
 from arcface_build.bench.interleaved import Sample, Variant, Work, measure_in_turns, ratio, undisturbed_rounds
-from arcface_build.bench.perf_analyzer import Load, PerfAnalyzer, find_perf_analyzer, work_from_timestamps
+from arcface_build.bench.perf_analyzer import (
+    Load,
+    PerfAnalyzer,
+    find_perf_analyzer,
+    work_from_timestamps,
+    write_input_data,
+)
 from arcface_build.bench.result import regressions, summarise
-from arcface_build.errors import Missing, WrongUse
+from arcface_build.errors import BuildError, Missing, WrongUse
 
 
 def _ms(*values: float) -> np.ndarray:
@@ -157,3 +164,36 @@ def test_missing_library_is_named_with_its_package() -> None:
         pytest.skip("this perf_analyzer is a script")
     with pytest.raises(Missing, match=r"needs libcudart.so.12, which this host has not. Next: pip install"):
         PerfAnalyzer(program.path, {"LD_LIBRARY_PATH": "/nonexistent"}).check()
+
+
+def test_bench_measures_the_running_server_with_the_real_perf_analyzer(server, demo_repository, tmp_path):
+    from click.testing import CliRunner
+
+    from arcface_build.commands.bench import command
+
+    _perf_analyzer()
+    arguments = ["--url", server.grpc_url, "--http-url", server.http_url, "--model-repository", str(demo_repository)]
+    arguments += ["--batch", "4", "--rounds", "1", "--sample-s", "0.1", "--json", str(tmp_path / "bench.json")]
+    first = CliRunner().invoke(command, [*arguments, "--insightface"], catch_exceptions=False)
+    assert first.exit_code == 0, first.output
+    result = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["name"]: row for row in result["variants"]}
+    assert set(rows) == {"bare b4", "insightface b1", "insightface b4", "arcface_onnx grpc b4 c2", "arcface grpc b4 c2"}
+    served = rows["arcface grpc b4 c2"]
+    assert served["faces_per_s"]["median"] > 1
+    assert served["cpu_ms_per_face"]["median"] > 0.1, "the server's CPU time was not seen"
+    assert served["server"]["arcface_onnx"]["compute_infer_ms"] > 0.1
+    assert served["server"]["arcface_onnx"]["faces_per_execution"] >= 4
+    assert {(r["variant"], r["base"]) for r in result["ratios"]} >= {
+        ("arcface grpc b4 c2", "arcface_onnx grpc b4 c2"),
+        ("arcface grpc b4 c2", "bare b4"),
+        ("arcface grpc b4 c2", "insightface b1"),
+    }
+    assert result["host"]["cores"] >= 1
+
+
+def test_a_model_that_the_server_has_not_is_an_error_with_its_reason(server, tmp_path):
+    program = _perf_analyzer()
+    data = write_input_data(np.zeros((1, 112, 112, 3), np.uint8), tmp_path / "faces.json")
+    with pytest.raises(BuildError, match=r"perf_analyzer failed on nonesuch grpc b1 c1 at .*nonesuch"):
+        program.measure(Load("nonesuch", "grpc", 1, 1), server.grpc_url, data, 1)

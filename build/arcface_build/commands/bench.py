@@ -22,6 +22,7 @@ Examples:
   arcface bench --insightface --json bench.json       beside InsightFace in-process, one face a call and batched
   arcface bench --protocol grpc --protocol grpc-shm --batch 1 --batch 32 --concurrency 1 --concurrency 4
   arcface bench --url gpu-host:8001 --http-url gpu-host:8000 --no-bare
+  arcface bench --waterfall --batch 8 --html waterfall.html
   arcface bench --against bench.json                  exit 1 when a ratio fell beyond margin and spread
 """
 
@@ -51,6 +52,9 @@ class Target:
 @click.option("--rounds", default=7, type=click.IntRange(1), help="Undisturbed rounds; each measures everything once.")
 @click.option("--sample-s", default=3.0, type=click.FloatRange(0), help="Seconds of one sample, about.")
 @click.option("--json", "json_to", type=click.Path(path_type=Path), help="Write the result here; - prints it.")
+@click.option("--csv", "csv_to", type=click.Path(path_type=Path), help="Write a line for each variant.")
+@click.option("--html", "html_to", type=click.Path(path_type=Path), help="Write one page with plots.")
+@click.option("--waterfall", is_flag=True, help="Where the time goes, from bare runtime to HTTP JSON, one caller.")
 @click.option("--against", type=click.Path(path_type=Path, exists=True), help="An older result to check against.")
 @click.option("--margin", default=0.03, help="Relative fall of a ratio beyond the spread that counts as worse.")
 def command(
@@ -69,19 +73,30 @@ def command(
     rounds: int,
     sample_s: float,
     json_to: Path | None,
+    csv_to: Path | None,
+    html_to: Path | None,
+    waterfall: bool,
     against: Path | None,
     margin: float,
 ) -> int:
     """Measure throughput through the server beside the bare runtime, in turns, in one run."""
-    from arcface_build.atomic import write_json
+    from arcface_build.atomic import new_file, write_json
     from arcface_build.bench import contestants
     from arcface_build.bench.host import describe_host
     from arcface_build.bench.interleaved import measure_in_turns
     from arcface_build.bench.perf_analyzer import Load, find_perf_analyzer, write_input_data
     from arcface_build.bench.result import regressions, summarise
+    from arcface_build.bench.waterfall import waterfall as waterfall_rows
+    from arcface_build.bench.waterfall import waterfall_loads
+    from arcface_build.errors import WrongUse
+    from arcface_build.reports.bench_page import bench_csv, bench_page
 
     old = json.loads(against.read_text()) if against else None
     loads = [Load(*parts) for parts in product(models, protocols, batches, callers)]
+    if waterfall:
+        if len(batches) > 1 or not bare:
+            raise WrongUse("--waterfall wants one --batch and the bare runtime; got several, or --no-bare.")
+        loads, models = waterfall_loads(batches[0]), ("arcface_onnx", "arcface")
     program = find_perf_analyzer()
     faces = _faces(sources, max(batches))
     host = describe_host()
@@ -111,6 +126,12 @@ def command(
         with _progress(len(variants) * (rounds + 1)) as advance:
             samples = measure_in_turns(variants, rounds, sample_s, advance)
     result = summarise(variants, samples, host) | {"faces": len(faces), "faces_from": list(sources) or "drawn"}
+    if waterfall:
+        result["waterfall"] = waterfall_rows(samples, result["rounds"]["kept"], batches[0])
+    for path, write in ((csv_to, bench_csv), (html_to, bench_page)):
+        if path:
+            with new_file(path) as temporary:
+                temporary.write_text(write(result))
     if json_to and str(json_to) != "-":
         write_json(json_to, result)
     click.echo(json.dumps(result, indent=2) if str(json_to) == "-" else render(result))
@@ -132,6 +153,9 @@ def render(result: dict[str, Any]) -> str:
     lines += ["", "ratio of throughput, within a round: median (p10–p90)"]
     for row in result["ratios"]:
         lines.append(f"  {row['median']:.3f} ({row['low']:.3f}–{row['high']:.3f})  {row['variant']} / {row['base']}")
+    for row in result.get("waterfall", []):
+        over = row["over_bare_us"]
+        lines.append(f"  {row['step']:26} {row['ms_per_face']['median']:8.3f} ms a face  {over['median']:+8.1f} µs")
     rounds = result["rounds"]
     lines.append(
         f"{len(rounds['kept'])} of {rounds['measured']} rounds kept: {result['host']['cpu']}, "

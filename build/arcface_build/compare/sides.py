@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,21 +44,22 @@ def open_side(text: str, models_dir: Path = Path("models"), model: str | None = 
     """
     path = Path(text)
     suffix = path.suffix.lower()
+    label = "/".join(path.parts[-2:]) if path.is_absolute() else text  # reports are passed on
     if suffix in (*SAVED, ".onnx", *PLANS):
         if not path.is_file():
             raise Missing(f"there is no file {path}. Expected embeddings, an ONNX file or a plan.")
         if suffix in SAVED:
-            yield _saved(path)
+            yield replace(_saved(path), label=label)
         elif suffix == ".onnx" and not _is_serving(path):
             with EngineRegistry.get("insightface", file=path) as engine:
-                yield Side(f"InsightFace on {text}", "fp32", engine.contract_id, engine.encode)
+                yield Side(f"InsightFace on {label}", "fp32", engine.contract_id, engine.encode)
         else:
             from arcface_build.compare.runs import embed_with, plan_runner, session_runner
 
             runner = session_runner(path) if suffix == ".onnx" else plan_runner(path)
             facts = _facts_beside(path)
             yield Side(
-                text, facts.get("precision", "fp32"), facts.get("contract_id"), lambda faces: embed_with(runner, faces)
+                label, facts.get("precision", "fp32"), facts.get("contract_id"), lambda faces: embed_with(runner, faces)
             )
     elif ":" in text:
         from arcface_clients import TritonEmbedder
