@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import pytest
 
+from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.job import Job, Plan, run_local
 from arcface_clients.bulk.parts import bad_path, read_embeddings
 from arcface_clients.bulk.read import read_unit
@@ -298,3 +299,62 @@ def engine_of(folder: Path, url: str) -> PixelEngine:
     """What an actor makes of a URL; leaves a file by which the test knows that this URL was used."""
     (folder / f"used-{url}").touch()
     return PixelEngine(DIM)
+
+
+def arcface_embed(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", "from arcface_build.cli import main; main()", "embed", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_writes_parquet_through_a_real_server(server, sources: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.parquet"
+    urls = ["--url", server.grpc_url, "--url", server.grpc_url]
+    done = arcface_embed(sources / "crops", sources / "stored.npz", "-o", output, *urls, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["faces"], summary["refused"]) == (41, 3)
+    assert summary["refused_list"] == str(bad_path(output))
+    rows = rows_of(output)
+    with TritonEmbedder(server.grpc_url) as embedder:
+        expected = embedder.encode(np.load(sources / "stored.npz")["faces"])
+        contract = embedder.contract_id
+    found = np.stack([row for path, (_, row) in rows.items() if "stored" in path])
+    assert np.einsum("nd,nd->n", found, expected).min() > 1 - 1e-5
+    assert summary["contract_id"] == contract
+    assert set(pq.read_table(output).column("contract_id").to_pylist()) == {contract}
+
+
+def test_the_command_finds_the_faces_of_photos(server, assets: Path, tmp_path: Path) -> None:
+    person = sorted((assets / "faces" / "raw250").iterdir())[3]
+    options = ["--detect", "--detector", assets / "detectors" / "face_detection_yunet_2023mar.onnx"]
+    for output in (tmp_path / "out.npz", tmp_path / "out.parquet"):
+        done = arcface_embed(person, "-o", output, "--url", server.grpc_url, *options)
+        assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "out.parquet")
+    with np.load(tmp_path / "out.npz") as saved:
+        assert saved["paths"].tolist() == list(rows)
+        assert len(rows) >= 8
+        assert {path.rsplit("[", 1)[0] for path in rows} == {str(path) for path in person.iterdir()}
+        assert np.abs(saved["embeddings"] - np.stack([row for _, row in rows.values()])).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "out.npz", "--url", "a:1", "--url", "b:1"], "several servers and --engine ray write Parquet"),
+        (["-o", "out.csv"], "expected a name that ends in .npz or .parquet, such as out.npz"),
+        (["-o", "out.npz", "--detector", "x.onnx"], "--detector is for photos: add --detect"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = arcface_embed(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_nothing_to_embed_leaves_nothing_behind(server, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = arcface_embed(tmp_path / "empty", "-o", tmp_path / "out.parquet", "--url", server.grpc_url)
+    assert done.returncode == 2
+    assert "nothing to embed in" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]

@@ -49,6 +49,7 @@ def embed_to_parquet(
         )
         job = stack.enter_context(Job(output, plan, start_over))
         if not job.items:
+            job.discard()
             raise WrongUse(f"nothing to embed in {' '.join(sources)}: expected images, .npz, .npy or Parquet files.")
         progress = stack.enter_context(Progress(*columns, console=errors, disable=not errors.is_terminal))
         left = sum(1 for _ in job.pending())

@@ -131,8 +131,12 @@ class Job:
         """Merge the parts into the output and remove the folder; returns rows and refusals."""
         parts = (part_path(self.folder, number) for number in range(self.units))
         counts = merge_parts(parts, self.output, schema(self.plan.dim, self.plan.contract_id))
-        shutil.rmtree(self.folder)
+        self.discard()
         return counts
+
+    def discard(self) -> None:
+        """Remove the folder and what was done."""
+        shutil.rmtree(self.folder)
 
     def close(self) -> None:
         """Let another process have the job."""
