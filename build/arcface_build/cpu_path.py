@@ -32,7 +32,7 @@ class Choice:
     precision: str
     runtime: str
     reason: str
-    sidecar: str | None = None
+    sidecar: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the field names as keys."""
@@ -142,6 +142,8 @@ def choose(
         flags: instruction sets; default: this CPU's.
         openvino: whether the provider is there; default: looked up.
     """
+    from arcface_build.variants.sidecar import read_sidecar  # which itself stands on this module
+
     flags = cpu_flags() if flags is None else flags
     openvino = has_openvino() if openvino is None else openvino
     runtimes = ("openvino-bf16", "openvino-fp32") if has_bf16(flags) else ("openvino-fp32",)
@@ -150,15 +152,14 @@ def choose(
         ("int8", has_int8(flags), "no 8-bit dot product (avx512_vnni, avx_vnni, amx_int8) on this CPU"),
         ("bf16", has_bf16(flags), "no bf16 instructions (avx512_bf16, amx_bf16) on this CPU"),
     ):
-        path = model_dir / "variants" / f"{precision}-cpu.json"
+        sidecar = read_sidecar(model_dir, precision, "cpu")
         if not openvino:
             passed_over.append(f"{precision}: this ONNX Runtime has no OpenVINO provider")
         elif not instructions:
             passed_over.append(f"{precision}: {why_not}")
-        elif not path.is_file():
-            passed_over.append(f"{precision}: none that passed its gate in {path.parent}")
+        elif sidecar is None:
+            passed_over.append(f"{precision}: none that passed its gate (arcface quantize makes one)")
         else:
-            sidecar = json.loads(path.read_text())
             drifts = {gate["runtime"]: gate["drift"]["max_drift"] for gate in sidecar["gates"] if gate["passed"]}
             runtime = next((r for r in runtimes if r in drifts), None)
             if precision == "bf16" and runtime != "openvino-bf16":
@@ -169,8 +170,7 @@ def choose(
                 passed_over.append(f"{precision}: drift {drifts[runtime]:.2g} is above {max_drift:g}")
             else:
                 reason = f"{precision} passed its gate (drift {drifts[runtime]:.2g}) and this CPU has its instructions"
-                file = sidecar["file"]
-                return Choice(file, precision, runtime, _with(reason, passed_over), str(path.relative_to(model_dir)))
+                return Choice(sidecar["file"], precision, runtime, _with(reason, passed_over), sidecar)
     runtime = "openvino-fp32" if openvino else "onnxruntime"
     return Choice("serving.onnx", "fp32", runtime, _with("fp32, which needs no gate of its own", passed_over))
 

@@ -27,7 +27,9 @@ Exit codes: 0 passed, 1 refused by the gate, 2 wrong use, 3 something needed is 
 @click.option("--eval-faces", default=400, type=click.IntRange(1), help="At most so many of them.")
 @click.option("--calibration", help="Ranges from: FOLDER, .npz or synthetic. Default: a draw from --eval.")
 @click.option(
-    "--max-drift", type=click.FloatRange(0, 2), help="Limit of 1 − cosine per face, instead of the gate's own."
+    "--max-drift",
+    type=click.FloatRange(0, 2),
+    help="Limit of 1 − cosine per face; default: comparison.max_drift of the configuration.",
 )
 @click.option("--search/--no-search", default=True, help="Find the layers to keep where the plain variant fails.")
 @click.option("--keep", multiple=True, help="A layer (node name) that stays in higher precision; may be repeated.")
@@ -55,6 +57,7 @@ def command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from arcface_build.variants.make import Wish, make_variant
+    from arcface_clients.config import load_config
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -64,8 +67,9 @@ def command(
             task = bars.add_task(title, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
-        wish = Wish(precision, target, eval_source, eval_faces, calibration, max_drift, search, keep, recipe)
-        sidecar = make_variant(models_dir / name, wish, stage)
+        limit = getattr(load_config().comparison.max_drift, precision) if max_drift is None else max_drift
+        wish = Wish(precision, target, eval_source, eval_faces, calibration, limit, search, keep, recipe)
+        sidecar, _ = make_variant(models_dir / name, wish, stage)
     if as_json:
         click.echo(json.dumps(sidecar, indent=2))
     else:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BINS = 4096
 BATCH = 8
+_SHARES = np.concatenate([np.geomspace(0.05, 0.4, 12), np.linspace(0.42, 1, 30)])  # of the range seen
 LEVELS = {"cpu": (0, 255), "tensorrt": (-127, 127)}
 Progress = Callable[[int, int], None]
 
@@ -77,20 +78,25 @@ def least_error_range(histogram: Histogram, target: str) -> tuple[float, float]:
         histogram: values seen.
         target: "cpu" (256 levels, any zero point) or "tensorrt" (255 levels around 0).
     """
-    keep = histogram.counts > 0
-    values, counts = histogram.centres()[keep], histogram.counts[keep].astype(np.float64)
-    shares = np.concatenate([np.geomspace(0.05, 0.4, 12), np.linspace(0.42, 1, 30)])
-    if target == "tensorrt":
-        bound = max(-histogram.low, histogram.high, 1e-12)
-        candidates = [(-share * bound, share * bound) for share in shares]
-    else:
-        lows = shares * histogram.low if histogram.low < 0 else [0.0]
-        highs = shares * histogram.high if histogram.high > 0 else [0.0]
-        candidates = [(low, high) for low in lows for high in highs if high - low > 1e-12]
-    if not candidates:  # the tensor is zero everywhere
+    seen = histogram.counts > 0
+    values, counts = histogram.centres()[seen], histogram.counts[seen].astype(np.float64)
+    bound = max(-histogram.low, histogram.high)
+    if bound <= 0:  # the tensor is zero everywhere
         return -1.0, 1.0
-    errors = [float(counts @ np.square(values - on_grid(values, *ends, target))) for ends in candidates]
-    return candidates[int(np.argmin(errors))]
+
+    def error(low: float, high: float) -> float:
+        return float(counts @ np.square(values - on_grid(values, low, high, target)))
+
+    if target == "tensorrt":
+        best = min(_SHARES * bound, key=lambda end: error(-end, end))
+        return -float(best), float(best)
+    low, high = histogram.low, histogram.high
+    for _ in range(2):  # one end at a time: the ends hardly depend on each other
+        if histogram.low < 0:
+            low = float(min(_SHARES * histogram.low, key=lambda end: error(end, high)))
+        if histogram.high > 0:
+            high = float(min(_SHARES * histogram.high, key=lambda end: error(low, end)))
+    return low, high
 
 
 def on_grid(values: np.ndarray, low: float, high: float, target: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from arcface_build.errors import Missing, WrongUse
 from arcface_build.variants.int8 import quantize_convolutions
-from arcface_build.variants.typed import to_float16
+from arcface_build.variants.typed import rounded_as_float16, to_float16
 
 if TYPE_CHECKING:
     import onnx
@@ -44,6 +44,10 @@ class Recipe:
         if self.precision == "int8":
             return quantize_convolutions(serving, self.ranges[self.target], self.target, self.keep)
         return to_float16(serving, self.keep)
+
+    def stand_in(self, serving: onnx.ModelProto) -> onnx.ModelProto:
+        """What is judged in its place: for fp16 a model that rounds as a GPU would, else the variant itself."""
+        return rounded_as_float16(serving, self.keep) if self.precision == "fp16" else self.apply(serving)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the field names as keys."""

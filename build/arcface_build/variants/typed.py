@@ -116,6 +116,55 @@ def to_float16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.Model
     return typed
 
 
+def rounded_as_float16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
+    """A float32 model that computes what `to_float16(model, keep)` means: each result of its body rounded to float16.
+
+    For judging on a CPU: there ONNX Runtime computes float16 nodes in float32 and drops the roundings between them, so
+    that the typed file itself shows too little drift and never overflows.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    half = set(body_nodes(model)) - set(keep)
+    weights = {i.name: i for i in model.graph.initializer}
+    floats = _float_tensors(model)
+    rounded: dict[str, str] = {}
+    extra: dict[str, onnx.TensorProto] = {}
+    nodes: list[onnx.NodeProto] = []
+
+    def round_tensor(name: str) -> str:
+        if name not in floats:
+            return name
+        if name not in rounded:
+            rounded[name] = f"{name}.rounded"
+            if name in weights:
+                with np.errstate(over="ignore"):
+                    array = numpy_helper.to_array(weights[name]).astype(np.float16).astype(np.float32)
+                extra[name] = numpy_helper.from_array(array, rounded[name])
+            else:
+                nodes.append(helper.make_node("Cast", [name], [f"{name}.fp16"], to=TensorProto.FLOAT16))
+                nodes.append(helper.make_node("Cast", [f"{name}.fp16"], [rounded[name]], to=TensorProto.FLOAT))
+        return rounded[name]
+
+    made_in_half: set[str] = set()
+    for node in model.graph.node:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        wants = node.name in half
+        copy.input[:] = [round_tensor(i) if wants or i in made_in_half else i for i in node.input]
+        nodes.append(copy)
+        if wants:
+            made_in_half.update(node.output)
+    emulated = onnx.ModelProto()
+    emulated.CopyFrom(model)
+    used = {name for node in nodes for name in node.input}
+    del emulated.graph.node[:], emulated.graph.initializer[:], emulated.graph.value_info[:]
+    emulated.graph.node.extend(nodes)
+    emulated.graph.initializer.extend(w for name, w in weights.items() if name in used)
+    emulated.graph.initializer.extend(extra.values())
+    return emulated
+
+
 def _float_tensors(model: onnx.ModelProto) -> set[str]:
     """Names of all float32 tensors, weights included."""
     import onnx

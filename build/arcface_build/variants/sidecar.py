@@ -1,0 +1,116 @@
+"""A variant on disk: model, recipe and verdicts in; models/NAME/variants/ files that appear whole or not at all, out.
+
+    variants/int8-cpu.onnx            what passed; `file` of the sidecar names it, from the model folder on
+    variants/int8-cpu.json            sidecar: contract id, recipe, calibration, gates, sha256
+    variants/int8-cpu.search.png      drift against layers kept, where there was a search
+    variants/int8-cpu.onnx.refused    what failed its gate, with .json.refused beside it; never served
+
+A bf16 variant is the serving ONNX itself, computed in bf16 by OpenVINO: it has a sidecar only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arcface_build.atomic import new_file, write_json
+from arcface_build.errors import WrongUse
+from arcface_build.importing import tool_versions
+from arcface_build.manifest import Manifest
+from arcface_build.sources import file_digest
+from arcface_build.variants.eval_set import FaceSet
+from arcface_build.variants.gate import Verdict
+from arcface_build.variants.recipe import Recipe
+
+if TYPE_CHECKING:
+    import onnx
+
+FORMAT = 1
+
+
+def variants_folder(model_dir: Path) -> Path:
+    """Where the variants of a model stand."""
+    return model_dir / "variants"
+
+
+def read_sidecar(model_dir: Path, precision: str, target: str) -> dict[str, Any] | None:
+    """The sidecar of a variant that passed, None where there is none.
+
+    Raises:
+        WrongUse: it is not JSON of this format, or names a serving ONNX that has been replaced since.
+    """
+    path = variants_folder(model_dir) / f"{precision}-{target}.json"
+    if not path.is_file():
+        return None
+    again = f"Make it again: arcface quantize {model_dir.name} --precision {precision} --target {target}"
+    try:
+        sidecar = json.loads(path.read_text())
+    except ValueError as exc:
+        raise WrongUse(f"{path} is not JSON ({exc}). {again}") from exc
+    if not isinstance(sidecar, dict) or sidecar.get("format") != FORMAT:
+        raise WrongUse(f"{path} is no sidecar of format {FORMAT}. {again}")
+    file = model_dir / sidecar["file"]
+    if not file.is_file():
+        raise WrongUse(f"{path} names {sidecar['file']}, which is gone. {again}")
+    return sidecar
+
+
+def write_variant(
+    model_dir: Path,
+    manifest: Manifest,
+    precision: str,
+    target: str,
+    model: onnx.ModelProto | None,
+    recipe: Recipe | None,
+    verdicts: Sequence[Verdict],
+    faces: FaceSet,
+) -> tuple[dict[str, Any], Path]:
+    """Write model and sidecar, as .refused where the first verdict (of the runtime that it is for) is no.
+
+    Args:
+        model_dir: models/NAME/.
+        manifest: of that folder.
+        precision, target: name the variant.
+        model: the typed ONNX; None for bf16.
+        recipe: how it was made; None for bf16.
+        verdicts: one a runtime.
+        faces: what it was judged by.
+
+    Returns:
+        The sidecar and where it stands.
+    """
+    folder, name = variants_folder(model_dir), f"{precision}-{target}"
+    passed = verdicts[0].passed
+    suffix = "" if passed else ".refused"
+    path = folder / f"{name}.json{suffix}"
+    file, digest = manifest.serving["file"], manifest.serving["sha256"]
+    if model is not None:
+        file = f"variants/{name}.onnx{suffix}"
+        path.unlink(missing_ok=True)  # never a sidecar beside a file that is not its own
+        with new_file(model_dir / file) as temporary:
+            temporary.write_bytes(model.SerializeToString(deterministic=True))
+        digest = file_digest(model_dir / file)
+    sidecar = {
+        "format": FORMAT,
+        "name": manifest.name,
+        "precision": precision,
+        "target": target,
+        "file": file,
+        "sha256": digest,
+        "serving_sha256": manifest.serving["sha256"],
+        "contract_id": manifest.contract_id,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "passed": passed,
+        "gates": [verdict.to_json() for verdict in verdicts],
+        "eval": faces.to_json(),
+        "recipe": recipe.to_json() if recipe else None,
+        "tools": tool_versions(),
+    }
+    write_json(path, sidecar)
+    if passed:
+        for stale in (folder / f"{name}.onnx.refused", folder / f"{name}.json.refused"):
+            stale.unlink(missing_ok=True)
+    return sidecar, path
