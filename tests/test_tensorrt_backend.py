@@ -20,7 +20,7 @@ import tritonclient.grpc as triton
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
 from arcface_clients.synthetic import synthetic_faces
-from tiny_onnx import DIM, tiny_onnx
+from tiny_onnx import DIM, tiny_onnx, write_tiny
 
 REPO = Path(__file__).resolve().parent.parent
 TESTS = REPO / "tests"
@@ -162,3 +162,24 @@ def test_a_host_without_a_gpu_says_so(
     install('__version__ = "10.3.0"\n')
     with pytest.raises(ServerFailed, match=r"no GPU 0 on this host \(CUDA error \d+, 0 GPUs\)"):
         start_triton(repository, ["arcface_trt"])
+
+
+@pytest.mark.gpu
+def test_a_real_plan_is_served_on_a_real_gpu(
+    repository: Path, triton_binary: TritonBinary, start_triton: Callable[..., Any], tmp_path: Path
+) -> None:
+    from arcface_build.plans.build import Proof, build_plan, tensorrt_version
+    from arcface_build.plans.gpu import find_gpus
+    from arcface_build.plans.spec import BuilderOptions, PlanSpec, sm_tag
+    from arcface_build.plans.typed import read_typed_onnx
+
+    faces, sm = synthetic_faces(70), find_gpus()[0].sm
+    typed = read_typed_onnx(write_tiny(tmp_path / "tiny.onnx"))
+    options = BuilderOptions(external_tactics=False)
+    spec = PlanSpec("tiny", typed.sha256, "fp32", sm, tensorrt_version(), 1, 32, 64, options)
+    plan = repository / "arcface_trt" / "1" / f"{sm_tag(sm)}.plan"
+    build_plan(typed, spec, plan, Proof(faces, reference(faces)))
+    server = start_triton(repository, ["arcface_trt"])
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        for count in (1, 2, 7, 64):
+            np.testing.assert_allclose(ask(client, faces[:count]), reference(faces[:count]), atol=1e-4)
