@@ -1,9 +1,9 @@
 """Stands for TensorRT and CUDA on hosts without a GPU: the API that is called, with ONNX Runtime inside.
 
 A fixture puts it on a process's path as `tensorrt`, so everything around TensorRT is real: Polygraphy, the child
-process, tritonserver. Environment: FAKE_TRT_VERSION (8.6.0, 10.3.0, 11.0.0: each lacks what that version lacks);
-FAKE_TRT_FAULT: crash, oom, error, slow, fp32 (kernels of another precision than asked), drift (wrong numbers);
-FAKE_SM (86). The tests that use it run on the real TensorRT behind the marker `gpu`.
+process, tritonserver. Environment: FAKE_SM (86); FAKE_TRT_VERSION (8.6.0, 10.3.0, 11.0.0: each lacks what that version
+lacks); FAKE_TRT_FAULT: crash, oom, error, slow, fp32 (kernels of another precision than asked), drift (wrong numbers),
+poison (a black face fails the whole run). The tests that use it run on the real TensorRT behind the marker `gpu`.
 """
 
 from __future__ import annotations
@@ -302,6 +302,8 @@ class IExecutionContext:
     def execute_async_v3(self, stream: int) -> int:
         raw = ctypes.string_at(self.addresses["face"], int(np.prod(self.shape)))
         faces = np.frombuffer(raw, np.uint8).reshape(self.shape)
+        if FAULT == "poison" and (faces == 0).all(axis=(1, 2, 3)).any():
+            return False
         result = np.ascontiguousarray(self.engine.session.run(["embedding"], {"face": faces})[0], np.float32)
         if FAULT == "drift":
             result = np.roll(result, 1, axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -97,7 +98,9 @@ def load_manifest(path: Path) -> PlanManifest:
 
 
 def manifest_path(plan: Path) -> Path:
-    """Where the manifest of a plan file lies: mobilefacenet-fp16-sm86.plan → mobilefacenet-fp16-sm86.plan.json."""
+    """Where the manifest of a plan file lies: x.plan → x.plan.json; in a cache or folder store <key>/manifest.json."""
+    if all(re.fullmatch(r"[0-9a-f]{64}", folder.name) for folder in (plan.parent, plan.parent.parent)):
+        return plan.parent.parent / "manifest.json"
     return plan.with_name(plan.name + ".json")
 
 
