@@ -41,7 +41,7 @@ def assemble(
     """
     imported = _imported(model_dir)
     manifest = dict(imported)
-    weights, extra = model_dir / "serving.onnx", ""
+    weights, extra = model_dir / _fp32_file(imported), ""
     if variant is not None and variant.precision != "fp32":
         if not (variant.sidecar or {}).get("passed"):
             raise ProofFailed(f"{variant.file} of {imported['name']} has not passed its gate. Next: arcface quantize")
@@ -113,6 +113,14 @@ def _check_gate(plan: Path, precision: str, drift: Any) -> None:
         raise PlanRefused(
             f"{plan.name} drifts by {drift['max_drift']:.2g}, expected at most {limit:g} for {precision}."
         )
+
+
+def _fp32_file(imported: dict[str, Any]) -> str:
+    """The serving ONNX, or its form for ONNX Runtime's CPU provider where no GPU is there to run the former."""
+    from arcface_build.serving.choose import gpu_sm
+
+    for_cpu = imported.get("cpu")
+    return for_cpu["file"] if for_cpu and gpu_sm() is None else "serving.onnx"
 
 
 def _imported(model_dir: Path) -> dict[str, Any]:
