@@ -15,6 +15,7 @@ import onnx
 import pytest
 
 from arcface_build.cli import main
+from arcface_build.serving.choose import gpu_sm
 from arcface_clients.synthetic import synthetic_faces
 from conftest import copy_repository
 from tiny_nets import tiny_net
@@ -40,6 +41,9 @@ def test_a_file_is_imported_installed_and_the_second_time_left_alone(workplace: 
     assert manifest == json.loads((workplace / "models" / "mine" / "manifest.json").read_text())
     overlay = (repository / "arcface_onnx" / "configs" / "onnx.pbtxt").read_text()
     assert manifest["contract_id"] in overlay
+    served = (repository / "arcface_onnx" / "1" / "model.onnx").read_bytes()
+    form = "serving.onnx" if gpu_sm() else "serving_cpu.onnx"
+    assert served == (workplace / "models" / "mine" / form).read_bytes()
     again = arcface_import(workplace, "net.onnx", "--name", "mine")
     assert "unchanged: models/mine (512-d, opset 17)" in again.stdout
     assert "served from: arcface_reference/1, arcface_onnx/1" in again.stdout
