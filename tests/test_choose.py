@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from arcface_build.errors import Missing
-from arcface_build.serving.choose import choose_backend
+from arcface_build.serving.choose import choose_backend, order_of_backends
+from arcface_clients.config import Fallback
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,16 @@ def test_what_is_not_there_is_refused_with_the_next_command(asked, gpu, plans, m
 
 def test_a_backend_that_was_asked_for_is_never_replaced_by_a_better_one():
     assert choose_backend("reference", "8.6", {"8.6"}, onnx=True, reference=True).backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("first", "chain", "enabled", "order"),
+    [
+        ("tensorrt", ("onnx", "insightface"), True, ["tensorrt", "onnx", "reference"]),
+        ("onnx", ("onnx", "insightface"), True, ["onnx", "reference"]),
+        ("onnx", ("triton",), True, ["onnx"]),
+        ("tensorrt", ("onnx", "insightface"), False, ["tensorrt"]),
+    ],
+)
+def test_what_is_served_after_a_failed_validation_comes_from_the_configuration(first, chain, enabled, order):
+    assert order_of_backends(first, Fallback(chain=chain, enabled=enabled)) == order

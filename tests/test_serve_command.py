@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from arcface_build.assemble import assemble
 from arcface_build.serving.process import free_ports, reason_in_log
 from conftest import copy_repository
+from tiny_model import write_model
 
 MAIN = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
 
@@ -135,6 +137,24 @@ def test_broken_weights_are_reported_with_the_models_own_reason(triton_binary, o
     assert errors.startswith(
         "ServerFailed: tritonserver ended with status 1 while starting: arcface_onnx: ONNX Runtime"
     )
+
+
+def test_a_backend_that_drifts_is_replaced_by_the_reference_and_loudly(triton_binary, tmp_path):
+    repository = copy_repository(tmp_path)
+    assemble(write_model(tmp_path / "models" / "drifting", error=0.5), repository)
+    process = serve(repository)
+    shown = []
+    for line in process.stdout:
+        shown.append(line)
+        if line.startswith("Ctrl-C"):
+            break
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert "VALIDATION FAILED: arcface_onnx FAILED (fp32: drift" in errors
+    assert "serving reference instead" in errors
+    last = "".join(shown).split("arcface_reference")[-1]
+    assert "arcface_onnx" not in last and "arcface  " in last
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import click
 if TYPE_CHECKING:
     from arcface_build.serving.choose import Choice
     from arcface_build.serving.process import TritonProcess
+    from arcface_clients.config import EmbeddingConfig
+    from arcface_clients.parity import ParityReport
 
 EPILOG = """\b
 Examples:
@@ -35,6 +37,12 @@ Examples:
     type=click.Choice(["auto", "tensorrt", "onnx", "reference"]),
     help="What answers as `arcface`; auto: a verified plan for this GPU, else ONNX Runtime, else InsightFace.",
 )
+@click.option(
+    "--variant",
+    default="auto",
+    type=click.Choice(["auto", "installed"]),
+    help="On a CPU; auto: the fastest variant of the installed model that passed its gate here.",
+)
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--http-port", default=8000)
 @click.option("--grpc-port", default=8001)
@@ -51,6 +59,7 @@ Examples:
 def command(
     model_repository: Path | None,
     backend: str,
+    variant: str,
     host: str,
     http_port: int,
     grpc_port: int,
@@ -66,37 +75,51 @@ def command(
     """Start Triton on model_repository/, prove it with a few faces, keep serving until Ctrl-C or SIGTERM."""
     from arcface_build.repository import find_repository
     from arcface_build.serving.binary import find_tritonserver
+    from arcface_build.serving.choose import Choice, gpu_sm, order_of_backends
     from arcface_build.serving.process import Ports, TritonProcess
+    from arcface_build.serving.variant import take_best_variant
+    from arcface_clients.config import load_config
+    from arcface_clients.errors import GateFailed
 
     repository = find_repository(model_repository)
     ports = Ports(http_port, grpc_port, metrics_port)
     ports.check_free()  # before any work
-    choice, with_reference = _prepare(repository, backend, demo, reference)
+    settings = load_config()
+    choice, with_reference = _prepare(repository, backend, demo, reference and settings.validation.run_on_startup)
     binary = find_tritonserver()
     _say(f"tritonserver {binary.origin}\nbackend {choice.backend}: {choice.reason}", as_json)
+    if choice.backend == "onnx" and variant == "auto" and gpu_sm() is None:
+        _say(f"variant {take_best_variant(repository, repository.parent / 'models')}", as_json)
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
         signal.signal(number, _interrupt)
-    server = TritonProcess(
-        binary,
-        repository,
-        ["arcface", "arcface_parity"] if with_reference else ["arcface"],
-        config_name=choice.backend,
-        ports=ports,
-        host=host,
-        log_path=repository.parent / ".cache" / "tritonserver.log",
-        extra=triton_arguments,
-    )
+    backends = order_of_backends(choice.backend, settings.fallback) if with_reference and not once else [choice.backend]
     try:
-        with server:
-            server.wait_ready(ready_timeout_s)
-            passed = _prove(server, choice, faces_from, with_reference, as_json)
-            if once:
-                return 0 if passed else 1
-            _say(_invitation(server), as_json)
-            return _serve(server)
+        for position, name in enumerate(backends):
+            server = TritonProcess(
+                binary,
+                repository,
+                ["arcface", "arcface_parity"] if with_reference and name != "reference" else ["arcface"],
+                config_name=name,
+                ports=ports,
+                host=host,
+                log_path=repository.parent / ".cache" / "tritonserver.log",
+                extra=triton_arguments,
+            )
+            with server:
+                server.wait_ready(ready_timeout_s)
+                report = _prove(server, Choice(name, choice.reason), settings, faces_from, with_reference, as_json)
+                if once:
+                    return 0 if report.passed else 1
+                if report.passed or name == "reference":
+                    _say(_invitation(server), as_json)
+                    return _serve(server)
+                _complain(report, backends[position + 1 : position + 2])
     except KeyboardInterrupt:
         _say("stopped: no process is left", as_json)
         return 0
+    raise GateFailed(
+        "no backend passed its gate, nothing is served. See which faces: arcface compare; go back: arcface rollback"
+    )
 
 
 def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple[Choice, bool]:
@@ -117,11 +140,20 @@ def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple
     return choice, reference and has_reference and choice.backend != "reference"
 
 
-def _prove(server: TritonProcess, choice: Choice, faces_from: Path | None, with_reference: bool, as_json: bool) -> bool:
-    """Embed a few faces through every loaded backend and print the table; True when all gates pass."""
+def _prove(
+    server: TritonProcess,
+    choice: Choice,
+    settings: EmbeddingConfig,
+    faces_from: Path | None,
+    with_reference: bool,
+    as_json: bool,
+) -> ParityReport:
+    """Embed a few faces through every loaded backend and print the table."""
     from arcface_clients.parity import measure_parity, render_table
+    from arcface_clients.synthetic import synthetic_faces
 
-    report = measure_parity(server.grpc_url, faces_from=faces_from)
+    faces = None if faces_from else synthetic_faces(settings.validation.eval_set_size)
+    report = measure_parity(server.grpc_url, faces, faces_from=faces_from)
     if as_json:
         urls = {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}
         told = {"backend": choice.backend, "reason": choice.reason, "urls": urls, "parity": report.to_json()}
@@ -130,7 +162,13 @@ def _prove(server: TritonProcess, choice: Choice, faces_from: Path | None, with_
         click.echo(render_table(report))
         if not with_reference:
             click.echo("no reference is loaded: nothing was compared with InsightFace")
-    return report.passed
+    return report
+
+
+def _complain(report: ParityReport, following: list[str]) -> None:
+    failed = "; ".join(f"{row.model} {row.gate}" for row in report.rows if not row.passed)
+    instead = f"serving {following[0]} instead" if following else "no fallback is left"
+    click.secho(f"VALIDATION FAILED: {failed}; {instead}", fg="red", bold=True, err=True)
 
 
 def _invitation(server: TritonProcess) -> str:

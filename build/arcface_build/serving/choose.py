@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arcface_build.errors import Missing
 from arcface_build.plans.gpu import find_gpus
 from arcface_build.repository import versions
+
+if TYPE_CHECKING:
+    from arcface_clients.config import Fallback
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,13 @@ def choose_backend(asked: str, gpu_sm: str | None, plan_sms: set[str], onnx: boo
     raise Missing(
         "no weights in the model repository. Next: arcface import demo (for trying), or arcface import YOUR.onnx"
     )
+
+
+def order_of_backends(first: str, fallback: Fallback) -> list[str]:
+    """`first`, then those of fallback.chain that a server can serve: what is tried when one fails its validation."""
+    served_as = {"onnx": "onnx", "insightface": "reference"}
+    following = [served_as[name] for name in fallback.chain if name in served_as] if fallback.enabled else []
+    return list(dict.fromkeys([first, *following]))
 
 
 def gpu_sm() -> str | None:
