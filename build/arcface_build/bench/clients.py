@@ -58,7 +58,7 @@ instance_group [ { kind: KIND_CPU count: 1 } ]
 
 
 def run(
-    onnx: Path,
+    onnx: Path | None,
     grpc_url: str,
     http_url: str,
     *,
@@ -75,7 +75,7 @@ def run(
     """Throughput of the client on every way to a running server, in turns with the bare session; as `arcface bench`.
 
     Args:
-        onnx: the serving ONNX that the server runs.
+        onnx: the serving ONNX that the server runs; None leaves the bare session out.
         grpc_url: host:port of its gRPC.
         http_url: host:port of its HTTP.
         model: served model.
@@ -91,14 +91,33 @@ def run(
     faces = synthetic_faces(4 * batch)
     urls = {"grpc": f"grpc://{grpc_url}", "http": f"http://{http_url}"}
     with contextlib.ExitStack() as stack:
-        variants = [bare_session(onnx, faces, batch, threads)]
+        variants = [bare_session(onnx, faces, batch, threads)] if onnx else []
         for way, count in itertools.product(ways, in_flight):
             protocol, _, memory = way.partition("-")
             embedder = TritonEmbedder(urls[protocol], model, in_flight=count, shared_memory=bool(memory))
-            stack.enter_context(embedder)
+            stack.enter_context(embedder).ensure_ready()
             variants.append(_streaming(f"client {way} in flight {count}", embedder, faces, batch, server_pid))
         samples = measure_in_turns(variants, rounds, sample_s, on_sample)
     return summarise(variants, samples, describe_host())
+
+
+def in_flight_sweep(
+    counts: Sequence[int] = (1, 2, 3, 4, 6, 8), ways: Sequence[str] = WAYS, rounds: int = 5, sample_s: float = 1.0
+) -> dict[str, Any]:
+    """Throughput by requests in flight against the quick model, where the client and the way are all there is."""
+    with quick_server() as (start, now):
+        start()
+        process = now["process"]
+        return run(
+            None,
+            process.grpc_url,
+            process.http_url,
+            model=QUICK,
+            in_flight=counts,
+            ways=ways,
+            rounds=rounds,
+            sample_s=sample_s,
+        )
 
 
 def stream_memory(count: int = 1_000_000, way: str = "grpc-shm") -> dict[str, Any]:

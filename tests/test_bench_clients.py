@@ -1,0 +1,26 @@
+"""The client's own bench, in small: it measures what it says, and proves what it says of restarts."""
+
+from __future__ import annotations
+
+from arcface_build.bench.clients import restarts, run, stream_memory
+
+
+def test_every_way_is_measured_against_a_running_server(odd_server) -> None:
+    result = run(
+        None, odd_server.grpc_url, odd_server.http_url, model="good", batch=8, in_flight=(2,), rounds=1, sample_s=0.05
+    )
+    rows = {row["name"]: row for row in result["variants"]}
+    assert list(rows) == [f"client {way} in flight 2" for way in ("grpc", "grpc-shm", "http", "http-shm")]
+    assert all(row["faces_per_s"]["median"] > 0 for row in rows.values())
+    assert "system shared memory" in str(rows["client grpc-shm in flight 2"])
+
+
+def test_stream_keeps_its_memory() -> None:
+    result = stream_memory(20_000)
+    assert result["faces"] == 20_000
+    assert result["rss_highest_mb"] - result["rss_before_mb"] < 60  # the faces alone are 750 MB
+
+
+def test_restart_loses_no_request() -> None:
+    result = restarts(300, kills=1)
+    assert (result["faces"], result["kills"], result["wrong"]) == (1200, 1, 0)
