@@ -1,19 +1,16 @@
-"""Every exchange of an embedder with its server, as steps without I/O: generators that yield what to do next.
+"""Every exchange of an embedder with its server, as steps without I/O; faces in, checked embeddings out.
 
-A step is a tuple (transport method, arguments…). `run` does the steps on a transport and `arun` on an asyncio one, so
-that connecting, checking, retrying, shared memory and their order are written once.
+Connecting, checking, retrying, shared memory and their order are written once, for the plain and the asyncio client.
 """
 
 from __future__ import annotations
 
 import itertools
-import random
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import isawaitable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -30,57 +27,13 @@ from arcface_clients.errors import (
 )
 from arcface_clients.served_model import ServedModel, next_step, served_model
 from arcface_clients.shared_memory import PREFIX, Slot, SlotPool, is_local, left_behind, stale, unlink
-from arcface_clients.transports import Transport
-
-T = TypeVar("T")
-Steps = Generator[tuple[Any, ...], Any, T]
+from arcface_clients.steps import Steps, backoff_s
 
 MAX_ENSEMBLE_DEPTH = 8
 RECHECK_AFTER_S = 1.0  # a server that was not asked for longer may have been restarted with another model
 CONTROL_TIMEOUT_S = 10.0  # for everything but inference
 UNIT_TOLERANCE = 1e-3  # on the squared norm: int8 and fp16 graphs normalise in float32 and stay well inside
 MAX_DOUBTFUL = 16  # regions that late answers may still be written to; beyond, the wire is kinder to /dev/shm
-
-
-def run(steps: Steps[T], transport: Transport) -> T:
-    """Do the steps on a transport; what a step raises is raised inside the generator."""
-    act, argument = steps.send, None
-    while True:
-        try:
-            step = act(argument)
-        except StopIteration as done:
-            return done.value
-        try:
-            argument = getattr(transport, step[0])(*step[1:])
-            act = steps.send
-        except BaseException as exc:
-            act, argument = steps.throw, exc
-
-
-async def arun(steps: Steps[T], transport: Any) -> T:
-    """`run`, awaited; a cancellation is raised inside the generator as well."""
-    act, argument = steps.send, None
-    while True:
-        try:
-            step = act(argument)
-        except StopIteration as done:
-            return done.value
-        try:
-            argument = getattr(transport, step[0])(*step[1:])
-            if isawaitable(argument):
-                argument = await argument
-            act = steps.send
-        except BaseException as exc:
-            act, argument = steps.throw, exc
-
-
-def backoff_s(attempt: int, base_s: float = 0.1, cap_s: float = 2.0) -> float:
-    """Wait before attempt `attempt` + 1: uniform in (0, min(cap, base · 2^attempt)).
-
-    "Full jitter" (AWS Architecture Blog, Exponential Backoff And Jitter): clients that lost one server do not come
-    back in step.
-    """
-    return random.uniform(0, min(cap_s, base_s * 2 ** min(attempt, 16)))
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from arcface_clients.address import Address, Connection, Tls
+from arcface_clients.address import Tls
 from arcface_clients.contract import check_faces
 from arcface_clients.errors import ClientUnusable, ConfigError
+from arcface_clients.options import Options
 from arcface_clients.served_model import ServedModel
-from arcface_clients.session import Job, Session, Way, run
+from arcface_clients.session import Job, Session, Way
+from arcface_clients.steps import run
 from arcface_clients.streaming import Stream
 from arcface_clients.transports import Transport, open_transport
 
@@ -58,9 +60,20 @@ class TritonEmbedder:
         shared_memory: bool | None = None,
     ) -> None:
         """Check the arguments; nothing is sent yet."""
-        self._made_with = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        self.connection, self._session = opened_with(**self._made_with)
-        self.address = self.connection.address
+        self._options = Options(
+            url,
+            model,
+            timeout_s,
+            in_flight,
+            retry_for_s,
+            expected_contract,
+            headers,
+            tls,
+            compression,
+            shared_memory,
+        )
+        self._session = self._options.session()
+        self.address = self._session.address
         self.model = model
         self.in_flight = in_flight
         self._pid = os.getpid()
@@ -152,7 +165,8 @@ class TritonEmbedder:
 
     def close(self) -> None:
         """Give up the connection and the shared memory; may be called twice. Requests under way fail."""
-        self._finalizer()
+        if self._finalizer.detach():
+            self._live.end(wait=True)
 
     def _streamed(self, items: Iterable[np.ndarray], stream: Stream, retry_for_s: float) -> Iterator[np.ndarray]:
         chunks = chain(chain.from_iterable(map(stream.take, items)), _later(stream.rest))
@@ -193,11 +207,11 @@ class TritonEmbedder:
                 f"this client was opened by process {self._pid} and carried over a fork into {os.getpid()}: its "
                 "threads do not survive that. Make one client in each process"
             )
-        return self._live.transport(self.connection)
+        return self._live.transport(self._options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as its arguments: it arrives in another process as a client of its own, not connected yet."""
-        return _made_again, (type(self), self._made_with)
+        return _made_again, (type(self), vars(self._options))
 
     def __enter__(self) -> TritonEmbedder:
         """The embedder itself."""
@@ -212,39 +226,6 @@ class TritonEmbedder:
     def __repr__(self) -> str:
         """URL and model."""
         return f"{type(self).__name__}({str(self.address)!r}, model={self.model!r})"
-
-
-def opened_with(
-    url: str,
-    model: str,
-    timeout_s: float,
-    in_flight: int,
-    retry_for_s: float,
-    expected_contract: str | None,
-    headers: Mapping[str, str] | None,
-    tls: Tls | None,
-    compression: str | None,
-    shared_memory: bool | None,
-) -> tuple[Connection, Session]:
-    """The arguments of an embedder, checked; the same for the asyncio twin.
-
-    Raises:
-        ConfigError: one of them cannot be.
-    """
-    connection = Connection(Address.parse(url), dict(headers or {}), tls or Tls(), compression)
-    if timeout_s <= 0 or in_flight < 1 or retry_for_s < 0:
-        raise ConfigError(
-            f"expected timeout_s > 0, in_flight ≥ 1 and retry_for_s ≥ 0, got {timeout_s}, {in_flight}, {retry_for_s}."
-        )
-    session = Session(
-        connection.address,
-        model,
-        timeout_s=timeout_s,
-        retry_for_s=retry_for_s,
-        expected_contract=expected_contract,
-        shared_memory=shared_memory,
-    )
-    return connection, session
 
 
 def stream_size(served: ServedModel, batch_size: int | None) -> int:
@@ -270,12 +251,12 @@ class _Live:
         self._transport: Transport | None = None
         self._workers: ThreadPoolExecutor | None = None
 
-    def transport(self, connection: Connection) -> Transport:
+    def transport(self, options: Options) -> Transport:
         with self._lock:
             if self._ended:
                 raise ClientUnusable("this client is closed; make a new one.")
             if self._transport is None:
-                self._transport = open_transport(connection)
+                self._transport = open_transport(options.connection())
             return self._transport
 
     def workers(self, count: int) -> ThreadPoolExecutor:
@@ -286,7 +267,7 @@ class _Live:
                 self._workers = ThreadPoolExecutor(count, thread_name_prefix="arcface-triton")
             return self._workers
 
-    def end(self) -> None:
+    def end(self, wait: bool = False) -> None:
         if os.getpid() != self._pid:
             return  # the parent's connection and regions are not a forked child's to close
         with self._lock:
@@ -298,7 +279,7 @@ class _Live:
         run(self._session.detach(), transport)
         transport.close()
         if workers:
-            workers.shutdown(wait=True, cancel_futures=True)
+            workers.shutdown(wait=wait, cancel_futures=True)  # forgotten on a worker: it cannot wait for itself
 
 
 def _later(chunks: Any) -> Iterator[list[np.ndarray]]:

@@ -15,11 +15,13 @@ import numpy as np
 from arcface_clients.address import Tls
 from arcface_clients.contract import check_faces
 from arcface_clients.errors import ClientUnusable
+from arcface_clients.options import Options
 from arcface_clients.served_model import ServedModel
-from arcface_clients.session import Job, Way, arun
+from arcface_clients.session import Job, Way
+from arcface_clients.steps import arun
 from arcface_clients.streaming import Stream
 from arcface_clients.transports import open_async_transport
-from arcface_clients.triton import IN_FLIGHT, STREAM_RETRY_FOR_S, opened_with, stream_size
+from arcface_clients.triton import IN_FLIGHT, STREAM_RETRY_FOR_S, stream_size
 
 
 class AsyncTritonEmbedder:
@@ -43,7 +45,7 @@ class AsyncTritonEmbedder:
         shared_memory: bool | None = None,
     ) -> None:
         """Check the arguments; nothing is sent yet."""
-        self.connection, self._session = opened_with(
+        self._options = Options(
             url,
             model,
             timeout_s,
@@ -55,7 +57,8 @@ class AsyncTritonEmbedder:
             compression,
             shared_memory,
         )
-        self.address = self.connection.address
+        self._session = self._options.session()
+        self.address = self._session.address
         self.model = model
         self.in_flight = in_flight
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None  # process and loop
@@ -166,7 +169,7 @@ class AsyncTritonEmbedder:
         if self._closed:
             raise ClientUnusable("this client is closed; make a new one.")
         if self._transport is None:
-            self._transport = open_async_transport(self.connection)
+            self._transport = open_async_transport(self._options.connection())
         return self._transport
 
     async def __aenter__(self) -> AsyncTritonEmbedder:

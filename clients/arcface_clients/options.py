@@ -1,0 +1,54 @@
+"""The arguments of an embedder, checked once for the plain and the asyncio one; a connection and a session out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from arcface_clients.address import Address, Connection, Tls
+from arcface_clients.errors import ConfigError
+from arcface_clients.session import Session
+
+
+@dataclass(frozen=True)
+class Options:
+    """See `TritonEmbedder` for what each means.
+
+    Raises:
+        ConfigError: one of them cannot be.
+    """
+
+    url: str
+    model: str
+    timeout_s: float
+    in_flight: int
+    retry_for_s: float
+    expected_contract: str | None
+    headers: Mapping[str, str] | None
+    tls: Tls | None
+    compression: str | None
+    shared_memory: bool | None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be before anything is opened."""
+        self.connection()
+        if self.timeout_s <= 0 or self.in_flight < 1 or self.retry_for_s < 0:
+            raise ConfigError(
+                "expected timeout_s > 0, in_flight ≥ 1 and retry_for_s ≥ 0, "
+                f"got {self.timeout_s}, {self.in_flight}, {self.retry_for_s}."
+            )
+
+    def connection(self) -> Connection:
+        """What a transport is opened with."""
+        return Connection(Address.parse(self.url), dict(self.headers or {}), self.tls or Tls(), self.compression)
+
+    def session(self) -> Session:
+        """A session that has asked the server nothing yet."""
+        return Session(
+            Address.parse(self.url),
+            self.model,
+            timeout_s=self.timeout_s,
+            retry_for_s=self.retry_for_s,
+            expected_contract=self.expected_contract,
+            shared_memory=self.shared_memory,
+        )
