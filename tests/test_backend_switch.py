@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import numpy as np
 import onnxruntime
@@ -176,3 +177,28 @@ def test_one_changed_line_replaces_insightface_in_the_process(server, demo_repos
         assert backend.last_engine == "triton"
     assert len(embeddings) == 100
     assert compare_embeddings(features, embeddings).min_cosine >= 0.99999
+
+
+def test_server_that_is_killed_and_comes_back_is_fallen_back_from_and_returned_to(
+    start_triton, demo_repository, settings
+):
+    server = start_triton(demo_repository, ["arcface_onnx"])
+    file = settings(
+        triton=f'{{url: "{server.grpc_url}", model: arcface_onnx, retry_for_s: 0}}',
+        local=f"{{models_dir: {demo_repository.parent}/models, threads: 1}}",
+        fallback="{retry_after_s: 0.2, retry_after_max_s: 0.4}",
+    )
+    with get_embedding_backend("triton", config=file) as backend:
+        first, names = backend.encode(FACES), [backend.last_engine]
+        server.stop()
+        away = backend.encode(FACES)
+        names.append(backend.last_engine)
+        start_triton(demo_repository, ["arcface_onnx"], ports=server.ports)
+        deadline = time.monotonic() + 30
+        while (back := backend.encode(FACES)) is not None and backend.last_engine != "triton":
+            assert time.monotonic() < deadline, backend.reason
+            time.sleep(0.1)
+        names.append(backend.last_engine)
+    assert names == ["triton", "onnx", "triton"]
+    for embeddings in (away, back):
+        assert compare_embeddings(first, embeddings).min_cosine > 0.99999

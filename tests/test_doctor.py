@@ -13,20 +13,20 @@ from arcface_build.host_checks import check_store
 from arcface_clients import benchmark_embedder, get_embedding_backend
 from arcface_clients.config import EmbeddingConfig, LocalModel, Storage
 from arcface_clients.diagnostics import (
-    check_gpu,
     check_local_model,
     check_onnxruntime,
     check_server,
     check_shared_memory,
     engine_diagnostics,
+    gpus_here,
     guarded,
 )
 from arcface_clients.engines import EngineRegistry
 from arcface_clients.errors import ConfigError
-from arcface_clients.gpu import Gpu, find_gpus, parse_gpus
+from arcface_clients.gpu import Gpu, parse_gpus, visible
 from tiny_model import write_model
 
-A10 = Gpu("NVIDIA A10", "8.6", "550.54.15", 23028 << 20, 4 << 20)
+A10 = Gpu(0, "NVIDIA A10", "8.6", "550.54.15", 23028 << 20, 4 << 20, "12.4")
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_local_backend_is_measured_and_has_no_problem(doctor, tmp_path):
     write_model(tmp_path / "models" / "tiny")
     code, out = doctor("--json", "--measure", "--faces", "8", "--batch-size", "4", ARCFACE_BACKEND="onnx")
     told = json.loads(out)
-    assert (code, told["problems"]) == (0, []) or find_gpus()
+    assert (code, told["problems"]) == (0, []) or gpus_here()[0]
     engine = told["engine"]
     assert (engine["backend"], engine["precision"], engine["embedding_dim"]) == ("onnx", "fp32", 64)
     assert engine["engine_path"] == "models/tiny/serving.onnx"
@@ -173,10 +173,30 @@ def test_a_check_that_dies_is_a_problem_not_the_end():
 
 
 def test_gpus_are_read_from_nvidia_smi():
-    csv = "NVIDIA A10, 8.6, 550.54.15, 23028, 4\nNVIDIA GB10, 12.1, 580.1, [N/A], [N/A]\n"
-    assert parse_gpus(csv) == [A10]
-    assert parse_gpus("") == [] and parse_gpus("Failed to initialize NVML") == []
-    assert check_gpu([A10]).found == "NVIDIA A10 SM 8.6 22 GB driver 550.54.15"
+    csv = "0, NVIDIA A10, 8.6, 550.54.15, 23028, 4\n1, NVIDIA GB10, 12.1, 580.1, [N/A], [N/A]\n"
+    a10, gb10 = parse_gpus(csv, "| Driver Version: 550.54.15   CUDA Version: 12.4  |")
+    assert a10 == A10
+    assert (gb10.sm, gb10.memory_bytes) == ("12.1", 0)
+    assert visible([a10, gb10], "1,0") == [gb10, a10] and visible([a10, gb10], "") == []
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "found"),
+    [
+        (None, "absent", "none: everything runs on the CPU"),
+        ("echo 'Failed to initialize NVML'; exit 9", "problem", "nvidia-smi says 'Failed to initialize NVML'"),
+        ("exit 0", "problem", "nvidia-smi lists none"),
+        ("echo '0, NVIDIA A10, 8.6, 550.54.15, 23028, 4'", "ok", "NVIDIA A10 SM 8.6 22 GB driver 550.54.15"),
+    ],
+)
+def test_driver_without_a_gpu_is_a_problem_and_no_driver_is_not(tmp_path, monkeypatch, script, status, found):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    check = gpus_here()[1]
+    assert check.status == status and found in check.found
 
 
 def test_benchmark_counts_and_times_what_it_is_told(tmp_path):

@@ -127,6 +127,20 @@ def test_without_a_reference_the_engine_is_used_and_that_is_said(tmp_path, caplo
     assert "onnx is used without validation: there is no reference on this host" in caplog.text
 
 
+def test_code_in_the_documentation_runs(tmp_path, monkeypatch):
+    page = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+    switch, store_reference = (part.split("```")[0] for part in page.read_text().split("```python")[1:])
+    write_model(tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    exec(store_reference, {})
+    monkeypatch.setenv("ARCFACE_VALIDATION__REFERENCE", "reference.npz")
+    monkeypatch.setenv("ARCFACE_BACKEND", "onnx")
+    names = {"faces": FACES}
+    exec(switch, names)
+    assert names["embeddings"].shape == (6, 64)
+    assert names["backend"].validations["onnx"].why == "compared with reference.npz"
+
+
 @pytest.mark.parametrize(
     ("arrays", "expected"),
     [

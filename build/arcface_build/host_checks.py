@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcface_build.errors import BuildError, Missing
-from arcface_clients.diagnostics import Check, fact_and_fix, guarded
+from arcface_clients.diagnostics import Check, fact_and_fix, gpus_here, guarded
 from arcface_clients.errors import BackendUnavailable
-from arcface_clients.gpu import find_gpus
 
 if TYPE_CHECKING:
     from arcface_clients.config import EmbeddingConfig
@@ -59,7 +58,7 @@ def check_plans(settings: EmbeddingConfig) -> Check:
     """A plan for this GPU in the repository or the cache."""
     from arcface_clients.engines.plan_files import find_plan
 
-    gpus = find_gpus()
+    gpus, _ = gpus_here()
     wanted = settings.backend == "tensorrt"
     if not gpus:
         status = "problem" if wanted else "absent"

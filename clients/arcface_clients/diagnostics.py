@@ -11,7 +11,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arcface_clients.errors import ArcFaceError, BackendUnavailable
+from arcface_clients.errors import ArcFaceError, BackendUnavailable, DependencyMissing
 from arcface_clients.gpu import Gpu, find_gpus
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ class Check:
 
 def client_checks(settings: EmbeddingConfig) -> list[Check]:
     """Everything that the clients can see of this host, in the order in which a reader wants it."""
-    gpus = find_gpus()
+    gpus, gpu = gpus_here()
     looks: dict[str, Callable[[], Check]] = {
         "python": check_python,
-        "gpu": lambda: check_gpu(gpus),
+        "gpu": lambda: gpu,
         "tensorrt": lambda: check_tensorrt(gpus),
         "onnxruntime": lambda: check_onnxruntime(gpus, settings.backend == "onnx"),
         "reference": check_reference,
@@ -59,19 +59,16 @@ def check_python() -> Check:
     return Check("python", "ok", found)
 
 
-def check_gpu(gpus: list[Gpu]) -> Check:
-    """Driver, cards, SM, memory."""
-    if gpus:
-        cards = [f"{g.name} SM {g.sm} {g.memory_total_bytes / 2**30:.0f} GB driver {g.driver}" for g in gpus]
-        return Check("gpu", "ok", "; ".join(cards))
-    if shutil.which("nvidia-smi"):
-        return Check(
-            "gpu",
-            "problem",
-            "nvidia-smi is installed and shows no GPU",
-            "run nvidia-smi; in a container: start it with --gpus all; reload the driver after an update",
-        )
-    return Check("gpu", "absent", "none: everything runs on the CPU")
+def gpus_here() -> tuple[list[Gpu], Check]:
+    """The GPUs with driver, SM and memory; an empty list where there is none, or none that works."""
+    try:
+        gpus = find_gpus()
+    except DependencyMissing as exc:
+        if shutil.which("nvidia-smi"):
+            return [], Check("gpu", "problem", *fact_and_fix(exc))
+        return [], Check("gpu", "absent", "none: everything runs on the CPU")
+    cards = [f"{g.name} SM {g.sm} {g.memory_bytes / 2**30:.0f} GB driver {g.driver} CUDA {g.cuda}" for g in gpus]
+    return gpus, Check("gpu", "ok", "; ".join(cards))
 
 
 def check_tensorrt(gpus: list[Gpu]) -> Check:

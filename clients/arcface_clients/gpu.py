@@ -1,62 +1,96 @@
-"""NVIDIA GPUs of this host as nvidia-smi tells them: SM, driver and memory; an empty list where there is none."""
+"""The NVIDIA GPUs of this host as nvidia-smi tells them: SM, driver and memory; no package is needed for it."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-_FIELDS = "name,compute_cap,driver_version,memory.total,memory.used"
+from arcface_clients.errors import DependencyMissing
+
+_FIELDS = "index,name,compute_cap,driver_version,memory.total,memory.used"
+_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; `sm` as in "8.6"."""
+    """One GPU; `sm` as in "8.6". Memory is 0 where it is the host's (nvidia-smi says [N/A]).
 
+    cuda: the newest CUDA version that the driver supports, or None where nvidia-smi does not say.
+    """
+
+    index: int
     name: str
     sm: str
     driver: str
-    memory_total_bytes: int
+    memory_bytes: int
     memory_used_bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with the field names as keys."""
-        return asdict(self)
+    cuda: str | None = None
 
 
 def find_gpus() -> list[Gpu]:
-    """All GPUs in nvidia-smi's order; empty where there is no driver or no GPU."""
-    return parse_gpus(_ask_nvidia_smi(f"--query-gpu={_FIELDS}"))
+    """All GPUs that this process may use (CUDA_VISIBLE_DEVICES), at least one.
+
+    Raises:
+        DependencyMissing: no nvidia-smi, no driver, or no GPU; falls back.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        raise DependencyMissing(
+            "no NVIDIA GPU on this host: nvidia-smi is not installed. Run this on a GPU host, or arcface plan pull"
+        )
+    try:
+        answer = _run(program, f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits")
+        banner = _run(program).stdout
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise DependencyMissing(f"nvidia-smi does not answer ({exc}). Check the driver: nvidia-smi") from exc
+    if answer.returncode != 0:
+        said = (answer.stdout + answer.stderr).strip().splitlines()
+        raise DependencyMissing(
+            f"no usable NVIDIA GPU: nvidia-smi says {said[0] if said else answer.returncode!r}. Check the driver."
+        )
+    gpus = visible(parse_gpus(answer.stdout, banner), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not gpus:
+        raise DependencyMissing(
+            "no NVIDIA GPU on this host: nvidia-smi lists none. Check CUDA_VISIBLE_DEVICES and the container's --gpus"
+        )
+    return gpus
 
 
-def parse_gpus(csv: str) -> list[Gpu]:
-    """GPUs from `nvidia-smi --query-gpu=… --format=csv,noheader,nounits`, memory in MiB; odd lines are left out."""
+def parse_gpus(csv: str, banner: str = "") -> list[Gpu]:
+    """GPUs from `nvidia-smi --query-gpu=… --format=csv,noheader,nounits` (memory in MiB) and its plain banner."""
+    cuda = banner.partition("CUDA Version:")[2].split()
     gpus = []
     for line in csv.strip().splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 5 and all(part.isdigit() for part in parts[3:]):
-            gpus.append(Gpu(*parts[:3], int(parts[3]) << 20, int(parts[4]) << 20))
+        index, name, sm, driver, total, used = (part.strip() for part in line.split(","))
+        memory = [int(float(mib)) << 20 if mib.replace(".", "").isdigit() else 0 for mib in (total, used)]
+        gpus.append(Gpu(int(index), name, sm, driver, *memory, cuda=cuda[0] if cuda else None))
     return gpus
+
+
+def visible(gpus: list[Gpu], cuda_visible_devices: str | None) -> list[Gpu]:
+    """The GPUs that CUDA shows a process, in its order, when indices are listed; UUIDs are left to CUDA itself."""
+    wanted = [part.strip() for part in (cuda_visible_devices or "").split(",")]
+    if cuda_visible_devices is None or not all(part.lstrip("-").isdigit() for part in wanted if part):
+        return gpus
+    by_index = {str(gpu.index): gpu for gpu in gpus}
+    return [by_index[part] for part in wanted if part in by_index]
 
 
 def own_vram_bytes() -> int | None:
     """GPU memory of this process; None where nvidia-smi does not list it (no GPU, or another PID namespace)."""
-    listed = _ask_nvidia_smi("--query-compute-apps=pid,used_memory")
-    used = [line.split(",") for line in listed.strip().splitlines() if line.count(",") == 1]
-    mine = [int(mib) << 20 for pid, mib in used if pid.strip() == str(os.getpid()) and mib.strip().isdigit()]
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    try:
+        answer = _run(program, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    rows = [[part.strip() for part in line.split(",")] for line in answer.stdout.splitlines()]
+    mine = [int(row[1]) << 20 for row in rows if len(row) == 2 and row[0] == str(os.getpid()) and row[1].isdigit()]
     return sum(mine) if mine else None
 
 
-def _ask_nvidia_smi(query: str) -> str:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return ""
-    try:
-        answer = subprocess.run(
-            [program, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout if answer.returncode == 0 else ""
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)

@@ -54,9 +54,9 @@ class StoredReference:
     contract_id: str | None
     origin: str
 
-    def save(self, file: Path) -> None:
+    def save(self, file: str | Path) -> None:
         """Write an .npz with faces, embeddings and contract_id, whole or not at all."""
-        with new_file(file) as temporary, temporary.open("wb") as stream:
+        with new_file(Path(file)) as temporary, temporary.open("wb") as stream:
             np.savez(stream, faces=self.faces, embeddings=self.embeddings, contract_id=self.contract_id or "")
 
     @classmethod

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from arcface_build.errors import Missing, WrongUse
 from arcface_build.plans.spec import PRECISIONS, parse_sm
+from arcface_clients import gpu as host
+from arcface_clients.errors import DependencyMissing
+from arcface_clients.gpu import Gpu, parse_gpus
 
-_FIELDS = "index,name,compute_cap,driver_version,memory.total,memory.used"
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU. cuda: the newest CUDA version that the driver supports, or None where nvidia-smi does not say."""
-
-    index: int
-    name: str
-    sm: str
-    driver: str
-    memory_bytes: int
-    memory_used_bytes: int
-    cuda: str | None = None
+__all__ = ["Gpu", "SmInfo", "find_gpus", "load_gpus_yaml", "parse_gpus"]
 
 
 @dataclass(frozen=True)
@@ -38,54 +25,15 @@ class SmInfo:
 
 
 def find_gpus() -> list[Gpu]:
-    """All GPUs that this process may see in nvidia-smi, at least one.
+    """All GPUs that this process may use, at least one.
 
     Raises:
         Missing: no nvidia-smi, no driver, or no GPU.
     """
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        raise Missing(
-            "no NVIDIA GPU on this host: nvidia-smi is not installed. Run this on a GPU host, or arcface plan pull"
-        )
     try:
-        query = [program, f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"]
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-        banner = subprocess.run([program], capture_output=True, text=True, timeout=30, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired) as exc:
-        raise Missing(f"nvidia-smi does not answer ({exc}). Check the driver: nvidia-smi") from exc
-    if answer.returncode != 0:
-        said = (answer.stdout + answer.stderr).strip().splitlines()
-        raise Missing(
-            f"no usable NVIDIA GPU: nvidia-smi says {said[0] if said else answer.returncode!r}. Check the driver."
-        )
-    gpus = parse_gpus(answer.stdout, banner)
-    gpus = visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if not gpus:
-        raise Missing(
-            "no NVIDIA GPU on this host: nvidia-smi lists none. Check CUDA_VISIBLE_DEVICES and the container's --gpus"
-        )
-    return gpus
-
-
-def parse_gpus(csv: str, banner: str = "") -> list[Gpu]:
-    """GPUs from `nvidia-smi --query-gpu=… --format=csv,noheader,nounits` (memory in MiB) and its plain banner."""
-    cuda = banner.partition("CUDA Version:")[2].split()
-    gpus = []
-    for line in csv.strip().splitlines():
-        index, name, sm, driver, total, used = (part.strip() for part in line.split(","))
-        memory = [int(float(mib)) << 20 if mib.replace(".", "").isdigit() else 0 for mib in (total, used)]
-        gpus.append(Gpu(int(index), name, parse_sm(sm), driver, *memory, cuda=cuda[0] if cuda else None))
-    return gpus
-
-
-def visible(gpus: list[Gpu], cuda_visible_devices: str | None) -> list[Gpu]:
-    """The GPUs that CUDA shows a process, in its order, when indices are listed; UUIDs are left to CUDA itself."""
-    wanted = [part.strip() for part in (cuda_visible_devices or "").split(",")]
-    if cuda_visible_devices is None or not all(part.lstrip("-").isdigit() for part in wanted if part):
-        return gpus
-    by_index = {str(gpu.index): gpu for gpu in gpus}
-    return [by_index[part] for part in wanted if part in by_index]
+        return host.find_gpus()
+    except DependencyMissing as exc:
+        raise Missing(str(exc)) from exc
 
 
 def load_gpus_yaml(path: Path) -> dict[str, SmInfo]:
