@@ -12,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from arcface_build.compare.comparison import Faces
     from arcface_build.compare.sides import Side
+    from arcface_clients.accuracy import Pairs
 
 EPILOG = """\b
 Examples:
@@ -171,7 +172,8 @@ def faces_of(sources: tuple[str, ...], sides: Sequence[Side]) -> Faces:
     return Faces(synthetic_faces(64), None)
 
 
-def pairs_of(path: Path | None, identities: bool, faces: Faces):
+def pairs_of(path: Path | None, identities: bool, faces: Faces) -> Pairs | None:
+    """Labelled pairs from a CSV, else from folders as people, else None."""
     from arcface_build.errors import WrongUse
     from arcface_clients.accuracy import identities_from_paths, pairs_from_csv, pairs_from_identities
 
