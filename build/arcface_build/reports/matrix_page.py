@@ -54,10 +54,13 @@ def _map(rows: list[dict[str, Any]], cell: Any) -> str:
     sides = list(dict.fromkeys((row["backend"], row["precision"]) for row in rows))
     found = {(row["backend"], row["precision"], row["batch"]): row for row in rows}
     body = [
-        (side, [cell(found[(*side, batch)]) if (*side, batch) in found else ("—", None) for batch in batches])
+        (
+            " ".join(dict.fromkeys(side)),
+            [cell(found[(*side, batch)]) if (*side, batch) in found else ("—", None) for batch in batches],
+        )
         for side in sides
     ]
-    return heat_map(("backend", "precision", *(f"batch {batch}" for batch in batches)), body)
+    return heat_map(("faces a batch:", *(str(batch) for batch in batches)), body)
 
 
 def _heat(value: float, limit: float) -> float:
