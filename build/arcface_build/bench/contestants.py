@@ -36,7 +36,7 @@ def in_process(name: str, encode: Callable[[np.ndarray], object], faces_bgr_u8: 
     return Variant(name, sample, about={"batch": batch})
 
 
-def bare_session(onnx: Path, faces_bgr_u8: np.ndarray, batch: int, threads: int = 0) -> Variant:
+def bare_session(onnx: Path, faces_bgr_u8: np.ndarray, batch: int, threads: int = 0, spinning: bool = True) -> Variant:
     """ONNX Runtime on a serving ONNX with its default options: what serving is measured against.
 
     Args:
@@ -44,6 +44,7 @@ def bare_session(onnx: Path, faces_bgr_u8: np.ndarray, batch: int, threads: int 
         faces_bgr_u8: faces to embed, uint8 (N,112,112,3).
         batch: faces a call.
         threads: intra-op threads; 0 leaves ONNX Runtime's default (all cores).
+        spinning: idle threads spin (ONNX Runtime's default); without, it keeps its speed beside other processes.
     """
     if not onnx.is_file():
         raise Missing(f"no serving ONNX at {onnx}. Next: arcface import demo, or name one: arcface bench --onnx FILE")
@@ -51,11 +52,16 @@ def bare_session(onnx: Path, faces_bgr_u8: np.ndarray, batch: int, threads: int 
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
     variant = in_process(
         f"bare b{batch}", lambda faces: session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces}), faces_bgr_u8, batch
     )
-    variant.about |= {"runtime": f"onnxruntime {onnxruntime.__version__}", "threads": threads or "all cores"}
+    variant.about |= {
+        "runtime": f"onnxruntime {onnxruntime.__version__}",
+        "threads": threads or "all cores",
+        "spinning": spinning,
+    }
     return variant
 
 

@@ -42,6 +42,9 @@ class Target:
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(32,), help="Faces a request.")
 @click.option("--concurrency", "callers", multiple=True, type=click.IntRange(1), default=(2,), help="Callers at once.")
 @click.option("--bare/--no-bare", default=True, help="ONNX Runtime in this process: what the ratios refer to.")
+@click.option(
+    "--spinning/--no-spinning", default=True, help="Whether the bare runtime's idle threads spin (its default)."
+)
 @click.option("--insightface", is_flag=True, help="InsightFace in this process, one face a call and batched.")
 @click.option("--onnx", type=click.Path(path_type=Path), help="Serving ONNX for the bare runtime; default: the served.")
 @click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
@@ -63,6 +66,7 @@ def command(
     batches: tuple[int, ...],
     callers: tuple[int, ...],
     bare: bool,
+    spinning: bool,
     insightface: bool,
     onnx: Path | None,
     model_repository: Path | None,
@@ -108,7 +112,7 @@ def command(
         variants = []
         if bare:
             path = onnx or _served_file(model_repository, "arcface_onnx", "model.onnx")
-            variants += [contestants.bare_session(path, faces, batch) for batch in batches]
+            variants += [contestants.bare_session(path, faces, batch, spinning=spinning) for batch in batches]
         if insightface:
             path = _served_file(model_repository, "arcface_reference", "source.onnx")
             variants += contestants.insightface_sessions(path, faces, sorted({1, *batches}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from arcface_build.compare.comparison import Faces
     from arcface_build.compare.sides import Side
+    from arcface_clients.accuracy import Pairs
 
 EPILOG = """\b
 Examples:
@@ -73,7 +75,7 @@ def command(
 
     targets = load_config().comparison
     with open_side(a, models_dir, model) as side_a, open_side(b, models_dir, model) as side_b:
-        faces = _faces(sources, (side_a, side_b)).sample(n_samples)
+        faces = faces_of(sources, (side_a, side_b)).sample(n_samples)
         limits = {**DRIFT_LIMITS, **targets.max_drift.model_dump()}
         limit = max(limits.get(side.precision, 0.0) for side in (side_a, side_b)) if max_drift is None else max_drift
         result = compare_sides(
@@ -81,7 +83,7 @@ def command(
             side_b,
             faces,
             limit,
-            _pairs(pairs_from, identities, faces),
+            pairs_of(pairs_from, identities, faces),
             threshold,
             {name: (target.target, target.warn) for name in TARGETS for target in [getattr(targets, name)]},
         )
@@ -147,7 +149,7 @@ def _accuracy_lines(accuracy: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _faces(sources: tuple[str, ...], sides: tuple[Side, Side]) -> Faces:
+def faces_of(sources: tuple[str, ...], sides: Sequence[Side]) -> Faces:
     """Named crops; else those that saved embeddings name, where they are still there; else drawn ones."""
     from arcface_build.compare.comparison import Faces, names_of
     from arcface_build.errors import WrongUse
@@ -170,7 +172,8 @@ def _faces(sources: tuple[str, ...], sides: tuple[Side, Side]) -> Faces:
     return Faces(synthetic_faces(64), None)
 
 
-def _pairs(path: Path | None, identities: bool, faces: Faces):
+def pairs_of(path: Path | None, identities: bool, faces: Faces) -> Pairs | None:
+    """Labelled pairs from a CSV, else from folders as people, else None."""
     from arcface_build.errors import WrongUse
     from arcface_clients.accuracy import identities_from_paths, pairs_from_csv, pairs_from_identities
 

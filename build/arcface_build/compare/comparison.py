@@ -78,11 +78,7 @@ def compare_sides(
         ContractMismatch: both sides know their contract, and the two differ.
         WrongUse: saved embeddings do not fit the faces.
     """
-    if a.contract_id and b.contract_id and a.contract_id != b.contract_id:
-        raise ContractMismatch(
-            f"{a.label} is of contract {a.contract_id[:12]}…, {b.label} of {b.contract_id[:12]}…: their embeddings "
-            "come from different weights or preprocessing and cannot be compared. Embed again with one of them"
-        )
+    check_contracts(a, b)
     reference, candidate = embeddings_of(a, faces), embeddings_of(b, faces)
     drift = compare_embeddings(reference, candidate, [_key(name) for name in faces.names] if faces.names else None)
     verdicts = judge(drift, targets)
@@ -102,6 +98,19 @@ def compare_sides(
         "passed": gate and all(verdict.status != "warning" for verdict in verdicts),
     }
     return Comparison(report, drift, verdicts, reference, candidate)
+
+
+def check_contracts(a: Side, b: Side) -> None:
+    """Return when both sides are of one contract, or one does not know its own.
+
+    Raises:
+        ContractMismatch: the two differ.
+    """
+    if a.contract_id and b.contract_id and a.contract_id != b.contract_id:
+        raise ContractMismatch(
+            f"{a.label} is of contract {a.contract_id[:12]}…, {b.label} of {b.contract_id[:12]}…: their embeddings "
+            "come from different weights or preprocessing and cannot be compared. Embed again with one of them"
+        )
 
 
 def embeddings_of(side: Side, faces: Faces) -> np.ndarray:

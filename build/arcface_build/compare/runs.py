@@ -62,11 +62,21 @@ def tensorrt_runner(onnx_path: Path, outputs: Sequence[str], batch: int) -> Any:
 
 
 def embed_with(runner: Any, faces_bgr_u8: np.ndarray) -> np.ndarray:
-    """Embeddings float32 (N,D) of faces uint8 (N,112,112,3) through Polygraphy's Comparator."""
-    outputs = run_all([runner], [faces_bgr_u8[i : i + BATCH] for i in range(0, len(faces_bgr_u8), BATCH)])[0]
-    if EMBEDDING_OUTPUT not in outputs[0]:
-        raise WrongUse(f"{runner.name} has no output `{EMBEDDING_OUTPUT}`: it gives {', '.join(outputs[0])}.")
-    return np.concatenate([np.array(o[EMBEDDING_OUTPUT], np.float32) for o in outputs])
+    """Embeddings float32 (N,D) of faces uint8 (N,112,112,3), through a runner that is active."""
+    rows = []
+    for start in range(0, len(faces_bgr_u8), BATCH):
+        outputs = runner.infer({FACE_INPUT: faces_bgr_u8[start : start + BATCH]})
+        if EMBEDDING_OUTPUT not in outputs:
+            raise WrongUse(f"{runner.name} has no output `{EMBEDDING_OUTPUT}`: it gives {', '.join(outputs)}.")
+        rows.append(np.array(outputs[EMBEDDING_OUTPUT], np.float32))  # a copy: the runner may use its buffer again
+    return np.concatenate(rows)
+
+
+@contextmanager
+def active(runner: Any) -> Iterator[Any]:
+    """A runner with its session or engine loaded, and without Polygraphy's log on stdout."""
+    with _quiet(), runner:
+        yield runner
 
 
 def run_all(runners: Sequence[Any], batches: Sequence[np.ndarray]) -> list[list[dict[str, np.ndarray]]]:

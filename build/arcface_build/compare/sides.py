@@ -31,7 +31,7 @@ class Side:
 
 @contextmanager
 def open_side(text: str, models_dir: Path = Path("models"), model: str | None = None) -> Iterator[Side]:
-    """Open one of: saved embeddings (.npz, .npy), an ONNX file, a plan, HOST:PORT[/MODEL], or an engine's name.
+    """Open one of: saved embeddings (.npz, .npy), an ONNX file, a plan, HOST:PORT[/MODEL], or ENGINE[@PRECISION].
 
     Args:
         text: what the user gave.
@@ -54,13 +54,16 @@ def open_side(text: str, models_dir: Path = Path("models"), model: str | None = 
             with EngineRegistry.get("insightface", file=path) as engine:
                 yield Side(f"InsightFace on {label}", "fp32", engine.contract_id, engine.encode)
         else:
-            from arcface_build.compare.runs import embed_with, plan_runner, session_runner
+            from arcface_build.compare.runs import active, embed_with, plan_runner, session_runner
 
-            runner = session_runner(path) if suffix == ".onnx" else plan_runner(path)
             facts = _facts_beside(path)
-            yield Side(
-                label, facts.get("precision", "fp32"), facts.get("contract_id"), lambda faces: embed_with(runner, faces)
-            )
+            with active(session_runner(path) if suffix == ".onnx" else plan_runner(path)) as runner:
+                yield Side(
+                    label,
+                    facts.get("precision", "fp32"),
+                    facts.get("contract_id"),
+                    lambda faces: embed_with(runner, faces),
+                )
     elif ":" in text:
         from arcface_clients import TritonEmbedder
 
@@ -73,7 +76,9 @@ def open_side(text: str, models_dir: Path = Path("models"), model: str | None = 
     else:
         if path.exists():
             raise WrongUse(f"{text} is neither {', '.join(SAVED)}, .onnx nor {', '.join(PLANS)}: cannot compare it.")
-        with EngineRegistry.get(text, models_dir=models_dir, model=model) as engine:
+        name, _, precision = text.partition("@")
+        options = {"precision": precision} if precision else {}
+        with EngineRegistry.get(name, models_dir=models_dir, model=model, **options) as engine:
             engine.ensure_ready()
             yield Side(text, getattr(engine, "precision", "fp32"), engine.contract_id, engine.encode)
 

@@ -35,7 +35,9 @@ def bench_page(result: dict[str, Any]) -> str:
     if curves:
         blocks.append(section("Latency and throughput", figures(curves)))
     blocks.append(section("All variants", table(*_variants(result["variants"]))))
-    blocks.append(section("Host", table(("", ""), [(key, _told(value)) for key, value in result["host"].items()])))
+    blocks.append(
+        section("Host", table(("", ""), [(key, (_told(value), "wrap")) for key, value in result["host"].items()]))
+    )
     kept, measured = len(result["rounds"]["kept"]), result["rounds"]["measured"]
     return page("Benchmark", f"{kept} of {measured} rounds kept; {result['host'].get('cpu', '')}", *blocks)
 

@@ -27,7 +27,8 @@ p, li { max-width: 46rem; } .soft, figcaption, caption { color: var(--soft); fon
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .7rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } td.n, th.n { text-align: right; } td.heat { padding-left: .7rem; }
-td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
+td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 6.5rem; }
+td.heat { padding: .3rem .4rem; } td.heat.bad { font-weight: 700; }
 .good { color: var(--good); } .note { color: var(--note); } .bad { color: var(--bad); } .verdict { font-weight: 650; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .75rem; background: var(--panel); border: 1px solid var(--line); border-radius: .4rem; }
@@ -74,17 +75,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "")
     return f'<div class="scroll"><table>{told}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def heat_map(head: Sequence[str], rows: Sequence[tuple[Sequence[str], Sequence[tuple[str, float | None]]]]) -> str:
-    """A table whose cells (text, 0..1 or None) are shaded by their number; each row starts with its labels."""
-    top = "".join(f"<th>{escape(h)}</th>" for h in head)
+def heat_map(head: Sequence[str], rows: Sequence[tuple[str, Sequence[tuple[str, float | None]]]]) -> str:
+    """A table whose cells (text, 0..1 or None) are shaded by their number, red beyond 1; each row starts with its label."""
+    top = "".join(f'<th class="{"n" if i else ""}">{escape(h)}</th>' for i, h in enumerate(head))
     body = ""
-    for labels, cells in rows:
-        body += "<tr>" + "".join(f"<td>{escape(label)}</td>" for label in labels)
+    for label, cells in rows:
+        body += f'<tr><td class="wrap">{escape(label)}</td>'
         for text, heat in cells:
-            shade = (
-                f' style="background: rgba(var(--heat), {0.55 * min(max(heat, 0), 1):.3f})"' if heat is not None else ""
-            )
-            body += f'<td class="n heat"{shade}>{escape(text)}</td>'
+            shade = 0.55 * min(max(heat or 0, 0), 1)
+            style = f' style="background: rgba(var(--heat), {shade:.3f})"' if heat is not None else ""
+            beyond = " bad" if heat is not None and heat > 1 else ""
+            body += f'<td class="n heat{beyond}"{style}>{escape(text)}</td>'
         body += "</tr>"
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 

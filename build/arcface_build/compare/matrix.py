@@ -1,0 +1,101 @@
+"""Backends and batch sizes in; drift, changed decisions and batch invariance of each combination out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from arcface_build.compare.comparison import Faces, check_contracts
+from arcface_build.compare.sides import Side
+from arcface_clients.accuracy import Pairs, changed_decisions, measure_accuracy
+from arcface_clients.drift import compare_embeddings, cosine_per_face
+
+FORMAT = 1
+_OF_LIMIT = 0.1  # a row alone and in a batch may part by this share of what its precision may drift …
+_AT_LEAST = 1e-5  # … and by this always
+
+
+def parity_matrix(
+    reference: Side,
+    open_candidates: Sequence[Callable[[], AbstractContextManager[Side]]],
+    faces: Faces,
+    batches: Sequence[int],
+    limits: Mapping[str, float],
+    pairs: Pairs | None = None,
+    threshold: float | None = None,
+    progress: Callable[[str], None] = lambda told: None,
+) -> dict[str, Any]:
+    """Every candidate at every batch size against the reference, as a JSON object (docs/reports.md).
+
+    Args:
+        reference: what is right.
+        open_candidates: each opens one candidate; one is open at a time, so that memory stays that of one.
+        faces: what is embedded.
+        batches: faces a call; 1 is always measured, being what batches are compared with.
+        limits: largest 1 − cosine by precision.
+        pairs: labelled pairs, for changed decisions.
+        threshold: cosine from which a pair is one person; None takes the reference's best one.
+        progress: called before each combination.
+    """
+    progress(f"{reference.label}, the reference")
+    expected = reference.encode(faces.pixels)
+    if pairs is not None and threshold is None:
+        threshold = measure_accuracy(expected, pairs, resamples=0).fold_threshold
+    rows: list[dict[str, Any]] = []
+    for opened in open_candidates:
+        with opened() as side:
+            check_contracts(reference, side)
+            limit = limits.get(side.precision, limits["fp32"])
+            alone: np.ndarray | None = None
+            for batch in sorted({1, *batches}):
+                progress(f"{side.label} {side.precision}, batch {batch}")
+                got = np.concatenate(
+                    [side.encode(faces.pixels[i : i + batch]) for i in range(0, len(faces.pixels), batch)]
+                )
+                alone = got if alone is None else alone
+                rows.append(_row(side, batch, expected, got, alone, limit, pairs, threshold))
+    return {
+        "format": FORMAT,
+        "kind": "matrix",
+        "reference": reference.label,
+        "contract_id": reference.contract_id,
+        "faces": len(expected),
+        "pairs": len(pairs.same) if pairs is not None else 0,
+        "threshold": threshold,
+        "rows": rows,
+        "passed": all(row["passed"] for row in rows),
+    }
+
+
+def _row(
+    side: Side,
+    batch: int,
+    expected: np.ndarray,
+    got: np.ndarray,
+    alone: np.ndarray,
+    limit: float,
+    pairs: Pairs | None,
+    threshold: float | None,
+) -> dict[str, Any]:
+    drift = compare_embeddings(expected, got)
+    changed = (
+        changed_decisions(expected, got, pairs, threshold) if pairs is not None and threshold is not None else None
+    )
+    difference = max(0.0, float((1 - cosine_per_face(alone, got)).max())) if drift.bad_rows == 0 else 1.0
+    allowed = max(_AT_LEAST, _OF_LIMIT * limit)
+    return {
+        "backend": side.label,
+        "precision": side.precision,
+        "batch": batch,
+        "mean_cosine": drift.mean_cosine,
+        "min_cosine": drift.min_cosine,
+        "max_drift": limit,
+        "changed": changed.changed if changed else None,
+        "accuracy": changed.accuracy_candidate if changed else None,
+        "batch_difference": difference,
+        "batch_difference_allowed": allowed,
+        "passed": drift.max_drift <= limit and difference <= allowed,
+    }

@@ -1,0 +1,184 @@
+"""Report pages: self-contained, every figure in them, and drawn by a real browser at phone width without overflow."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arcface_build.compare.comparison import Faces, compare_sides
+from arcface_build.compare.matrix import parity_matrix
+from arcface_build.compare.sides import Side
+from arcface_build.reports.bench_page import bench_csv, bench_page
+from arcface_build.reports.compare_page import compare_page
+from arcface_build.reports.matrix_page import matrix_page
+from arcface_build.reports.plots import Axis, Series, lines
+from arcface_clients.accuracy import pairs_from_identities
+from arcface_clients.drift import DRIFT_LIMITS
+from arcface_clients.synthetic import synthetic_faces
+
+NAMES = tuple(f"p{i // 3}/{i % 3}.jpg" for i in range(12))
+
+
+def embeddings(noise: float) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    rows = np.repeat(rng.normal(size=(4, 64)), 3, axis=0) + 0.4 * rng.normal(size=(12, 64))
+    rows = rows + noise * rng.normal(size=rows.shape)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def compared() -> str:
+    faces = Faces(synthetic_faces(12), NAMES)
+    pairs = pairs_from_identities([name.split("/")[0] for name in NAMES])
+    a, b = (
+        Side(label, encode=lambda _, noise=noise: embeddings(noise)) for label, noise in (("A", 0.0), ("<B>", 0.02))
+    )
+    report = compare_sides(a, b, faces, 1e-5, pairs).report
+    report["findings"] = [{"fault": "weights or precision", "sentence": "A <long> sentence.", "rows": []}]
+    layers = [{"tensor": f"layer{i}", "operator": "Conv", "relative": 10.0 ** (i - 9)} for i in range(9)]
+    report["layers"] = {"layers": layers, "tolerance": 1e-3, "told": "the first that departs is layer7"}
+    return compare_page(report, faces.pixels)
+
+
+@pytest.fixture(scope="module")
+def matrix() -> str:
+    from contextlib import nullcontext
+
+    faces = Faces(synthetic_faces(12), NAMES)
+    right = Side("insightface", encode=lambda pixels: embeddings(0.0)[: len(pixels)])
+    rows = {face.tobytes(): row for face, row in zip(faces.pixels, embeddings(0.02), strict=True)}
+    # Depends on the size of the batch: what the row of batch invariance has to show.
+    side = Side(
+        "onnx", "int8", encode=lambda pixels: np.stack([rows[f.tobytes()] + 0.1 * (len(pixels) > 4) for f in pixels])
+    )
+    report = parity_matrix(right, [lambda: nullcontext(side)], faces, [4, 12], DRIFT_LIMITS)
+    assert [row["passed"] for row in report["rows"]] == [True, True, False]
+    return matrix_page(report)
+
+
+def bench_result() -> dict:
+    spread = {"median": 1.0, "low": 0.9, "high": 1.1, "count": 7}
+    split = {"queue_ms": 0.5, "compute_infer_ms": 20.0, "faces_per_execution": 32.0}
+    rows = [
+        {
+            "name": f"arcface grpc b32 c{c}", "where": "server", "model": "arcface", "protocol": "grpc", "batch": 32,
+            "faces_per_s": spread, "cpu_ms_per_face": None, "server": {"arcface": split, "arcface_onnx": split},
+            "latency_ms": {"p50": 10.0 * c, "p90": 12.0 * c, "p95": 13.0 * c, "p99": 15.0 * c},
+        }
+        for c in (1, 2)
+    ]  # fmt: skip
+    return {
+        "variants": rows,
+        "ratios": [{"variant": rows[0]["name"], "base": "bare b32", **spread}],
+        "rounds": {"measured": 7, "kept": [0], "disturbed": True},
+        "host": {"cpu": "a cpu", "versions": {"numpy": "1.26"}},
+        "waterfall": [
+            {"step": "bare ONNX Runtime", "ms_per_face": spread, "over_bare_us": {**spread, "median": 0.0}},
+            {"step": "gRPC", "ms_per_face": {**spread, "median": 1.25}, "over_bare_us": {**spread, "median": 250.0}},
+        ],
+    }
+
+
+class _Addresses(HTMLParser):
+    found: list[str]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+        assert tag not in ("script", "link", "iframe", "object"), tag
+
+
+def test_pages_need_no_network_and_escape_what_they_are_given(compared, matrix):
+    for text in (compared, matrix, bench_page(bench_result())):
+        parser = _Addresses()
+        parser.found = []
+        parser.feed(text)
+        assert all(address.startswith("data:image/png;base64,") for address in parser.found)
+        assert "url(" not in text and "@import" not in text
+        assert "prefers-color-scheme: dark" in text and "@media print" in text
+    assert "&lt;B&gt; against A" in compared and "<B>" not in compared
+
+
+def test_the_comparison_shows_verdict_finding_curves_and_the_worst_faces(compared):
+    for words in (
+        "Failed: largest drift",
+        "A &lt;long&gt; sentence.",
+        "ROC",
+        "Faces by drift",
+        "the first that departs is layer7",
+    ):
+        assert words in compared
+    assert compared.count("data:image/png;base64,") == 8
+    drifts = [float(d) for d in re.findall(r"<figcaption>p\d/\d\.jpg: 1 − cosine ([0-9.e-]+)", compared)]
+    assert len(drifts) == 8 and drifts == sorted(drifts, reverse=True)
+
+
+def test_the_matrix_shades_what_is_near_its_limit(matrix):
+    assert "1 of 3 combinations are outside their limits: onnx int8 batch 12" in matrix
+    shades = [float(s) for s in re.findall(r"rgba\(var\(--heat\), ([0-9.]+)\)", matrix)]
+    assert len(shades) == 6 and max(shades) == 0.55 and min(shades) < 0.2
+
+
+def test_the_benchmark_shows_overheads_and_says_when_it_is_not_reliable():
+    text = bench_page(bench_result())
+    assert "1.250 ms, +250 µs" in text
+    assert "Not reliable" in text
+    assert "Each point a number of callers" in text
+    head, first, _ = bench_csv(bench_result()).splitlines()
+    assert head.startswith("variant,where,faces_per_s,") and head.count(",") == first.count(",") == 11
+    assert first == "arcface grpc b32 c1,server,1.000,0.900,1.100,,10.000,12.000,15.000,0.500,20.000,1.0000"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "ticks"),
+    [
+        (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0.9, 1, False, [0.9, 0.92, 0.94, 0.96, 0.98, 1]),
+        (0, 1300, False, [0, 500, 1000]),
+        (2e-4, 1, True, [1e-3, 1e-2, 0.1, 1]),
+        (5, 5, False, [5]),
+    ],
+)
+def test_axes_have_round_ticks(low, high, log, ticks):
+    assert Axis("x", low, high, log).ticks() == pytest.approx(ticks)
+
+
+def test_values_outside_an_axis_are_drawn_at_its_end():
+    text = lines("t", [Series("s", [0.0, 2.0], [1e-12, 5.0])], Axis("x", 0, 1), Axis("y", 1e-3, 1, log=True))
+    points = re.search(r'<polyline points="([^"]+)"', text).group(1)
+    assert points == "58.0,254.0 468.0,12.0"
+
+
+@pytest.mark.parametrize("width", [360, 1100])
+def test_a_browser_lays_the_page_out_without_sideways_scrolling(compared, matrix, tmp_path, width):
+    browser = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+    if browser is None:
+        pytest.skip("no Chromium on this host: apt-get install chromium")
+    pages = {"compare": compared, "matrix": matrix, "bench": bench_page(bench_result())}
+    frames = ""
+    for name, text in pages.items():
+        (tmp_path / f"{name}.html").write_text(text)
+        frames += f'<iframe src="{name}.html" style="width:{width}px;height:900px"></iframe>'
+    measure = (
+        "addEventListener('load', () => { const seen = [...document.querySelectorAll('iframe')].map(frame => {"
+        "const root = frame.contentDocument.documentElement;"
+        "return [root.scrollWidth - root.clientWidth, frame.contentDocument.querySelectorAll('svg, table').length]; });"
+        "document.body.textContent = 'MEASURED ' + JSON.stringify(seen); });"
+    )
+    (tmp_path / "all.html").write_text(f"<body>{frames}<script>{measure}</script></body>")
+    line = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    line += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "all.html").as_uri()]
+    answer = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True)
+    found = re.search(r"MEASURED (\[.*\])", answer.stdout)
+    assert found, answer.stdout[-500:]
+    import json
+
+    seen = json.loads(found.group(1))
+    assert [wider for wider, _ in seen] == [0, 0, 0], "a page is wider than its window"
+    assert all(drawn >= 2 for _, drawn in seen)
+    assert Path(tmp_path / "compare.html").stat().st_size < 500_000
