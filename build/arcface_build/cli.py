@@ -23,6 +23,7 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
     "serve": ("serve", "Start Triton on model_repository/, prove it with a few faces, keep serving."),
     "embed": ("embed", "Embed face crops from files or folders through a server."),
     "consensus": ("consensus", "Find who most photos of each person show, and which photos do not belong."),
+    "consensus-demo": ("consensus_demo", "Put strangers among people's faces and measure who is found, and how fast."),
     "parity": ("parity", "Compare every loaded backend with the reference, face by face."),
     "compare": ("compare", "Compare two engines, servers, files or saved embeddings: drift, accuracy, and why."),
     "matrix": ("matrix", "Drift, changed decisions and batch invariance by backend, precision and batch size."),

@@ -25,12 +25,14 @@ from arcface_clients.vectors import cosine_distance, cosine_distances, unit_rows
 
 CLOSE = 0.75  # between random 512-d rows almost nothing is this close: the cost of looking, not of listing
 _CHILD = """
-import resource, sys
+import sys
 import numpy as np
 from arcface_clients.neighbours import nearest
 rows = np.random.default_rng(0).standard_normal((int(sys.argv[1]), int(sys.argv[2])), np.float32)
 nearest(rows, k=int(sys.argv[3]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+# Not ru_maxrss: that one begins with what the parent had when it started this process.
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak.split()[1]) / 1024)
 """
 
 
