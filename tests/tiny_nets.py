@@ -61,7 +61,9 @@ def tiny_net(
     input_name: str = "input.1",
     seed: int = 0,
 ) -> onnx.ModelProto:
-    """One flavour. `inside`: None, "mxnet" (named _minusscalar0, _mulscalar0), "pytorch" or "half" (x·2 − 1)."""
+    """One flavour of it.
+
+    `inside`: None, "mxnet" (names _minusscalar0, _mulscalar0), "pytorch", "computed" or "half" (x·2 − 1)."""
     net = TinyNet(seed)
     net.name = input_name
     if nhwc:
@@ -73,6 +75,12 @@ def tiny_net(
         net.node("Div", net.weight("d", np.float32(255)), name="/Div")
         net.node("Sub", net.weight("m", np.float32([[[0.485]], [[0.456]], [[0.406]]])), name="/Sub")
         net.node("Div", net.weight("s", np.float32([[[0.229]], [[0.224]], [[0.225]]])), name="/Div_1")
+    elif inside == "computed":  # constants that other constants are made into, as exporters without folding write
+        net.weight("m", np.float32([127.5]))
+        net.weight("axes", np.array([1, 2, 3], np.int64))
+        net.nodes.append(helper.make_node("Unsqueeze", ["m", "axes"], ["m4"]))
+        net.node("Sub", "m4", name="/Sub")
+        net.node("Div", "m4", name="/Div")
     elif inside == "half":
         net.node("Mul", net.weight("two", np.float32(2)), name="/Mul")
         net.node("Sub", net.weight("one", np.float32(1)), name="/Sub")
