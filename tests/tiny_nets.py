@@ -58,6 +58,7 @@ def tiny_net(
     sides: tuple[int | str, int | str] = (112, 112),
     across_batch: bool = False,
     bn_before_conv: bool = False,
+    map_output: bool = False,
     input_name: str = "input.1",
     seed: int = 0,
 ) -> onnx.ModelProto:
@@ -111,7 +112,10 @@ def tiny_net(
     bias = net.rng.normal(0, 0.1, dim).astype(np.float32)
     net.node("Gemm", net.weight("fc_w", weight), net.weight("fc_b", bias), transB=1)
     net.batch_norm(dim, **spatial)
+    if map_output:
+        net.node("Reshape", net.weight("map_shape", np.array([0, dim, 1, 1], np.int64)))
     net.nodes[-1].output[0] = "output"
+    out_shape = [batch, dim, 1, 1] if map_output else [batch, dim]
     shape = [batch, *sides, 3] if nhwc else [batch, 3, *sides]
     inputs = [helper.make_tensor_value_info(input_name, TensorProto.FLOAT, shape)]
     if mxnet:  # IR version 3: weights are listed among the inputs
@@ -120,7 +124,7 @@ def tiny_net(
         net.nodes,
         "tiny",
         inputs,
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, dim])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, out_shape)],
         net.weights,
     )
     return helper.make_model(

@@ -26,6 +26,7 @@ def repair_source(model: onnx.ModelProto) -> Step:
             _channel_slopes(model),
             _image_size(model),
             _channels_first(model),
+            _flat_output(model),
             _batch(model),
         )
         if text
@@ -153,6 +154,21 @@ def _channels_first(model: onnx.ModelProto) -> str:
     for position, size in enumerate(sizes, start=1):
         dim[position].dim_value = size
     return "NHWC input is NCHW (a Transpose stands in front)"
+
+
+def _flat_output(model: onnx.ModelProto) -> str:
+    """An embedding that leaves as [N,D,1,1] is flattened: the reference normalises along axis 1 of [N,D]."""
+    import onnx
+
+    output = model.graph.output[0]
+    shape = shapes(model).get(output.name, [])
+    if len(shape) != 4:
+        return ""
+    flat = f"{output.name}_flat"
+    model.graph.node.append(onnx.helper.make_node("Flatten", [output.name], [flat], axis=1))
+    dim = next((size for size in shape[1:] if size != 1), None)
+    output.CopyFrom(onnx.helper.make_tensor_value_info(flat, onnx.TensorProto.FLOAT, [shape[0], dim]))
+    return "output [N,D,1,1] is [N,D]"
 
 
 def _batch(model: onnx.ModelProto) -> str:
