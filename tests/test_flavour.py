@@ -11,8 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.errors import BuildError, Missing, SourceRefused
-from arcface_build.flavour import flavour_of, guess_preprocessing, read_source
+from arcface_build.flavour import flavour_of, guess_preprocessing
 from arcface_build.importing import import_model
+from arcface_build.onnx_file import read_source
 from arcface_build.sources import known_models, resolve
 from arcface_clients.contract import Preprocessing
 from arcface_clients.synthetic import synthetic_faces
@@ -308,7 +309,12 @@ def test_what_the_file_is(flavour: dict, expected: tuple) -> None:
 
 
 @pytest.mark.parametrize(
-    ("inside", "low", "high"), [("mxnet", -127.5 / 128, 127.5 / 128), ("pytorch", -0.485 / 0.229, (1 - 0.406) / 0.225)]
+    ("inside", "low", "high"),
+    [
+        ("mxnet", -127.5 / 128, 127.5 / 128),
+        ("pytorch", -0.485 / 0.229, (1 - 0.406) / 0.225),
+        ("computed", -1, 1),
+    ],
 )
 def test_the_map_inside_the_graph_is_read_from_its_constants(inside: str, low: float, high: float) -> None:
     found = flavour_of(tiny_net(inside=inside), "net.onnx")

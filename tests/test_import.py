@@ -40,6 +40,7 @@ FLAVOURS = {
     "256-d": {"dim": 256},
     "input named face": {"input_name": "face"},
     "input named data": {"input_name": "data"},
+    "embedding as a 1×1 map": {"map_output": True},
     "BatchNorm before convolutions": {"bn_before_conv": True},
 }
 
@@ -60,6 +61,15 @@ def run_import(path: Path, faces: np.ndarray, stated: Preprocessing | None = Non
     return import_model(source, folder, faces, "drawn", stated=stated)
 
 
+def assert_reference_answers_for_what_it_says(path: Path) -> None:
+    """arcface_reference asks one by one where the batch is 1, and for all faces at once else."""
+    source = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (face,) = source.get_inputs()
+    count = 1 if face.shape[0] == 1 else 3
+    embeddings = source.run(None, {face.name: np.zeros((count, 3, 112, 112), np.float32)})[0]
+    assert embeddings.ndim == 2 and len(embeddings) == count
+
+
 @pytest.mark.parametrize("name", FLAVOURS)
 def test_each_flavour_becomes_the_serving_form(name: str, tmp_path: Path, faces: np.ndarray) -> None:
     manifest = run_import(save(tiny_net(**FLAVOURS[name]), tmp_path / "net.onnx"), faces)
@@ -71,6 +81,7 @@ def test_each_flavour_becomes_the_serving_form(name: str, tmp_path: Path, faces:
     assert (embedding.name, embedding.type, embedding.shape) == ("embedding", "tensor(float)", ["N", dim])
     assert manifest.serving["opset"] >= 17
     assert manifest.proof["min_cosine"] >= 0.99999
+    assert_reference_answers_for_what_it_says(folder / "source.onnx")
     rows = session.run(None, {"face": faces[:5]})[0]
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
     files = ["manifest.json", "serving.onnx", "serving_cpu.onnx", "source.onnx"]

@@ -58,10 +58,13 @@ def tiny_net(
     sides: tuple[int | str, int | str] = (112, 112),
     across_batch: bool = False,
     bn_before_conv: bool = False,
+    map_output: bool = False,
     input_name: str = "input.1",
     seed: int = 0,
 ) -> onnx.ModelProto:
-    """One flavour. `inside`: None, "mxnet" (named _minusscalar0, _mulscalar0), "pytorch" or "half" (x·2 − 1)."""
+    """One flavour of it.
+
+    `inside`: None, "mxnet" (names _minusscalar0, _mulscalar0), "pytorch", "computed" or "half" (x·2 − 1)."""
     net = TinyNet(seed)
     net.name = input_name
     if nhwc:
@@ -73,6 +76,12 @@ def tiny_net(
         net.node("Div", net.weight("d", np.float32(255)), name="/Div")
         net.node("Sub", net.weight("m", np.float32([[[0.485]], [[0.456]], [[0.406]]])), name="/Sub")
         net.node("Div", net.weight("s", np.float32([[[0.229]], [[0.224]], [[0.225]]])), name="/Div_1")
+    elif inside == "computed":  # constants that other constants are made into, as exporters without folding write
+        net.weight("m", np.float32([127.5]))
+        net.weight("axes", np.array([1, 2, 3], np.int64))
+        net.nodes.append(helper.make_node("Unsqueeze", ["m", "axes"], ["m4"]))
+        net.node("Sub", "m4", name="/Sub")
+        net.node("Div", "m4", name="/Div")
     elif inside == "half":
         net.node("Mul", net.weight("two", np.float32(2)), name="/Mul")
         net.node("Sub", net.weight("one", np.float32(1)), name="/Sub")
@@ -103,7 +112,10 @@ def tiny_net(
     bias = net.rng.normal(0, 0.1, dim).astype(np.float32)
     net.node("Gemm", net.weight("fc_w", weight), net.weight("fc_b", bias), transB=1)
     net.batch_norm(dim, **spatial)
+    if map_output:
+        net.node("Reshape", net.weight("map_shape", np.array([0, dim, 1, 1], np.int64)))
     net.nodes[-1].output[0] = "output"
+    out_shape = [batch, dim, 1, 1] if map_output else [batch, dim]
     shape = [batch, *sides, 3] if nhwc else [batch, 3, *sides]
     inputs = [helper.make_tensor_value_info(input_name, TensorProto.FLOAT, shape)]
     if mxnet:  # IR version 3: weights are listed among the inputs
@@ -112,7 +124,7 @@ def tiny_net(
         net.nodes,
         "tiny",
         inputs,
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, dim])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, out_shape)],
         net.weights,
     )
     return helper.make_model(

@@ -1,34 +1,21 @@
-"""Flavour: an ONNX file in, what kind of ArcFace export it is out; what is none is refused in one sentence."""
+"""Flavour: an ONNX model in, what kind of ArcFace export it is out; what is none is refused in one sentence."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arcface_build.errors import Missing, SourceRefused
+from arcface_build.errors import SourceRefused
 from arcface_build.graph.index import GraphIndex, attribute, shapes
 from arcface_build.graph.upgrade_opset import opset_of
+from arcface_build.onnx_file import IMPORT_ITSELF
 from arcface_clients.contract import FACE_SIZE, Preprocessing
 
 if TYPE_CHECKING:
     import onnx
 
-EXPORT_AGAIN = "Import the recognition ONNX itself"
-# First bytes of what people hand over by mistake, and what it is.
-FOREIGN_FILES = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights", "Fetch them: git lfs pull"),
-    (b"PK\x03\x04", "a zip (a PyTorch checkpoint or a model pack)", "Export or unpack the recognition ONNX"),
-    (b"\x80\x02", "a Python pickle (a PyTorch checkpoint)", "Export it: torch.onnx.export"),
-    (b"ftrt", "a TensorRT plan", "Import the ONNX that it was built from"),
-    (b"ptrt", "a TensorRT plan", "Import the ONNX that it was built from"),
-    (b"\x89HDF", "an HDF5 file (Keras)", "Export it with tf2onnx"),
-    (b"<", "a web page or XML", "Download the file itself"),
-    (b"\xff\xd8\xff", "a JPEG picture", "Name the ONNX file"),
-    (b"\x89PNG", "a PNG picture", "Name the ONNX file"),
-)
 OTHER_SIZES = {
     64: "an attribute model",
     80: "a liveness model",
@@ -65,47 +52,6 @@ class Flavour:
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the field names as keys."""
         return asdict(self)
-
-
-def read_source(path: Path) -> onnx.ModelProto:
-    """The model in a file, weights beside it included.
-
-    Raises:
-        Missing: no such file.
-        SourceRefused: not ONNX, damaged, without its weights, or without a graph.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    if not path.is_file():
-        raise Missing(f"{path} is not there: expected an ONNX file. See what can be imported: arcface import --help")
-    with path.open("rb") as file:
-        head = file.read(64)
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-        sound = bool(model.graph.node and opset_of(model))
-    except DecodeError:
-        sound = False
-    if not sound:
-        raise SourceRefused(_not_onnx(path, head))
-    try:
-        onnx.load_external_data_for_model(model, str(path.parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as exc:
-        wanted = sorted({_location(tensor) for tensor in model.graph.initializer if tensor.external_data})
-        raise SourceRefused(
-            f"{path.name} keeps its weights in another file: expected {', '.join(wanted)} beside it. "
-            "Copy it into the same folder."
-        ) from exc
-    return model
-
-
-def external_files(path: Path) -> list[Path]:
-    """The files beside an ONNX file that hold its weights, sorted by name; usually none."""
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    names = {_location(tensor) for tensor in model.graph.initializer if tensor.external_data}
-    return [path.parent / name for name in sorted(names)]
 
 
 def flavour_of(model: onnx.ModelProto, file: str) -> Flavour:
@@ -200,22 +146,6 @@ def affine_at_input(index: GraphIndex, face: str) -> tuple[list[float], list[flo
     return [float(v) for v in np.broadcast_to(scale, 3)], [float(v) for v in np.broadcast_to(shift, 3)]
 
 
-def _not_onnx(path: Path, head: bytes) -> str:
-    size = path.stat().st_size
-    if size == 0:
-        return f"{path.name} is empty: expected an ONNX file. Copy or download it again."
-    for magic, what, todo in FOREIGN_FILES:
-        if head.startswith(magic):
-            return f"{path.name} is {what}: expected an ONNX file. {todo}."
-    if head[:1] == b"\x08":  # field 1 of ModelProto, ir_version: this was an ONNX file once
-        return f"{path.name} is damaged or truncated ({size:,} bytes): expected a whole ONNX file. Download it again."
-    return f"{path.name} is not an ONNX file (it begins with {head[:4].hex(' ')}). {EXPORT_AGAIN}."
-
-
-def _location(tensor: onnx.TensorProto) -> str:
-    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "?")
-
-
 def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]:
     """The one image input and its layout, checked."""
     import onnx
@@ -223,7 +153,7 @@ def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]
     inputs = index.inputs()
     if len(inputs) != 1:
         names = ", ".join(value.name for value in inputs) or "none"
-        raise SourceRefused(f"{file} has {len(inputs)} inputs ({names}): expected one, the face. {EXPORT_AGAIN}.")
+        raise SourceRefused(f"{file} has {len(inputs)} inputs ({names}): expected one, the face. {IMPORT_ITSELF}.")
     face = inputs[0]
     kind = face.type.tensor_type.elem_type
     shape = [dim.dim_value if dim.dim_value > 0 else None for dim in face.type.tensor_type.shape.dim]
@@ -237,13 +167,13 @@ def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]
         got = onnx.TensorProto.DataType.Name(kind).lower()
         raise SourceRefused(f"{file} takes {got}: expected float32. Export it in float32; variants are made from that.")
     if len(shape) != 4 or 3 not in (shape[1] or 3, shape[3] or 3):
-        raise SourceRefused(f"{file} takes {shown}: expected one RGB image, N×3×112×112. {EXPORT_AGAIN}.")
+        raise SourceRefused(f"{file} takes {shown}: expected one RGB image, N×3×112×112. {IMPORT_ITSELF}.")
     layout = "NHWC" if shape[3] == 3 and shape[1] != 3 else "NCHW"
     sides = shape[1:3] if layout == "NHWC" else shape[2:4]
     if any(side not in (None, FACE_SIZE) for side in sides):
         what = OTHER_SIZES.get(sides[0] or 0)
         looks = f", which looks like {what}" if what else ""
-        raise SourceRefused(f"{file} takes images of {shown}{looks}: expected 112×112. {EXPORT_AGAIN}.")
+        raise SourceRefused(f"{file} takes images of {shown}{looks}: expected 112×112. {IMPORT_ITSELF}.")
     return face, layout
 
 
@@ -253,20 +183,20 @@ def _embedding(index: GraphIndex, known: dict[str, list], model: onnx.ModelProto
     if len(outputs) != 1:
         what = "a face detector" if len(outputs) >= 5 else "no recognition model, or one with its training head"
         raise SourceRefused(
-            f"{file} has {len(outputs)} outputs, so it is {what}: expected one embedding. {EXPORT_AGAIN}."
+            f"{file} has {len(outputs)} outputs, so it is {what}: expected one embedding. {IMPORT_ITSELF}."
         )
     shape = known.get(outputs[0].name)
     maker = index.maker.get(outputs[0].name)
     if maker is not None and maker.op_type in ("Softmax", "LogSoftmax", "Sigmoid", "ArgMax"):
         raise SourceRefused(
-            f"{file} ends in {maker.op_type}, so it is a classifier: expected an embedding. {EXPORT_AGAIN}."
+            f"{file} ends in {maker.op_type}, so it is a classifier: expected an embedding. {IMPORT_ITSELF}."
         )
     if shape is None or not isinstance(shape[-1], int):
         return _gemm_width(index, maker)
     width = [size for size in shape[1:] if size != 1]
     if len(shape) not in (2, 4) or len(width) != 1:
         shown = "×".join(str(size or "?") for size in shape)
-        raise SourceRefused(f"{file} gives {shown}: expected an embedding, N×D. {EXPORT_AGAIN}.")
+        raise SourceRefused(f"{file} gives {shown}: expected an embedding, N×D. {IMPORT_ITSELF}.")
     return check_width(width[0], file)
 
 
@@ -274,7 +204,7 @@ def check_width(dim: int, file: str) -> int:
     """D, refused where no recognition model has it: landmark, age and class counts are not multiples of 32."""
     if dim < 64 or dim > 4096 or dim % 32:
         raise SourceRefused(
-            f"{file} gives {dim} numbers a face: expected an embedding of 128, 256 or 512. {EXPORT_AGAIN}."
+            f"{file} gives {dim} numbers a face: expected an embedding of 128, 256 or 512. {IMPORT_ITSELF}."
         )
     return dim
 
@@ -315,7 +245,7 @@ def _check_weights(index: GraphIndex, file: str) -> None:
                 "expected finite ones. Export it from a sound checkpoint."
             )
     if not floats and not any(node.op_type == "Constant" for node in index.graph.node):
-        raise SourceRefused(f"{file} holds no weights: expected a trained network. {EXPORT_AGAIN}.")
+        raise SourceRefused(f"{file} holds no weights: expected a trained network. {IMPORT_ITSELF}.")
 
 
 def _slopes(index: GraphIndex) -> str:

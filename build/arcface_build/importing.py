@@ -15,15 +15,7 @@ import numpy as np
 
 from arcface_build.atomic import new_folder, write_json
 from arcface_build.errors import Missing, SourceRefused, WrongUse
-from arcface_build.flavour import (
-    Flavour,
-    check_width,
-    external_files,
-    flavour_of,
-    guess_preprocessing,
-    normalises_inside,
-    read_source,
-)
+from arcface_build.flavour import Flavour, check_width, flavour_of, guess_preprocessing, normalises_inside
 from arcface_build.graph import Step
 from arcface_build.graph.blocked_layout import blocked_layout
 from arcface_build.graph.dynamic_batch import dynamic_batch
@@ -33,6 +25,7 @@ from arcface_build.graph.repair_source import repair_source
 from arcface_build.graph.serving import serving_form
 from arcface_build.graph.upgrade_opset import opset_of, upgrade_opset
 from arcface_build.manifest import FILE, Manifest, load_manifest
+from arcface_build.onnx_file import external_files, read_source
 from arcface_build.proof import Proof, Reference, prove, reference_embeddings
 from arcface_build.sources import Source, file_digest
 from arcface_clients.contract import Preprocessing, contract_id

@@ -12,7 +12,8 @@ from typing import Any
 
 from arcface_build.atomic import new_folder
 from arcface_build.errors import LicenceNotAccepted, Missing, SourceRefused
-from arcface_build.flavour import flavour_of, read_source
+from arcface_build.flavour import flavour_of
+from arcface_build.onnx_file import read_source
 
 
 def insightface_home(given: Path | None = None) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 from arcface_build.atomic import new_file
 from arcface_build.demo import ARCHITECTURES, build_demo
 from arcface_build.errors import LicenceNotAccepted, Missing, SourceRefused, WrongUse
-from arcface_build.flavour import external_files
+from arcface_build.onnx_file import external_files
 from arcface_build.packs import find_recognition
 from arcface_clients.contract import Preprocessing
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     pass
 
 
-@click.command("import")
+@click.command("import", context_settings={"auto_envvar_prefix": "ARCFACE_IMPORT"})
 @click.argument("source")
 @click.option("--name", help="Name of the folder under models/; by default the file's or the known model's.")
 @click.option("--color", type=click.Choice(["rgb", "bgr"]), help="Channel order that the network wants.")

@@ -22,12 +22,10 @@ def dynamic_batch(model: onnx.ModelProto) -> Step:
     Whether rows stay apart is not proved here but by running the result (arcface_build.proof).
     """
     graph = model.graph
-    known = shapes(model)
     index = GraphIndex(graph)
     face = index.inputs()[0]
-    batch = known[face.name][0]
-    fixed = batch if isinstance(batch, int) else 1
-    baked = [node for node in graph.node if _holds_batch(index, known, node, fixed)]
+    batch = declared_batch(face)
+    baked = baked_reshapes(model)
     for node in baked:
         shape = index.constant(node.input[1]).copy()
         shape[0] = 0  # "as in the input": unlike −1 it cannot mix faces
@@ -43,6 +41,21 @@ def dynamic_batch(model: onnx.ModelProto) -> Step:
     was = f"was fixed to {batch}" if isinstance(batch, int) else f"was {batch or 'unnamed'!r}"
     also = f", and {len(baked)} Reshape that held it" if baked else ""
     return Step("dynamic_batch", model, True, f"batch {was}{also}")
+
+
+def declared_batch(face: onnx.ValueInfoProto) -> int | str:
+    """The first dimension of the input as the file states it; "" where it states nothing."""
+    dim = face.type.tensor_type.shape.dim[0]
+    return dim.dim_value if dim.dim_value > 0 else dim.dim_param
+
+
+def baked_reshapes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The Reshape nodes that hold the batch as a number; 1 is looked for where the input's batch is no number."""
+    known = shapes(model)
+    index = GraphIndex(model.graph)
+    batch = declared_batch(index.inputs()[0]) or 1
+    fixed = batch if isinstance(batch, int) else 1
+    return [node for node in model.graph.node if _holds_batch(index, known, node, fixed)]
 
 
 def _holds_batch(index: GraphIndex, known: dict[str, list], node: onnx.NodeProto, batch: int) -> bool:

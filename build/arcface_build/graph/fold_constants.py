@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from arcface_build.graph import Step
 from arcface_build.graph.index import GraphIndex, drop_unused, reconnect, replace_nodes
 
@@ -22,41 +20,20 @@ def fold_constants(model: onnx.ModelProto) -> Step:
     folded, dropped, gone = 0, 0, {}
     renamed: dict[str, str] = {}
     for node in graph.node:
-        if node.op_type in NO_OPS and index.constant(node.input[0]) is None and node.output[0] not in index.outputs:
-            renamed[node.output[0]] = node.input[0]
-            gone[node.output[0]] = []
+        name = node.output[0]
+        value = index.constant(name)
+        if value is not None and len(node.output) == 1:
+            del index.maker[name]
+            index.add_constant(name, value)
+            folded += 1
+        elif node.op_type in NO_OPS and name not in index.outputs:
+            renamed[name] = node.input[0]
             dropped += 1
+        else:
             continue
-        values = _constant_result(index, node)
-        if values is None:
-            continue
-        gone[node.output[0]] = []
-        folded += 1
-        for name, value in zip(node.output, values, strict=False):
-            if name:
-                del index.maker[name]
-                index.add_constant(name, value)
+        gone[name] = []
     replace_nodes(graph, gone)
     reconnect(graph, renamed)
     drop_unused(graph)
     why = f"{folded} constant nodes are weights now, {dropped} Identity or Dropout nodes dropped"
     return Step("fold_constants", model, bool(folded or dropped), why if folded or dropped else "nothing to fold")
-
-
-def _constant_result(index: GraphIndex, node: onnx.NodeProto) -> list[np.ndarray] | None:
-    """The outputs of a node all of whose inputs are constant, None where one is not or the node has a subgraph."""
-    import onnx
-    from onnx.reference import ReferenceEvaluator
-
-    if node.op_type == "Constant":
-        value = index.constant(node.output[0])
-        return None if value is None else [value]
-    if not node.input or any(item.type == onnx.AttributeProto.GRAPH for item in node.attribute):
-        return None
-    feeds = {name: index.constant(name) for name in node.input if name}
-    if any(value is None for value in feeds.values()):
-        return None
-    try:
-        return [np.asarray(value) for value in ReferenceEvaluator(node).run(None, feeds)]
-    except Exception:  # an operator that the evaluator lacks stays in the graph and is computed at run time
-        return None

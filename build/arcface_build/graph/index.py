@@ -24,24 +24,35 @@ class GraphIndex:
             for name in node.input:
                 self.users.setdefault(name, []).append(node)
         self.outputs = {value.name for value in graph.output}
+        self._constant = set(self.initializers)
+        for node in graph.node:
+            if _is_constant(node, self._constant):
+                self._constant.update(node.output)
 
     def inputs(self) -> list[onnx.ValueInfoProto]:
         """Graph inputs that a caller has to feed: files of IR version 3 list their weights as inputs, too."""
         return [value for value in self.graph.input if value.name not in self.initializers]
 
     def constant(self, name: str) -> np.ndarray | None:
-        """The value of an initializer or of a Constant node, None when the tensor depends on the input."""
+        """The value of an initializer, or of what follows from constants alone; None for anything else."""
         import onnx
+        from onnx.reference import ReferenceEvaluator
 
         if name in self.initializers:
             return onnx.numpy_helper.to_array(self.initializers[name])
-        node = self.maker.get(name)
-        if node is not None and node.op_type == "Identity":
-            return self.constant(node.input[0])
-        if node is None or node.op_type != "Constant" or not node.attribute:
+        if name not in self._constant:
             return None
-        value = onnx.helper.get_attribute_value(node.attribute[0])
-        return onnx.numpy_helper.to_array(value) if node.attribute[0].name == "value" else np.asarray(value)
+        node = self.maker[name]
+        if node.op_type == "Constant" and node.attribute[0].name != "value":
+            return np.asarray(onnx.helper.get_attribute_value(node.attribute[0]))
+        feeds = {source: self.constant(source) for source in node.input if source}
+        if any(value is None for value in feeds.values()):
+            return None
+        try:
+            values = ReferenceEvaluator(node).run(None, feeds)
+        except Exception:  # an operator that the evaluator lacks is computed at run time
+            return None
+        return np.asarray(values[list(node.output).index(name)])
 
     def only_user(self, name: str) -> onnx.NodeProto | None:
         """The one node that reads this tensor; None when several do, none does, or it leaves the graph."""
@@ -59,6 +70,16 @@ class GraphIndex:
         self.graph.initializer.append(tensor)
         self.initializers[free] = self.graph.initializer[-1]
         return free
+
+
+def _is_constant(node: onnx.NodeProto, constants: set[str]) -> bool:
+    import onnx
+
+    if node.op_type == "Constant":
+        return bool(node.attribute)
+    known = bool(node.input) and all(name in constants for name in node.input if name)
+    drawn = node.op_type.startswith(("Random", "Bernoulli", "Multinomial"))
+    return known and not drawn and all(item.type != onnx.AttributeProto.GRAPH for item in node.attribute)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:

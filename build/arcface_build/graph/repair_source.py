@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from arcface_build.graph import Step
-from arcface_build.graph.dynamic_batch import dynamic_batch
+from arcface_build.graph.dynamic_batch import baked_reshapes, declared_batch, dynamic_batch
 from arcface_build.graph.index import GraphIndex, attribute, reconnect, replace_nodes, shapes
 from arcface_clients.contract import FACE_SIZE
 
@@ -26,7 +26,8 @@ def repair_source(model: onnx.ModelProto) -> Step:
             _channel_slopes(model),
             _image_size(model),
             _channels_first(model),
-            _many_at_once(model),
+            _flat_output(model),
+            _batch(model),
         )
         if text
     ]
@@ -155,7 +156,26 @@ def _channels_first(model: onnx.ModelProto) -> str:
     return "NHWC input is NCHW (a Transpose stands in front)"
 
 
-def _many_at_once(model: onnx.ModelProto) -> str:
-    """A batch fixed to more than 1 is freed in the source, too: the reference embeds one face at a time."""
-    size = GraphIndex(model.graph).inputs()[0].type.tensor_type.shape.dim[0].dim_value
-    return f"reference freed from a batch of {size}: {dynamic_batch(model).why}" if size > 1 else ""
+def _flat_output(model: onnx.ModelProto) -> str:
+    """An embedding that leaves as [N,D,1,1] is flattened: the reference normalises along axis 1 of [N,D]."""
+    import onnx
+
+    output = model.graph.output[0]
+    shape = shapes(model).get(output.name, [])
+    if len(shape) != 4:
+        return ""
+    flat = f"{output.name}_flat"
+    model.graph.node.append(onnx.helper.make_node("Flatten", [output.name], [flat], axis=1))
+    dim = next((size for size in shape[1:] if size != 1), None)
+    output.CopyFrom(onnx.helper.make_tensor_value_info(flat, onnx.TensorProto.FLOAT, [shape[0], dim]))
+    return "output [N,D,1,1] is [N,D]"
+
+
+def _batch(model: onnx.ModelProto) -> str:
+    """A batch fixed to more than 1, or said to be free over a Reshape that holds 1, is freed: the reference is asked
+    for any number of faces. A batch that is honestly 1 stays, and the reference goes face by face.
+    """
+    batch = declared_batch(GraphIndex(model.graph).inputs()[0])
+    if batch == 1 or (isinstance(batch, str) and not baked_reshapes(model)):
+        return ""
+    return dynamic_batch(model).why
