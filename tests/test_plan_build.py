@@ -406,8 +406,9 @@ def test_plan_build_builds_once_then_finds_it(plan_build: Callable[..., Any], tm
     shutil.rmtree(tmp_path / "cache")
     again = plan_build("tiny", "--precision", "fp16", "--max-batch", "8", "--workspace", "0.5GB", "--json")
     assert json.loads(again.stdout)["source"] == "store"
-    readable = plan_build("tiny", "--precision", "fp16", "--max-batch", "8", "--workspace", "512MB")
-    assert "from the cache: " in readable.stdout
+    arguments = ["tiny", "--precision", "fp16", "--max-batch", "8", "--workspace", "512MB", "--output", "plans"]
+    assert "from the cache: plans/tiny-fp16-sm86.plan" in plan_build(*arguments).stdout
+    assert (tmp_path / "plans" / "tiny-fp16-sm86.plan.json").is_file()
     forced = plan_build("tiny", "--precision", "fp16", "--max-batch", "8", "--workspace", "512MB", "--force")
     assert "built: " in forced.stdout
 

@@ -99,7 +99,8 @@ def test_show_takes_a_file_a_key_or_a_name(arcface: Arcface, cache: PlanStore, t
     manifest = built(cache)
     cache.pull(manifest, tmp_path / "folder")
     path = tmp_path / "folder" / "tiny-fp16-sm86.plan"
-    for name in (manifest.key, manifest.key[:6], "tiny-fp16-sm86.plan", path, f"{path}.json"):
+    in_cache = cache.local_path(manifest)
+    for name in (manifest.key, manifest.key[:6], "tiny-fp16-sm86.plan", path, f"{path}.json", in_cache):
         assert arcface.json("show", name)["key"] == manifest.key
     path.write_bytes(b"short")
     assert arcface("show", path) == 1

@@ -50,6 +50,7 @@ Old names: `build --fp16` is `plan build NAME --precision fp16`, `info` is `plan
 )
 @click.option("--force", is_flag=True, help="Build although the cache or the store has this plan.")
 @click.option("--push", "upload", is_flag=True, help="Publish the plan to the store after the build.")
+@click.option("--output", "-o", type=_PATH, help="Also put plan and manifest into this folder.")
 @click.option("--sign-key", type=_PATH, help="PEM, ed25519: sign the manifest.")
 @click.option("--models-dir", type=_PATH, default=Path("models"), show_default=True)
 @place_options
@@ -72,6 +73,7 @@ def build(
     timeout_s: float,
     force: bool,
     upload: bool,
+    output: Path | None,
     sign_key: Path | None,
     models_dir: Path,
     as_json: bool,
@@ -145,17 +147,16 @@ def build(
         upload=upload,
         sign_key=sign_key,
     )
+    path = places.cache.pull(obtained.manifest, output) if output else obtained.path
     if as_json:
-        fields = {"source": obtained.source, "path": str(obtained.path), "notes": obtained.notes}
+        fields = {"source": obtained.source, "path": str(path), "notes": obtained.notes}
         click.echo(json.dumps({**fields, **obtained.manifest.to_json()}, indent=2))
         return
     for note in obtained.notes:
         click.echo(note, err=True)
     row = summary(obtained.manifest)
     click.echo(table(list(row), [list(row.values())]))
-    click.echo(
-        f"from the {obtained.source}: {obtained.path}" if obtained.source != "build" else f"built: {obtained.path}"
-    )
+    click.echo(f"{'built' if obtained.source == 'build' else 'from the ' + obtained.source}: {path}")
 
 
 def _faces(path: Path | None) -> np.ndarray:
