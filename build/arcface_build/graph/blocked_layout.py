@@ -16,7 +16,7 @@ import numpy as np
 
 from arcface_build.graph import Step
 from arcface_build.graph.fold_batchnorm import affine_of
-from arcface_build.graph.index import GraphIndex, replace_nodes, shapes
+from arcface_build.graph.index import GraphIndex, drop_unused, replace_nodes, shapes
 
 if TYPE_CHECKING:
     import onnx
@@ -39,6 +39,7 @@ def blocked_layout(model: onnx.ModelProto) -> Step:
             instead[node.output[0]] = nodes
             counts[node.op_type] += 1
     replace_nodes(graph, instead)
+    drop_unused(graph)
     done = " and ".join(f"{count} {op}" for op, count in counts.items() if count)
     return Step("blocked_layout", model, bool(done), f"{done} as depthwise 1×1 Conv" if done else "nothing to rewrite")
 
