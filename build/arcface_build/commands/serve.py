@@ -32,8 +32,9 @@ Examples:
     "--model-config-name",
     "backend",
     default="auto",
-    type=click.Choice(["auto", "tensorrt", "onnx", "reference"]),
-    help="What answers as `arcface`; auto: a verified plan for this GPU, else ONNX Runtime, else InsightFace.",
+    type=click.Choice(["auto", "tensorrt", "onnx", "reference", "tuned"]),
+    help="What answers as `arcface`; auto: a verified plan for this GPU, else ONNX Runtime, else InsightFace; "
+    "tuned: ONNX Runtime with what `arcface tune` found.",
 )
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--http-port", default=8000)
@@ -80,7 +81,7 @@ def command(
         binary,
         repository,
         ["arcface", "arcface_parity"] if with_reference else ["arcface"],
-        config_name=choice.backend,
+        config_name="tuned" if backend == "tuned" else choice.backend,
         ports=ports,
         host=host,
         log_path=repository.parent / ".cache" / "tritonserver.log",
@@ -101,6 +102,7 @@ def command(
 
 def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple[Choice, bool]:
     """Weights where there are none, then the backend choice and whether InsightFace is loaded beside it."""
+    from arcface_build.errors import Missing
     from arcface_build.repository import versions
     from arcface_build.serving.choose import choose_backend, gpu_sm, plan_sms
 
@@ -111,6 +113,10 @@ def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple
         folders = ["--models-dir", str(repository.parent / "models"), "--model-repository", str(repository)]
         import_command.main(["demo", *folders], standalone_mode=False)
     has_reference = bool(versions(repository / "arcface_reference")) and find_spec("insightface") is not None
+    if asked == "tuned":
+        if not (repository / "arcface_onnx" / "configs" / "tuned.pbtxt").is_file():
+            raise Missing("arcface_onnx has no configs/tuned.pbtxt for the weights that it serves. Next: arcface tune")
+        asked = "onnx"
     choice = choose_backend(
         asked, gpu_sm(), plan_sms(repository), bool(versions(repository / "arcface_onnx")), has_reference
     )
