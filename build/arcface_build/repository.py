@@ -114,6 +114,7 @@ def write_overlays(model: Path, manifest: Mapping[str, Any]) -> None:
     }
     lines = "".join(f'parameters {{ key: "{k}" value: {{ string_value: "{v}" }} }}\n' for k, v in parameters.items())
     base = (model / "config.pbtxt").read_text()
+    (model / "configs" / "tuned.pbtxt").unlink(missing_ok=True)  # measured for other weights, and states their contract
     for name in OVERLAYS:
         with new_file(model / "configs" / f"{name}.pbtxt") as temporary:
             added = manifest.get("overlay", "") + lines

@@ -102,7 +102,7 @@ def command(
             raise WrongUse("--waterfall wants one --batch and the bare runtime; got several, or --no-bare.")
         loads, models = waterfall_loads(batches[0]), ("arcface_onnx", "arcface")
     program = find_perf_analyzer()
-    faces = _faces(sources, max(batches))
+    faces = faces_of(sources, max(batches))
     host = describe_host()
     with (
         tempfile.TemporaryDirectory(prefix="arcface-bench-") as folder,
@@ -208,7 +208,7 @@ def _served_file(repository: Path | None, model: str, name: str) -> Path:
     return folder / str(have[-1]) / name
 
 
-def _faces(sources: tuple[str, ...], batch: int) -> np.ndarray:
+def faces_of(sources: tuple[str, ...], batch: int) -> np.ndarray:
     """Crops from files, else drawn ones: at least one batch."""
     from arcface_build.errors import WrongUse
     from arcface_clients.synthetic import synthetic_faces

@@ -34,8 +34,9 @@ Examples:
     "--model-config-name",
     "backend",
     default="auto",
-    type=click.Choice(["auto", "tensorrt", "onnx", "reference"]),
-    help="What answers as `arcface`; auto: a verified plan for this GPU, else ONNX Runtime, else InsightFace.",
+    type=click.Choice(["auto", "tensorrt", "onnx", "reference", "tuned"]),
+    help="What answers as `arcface`; auto: a verified plan for this GPU, else ONNX Runtime, else InsightFace; "
+    "tuned: ONNX Runtime with what `arcface tune` found.",
 )
 @click.option(
     "--variant",
@@ -92,7 +93,20 @@ def command(
         _say(f"variant {take_best_variant(repository, repository.parent / 'models')}", as_json)
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
         signal.signal(number, _interrupt)
+<<<<<<< HEAD
     backends = order_of_backends(choice.backend, settings.fallback) if with_reference and not once else [choice.backend]
+=======
+    server = TritonProcess(
+        binary,
+        repository,
+        ["arcface", "arcface_parity"] if with_reference else ["arcface"],
+        config_name="tuned" if backend == "tuned" else choice.backend,
+        ports=ports,
+        host=host,
+        log_path=repository.parent / ".cache" / "tritonserver.log",
+        extra=triton_arguments,
+    )
+>>>>>>> evidence
     try:
         for position, name in enumerate(backends):
             server = TritonProcess(
@@ -124,6 +138,7 @@ def command(
 
 def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple[Choice, bool]:
     """Weights where there are none, then the backend choice and whether InsightFace is loaded beside it."""
+    from arcface_build.errors import Missing
     from arcface_build.repository import versions
     from arcface_build.serving.choose import choose_backend, gpu_sm, plan_sms
 
@@ -134,6 +149,10 @@ def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple
         folders = ["--models-dir", str(repository.parent / "models"), "--model-repository", str(repository)]
         import_command.main(["demo", *folders], standalone_mode=False)
     has_reference = bool(versions(repository / "arcface_reference")) and find_spec("insightface") is not None
+    if asked == "tuned":
+        if not (repository / "arcface_onnx" / "configs" / "tuned.pbtxt").is_file():
+            raise Missing("arcface_onnx has no configs/tuned.pbtxt for the weights that it serves. Next: arcface tune")
+        asked = "onnx"
     choice = choose_backend(
         asked, gpu_sm(), plan_sms(repository), bool(versions(repository / "arcface_onnx")), has_reference
     )

@@ -237,5 +237,8 @@ def _reachable(host: str) -> str:
 
 
 def _die_with_parent() -> None:
-    """Linux: end the server when we are killed ourselves (PR_SET_PDEATHSIG = 1), so that no process is left."""
+    """Linux: end the server when we are killed ourselves (PR_SET_PDEATHSIG = 1), so that no process is left.
+
+    The kernel means the thread that started it: start a server from a thread that lives as long as it should.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
