@@ -93,27 +93,14 @@ def command(
         _say(f"variant {take_best_variant(repository, repository.parent / 'models')}", as_json)
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
         signal.signal(number, _interrupt)
-<<<<<<< HEAD
     backends = order_of_backends(choice.backend, settings.fallback) if with_reference and not once else [choice.backend]
-=======
-    server = TritonProcess(
-        binary,
-        repository,
-        ["arcface", "arcface_parity"] if with_reference else ["arcface"],
-        config_name="tuned" if backend == "tuned" else choice.backend,
-        ports=ports,
-        host=host,
-        log_path=repository.parent / ".cache" / "tritonserver.log",
-        extra=triton_arguments,
-    )
->>>>>>> evidence
     try:
         for position, name in enumerate(backends):
             server = TritonProcess(
                 binary,
                 repository,
                 ["arcface", "arcface_parity"] if with_reference and name != "reference" else ["arcface"],
-                config_name=name,
+                config_name="tuned" if backend == "tuned" else name,
                 ports=ports,
                 host=host,
                 log_path=repository.parent / ".cache" / "tritonserver.log",

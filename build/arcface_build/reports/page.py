@@ -76,11 +76,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "")
 
 
 def heat_map(head: Sequence[str], rows: Sequence[tuple[str, Sequence[tuple[str, float | None]]]]) -> str:
-<<<<<<< HEAD
-    """A table whose cells (text, 0..1 or None) are shaded by their number, red beyond 1; each row has a label."""
-=======
     """A table whose cells (text, 0..1 or None) are shaded by it, red beyond 1; each row starts with its label."""
->>>>>>> evidence
     top = "".join(f'<th class="{"n" if i else ""}">{escape(h)}</th>' for i, h in enumerate(head))
     body = ""
     for label, cells in rows:
