@@ -358,3 +358,15 @@ def test_nothing_to_embed_leaves_nothing_behind(server, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "nothing to embed in" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_runs_on_ray_against_a_real_server(server, sources: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'arcface-triton[ray]'")
+    output = tmp_path / "out.parquet"
+    options = ["--engine", "ray", "--actors", 2, "--url", server.grpc_url, "--url", f"http://{server.http_url}"]
+    done = arcface_embed(sources / "crops", sources / "stored.npz", "-o", output, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["faces"], summary["refused"]) == (41, 3)
+    assert len(rows_of(output)) == 41
