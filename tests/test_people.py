@@ -114,6 +114,8 @@ def test_a_journal_of_another_model_or_other_limits_is_not_mixed_in(tmp_path: Pa
         Journal(path, "d" * 64, LIMITS)
     with pytest.raises(ConfigError, match=r"was begun with \{'max_distance': 0.12"):
         Journal(path, CONTRACT, Limits())
+    with pytest.raises(ConfigError, match="'photos': True}: expected the same"):
+        Journal(path, CONTRACT, LIMITS, photos=True)
     Journal(path, "d" * 64, LIMITS, start_over=True).close()
     path.write_text("something else\n")
     with pytest.raises(ConfigError, match="is not a journal of this program"):
@@ -145,3 +147,31 @@ def test_a_dead_server_stops_the_run_and_no_more_people_wait_than_twice_the_work
 def test_a_folder_without_folders_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected one folder a person"):
         people_in(tmp_path)
+
+
+def test_the_command_asks_a_real_server(server, folder: Path, assets: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-c", "from arcface_build.cli import main; main()", "consensus"]
+    options = ["--url", server.grpc_url, "--max-distance", "0.9", "--json"]
+    done = subprocess.run(
+        [*line, folder, "-o", tmp_path / "out.json", *options], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["people"], summary["refused"]) == (8, 1)
+    again = subprocess.run([*line, folder, "-o", tmp_path / "out.json", *options], capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for person in sorted((assets / "faces" / "raw250").iterdir())[:2]:
+        (photos / person.name).symlink_to(person)
+    found_by = ["--detect", "--detector", assets / "detectors" / "face_detection_yunet_2023mar.onnx"]
+    done = subprocess.run(
+        [*line, photos, "-o", tmp_path / "photos.json", *options, *found_by],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    people = json.loads((tmp_path / "photos.json").read_text())["people"]
+    assert all(len(record["distances"]) >= 8 for record in people.values())

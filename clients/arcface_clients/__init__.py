@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from arcface_clients.address import Tls as Tls
     from arcface_clients.benchmark import benchmark_embedder as benchmark_embedder
+    from arcface_clients.cache import EmbeddingCache as EmbeddingCache
     from arcface_clients.config import load_config as load_config
     from arcface_clients.door import get_embedding_backend as get_embedding_backend
     from arcface_clients.engines.protocol import EmbeddingEngine as EmbeddingEngine
     from arcface_clients.engines.registry import EngineRegistry as EngineRegistry
     from arcface_clients.fake import FakeEmbedder as FakeEmbedder
     from arcface_clients.fallback import FallbackEmbedder as FallbackEmbedder
+    from arcface_clients.gallery import Gallery as Gallery
     from arcface_clients.triton import TritonEmbedder as TritonEmbedder
     from arcface_clients.triton_async import AsyncTritonEmbedder as AsyncTritonEmbedder
 
@@ -21,10 +23,12 @@ __version__ = "0.1.0"
 
 _HOMES = {  # public name -> module, loaded on first use (PEP 562)
     "AsyncTritonEmbedder": "arcface_clients.triton_async",
+    "EmbeddingCache": "arcface_clients.cache",
     "EmbeddingEngine": "arcface_clients.engines.protocol",
     "EngineRegistry": "arcface_clients.engines.registry",
     "FakeEmbedder": "arcface_clients.fake",
     "FallbackEmbedder": "arcface_clients.fallback",
+    "Gallery": "arcface_clients.gallery",
     "Tls": "arcface_clients.address",
     "TritonEmbedder": "arcface_clients.triton",
     "benchmark_embedder": "arcface_clients.benchmark",

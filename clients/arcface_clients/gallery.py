@@ -103,7 +103,7 @@ class Gallery:
     def remove(self, *identities: str) -> int:
         """Forget these people; returns how many embeddings went. Unknown names are ignored. One copy of the rest."""
         with self._lock:
-            gone = [self._number.pop(name) for name in identities if name in self._number]
+            gone = [self._number[name] for name in identities if name in self._number]
             kept = ~np.isin(self._owner[: self._count], gone)
             removed = int(self._count - kept.sum())
             if gone:  # new arrays: a search that is under way goes on with the old ones

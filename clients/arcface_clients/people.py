@@ -122,8 +122,10 @@ def signature(files: Sequence[str]) -> str:
 class Journal:
     """Finished records, a line each, in a file beside the output; a line that a kill cut off is dropped."""
 
-    def __init__(self, path: Path, contract_id: str | None, limits: Limits, start_over: bool = False) -> None:
-        """Open or begin the journal.
+    def __init__(
+        self, path: Path, contract_id: str | None, limits: Limits, start_over: bool = False, photos: bool = False
+    ) -> None:
+        """Open or begin the journal; `photos` says that faces were looked for, so the files are not crops.
 
         Raises:
             ContractMismatch: it was begun with another model.
@@ -131,7 +133,8 @@ class Journal:
         """
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
-        head = {"format": FORMAT, "version": VERSION, "contract_id": contract_id, "limits": asdict(limits)}
+        settings = {**asdict(limits), "photos": photos}
+        head = {"format": FORMAT, "version": VERSION, "contract_id": contract_id, "settings": settings}
         lines = [] if start_over or not path.exists() else path.read_bytes().split(b"\n")[:-1]
         if lines:
             try:
@@ -146,7 +149,7 @@ class Journal:
                 )
             if begun != head:
                 raise ConfigError(
-                    f"{path} was begun with {begun.get('limits')}, now they are {asdict(limits)}: expected the same. "
+                    f"{path} was begun with {begun.get('settings')}, now it is {settings}: expected the same. "
                     "Give those, or start over: --force"
                 )
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,8 @@ import click
 
 from arcface_build.atomic import write_json
 from arcface_build.errors import WrongUse
-from arcface_clients.people import FORMAT, VERSION, Journal, Limits, consensus_of_people, people_in
+from arcface_clients.images import load_faces
+from arcface_clients.people import FORMAT, VERSION, Journal, Limits, Loader, consensus_of_people, people_in
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   arcface consensus people/ -o consensus.json
+  arcface consensus photos/ -o consensus.json --detect
   arcface consensus people/ -o consensus.json --max-distance 0.58 --workers 8 --cache embeddings.sqlite
 
 Ctrl-C keeps everybody who is finished in OUTPUT.partial; the same command goes on from there.
@@ -44,6 +47,13 @@ Ctrl-C keeps everybody who is finished in OUTPUT.partial; the same command goes 
     help="And be more than this share of all.",
 )
 @click.option("--workers", type=click.IntRange(1), default=4, help="People at a time.")
+@click.option("--detect", is_flag=True, help="The files are photos: every face found in them is a candidate.")
+@click.option(
+    "--detector",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="ARCFACE_DETECTOR",
+    help="YuNet's ONNX.  [default: in ~/.cache/arcface-triton/detectors]",
+)
 @click.option("--cache", "cache_path", type=click.Path(path_type=Path, dir_okay=False), help="Embeddings kept here.")
 @click.option("--force", is_flag=True, help="Overwrite the output and start over.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -56,14 +66,16 @@ def command(
     min_support: int,
     min_share: float,
     workers: int,
+    detect: bool,
+    detector: Path | None,
     cache_path: Path | None,
     force: bool,
     as_json: bool,
 ) -> int:
     """Find for each person who most of the photos show, and which photos show somebody else.
 
-    FOLDER_OF_PERSONS holds one folder of aligned 112×112 crops a person. The output names each person's references,
-    outliers with their distance, what could not be read, and the consensus embedding.
+    FOLDER_OF_PERSONS holds one folder of aligned 112×112 crops (with --detect: of photos) a person. The output names
+    each person's references, outliers with their distance, what could not be read, and the consensus embedding.
     """
     import json
 
@@ -72,9 +84,14 @@ def command(
     if output.exists() and not force:
         raise WrongUse(f"{output} is there already. Choose another name, or overwrite it: --force")
     limits = Limits(max_distance, min_support, min_share)
+    load = load_faces
+    if detect:
+        from arcface_clients.detect import FaceDetector, load_detected
+
+        load = partial(load_detected, detector=FaceDetector(detector))
     with TritonEmbedder(url, model) as engine:
         engine.ensure_ready()
-        records = run(folder, output, engine, limits, workers, cache_path, force)
+        records = run(folder, output, engine, limits, workers, cache_path, force, load)
     undecided = {name: record["reason"] for name, record in records.items() if not record["agreed"]}
     summary = {
         "output": str(output),
@@ -110,6 +127,7 @@ def run(
     workers: int,
     cache_path: Path | None,
     start_over: bool,
+    load: Loader = load_faces,
 ) -> dict[str, dict]:
     """Records of everybody in `folder` by name, written to `output`; an interrupted run's records are taken over."""
     from contextlib import ExitStack
@@ -124,7 +142,13 @@ def run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
         journal = stack.enter_context(
-            Journal(output.with_name(f"{output.name}.partial"), engine.contract_id, limits, start_over)
+            Journal(
+                output.with_name(f"{output.name}.partial"),
+                engine.contract_id,
+                limits,
+                start_over,
+                load is not load_faces,
+            )
         )
         cache = stack.enter_context(EmbeddingCache(path=cache_path)) if cache_path else None
         left = journal.left(people)
@@ -132,7 +156,7 @@ def run(
             click.echo(f"going on: {len(people) - len(left)} of {len(people)} people were finished before", err=True)
         progress = stack.enter_context(Progress(*columns, console=errors, disable=not errors.is_terminal))
         bar = progress.add_task("people", total=len(people), completed=len(people) - len(left))
-        for record in consensus_of_people(left, engine, limits, workers=workers, cache=cache):
+        for record in consensus_of_people(left, engine, limits, workers=workers, cache=cache, load=load):
             journal.add(record)
             progress.advance(bar)
         records = {name: journal.records[name] for name in people}

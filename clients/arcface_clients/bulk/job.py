@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,7 @@ class Job:
                 f"another process is writing {self.output}: expected one at a time. Wait for it, or give another name."
             ) from exc
         try:
+            self._sweep()
             if start_over:
                 self._empty()
             self._begin()
@@ -114,6 +116,14 @@ class Job:
                 self.items += unit_size(unit)
         with new_file(file) as temporary:
             temporary.write_text(json.dumps({"plan": mine, "units": self.units, "items": self.items}))
+
+    def _sweep(self) -> None:
+        """Remove what a kill in the middle of writing left: temporary files of `new_file` for our names."""
+        output = re.compile(rf"\.{re.escape(self.output.name)}(\.bad\.jsonl)?\.[a-z0-9_]{{8}}")
+        for folder, leftover in ((self.output.parent, output), (self.folder, re.compile(r"\..+\.[a-z0-9_]{8}"))):
+            for path in folder.iterdir():
+                if leftover.fullmatch(path.name):
+                    path.unlink()
 
     def _empty(self) -> None:
         for path in self.folder.iterdir():
