@@ -232,7 +232,9 @@ def test_upgrade_opset_brings_mxnet_exports_to_17_with_the_same_result() -> None
 
 def test_an_operator_that_cannot_be_converted_is_named() -> None:
     per_pixel = {key: np.ones((3, 6, 6), np.float32) for key in "sbmv"}
-    model = chain(("BatchNormalization", list("sbmv"), {"spatial": 0}), x=IMAGES, opset=8, **per_pixel)
+    model = chain(
+        ("BatchNormalization", list("sbmv"), {"spatial": 0}), ("Flatten", [], {}), x=IMAGES, opset=8, **per_pixel
+    )
     assert not repair_source(model).changed  # this spatial=0 means what it says
     with pytest.raises(
         SourceRefused, match=r"^cannot convert opset 8 to 17: .*Export the model again with opset 17\.$"

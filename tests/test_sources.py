@@ -94,6 +94,14 @@ def test_the_recognition_file_of_a_pack_is_found_by_its_graph(cache: Path, tmp_p
     assert (source.kind, source.name, source.licence) == ("pack", "buffalo_s", "non-commercial research")
 
 
+def test_a_folder_is_a_pack_too(cache: Path, tmp_path: Path) -> None:
+    source = resolve(str(cache / "models"), tmp_path, known=known_models())
+    assert (source.path.name, source.kind, source.name) == ("called_anything.onnx", "file", "called_anything")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceRefused, match=r"holds 0 recognition models: expected one \(no ONNX file\)"):
+        resolve(str(tmp_path / "empty"), tmp_path, known=known_models())
+
+
 def test_insightface_home_is_where_packs_are_looked_for(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,9 +34,18 @@ def find_recognition(
     folder = insightface_home(root) / "models" / pack
     if not any(folder.rglob("*.onnx")):
         _download(pack, entry, folder, accept_licence, say)
+    return recognition_in(folder)
+
+
+def recognition_in(folder: Path) -> Path:
+    """The one recognition model in a folder (searched to its bottom).
+
+    Raises:
+        SourceRefused: there is none, or more than one.
+    """
     fitting = [path for path in sorted(folder.rglob("*.onnx")) if _is_recognition(path)]
     if len(fitting) != 1:
-        have = ", ".join(path.name for path in fitting or sorted(folder.rglob("*.onnx")))
+        have = ", ".join(path.name for path in fitting or sorted(folder.rglob("*.onnx"))) or "no ONNX file"
         raise SourceRefused(
             f"{folder} holds {len(fitting)} recognition models: expected one ({have}). Import the file itself: "
             f"arcface import {folder}/FILE.onnx"

@@ -13,7 +13,7 @@ from arcface_build.atomic import new_file
 from arcface_build.demo import ARCHITECTURES, build_demo
 from arcface_build.errors import LicenceNotAccepted, Missing, SourceRefused, WrongUse
 from arcface_build.onnx_file import external_files
-from arcface_build.packs import find_recognition
+from arcface_build.packs import find_recognition, recognition_in
 from arcface_clients.contract import Preprocessing
 
 DEMOS = {"demo": "mobile", **{f"demo-{arch}": arch for arch in ARCHITECTURES}}
@@ -90,6 +90,8 @@ def resolve(
     path = Path(text).expanduser()
     if path.is_file():
         return _from_file(path, known)
+    if path.is_dir() and text not in (*DEMOS, *known.packs, *known.models):
+        return _from_file(recognition_in(path), known)
     if text in DEMOS:
         return _from_demo(DEMOS[text], workspace, progress)
     if text in known.packs:
