@@ -32,12 +32,6 @@ from tiny_onnx import DIM, tiny_onnx, write_tiny
 
 TESTS = Path(__file__).resolve().parent
 VERSIONS = ("8.6.0", "10.3.0", "11.0.0")
-SMI = """#!/bin/sh
-case "$1" in
-  --query*) echo "0, NVIDIA A10, 8.6, 550.54.15, 23028, 312" ;;
-  *) echo "CUDA Version: 12.4" ;;
-esac
-"""
 
 
 # --- what the typed ONNX says ---
@@ -188,25 +182,6 @@ def test_a_plan_of_a_higher_precision_than_its_onnx_is_refused(
 
 
 # --- the builder ---
-
-
-@pytest.fixture
-def fake_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """fake_host(version, fault): child processes find our TensorRT and an nvidia-smi of an A10."""
-
-    def prepare(version: str = "10.3.0", fault: str = "") -> None:
-        folder = tmp_path / "host"
-        folder.mkdir(exist_ok=True)
-        shutil.copyfile(TESTS / "fake_tensorrt.py", folder / "tensorrt.py")
-        smi = folder / "nvidia-smi"
-        smi.write_text(SMI)
-        smi.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setenv("FAKE_TRT_VERSION", version)
-        monkeypatch.setenv("FAKE_TRT_FAULT", fault)
-        monkeypatch.syspath_prepend(str(folder))
-
-    return prepare
 
 
 @pytest.fixture(scope="session")
