@@ -22,6 +22,7 @@ import pytest
 
 from arcface_build.errors import BuildError, Missing, PlanRefused, ProofFailed, WrongUse
 from arcface_build.plans.build import Proof, build_plan, child_error, timing_cache_path
+from arcface_build.plans.float_weights import float_weights
 from arcface_build.plans.inspect import check_precision, count_precisions, layer_precision
 from arcface_build.plans.manifest import PlanManifest, check_content
 from arcface_build.plans.source import PlanSource
@@ -96,6 +97,23 @@ def test_an_opset_that_8_6_cannot_parse_is_refused_there_only(tmp_path: Path) ->
     check_buildable(typed, "fp32", "10.3.0")
     with pytest.raises(WrongUse, match=r"has opset 18; TensorRT 8\.6\.1 parses up to 17"):
         check_buildable(typed, "fp32", "8.6.1")
+
+
+def test_float_weights_round_to_the_very_int8_weights_that_were_stored(tmp_path: Path) -> None:
+    import onnxruntime
+
+    model = tiny_onnx("int8")
+    before = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert float_weights(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    assert "conv_w" not in {i.name for i in model.graph.initializer}
+    after = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    faces = synthetic_faces(4)
+    np.testing.assert_array_equal(before.run(None, {"face": faces})[0], after.run(None, {"face": faces})[0])
+    assert float_weights(model) == 0
+    assert float_weights(tiny_onnx("fp16")) == 0
+    onnx.save(model, tmp_path / "x.onnx")
+    assert read_typed_onnx(tmp_path / "x.onnx").layers == {"int8": 1, "fp32": 1}
 
 
 # --- the inspector's JSON (shapes as NVIDIA's documentation shows them) ---
