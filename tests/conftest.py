@@ -138,6 +138,33 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_keys(tmp_path_factory.mktemp(name)) for name in ("ours", "theirs")}
 
 
+NVIDIA_SMI = """#!/bin/sh
+case "$1" in
+  --query*) echo "0, NVIDIA A10, 8.6, 550.54.15, 23028, 312" ;;
+  *) echo "CUDA Version: 12.4" ;;
+esac
+"""
+
+
+@pytest.fixture
+def fake_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """fake_host(version, fault): child processes find our TensorRT and an nvidia-smi of an A10."""
+
+    def prepare(version: str = "10.3.0", fault: str = "") -> None:
+        folder = tmp_path / "host"
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(REPO / "tests" / "fake_tensorrt.py", folder / "tensorrt.py")
+        smi = folder / "nvidia-smi"
+        smi.write_text(NVIDIA_SMI)
+        smi.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+        monkeypatch.setenv("FAKE_TRT_VERSION", version)
+        monkeypatch.setenv("FAKE_TRT_FAULT", fault)
+        monkeypatch.syspath_prepend(str(folder))
+
+    return prepare
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `gpu` skip, visibly, where TensorRT or a GPU is missing; with REQUIRE_GPU=1 they fail instead."""
     if item.get_closest_marker("gpu") is None:

@@ -98,11 +98,18 @@ class _Network(list):
 class OnnxParser:
     num_errors = 0
 
+    def get_error(self, index: int) -> str:
+        return "[E] a convolution has invalid weights type of Int8"
+
     def __init__(self, network: _Network, logger: ILogger) -> None:
         self.network, self.flags = network, 0
 
     def parse_from_file(self, path: str) -> int:
         model = self.network.model = onnx.load(path)
+        stored = {i.name for i in model.graph.initializer if i.data_type == 3}
+        if MAJOR < 10 and any(n.op_type == "DequantizeLinear" and n.input[0] in stored for n in model.graph.node):
+            self.num_errors = 1
+            return False
         kinds, kind_of = tensor_types(model.graph), {1: float32, 10: float16, 3: int8}
         for node in model.graph.node:
             layer = types.SimpleNamespace(name=node.name, type=LayerType.OTHER, num_outputs=1, precision=None)

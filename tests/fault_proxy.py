@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 from dataclasses import dataclass
 
 
@@ -75,6 +76,8 @@ class FaultProxy:
             while data := server.recv(1 << 14):
                 if passed <= self.faults.after_bytes < passed + len(data):
                     if self._take("cuts"):
+                        client.sendall(data[: self.faults.after_bytes - passed])
+                        time.sleep(0.05)  # a reset throws away what the client has not read yet
                         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                         client.shutdown(socket.SHUT_RD)  # wakes _forward, whose recv would hold the socket open
                         return

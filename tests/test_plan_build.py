@@ -22,6 +22,7 @@ import pytest
 
 from arcface_build.errors import BuildError, Missing, PlanRefused, ProofFailed, WrongUse
 from arcface_build.plans.build import Proof, build_plan, child_error, timing_cache_path
+from arcface_build.plans.float_weights import float_weights
 from arcface_build.plans.inspect import check_precision, count_precisions, layer_precision
 from arcface_build.plans.manifest import PlanManifest, check_content
 from arcface_build.plans.source import PlanSource
@@ -32,12 +33,6 @@ from tiny_onnx import DIM, tiny_onnx, write_tiny
 
 TESTS = Path(__file__).resolve().parent
 VERSIONS = ("8.6.0", "10.3.0", "11.0.0")
-SMI = """#!/bin/sh
-case "$1" in
-  --query*) echo "0, NVIDIA A10, 8.6, 550.54.15, 23028, 312" ;;
-  *) echo "CUDA Version: 12.4" ;;
-esac
-"""
 
 
 # --- what the typed ONNX says ---
@@ -102,6 +97,23 @@ def test_an_opset_that_8_6_cannot_parse_is_refused_there_only(tmp_path: Path) ->
     check_buildable(typed, "fp32", "10.3.0")
     with pytest.raises(WrongUse, match=r"has opset 18; TensorRT 8\.6\.1 parses up to 17"):
         check_buildable(typed, "fp32", "8.6.1")
+
+
+def test_float_weights_round_to_the_very_int8_weights_that_were_stored(tmp_path: Path) -> None:
+    import onnxruntime
+
+    model = tiny_onnx("int8")
+    before = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert float_weights(model) == 1
+    onnx.checker.check_model(model, full_check=True)
+    assert "conv_w" not in {i.name for i in model.graph.initializer}
+    after = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    faces = synthetic_faces(4)
+    np.testing.assert_array_equal(before.run(None, {"face": faces})[0], after.run(None, {"face": faces})[0])
+    assert float_weights(model) == 0
+    assert float_weights(tiny_onnx("fp16")) == 0
+    onnx.save(model, tmp_path / "x.onnx")
+    assert read_typed_onnx(tmp_path / "x.onnx").layers == {"int8": 1, "fp32": 1}
 
 
 # --- the inspector's JSON (shapes as NVIDIA's documentation shows them) ---
@@ -188,25 +200,6 @@ def test_a_plan_of_a_higher_precision_than_its_onnx_is_refused(
 
 
 # --- the builder ---
-
-
-@pytest.fixture
-def fake_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """fake_host(version, fault): child processes find our TensorRT and an nvidia-smi of an A10."""
-
-    def prepare(version: str = "10.3.0", fault: str = "") -> None:
-        folder = tmp_path / "host"
-        folder.mkdir(exist_ok=True)
-        shutil.copyfile(TESTS / "fake_tensorrt.py", folder / "tensorrt.py")
-        smi = folder / "nvidia-smi"
-        smi.write_text(SMI)
-        smi.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setenv("FAKE_TRT_VERSION", version)
-        monkeypatch.setenv("FAKE_TRT_FAULT", fault)
-        monkeypatch.syspath_prepend(str(folder))
-
-    return prepare
 
 
 @pytest.fixture(scope="session")

@@ -229,3 +229,7 @@ def test_a_builder_killed_in_the_middle_frees_the_key_and_leaves_no_plan(cache: 
     built = get_or_build(SPEC, cache, None, builder())
     assert built.source == "build"
     assert files(cache) == sorted([manifest_name(built.manifest), plan_name(built.manifest)])
+    leftover = built.path.with_name(".tiny-fp16-sm86.plan.abc")  # as a killed download leaves one
+    leftover.write_bytes(b"half a plan")
+    assert get_or_build(SPEC, cache).source == "cache"
+    assert not leftover.exists()

@@ -249,6 +249,19 @@ def test_passing_faults_are_retried_and_the_plan_arrives_whole(
     assert (tmp_path / "out" / "x.plan").read_bytes() == plan.read_bytes()
 
 
+def test_a_manifest_cut_in_the_middle_is_read_again(
+    remote: PlanStore, network: FaultProxy, plan: Path, manifest: PlanManifest
+) -> None:
+    remote.put(plan, manifest)
+    fresh = PlanStore(S3Store("plans", "pre/fix", remote.objects.options))
+    network.faults = Faults(cuts=2, after_bytes=900)  # past the head of the answer, before its end
+    assert fresh.find(manifest.key) == manifest
+    assert network.happened == 2
+    network.faults = Faults(cuts=99, after_bytes=900)
+    with pytest.raises(StoreUnreachable, match=r"could not read \w{12}/manifest\.json: "):
+        PlanStore(S3Store("plans", "pre/fix", remote.objects.options)).find(manifest.key)
+
+
 @pytest.mark.parametrize(
     ("faults", "message"),
     [(Faults(cuts=99), r"could not download .*tiny-fp16-sm86\.plan: the connection was cut each time"),

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Check:
     scratch: Path
     deadline: float
     seconds: float
+    batches: tuple[int, ...]
     torch_python: str | None
     external_tactics: bool
     faces: np.ndarray
@@ -83,15 +85,15 @@ def main(argv: list[str] | None = None) -> int:
     except Missing as exc:
         print(f"Missing: {exc}", file=sys.stderr)
         return exc.exit_code
-    _show_packages_to_the_stub()
     name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower().removeprefix("nvidia ")).strip("-")
     target = arguments.out / f"{name}.json"
-    with tempfile.TemporaryDirectory(prefix="arcface-gpu-check-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="arcface-gpu-check-") as scratch, _packages_shown_to_the_stub():
         check = Check(
             models_dir=arguments.models_dir,
             scratch=Path(scratch),
             deadline=time.monotonic() + arguments.budget_s,
             seconds=arguments.sample_s,
+            batches=tuple(arguments.batches),
             torch_python=arguments.torch_python,
             external_tactics=not arguments.no_external_tactics,
             faces=synthetic_faces(128, seed=7),
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             "models": {}, "not_measured": [],
         }  # fmt: skip
         try:
-            _run(check, arguments.models, gpu.sm, version)
+            _run(check, dict(_named(text) for text in arguments.models), gpu.sm, version)
         finally:  # Ctrl-C and a budget that was cut leave what was measured
             arguments.out.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(check.report, indent=2) + "\n")
@@ -116,11 +118,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(check: Check, models: list[str], sm: str, version: str) -> None:
+def _run(check: Check, models: dict[str, str], sm: str, version: str) -> None:
     """The most telling things first: fp16 of every model, its baselines, then the other precisions."""
-    for model in models:
+    for model, source in models.items():
         check.report["models"][model] = {"plans": {}}
-        check.step(f"import {model}", 20, lambda m=model: _import(check, m))
+        check.step(f"import {model}", 20, lambda m=model, s=source: _import(check, m, s))
     for precision in PRECISIONS:
         for model in models:
             if precision != "fp32":
@@ -146,30 +148,24 @@ def _arcface(check: Check, *arguments: str) -> None:
         raise Missing((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
 
 
-def _import(check: Check, model: str) -> None:
-    folder = check.models_dir / _folder_name(model)
-    if not (folder / "manifest.json").is_file():
-        _arcface(check, "import", model, "--models-dir", str(check.models_dir), "--no-assemble")
-
-
-def _folder_name(model: str) -> str:
-    """What `arcface import MODEL` calls its folder: a file's stem, else the name."""
-    return Path(model).stem.lower() if model.endswith(".onnx") else model
+def _import(check: Check, model: str, source: str) -> None:
+    if not (check.models_dir / model / "manifest.json").is_file():
+        _arcface(check, "import", source, "--name", model, "--models-dir", str(check.models_dir), "--no-assemble")
 
 
 def _quantize(check: Check, model: str, precision: str) -> None:
     """A variant for TensorRT; int8 without the search: speed is asked here, and its drift is reported."""
-    variant = check.models_dir / _folder_name(model) / "variants" / f"{precision}-tensorrt.onnx"
+    variant = check.models_dir / model / "variants" / f"{precision}-tensorrt.onnx"
     if variant.is_file():
         return
     loose = ["--no-search", "--max-drift", "2"] if precision == "int8" else []
     arguments = ["--precision", precision, "--target", "tensorrt", "--eval-faces", "64", *loose]
-    _arcface(check, "quantize", _folder_name(model), *arguments, "--models-dir", str(check.models_dir))
+    _arcface(check, "quantize", model, *arguments, "--models-dir", str(check.models_dir))
 
 
 def _plan(check: Check, model: str, precision: str, sm: str, version: str) -> None:
     """Build, prove, measure in this process and through tritonserver; each part is reported as soon as it is known."""
-    source = find_source(_folder_name(model), precision, check.models_dir)
+    source = find_source(model, precision, check.models_dir)
     typed = read_typed_onnx(source.onnx)
     options = BuilderOptions(external_tactics=check.external_tactics)
     spec = PlanSpec(source.name, typed.sha256, precision, sm, version, 1, 32, 64, options)
@@ -177,7 +173,7 @@ def _plan(check: Check, model: str, precision: str, sm: str, version: str) -> No
     reference = source.embed(check.faces)
     # The gate is judged below: a plan that drifts is still worth measuring, and the report says that it drifts.
     proof = Proof(check.faces, reference, dict.fromkeys(DRIFT_LIMITS, 2.0))
-    plan = check.scratch / model.replace("/", "-") / precision / spec.file_name
+    plan = check.scratch / model / precision / spec.file_name
     try:
         manifest = build_plan(
             typed, spec, plan, proof, contract_id=source.contract_id, timing_caches=check.scratch / "timing",
@@ -188,7 +184,7 @@ def _plan(check: Check, model: str, precision: str, sm: str, version: str) -> No
         raise
     entry |= _facts(manifest)
     with plan_runner(plan) as embed:
-        entry["in_process"] = [measure(embed, check.faces, batch, check.seconds) for batch in BATCHES]
+        entry["in_process"] = [measure(embed, check.faces, batch, check.seconds) for batch in check.batches]
     check.step(
         f"{precision} plan of {model} through tritonserver", 30, lambda: _served(check, entry, plan, sm, reference)
     )
@@ -212,35 +208,51 @@ def _served(check: Check, entry: dict[str, Any], plan: Path, sm: str, reference:
     before = find_gpus()[0].memory_used_bytes
     with served_plan(plan, sm, plan.parent) as (embed, server):
         parity = compare_embeddings(reference, embed(check.faces))
-        rows = [measure(embed, check.faces, batch, check.seconds, callers=1) for batch in BATCHES]
-        rows += [measure(embed, check.faces, batch, check.seconds, callers=4) for batch in (1, 32)]
+        rows = [measure(embed, check.faces, batch, check.seconds, callers=1) for batch in check.batches]
+        rows += [measure(embed, check.faces, batch, check.seconds, callers=4) for batch in check.batches[::2]]
         used = find_gpus()[0].memory_used_bytes - before
         entry["served"] = {"drift": parity.to_json(), "vram_bytes": used, "rows": rows, "pid": server.pid is not None}
 
 
 def _onnxruntime(check: Check, model: str) -> None:
-    source = find_source(_folder_name(model), "fp32", check.models_dir)
+    source = find_source(model, "fp32", check.models_dir)
     with onnxruntime_cuda(source.onnx) as embed:
-        rows = [measure(embed, check.faces, batch, check.seconds) for batch in BATCHES]
+        rows = [measure(embed, check.faces, batch, check.seconds) for batch in check.batches]
     check.report["models"][model]["onnxruntime_cuda"] = rows
 
 
 def _torch(check: Check, model: str) -> None:
     if check.torch_python is None:
         raise Missing("no --torch-python was given")
-    source = find_source(_folder_name(model), "fp32", check.models_dir)
+    source = find_source(model, "fp32", check.models_dir)
     check.report["models"][model]["pytorch"] = torch_baseline(
-        check.torch_python, source.onnx, check.faces, source.embed(check.faces), BATCHES, check.seconds,
+        check.torch_python, source.onnx, check.faces, source.embed(check.faces), check.batches, check.seconds,
         check.scratch / "torch",
     )  # fmt: skip
 
 
-def _show_packages_to_the_stub() -> None:
-    """Write a .pth for what only PYTHONPATH says: the stub of the python backend does not read that variable."""
+def _named(text: str) -> tuple[str, str]:
+    """("real", "files/x.onnx") from "real=files/x.onnx"; without a name a file's stem or the source itself is it."""
+    name, given, source = text.partition("=")
+    return (name, source) if given else (Path(text).stem.lower() if text.endswith(".onnx") else text, text)
+
+
+@contextmanager
+def _packages_shown_to_the_stub() -> Iterator[None]:
+    """While it lasts, a .pth with what only PYTHONPATH says: the python backend's stub does not read that variable.
+
+    Only outside a virtual environment: a carried interpreter has its packages beside it, a virtual one in it.
+    """
     extra = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    packages = Path(site.getsitepackages()[0])
-    if extra and os.access(packages, os.W_OK):
-        (packages / "arcface-gpu-check.pth").write_text("".join(f"{Path(path).resolve()}\n" for path in extra))
+    pth = Path(site.getsitepackages()[0]) / "arcface-gpu-check.pth"
+    if not extra or sys.prefix != sys.base_prefix or not os.access(pth.parent, os.W_OK):
+        yield
+        return
+    pth.write_text("".join(f"{Path(path).resolve()}\n" for path in extra))
+    try:
+        yield
+    finally:
+        pth.unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -251,9 +263,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     out = Path(os.environ.get("OUT") or "docs/measured")
     parser.add_argument("--out", type=Path, default=out, help="folder of the report [$OUT or docs/measured]")
-    parser.add_argument("--models", nargs="+", default=["demo-r50", "mobilefacenet", "demo-r100"], help="as for import")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["demo-r50", "mobilefacenet", "demo-r100"],
+        metavar="[NAME=]SOURCE",
+        help="sources as for arcface import, or names that are in --models-dir [demo-r50 mobilefacenet demo-r100]",
+    )
     parser.add_argument("--models-dir", type=Path, default=Path("models"))
     parser.add_argument("--budget-s", type=float, default=480.0, help="the whole run ends after about this [480]")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="batch sizes up to 64 [1 8 32 64]")
     parser.add_argument("--sample-s", type=float, default=0.7, help="seconds of one measurement [0.7]")
     parser.add_argument("--torch-python", help="a Python with torch and CUDA, for the PyTorch baseline")
     parser.add_argument("--no-external-tactics", action="store_true", help="where cuBLAS and cuDNN are only stubs")

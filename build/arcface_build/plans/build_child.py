@@ -13,8 +13,12 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from arcface_build.plans.typed import TypedOnnx
 
 EXIT_FAILED, EXIT_MISSING = 1, 3
 
@@ -44,12 +48,14 @@ def main(folder: Path) -> int:
 
 
 def _build(folder: Path, trt: Any, say: Any) -> None:
-    from arcface_build.plans.loaders import engine_loader
+    from arcface_build.plans.loaders import engine_loader, strongly_typed
     from arcface_build.plans.spec import PlanSpec
     from arcface_build.plans.typed import read_typed_onnx
 
     request = json.loads((folder / "request.json").read_text())
     spec, typed = PlanSpec.from_json(request["spec"]), read_typed_onnx(Path(request["onnx"]))
+    if typed.layers.get("int8") and not strongly_typed(trt):
+        typed = _with_float_weights(typed, folder / "float-weights.onnx")
     monitor = _monitor(trt, say) if hasattr(trt, "IProgressMonitor") else None
     say(phase="parsing and building", step=0, steps=0)
     started = time.monotonic()
@@ -67,6 +73,17 @@ def _build(folder: Path, trt: Any, say: Any) -> None:
     (folder / "inspector.json").write_text(inspector_json(trt, engine, spec.opt_batch))
     _embed(folder, engine, spec.max_batch, say)
     (folder / "result.json").write_text(json.dumps({"seconds": seconds, "tensorrt": trt.__version__}))
+
+
+def _with_float_weights(typed: TypedOnnx, path: Path) -> TypedOnnx:
+    import onnx
+
+    from arcface_build.plans.float_weights import float_weights
+
+    model = onnx.load(str(typed.path))
+    float_weights(model)
+    onnx.save(model, str(path))
+    return replace(typed, path=path)
 
 
 def inspector_json(trt: Any, engine: Any, batch: int) -> str:
