@@ -26,6 +26,7 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
     "parity": ("parity", "Compare every loaded backend with the reference, face by face."),
     "compare": ("compare", "Compare two engines, servers, files or saved embeddings: drift, accuracy, and why."),
     "bench": ("bench", "Measure throughput through the server beside the bare runtime, in one run."),
+    "bench-variants": ("bench_variants", "Measure fp32, bf16 and int8 in turns, with their drift beside the speed."),
     "plan": ("plan", "Build, prove, keep and move TensorRT plans: one for each kind of GPU."),
     "doctor": ("doctor", "Look at this host and the configuration; say what is wrong and how to mend it."),
 }
