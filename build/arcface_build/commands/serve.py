@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -100,7 +102,7 @@ def command(
                 binary,
                 repository,
                 ["arcface", "arcface_parity"] if with_reference and name != "reference" else ["arcface"],
-                config_name="tuned" if backend == "tuned" else name,
+                config_name="tuned" if backend == "tuned" and name == "onnx" else name,
                 ports=ports,
                 host=host,
                 log_path=repository.parent / ".cache" / "tritonserver.log",
@@ -134,7 +136,8 @@ def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple
 
         click.echo("no weights in model_repository/: importing the demo network (NOT for recognition)", err=True)
         folders = ["--models-dir", str(repository.parent / "models"), "--model-repository", str(repository)]
-        import_command.main(["demo", *folders], standalone_mode=False)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table, or for one JSON object
+            import_command.main(["demo", *folders], standalone_mode=False)
     has_reference = bool(versions(repository / "arcface_reference")) and find_spec("insightface") is not None
     if asked == "tuned":
         if not (repository / "arcface_onnx" / "configs" / "tuned.pbtxt").is_file():
