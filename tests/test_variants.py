@@ -16,6 +16,7 @@ from arcface_build.cpu_path import cpu_flags, has_bf16, has_openvino, open_sessi
 from arcface_build.errors import Missing, ProofFailed, WrongUse
 from arcface_build.manifest import load_manifest
 from arcface_build.variants.calibrate import Histogram, conv_inputs, least_error_range, on_grid
+from arcface_build.variants.eval_set import load_faces
 from arcface_build.variants.int8 import make_coarse, quantizable_layers, quantize_convolutions
 from arcface_build.variants.make import Wish, make_variant
 from arcface_build.variants.sensitivity import cut_tensors, measure_sensitivities, part_from
@@ -282,3 +283,35 @@ def test_variants_run_on_plain_onnxruntime(model_dir):
         session = onnxruntime.InferenceSession(str(variant), providers=["CPUExecutionProvider"])
         (embeddings,) = session.run(None, {"face": synthetic_faces(3)})
         assert np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5), variant.name
+
+
+def test_command_prints_the_sidecar_and_refuses_with_exit_code_1(model_dir, capsys):
+    from arcface_build.cli import main
+
+    arguments = ["quantize", model_dir.name, "--precision", "fp16", "--models-dir", str(model_dir.parent)]
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--eval-faces", "8", "--json"])
+    assert done.value.code == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--eval-faces", "8", "--max-drift", "1e-12", "--no-search"])
+    assert done.value.code == 1
+    assert "ProofFailed: fp16 of demo-mobile refused in onnxruntime with float16 rounding" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not has_openvino(), reason="ONNX Runtime without OpenVINO")
+def test_benchmark_puts_drift_beside_the_speed_of_each_variant(model_dir, tmp_path):
+    from arcface_build.bench.variants import run, table
+
+    np.savez(tmp_path / "strangers.npz", faces=synthetic_faces(8))  # nobody knows who they are: drift alone counts
+    make_variant(model_dir, Wish("int8", eval_source=str(tmp_path / "strangers.npz"), limit=0.5, search=False))
+    result = run(model_dir, [2], rounds=1, sample_s=0, faces=load_faces("synthetic", 4))
+    rows = {row["name"]: row for row in result["variants"]}
+    assert next(iter(rows)) == "bare b2"
+    assert rows["fp32 openvino b2"]["drift"]["max_drift"] < 1e-5
+    assert rows["int8 openvino b2"]["drift"]["max_drift"] > 1e-3
+    assert rows["int8 openvino b2"]["gate"]["limit"] == 0.5
+    assert rows["int8 openvino b2"]["ratio"]["base"] == "bare b2"
+    heading, *lines = table(result)
+    assert heading[0] == "variant"
+    assert {line[0] for line in lines} == set(rows)

@@ -94,7 +94,7 @@ def make_variant(
     model: onnx.ModelProto | None = None
     judged: onnx.ModelProto | Path = serving_path
     if wish.precision != "bf16":
-        serving = _load_named(serving_path)
+        serving = load_named(serving_path)
         if wish.recipe:
             recipe = load_recipe(wish.recipe, wish.precision, target, manifest.serving["sha256"])
         else:
@@ -250,7 +250,7 @@ def _reference(model_dir: Path, serving: Path, manifest: Manifest, faces: FaceSe
     return embeddings
 
 
-def _load_named(path: Path) -> onnx.ModelProto:
+def load_named(path: Path) -> onnx.ModelProto:
     """The model with a name for each node, for recipes to point at."""
     import onnx
 

@@ -1,0 +1,156 @@
+"""Variants side by side: a model folder with its variants in; speed against ONNX Runtime fp32, and drift, as JSON out.
+
+Everything is measured in turns in one process, with as many threads for each: the ratios hold on a shared machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arcface_build.bench.contestants import in_process, insightface_sessions
+from arcface_build.bench.host import describe_host
+from arcface_build.bench.interleaved import Variant, measure_in_turns
+from arcface_build.bench.result import summarise
+from arcface_build.cpu_path import cpu_flags, has_bf16, has_openvino, open_session
+from arcface_build.errors import WrongUse
+from arcface_build.manifest import load_manifest
+from arcface_build.variants.eval_set import FaceSet, load_faces
+from arcface_build.variants.gate import embed_all
+from arcface_build.variants.int8 import quantizable_layers
+from arcface_build.variants.make import load_named
+from arcface_build.variants.recipe import Recipe, load_recipe
+from arcface_build.variants.sidecar import read_sidecar
+from arcface_clients.contract import FACE_INPUT
+from arcface_clients.drift import compare_embeddings
+
+if TYPE_CHECKING:
+    import onnx
+
+BASE = "bare"  # what `result.comparisons` takes as the base of a batch size
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One file in one runtime; `gate` is its verdict from a sidecar where it has one."""
+
+    name: str
+    model: Path | onnx.ModelProto
+    runtime: str
+    gate: dict[str, Any] | None = None
+    kept: int | None = None
+
+
+def run(
+    model_dir: Path,
+    batches: Sequence[int] = (8, 32),
+    *,
+    threads: int = 2,
+    rounds: int = 7,
+    sample_s: float = 2.0,
+    faces: FaceSet | None = None,
+    insightface: bool = False,
+    on_sample: Callable[[str, int], None] = lambda name, round_: None,
+) -> dict[str, Any]:
+    """Measure fp32, bf16 and int8 of one model against ONNX Runtime fp32.
+
+    Args:
+        model_dir: models/NAME/ with what `arcface quantize` made.
+        batches: faces a call.
+        threads: for every session.
+        rounds: undisturbed rounds; in each everything is measured once.
+        sample_s: seconds of one sample, about.
+        faces: what is embedded, and what `drift` is measured on; default: 64 drawn ones.
+        insightface: also InsightFace in-process, one face a call (its own thread default).
+        on_sample: progress.
+
+    Returns:
+        The benchmark's JSON (docs/reports.md) with kind "variants"; each variant has `ratio` (to ONNX Runtime fp32 of
+        the same batch), `drift` on `faces`, and `gate` (its verdict on the eval set) where it has one.
+    """
+    faces = faces or load_faces("synthetic", 64)
+    entrants = contestants(model_dir)
+    reference: np.ndarray | None = None
+    variants: list[Variant] = []
+    facts: dict[str, dict[str, Any]] = {}
+    for entrant in entrants:
+        session = open_session(entrant.model, entrant.runtime, threads)
+        embeddings = embed_all(session, faces.faces)
+        reference = embeddings if reference is None else reference
+        told = {"runtime": entrant.runtime, "threads": threads, "gate": entrant.gate, "layers_kept": entrant.kept}
+        told["drift"] = compare_embeddings(reference, embeddings).to_json()
+        for batch in batches:
+            name = f"{entrant.name} b{batch}"
+            facts[name] = told
+            variants.append(in_process(name, _encoder(session), faces.faces, batch))
+    if insightface:
+        variants += insightface_sessions(model_dir / "source.onnx", faces.faces, [1])
+    samples = measure_in_turns(variants, rounds, sample_s, on_sample)
+    result = summarise(variants, samples, describe_host())
+    ratios = {row["variant"]: row for row in result["ratios"] if row["base"].startswith(BASE)}
+    result |= {"kind": "variants", "model": model_dir.name, "contract_id": load_manifest(model_dir).contract_id}
+    for row in result["variants"]:
+        row |= facts.get(row["name"], {}) | {"ratio": ratios.get(row["name"])}
+    return result
+
+
+def contestants(model_dir: Path) -> list[Contestant]:
+    """ONNX Runtime fp32 first, then what this host can run: OpenVINO fp32, bf16, int8 at its gate, int8 of every layer.
+
+    Raises:
+        WrongUse: the model has no int8 variant yet, and no bf16 one either.
+    """
+    serving = model_dir / load_manifest(model_dir).serving["file"]
+    found = [Contestant(BASE, serving, "onnxruntime")]
+    if not has_openvino():
+        return found
+    found.append(Contestant("fp32 openvino", serving, "openvino-fp32"))
+    rest = "openvino-bf16" if has_bf16(cpu_flags()) else "openvino-fp32"
+    bf16, int8 = (read_sidecar(model_dir, precision, "cpu") for precision in ("bf16", "int8"))
+    if bf16 is None and int8 is None:
+        raise WrongUse(f"{model_dir.name} has no variants. Next: arcface quantize {model_dir.name} --precision bf16")
+    if bf16 and rest == "openvino-bf16":
+        found.append(Contestant("bf16 openvino", serving, rest, _gate(bf16, rest)))
+    if int8:
+        kept = len(int8["recipe"]["keep"])
+        found.append(Contestant("int8 openvino", model_dir / int8["file"], rest, _gate(int8, rest), kept))
+        path = model_dir / "variants" / "int8-cpu.json"
+        full = every_layer(serving, load_recipe(path, "int8", "cpu", int8["serving_sha256"]))
+        found.append(Contestant("int8 of every layer openvino", full, "openvino-fp32", None, 1))
+    return found
+
+
+def every_layer(serving: Path, recipe: Recipe) -> onnx.ModelProto:
+    """The int8 model that keeps nothing but the first convolution: how fast int8 would be without a gate."""
+    model = load_named(serving)
+    return replace(recipe, keep=tuple(quantizable_layers(model)[:1])).apply(model)
+
+
+def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of text, the heading first: variant, faces/s, ratio, drift on the faces sent, gate."""
+    rows = [("variant", "faces/s", "× ONNX Runtime fp32", "drift mean / worst", "layers kept", "gate on the eval set")]
+    for row in result["variants"]:
+        drift, gate, ratio = row.get("drift"), row.get("gate"), row.get("ratio")
+        rows.append(
+            (
+                row["name"],
+                f"{row['faces_per_s']['median']:.1f}",
+                f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else "1",
+                f"{1 - drift['mean_cosine']:.2g} / {drift['max_drift']:.2g}" if drift else "",
+                "" if row.get("layers_kept") is None else str(row["layers_kept"]),
+                f"{gate['drift']['max_drift']:.2g} of {gate['limit']:g}" if gate else "",
+            )
+        )
+    return rows
+
+
+def _gate(sidecar: dict[str, Any], runtime: str) -> dict[str, Any] | None:
+    return next((gate for gate in sidecar["gates"] if gate["runtime"] == runtime), None)
+
+
+def _encoder(session: Any) -> Callable[[np.ndarray], object]:
+    return lambda faces: session.run(None, {FACE_INPUT: faces})
