@@ -47,14 +47,15 @@ class KnownModels:
 
 
 def known_models(path: Path | None = None) -> KnownModels:
-    """Read config/models.yaml: the given path, else in this folder, a folder above, or the checkout of this code.
+    """Read config/models.yaml: the given path, else here or above, else of the checkout or the wheel of this code.
 
     Raises:
         WrongUse: the file is not what it should be.
     """
     import yaml
 
-    places = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2]]
+    package = Path(__file__).resolve().parent
+    places = [Path.cwd(), *Path.cwd().parents, package.parent.parent, package]
     path = path or next((p for place in places if (p := place / "config" / "models.yaml").is_file()), None)
     if path is None:
         return KnownModels()
