@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +21,15 @@ from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
 
 STOP_SECONDS = 15.0
+# Run before tritonserver takes its place: asks Linux (PR_SET_PDEATHSIG = 1) to end it when we are killed ourselves, so
+# that no process is left. The kernel means the thread that started it: start a server from a thread that lives as long
+# as it should. Not a preexec_fn: that forks this process, and gRPC's fork handlers abort one child in sixty where a
+# client of ours is connecting (ev_epoll1_linux: "epoll_wait error: Bad file descriptor").
+_DIE_WITH_PARENT = (
+    sys.executable,
+    "-ISc",
+    f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); os.execv(sys.argv[1], sys.argv[1:])",
+)
 
 
 @dataclass(frozen=True)
@@ -130,16 +139,17 @@ class TritonProcess:
         """
         self.ports.check_free(_reachable(self.host))
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(self._line[0], os.X_OK):
+            raise ServerFailed(f"cannot execute {self._line[0]}: it is not there, or not executable.")
         with self.log_path.open("wb") as log:
             try:
                 self._child = subprocess.Popen(
-                    self._line,
+                    [*_DIE_WITH_PARENT, *self._line],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
                     env=self._environment,
                     start_new_session=True,  # Ctrl-C reaches us first; the group is ours to end as a whole
-                    preexec_fn=_die_with_parent,
                 )
             except OSError as exc:
                 raise ServerFailed(f"cannot execute {self._line[0]}: {exc}") from exc
@@ -234,11 +244,3 @@ def _first_line(reason: str) -> str:
 
 def _reachable(host: str) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "::") else host
-
-
-def _die_with_parent() -> None:
-    """Linux: end the server when we are killed ourselves (PR_SET_PDEATHSIG = 1), so that no process is left.
-
-    The kernel means the thread that started it: start a server from a thread that lives as long as it should.
-    """
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
