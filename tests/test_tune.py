@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from arcface_build.bench.interleaved import Spread
 from arcface_build.bench.tune import Duel, Settings, read_settings, search, with_settings, write_tuned
 from arcface_build.reports.tune_page import tune_page
 from arcface_build.repository import write_overlays
+from arcface_build.serving.process import free_ports
 
 SHIPPED = Settings()
 
@@ -85,9 +88,23 @@ def test_a_tuned_config_is_served_with_its_ensembles_and_falls_with_the_weights(
     assert (config["max_batch_size"], config["instance_group"][0]["count"]) == (16, 2)
     assert config["dynamic_batching"]["max_queue_delay_microseconds"] == 500
     assert config["parameters"]["contract_id"]["string_value"], "a client must still learn the contract"
+    server.stop()
+    code = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
+    line = [sys.executable, "-c", code, "serve", "--once", "--no-reference", "--model-config-name", "tuned"]
+    ports = free_ports()
+    line += ["--http-port", str(ports.http), "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics)]
+    line += ["--model-repository", str(repository)]
+    answer = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert written[0].exists(), "serving what was tuned must not choose other weights first"
     manifest = json.loads(next((repository / "arcface_onnx").glob("*/manifest.json")).read_text())
     write_overlays(repository / "arcface_onnx", manifest)
     assert not written[0].exists(), "other weights must not be served with the contract of these"
+    answer = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 3
+    assert answer.stderr == (
+        "Missing: arcface_onnx has no configs/tuned.pbtxt for the weights that it serves. Next: arcface tune\n"
+    )
 
 
 def test_the_page_shows_the_frontier_and_every_duel():

@@ -91,7 +91,8 @@ def command(
     choice, with_reference = _prepare(repository, backend, demo, reference and settings.validation.run_on_startup)
     binary = find_tritonserver()
     _say(f"tritonserver {binary.origin}\nbackend {choice.backend}: {choice.reason}", as_json)
-    if choice.backend == "onnx" and variant == "auto" and gpu_sm() is None:
+    # Tuned for the installed weights: another variant would take the tuned settings away.
+    if choice.backend == "onnx" and variant == "auto" and backend != "tuned" and gpu_sm() is None:
         _say(f"variant {take_best_variant(repository, repository.parent / 'models')}", as_json)
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
         signal.signal(number, _interrupt)
