@@ -71,25 +71,19 @@ def test_a_spent_budget_leaves_a_report_without_figures(fake_host: Callable[...,
     assert len(report["not_measured"]) == 8
 
 
-def test_a_plan_of_the_wrong_precision_is_in_the_report_as_refused(
-    fake_host: Callable[..., None], models: Path
-) -> None:
-    fake_host(fault="fp32")
-    _, text = check(models, "--budget-s", "75")
-    assert "fp16 was refused: the plan was to be fp16 and holds 2 fp32 convolutions" in text
-
-
-def test_ratios_are_to_pytorch_at_the_same_batch() -> None:
+def test_ratios_are_to_pytorch_at_the_same_batch_and_refusals_are_told() -> None:
     def row(batch: int, speed: float) -> dict:
         return {"batch": batch, "faces_per_s": speed, "median_ms": 1.0}
 
     entry = {"plans": {"fp16": {"in_process": [row(1, 300.0), row(8, 900.0)]}}, "pytorch": {}}
+    entry["plans"]["int8"] = {"refused": "holds 2 fp32"}
     entry["pytorch"] = {"fp32": {"batches": [row(1, 100.0)]}}
     host = {"gpu": "X", "sm": "9.0", "driver": "1", "cuda": "12", "tensorrt": "10", "memory_bytes": 1 << 30}
     report = {"host": host, "created": "now", "command": "c", "faces": {"count": 1, "origin": "drawn"}}
     text = to_markdown({**report, "models": {"m": entry}, "not_measured": []})
     assert "| TensorRT fp16 | 1 | 1 | 300 | 1.00 | 3.00 |" in text
     assert "| TensorRT fp16 | 8 | 1 | 900 | 1.00 |  |" in text
+    assert "int8 was refused: holds 2 fp32" in text
 
 
 def test_the_graph_for_pytorch_holds_every_node_and_weight(tmp_path: Path) -> None:

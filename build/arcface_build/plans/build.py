@@ -158,7 +158,8 @@ def child_error(code: int, error: str, log: str, timeout_s: float | None = None)
             f"TensorRT cannot run here: {error}. Check the driver and the CUDA runtime: "
             "pip install nvidia-cuda-runtime-cu12"
         )
-    if re.search(r"out of memory|OutOfMemory|insufficient memory|CUDA Error: 2\b", log + error, re.IGNORECASE):
+    # Only the last errors: a build that goes well also logs kernels which it could not try for want of memory.
+    if re.search(r"out of memory|OutOfMemory|insufficient memory|CUDA Error: 2\b", words + error, re.IGNORECASE):
         return Missing(
             f"the GPU's memory did not suffice: {words}. Free it, or build with less: --workspace 512MB --max-batch 32"
         )

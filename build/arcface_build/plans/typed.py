@@ -150,14 +150,14 @@ def layer_precisions(graph: GraphProto, types: Mapping[str, int]) -> dict[str, s
 
 
 def precision_pins(graph: GraphProto, types: Mapping[str, int]) -> dict[str, str]:
-    """What a weakly typed builder must be told, by node name and by output name; {} where all is fp32.
+    """What a weakly typed builder must be told, by node name and by output name; {} where nothing computes in fp16.
 
-    fp32: every node that computes in float32. fp16: Conv, Gemm and MatMul alone; the rest may stay where it is fastest.
-    int8 layers need no pin: their Q/DQ nodes say it.
+    fp32: every node that computes in float32, because the FP16 flag would let it fall. fp16: Conv, Gemm and MatMul
+    alone; the rest may stay where it is fastest. int8 layers need no pin: their Q/DQ nodes say it.
     """
     moving = ("Cast", "Constant", "QuantizeLinear", "DequantizeLinear", "Identity", *_SHAPE_OPS)
     precisions = layer_precisions(graph, types)
-    if set(precisions.values()) <= {"fp32"}:
+    if "fp16" not in precisions.values():
         return {}
     pins = {}
     for node in graph.node:
