@@ -156,9 +156,12 @@ def test_convolutions_and_products_are_counted_and_hidden_subgraphs_named() -> N
         {"Name": "cv", "LayerType": "Convert", "Inputs": [{"Format/Datatype": "Float"}]},
         {"Name": "{ForeignNode[embedding_norm...embedding]}", "LayerType": "Myelin"},
         {"Name": "p", "LayerType": "Prelu", "ParameterType": "ParametricReLU"},
+        {"Name": "f", "LayerType": "fusion", "Inputs": [{"Format/Datatype": "Half"}],
+         "TacticName": "sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc"},
+        {"Name": "k", "LayerType": "kgen", "TacticName": "__myl_CastAddMax_fused"},
     ]  # fmt: skip
     proof = count_precisions(json.dumps({"Layers": layers, "Bindings": ["face", "embedding"]}))
-    assert proof.compute == {"fp16": 2, "int8": 1, "fp32": 1}
+    assert proof.compute == {"fp16": 3, "int8": 1, "fp32": 1}
     assert proof.opaque == 1
     assert proof.all_layers["CaskConvolution"] == 3
 

@@ -21,6 +21,9 @@ from arcface_build.errors import PlanRefused
 # LayerType or ParameterType of what computes with weights: CaskConvolution, CudnnConvolution, CaskGemmConvolution,
 # CaskGroupConvolution, MatrixMultiply, CaskGemmMatrixMultiply, FullyConnected, gemm, conv …
 _COMPUTE = re.compile(r"conv(?!ert)|gemm|matrixmultiply|matmul|fullyconnected|fc$", re.IGNORECASE)
+# Where newer graph optimisers name a layer "fusion" or "cask", its kernel says what it is:
+# sm80_xmma_fprop_implicit_gemm_…, sm80_xmma_gemm_i8f32_i8i32_f32_…, cutlass_…_gemm…
+_COMPUTE_KERNEL = re.compile(r"fprop|implicit_gemm|xmma_gemm|gemm_|_gemm|winograd", re.IGNORECASE)
 _OPAQUE = re.compile(r"myelin|foreignnode", re.IGNORECASE)
 _NAMES = (  # the first that matches; bf16 before fp16 and fp32, whose names it contains
     ("int8", re.compile(r"int8|i8i8|s8s8|imma", re.IGNORECASE)),
@@ -67,7 +70,11 @@ def count_precisions(inspector: str | Mapping[str, Any]) -> PrecisionProof:
     for layer in layers:
         kind = str(layer.get("LayerType", ""))
         kinds[kind] += 1
-        if _COMPUTE.search(kind) or _COMPUTE.search(str(layer.get("ParameterType", ""))):
+        if (
+            _COMPUTE.search(kind)
+            or _COMPUTE.search(str(layer.get("ParameterType", "")))
+            or _COMPUTE_KERNEL.search(str(layer.get("TacticName", "")))
+        ):
             compute[layer_precision(layer)] += 1
         elif _OPAQUE.search(kind) or "ForeignNode" in str(layer.get("Name", "")):
             opaque += 1
