@@ -12,7 +12,6 @@ from arcface_build.errors import Missing, PlanRefused, WrongUse
 from arcface_build.plans.manifest import (
     PlanManifest,
     check_content,
-    check_spec,
     load_manifest,
     manifest_bytes,
     manifest_path,
@@ -74,16 +73,6 @@ def test_a_damaged_plan_is_refused(plan: Path, manifest: PlanManifest, damage, m
     plan.write_bytes(damage(plan.read_bytes()))
     with pytest.raises(PlanRefused, match=message):
         check_content(plan, manifest, "here")
-
-
-def test_a_plan_of_another_key_is_refused_by_the_parts_that_differ(manifest: PlanManifest) -> None:
-    check_spec(manifest, spec(model="renamed"), "here")
-    with pytest.raises(PlanRefused) as caught:
-        check_spec(manifest, spec(sm="8.9", tensorrt="11.0.0"), "here")
-    assert str(caught.value) == (
-        "plan here is of another key: sm 8.6 instead of 8.9; tensorrt 10.3.0 instead of 11.0.0. "
-        "Build the one asked for: arcface plan build"
-    )
 
 
 def test_a_signed_manifest_is_accepted_also_after_a_round_trip(manifest: PlanManifest, keys: dict[str, Path]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from arcface_build.errors import PlanNotFound, PlanRefused, StoreUnreachable, WrongUse
-from arcface_build.plans.manifest import PlanManifest, manifest_path
+from arcface_build.plans.manifest import PlanManifest, manifest_bytes, manifest_path
 from arcface_build.plans.signing import sign
 from arcface_build.plans.store import PlanStore, manifest_name, plan_name
 from arcface_build.store import open_store
@@ -215,6 +215,13 @@ def test_a_damaged_manifest_stops_its_own_plan_only(
     assert refused == [manifest.key]
     assert [s.name for s in store.orphans(min_age_s=0)] == [manifest_name(manifest)]
     assert store.orphans() == []  # younger than an hour: it may be somebody's upload
+
+
+def test_a_manifest_under_a_foreign_key_is_refused(objects: ObjectStore, manifest: PlanManifest) -> None:
+    foreign = "0" * 64
+    objects.create(f"{foreign}/manifest.json", manifest_bytes(manifest))
+    with pytest.raises(PlanRefused, match=f"is the manifest of key {manifest.key}"):
+        PlanStore(objects).find(foreign)
 
 
 def test_unsigned_plans_are_refused_where_a_key_is_configured_but_are_nobodys_orphans(

@@ -30,19 +30,18 @@ _PATH = click.Path(path_type=Path)
 def push(places: Places, plans: tuple[str, ...], everything: bool, sign_key: Path | None, as_json: bool) -> None:
     """Publish plans to the store; a key that the store has already is left as it is."""
     from arcface_build.errors import WrongUse
-    from arcface_build.plans.places import find_plan
+    from arcface_build.plans.places import Places, find_plan
     from arcface_build.plans.signing import sign
     from arcface_build.plans.store import PlanStore
 
     store = places.need_store()
     if bool(plans) == everything:
         raise WrongUse("say what to push: files, keys or names, or --all. See them: arcface plan list")
-    # What is about to be signed may be unsigned still.
-    local = places if sign_key is None else type(places)(PlanStore(places.cache.objects), None, places.config)
-    names = [m.key for m in local.cache.list()] if everything else plans
+    # From this host only; and what is about to be signed may be unsigned still.
+    here = Places(PlanStore(places.cache.objects, None if sign_key else places.cache.public_key), None, places.config)
     done = []
-    for name in names:
-        manifest, path, _ = find_plan(type(places)(local.cache, None, places.config), name)
+    for name in [manifest.key for manifest in here.cache.list()] if everything else plans:
+        manifest, path, _ = find_plan(here, name)
         manifest = sign(manifest, sign_key) if sign_key else manifest
         with byte_progress(f"push {manifest.spec.file_name}", manifest.bytes) as progress:
             put = store.put(path, manifest, progress)
@@ -66,6 +65,7 @@ def pull(
 ) -> None:
     """Fetch plans from the store; each is verified before it gets its name."""
     from arcface_build.errors import PlanNotFound, WrongUse
+    from arcface_build.plans.choose import misfit
     from arcface_build.plans.get_or_build import get_or_build
     from arcface_build.plans.gpu import find_gpus
     from arcface_build.plans.spec import parse_sm
@@ -78,7 +78,7 @@ def pull(
     else:
         sm = find_gpus()[0].sm if sm == "auto" else parse_sm(sm)
         have = store.list(lambda _, exc: click.echo(f"refused: {exc}", err=True))
-        wanted = [m for m in have if m.spec.sm == sm and precision in (None, m.spec.precision)]
+        wanted = [m for m in have if misfit(m, sm) is None and precision in (None, m.spec.precision)]
         if not wanted:
             found = ", ".join(sorted({m.spec.sm for m in have}, key=float)) or "none"
             raise PlanNotFound(

@@ -132,23 +132,6 @@ def check_content(path: Path, manifest: PlanManifest, where: str) -> None:
         raise PlanRefused(f"plan {where} is corrupted: expected sha256 {manifest.sha256}, got {digest}. {_REBUILD}")
 
 
-def check_spec(manifest: PlanManifest, spec: PlanSpec, where: str) -> None:
-    """Refuse a plan that is of another key, naming the parts that differ.
-
-    Raises:
-        PlanRefused: the keys differ.
-    """
-    if manifest.key == spec.key:
-        return
-    asked, got = spec.to_json(), manifest.spec.to_json()
-    parts = [
-        f"{name} {got[name]} instead of {asked[name]}" for name in asked if name != "model" and asked[name] != got[name]
-    ]
-    raise PlanRefused(
-        f"plan {where} is of another key: {'; '.join(parts)}. Build the one asked for: arcface plan build"
-    )
-
-
 def now_utc() -> str:
     """The time as manifests hold it: 2026-01-31T12:00:00+00:00."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
