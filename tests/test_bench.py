@@ -14,6 +14,7 @@ import pytest
 
 from arcface_build.bench.contestants import in_process
 from arcface_build.bench.cpu_time import watch_cpu
+from arcface_build.bench.gpu_use import gpu_use
 from arcface_build.bench.interleaved import Sample, Variant, Work, measure_in_turns, ratio, undisturbed_rounds
 from arcface_build.bench.perf_analyzer import (
     Load,
@@ -144,6 +145,11 @@ def test_in_process_variants_report_calls_and_cpu_time() -> None:
     assert [row["name"] for row in result["variants"]] == ["bare b2", "insightface b1"]
     assert result["variants"][1]["latency_ms"]["p50"] >= 1.0
     assert ("bare b2", "insightface b1") in {(r["variant"], r["base"]) for r in result["ratios"]}
+
+
+def test_gpu_readings_are_averaged_and_a_cut_line_is_left_out():
+    assert gpu_use("40, 1000\n60, 1500\n[N/A], 3\n7") == {"utilization_percent": 50.0, "memory_mib": 1500.0}
+    assert gpu_use("No devices were found\n") == {}
 
 
 def test_unknown_protocol_lists_the_known() -> None:
