@@ -65,6 +65,8 @@ def test_rank1_asks_only_people_with_two_faces():
     embeddings = np.array([[1, 0], [0.99, 0.1], [0, 1], [0.1, 0.99], [0.7, 0.7]])
     assert rank1(embeddings, np.array(["a", "a", "b", "b", "alone"])) == 1.0
     assert rank1(embeddings, np.array(["a", "b", "a", "b", "alone"])) == 0.0
+    apart = np.array([[1, 0], [-1, 0], [-0.1, 0.99]])
+    assert rank1(apart, np.array(["a", "a", "b"])) == 0.0, "a face is never its own match, even where all are unlike it"
     with pytest.raises(InvalidFaces, match="at least one person with two faces"):
         rank1(embeddings, np.array(list("abcde")))
 

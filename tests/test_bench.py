@@ -14,6 +14,7 @@ import pytest
 
 from arcface_build.bench.contestants import in_process
 from arcface_build.bench.cpu_time import watch_cpu
+from arcface_build.bench.gpu_use import gpu_use
 from arcface_build.bench.interleaved import Sample, Variant, Work, measure_in_turns, ratio, undisturbed_rounds
 from arcface_build.bench.perf_analyzer import (
     Load,
@@ -44,10 +45,11 @@ def test_rate_is_that_of_whole_generations_after_the_first(
     ends_ms: tuple[float, ...], concurrency: int, faces_per_s: float
 ) -> None:
     ends = _ms(*ends_ms)
-    work = work_from_timestamps(ends - 1_000_000, ends, 1, concurrency)
+    starts = ends - np.where(np.argsort(np.argsort(ends, kind="stable")) < concurrency, 9_000_000, 1_000_000)
+    work = work_from_timestamps(starts, ends, 1, concurrency)
     assert work.faces_per_s == pytest.approx(faces_per_s)
     assert work.faces_in_all == len(ends_ms)
-    assert set(np.round(work.latencies_ms, 6)) == {1.0}
+    assert set(np.round(work.latencies_ms, 6)) == {1.0}, "the first generation met an idle server"
 
 
 def test_ratios_are_paired_within_a_round_so_a_slow_minute_cancels() -> None:
@@ -139,11 +141,17 @@ def test_in_process_variants_report_calls_and_cpu_time() -> None:
     seen: list[int] = []
     variants = [in_process("bare b2", lambda batch: seen.append(len(batch)), faces, 2)]
     variants += [in_process("insightface b1", lambda batch: time.sleep(0.001), faces, 1)]
-    result = summarise(variants, measure_in_turns(variants, 2, 0.02, foreign_limit=2.0), {})
+    result = summarise(variants, measure_in_turns(variants, 2, 0.02, foreign_limit=float("inf")), {})
     assert set(seen) == {2}
+    assert result["rounds"]["measured"] == 2
     assert [row["name"] for row in result["variants"]] == ["bare b2", "insightface b1"]
     assert result["variants"][1]["latency_ms"]["p50"] >= 1.0
     assert ("bare b2", "insightface b1") in {(r["variant"], r["base"]) for r in result["ratios"]}
+
+
+def test_gpu_readings_are_averaged_and_a_cut_line_is_left_out():
+    assert gpu_use("40, 1000\n60, 1500\n[N/A], 3\n7") == {"utilization_percent": 50.0, "memory_mib": 1500.0}
+    assert gpu_use("No devices were found\n") == {}
 
 
 def test_unknown_protocol_lists_the_known() -> None:

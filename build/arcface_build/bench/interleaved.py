@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from arcface_build.bench.cpu_time import CpuUse, watch_cpu
+from arcface_build.bench.gpu_use import watch_gpu
 from arcface_build.errors import WrongUse
 
 FOREIGN_LIMIT = 0.05  # a sample in which others took more of the cores is dropped
@@ -109,7 +110,7 @@ def measure_in_turns(
     for number in range(2 * rounds):
         shift = number % len(variants)
         for variant in [*variants[shift:], *variants[:shift]]:
-            with watch_cpu(*pids) as cpu:
+            with watch_cpu(*pids) as cpu, watch_gpu() as gpu:
                 work = variant.sample(sample_s)
             samples[variant.name].append(
                 Sample(
@@ -118,7 +119,7 @@ def measure_in_turns(
                     cpu_ms_per_face=_cpu_ms_per_face(variant, cpu, work),
                     foreign_share=cpu.foreign_share,
                     latencies_ms=list(work.latencies_ms),
-                    details=work.details,
+                    details=work.details | ({"gpu": gpu} if gpu else {}),
                 )
             )
             on_sample(variant.name, number)

@@ -92,6 +92,7 @@ def _row(variant: Variant, samples: Sequence[Sample]) -> dict[str, Any]:
         "latency_ms": {f"p{p}": float(np.percentile(latencies, p)) for p in (50, 90, 95, 99)} if latencies else None,
         "calls": len(latencies),
         "server": samples[-1].details.get("server"),
+        "gpu": samples[-1].details.get("gpu"),  # None without a GPU
         "samples": [
             {"round": s.round, "faces_per_s": s.faces_per_s, "foreign_share": round(s.foreign_share, 4)}
             for s in samples
