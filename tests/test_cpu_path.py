@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from arcface_build.cpu_path import RUNTIMES, choose, cpu_flags, has_openvino, open_session
+from arcface_build.cpu_path import RUNTIMES, choose, cpu_flags, has_openvino, open_session, speeds_file
 from arcface_build.errors import WrongUse
 
 SAPPHIRE = frozenset({"avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"})
@@ -61,6 +61,29 @@ def test_fastest_variant_that_passed_and_that_this_cpu_has(
 ):
     choice = choose(model_dir(tmp_path, **variants), max_drift, flags, openvino)
     assert (choice.precision, choice.runtime) == (precision, runtime)
+    assert reason in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("cpu", "ratio", "precision", "reason"),
+    [
+        (
+            "mine",
+            {"int8": 1.8, "bf16": 2.2, "fp32": 1.1},
+            "bf16",
+            "2.20 × ONNX Runtime fp32; not int8: measured slower",
+        ),
+        ("mine", {"int8": 2.9, "bf16": 2.2, "fp32": 1.1}, "int8", "measured here: 2.90 ×"),
+        ("mine", {"int8": 0.4, "bf16": 0.5, "fp32": 1.1}, "fp32", "not int8: measured slower here; not bf16: measured"),
+        ("mine", {"int8": 1.8, "fp32": 1.1}, "int8", "int8 passed its gate"),  # bf16 was made later
+        ("another", {"int8": 1.8, "bf16": 2.2, "fp32": 1.1}, "int8", "int8 passed its gate"),
+    ],
+)
+def test_what_was_measured_on_this_cpu_decides(tmp_path, cpu, ratio, precision, reason):
+    folder = model_dir(tmp_path, **BOTH)
+    speeds_file(folder).write_text(json.dumps({"cpu": "mine", "batch": 8, "ratio": ratio}))
+    choice = choose(folder, None, SAPPHIRE, True, "mine" if cpu == "mine" else "another")
+    assert choice.precision == precision
     assert reason in choice.reason
 
 

@@ -301,7 +301,7 @@ def test_command_prints_the_sidecar_and_refuses_with_exit_code_1(model_dir, caps
 
 @pytest.mark.skipif(not has_openvino(), reason="ONNX Runtime without OpenVINO")
 def test_benchmark_puts_drift_beside_the_speed_of_each_variant(model_dir, tmp_path):
-    from arcface_build.bench.variants import run, table
+    from arcface_build.bench.variants import run, speeds, table
 
     np.savez(tmp_path / "strangers.npz", faces=synthetic_faces(8))  # nobody knows who they are: drift alone counts
     make_variant(model_dir, Wish("int8", eval_source=str(tmp_path / "strangers.npz"), limit=0.5, search=False))
@@ -312,6 +312,7 @@ def test_benchmark_puts_drift_beside_the_speed_of_each_variant(model_dir, tmp_pa
     assert rows["int8 openvino b2"]["drift"]["max_drift"] > 1e-3
     assert rows["int8 openvino b2"]["gate"]["limit"] == 0.5
     assert rows["int8 openvino b2"]["ratio"]["base"] == "bare b2"
+    assert {"int8", "fp32"} <= set(speeds(result)["ratio"]) <= {"int8", "bf16", "fp32"}
     heading, *lines = table(result)
     assert heading[0] == "variant"
     assert {line[0] for line in lines} == set(rows)

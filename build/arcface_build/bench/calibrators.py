@@ -8,6 +8,7 @@ our placement of Q/DQ (convolution inputs and weights only), and its quantize_st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -90,4 +91,6 @@ def _quantize_static(path: Path, faces: np.ndarray) -> Path:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(Path(sys.argv[1]), *sys.argv[2:3]), indent=2))
+    with contextlib.redirect_stdout(sys.stderr):  # the library prints as it goes
+        found = run(Path(sys.argv[1]), *sys.argv[2:3])
+    print(json.dumps(found, indent=2))

@@ -16,7 +16,7 @@ from arcface_build.bench.contestants import in_process, insightface_sessions
 from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import Variant, measure_in_turns
 from arcface_build.bench.result import summarise
-from arcface_build.cpu_path import cpu_flags, has_bf16, has_openvino, open_session
+from arcface_build.cpu_path import cpu_flags, cpu_name, has_bf16, has_openvino, open_session
 from arcface_build.errors import WrongUse
 from arcface_build.manifest import load_manifest
 from arcface_build.variants.eval_set import FaceSet, load_faces
@@ -96,6 +96,17 @@ def run(
     for row in result["variants"]:
         row |= facts.get(row["name"], {}) | {"ratio": ratios.get(row["name"])}
     return result
+
+
+def speeds(result: dict[str, Any]) -> dict[str, Any]:
+    """What `cpu_path.choose` reads: ratio of each precision at the smallest batch, and on which CPU."""
+    batch = min(row["batch"] for row in result["variants"])
+    ratio = {
+        row["name"].split()[0]: row["ratio"]["median"]
+        for row in result["variants"]
+        if row["batch"] == batch and row.get("ratio") and row["name"] == f"{row['name'].split()[0]} openvino b{batch}"
+    }
+    return {"cpu": cpu_name(), "batch": batch, "ratio": ratio, "disturbed": result["rounds"]["disturbed"]}
 
 
 def contestants(model_dir: Path) -> list[Contestant]:

@@ -35,11 +35,15 @@ def command(
     models_dir: Path,
     json_to: Path | None,
 ) -> None:
-    """Measure the variants of NAME in turns against ONNX Runtime fp32, with their drift beside the speed."""
+    """Measure the variants of NAME in turns against ONNX Runtime fp32, with their drift beside the speed.
+
+    The order is kept in models/NAME/variants/speed.json: `arcface assemble NAME --variant auto` follows it on this CPU.
+    """
     from rich.console import Console
 
     from arcface_build.atomic import write_json
-    from arcface_build.bench.variants import run, table
+    from arcface_build.bench.variants import run, speeds, table
+    from arcface_build.cpu_path import speeds_file
     from arcface_build.variants.eval_set import load_faces
 
     console = Console(stderr=True)
@@ -56,6 +60,7 @@ def command(
                 console.print(f"round {number}: {variant}", style="dim") if console.is_terminal else None
             ),
         )
+    write_json(speeds_file(models_dir / name), speeds(result))
     if json_to == Path("-"):
         click.echo(json.dumps(result, indent=2))
         return
