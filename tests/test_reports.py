@@ -17,6 +17,7 @@ from arcface_build.compare.sides import Side
 from arcface_build.reports.bench_page import bench_csv, bench_page
 from arcface_build.reports.compare_page import compare_page
 from arcface_build.reports.matrix_page import matrix_page
+from arcface_build.reports.page import table
 from arcface_build.reports.plots import Axis, Series, lines
 from arcface_clients.accuracy import pairs_from_identities
 from arcface_clients.drift import DRIFT_LIMITS
@@ -146,6 +147,14 @@ def test_the_benchmark_shows_overheads_and_says_when_it_is_not_reliable():
 )
 def test_axes_have_round_ticks(low, high, log, ticks):
     assert Axis("x", low, high, log).ticks() == pytest.approx(ticks)
+
+
+def test_only_figures_are_set_right():
+    text = table(
+        ("a", "b", "c"), [("1 × 2 threads, batch 64", "1.07 (0.14–2.64)", "—"), ("x", "99.18 ± 0.11", "1e-05")]
+    )
+    assert text.count('<td class="n">') == 4
+    assert "<td>1 × 2 threads, batch 64</td>" in text
 
 
 def test_values_outside_an_axis_are_drawn_at_its_end():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -30,6 +31,7 @@ th { color: var(--soft); font-weight: 600; } td.n, th.n { text-align: right; } t
 td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 6.5rem; }
 td.heat { padding: .3rem .4rem; } td.heat.bad { font-weight: 700; }
 .good { color: var(--good); } .note { color: var(--note); } .bad { color: var(--bad); } .verdict { font-weight: 650; }
+.plots figure { max-width: 36rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .75rem; background: var(--panel); border: 1px solid var(--line); border-radius: .4rem; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 14px; }
@@ -123,9 +125,6 @@ def _cell(cell: Any, number: bool) -> str:
 
 
 def _is_number(cell: Any) -> bool:
-    text = str(cell[0] if isinstance(cell, tuple) else cell).split(" ")[0].rstrip("%")
-    try:
-        float(text.replace("–", "-").replace("−", "-"))
-    except ValueError:
-        return text == "—"
-    return True
+    """A figure, with its spread and unit or without; not a text that merely begins with one."""
+    text = str(cell[0] if isinstance(cell, tuple) else cell)
+    return text == "—" or re.fullmatch(r"[-+−]?\d[\d.,e %±()–+−-]*", text) is not None

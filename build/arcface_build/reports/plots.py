@@ -9,6 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 46
+_COLOURS = 6  # --s0 … --s5 of the page
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Axis:
 
 
 def lines(title: str, series: Sequence[Series], x: Axis, y: Axis, marks: bool = False) -> str:
-    """Lines over two axes, with a legend below; `marks` draws the points too."""
-    body = _frame(x, y)
+    """Lines over two axes, with a legend below; `marks` draws the points too, numbered where colours run out."""
+    body, many = _frame(x, y), marks and len(series) > _COLOURS
     for number, line in enumerate(series):
         points = [(_across(x, a), _up(y, b)) for a, b in zip(line.x, line.y, strict=True)]
         if line.band:
@@ -60,7 +61,9 @@ def lines(title: str, series: Sequence[Series], x: Axis, y: Axis, marks: bool = 
         body += f'<polyline points="{_path(points)}" fill="none" stroke="{_colour(number)}" stroke-width="2.5"{dash}/>'
         if marks:
             body += "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{_colour(number)}"/>' for a, b in points)
-    return _figure(title, body, [line.name for line in series])
+        if many and len(points) == 1:
+            body += f'<text x="{points[0][0] + 6:.1f}" y="{points[0][1] - 5:.1f}">{number}</text>'
+    return _figure(title, body, [f"{i}: {s.name}" if many and len(s.x) == 1 else s.name for i, s in enumerate(series)])
 
 
 def bars(title: str, labels: Sequence[str], values: Sequence[float], x_title: str, y_title: str) -> str:
@@ -147,7 +150,7 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _colour(number: int) -> str:
-    return f"var(--s{number % 6})"
+    return f"var(--s{number % _COLOURS})"
 
 
 def _number(value: float) -> str:
