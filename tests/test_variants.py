@@ -226,6 +226,13 @@ def test_search_turns_a_failing_int8_into_a_passing_one_whose_recipe_can_be_repl
     assert for_cpu["recipe"]["calibration"] == recipe["calibration"]  # both targets from one calibration
 
 
+def test_search_works_for_fp16_too(model_dir):
+    sidecar, _ = make_variant(model_dir, Wish("fp16", eval_faces=8, limit=1.5e-5))
+    assert not sidecar["recipe"]["search"]["attempts"][0]["passed"]
+    assert sidecar["gates"][0]["drift"]["max_drift"] <= 1.5e-5
+    assert types_of_weights(onnx.load(model_dir / sidecar["file"]), "Conv") == {TensorProto.FLOAT, TensorProto.FLOAT16}
+
+
 def test_recipe_for_another_network_is_refused(model_dir, tmp_path):
     saved = tmp_path / "recipe.json"
     data = {"format": 1, "precision": "fp16", "target": "tensorrt", "serving_sha256": "ab" * 32, "keep": []}

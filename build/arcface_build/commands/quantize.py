@@ -81,7 +81,7 @@ def _print(model_dir: Path, sidecar: dict[str, Any]) -> None:
     for gate in sidecar["gates"]:
         drift = gate["drift"]
         line = f"  {'passed' if gate['passed'] else 'REFUSED'} in {gate['runtime']}: worst of {drift['faces']} faces"
-        line += f" {drift['max_drift']:.2g} of {gate['limit']:g} allowed, mean {1 - drift['mean_cosine']:.2g}"
+        line += f" {drift['max_drift']:.3g} of {gate['limit']:g} allowed, mean {1 - drift['mean_cosine']:.3g}"
         if gate["accuracy"] is not None:
             line += f"; accuracy {gate['accuracy']:.2%}, fp32 {gate['accuracy_reference']:.2%}"
         click.echo(line)

@@ -21,7 +21,7 @@ from arcface_build.variants.recipe import Recipe, load_recipe
 from arcface_build.variants.search import SearchResult, layer_work, smallest_passing_set
 from arcface_build.variants.sensitivity import measure_sensitivities
 from arcface_build.variants.sidecar import variants_folder, write_variant
-from arcface_build.variants.typed import body_nodes, largest_values, overflowing, rounded_as_float16
+from arcface_build.variants.typed import body_nodes, largest_values, overflowing, rounded_as_float16, with_followers
 from arcface_clients.drift import DRIFT_LIMITS
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def make_variant(
         name=manifest.name,
         precision=wish.precision,
         limit=DRIFT_LIMITS[wish.precision] if wish.limit is None else wish.limit,
-        runtime=runtimes[0],
+        runtimes=tuple(runtimes),
         reference=_reference(model_dir, serving_path, manifest, faces, stage),
         faces=faces,
         stage=stage,
@@ -105,7 +105,7 @@ def make_variant(
         model = recipe.apply(serving)
         judged = model if recipe.precision == "int8" else recipe.stand_in(serving)
         del serving  # r100: a quarter of a gigabyte that nothing below needs
-    verdicts = [trial.judge(judged, f"gate in {runtime}", runtime) for runtime in runtimes]
+    verdicts = [trial.judge(judged, runtime, f"gate in {runtime}") for runtime in runtimes]
     sidecar, path = write_variant(model_dir, manifest, wish.precision, target, model, recipe, verdicts, faces)
     if not sidecar["passed"]:
         raise ProofFailed(
@@ -122,16 +122,24 @@ class _Trial:
     name: str
     precision: str
     limit: float
-    runtime: str
+    runtimes: tuple[str, ...]
     reference: np.ndarray
     faces: FaceSet
     stage: Stage
 
-    def judge(self, model: Path | onnx.ModelProto, title: str, runtime: str | None = None) -> Verdict:
-        runtime = runtime or self.runtime
+    def judge(self, model: Path | onnx.ModelProto, runtime: str, title: str) -> Verdict:
         embeddings = embed_all(open_session(model, runtime), self.faces.faces, self.stage(title))
         label = f"{runtime} with float16 rounding" if self.precision == "fp16" else runtime
         return judge(label, self.precision, self.limit, self.reference, embeddings, self.faces)
+
+    def judge_everywhere(self, model: Path | onnx.ModelProto, title: str) -> Verdict:
+        """The first verdict that is no, else the one with the most drift: a variant may be served in each runtime."""
+        verdicts = []
+        for runtime in self.runtimes:
+            verdicts.append(self.judge(model, runtime, title if len(self.runtimes) == 1 else f"{title}: {runtime}"))
+            if not verdicts[-1].passed:
+                return verdicts[-1]
+        return max(verdicts, key=lambda verdict: verdict.drift.max_drift)
 
 
 def _start(
@@ -159,21 +167,26 @@ def _start(
 
 def _search(serving: onnx.ModelProto, start: Recipe, trial: _Trial, picture: Path) -> Recipe:
     """The recipe that passes with the least kept; the start where that passes or nothing does. Draws what it tried."""
-    first = trial.judge(start.stand_in(serving), "as asked for")
+    first = trial.judge_everywhere(start.stand_in(serving), "as asked for")
     if first.passed:
         return start
-    layers = quantizable_layers(serving)
+    layers, int8 = quantizable_layers(serving), start.precision == "int8"
+    groups = {} if int8 else with_followers(serving)
+
+    def nodes_of(keep: Sequence[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for layer in keep for name in groups.get(layer, [layer])))
 
     def coarsen(part: onnx.ModelProto, layer: str) -> None:
-        if start.precision == "int8":
+        if int8:
             make_coarse(part, layer, start.ranges[start.target], start.target)
         else:
-            part.CopyFrom(rounded_as_float16(part, keep=set(body_nodes(part)) - {layer}))
+            part.CopyFrom(rounded_as_float16(part, keep=set(body_nodes(part)) - set(groups[layer])))
 
     def attempt(keep: Sequence[str]) -> Verdict:
         if tuple(keep) == start.keep:
             return first
-        return trial.judge(replace(start, keep=tuple(keep)).apply(serving), f"{len(keep)} of {len(layers)} layers kept")
+        candidate = replace(start, keep=nodes_of(keep)).stand_in(serving)
+        return trial.judge_everywhere(candidate, f"{len(keep)} of {len(layers)} layers kept")
 
     probes = trial.faces.sample(PROBE_FACES).faces
     progress = trial.stage("sensitivity of each layer")
@@ -181,7 +194,7 @@ def _search(serving: onnx.ModelProto, start: Recipe, trial: _Trial, picture: Pat
     result = smallest_passing_set(sensitivity, layer_work(serving), attempt, start.keep)
     _draw(picture, trial, start, result, sensitivity)
     record = {"sensitivity": sensitivity, **result.to_json()}
-    return replace(start, keep=start.keep if result.keep is None else result.keep, search=record)
+    return replace(start, keep=start.keep if result.keep is None else nodes_of(result.keep), search=record)
 
 
 def _draw(path: Path, trial: _Trial, start: Recipe, result: SearchResult, sensitivity: dict[str, float]) -> None:
@@ -229,7 +242,7 @@ def _check(wish: Wish, manifest: Manifest) -> str:
 
 
 def _runtimes(precision: str, target: str) -> list[str]:
-    """Where a variant is judged: first the runtime that it is for, then the other one that may serve it."""
+    """Where a variant is judged: first the runtime that it is for, then others that may serve it on another CPU."""
     if precision == "bf16":
         return ["openvino-bf16"]
     if target == "tensorrt":

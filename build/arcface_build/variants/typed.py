@@ -38,6 +38,20 @@ def body_nodes(model: onnx.ModelProto) -> list[str]:
     ]
 
 
+def with_followers(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """Each convolution of the body with the body nodes behind it in graph order, up to the next convolution.
+
+    Keeping a convolution in float32 is worth little while the sums and activations behind it are rounded.
+    """
+    inside, groups = set(body_nodes(model)), dict[str, list[str]]()
+    for node in model.graph.node:
+        if node.name in inside:
+            if node.op_type == "Conv":
+                groups[node.name] = []
+            groups[next(reversed(groups))].append(node.name)
+    return groups
+
+
 def overflowing(model: onnx.ModelProto, largest: Mapping[str, float]) -> list[str]:
     """Names of body nodes that touch a tensor whose largest magnitude seen comes near what float16 can hold."""
     limit = FLOAT16_MAX / HEADROOM
