@@ -131,7 +131,7 @@ def contestants(model_dir: Path) -> list[Contestant]:
         found.append(Contestant("int8 openvino", model_dir / int8["file"], rest, _gate(int8, rest), kept))
         path = model_dir / "variants" / "int8-cpu.json"
         full = every_layer(serving, load_recipe(path, "int8", "cpu", int8["serving_sha256"]))
-        found.append(Contestant("int8 of every layer openvino", full, "openvino-fp32", None, 1))
+        found.append(Contestant("int8 of every layer openvino", full, rest, None, 1))
     return found
 
 
