@@ -106,15 +106,15 @@ def command(
     host = describe_host()
     with (
         tempfile.TemporaryDirectory(prefix="arcface-bench-") as folder,
-        _server(url, http_url, model_repository, models, config_name, Path(folder)) as target,
+        server_under_test(url, http_url, model_repository, models, config_name, Path(folder)) as target,
     ):
         data = write_input_data(faces, Path(folder) / "faces.json")
         variants = []
         if bare:
-            path = onnx or _served_file(model_repository, "arcface_onnx", "model.onnx")
+            path = onnx or served_file(model_repository, "arcface_onnx", "model.onnx")
             variants += [contestants.bare_session(path, faces, batch, spinning=spinning) for batch in batches]
         if insightface:
-            path = _served_file(model_repository, "arcface_reference", "source.onnx")
+            path = served_file(model_repository, "arcface_reference", "source.onnx")
             variants += contestants.insightface_sessions(path, faces, sorted({1, *batches}))
         variants += [
             contestants.served(
@@ -127,7 +127,7 @@ def command(
             )
             for load in loads
         ]
-        with _progress(len(variants) * (rounds + 1)) as advance:
+        with progress_of_rounds(len(variants) * (rounds + 1)) as advance:
             samples = measure_in_turns(variants, rounds, sample_s, advance)
     result = summarise(variants, samples, host) | {"faces": len(faces), "faces_from": list(sources) or "drawn"}
     if waterfall:
@@ -171,7 +171,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _server(
+def server_under_test(
     url: str | None, http_url: str | None, repository: Path | None, models: tuple[str, ...], config: str, folder: Path
 ) -> Iterator[Target]:
     """The running server that was named, else one of our own on free ports."""
@@ -196,7 +196,7 @@ def _server(
         yield Target(server.grpc_url, server.http_url, server.pid)
 
 
-def _served_file(repository: Path | None, model: str, name: str) -> Path:
+def served_file(repository: Path | None, model: str, name: str) -> Path:
     """The file of the newest version of a model in the repository."""
     from arcface_build.errors import Missing
     from arcface_build.repository import find_repository, versions
@@ -226,7 +226,7 @@ def faces_of(sources: tuple[str, ...], batch: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _progress(total: int):
+def progress_of_rounds(total: int):
     """A bar on stderr when that is a terminal; yields the callback for `measure_in_turns`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

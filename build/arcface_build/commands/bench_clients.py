@@ -1,0 +1,70 @@
+"""`arcface bench-clients`: our client on every way to a server beside the bare runtime; stream memory; restarts."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import click
+
+EPILOG = """\b
+Examples:
+  arcface bench-clients                              gRPC, HTTP, shared memory against the bare session, batch 32
+  arcface bench-clients --stream 1000000             peak memory while a million generated faces go through
+  arcface bench-clients --restarts 10000             every face answered once though the server is killed twice
+"""
+
+
+@click.command("bench-clients", epilog=EPILOG)
+@click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Faces a request.")
+@click.option("--way", "ways", multiple=True, default=("grpc", "grpc-shm"), show_default=True, help="Repeatable.")
+@click.option("--in-flight", multiple=True, default=(4,), show_default=True, type=click.IntRange(1))
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
+@click.option("--sample-s", default=5.0, show_default=True, type=click.FloatRange(0))
+@click.option("--stream", type=click.IntRange(1), help="Instead: memory of a stream of so many faces.")
+@click.option("--restarts", "requests", type=click.IntRange(1), help="Instead: so many requests across two kills.")
+@click.option("--json", "json_to", type=click.Path(path_type=Path), help="Write the result here; - prints it.")
+def command(
+    model_repository: Path | None,
+    batch: int,
+    ways: tuple[str, ...],
+    in_flight: tuple[int, ...],
+    rounds: int,
+    sample_s: float,
+    stream: int | None,
+    requests: int | None,
+    json_to: Path | None,
+) -> None:
+    """Measure our client in turns with the bare ONNX Runtime session, in one run."""
+    from arcface_build.atomic import write_json
+    from arcface_build.bench import clients
+    from arcface_build.commands.bench import progress_of_rounds, render, served_file, server_under_test
+
+    if stream or requests:
+        result = clients.stream_memory(stream) if stream else clients.restarts(requests)
+        text = json.dumps(result, indent=2)
+    else:
+        onnx = served_file(model_repository, "arcface_onnx", "model.onnx")
+        with (
+            tempfile.TemporaryDirectory(prefix="arcface-bench-") as folder,
+            server_under_test(None, None, model_repository, ("arcface_onnx",), "onnx", Path(folder)) as target,
+            progress_of_rounds((len(ways) * len(in_flight) + 1) * (rounds + 1)) as advance,
+        ):
+            result = clients.run(
+                onnx,
+                target.grpc_url,
+                target.http_url,
+                server_pid=target.pid,
+                batch=batch,
+                in_flight=in_flight,
+                ways=ways,
+                rounds=rounds,
+                sample_s=sample_s,
+                on_sample=advance,
+            )
+        text = render(result)
+    if json_to and str(json_to) != "-":
+        write_json(json_to, result)
+    click.echo(json.dumps(result, indent=2) if str(json_to) == "-" else text)
