@@ -149,7 +149,8 @@ def render(result: dict[str, Any]) -> str:
     """The result as text: a table of variants and the ratios below it."""
     lines = [f"{'':34} {'faces/s':>9} {'p10–p90':>17} {'CPU ms/face':>12} {'p50 ms':>9} {'p99 ms':>9}"]
     for row in result["variants"]:
-        speed, cpu, latency = row["faces_per_s"], row["cpu_ms_per_face"], row["latency_ms"]
+        speed, cpu = row["faces_per_s"], row["cpu_ms_per_face"]
+        latency = row["latency_ms"] or {"p50": float("nan"), "p99": float("nan")}  # a stream has none
         lines.append(
             f"{row['name']:34} {speed['median']:9.1f} {speed['low']:8.1f}–{speed['high']:<8.1f} "
             f"{cpu['median'] if cpu else float('nan'):12.2f} {latency['p50']:9.1f} {latency['p99']:9.1f}"

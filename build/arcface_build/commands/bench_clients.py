@@ -65,6 +65,8 @@ def command(
                 on_sample=advance,
             )
         text = render(result)
-    if json_to and str(json_to) != "-":
+    if str(json_to) == "-":
+        text = json.dumps(result, indent=2)
+    elif json_to:
         write_json(json_to, result)
-    click.echo(json.dumps(result, indent=2) if str(json_to) == "-" else text)
+    click.echo(text)
