@@ -56,13 +56,26 @@ sys.exit(1)
 PY
 }
 
+installed() { # extras, checksum of the requirements: whether an earlier run installed at least these
+  local stamp have extra
+  for stamp in .venv/.installed-*-"$2"; do
+    [ -e "$stamp" ] || continue
+    have=${stamp#.venv/.installed-} have=,${have%-"$2"},
+    for extra in ${1//,/ }; do
+      [[ $have == *",$extra,"* ]] || continue 2
+    done
+    return 0
+  done
+  return 1
+}
+
 prepare_environment() {
   local extras=$1 python stamp wanted
   shift
   [ $# -eq 0 ] || install_system_packages "$@"
   wanted=$(cat pyproject.toml constraints.txt scripts/environment.sh | cksum | cut -d' ' -f1)
   stamp=.venv/.installed-$extras-$wanted
-  if [ ! -e "$stamp" ]; then
+  if ! installed "$extras" "$wanted"; then
     if [ ! -x .venv/bin/python ]; then
       python=$(find_python) || exit $?
       echo "making .venv with $("$python" --version)" >&2
