@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import pytest
 from arcface_build.errors import Missing
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
 from arcface_build.serving.process import TritonProcess, free_ports
+
+# Started by a script in the background, pytest inherits an ignored SIGINT and hands it on to the programs under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
 
