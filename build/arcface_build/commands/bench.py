@@ -199,14 +199,9 @@ def server_under_test(
 
 def served_file(repository: Path | None, model: str, name: str) -> Path:
     """The file of the newest version of a model in the repository."""
-    from arcface_build.errors import Missing
-    from arcface_build.repository import find_repository, versions
+    from arcface_build.repository import find_repository, served_folder
 
-    folder = find_repository(repository) / model
-    have = versions(folder)
-    if not have:
-        raise Missing(f"{model} has no weights in {folder}. Next: arcface import demo, or arcface import YOUR.onnx")
-    return folder / str(have[-1]) / name
+    return served_folder(find_repository(repository), model) / name
 
 
 def faces_of(sources: tuple[str, ...], batch: int) -> np.ndarray:
