@@ -76,7 +76,7 @@ def _session(data: bytes, provider: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if provider == "cpu":
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     config = {"CPU": {"INFERENCE_PRECISION_HINT": provider.split()[1], "INFERENCE_NUM_THREADS": THREADS}}

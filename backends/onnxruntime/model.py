@@ -3,7 +3,7 @@
 In: requests for a model whose version folder holds an ONNX file. Out: one response a request, computed in one run.
 It reads what the native backend reads: default_model_filename, instance_group, the parameters intra_op_thread_count,
 inter_op_thread_count and execution_mode, optimization.graph.level and optimization.execution_accelerators.
-Differences, both measured: threads default to cores / instances, and idle threads do not spin.
+Differences, both measured: threads default to cores / instances, and they stop spinning when a run ends.
 """
 
 import json
@@ -123,7 +123,7 @@ def _session_options(config, threads):
     options.inter_op_num_threads = int(_parameter(config, "inter_op_thread_count", 0)) or 1
     if int(_parameter(config, "execution_mode", 0)) == 1:
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, GRAPH_LEVELS.get(level, "ORT_ENABLE_ALL"))
     return options

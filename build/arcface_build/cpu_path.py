@@ -90,7 +90,7 @@ def open_session(
     Args:
         model: a file, a model, or a serialised model.
         runtime: one of `RUNTIMES`.
-        threads: intra-op threads; default: the cores that this process may use. Idle threads do not spin.
+        threads: intra-op threads; default: the cores that this process may use. They stop spinning when a run ends.
 
     Raises:
         Missing: the runtime is not installed, or took another provider than asked (it says so only in its log).
@@ -104,7 +104,7 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     providers: list[Any] = ["CPUExecutionProvider"]
     if runtime != "onnxruntime":
         hints = {"INFERENCE_PRECISION_HINT": _HINTS[runtime], "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1"}

@@ -99,7 +99,7 @@ class OnnxEngine(LocalEngine):
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning starves a second engine
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle, it would starve a second engine
         asked = [(provider, self._provider_options(provider, runtime))]
         if provider == "TensorrtExecutionProvider":  # what it cannot take runs on the same GPU
             asked.append(("CUDAExecutionProvider", {"device_id": str(device_index(self.device))}))

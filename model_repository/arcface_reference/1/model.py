@@ -32,7 +32,7 @@ class TritonPythonModel:
         manifest = _manifest(folder)
         source = folder / "source.onnx"
         options = ort.SessionOptions()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         session = ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
         self.arcface = ArcFaceONNX(model_file=str(source), session=session)
         stated = manifest["preprocessing"]
