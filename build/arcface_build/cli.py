@@ -30,6 +30,7 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
     "bench": ("bench", "Measure throughput through the server beside the bare runtime, in one run."),
     "tune": ("tune", "Search instances, threads, queue delay and largest batch for this host."),
     "bench-clients": ("bench_clients", "Measure our client on every way to a server beside the bare runtime."),
+    "bench-vectors": ("bench_vectors", "Measure distances, neighbours and gallery search beside the obvious ways."),
     "bench-variants": ("bench_variants", "Measure fp32, bf16 and int8 in turns, with their drift beside the speed."),
     "plan": ("plan", "Build, prove, keep and move TensorRT plans: one for each kind of GPU."),
     "doctor": ("doctor", "Look at this host and the configuration; say what is wrong and how to mend it."),

@@ -1,12 +1,12 @@
 """Random embeddings in; times and memory of distances, neighbours and gallery search beside the obvious ways, out.
 
-Ways are measured in turns, so that a ratio is one of neighbours; the share of the processor that others took stands
-beside each time. Memory is what a fresh process needed for that one call, inputs included.
+Ways are measured in turns, so that a ratio is one of neighbours; a way of microseconds is repeated within its turn, as
+timeit does. The share of the processor that others took stands beside each time. Memory is what a fresh process needed
+for that one call, inputs included.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -24,6 +24,7 @@ from arcface_clients.neighbours import close_pairs, nearest
 from arcface_clients.vectors import cosine_distance, cosine_distances, unit_rows
 
 CLOSE = 0.75  # between random 512-d rows almost nothing is this close: the cost of looking, not of listing
+_SHORTEST_TURN_S = 0.05
 _CHILD = """
 import sys
 import numpy as np
@@ -39,11 +40,26 @@ print(int(peak.split()[1]) / 1024)
 def run(
     large: int = 50_000, gallery_size: int = 100_000, dim: int = 512, k: int = 10, rounds: int = 3
 ) -> dict[str, Any]:
-    """Measure, print a table, and return the figures as JSON: times in ms, memory in MB, ratios, host."""
+    """Measure and return the figures as JSON: times in ms, memory in MB, ratios, host.
+
+    Args:
+        large: rows among which nearest neighbours are looked for.
+        gallery_size: embeddings in the gallery that is searched.
+        dim: width of the embeddings.
+        k: neighbours of each row.
+        rounds: turns of each of the long ways; the short ones get more.
+    """
     rng = np.random.default_rng(0)
     few, thousand, many = (rng.standard_normal((count, dim), np.float32) for count in (16, 1000, large))
     unit = unit_rows(many)
-    report: dict[str, Any] = {"host": describe_host(), "dim": dim, "k": k, "large": large, "gallery": gallery_size}
+    report: dict[str, Any] = {
+        "kind": "vectors",
+        "host": describe_host(),
+        "dim": dim,
+        "k": k,
+        "large": large,
+        "gallery": gallery_size,
+    }
     report["pairs_16"] = _compare(
         {
             "matrix product": lambda: cosine_distances(few),
@@ -82,7 +98,6 @@ def run(
         },
         10 * rounds,
     )
-    print(table(report))
     return report
 
 
@@ -106,7 +121,7 @@ def table(report: dict[str, Any]) -> str:
                 f"{100 * figures['foreign_share']:.0f} % of the processor){beside}"
             )
         for name, value in part["ratios"].items():
-            lines.append(f"  {name:57} {value:8.2f}")
+            lines.append(f"  {name:57} {value:8.4f}")
         if "process_mb" in part:
             lines.append(f"  peak RSS of a process that does it once {part['process_mb']:.0f} MB")
     return "\n".join(lines)
@@ -116,12 +131,11 @@ def _compare(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, An
     """Each way once a round, in turns; ratios are medians over rounds, of each way to the last one."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     foreign: dict[str, float] = dict.fromkeys(ways, 0.0)
+    repeats = {name: max(1, round(_SHORTEST_TURN_S / _seconds(way, 1))) for name, way in ways.items()}
     for _ in range(rounds):
         for name, way in ways.items():
             with watch_cpu() as cpu:
-                start = time.perf_counter()
-                way()
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(1000 * _seconds(way, repeats[name]))
             foreign[name] += max(0.0, cpu.foreign_share) / rounds
     *others, base = ways
     return {
@@ -129,6 +143,7 @@ def _compare(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, An
             name: {
                 "median_ms": statistics.median(values),
                 "best_ms": min(values),
+                "calls_a_turn": repeats[name],
                 "foreign_share": foreign[name],
                 "samples_ms": values if rounds <= 10 else None,
             }
@@ -139,6 +154,14 @@ def _compare(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, An
             for name in others
         },
     }
+
+
+def _seconds(way: Callable[[], object], calls: int) -> float:
+    """Seconds of one call, as the mean of so many."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        way()
+    return (time.perf_counter() - start) / calls
 
 
 def _broadcast(rows: np.ndarray) -> np.ndarray:
@@ -167,7 +190,3 @@ def _allocated_mb(way: Callable[[], object]) -> float:
 def _process_mb(count: int, dim: int, k: int) -> float:
     command = [sys.executable, "-c", _CHILD, str(count), str(dim), str(k)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-if __name__ == "__main__":
-    json.dump(run(), sys.stdout, indent=2)

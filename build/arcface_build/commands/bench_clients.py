@@ -40,11 +40,13 @@ def command(
     """Measure our client in turns with the bare ONNX Runtime session, in one run."""
     from arcface_build.atomic import write_json
     from arcface_build.bench import clients
+    from arcface_build.bench.host import describe_host
     from arcface_build.commands.bench import progress_of_rounds, render, served_file, server_under_test
 
     if stream or requests:
-        result = clients.stream_memory(stream) if stream else clients.restarts(requests)
-        text = json.dumps(result, indent=2)
+        measured = clients.stream_memory(stream) if stream else clients.restarts(requests)
+        result = {"kind": "stream" if stream else "restarts", "host": describe_host(), **measured}
+        text = json.dumps(measured, indent=2)
     else:
         onnx = served_file(model_repository, "arcface_onnx", "model.onnx")
         with (
