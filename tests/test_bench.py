@@ -24,6 +24,7 @@ from arcface_build.bench.perf_analyzer import (
     write_input_data,
 )
 from arcface_build.bench.result import regressions, summarise
+from arcface_build.bench.triton_statistics import ensemble_cost
 from arcface_build.errors import BuildError, Missing, WrongUse
 
 
@@ -149,6 +150,31 @@ def test_in_process_variants_report_calls_and_cpu_time() -> None:
     assert ("bare b2", "insightface b1") in {(r["variant"], r["base"]) for r in result["ratios"]}
 
 
+def _split(requests: float, total_ms: float, queue_ms: float = 0.0) -> dict[str, float]:
+    """A row as `server_split` writes it, 20 ms of compute in three parts."""
+    parts = {"compute_input_ms": 1.0, "compute_infer_ms": 17.0, "compute_output_ms": 2.0}
+    return {"requests": requests, "queue_ms": queue_ms, **parts, "total_ms": total_ms}
+
+
+@pytest.mark.parametrize(
+    ("split", "added_ms"),
+    [
+        ({"arcface": _split(8, 120.5), "arcface_onnx": _split(8, 120.0, queue_ms=100.0)}, 0.5),
+        ({"arcface": _split(8, 120.5)}, None),  # asked directly: no ensemble
+        ({"arcface_onnx": _split(8, 120.5)}, None),  # the ensemble did not work
+        ({"arcface": _split(8, 120.5), "arcface_onnx": _split(9, 120.0)}, None),  # somebody else asked the leaf
+        ({"arcface": _split(8, 50.0), "arcface_onnx": _split(8, 20.0), "arcface_reference": _split(8, 40.0)}, None),
+        ({}, None),  # another sample's model, or no server
+    ],
+)
+def test_an_ensemble_of_one_step_costs_what_its_requests_take_longer_than_the_step(split, added_ms) -> None:
+    cost = ensemble_cost(split, "arcface")
+    if added_ms is None:
+        assert cost is None
+    else:
+        assert cost == {"over": "arcface_onnx", "added_ms": 0.5, "compute_ms": 20.0, "share_of_compute": 0.025}
+
+
 def test_gpu_readings_are_averaged_and_a_cut_line_is_left_out():
     assert gpu_use("40, 1000\n60, 1500\n[N/A], 3\n7") == {"utilization_percent": 50.0, "memory_mib": 1500.0}
     assert gpu_use("No devices were found\n") == {}
@@ -182,6 +208,7 @@ def test_bench_measures_the_running_server_with_the_real_perf_analyzer(server, d
     _perf_analyzer()
     arguments = ["--url", server.grpc_url, "--http-url", server.http_url, "--model-repository", str(demo_repository)]
     arguments += ["--batch", "4", "--rounds", "1", "--sample-s", "0.1", "--json", str(tmp_path / "bench.json")]
+    arguments += ["--csv", str(tmp_path / "bench.csv"), "--html", str(tmp_path / "bench.html")]
     first = CliRunner().invoke(command, [*arguments, "--insightface"], catch_exceptions=False)
     assert first.exit_code == 0, first.output
     result = json.loads((tmp_path / "bench.json").read_text())
@@ -198,6 +225,16 @@ def test_bench_measures_the_running_server_with_the_real_perf_analyzer(server, d
         ("arcface grpc b4 c2", "insightface b1"),
     }
     assert result["host"]["cores"] >= 1
+    assert rows["arcface_onnx grpc b4 c2"]["ensemble"] is None
+    cost = served["ensemble"]
+    share = cost["share_of_compute"]["median"]
+    assert (cost["over"], cost["added_ms"]["count"]) == ("arcface_onnx", len(served["samples"]))
+    assert 0 < share < 1, "the model inside took longer than the ensemble around it"
+    assert cost["added_ms"]["median"] == pytest.approx(share * cost["compute_ms"]["median"], rel=0.5)
+    told = f"the ensemble adds {cost['added_ms']['median']:.3f} ms"
+    assert f"arcface grpc b4 c2: {told}" in first.output and f"{share:.4%} (" in first.output
+    assert (tmp_path / "bench.csv").read_text().splitlines()[-1].endswith(f",{share:.6f}")
+    assert "What the ensemble adds" in (tmp_path / "bench.html").read_text()
 
 
 def test_a_model_that_the_server_has_not_is_an_error_with_its_reason(server, tmp_path):

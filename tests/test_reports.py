@@ -63,6 +63,10 @@ def matrix() -> str:
     return matrix_page(report)
 
 
+def _scaled(spread: dict, factor: float) -> dict:
+    return {key: value * factor for key, value in spread.items() if key != "count"} | {"count": spread["count"]}
+
+
 def bench_result() -> dict:
     spread = {"median": 1.0, "low": 0.9, "high": 1.1, "count": 7}
     split = {"queue_ms": 0.5, "compute_infer_ms": 20.0, "faces_per_execution": 32.0}
@@ -71,6 +75,10 @@ def bench_result() -> dict:
             "name": f"arcface grpc b32 c{c}", "where": "server", "model": "arcface", "protocol": "grpc", "batch": 32,
             "faces_per_s": spread, "cpu_ms_per_face": None, "server": {"arcface": split, "arcface_onnx": split},
             "latency_ms": {"p50": 10.0 * c, "p90": 12.0 * c, "p95": 13.0 * c, "p99": 15.0 * c},
+            "ensemble": {
+                "over": "arcface_onnx", "added_ms": _scaled(spread, 0.04), "compute_ms": _scaled(spread, 20.0),
+                "share_of_compute": _scaled(spread, 0.002),
+            },
         }
         for c in (1, 2)
     ]  # fmt: skip
@@ -129,10 +137,12 @@ def test_the_benchmark_shows_overheads_and_says_when_it_is_not_reliable():
     text = bench_page(bench_result())
     assert "1.250 ms, +250 µs" in text
     assert "Not reliable" in text
+    assert "<td>arcface_onnx</td>" in text and ">0.2000%</td>" in text
     assert "Each point a number of callers" in text
     head, first, _ = bench_csv(bench_result()).splitlines()
-    assert head.startswith("variant,where,faces_per_s,") and head.count(",") == first.count(",") == 11
-    assert first == "arcface grpc b32 c1,server,1.000,0.900,1.100,,10.000,12.000,15.000,0.500,20.000,1.0000"
+    assert head.startswith("variant,where,faces_per_s,") and head.count(",") == first.count(",") == 15
+    name, ensemble = "arcface grpc b32 c1", "0.0400,0.0360,0.0440,0.002000"
+    assert first == f"{name},server,1.000,0.900,1.100,,10.000,12.000,15.000,0.500,20.000,1.0000,{ensemble}"
 
 
 @pytest.mark.parametrize(

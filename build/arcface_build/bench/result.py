@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from arcface_build.bench.interleaved import Sample, Spread, Variant, ratio, undisturbed_rounds
+from arcface_build.bench.triton_statistics import ensemble_cost
 from arcface_build.errors import WrongUse
 
 FORMAT = 1
@@ -92,12 +93,23 @@ def _row(variant: Variant, samples: Sequence[Sample]) -> dict[str, Any]:
         "latency_ms": {f"p{p}": float(np.percentile(latencies, p)) for p in (50, 90, 95, 99)} if latencies else None,
         "calls": len(latencies),
         "server": samples[-1].details.get("server"),
+        "ensemble": _ensemble(variant, samples),
         "gpu": samples[-1].details.get("gpu"),  # None without a GPU
         "samples": [
             {"round": s.round, "faces_per_s": s.faces_per_s, "foreign_share": round(s.foreign_share, 4)}
             for s in samples
         ],
     }
+
+
+def _ensemble(variant: Variant, samples: Sequence[Sample]) -> dict[str, Any] | None:
+    """Spreads over the samples of what the ensemble that was asked adds to its step; None where it is no ensemble."""
+    model = str(variant.about.get("model"))
+    costs = [cost for s in samples if (cost := ensemble_cost(s.details.get("server") or {}, model))]
+    if not costs:
+        return None
+    figures = ("added_ms", "compute_ms", "share_of_compute")
+    return {"over": costs[0]["over"]} | {key: Spread.of([cost[key] for cost in costs]).to_json() for key in figures}
 
 
 def _spread(row: Mapping[str, Any]) -> Spread:

@@ -48,6 +48,35 @@ def server_split(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
     return split
 
 
+def ensemble_cost(split: Mapping[str, Mapping[str, float]], ensemble: str) -> dict[str, Any] | None:
+    """What an ensemble of one step adds to a request: its total time less the total time of its step.
+
+    Both means are over the same requests, so that the spread between two runs, which is larger, plays no part.
+
+    Args:
+        split: what `server_split` told of one sample.
+        ensemble: the model that was asked.
+
+    Returns:
+        over (the step's model), added_ms (a request), compute_ms (a request: input, inference and output of the step,
+        queue excluded) and share_of_compute (added_ms / compute_ms). None where the model is no ensemble, where more
+        than one model worked (steps may run side by side), or where others asked one of the two meanwhile.
+    """
+    others = [name for name in split if name != ensemble]
+    if ensemble not in split or len(others) != 1:
+        return None
+    whole, step = split[ensemble], split[others[0]]
+    if whole["requests"] != step["requests"]:
+        return None
+    added_ms, compute_ms = whole["total_ms"] - step["total_ms"], sum(step[f"{part}_ms"] for part in _PARTS[1:])
+    return {
+        "over": others[0],
+        "added_ms": added_ms,
+        "compute_ms": compute_ms,
+        "share_of_compute": added_ms / compute_ms,
+    }
+
+
 def _count(model: Mapping[str, Any], part: str) -> int:
     return int(model.get("inference_stats", {}).get(part, {}).get("count", 0))
 

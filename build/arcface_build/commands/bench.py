@@ -155,6 +155,9 @@ def render(result: dict[str, Any]) -> str:
             f"{row['name']:34} {speed['median']:9.1f} {speed['low']:8.1f}–{speed['high']:<8.1f} "
             f"{cpu['median'] if cpu else float('nan'):12.2f} {latency['p50']:9.1f} {latency['p99']:9.1f}"
         )
+    for row in result["variants"]:
+        if row.get("ensemble"):
+            lines += ["", f"{row['name']}: {ensemble_told(row['ensemble'])}"]
     lines += ["", "ratio of throughput, within a round: median (p10–p90)"]
     for row in result["ratios"]:
         lines.append(f"  {row['median']:.3f} ({row['low']:.3f}–{row['high']:.3f})  {row['variant']} / {row['base']}")
@@ -169,6 +172,16 @@ def render(result: dict[str, Any]) -> str:
     if rounds["disturbed"]:
         lines.append("NOT RELIABLE: other processes took CPU in nearly every round. Measure again on a quiet machine.")
     return "\n".join(lines)
+
+
+def ensemble_told(cost: dict[str, Any]) -> str:
+    """What an ensemble adds, in words: by Triton's own statistics of the same requests."""
+    added, share = cost["added_ms"], cost["share_of_compute"]
+    return (
+        f"the ensemble adds {added['median']:.3f} ms ({added['low']:.3f}–{added['high']:.3f}) a request to "
+        f"{cost['over']}: {share['median']:.4%} ({share['low']:.4%}–{share['high']:.4%}) of its compute time, "
+        f"queue excluded; {added['count']} samples"
+    )
 
 
 @contextlib.contextmanager

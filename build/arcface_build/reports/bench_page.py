@@ -11,10 +11,11 @@ from arcface_build.reports.plots import Axis, Series, lines, waterfall
 
 _COLUMNS = ["variant", "where", "faces_per_s", "faces_per_s_p10", "faces_per_s_p90", "cpu_ms_per_face"]
 _COLUMNS += ["p50_ms", "p90_ms", "p99_ms", "queue_ms", "compute_ms", "ratio_to_bare"]
+_COLUMNS += ["ensemble_added_ms", "ensemble_added_ms_p10", "ensemble_added_ms_p90", "ensemble_share_of_compute"]
 
 
 def bench_page(result: dict[str, Any]) -> str:
-    """One page: ratios, waterfall, latency against throughput, every variant, and the host."""
+    """One page: ratios, what ensembles add, waterfall, latency against throughput, every variant, and the host."""
     blocks = []
     if result["rounds"]["disturbed"]:
         blocks.append(paragraph("Not reliable: other processes took CPU in nearly every round.", "bad"))
@@ -29,6 +30,14 @@ def bench_page(result: dict[str, Any]) -> str:
             table(("variant", "over", "ratio", "spread"), rows),
         )
     )
+    ensembles = _ensembles(result["variants"])
+    if ensembles:
+        told = (
+            "Triton's total time of the ensemble less that of the model inside it, in the same requests; the share is "
+            "of that model's compute time (input, inference, output; queue excluded). Median over samples, and p10–p90."
+        )
+        head = ("variant", "over", "added, ms a request", "p10–p90", "compute, ms a request", "share", "p10–p90")
+        blocks.append(section("What the ensemble adds", paragraph(told, "soft"), table(head, ensembles)))
     if result.get("waterfall"):
         blocks.append(section("Where the time goes", figures(_waterfall(result["waterfall"]))))
     curves = _curves(result["variants"])
@@ -50,7 +59,7 @@ def bench_csv(result: dict[str, Any]) -> str:
     ratios = {row["variant"]: row["median"] for row in result["ratios"] if row["base"].startswith("bare")}
     for row in result["variants"]:
         speed, cpu, latency = row["faces_per_s"], row["cpu_ms_per_face"], row["latency_ms"] or {}
-        leaf = _leaf(row)
+        leaf, cost = _leaf(row), row.get("ensemble")
         writer.writerow(
             [
                 row["name"],
@@ -61,6 +70,8 @@ def bench_csv(result: dict[str, Any]) -> str:
                 f"{leaf['queue_ms']:.3f}" if leaf else "",
                 f"{leaf['compute_infer_ms']:.3f}" if leaf else "",
                 f"{ratios[row['name']]:.4f}" if row["name"] in ratios else "",
+                *(f"{cost['added_ms'][key]:.4f}" if cost else "" for key in ("median", "low", "high")),
+                f"{cost['share_of_compute']['median']:.6f}" if cost else "",
             ]
         )
     return text.getvalue()
@@ -85,6 +96,26 @@ def _variants(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[s
             )
         )
     return head, cells
+
+
+def _ensembles(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A line for each variant that asked an ensemble."""
+    cells = []
+    for row in rows:
+        if cost := row.get("ensemble"):  # older results have none
+            added, share = cost["added_ms"], cost["share_of_compute"]
+            cells.append(
+                (
+                    row["name"],
+                    cost["over"],
+                    f"{added['median']:.3f}",
+                    f"{added['low']:.3f}–{added['high']:.3f}",
+                    f"{cost['compute_ms']['median']:.1f}",
+                    f"{share['median']:.4%}",
+                    f"{share['low']:.4%}–{share['high']:.4%}",
+                )
+            )
+    return cells
 
 
 def _leaf(row: dict[str, Any]) -> dict[str, float] | None:
