@@ -14,7 +14,8 @@ import pytest
 from arcface_clients import TritonEmbedder
 from arcface_clients.address import Address, Connection
 from arcface_clients.errors import DeadlineExceeded
-from arcface_clients.shared_memory import FOLDER, GRACE_S, Slot, SlotPool, is_local, left_behind, stale
+from arcface_clients.shared_memory import FOLDER, GRACE_S, Slot, is_local, left_behind, stale
+from arcface_clients.slot_pool import SlotPool
 from arcface_clients.synthetic import synthetic_faces
 from arcface_clients.transports import open_transport
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no /dev/shm on this
 def known(odd_server):
     """known(): names of our regions that the server knows."""
     transport = open_transport(Connection(Address.parse(odd_server.grpc_url)))
-    yield lambda: {name for name in transport.shared_regions(5) if name.startswith("arcface-")}
+    yield lambda: {name for name in transport.shared_regions("system", 5) if name.startswith("arcface-")}
     transport.close()
 
 

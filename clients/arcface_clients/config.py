@@ -168,7 +168,7 @@ class Triton(_Section):
     retry_for_s: float = Field(5.0, ge=0)
     in_flight: int = Field(4, ge=1, le=256)
     expected_contract: str | None = None
-    shared_memory: bool | None = None
+    shared_memory: bool | Literal["auto", "system", "cuda"] | None = "auto"
     compression: Literal["gzip", "deflate"] | None = None
     headers: dict[str, str] = {}
     tls: Tls = Tls()

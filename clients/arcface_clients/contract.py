@@ -71,11 +71,14 @@ def contract_id(source_sha256: str, preprocessing: Preprocessing, dim: int) -> s
 def check_faces(faces: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
     """Faces as the server wants them: uint8 (N,112,112,3), C-contiguous; one face (112,112,3) becomes N = 1.
 
-    Floats are taken when they are whole numbers in 0..255 (some loaders give those); N = 0 is fine.
+    Floats are taken when they are whole numbers in 0..255 (some loaders give those); N = 0 is fine. An array on a GPU
+    (uint8, C-contiguous) is copied to the host.
 
     Raises:
         InvalidFaces: wrong shape or dtype, values that are not whole numbers in 0..255, NaN.
     """
+    if not isinstance(faces, np.ndarray):
+        faces = _on_host(faces)
     try:
         array = np.asarray(faces)
     except ValueError as exc:  # a list of crops of different sizes
@@ -95,6 +98,18 @@ def check_faces(faces: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
     if array.dtype != np.uint8:
         array = _whole_numbers(array)
     return np.ascontiguousarray(array)
+
+
+def _on_host(faces: Any) -> Any:
+    """Faces on a GPU copied from there; anything else as it is."""
+    from arcface_clients.gpu_faces import check_in_place, is_on_gpu
+
+    if is_on_gpu(faces):
+        faces = check_in_place(faces)
+        return faces if isinstance(faces, np.ndarray) else faces.to_host()
+    if isinstance(faces, (list, tuple)) and len(faces) and is_on_gpu(faces[0]):
+        raise InvalidFaces("got a list of arrays on a GPU: expected one array, such as torch.stack(faces).")
+    return faces
 
 
 def _whole_numbers(array: np.ndarray) -> np.ndarray:

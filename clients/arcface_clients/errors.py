@@ -14,7 +14,8 @@ ArcFaceError
     ├── ModelNotReady         the server has no such model, or it is not loaded
     ├── ModelMissing          no ONNX file or plan for this host
     ├── DeadlineExceeded      no answer within timeout_s
-    └── DependencyMissing     a package or a program is not installed
+    ├── DependencyMissing     a package or a program is not installed
+    └── CudaFailed            the GPU's driver refused: no room, no such GPU, or the GPU is lost
 """
 
 from __future__ import annotations
@@ -96,3 +97,7 @@ class DeadlineExceeded(BackendUnavailable, TimeoutError):
 
 class DependencyMissing(BackendUnavailable):
     """A package or program that this engine needs is not installed. Falls back."""
+
+
+class CudaFailed(BackendUnavailable):
+    """The CUDA driver refused a call: no room on the GPU, no such GPU, or it is lost to this process. Falls back."""

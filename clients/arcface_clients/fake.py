@@ -43,7 +43,7 @@ class FakeEmbedder:
         self.contract_id = contract_id
         self.max_batch_size = max_batch_size
         self.calls: list[int] = []
-        self.way = Way(False, "there is no server")
+        self.way = Way(None, "there is no server")
         self._fails = iter(fails)
         self._closed = False
 

@@ -16,6 +16,7 @@ import numpy as np
 from arcface_clients.contract import check_faces
 from arcface_clients.engines.protocol import EmbeddingEngine
 from arcface_clients.errors import BackendUnavailable, ConfigError, ContractMismatch, DeadlineExceeded, GateFailed
+from arcface_clients.gpu_faces import check_in_place
 
 Result = TypeVar("Result")
 Link = EmbeddingEngine | tuple[str, Callable[[], EmbeddingEngine]]
@@ -130,8 +131,12 @@ class FallbackEmbedder:
             BackendUnavailable: none of the chain is there.
             GateFailed, ContractMismatch: see `ensure_ready`.
         """
-        checked = check_faces(faces)
-        return self._ask(lambda engine: engine.encode(checked))
+        checked = check_in_place(faces)
+
+        def encode(engine: EmbeddingEngine) -> np.ndarray:
+            return engine.encode(checked if getattr(engine, "takes_gpu_faces", False) else check_faces(checked))
+
+        return self._ask(encode)
 
     def close(self) -> None:
         """Close every engine of the chain that was made."""

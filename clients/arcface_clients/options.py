@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from arcface_clients.address import Address, Connection, Tls
 from arcface_clients.errors import ConfigError
-from arcface_clients.session import Session
+from arcface_clients.session import Session, SharedMemory
+
+SHARED_MEMORY = (None, True, False, "auto", "system", "cuda")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Options:
     headers: Mapping[str, str] | None
     tls: Tls | None
     compression: str | None
-    shared_memory: bool | None
+    shared_memory: SharedMemory
 
     def __post_init__(self) -> None:
         """Refuse what cannot be before anything is opened."""
@@ -37,6 +39,8 @@ class Options:
                 "expected timeout_s > 0, in_flight ≥ 1 and retry_for_s ≥ 0, "
                 f"got {self.timeout_s}, {self.in_flight}, {self.retry_for_s}."
             )
+        if self.shared_memory not in SHARED_MEMORY:
+            raise ConfigError(f"shared_memory is {self.shared_memory!r}; expected 'auto', 'system', 'cuda' or False.")
 
     def connection(self) -> Connection:
         """What a transport is opened with."""

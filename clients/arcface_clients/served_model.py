@@ -23,6 +23,7 @@ class ServedModel:
     embedding_dim: int | None  # None: the server leaves the width open
     contract_id: str | None  # None: Triton was started without the overlay that `arcface import` writes
     precision: str | None
+    gpu: int | None  # the leaf's first GPU as the server numbers them; None: it runs on the CPU
 
 
 def next_step(config: Mapping[str, Any]) -> str | None:
@@ -60,7 +61,16 @@ def served_model(name: str, configs: list[Mapping[str, Any]]) -> ServedModel:
         embedding_dim=width if width > 0 else None,
         contract_id=parameters.get("contract_id", {}).get("string_value") or None,
         precision=parameters.get("precision", {}).get("string_value") or None,
+        gpu=_gpu(leaf),
     )
+
+
+def _gpu(config: Mapping[str, Any]) -> int | None:
+    """The first GPU of a model's instances. A running server has replaced KIND_AUTO by what it found."""
+    for group in config.get("instance_group", []):
+        if group.get("kind", "KIND_AUTO") in ("KIND_GPU", "KIND_AUTO"):
+            return int((group.get("gpus") or [0])[0])
+    return None
 
 
 def _tensor(config: Mapping[str, Any], side: str, name: str) -> Mapping[str, Any] | None:

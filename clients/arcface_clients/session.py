@@ -6,11 +6,12 @@ Connecting, checking, retrying, shared memory and their order are written once, 
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,13 +21,16 @@ from arcface_clients.errors import (
     ArcFaceError,
     ConfigError,
     ContractMismatch,
+    CudaFailed,
     InferenceFailed,
     ModelNotReady,
     ServerUnreachable,
     SharedMemoryLost,
 )
+from arcface_clients.gpu_faces import Faces, GpuFaces
 from arcface_clients.served_model import ServedModel, next_step, served_model
-from arcface_clients.shared_memory import PREFIX, Slot, SlotPool, is_local, left_behind, stale, unlink
+from arcface_clients.shared_memory import PREFIX, Slot, is_local, left_behind, memory_of, stale, unlink
+from arcface_clients.slot_pool import SlotPool
 from arcface_clients.steps import Steps, backoff_s
 
 MAX_ENSEMBLE_DEPTH = 8
@@ -36,16 +40,26 @@ UNIT_TOLERANCE = 1e-3  # on the squared norm: int8 and fp16 graphs normalise in 
 MAX_DOUBTFUL = 16  # regions that late answers may still be written to; beyond, the wire is kinder to /dev/shm
 
 
+SharedMemory = bool | Literal["auto", "system", "cuda"] | None
+_NAMES = {None: "the wire", "system": "system shared memory", "cuda": "CUDA shared memory"}
+_log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Way:
-    """How faces reach the server, and why so."""
+    """How faces reach the server, and why so. `memory`: "system", "cuda", or None for the wire."""
 
-    shared_memory: bool
+    memory: Literal["system", "cuda"] | None
     reason: str
+
+    @property
+    def shared_memory(self) -> bool:
+        """Whether it is not the wire."""
+        return self.memory is not None
 
     def __str__(self) -> str:
         """For a log line."""
-        return f"{'system shared memory' if self.shared_memory else 'the wire'}: {self.reason}"
+        return f"{_NAMES[self.memory]}: {self.reason}"
 
 
 @dataclass
@@ -66,7 +80,7 @@ class Session:
         timeout_s: deadline of one request.
         retry_for_s: how long a lost server is tried again.
         expected_contract: contract id that the model must have, None for any.
-        shared_memory: None: when the server is on this host; False: never; True: it must be possible.
+        shared_memory: see `TritonEmbedder`.
     """
 
     def __init__(
@@ -77,7 +91,7 @@ class Session:
         timeout_s: float,
         retry_for_s: float,
         expected_contract: str | None,
-        shared_memory: bool | None,
+        shared_memory: SharedMemory,
     ) -> None:
         """Nothing is sent yet."""
         self.address = address
@@ -88,7 +102,8 @@ class Session:
         self.shared_memory = shared_memory
         self.served: ServedModel | None = None
         self.embedding_dim = 0
-        self.way = Way(False, "not connected yet")
+        self.way = Way(None, "not connected yet")
+        self.gpu_way: Way | None = None  # for faces on a GPU, chosen when the first ones come
         self.pool = SlotPool()
         self._server_life = object()  # a new one when the server may have been restarted: it then knows no regions
         self._last_answer_s = -float("inf")
@@ -119,10 +134,44 @@ class Session:
         self._last_answer_s = time.monotonic()
         return served
 
-    def prepare(self, parts: Sequence[np.ndarray], pack: Callable[..., Any]) -> Job:
-        """A request for these faces, which are copied: their memory may be changed afterwards. No I/O."""
+    def undecided(self, parts: Sequence[Faces]) -> bool:
+        """Whether `choose_gpu_way` has to be done before these faces are prepared."""
+        return self.gpu_way is None and isinstance(parts[0], GpuFaces)
+
+    def choose_gpu_way(self, device: int) -> Steps[None]:
+        """How faces on a GPU go from now on: through regions on their GPU if it can be, else copied to the host first.
+
+        Args:
+            device: where the first of them are.
+        """
+        served = self.served or (yield from self.connect())
+        if self.way.memory == "cuda":
+            self.gpu_way = self.way
+            return
+        if self.shared_memory in (False, "system"):
+            why_not = f"shared_memory is {self.shared_memory!r}"
+        elif served.gpu is None:
+            why_not = f"{served.leaf!r} runs on the server's CPU"
+        else:
+            why_not = yield from self._try_regions(served, device)
+        if why_not:
+            self.gpu_way = Way(self.way.memory, f"faces on the GPU are copied to the host first: {why_not}")
+        else:
+            self.gpu_way = Way("cuda", _opened_on(device))
+
+    def prepare(self, parts: Sequence[Faces], pack: Callable[..., Any]) -> Job:
+        """A request for these faces, which are copied: their memory may be changed afterwards. No I/O.
+
+        All parts are in host memory, or all on one GPU.
+        """
         count = sum(len(part) for part in parts)
-        slot = self._filled_slot(parts)
+        device = parts[0].device if isinstance(parts[0], GpuFaces) else None
+        slot = None
+        if device is not None and self.gpu_way and self.gpu_way.memory == "cuda":
+            slot = self._filled_slot(parts, device)
+        if slot is None:
+            parts = [part.to_host() if isinstance(part, GpuFaces) else part for part in parts]
+            slot = self._slot_of_way(parts)
         return Job(count, slot=slot) if slot else Job(count, body=pack(self.model, parts))
 
     def drop(self, job: Job) -> None:
@@ -160,11 +209,13 @@ class Session:
 
     def detach(self) -> Steps[None]:
         """Unregister and unlink all regions; a server that does not answer any more is left alone."""
-        for name in self.pool.close():
+        for slot in self.pool.close():
             try:
-                yield "unregister_shared", name, CONTROL_TIMEOUT_S
+                yield "unregister_shared", slot.name, CONTROL_TIMEOUT_S
             except ArcFaceError:
-                return  # the next client of that server removes them
+                return  # the next client of that server removes them; GPU memory goes with this process
+            slot.registered_with = None
+            slot.close()
 
     def _infer(self, job: Job) -> Steps[np.ndarray]:
         slot = job.slot
@@ -176,7 +227,7 @@ class Session:
                 yield "register_shared", slot, CONTROL_TIMEOUT_S
             except InferenceFailed as exc:
                 # it could before; whatever changed, the faces are still in the slot and go over the wire
-                self.way = Way(False, f"the server cannot open our region any more: {exc}")
+                self._lose(slot.memory, f"the server cannot open our region any more: {exc}")
                 body = yield "pack", self.model, [slot.faces(job.count)]
                 return (yield "infer", self.model, body, self.timeout_s)
             slot.registered_with = life
@@ -189,16 +240,25 @@ class Session:
             raise
         return slot.rows(job.count)
 
-    def _filled_slot(self, parts: Sequence[np.ndarray]) -> Slot | None:
-        """A slot with these faces in it; None when they have to go over the wire."""
-        if not self.way.shared_memory or self.served is None:
+    def _slot_of_way(self, parts: Sequence[np.ndarray]) -> Slot | None:
+        """A slot with these faces, which are in host memory, in it; None when they have to go over the wire."""
+        if self.way.memory is None or self.served is None:
+            return None
+        return self._filled_slot(parts, (self.served.gpu or 0) if self.way.memory == "cuda" else None)
+
+    def _filled_slot(self, parts: Sequence[Faces], device: int | None) -> Slot | None:
+        """A slot on this GPU (None: in system memory) with these faces in it; None when no more can be made."""
+        try:
+            slot = self.pool.take(self.served.max_batch_size, self.embedding_dim, device)
+        except OSError as exc:
+            where = "shared memory" if device is None else f"memory on GPU {device}"
+            self._lose("system" if device is None else "cuda", f"no more room in {where} ({exc.strerror or exc})")
             return None
         try:
-            slot = self.pool.take(self.served.max_batch_size, self.embedding_dim)
-        except OSError as exc:
-            self.way = Way(False, f"no more room in shared memory ({exc.strerror or exc})")
-            return None
-        slot.put(parts)
+            slot.put(parts)
+        except OSError:  # the GPU is lost to this process
+            self.pool.discard(slot)
+            raise
         return slot
 
     def _move(self, job: Job) -> Steps[None]:
@@ -206,7 +266,7 @@ class Session:
         if job.slot is None or not job.slot.doubtful:
             return
         parts = [job.slot.faces(job.count)]
-        job.slot = self._filled_slot(parts)
+        job.slot = self._slot_of_way(parts)
         if job.slot is None:
             job.body = yield "pack", self.model, parts
 
@@ -215,53 +275,93 @@ class Session:
         with self._lock:
             slot.doubtful = True
             if self.pool.doubtful >= MAX_DOUBTFUL:
-                self.way = Way(False, f"{MAX_DOUBTFUL} requests were lost, whose shared memory may still be written to")
+                why = f"{MAX_DOUBTFUL} requests were lost, whose shared memory may still be written to"
+                self._lose("system", why)
+                self._lose("cuda", why)
+
+    def _lose(self, memory: str, reason: str) -> None:
+        """Go over the wire from now on, where it was this kind of shared memory."""
+        if self.way.memory == memory:
+            self.way = Way(None, reason)
+        if self.gpu_way and self.gpu_way.memory == memory == "cuda":
+            self.gpu_way = Way(self.way.memory, f"faces on the GPU are copied to the host first: {reason}")
 
     def _choose_way(self, served: ServedModel) -> Steps[Way]:
         """Shared memory when the server can open a region of ours, which proves that it is on this host."""
         if self.shared_memory is False:
-            return Way(False, "shared memory is switched off")
-        slot, why_not = self._first_slot(served)
-        if slot:
-            life = self._server_life
-            try:
-                yield "register_shared", slot, CONTROL_TIMEOUT_S
-            except (InferenceFailed, ConfigError) as exc:
-                why_not = f"the server cannot open a region of ours, it may be in another container: {exc}"
-            else:
-                slot.registered_with = life
-            self.pool.give(slot)
-        if why_not and self.shared_memory:
+            return Way(None, "shared memory is switched off")
+        no_cuda = ""
+        if self.shared_memory == "cuda":
+            device = served.gpu or 0
+            why_not = yield from self._try_regions(served, device)
+            if not why_not:
+                return Way("cuda", _opened_on(device))
+            no_cuda = f"; CUDA shared memory was asked for and is not possible: {why_not}"
+        why_not = yield from self._try_regions(served, None)
+        if why_not and self.shared_memory is True:
             raise ConfigError(f"shared memory was demanded and is not possible: {why_not}")
         if why_not:
-            self.pool.close()
-            return Way(False, why_not)
-        yield from self._sweep()
-        return Way(True, "the server is on this host and opened a region of ours")
+            way = Way(None, why_not + no_cuda)
+        else:
+            way = Way("system", f"the server is on this host and opened a region of ours{no_cuda}")
+        if no_cuda:
+            _log.warning("%s: %s", self.address, way)
+        return way
 
-    def _first_slot(self, served: ServedModel) -> tuple[Slot | None, str]:
+    def _try_regions(self, served: ServedModel, device: int | None) -> Steps[str]:
+        """Have the server open a region on this GPU (None: in system memory); why it cannot, "" when it did."""
         if not is_local(self.address.host):
-            return None, f"{self.address.host} is not this host"
+            return f"{self.address.host} is not this host"
         try:
-            return self.pool.take(served.max_batch_size, self.embedding_dim), ""
+            slot = self.pool.take(served.max_batch_size, self.embedding_dim, device)
         except OSError as exc:
-            return None, f"no shared memory on this host ({exc})"
+            return f"no shared memory on this host ({exc})" if device is None else str(exc)
+        life, why_not = self._server_life, ""
+        try:
+            yield "register_shared", slot, CONTROL_TIMEOUT_S
+        except (InferenceFailed, ConfigError) as exc:
+            self.pool.discard(slot)
+            if device is None:
+                return f"the server cannot open a region of ours, it may be in another container: {exc}"
+            return (
+                f"the server cannot open a region of ours on GPU {device}: {exc}. It needs that GPU under the same "
+                "number, and in another container --pid=host"
+            )
+        slot.registered_with = life
+        if device is not None:
+            why_not = yield from self._try_a_face(slot)
+        self.pool.give(slot)
+        yield from self._sweep(slot.memory)
+        return why_not
+
+    def _try_a_face(self, slot: Slot) -> Steps[str]:
+        """Embed one black face in a region on a GPU: that the server opened it does not say that its backend can."""
+        try:
+            slot.put([np.zeros((1, *FACE_SHAPE), np.uint8)])
+            self._checked((yield from self._infer(Job(1, slot=slot))), 1)
+        except (InferenceFailed, CudaFailed) as exc:
+            return f"one face through GPU {slot.device} did not come back: {exc}"
+        return ""
 
     def _forget_lost_regions(self) -> Steps[None]:
+        known: list[str] = []
         try:
-            self.pool.forget((yield "shared_regions", CONTROL_TIMEOUT_S))
+            for memory in set(self.pool.doubtful_memory()):
+                known += yield "shared_regions", memory, CONTROL_TIMEOUT_S
         except (InferenceFailed, ConfigError):
             return  # the next client of this server removes them
+        self.pool.forget(known)
 
-    def _sweep(self) -> Steps[None]:
-        """Unregister and remove what clients that died have left behind."""
-        here = set(left_behind())
+    def _sweep(self, used: str) -> Steps[None]:
+        """Unregister and remove what clients that died have left behind, in the memory used and where files say so."""
+        here = left_behind()
         try:
-            known = yield "shared_regions", CONTROL_TIMEOUT_S
-            for name in here.union(name for name in known if name.startswith(PREFIX)):
-                if stale(name):
-                    yield "unregister_shared", name, CONTROL_TIMEOUT_S
-                    unlink(name)
+            for memory in {used, *map(memory_of, here)}:
+                known = yield "shared_regions", memory, CONTROL_TIMEOUT_S
+                for name in {name for name in (*here, *known) if name.startswith(PREFIX)}:
+                    if memory_of(name) == memory and stale(name):
+                        yield "unregister_shared", name, CONTROL_TIMEOUT_S
+                        unlink(name)
         except ArcFaceError:
             return  # tidying up is a courtesy
 
@@ -296,6 +396,10 @@ class Session:
                 f"length (row {bad[0]}: norm {np.sqrt(squared[bad[0]]):.4g}). Check the model: arcface parity"
             )
         return rows
+
+
+def _opened_on(device: int) -> str:
+    return f"the server opened a region of ours on GPU {device}, and embedded a face in it"
 
 
 def _short(contract: str | None) -> str:

@@ -1,7 +1,8 @@
 """System shared memory: faces are written where a server on this host reads them, and embeddings read where it wrote.
 
 A region is a file in /dev/shm whose owner holds a lock on it as long as it lives. So what a dead process left behind
-is told from what is in use without process ids, which mean nothing across containers.
+is told from what is in use without process ids, which mean nothing across containers. A region on a GPU
+(`cuda_memory`) has such a file too, an empty one.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import mmap
 import os
 import secrets
 import socket
-import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from arcface_clients.contract import FACE_BYTES, FACE_SHAPE
 
 FOLDER = Path("/dev/shm")
 PREFIX = "arcface-"
+CUDA_PREFIX = f"{PREFIX}cuda-"
 # A server may still work on a request of a process that died, and must not be robbed of the memory under it.
 GRACE_S = 120.0
 _ALIGNMENT = 4096
@@ -34,9 +36,12 @@ class Slot:
         OSError: no /dev/shm, no permission, or not enough room in it.
     """
 
+    memory = "system"  # the kind of shared memory, as Triton names it
+    device: int | None = None  # the GPU that holds it
+
     def __init__(self, max_faces: int, embedding_dim: int) -> None:
         """Reserve the memory now: a file that outgrows /dev/shm later would end the process with SIGBUS."""
-        self.name = f"{PREFIX}{secrets.token_hex(12)}"
+        self.name = self._new_name()
         self.max_faces = max_faces
         self.embedding_dim = embedding_dim
         self.doubtful = False  # the server may still read or write it: never to be used again
@@ -46,15 +51,21 @@ class Slot:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.posix_fallocate(self._file, 0, self.byte_size)
-            memory = mmap.mmap(self._file, self.byte_size)
+            self._reserve()
         except OSError:
             os.close(self._file)
             self.path.unlink()
             raise
-        self._faces = np.frombuffer(memory, np.uint8, max_faces * FACE_BYTES).reshape(max_faces, *FACE_SHAPE)
-        rows = np.frombuffer(memory, np.float32, max_faces * embedding_dim, self._rows_offset)
-        self._rows = rows.reshape(max_faces, embedding_dim)
+
+    def _new_name(self) -> str:
+        return f"{PREFIX}{secrets.token_hex(12)}"
+
+    def _reserve(self) -> None:
+        os.posix_fallocate(self._file, 0, self.byte_size)
+        memory = mmap.mmap(self._file, self.byte_size)
+        self._faces = np.frombuffer(memory, np.uint8, self.max_faces * FACE_BYTES).reshape(self.max_faces, *FACE_SHAPE)
+        rows = np.frombuffer(memory, np.float32, self.max_faces * self.embedding_dim, self._rows_offset)
+        self._rows = rows.reshape(self.max_faces, self.embedding_dim)
 
     @property
     def path(self) -> Path:
@@ -74,7 +85,7 @@ class Slot:
         """Offset and length in bytes of the first `count` embeddings."""
         return self._rows_offset, count * self.embedding_dim * 4
 
-    def put(self, parts: Sequence[np.ndarray]) -> None:
+    def put(self, parts: Sequence[Any]) -> None:
         """Copy faces uint8 (n_i,112,112,3) in, one part after the other."""
         start = 0
         for part in parts:
@@ -101,69 +112,14 @@ class Slot:
             self._file = -1
 
 
-class SlotPool:
-    """Slots that are not in use, and the names of those that the server knows; safe to use from many threads."""
-
-    def __init__(self) -> None:
-        """No region yet; each take beyond what is free makes one."""
-        self._lock = threading.Lock()
-        self._free: list[Slot] = []
-        self._all: set[Slot] = set()
-
-    @property
-    def doubtful(self) -> int:
-        """How many slots may never be used again."""
-        with self._lock:
-            return sum(slot.doubtful for slot in self._all)
-
-    def take(self, max_faces: int, embedding_dim: int) -> Slot:
-        """A slot of this size, the one used last first (its pages are warm).
-
-        Raises:
-            OSError: none is free and no more can be made.
-        """
-        with self._lock:
-            while self._free:
-                slot = self._free.pop()
-                if (slot.max_faces, slot.embedding_dim) == (max_faces, embedding_dim):
-                    return slot
-                self._all.discard(slot)
-                slot.close()
-        slot = Slot(max_faces, embedding_dim)
-        with self._lock:
-            self._all.add(slot)
-        return slot
-
-    def give(self, slot: Slot) -> None:
-        """Take a slot back; a doubtful one is never handed out again."""
-        if not slot.doubtful:
-            with self._lock:
-                self._free.append(slot)
-
-    def forget(self, known: Collection[str]) -> None:
-        """Unlink the doubtful slots that the server does not know: the one that did is gone, and its requests too."""
-        with self._lock:
-            gone = {slot for slot in self._all if slot.doubtful and slot.name not in known}
-            self._all -= gone
-        for slot in gone:
-            slot.doubtful = False
-            slot.close()
-
-    def close(self) -> list[str]:
-        """Close every slot; returns the names that may be unregistered: not those in use, and no doubtful ones."""
-        with self._lock:
-            slots, self._all, free, self._free = self._all, set(), set(self._free), []
-        for slot in slots:
-            slot.doubtful |= slot not in free
-            slot.close()
-        return [slot.name for slot in slots if slot.registered_with is not None and not slot.doubtful]
-
-
 def stale(name: str, now_s: float | None = None) -> bool:
     """Whether a region of ours has no living owner and was last used longer than the grace time ago.
 
-    A region without a file is stale as well: its owner closed it, and could not tell the server.
+    A region without a file is stale as well: its owner closed it, and could not tell the server. But the file of a
+    region on a GPU may be in the /dev/shm of another container.
     """
+    if name.startswith(CUDA_PREFIX) and not name.startswith(own_cuda_prefix()):
+        return False
     try:
         file = os.open(FOLDER / name, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -185,6 +141,16 @@ def stale(name: str, now_s: float | None = None) -> bool:
 def unlink(name: str) -> None:
     """Remove a region's file, if it is still there."""
     (FOLDER / name).unlink(missing_ok=True)
+
+
+def memory_of(name: str) -> str:
+    """The kind of shared memory that a region of ours with this name is: "system" or "cuda"."""
+    return "cuda" if name.startswith(CUDA_PREFIX) else "system"
+
+
+def own_cuda_prefix() -> str:
+    """How names of regions on a GPU begin whose files are in the /dev/shm that this process sees."""
+    return f"{CUDA_PREFIX}{FOLDER.stat().st_dev:x}-"
 
 
 def left_behind() -> list[str]:

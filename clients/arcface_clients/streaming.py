@@ -6,7 +6,8 @@ from collections import deque
 
 import numpy as np
 
-from arcface_clients.contract import FACE_SHAPE, check_faces
+from arcface_clients.contract import FACE_SHAPE
+from arcface_clients.gpu_faces import Faces, GpuFaces, check_in_place
 
 
 class Stream:
@@ -27,16 +28,20 @@ class Stream:
         )  # what went in and has not come out: faces in the batch, None: one face
         self._rows = np.empty((0, embedding_dim), np.float32)
 
-    def take(self, item: np.ndarray) -> list[list[np.ndarray]]:
+    def take(self, item: np.ndarray) -> list[list[Faces]]:
         """The requests that one face (112,112,3) or a batch (n,112,112,3) completes; to be packed before the next take.
 
+        An item on a GPU completes what waits and makes requests of its own: to wait, it would have to be copied.
+
         Raises:
-            InvalidFaces: what `check_faces` refuses.
+            InvalidFaces: what `check_in_place` refuses.
         """
         lone = getattr(item, "shape", None) == FACE_SHAPE
-        faces = check_faces(item)
+        faces = check_in_place(item)
         self._items.append(None if lone else len(faces))
-        full = []
+        if isinstance(faces, GpuFaces):
+            return [*self.rest(), *([faces[i : i + self._size]] for i in range(0, len(faces), self._size))]
+        full: list[list[Faces]] = []
         while len(faces) >= self._room:
             full.append([*self._waiting, faces[: self._room]])
             faces = faces[self._room :]

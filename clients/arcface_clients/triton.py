@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from arcface_clients.address import Tls
-from arcface_clients.contract import check_faces
 from arcface_clients.errors import ClientUnusable, ConfigError
+from arcface_clients.gpu_faces import Faces, check_in_place
 from arcface_clients.options import Options
 from arcface_clients.served_model import ServedModel
-from arcface_clients.session import Job, Session, Way
+from arcface_clients.session import Job, Session, SharedMemory, Way
 from arcface_clients.steps import run
 from arcface_clients.streaming import Stream
 from arcface_clients.transports import Transport, open_transport
@@ -41,9 +41,13 @@ class TritonEmbedder:
         headers: sent with every request (gRPC metadata), such as a key.
         tls: files for grpcs:// and https://; without, the system's authorities are trusted.
         compression: None, "gzip" or "deflate"; photographs hardly shrink, so None.
-        shared_memory: None: used when the server is on this host, else the wire (`way` says which and why);
-            False: never; True: an error when it is not possible.
+        shared_memory: "auto" (or None): system shared memory when the server is on this host, else the wire (`way` says
+            which and why); faces on a GPU go through CUDA shared memory where the server's model runs on a GPU
+            (`gpu_way`). "system": the same without CUDA. "cuda": CUDA for all faces, else as "auto", with a warning.
+            False: never. True: as "auto", and an error when there is only the wire.
     """
+
+    takes_gpu_faces = True
 
     def __init__(
         self,
@@ -57,7 +61,7 @@ class TritonEmbedder:
         headers: Mapping[str, str] | None = None,
         tls: Tls | None = None,
         compression: str | None = None,
-        shared_memory: bool | None = None,
+        shared_memory: SharedMemory = "auto",
     ) -> None:
         """Check the arguments; nothing is sent yet."""
         self._options = Options(
@@ -84,15 +88,18 @@ class TritonEmbedder:
     def encode(self, faces: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
         """Unit embeddings float32 (N,D), in order, of faces uint8 (N,112,112,3) BGR; any N, 0 too.
 
-        Floats are taken when they are whole numbers in 0..255; one face (112,112,3) counts as N = 1.
+        Floats are taken when they are whole numbers in 0..255; one face (112,112,3) counts as N = 1. Faces on a GPU
+        (torch, CuPy, JAX, Numba: uint8, C-contiguous) are copied there and never to the host where `gpu_way` is CUDA
+        shared memory, and to the host otherwise. Their producer's work is waited for. Embeddings are in host memory.
 
         Raises:
             InvalidFaces: wrong shape, dtype or range; nothing was sent.
             ServerUnreachable, ModelNotReady, DeadlineExceeded: the server cannot answer (these fall back).
             InferenceFailed: the server answered with an error, or with rows that are not unit embeddings.
             ContractMismatch: see `expected_contract`; or the model changed under way.
+            CudaFailed, DependencyMissing: the faces are on a GPU that this process cannot reach (these fall back).
         """
-        faces = check_faces(faces)
+        faces = check_in_place(faces)
         size = self.served.max_batch_size
         if 0 < len(faces) <= size:
             rows = self._embed(self._prepared([faces]))
@@ -115,7 +122,7 @@ class TritonEmbedder:
 
         At most `in_flight` requests of `batch_size` faces are held in memory; faces of several items share a request.
         The source may reuse its memory. A server that is restarted meanwhile is waited for up to `retry_for_s`; every
-        face is answered once.
+        face is answered once. An item on a GPU makes requests of its own, so let it be a batch.
 
         Args:
             items: faces or batches, uint8 BGR.
@@ -154,6 +161,11 @@ class TritonEmbedder:
         """Shared memory or the wire, and why."""
         return self._session.way
 
+    @property
+    def gpu_way(self) -> Way | None:
+        """The same for faces on a GPU; None before the first ones came."""
+        return self._session.gpu_way
+
     def ensure_ready(self) -> ServedModel:
         """Ask the server for the model now, and check its contract.
 
@@ -174,7 +186,7 @@ class TritonEmbedder:
             yield from stream.give(rows)
         yield from stream.finished()
 
-    def _in_order(self, chunks: Iterable[list[np.ndarray]], retry_for_s: float | None) -> Iterator[np.ndarray]:
+    def _in_order(self, chunks: Iterable[list[Faces]], retry_for_s: float | None) -> Iterator[np.ndarray]:
         """Embeddings of each chunk in order, `in_flight` requests under way; a lone chunk goes out on this thread."""
         jobs = map(self._prepared, chunks)
         head = list(islice(jobs, 2))
@@ -195,8 +207,11 @@ class TritonEmbedder:
                 if future.cancel():
                     self._session.drop(job)
 
-    def _prepared(self, parts: list[np.ndarray]) -> Job:
-        return self._session.prepare(parts, self._transport().pack)
+    def _prepared(self, parts: list[Faces]) -> Job:
+        transport = self._transport()
+        if self._session.undecided(parts):
+            run(self._session.choose_gpu_way(parts[0].device), transport)
+        return self._session.prepare(parts, transport.pack)
 
     def _embed(self, job: Job, retry_for_s: float | None = None) -> np.ndarray:
         return run(self._session.embed(job, retry_for_s), self._transport())

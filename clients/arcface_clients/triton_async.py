@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from arcface_clients.address import Tls
-from arcface_clients.contract import check_faces
 from arcface_clients.errors import ClientUnusable
+from arcface_clients.gpu_faces import Faces, check_in_place
 from arcface_clients.options import Options
 from arcface_clients.served_model import ServedModel
-from arcface_clients.session import Job, Way
+from arcface_clients.session import Job, SharedMemory, Way
 from arcface_clients.steps import arun
 from arcface_clients.streaming import Stream
 from arcface_clients.transports import open_async_transport
@@ -42,7 +42,7 @@ class AsyncTritonEmbedder:
         headers: Mapping[str, str] | None = None,
         tls: Tls | None = None,
         compression: str | None = None,
-        shared_memory: bool | None = None,
+        shared_memory: SharedMemory = "auto",
     ) -> None:
         """Check the arguments; nothing is sent yet."""
         self._options = Options(
@@ -66,8 +66,11 @@ class AsyncTritonEmbedder:
         self._closed = False
 
     async def encode(self, faces: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Unit embeddings float32 (N,D) in order; see `TritonEmbedder.encode`."""
-        faces = check_faces(faces)
+        """Unit embeddings float32 (N,D) in order; see `TritonEmbedder.encode`.
+
+        The event loop stands still while the producer of faces on a GPU finishes, and while they are copied.
+        """
+        faces = check_in_place(faces)
         size = (await self._served()).max_batch_size
         rows = np.empty((len(faces), self._session.embedding_dim), np.float32)
         done = 0
@@ -115,6 +118,11 @@ class AsyncTritonEmbedder:
         """Shared memory or the wire, and why."""
         return self._session.way
 
+    @property
+    def gpu_way(self) -> Way | None:
+        """The same for faces on a GPU; None before the first ones came."""
+        return self._session.gpu_way
+
     async def ensure_ready(self) -> ServedModel:
         """Ask the server for the model now, and check its contract; see `TritonEmbedder.ensure_ready`."""
         return await arun(self._session.connect(), self._opened())
@@ -131,12 +139,14 @@ class AsyncTritonEmbedder:
         return self._session.served or await self.ensure_ready()
 
     async def _in_order(
-        self, chunks: AsyncIterable[list[np.ndarray]], retry_for_s: float | None
+        self, chunks: AsyncIterable[list[Faces]], retry_for_s: float | None
     ) -> AsyncIterator[np.ndarray]:
         """Embeddings of each chunk in order, `in_flight` requests under way."""
         window: deque[tuple[asyncio.Task[np.ndarray], Job]] = deque()
         try:
             async for chunk in chunks:
+                if self._session.undecided(chunk):
+                    await arun(self._session.choose_gpu_way(chunk[0].device), self._opened())
                 job = self._session.prepare(chunk, self._opened().pack)
                 window.append((asyncio.create_task(self._embed(job, retry_for_s)), job))
                 while window and (len(window) == self.in_flight or window[0][0].done()):

@@ -38,11 +38,11 @@ class Transport(Protocol):
         ...
 
     def unregister_shared(self, name: str, timeout_s: float) -> None:
-        """Make the server forget a region; an unknown name is fine."""
+        """Make the server forget a region, whose name says which memory it is in; an unknown name is fine."""
         ...
 
-    def shared_regions(self, timeout_s: float) -> list[str]:
-        """Names of all system shared memory regions that the server knows."""
+    def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
+        """Names of all regions in "system" or "cuda" shared memory that the server knows."""
         ...
 
     def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:

@@ -53,9 +53,8 @@ class GrpcTransport:
 
     def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
-        request = self._pb.SystemSharedMemoryRegisterRequest(name=slot.name, key=slot.key, byte_size=slot.byte_size)
         try:
-            self._call("SystemSharedMemoryRegister", request, timeout_s)
+            self._call(*messages.register_request(slot), timeout_s)
         except self._rpc_error as exc:
             if "already" not in (exc.details() or ""):
                 raise messages.translated(exc, self._connection, "shared memory", timeout_s) from exc
@@ -63,14 +62,12 @@ class GrpcTransport:
     def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
         with self._errors("shared memory", timeout_s):
-            self._call(
-                "SystemSharedMemoryUnregister", self._pb.SystemSharedMemoryUnregisterRequest(name=name), timeout_s
-            )
+            self._call(*messages.unregister_request(name), timeout_s)
 
-    def shared_regions(self, timeout_s: float) -> list[str]:
+    def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
         with self._errors("shared memory", timeout_s):
-            reply = self._call("SystemSharedMemoryStatus", self._pb.SystemSharedMemoryStatusRequest(), timeout_s)
+            reply = self._call(*messages.regions_request(memory), timeout_s)
         return list(reply.regions)
 
     def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:

@@ -53,23 +53,21 @@ class AsyncGrpcTransport:
 
     async def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
-        request = self._pb.SystemSharedMemoryRegisterRequest(name=slot.name, key=slot.key, byte_size=slot.byte_size)
         try:
-            await self._call("SystemSharedMemoryRegister", request, timeout_s)
+            await self._call(*messages.register_request(slot), timeout_s)
         except self._rpc_error as exc:
             if "already" not in (exc.details() or ""):
                 raise messages.translated(exc, self._connection, "shared memory", timeout_s) from exc
 
     async def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
-        request = self._pb.SystemSharedMemoryUnregisterRequest(name=name)
         with self._errors("shared memory", timeout_s):
-            await self._call("SystemSharedMemoryUnregister", request, timeout_s)
+            await self._call(*messages.unregister_request(name), timeout_s)
 
-    async def shared_regions(self, timeout_s: float) -> list[str]:
+    async def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
         with self._errors("shared memory", timeout_s):
-            reply = await self._call("SystemSharedMemoryStatus", self._pb.SystemSharedMemoryStatusRequest(), timeout_s)
+            reply = await self._call(*messages.regions_request(memory), timeout_s)
         return list(reply.regions)
 
     async def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:

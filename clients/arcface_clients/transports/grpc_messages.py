@@ -10,8 +10,9 @@ import numpy as np
 
 from arcface_clients.address import Connection
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
+from arcface_clients.cuda_memory import CudaSlot
 from arcface_clients.errors import ArcFaceError, DependencyMissing
-from arcface_clients.shared_memory import Slot
+from arcface_clients.shared_memory import Slot, memory_of
 from arcface_clients.transports import refusals
 
 INFER_METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -94,6 +95,30 @@ def pack_shared(model: str, slot: Slot, count: int) -> bytes:
         tensor.parameters["shared_memory_byte_size"].int64_param = length
         tensor.parameters["shared_memory_offset"].int64_param = offset
     return request.SerializeToString()
+
+
+def register_request(slot: Slot) -> tuple[str, Any]:
+    """Method and message that make a slot known."""
+    _, messages, _ = drivers()
+    if isinstance(slot, CudaSlot):
+        request = messages.CudaSharedMemoryRegisterRequest(
+            name=slot.name, raw_handle=slot.raw_handle, device_id=slot.device, byte_size=slot.byte_size
+        )
+        return "CudaSharedMemoryRegister", request
+    request = messages.SystemSharedMemoryRegisterRequest(name=slot.name, key=slot.key, byte_size=slot.byte_size)
+    return "SystemSharedMemoryRegister", request
+
+
+def unregister_request(name: str) -> tuple[str, Any]:
+    """Method and message that make a region of ours unknown."""
+    method = f"{memory_of(name).capitalize()}SharedMemoryUnregister"
+    return method, getattr(drivers()[1], f"{method}Request")(name=name)
+
+
+def regions_request(memory: str) -> tuple[str, Any]:
+    """Method and message that ask for all regions in "system" or "cuda" shared memory."""
+    method = f"{memory.capitalize()}SharedMemoryStatus"
+    return method, getattr(drivers()[1], f"{method}Request")()
 
 
 def unpack(connection: Connection, model: str, reply: Any) -> np.ndarray:

@@ -53,7 +53,7 @@ class HttpTransport:
 
     def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
-        path = f"/v2/systemsharedmemory/region/{slot.name}/register"
+        path = messages.region_path(slot.name, "register")
         try:
             self._ask("shared memory", "POST", path, timeout_s, messages.register_body(slot))
         except InferenceFailed as exc:
@@ -62,11 +62,12 @@ class HttpTransport:
 
     def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
-        self._ask("shared memory", "POST", f"/v2/systemsharedmemory/region/{name}/unregister", timeout_s)
+        self._ask("shared memory", "POST", messages.region_path(name, "unregister"), timeout_s)
 
-    def shared_regions(self, timeout_s: float) -> list[str]:
+    def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
-        return messages.region_names(self._ask("shared memory", "GET", "/v2/systemsharedmemory/status", timeout_s)[1])
+        _, reply = self._ask("shared memory", "GET", f"/v2/{memory}sharedmemory/status", timeout_s)
+        return messages.region_names(reply)
 
     def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
         """The served configuration."""

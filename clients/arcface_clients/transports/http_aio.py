@@ -49,7 +49,7 @@ class AsyncHttpTransport:
 
     async def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
-        path = f"/v2/systemsharedmemory/region/{slot.name}/register"
+        path = messages.region_path(slot.name, "register")
         try:
             await self._ask("shared memory", "POST", path, timeout_s, messages.register_body(slot))
         except InferenceFailed as exc:
@@ -58,11 +58,11 @@ class AsyncHttpTransport:
 
     async def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
-        await self._ask("shared memory", "POST", f"/v2/systemsharedmemory/region/{name}/unregister", timeout_s)
+        await self._ask("shared memory", "POST", messages.region_path(name, "unregister"), timeout_s)
 
-    async def shared_regions(self, timeout_s: float) -> list[str]:
+    async def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
-        _, reply = await self._ask("shared memory", "GET", "/v2/systemsharedmemory/status", timeout_s)
+        _, reply = await self._ask("shared memory", "GET", f"/v2/{memory}sharedmemory/status", timeout_s)
         return messages.region_names(reply)
 
     async def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:

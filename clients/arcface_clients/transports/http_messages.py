@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import ssl
@@ -13,8 +14,9 @@ import numpy as np
 
 from arcface_clients.address import Connection
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
+from arcface_clients.cuda_memory import CudaSlot
 from arcface_clients.errors import ArcFaceError
-from arcface_clients.shared_memory import Slot
+from arcface_clients.shared_memory import Slot, memory_of
 from arcface_clients.transports import refusals
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -81,8 +83,16 @@ def translated(connection: Connection, model: str, status: int, body: bytes) -> 
     return refusals.refused(connection.address, model, f"HTTP {status}", words, busy=status in (429, 502, 503, 504))
 
 
+def region_path(name: str, verb: str) -> str:
+    """Where a region of ours is registered or unregistered."""
+    return f"/v2/{memory_of(name)}sharedmemory/region/{name}/{verb}"
+
+
 def register_body(slot: Slot) -> bytes:
     """What the register call is sent."""
+    if isinstance(slot, CudaSlot):
+        handle = {"b64": base64.b64encode(slot.raw_handle).decode()}
+        return json.dumps({"raw_handle": handle, "device_id": slot.device, "byte_size": slot.byte_size}).encode()
     return json.dumps({"key": slot.key, "offset": 0, "byte_size": slot.byte_size}).encode()
 
 

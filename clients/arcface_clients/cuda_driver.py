@@ -1,0 +1,175 @@
+"""The CUDA driver (libcuda.so.1) through ctypes: memory on a GPU that another process can open, and copies to it.
+
+It comes with the GPU's driver, so there is nothing to install and no version to match. Its contexts can be pushed and
+popped: the caller's current device stays what it was, and no other GPU gets a context by the way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from arcface_clients.errors import CudaFailed, DependencyMissing
+
+LIBRARY = "libcuda.so.1"
+LIBRARY_VARIABLE = "ARCFACE_LIBCUDA"  # another file instead, such as one outside the loader's path
+IPC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE; the runtime's cudaIpcMemHandle_t is the same bytes
+LEGACY_STREAM = 1  # CU_STREAM_LEGACY, the default stream of all threads
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy stream
+_DEVICE_ORDINAL = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+
+_address, _size, _handle, _int, _out = (
+    ctypes.c_uint64,
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_void_p,
+)
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {  # CUDA Driver API; _v2 is what cuda.h maps the plain names to
+    "cuInit": (ctypes.c_uint,),
+    "cuDeviceGet": (_out, _int),
+    "cuDevicePrimaryCtxRetain": (_out, _int),
+    "cuCtxPushCurrent_v2": (_handle,),
+    "cuCtxPopCurrent_v2": (_out,),
+    "cuCtxSynchronize": (),
+    "cuMemAlloc_v2": (_out, _size),
+    "cuMemFree_v2": (_address,),
+    "cuMemcpyHtoDAsync_v2": (_address, _handle, _size, _handle),
+    "cuMemcpyDtoHAsync_v2": (_handle, _address, _size, _handle),
+    "cuMemcpyDtoDAsync_v2": (_address, _address, _size, _handle),
+    "cuMemsetD8Async": (_address, ctypes.c_ubyte, _size, _handle),
+    "cuStreamCreate": (_out, ctypes.c_uint),
+    "cuStreamSynchronize": (_handle,),
+    "cuStreamDestroy_v2": (_handle,),
+    "cuIpcGetMemHandle": (_out, _address),
+    "cuPointerGetAttribute": (_out, _int, _address),
+    "cuGetErrorString": (_int, _out),
+}
+
+
+class CudaDriver:
+    """The calls that a region needs. All but `on` and `device_of` are to be made inside `with driver.on(device)`.
+
+    Addresses are on the device unless they are called `host`. Copies are asynchronous: `wait` before the memory is
+    touched by anybody else. Every call raises CudaFailed with the driver's own words.
+    """
+
+    def __init__(self, library: Any) -> None:
+        """Start the driver; creates no context yet."""
+        self._library = library
+        for name, arguments in _FUNCTIONS.items():
+            getattr(library, name).argtypes = arguments
+            getattr(library, name).restype = _int
+        self._contexts: dict[int, ctypes.c_void_p] = {}
+        self._lock = threading.Lock()
+        self._call("cuInit", 0)
+
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        """Work on this GPU, in the context that the CUDA runtime (so torch, CuPy) uses too.
+
+        Args:
+            device: its number in this process (CUDA_VISIBLE_DEVICES).
+        """
+        self._call("cuCtxPushCurrent_v2", self._context(device))
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def allocate(self, byte_size: int) -> int:
+        """The address of new memory on the current GPU."""
+        address = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(address), byte_size)
+        return address.value
+
+    def free(self, address: int) -> None:
+        """Give memory back; no other process may have it open."""
+        self._call("cuMemFree_v2", address)
+
+    def ipc_handle(self, address: int) -> bytes:
+        """What another process opens this memory with; it maps whole allocations, so `address` must begin one."""
+        handle = ctypes.create_string_buffer(IPC_HANDLE_BYTES)
+        self._call("cuIpcGetMemHandle", handle, address)
+        return handle.raw
+
+    def stream(self) -> int:
+        """A new stream that waits for no other one."""
+        stream = ctypes.c_void_p()
+        self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        return stream.value or 0
+
+    def end_stream(self, stream: int) -> None:
+        """Give a stream back."""
+        self._call("cuStreamDestroy_v2", stream)
+
+    def copy_in(self, address: int, host: int, byte_size: int, stream: int) -> None:
+        """Host to device."""
+        self._call("cuMemcpyHtoDAsync_v2", address, host, byte_size, stream)
+
+    def copy_out(self, host: int, address: int, byte_size: int, stream: int) -> None:
+        """Device to host."""
+        self._call("cuMemcpyDtoHAsync_v2", host, address, byte_size, stream)
+
+    def copy_within(self, address: int, source: int, byte_size: int, stream: int) -> None:
+        """Device to the same device."""
+        self._call("cuMemcpyDtoDAsync_v2", address, source, byte_size, stream)
+
+    def fill(self, address: int, byte: int, byte_size: int, stream: int) -> None:
+        """Set each byte."""
+        self._call("cuMemsetD8Async", address, byte, byte_size, stream)
+
+    def wait(self, stream: int | None) -> None:
+        """Wait for all that was asked of a stream; None: of the whole GPU."""
+        if stream is None:
+            self._call("cuCtxSynchronize")
+        else:
+            self._call("cuStreamSynchronize", stream)
+
+    def device_of(self, address: int) -> int:
+        """Number of the GPU that holds an address."""
+        device = _int()
+        self._call("cuPointerGetAttribute", ctypes.byref(device), _DEVICE_ORDINAL, address)
+        return device.value
+
+    def _context(self, device: int) -> ctypes.c_void_p:
+        with self._lock:
+            if device not in self._contexts:
+                number, context = _int(), ctypes.c_void_p()
+                self._call("cuDeviceGet", ctypes.byref(number), device)
+                self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number.value)
+                self._contexts[device] = context
+            return self._contexts[device]
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._library, name)(*arguments)
+        if status:
+            words = ctypes.c_char_p()
+            self._library.cuGetErrorString(status, ctypes.byref(words))
+            said = (words.value or b"no words for it").decode(errors="replace")
+            raise CudaFailed(f"CUDA: {name} answered {status} ({said}). Look at the GPU: nvidia-smi")
+
+
+@lru_cache(maxsize=1)
+def driver() -> CudaDriver:
+    """The driver of this process, started with the first use.
+
+    Raises:
+        DependencyMissing: there is no CUDA driver on this host.
+        CudaFailed: it does not start (no GPU, or none that this process may use).
+    """
+    file = os.environ.get(LIBRARY_VARIABLE) or LIBRARY
+    try:
+        library = ctypes.CDLL(file)
+        return CudaDriver(library)
+    except (OSError, AttributeError) as exc:
+        if isinstance(exc, CudaFailed):
+            raise
+        raise DependencyMissing(
+            f"no CUDA driver on this host ({exc}). It comes with NVIDIA's driver; in a container, start it with --gpus"
+        ) from exc
