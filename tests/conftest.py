@@ -170,14 +170,20 @@ def fake_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked `gpu` skip, visibly, where TensorRT or a GPU is missing; with REQUIRE_GPU=1 they fail instead."""
-    if item.get_closest_marker("gpu") is None:
+    """Tests marked `gpu` skip, visibly, where TensorRT or a GPU is missing; with REQUIRE_GPU=1 they fail instead.
+
+    `gpu(tensorrt=False)`: a GPU is enough.
+    """
+    marker = item.get_closest_marker("gpu")
+    if marker is None:
         return
     from arcface_build.plans.build import tensorrt_version
     from arcface_build.plans.gpu import find_gpus
 
     try:
-        find_gpus(), tensorrt_version()
+        find_gpus()
+        if marker.kwargs.get("tensorrt", True):
+            tensorrt_version()
     except Missing as exc:
         if os.environ.get("REQUIRE_GPU") == "1":
             pytest.fail(f"REQUIRE_GPU=1, and {exc}")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
+import pytest
+
 from arcface_build.bench.clients import restarts, run, stream_memory
+from arcface_build.errors import Missing
 
 
 def test_every_way_is_measured_against_a_running_server(odd_server) -> None:
@@ -13,6 +18,13 @@ def test_every_way_is_measured_against_a_running_server(odd_server) -> None:
     assert list(rows) == [f"client {way} in flight 2" for way in ("grpc", "grpc-shm", "http", "http-shm")]
     assert all(row["faces_per_s"]["median"] > 0 for row in rows.values())
     assert "system shared memory" in str(rows["client grpc-shm in flight 2"])
+
+
+def test_a_way_over_the_gpu_is_never_measured_as_another_one(odd_server) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this host has a GPU")
+    with pytest.raises(Missing, match=r"grpc-cudashm cannot be measured: .* is not possible: .*Next: --way grpc "):
+        run(None, odd_server.grpc_url, odd_server.http_url, model="good", ways=("grpc-cudashm",), rounds=1)
 
 
 def test_stream_keeps_its_memory() -> None:

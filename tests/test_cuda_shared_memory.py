@@ -8,6 +8,8 @@ import gc
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -337,7 +339,44 @@ def test_shared_memory_of_an_unknown_kind_is_refused() -> None:
         TritonEmbedder(shared_memory="gpu")
 
 
-@pytest.mark.gpu
+OTHER_PROCESS = """
+import ctypes, sys, numpy as np
+cuda = ctypes.CDLL("libcuda.so.1")
+handle, count, rows_offset = bytes.fromhex(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+Handle = type("Handle", (ctypes.Structure,), {"_fields_": [("bytes", ctypes.c_char * 64)]})
+context, address = ctypes.c_void_p(), ctypes.c_uint64()
+faces, rows = np.empty(count * 37632, np.uint8), np.arange(count * 4, dtype=np.float32)
+assert cuda.cuInit(0) == 0
+assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
+assert cuda.cuCtxPushCurrent_v2(context) == 0
+assert cuda.cuIpcOpenMemHandle_v2(ctypes.byref(address), Handle.from_buffer_copy(handle), 1) == 0
+here, size = ctypes.c_void_p(faces.ctypes.data), ctypes.c_size_t(faces.nbytes)
+assert cuda.cuMemcpyDtoH_v2(here, address, size) == 0
+there, here, size = ctypes.c_uint64(address.value + rows_offset), ctypes.c_void_p(rows.ctypes.data), rows.nbytes
+assert cuda.cuMemcpyHtoD_v2(there, here, ctypes.c_size_t(size)) == 0
+assert cuda.cuCtxSynchronize() == 0
+assert cuda.cuIpcCloseMemHandle(address) == 0
+print(int(faces.astype(np.int64).sum()))
+"""
+
+
+@pytest.mark.gpu(tensorrt=False)
+def test_another_process_opens_a_slot_on_a_real_gpu() -> None:
+    slot = CudaSlot(len(FACES), 4, 0)
+    try:
+        slot.put([FACES[:2], to_gpu(FACES[2:])])
+        assert np.isnan(slot.rows(len(FACES))).all()
+        arguments = [slot.raw_handle.hex(), str(len(FACES)), str(slot.rows_at(1)[0])]
+        command = [sys.executable, "-c", OTHER_PROCESS, *arguments]
+        seen = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        assert int(seen) == int(FACES.astype(np.int64).sum())
+        np.testing.assert_array_equal(slot.rows(len(FACES)).ravel(), np.arange(len(FACES) * 4))
+        np.testing.assert_array_equal(slot.faces(len(FACES)), FACES)
+    finally:
+        slot.close()
+
+
+@pytest.mark.gpu(tensorrt=False)
 def test_the_same_on_a_real_gpu(odd_server) -> None:
     """The model runs on the CPU, so that Triton itself has to read from and write to our memory on the GPU."""
     there = to_gpu(np.concatenate([FACES] * 5))
@@ -353,7 +392,7 @@ def test_the_same_on_a_real_gpu(odd_server) -> None:
         assert embedder.way.memory == "cuda", embedder.way
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(tensorrt=False)
 def test_torch_tensors_on_a_real_gpu_are_read_in_place(odd_server) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():

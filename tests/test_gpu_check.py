@@ -76,6 +76,7 @@ def test_ratios_are_to_pytorch_at_the_same_batch_and_refusals_are_told() -> None
         return {"batch": batch, "faces_per_s": speed, "median_ms": 1.0}
 
     entry = {"plans": {"fp16": {"in_process": [row(1, 300.0), row(8, 900.0)]}}, "pytorch": {}}
+    entry["plans"]["fp16"]["served"] = {"rows": [], "gpu_faces_rows": [row(1, 200.0)]}
     entry["plans"]["int8"] = {"refused": "holds 2 fp32"}
     entry["pytorch"] = {"fp32": {"batches": [row(1, 100.0)]}}
     host = {"gpu": "X", "sm": "9.0", "driver": "1", "cuda": "12", "tensorrt": "10", "memory_bytes": 1 << 30}
@@ -83,6 +84,7 @@ def test_ratios_are_to_pytorch_at_the_same_batch_and_refusals_are_told() -> None
     text = to_markdown({**report, "models": {"m": entry}, "not_measured": []})
     assert "| TensorRT fp16 | 1 | 1 | 300 | 1.00 | 3.00 |" in text
     assert "| TensorRT fp16 | 8 | 1 | 900 | 1.00 |  |" in text
+    assert "| TensorRT fp16, tritonserver, faces on the GPU | 1 | 1 | 200 | 1.00 | 2.00 |" in text
     assert "int8 was refused: holds 2 fp32" in text
 
 

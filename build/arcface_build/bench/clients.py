@@ -22,13 +22,16 @@ from arcface_build.bench.contestants import bare_session
 from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import Variant, Work, measure_in_turns
 from arcface_build.bench.result import summarise
-from arcface_build.errors import ProofFailed
+from arcface_build.errors import Missing, ProofFailed
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.process import Ports, TritonProcess, free_ports
 from arcface_clients import TritonEmbedder
+from arcface_clients.gpu_faces import Faces, to_gpu
 from arcface_clients.synthetic import synthetic_faces
 
 WAYS = ("grpc", "grpc-shm", "http", "http-shm")
+# Through regions on the GPU: with faces of the host, and with faces that are on the GPU already.
+GPU_WAYS = ("grpc-cudashm", "grpc-gpufaces", "http-cudashm", "http-gpufaces")
 QUICK = "quick"  # the model that does next to nothing
 _QUICK_MODEL = """
 import numpy as np
@@ -82,21 +85,26 @@ def run(
         server_pid: tritonserver's, when it runs on this host; its CPU time is then told.
         batch: faces in a request.
         in_flight: requests under way; each is a variant of its own.
-        ways: of `WAYS`.
+        ways: of `WAYS` and `GPU_WAYS`.
         rounds: undisturbed rounds.
         sample_s: about how long one sample takes; several batches should fit.
         threads: of the bare session; 0 leaves ONNX Runtime's default.
         on_sample: called with the variant's name and the round.
+
+    Raises:
+        Missing: one of `GPU_WAYS` was asked for, and the server does not open regions on a GPU.
     """
     faces = synthetic_faces(4 * batch)
     urls = {"grpc": f"grpc://{grpc_url}", "http": f"http://{http_url}"}
     with contextlib.ExitStack() as stack:
         variants = [bare_session(onnx, faces, batch, threads)] if onnx else []
         for way, count in itertools.product(ways, in_flight):
-            protocol, _, memory = way.partition("-")
-            embedder = TritonEmbedder(urls[protocol], model, in_flight=count, shared_memory=bool(memory))
+            embedder = TritonEmbedder(urls[way[:4]], model, in_flight=count, shared_memory=_memory(way))
             stack.enter_context(embedder).ensure_ready()
-            variants.append(_streaming(f"client {way} in flight {count}", embedder, faces, batch, server_pid))
+            if way in GPU_WAYS and embedder.way.memory != "cuda":
+                raise Missing(f"{way} cannot be measured: {embedder.way.reason}. Next: --way grpc --way grpc-shm")
+            source = to_gpu(faces, embedder.served.gpu or 0) if way.endswith("gpufaces") else faces
+            variants.append(_streaming(f"client {way} in flight {count}", embedder, source, batch, server_pid))
         samples = measure_in_turns(variants, rounds, sample_s, on_sample)
     return summarise(variants, samples, describe_host())
 
@@ -224,7 +232,7 @@ def _kill_at(
     done.wait()  # a server that this thread started would end with it (PR_SET_PDEATHSIG)
 
 
-def _streaming(name: str, embedder: TritonEmbedder, faces: np.ndarray, batch: int, pid: int | None) -> Variant:
+def _streaming(name: str, embedder: TritonEmbedder, faces: Faces, batch: int, pid: int | None) -> Variant:
     """A variant that streams batches through a client for some seconds; all that was sent is answered in its time."""
     batches = [faces[i : i + batch] for i in range(0, len(faces), batch)]
 
@@ -242,6 +250,10 @@ def _streaming(name: str, embedder: TritonEmbedder, faces: np.ndarray, batch: in
 
     about = {"batch": batch, "model": embedder.model, "in_flight": embedder.in_flight, "way": str(embedder.way)}
     return Variant(name, sample, "server" if pid else "process", (pid,) if pid else (), about)
+
+
+def _memory(way: str) -> bool | str:
+    return {"": False, "shm": True}.get(way.partition("-")[2], "cuda")
 
 
 def _url(ports: Ports, way: str) -> str:

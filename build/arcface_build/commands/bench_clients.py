@@ -11,6 +11,7 @@ import click
 EPILOG = """\b
 Examples:
   arcface bench-clients                              gRPC, HTTP, shared memory against the bare session, batch 32
+  arcface bench-clients --way grpc-shm --way grpc-cudashm --way grpc-gpufaces   on a GPU host: regions on the GPU
   arcface bench-clients --stream 1000000             peak memory while a million generated faces go through
   arcface bench-clients --restarts 10000             every face answered once though the server is killed twice
 """
@@ -19,7 +20,14 @@ Examples:
 @click.command("bench-clients", epilog=EPILOG)
 @click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Faces a request.")
-@click.option("--way", "ways", multiple=True, default=("grpc", "grpc-shm"), show_default=True, help="Repeatable.")
+@click.option(
+    "--way",
+    "ways",
+    multiple=True,
+    default=("grpc", "grpc-shm"),
+    show_default=True,
+    help="grpc or http, alone or with -shm, -cudashm, -gpufaces (faces that are on the GPU). Repeatable.",
+)
 @click.option("--in-flight", multiple=True, default=(4,), show_default=True, type=click.IntRange(1))
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--sample-s", default=5.0, show_default=True, type=click.FloatRange(0))

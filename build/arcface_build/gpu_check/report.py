@@ -58,7 +58,10 @@ def _speed_rows(entry: Mapping[str, Any]) -> list[list[str]]:
     groups: list[tuple[str, Sequence[Mapping[str, Any]]]] = []
     for precision, plan in entry["plans"].items():
         groups.append((f"TensorRT {precision}", plan.get("in_process", [])))
-        groups.append((f"TensorRT {precision}, tritonserver gRPC", plan.get("served", {}).get("rows", [])))
+        served = plan.get("served", {})
+        groups.append((f"TensorRT {precision}, tritonserver gRPC", served.get("rows", [])))
+        groups.append((f"TensorRT {precision}, tritonserver, CUDA shared memory", served.get("cuda_rows", [])))
+        groups.append((f"TensorRT {precision}, tritonserver, faces on the GPU", served.get("gpu_faces_rows", [])))
     groups.append(("ONNX Runtime CUDA fp32", entry.get("onnxruntime_cuda", [])))
     groups += [(f"PyTorch {p}", torch[p]["batches"]) for p in ("fp32", "fp16") if p in torch]
     rows = []

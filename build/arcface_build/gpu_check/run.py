@@ -38,7 +38,10 @@ from arcface_build.plans.manifest import PlanManifest, now_utc
 from arcface_build.plans.source import find_source
 from arcface_build.plans.spec import BuilderOptions, PlanSpec
 from arcface_build.plans.typed import read_typed_onnx
+from arcface_clients import TritonEmbedder
+from arcface_clients.contract import FACE_SHAPE
 from arcface_clients.drift import DRIFT_LIMITS, compare_embeddings
+from arcface_clients.gpu_faces import to_gpu
 from arcface_clients.synthetic import synthetic_faces
 
 BATCHES = (1, 8, 32, 64)
@@ -207,11 +210,26 @@ def _facts(manifest: PlanManifest) -> dict[str, Any]:
 def _served(check: Check, entry: dict[str, Any], plan: Path, sm: str, reference: np.ndarray) -> None:
     before = find_gpus()[0].memory_used_bytes
     with served_plan(plan, sm, plan.parent) as (embed, server):
+        cuda = f"CUDA shared memory, {plan.name}"
         parity = compare_embeddings(reference, embed(check.faces))
         rows = [measure(embed, check.faces, batch, check.seconds, callers=1) for batch in check.batches]
         rows += [measure(embed, check.faces, batch, check.seconds, callers=4) for batch in check.batches[::2]]
         used = find_gpus()[0].memory_used_bytes - before
         entry["served"] = {"drift": parity.to_json(), "vram_bytes": used, "rows": rows, "pid": server.pid is not None}
+        check.step(cuda, 15, lambda: _cuda_shared_memory(check, entry["served"], server.grpc_url, reference))
+
+
+def _cuda_shared_memory(check: Check, served: dict[str, Any], url: str, reference: np.ndarray) -> None:
+    """The same requests with faces of the host, and with faces on the GPU, in regions on the GPU."""
+    with TritonEmbedder(url, model="arcface_trt", shared_memory="cuda") as client:
+        client.ensure_ready()
+        if client.way.memory != "cuda":
+            raise Missing(client.way.reason)
+        served["cuda_drift"] = compare_embeddings(reference, client.encode(to_gpu(check.faces))).to_json()
+        there = {batch: to_gpu(np.resize(check.faces, (batch, *FACE_SHAPE))) for batch in check.batches}
+        ways = {"cuda_rows": client.encode, "gpu_faces_rows": lambda part: client.encode(there[len(part)])}
+        for name, embed in ways.items():
+            served[name] = [measure(embed, check.faces, batch, check.seconds) for batch in check.batches]
 
 
 def _onnxruntime(check: Check, model: str) -> None:
