@@ -23,6 +23,7 @@ from arcface_clients.cuda_driver import LIBRARY_VARIABLE, driver
 from arcface_clients.cuda_memory import CudaSlot
 from arcface_clients.errors import ConfigError, CudaFailed, DeadlineExceeded, DependencyMissing, InvalidFaces
 from arcface_clients.gpu_faces import GpuFaces, check_in_place, is_on_gpu, to_gpu
+from arcface_clients.session import RECHECK_AFTER_S
 from arcface_clients.shared_memory import FOLDER, GRACE_S, left_behind, stale
 from arcface_clients.synthetic import synthetic_faces
 from fake_cuda import MAX_BATCH, WIDTH, FakeCuda, FakeGpuServer, projected
@@ -156,15 +157,15 @@ def test_a_restarted_server_is_told_of_the_regions_again(cuda, server) -> None:
 
 def test_memory_of_a_lost_request_is_neither_used_again_nor_freed_while_the_server_has_it(cuda, server) -> None:
     there = to_gpu(FACES[:1])
-    with TritonEmbedder(server.url, timeout_s=0.3) as embedder:
+    with TritonEmbedder(server.url, timeout_s=0.2) as embedder:
         embedder.encode(there)
-        server.fault = 1.0
+        server.fault = 0.5
         with pytest.raises(DeadlineExceeded):
             embedder.encode(there)
         server.fault = None
         np.testing.assert_allclose(embedder.encode(there), projected(FACES[:1]), atol=1e-6)
         (lost,) = [slot for slot in embedder._session.pool._all if slot.doubtful]
-        time.sleep(1)  # its answer comes, late, into a region that nobody else uses
+        time.sleep(0.5)  # its answer comes, late, into a region that nobody else uses
         np.testing.assert_allclose(lost.rows(1), projected(FACES[:1]), atol=1e-6)
     assert set(server.regions) == {lost.name}
     assert lost.name in left_behind()
@@ -174,6 +175,20 @@ def test_memory_of_a_lost_request_is_neither_used_again_nor_freed_while_the_serv
     assert lost.name not in left_behind()
     lost.doubtful, lost.registered_with = False, None
     lost.close()
+
+
+def test_memory_of_a_lost_request_is_freed_when_the_server_has_forgotten_it(cuda, server) -> None:
+    there = to_gpu(FACES[:1])
+    with TritonEmbedder(server.url, timeout_s=0.2) as embedder:
+        embedder.encode(there)
+        server.fault = 0.5
+        with pytest.raises(DeadlineExceeded):
+            embedder.encode(there)
+        time.sleep(RECHECK_AFTER_S + 0.1)  # it is asked anew after so long, since it may have been restarted
+        server.fault = None
+        server.forget()
+        embedder.encode(there)
+        assert not any(slot.doubtful for slot in embedder._session.pool._all)
 
 
 def test_what_a_dead_process_left_at_the_server_is_removed_by_the_next_client(cuda, server) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 from arcface_clients.contract import check_faces
 from arcface_clients.errors import ClientUnusable
 from arcface_clients.served_model import ServedModel
-from arcface_clients.session import Way
 from arcface_clients.streaming import Stream
+from arcface_clients.way import Way
 
 
 class FakeEmbedder:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from arcface_clients.address import Address, Connection, Tls
 from arcface_clients.errors import ConfigError
-from arcface_clients.session import Session, SharedMemory
-
-SHARED_MEMORY = (None, True, False, "auto", "system", "cuda")
+from arcface_clients.session import Session
+from arcface_clients.way import SHARED_MEMORY, SharedMemory
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -29,37 +29,19 @@ from arcface_clients.errors import (
 )
 from arcface_clients.gpu_faces import Faces, GpuFaces
 from arcface_clients.served_model import ServedModel, next_step, served_model
-from arcface_clients.shared_memory import PREFIX, Slot, is_local, left_behind, memory_of, stale, unlink
+from arcface_clients.shared_memory import Slot, is_local
 from arcface_clients.slot_pool import SlotPool
 from arcface_clients.steps import Steps, backoff_s
+from arcface_clients.tidy import forget_lost, sweep
+from arcface_clients.way import CONTROL_TIMEOUT_S, SharedMemory, Way
 
 MAX_ENSEMBLE_DEPTH = 8
 RECHECK_AFTER_S = 1.0  # a server that was not asked for longer may have been restarted with another model
-CONTROL_TIMEOUT_S = 10.0  # for everything but inference
 UNIT_TOLERANCE = 1e-3  # on the squared norm: int8 and fp16 graphs normalise in float32 and stay well inside
 MAX_DOUBTFUL = 16  # regions that late answers may still be written to; beyond, the wire is kinder to /dev/shm
 
 
-SharedMemory = bool | Literal["auto", "system", "cuda"] | None
-_NAMES = {None: "the wire", "system": "system shared memory", "cuda": "CUDA shared memory"}
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Way:
-    """How faces reach the server, and why so. `memory`: "system", "cuda", or None for the wire."""
-
-    memory: Literal["system", "cuda"] | None
-    reason: str
-
-    @property
-    def shared_memory(self) -> bool:
-        """Whether it is not the wire."""
-        return self.memory is not None
-
-    def __str__(self) -> str:
-        """For a log line."""
-        return f"{_NAMES[self.memory]}: {self.reason}"
 
 
 @dataclass
@@ -129,7 +111,7 @@ class Session:
         if self.served is None:
             self.way = yield from self._choose_way(served)
         elif self.pool.doubtful:
-            yield from self._forget_lost_regions()
+            yield from forget_lost(self.pool)
         self.served = served
         self._last_answer_s = time.monotonic()
         return served
@@ -331,7 +313,7 @@ class Session:
         if device is not None:
             why_not = yield from self._try_a_face(slot)
         self.pool.give(slot)
-        yield from self._sweep(slot.memory)
+        yield from sweep(slot.memory)
         return why_not
 
     def _try_a_face(self, slot: Slot) -> Steps[str]:
@@ -342,28 +324,6 @@ class Session:
         except (InferenceFailed, CudaFailed) as exc:
             return f"one face through GPU {slot.device} did not come back: {exc}"
         return ""
-
-    def _forget_lost_regions(self) -> Steps[None]:
-        known: list[str] = []
-        try:
-            for memory in set(self.pool.doubtful_memory()):
-                known += yield "shared_regions", memory, CONTROL_TIMEOUT_S
-        except (InferenceFailed, ConfigError):
-            return  # the next client of this server removes them
-        self.pool.forget(known)
-
-    def _sweep(self, used: str) -> Steps[None]:
-        """Unregister and remove what clients that died have left behind, in the memory used and where files say so."""
-        here = left_behind()
-        try:
-            for memory in {used, *map(memory_of, here)}:
-                known = yield "shared_regions", memory, CONTROL_TIMEOUT_S
-                for name in {name for name in (*here, *known) if name.startswith(PREFIX)}:
-                    if memory_of(name) == memory and stale(name):
-                        yield "unregister_shared", name, CONTROL_TIMEOUT_S
-                        unlink(name)
-        except ArcFaceError:
-            return  # tidying up is a courtesy
 
     def _probe_width(self) -> Steps[int]:
         """The width of a model whose configuration leaves it open: embed one black face and look."""

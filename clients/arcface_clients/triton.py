@@ -19,10 +19,11 @@ from arcface_clients.errors import ClientUnusable, ConfigError
 from arcface_clients.gpu_faces import Faces, check_in_place
 from arcface_clients.options import Options
 from arcface_clients.served_model import ServedModel
-from arcface_clients.session import Job, Session, SharedMemory, Way
+from arcface_clients.session import Job, Session
 from arcface_clients.steps import run
 from arcface_clients.streaming import Stream
 from arcface_clients.transports import Transport, open_transport
+from arcface_clients.way import SharedMemory, Way
 
 IN_FLIGHT = 4
 STREAM_RETRY_FOR_S = 120.0  # a server that is restarted loads its models again, which takes a while

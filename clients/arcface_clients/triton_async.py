@@ -17,11 +17,12 @@ from arcface_clients.errors import ClientUnusable
 from arcface_clients.gpu_faces import Faces, check_in_place
 from arcface_clients.options import Options
 from arcface_clients.served_model import ServedModel
-from arcface_clients.session import Job, SharedMemory, Way
+from arcface_clients.session import Job
 from arcface_clients.steps import arun
 from arcface_clients.streaming import Stream
 from arcface_clients.transports import open_async_transport
 from arcface_clients.triton import IN_FLIGHT, STREAM_RETRY_FOR_S, stream_size
+from arcface_clients.way import SharedMemory, Way
 
 
 class AsyncTritonEmbedder:
