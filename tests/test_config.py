@@ -165,6 +165,17 @@ def test_unknown_variable_of_ours_is_refused_and_a_near_miss_is_mentioned(write,
     assert caplog.messages == ["environment variable ARCFACE_BACKND is ignored; did you mean ARCFACE_BACKEND?"]
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("auto", "auto"), ("system", "system"), ("cuda", "cuda"), ("true", True), ("false", False), ("null", None)],
+)
+def test_shared_memory_is_a_kind_or_a_switch_in_file_and_variable(write, text, value):
+    assert load_config(write(f"triton: {{shared_memory: {text}}}"), environ={}).triton.shared_memory is value
+    assert load_config(environ={"ARCFACE_TRITON__SHARED_MEMORY": text}).triton.shared_memory is value
+    with pytest.raises(ConfigError, match=r"triton.shared_memory.*: got 'gpu'; .*'auto', 'system' or 'cuda'"):
+        load_config(environ={"ARCFACE_TRITON__SHARED_MEMORY": "gpu"})
+
+
 def test_missing_file_that_was_named_is_an_error(tmp_path):
     assert message(tmp_path / "none.yaml") == (
         "FILE: cannot be read (No such file or directory): expected a YAML file. "

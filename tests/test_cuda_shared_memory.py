@@ -206,9 +206,21 @@ def test_what_a_dead_process_left_at_the_server_is_removed_by_the_next_client(cu
     slot.close()  # as at the end of a process: the lock goes, file and memory stay
     os.utime(slot.path, (0, time.time() - GRACE_S - 1))
     assert stale(slot.name)
-    with TritonEmbedder(server.url) as embedder:  # of system memory: the file alone tells it
+    with TritonEmbedder(server.url) as embedder:
         embedder.encode(to_gpu(FACES))
     assert set(server.regions) == {elsewhere, foreign}
+    assert slot.name not in left_behind()
+    slot.doubtful = False
+    slot.close()
+
+
+def test_a_client_without_a_gpu_tidies_up_after_a_dead_one_that_had_one(cuda, odd_server) -> None:
+    slot = CudaSlot(2, 4, 0)
+    slot.doubtful = True
+    slot.close()
+    os.utime(slot.path, (0, time.time() - GRACE_S - 1))
+    with TritonEmbedder(odd_server.grpc_url, "good") as embedder:
+        embedder.ensure_ready()
     assert slot.name not in left_behind()
     slot.doubtful = False
     slot.close()
@@ -337,7 +349,11 @@ def test_host_arrays_are_not_taken_for_gpu_ones() -> None:
         def __dlpack_device__(self) -> tuple[int, int]:
             return (1, 0)
 
-    assert not any(map(is_on_gpu, (FACES, [FACES], OnCpu(FACES), None, "faces")))
+    class Elsewhere(ByDlpack):
+        def __dlpack_device__(self) -> tuple[int, int]:
+            raise ValueError("Unknown device type mps for Dlpack")
+
+    assert not any(map(is_on_gpu, (FACES, [FACES], OnCpu(FACES), Elsewhere(FACES), None, "faces")))
 
 
 def test_no_driver_and_no_such_gpu_are_told_apart(cuda, monkeypatch) -> None:

@@ -91,7 +91,10 @@ def is_on_gpu(faces: Any) -> bool:
     if isinstance(faces, (np.ndarray, list, tuple)):
         return False
     if hasattr(faces, "__dlpack_device__"):
-        return int(faces.__dlpack_device__()[0]) in (_CUDA, _CUDA_MANAGED)
+        try:
+            return int(faces.__dlpack_device__()[0]) in (_CUDA, _CUDA_MANAGED)
+        except (BufferError, RuntimeError, TypeError, ValueError):
+            return False  # on several devices, or of a kind that DLPack has no number for
     return hasattr(faces, "__cuda_array_interface__")
 
 
