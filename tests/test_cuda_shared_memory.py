@@ -12,11 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from arcface_build.bench.clients import run
+from arcface_build.gpu_check.run import _cuda_shared_memory
 from arcface_clients import AsyncTritonEmbedder, FakeEmbedder, FallbackEmbedder, TritonEmbedder
 from arcface_clients.contract import FACE_BYTES, check_faces
 from arcface_clients.cuda_driver import LIBRARY_VARIABLE, driver
@@ -363,6 +366,17 @@ def test_no_driver_and_no_such_gpu_are_told_apart(cuda, monkeypatch) -> None:
     driver.cache_clear()
     with pytest.raises(DependencyMissing, match="no CUDA driver on this host"):
         to_gpu(FACES)
+
+
+def test_both_benches_measure_regions_on_the_gpu_with_faces_of_the_host_and_on_it(cuda, server) -> None:
+    ways = ("grpc-cudashm", "grpc-gpufaces")
+    result = run(None, server.url, "", model="arcface", batch=8, in_flight=(2,), ways=ways, rounds=1, sample_s=0.02)
+    assert [row["name"] for row in result["variants"]] == [f"client {way} in flight 2" for way in ways]
+    check, served = SimpleNamespace(faces=FACES, batches=(1, 8), seconds=0.01), {}
+    _cuda_shared_memory(check, served, server.url, projected(FACES))
+    assert served["cuda_drift"]["max_drift"] < 1e-6
+    assert [row["batch"] for row in served["cuda_rows"] + served["gpu_faces_rows"]] == [1, 8, 1, 8]
+    assert server.wire_requests == 0
 
 
 def test_shared_memory_of_an_unknown_kind_is_refused() -> None:
