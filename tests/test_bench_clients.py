@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from arcface_build.bench import bulk
 from arcface_build.bench.clients import restarts, run, stream_memory
 from arcface_build.errors import Missing
 
@@ -36,3 +37,10 @@ def test_stream_keeps_its_memory() -> None:
 def test_restart_loses_no_request() -> None:
     result = restarts(100, kills=1)
     assert (result["faces"], result["kills"], result["wrong"]) == (400, 1, 0)
+
+
+def test_bulk_job_writes_every_row_in_bounded_memory(tmp_path) -> None:
+    result = bulk.run(5_000, dim=64, folder=tmp_path)
+    assert (result["rows"], result["refused"]) == (5_000, 0)
+    assert result["output_mb"] > 5_000 * 64 * 4 / 2**20
+    assert result["peak_mb"] < 500

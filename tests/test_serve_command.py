@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from arcface_build.assemble import assemble
-from arcface_build.serving.process import free_ports, reason_in_log
+from arcface_build.serving.binary import find_tritonserver
+from arcface_build.serving.process import arguments, free_ports, reason_in_log
 from conftest import copy_repository
 from tiny_model import write_model
 
@@ -175,3 +176,19 @@ def test_the_reason_is_taken_from_the_servers_log(tmp_path, log, reason):
     path = tmp_path / "tritonserver.log"
     path.write_text(log)
     assert reason_in_log(path) == reason.format(log=path)
+
+
+@pytest.mark.parametrize(
+    ("help_text", "options"),
+    [("  --allow-client-shm <boolean>\n", ("--allow-client-shm=true",)), ("  --http-port <integer>\n", ())],
+)
+def test_shared_memory_is_allowed_where_the_server_on_path_refuses_it_by_default(
+    tmp_path, monkeypatch, help_text, options
+):
+    server = tmp_path / "tritonserver"
+    server.write_text(f"#!/bin/sh\nprintf '%s' '{help_text}' >&2\nexit 1\n")
+    server.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    binary = find_tritonserver()
+    assert binary.options == options
+    assert set(options) <= set(arguments(binary, "repository", ["arcface"], "onnx", free_ports(), "127.0.0.1"))

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from arcface_build.bench.host import describe_host
 from arcface_clients.contract import FACE_SHAPE, check_faces
 
 _CHILD = "import sys; from arcface_build.bench.bulk import job; job(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
@@ -46,12 +45,7 @@ def run(count: int = 1_000_000, dim: int = 512, folder: Path | None = None) -> d
         del faces
         command = [sys.executable, "-c", _CHILD, str(source), str(output), str(dim)]
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        report = {"host": describe_host(), **json.loads(answer), "output_mb": output.stat().st_size / 2**20}
-    print(
-        f"bulk job: {report['rows']:,} faces in {report['seconds']:.0f} s ({report['faces_per_s']:,.0f} a second), "
-        f"peak RSS {report['peak_mb']:.0f} MB, Parquet {report['output_mb']:.0f} MB"
-    )
-    return report
+        return {**json.loads(answer), "output_mb": output.stat().st_size / 2**20}
 
 
 def job(source: str, output: str, dim: int) -> None:

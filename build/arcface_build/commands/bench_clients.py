@@ -1,4 +1,4 @@
-"""`arcface bench-clients`: our client on every way to a server beside the bare runtime; stream memory; restarts."""
+"""`arcface bench-clients`: our client on every way beside the bare runtime; memory of streams and of bulk jobs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ Examples:
   arcface bench-clients --way grpc-shm --way grpc-cudashm --way grpc-gpufaces   on a GPU host: regions on the GPU
   arcface bench-clients --stream 1000000             peak memory while a million generated faces go through
   arcface bench-clients --restarts 10000             every face answered once though the server is killed twice
+  arcface bench-clients --bulk 1000000               rate and memory of a bulk job to Parquet, without an engine
 """
 
 
@@ -33,6 +34,7 @@ Examples:
 @click.option("--sample-s", default=5.0, show_default=True, type=click.FloatRange(0))
 @click.option("--stream", type=click.IntRange(1), help="Instead: memory of a stream of so many faces.")
 @click.option("--restarts", "requests", type=click.IntRange(1), help="Instead: so many requests across two kills.")
+@click.option("--bulk", type=click.IntRange(1), help="Instead: rate and memory of a bulk job of so many faces.")
 @click.option("--json", "json_to", type=click.Path(path_type=Path), help="Write the result here; - prints it.")
 def command(
     model_repository: Path | None,
@@ -43,17 +45,29 @@ def command(
     sample_s: float,
     stream: int | None,
     requests: int | None,
+    bulk: int | None,
     json_to: Path | None,
 ) -> None:
     """Measure our client in turns with the bare ONNX Runtime session, in one run."""
     from arcface_build.atomic import write_json
+    from arcface_build.bench import bulk as bulk_job
     from arcface_build.bench import clients
     from arcface_build.bench.host import describe_host
     from arcface_build.commands.bench import progress_of_rounds, render, served_file, server_under_test
+    from arcface_build.errors import WrongUse
 
-    if stream or requests:
-        measured = clients.stream_memory(stream) if stream else clients.restarts(requests)
-        result = {"kind": "stream" if stream else "restarts", "host": describe_host(), **measured}
+    instead = [
+        ("stream", stream, clients.stream_memory),
+        ("restarts", requests, clients.restarts),
+        ("bulk", bulk, bulk_job.run),
+    ]
+    chosen = [(kind, count, measure) for kind, count, measure in instead if count]
+    if len(chosen) > 1:
+        raise WrongUse("--stream, --restarts and --bulk each take the place of the rest: expected at most one.")
+    if chosen:
+        kind, count, measure = chosen[0]
+        measured = measure(count)
+        result = {"kind": kind, "host": describe_host(), **measured}
         text = json.dumps(measured, indent=2)
     else:
         onnx = served_file(model_repository, "arcface_onnx", "model.onnx")

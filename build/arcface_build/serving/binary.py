@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 import zlib
@@ -19,12 +20,16 @@ from arcface_build.errors import Missing
 
 @dataclass(frozen=True)
 class TritonBinary:
-    """A tritonserver that can be started: its path, the environment it needs, and its backends (None: its own)."""
+    """A tritonserver that can be started: its path, the environment it needs, and its backends (None: its own).
+
+    `options` are arguments that this version wants and others do not know.
+    """
 
     path: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     backend_directory: Path | None = None
     origin: str = ""
+    options: tuple[str, ...] = ()
 
 
 def find_tritonserver() -> TritonBinary:
@@ -35,7 +40,9 @@ def find_tritonserver() -> TritonBinary:
     """
     on_path = shutil.which("tritonserver")
     if on_path:
-        return TritonBinary(Path(on_path), origin="on PATH, with its native backends")
+        return TritonBinary(
+            Path(on_path), origin="on PATH, with its native backends", options=_options_of(Path(on_path))
+        )
     spec = util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         raise Missing(
@@ -53,6 +60,12 @@ def find_tritonserver() -> TritonBinary:
     )
 
 
+def _options_of(server: Path) -> tuple[str, ...]:
+    """Since 26.04 (server #8739) clients may use shared memory only with a flag, which older servers do not know."""
+    known = subprocess.run([server, "--help"], capture_output=True, text=True, check=False, errors="replace")
+    return ("--allow-client-shm=true",) if "--allow-client-shm" in known.stdout + known.stderr else ()
+
+
 def our_backends() -> Path:
     """backends/ of the checkout, or the copy of it that a wheel carries."""
     package = Path(__file__).resolve().parent.parent
@@ -65,9 +78,8 @@ def _environment(package: Path) -> dict[str, str]:
 
     Without VIRTUAL_ENV and PATH the stub takes the system's Python and finds no numpy.
     """
-    shared_python = sysconfig.get_config_var(
-        "LIBDIR"
-    )  # the stub links libpython, which may lie beside this Python only
+    # The stub links libpython, which may lie beside this Python only.
+    shared_python = sysconfig.get_config_var("LIBDIR")
     libraries = [str(package.parent / "nvidia_pytriton.libs"), shared_python, os.environ.get("LD_LIBRARY_PATH")]
     return {
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),

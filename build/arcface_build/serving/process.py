@@ -74,6 +74,7 @@ def arguments(
     line += [f"--load-model={model}" for model in models]
     line += [f"--model-config-name={config_name}"] if config_name else []
     line += [f"--backend-directory={binary.backend_directory}"] if binary.backend_directory else []
+    line += binary.options
     line += [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}", f"--metrics-port={ports.metrics}"]
     return [*line, f"--http-address={host}", f"--grpc-address={host}", f"--metrics-address={host}"]
 
