@@ -17,6 +17,7 @@ from arcface_clients.triton import TritonEmbedder
 
 REFERENCE = "arcface_reference"
 MODELS = (REFERENCE, "arcface_onnx", "arcface_trt", "arcface")
+COUNTING = "arcface_parity"  # the ensemble that counts drift in Triton's own metrics
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,28 @@ def measure_parity(
             )
         )
     return ParityReport(url=url, faces=len(faces), contract_id=contract, rows=tuple(rows), skipped=skipped)
+
+
+def count_drift(url: str, faces: np.ndarray, *, timeout_s: float = 120.0) -> bool:
+    """Have the server compare faces with its reference and count their drift in its metrics (`arcface_drift`).
+
+    Args:
+        url: the server.
+        faces: uint8 (N,112,112,3) BGR.
+        timeout_s: longest wait for one request.
+
+    Returns:
+        Whether it did: False where `arcface_parity` is not loaded.
+
+    Raises:
+        ServerUnreachable: no server answers.
+    """
+    with TritonEmbedder(url, COUNTING, timeout_s=timeout_s, retry_for_s=0) as embedder:
+        try:
+            embedder.encode(faces)
+        except ModelNotReady:
+            return False
+    return True
 
 
 def render_table(report: ParityReport) -> str:
