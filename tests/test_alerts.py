@@ -1,4 +1,4 @@
-"""deploy/prometheus and deploy/grafana: what they ask of Triton's metrics, on a real Prometheus beside a real server."""
+"""deploy/prometheus and deploy/grafana: what they ask of Triton, on a real Prometheus beside a real server."""
 
 from __future__ import annotations
 
@@ -56,7 +56,11 @@ def test_promtool_accepts_configuration_and_rules() -> None:
 
 def test_every_alert_fires_and_keeps_silent_where_it_should() -> None:
     promtool("test", "rules", "rules_test.yml")
-    cases = [case for test in yaml.safe_load((PROMETHEUS / "rules_test.yml").read_text())["tests"] for case in test["alert_rule_test"]]
+    cases = [
+        case
+        for test in yaml.safe_load((PROMETHEUS / "rules_test.yml").read_text())["tests"]
+        for case in test["alert_rule_test"]
+    ]
     for alert in ALERTS:
         outcomes = {bool(case["exp_alerts"]) for case in cases if case["alertname"] == alert}
         assert outcomes == {True, False}, f"{alert} needs a case in which it fires and one in which it does not"

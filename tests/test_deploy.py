@@ -21,6 +21,7 @@ import yaml
 
 from arcface_build.serving.binary import TritonBinary
 from arcface_clients import TritonEmbedder
+from arcface_clients.errors import ModelNotReady, ServerUnreachable
 from arcface_clients.synthetic import synthetic_faces
 from conftest import REPO
 
@@ -88,11 +89,9 @@ def test_services_budget_and_autoscaler_find_the_pods(objects: dict[str, dict[st
     assert scaler["spec"]["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"]
 
 
+@pytest.mark.parametrize("objects", ["everything"], indirect=True)
 def test_the_operators_scrape_job_has_the_name_that_the_rules_select(objects: dict[str, dict[str, Any]]) -> None:
-    monitor = objects.get("ServiceMonitor arcface")
-    if monitor is None:
-        pytest.skip("this overlay has no ServiceMonitor")
-    service = objects["Service arcface"]
+    monitor, service = objects["ServiceMonitor arcface"], objects["Service arcface"]
     assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
     assert service["metadata"]["labels"][monitor["spec"]["jobLabel"]] == "arcface"
     assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
@@ -100,7 +99,9 @@ def test_the_operators_scrape_job_has_the_name_that_the_rules_select(objects: di
 
 def test_volumes_and_variables_of_the_container_are_there(objects: dict[str, dict[str, Any]]) -> None:
     container = container_of(objects["Deployment arcface"])
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod(objects)["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod(objects)["volumes"]
+    }
     (config,) = (each["configMapRef"]["name"] for each in container["envFrom"] if "configMapRef" in each)
     given = set(objects[f"ConfigMap {config}"]["data"]) | {"ARCFACE_ADMIN_KEY"}  # the key comes from the Secret
     assert set(re.findall(r"\$\((\w+)\)", " ".join(container["args"]))) <= given
@@ -167,7 +168,9 @@ def test_a_real_server_with_these_flags_embeds_and_unloads_for_the_keys_owner_on
 
 
 def post(url: str, headers: dict[str, str] | None = None, method: str = "POST") -> int:
-    request = urllib.request.Request(url, data=b"{}" if method == "POST" else None, headers=headers or {}, method=method)
+    request = urllib.request.Request(
+        url, data=b"{}" if method == "POST" else None, headers=headers or {}, method=method
+    )
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.status
@@ -193,7 +196,10 @@ def test_sigterm_lets_the_request_in_flight_finish_and_takes_no_new_one(
         time.sleep(0.3)
         os.kill(server.pid, 15)
         time.sleep(0.3)
-        with pytest.raises(Exception, match="slow|no Triton server"), TritonEmbedder(server.grpc_url, "slow", retry_for_s=0) as late:
+        with (
+            pytest.raises((ServerUnreachable, ModelNotReady)),
+            TritonEmbedder(server.grpc_url, "slow", retry_for_s=0) as late,
+        ):
             late.encode(slow)
         assert not answers, "it was still computing"
         thread.join(10)
@@ -229,13 +235,18 @@ def test_rules_become_a_prometheusrule_by_the_documented_line(tmp_path: Path) ->
 
 def test_grafana_finds_what_docker_compose_mounts() -> None:
     mounts = dict(
-        volume.split(":")[:2] for volume in yaml.safe_load((REPO / "docker-compose.yml").read_text())["services"]["grafana"]["volumes"]
+        volume.split(":")[:2]
+        for volume in yaml.safe_load((REPO / "docker-compose.yml").read_text())["services"]["grafana"]["volumes"]
     )
     (provider,) = yaml.safe_load((REPO / "deploy/grafana/provisioning/dashboards/arcface.yml").read_text())["providers"]
-    (source,) = yaml.safe_load((REPO / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    (source,) = yaml.safe_load((REPO / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
     assert mounts["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"
     assert mounts["./deploy/grafana/dashboards"] == provider["options"]["path"]
     dashboard = json.loads((REPO / "deploy/grafana/dashboards/arcface.json").read_text())
     variable = dashboard["templating"]["list"][0]
     assert (variable["type"], variable["current"]["value"]) == ("datasource", source["uid"])
-    assert {target["datasource"]["uid"] for panel in dashboard["panels"] for target in panel["targets"]} == {"${datasource}"}
+    assert {target["datasource"]["uid"] for panel in dashboard["panels"] for target in panel["targets"]} == {
+        "${datasource}"
+    }
