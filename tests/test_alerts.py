@@ -20,6 +20,8 @@ from click.testing import CliRunner
 
 from arcface_build.serving.process import TritonProcess, free_ports
 from arcface_clients import TritonEmbedder
+from arcface_clients.errors import ConfigError
+from arcface_clients.parity import count_drift
 from arcface_clients.synthetic import synthetic_faces
 from conftest import REPO
 
@@ -132,14 +134,13 @@ def prometheus(server: TritonProcess, tmp_path_factory: pytest.TempPathFactory) 
     try:
         running.wait_for('up{job="arcface"} == 1')
         faces = synthetic_faces(8)
-        seen = "sum(count_over_time(up[1m])) >= "
-        scrapes = sum(running.values("count_over_time(up[1m])"))
         with TritonEmbedder(server.grpc_url) as embedder:
             embedder.encode(faces)
         count(server, "--count")
         broken_reference(server, faces)
-        running.wait_for(f"{seen}{scrapes + 4}")  # two scrapes at least after the last request
-        running.wait_for('ALERTS{alertname="ArcfaceDrift"}')
+        scrapes = sum(running.values("count_over_time(up[5m])"))
+        running.wait_for(f"sum(count_over_time(up[5m])) >= {scrapes + 3}")  # the last request is in them
+        running.wait_for("arcface:queue_ms:mean5m and on () arcface:drifted_faces:increase1h")  # the rules have run
         yield running
     finally:
         running.stop()
@@ -181,11 +182,16 @@ def test_faces_queue_and_batches_are_counted(prometheus: Prometheus) -> None:
 
 
 def test_rows_that_are_no_numbers_count_as_drift_and_raise_the_alert(prometheus: Prometheus) -> None:
-    assert prometheus.values("arcface:drifted_faces:increase1h")[0] >= 8 - 1e-6
+    prometheus.wait_for('ALERTS{alertname="ArcfaceDrift", backend="onnx"}')
     assert prometheus.values('arcface_drift_bucket{backend="onnx", le="+Inf"}') == [40.0]  # 32 exact ones, 8 broken
     assert prometheus.values('arcface_drift_bucket{backend="onnx", le="0.1"}') == [32.0]
     firing = [alert for alert in prometheus.get("alerts")["alerts"] if alert["state"] == "firing"]
     assert [alert["labels"]["alertname"] for alert in firing] == ["ArcfaceDrift"]
+
+
+def test_drift_is_counted_over_grpc_only_and_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"over gRPC only; got http://host:8000\. Give the gRPC port"):
+        count_drift("http://host:8000", synthetic_faces(1))
 
 
 @pytest.mark.parametrize("alert", ALERTS)

@@ -22,6 +22,7 @@ import yaml
 from arcface_build.serving.binary import TritonBinary
 from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ModelNotReady, ServerUnreachable
+from arcface_clients.parity import count_drift
 from arcface_clients.synthetic import synthetic_faces
 from conftest import REPO
 
@@ -160,6 +161,7 @@ def test_a_real_server_with_these_flags_embeds_and_unloads_for_the_keys_owner_on
     with TritonEmbedder(server.grpc_url) as embedder:
         assert embedder.encode(synthetic_faces(3)).shape == (3, 512)
         assert not embedder.way.shared_memory  # guarded by the key as well
+    assert not count_drift(server.grpc_url, synthetic_faces(1)), "there is no reference, as in the NGC image"
     for path in (container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")):
         assert post(f"http://{server.http_url}{path}", method="GET") == 200
     unload = f"http://{server.http_url}/v2/repository/models/arcface/unload"
