@@ -14,7 +14,7 @@ import pytest
 
 from arcface_build.errors import Missing
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.process import LATENCY_QUANTILES, TritonProcess, free_ports
 
 # Started by a script in the background, pytest inherits an ignored SIGINT and hands it on to the programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -81,7 +81,8 @@ def server(
     """The one tritonserver of the session: reference, ONNX Runtime and both ensembles on the mobile demo network."""
     log_path = tmp_path_factory.mktemp("log") / "tritonserver.log"
     models = ["arcface", "arcface_parity"]
-    with TritonProcess(triton_binary, demo_repository, models, log_path=log_path, ports=free_ports()) as process:
+    options = {"log_path": log_path, "ports": free_ports(), "extra": [LATENCY_QUANTILES]}
+    with TritonProcess(triton_binary, demo_repository, models, **options) as process:
         process.wait_ready()
         yield process
 

@@ -10,13 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from arcface_clients.contract import check_faces
+from arcface_clients.address import Address
+from arcface_clients.contract import FACE_INPUT, check_faces
 from arcface_clients.drift import DRIFT_LIMITS, compare_embeddings
-from arcface_clients.errors import ConfigError, GateFailed, InvalidFaces, ModelNotReady
+from arcface_clients.errors import (
+    ConfigError,
+    GateFailed,
+    InferenceFailed,
+    InvalidFaces,
+    ModelNotReady,
+    ServerUnreachable,
+)
 from arcface_clients.triton import TritonEmbedder
 
 REFERENCE = "arcface_reference"
 MODELS = (REFERENCE, "arcface_onnx", "arcface_trt", "arcface")
+COUNTING = "arcface_parity"  # the ensemble that counts drift in Triton's own metrics
+COUNTED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,43 @@ def measure_parity(
             )
         )
     return ParityReport(url=url, faces=len(faces), contract_id=contract, rows=tuple(rows), skipped=skipped)
+
+
+def count_drift(url: str, faces: np.ndarray, *, timeout_s: float = 120.0) -> bool:
+    """Have the server compare faces with its reference and count their drift in its own metrics (`arcface_drift`).
+
+    Args:
+        url: the server's gRPC address.
+        faces: uint8 (N,112,112,3) BGR.
+        timeout_s: longest wait for one request.
+
+    Returns:
+        Whether it did: False where `arcface_parity` is not loaded.
+
+    Raises:
+        ConfigError: not a gRPC address.
+        ServerUnreachable: no server answers.
+        InferenceFailed: a backend answered with an error.
+    """
+    from tritonclient import grpc as triton
+
+    address = Address.parse(url)
+    if address.protocol != "grpc":
+        raise ConfigError(f"drift is counted over gRPC only; got {url}. Give the gRPC port: --url grpc://HOST:8001")
+    # Not by a TritonEmbedder: it asks for `embedding` alone, and Triton leaves out the steps that nobody asked for.
+    with triton.InferenceServerClient(address.target, ssl=address.tls) as client:
+        try:
+            if not client.is_model_ready(COUNTING, client_timeout=timeout_s):
+                return False
+            for start in range(0, len(faces), COUNTED_AT_ONCE):
+                part = np.ascontiguousarray(faces[start : start + COUNTED_AT_ONCE])
+                tensor = triton.InferInput(FACE_INPUT, part.shape, "UINT8")
+                tensor.set_data_from_numpy(part)
+                client.infer(COUNTING, [tensor], client_timeout=timeout_s)
+        except triton.InferenceServerException as exc:
+            kind = ServerUnreachable if "UNAVAILABLE" in str(exc.status()) else InferenceFailed
+            raise kind(f"{COUNTING!r} at {address} answered {exc.status()}: {exc.message()}") from exc
+    return True
 
 
 def render_table(report: ParityReport) -> str:

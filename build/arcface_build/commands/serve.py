@@ -79,7 +79,7 @@ def command(
     from arcface_build.repository import find_repository
     from arcface_build.serving.binary import find_tritonserver
     from arcface_build.serving.choose import Choice, gpu_sm, order_of_backends
-    from arcface_build.serving.process import Ports, TritonProcess
+    from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess
     from arcface_build.serving.variant import take_best_variant
     from arcface_clients.config import load_config
     from arcface_clients.errors import GateFailed
@@ -107,7 +107,7 @@ def command(
                 ports=ports,
                 host=host,
                 log_path=repository.parent / ".cache" / "tritonserver.log",
-                extra=triton_arguments,
+                extra=(LATENCY_QUANTILES, *triton_arguments),
             )
             with server:
                 server.wait_ready(ready_timeout_s)

@@ -21,6 +21,8 @@ from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
 
 STOP_SECONDS = 15.0
+# p50 … p99.9 over the last minute; without it Triton has sums only. Wanted by an alert of deploy/prometheus/rules.yml.
+LATENCY_QUANTILES = "--metrics-config=summary_latencies=true"
 # Run before tritonserver takes its place: asks Linux (PR_SET_PDEATHSIG = 1) to end it when we are killed ourselves, so
 # that no process is left. The kernel means the thread that started it: start a server from a thread that lives as long
 # as it should. Not a preexec_fn: that forks this process, and gRPC's fork handlers abort one child in sixty where a

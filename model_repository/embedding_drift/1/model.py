@@ -54,7 +54,9 @@ class TritonPythonModel:
 
     def _count(self, name, cosine):
         for value in cosine:
-            self.drift[name].observe(max(0.0, 1.0 - float(value)))
+            drift = 1.0 - float(value)
+            # NaN or zero rows of a broken backend have no cosine: as far off as can be, not in the first bucket.
+            self.drift[name].observe(max(0.0, drift) if np.isfinite(drift) else 2.0)
         self.faces[name].increment(len(cosine))
 
 
