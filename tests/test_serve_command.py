@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from arcface_build.assemble import assemble
+from arcface_build.commands.serve import Interrupt, _serve
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.process import arguments, free_ports, reason_in_log
 from conftest import copy_repository
@@ -23,17 +24,32 @@ from tiny_model import write_model
 MAIN = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_of_a_failed_test():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.communicate()
+
+
 def serve(repository: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
     ports = free_ports()
     line = [sys.executable, "-c", MAIN, "serve", "--model-repository", str(repository)]
     line += ["--http-port", str(ports.http), "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics)]
-    return subprocess.Popen(
-        [*line, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+    STARTED.append(
+        subprocess.Popen(
+            [*line, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        )
     )
+    return STARTED[-1]
 
 
 def processes_of(repository: Path) -> list[str]:
@@ -73,6 +89,26 @@ def test_it_serves_until_a_signal_and_leaves_no_process(triton_binary, own_repos
     assert process.returncode == 0, errors
     assert "stopped: no process is left" in rest
     assert processes_of(own_repository) == []
+
+
+def test_a_signal_is_not_lost_where_python_drops_its_exception(monkeypatch):
+    interrupt, server = Interrupt(), Asleep()
+
+    class Finalised:
+        def __del__(self):
+            interrupt(signal.SIGTERM, None)
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: None)
+    Finalised()  # the KeyboardInterrupt that is raised in there reaches nobody
+    with pytest.raises(KeyboardInterrupt):
+        _serve(server, interrupt)
+
+
+class Asleep:
+    """A server that never ends by itself."""
+
+    def wait(self, timeout_s: float) -> None:
+        time.sleep(timeout_s / 100)
 
 
 def test_the_server_ends_when_serve_is_killed(triton_binary, own_repository):

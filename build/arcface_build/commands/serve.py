@@ -94,8 +94,9 @@ def command(
     # Tuned for the installed weights: another variant would take the tuned settings away.
     if choice.backend == "onnx" and variant == "auto" and backend != "tuned" and gpu_sm() is None:
         _say(f"variant {take_best_variant(repository, repository.parent / 'models')}", as_json)
+    interrupt = Interrupt()
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     backends = order_of_backends(choice.backend, settings.fallback) if with_reference and not once else [choice.backend]
     try:
         for position, name in enumerate(backends):
@@ -116,7 +117,7 @@ def command(
                     return 0 if report.passed else 1
                 if report.passed or name == "reference":
                     _say(_invitation(server), as_json)
-                    return _serve(server)
+                    return _serve(server, interrupt)
                 _complain(report, backends[position + 1 : position + 2])
     except KeyboardInterrupt:
         _say("stopped: no process is left", as_json)
@@ -195,12 +196,14 @@ try it:
 Ctrl-C stops it."""
 
 
-def _serve(server: TritonProcess) -> int:
-    """Wait until the server ends by itself, which it should not."""
+def _serve(server: TritonProcess, interrupt: Interrupt) -> int:
+    """Wait until the server ends by itself, which it should not, or until we are interrupted."""
     from arcface_build.errors import ServerFailed
     from arcface_build.serving.process import reason_in_log
 
-    status = server.wait()
+    while (status := server.wait(timeout_s=1.0)) is None:
+        if interrupt.came:
+            raise KeyboardInterrupt
     raise ServerFailed(f"tritonserver ended by itself with status {status}: {reason_in_log(server.log_path)}")
 
 
@@ -208,5 +211,17 @@ def _say(text: str, as_json: bool) -> None:
     click.echo(text, err=as_json)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class Interrupt:
+    """A signal handler that raises KeyboardInterrupt, and remembers it.
+
+    Python drops what is raised while it runs a finaliser (`__del__`): one SIGTERM in some thousand would be lost.
+    """
+
+    def __init__(self) -> None:
+        """No signal yet."""
+        self.came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Called by Python between two instructions of the main thread."""
+        self.came = True
+        raise KeyboardInterrupt

@@ -181,9 +181,12 @@ class TritonProcess:
         self.stop()
         raise ServerFailed(f"tritonserver was not ready after {timeout_s:g} s. Its log: {self.log_path}")
 
-    def wait(self) -> int:
-        """Block until the server ends by itself; returns its exit status."""
-        return self._child.wait() if self._child else 0
+    def wait(self, timeout_s: float | None = None) -> int | None:
+        """Block until the server ends by itself; returns its exit status, None where it still runs after the time."""
+        try:
+            return self._child.wait(timeout_s) if self._child else 0
+        except subprocess.TimeoutExpired:
+            return None
 
     def stop(self) -> None:
         """End the server: SIGTERM, which lets running requests finish, then SIGKILL for the whole group."""
