@@ -173,20 +173,24 @@ def test_values_outside_an_axis_are_drawn_at_its_end():
     assert points == "58.0,254.0 468.0,12.0"
 
 
-@pytest.mark.parametrize("width", [360, 1100])
-def test_a_browser_lays_the_page_out_without_sideways_scrolling(compared, matrix, tmp_path, width):
+@pytest.mark.parametrize(("width", "paper"), [(360, False), (1100, False), (688, True)])  # 688: A4 less its margins
+def test_a_browser_lays_the_page_out_without_sideways_scrolling(compared, matrix, tmp_path, width, paper):
     browser = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
     if browser is None:
         pytest.skip("no Chromium on this host: apt-get install chromium")
     pages = {"compare": compared, "matrix": matrix, "bench": bench_page(bench_result())}
     frames = ""
     for name, text in pages.items():
+        if paper:  # nobody can scroll a table there
+            text = text.replace("@media print", "@media all")
         (tmp_path / f"{name}.html").write_text(text)
         frames += f'<iframe src="{name}.html" style="width:{width}px;height:900px"></iframe>'
     measure = (
         "addEventListener('load', () => { const seen = [...document.querySelectorAll('iframe')].map(frame => {"
         "const root = frame.contentDocument.documentElement;"
-        "return [root.scrollWidth - root.clientWidth, frame.contentDocument.querySelectorAll('svg, table').length]; });"
+        f"const parts = [root, ...root.querySelectorAll({'.scroll' if paper else 'html'!r})];"
+        "const wider = Math.max(...parts.map(part => part.scrollWidth - part.clientWidth));"
+        "return [wider, root.querySelectorAll('svg, table').length]; });"
         "document.body.textContent = 'MEASURED ' + JSON.stringify(seen); });"
     )
     (tmp_path / "all.html").write_text(f"<body>{frames}<script>{measure}</script></body>")

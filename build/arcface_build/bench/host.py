@@ -21,6 +21,7 @@ _PACKAGES = (
     "tritonclient",
     "nvidia-pytriton",
     "tensorrt",
+    "torch",
 )
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 

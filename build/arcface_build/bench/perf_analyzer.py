@@ -13,12 +13,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 
 import numpy as np
 
+from arcface_build.bench.fetch_perf_analyzer import cached_perf_analyzer, fetch_perf_analyzer
 from arcface_build.bench.interleaved import Work
 from arcface_build.errors import BuildError, Missing, WrongUse
 from arcface_clients.contract import FACE_INPUT
@@ -161,33 +164,29 @@ def write_input_data(faces_bgr_u8: np.ndarray, path: Path) -> Path:
 
 
 def find_perf_analyzer() -> PerfAnalyzer:
-    """The perf_analyzer on PATH, of this environment, or of the installed tritonclient wheel.
+    """The perf_analyzer on PATH, of this environment, or of the installed tritonclient wheel; else a fetched one.
+
+    It is fetched once, from the wheel that holds it, into the cache folder; stderr says so.
 
     Raises:
         Missing: there is none, or one of its libraries is not on this host; the message names the package.
     """
-    path = _binary()
-    if path is None:
-        raise Missing(
-            "no perf_analyzer: it is neither on PATH nor in this Python environment. "
-            "The wheel that holds it (newer ones do not): pip install 'tritonclient[grpc,http]==2.50.0'"
-        )
+    path = _binary() or fetch_perf_analyzer(partial(print, file=sys.stderr))
     program = PerfAnalyzer(path, _library_environment())
     program.check()
     return program
 
 
 def _binary() -> Path | None:
-    """PATH, then beside this Python, then where the wheel's record says."""
-    for candidate in (shutil.which("perf_analyzer"), Path(sys.executable).with_name("perf_analyzer")):
-        if candidate and os.access(candidate, os.X_OK):
-            return Path(candidate)
-    try:
+    """PATH, then beside this Python, then where the wheel's record says, then what was fetched earlier."""
+    candidates = [Path(sys.executable).with_name("perf_analyzer")]
+    if on_path := shutil.which("perf_analyzer"):
+        candidates.insert(0, Path(on_path))
+    with suppress(metadata.PackageNotFoundError):
         files = metadata.files("tritonclient") or []
-    except metadata.PackageNotFoundError:
-        return None
-    found = (Path(str(file.locate())).resolve() for file in files if file.name == "perf_analyzer")
-    return next((path for path in found if os.access(path, os.X_OK)), None)
+        candidates += [Path(str(file.locate())).resolve() for file in files if file.name == "perf_analyzer"]
+    candidates.append(cached_perf_analyzer())
+    return next((path for path in candidates if os.access(path, os.X_OK)), None)
 
 
 def _library_environment() -> dict[str, str]:

@@ -37,7 +37,10 @@ def summarise(
 
 
 def comparisons(variants: Sequence[Variant]) -> list[tuple[str, str]]:
-    """(variant, base) pairs worth a ratio; base: bare runtime of that batch, InsightFace b1, an ensemble's leaf."""
+    """(variant, base) pairs worth a ratio.
+
+    Base: the bare runtime of that batch, InsightFace b1, for a served one PyTorch of that batch, an ensemble's leaf.
+    """
     pairs = []
     for variant in variants:
         for base in variants:
@@ -50,7 +53,8 @@ def comparisons(variants: Sequence[Variant]) -> list[tuple[str, str]]:
                 and str(base.about.get("model", "")).startswith("arcface_")
                 and all(variant.about[key] == base.about.get(key) for key in ("protocol", "batch", "concurrency"))
             )
-            if (base.name.startswith("bare") and same_batch) or one_at_a_time or leaf:
+            pytorch = base.name.startswith("pytorch") and variant.where == "server"
+            if ((base.name.startswith("bare") or pytorch) and same_batch) or one_at_a_time or leaf:
                 pairs.append((variant.name, base.name))
     return pairs
 

@@ -20,6 +20,7 @@ EPILOG = """\b
 Examples:
   arcface bench                                       own server, gRPC, batch 32, two callers, against the bare runtime
   arcface bench --insightface --json bench.json       beside InsightFace in-process, one face a call and batched
+  arcface bench --pytorch                             beside eager PyTorch in-process, fp32
   arcface bench --protocol grpc --protocol grpc-shm --batch 1 --batch 32 --concurrency 1 --concurrency 4
   arcface bench --url gpu-host:8001 --http-url gpu-host:8000 --no-bare
   arcface bench --waterfall --batch 8 --html waterfall.html
@@ -46,6 +47,7 @@ class Target:
     "--spinning/--no-spinning", default=True, help="Whether the bare runtime's idle threads spin (its default)."
 )
 @click.option("--insightface", is_flag=True, help="InsightFace in this process, one face a call and batched.")
+@click.option("--pytorch", is_flag=True, help="Eager PyTorch (fp32) in this process, one face a call and batched.")
 @click.option("--onnx", type=click.Path(path_type=Path), help="Serving ONNX for the bare runtime; default: the served.")
 @click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
 @click.option("--config-name", default="onnx", help="Backend of the own server: onnx, tensorrt, reference, tuned.")
@@ -68,6 +70,7 @@ def command(
     bare: bool,
     spinning: bool,
     insightface: bool,
+    pytorch: bool,
     onnx: Path | None,
     model_repository: Path | None,
     config_name: str,
@@ -89,6 +92,7 @@ def command(
     from arcface_build.bench.host import describe_host
     from arcface_build.bench.interleaved import measure_in_turns
     from arcface_build.bench.perf_analyzer import Load, find_perf_analyzer, write_input_data
+    from arcface_build.bench.pytorch import pytorch_sessions
     from arcface_build.bench.result import regressions, summarise
     from arcface_build.bench.waterfall import waterfall as waterfall_rows
     from arcface_build.bench.waterfall import waterfall_loads
@@ -116,6 +120,9 @@ def command(
         if insightface:
             path = served_file(model_repository, "arcface_reference", "source.onnx")
             variants += contestants.insightface_sessions(path, faces, sorted({1, *batches}))
+        if pytorch:
+            path = served_file(model_repository, "arcface_reference", "source.onnx")
+            variants += pytorch_sessions(path, faces, sorted({1, *batches}))
         variants += [
             contestants.served(
                 program,

@@ -20,21 +20,35 @@ import torch.nn.functional as F
 
 def main(folder, batches, seconds, device="cuda"):
     """Print one JSON object: versions, and per precision the cosine to the reference and the measured batches."""
-    graph = json.loads((folder / "graph.json").read_text())
-    arrays = np.load(folder / "weights.npz")
     faces, reference = np.load(folder / "faces.npy"), np.load(folder / "reference.npy")
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     result = {"torch": torch.__version__, "cuda": torch.version.cuda, "device": device}
     for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
-        weights = {key: _weight(arrays[key], dtype, device) for key in arrays.files}
-        embed = partial(_run, graph, weights, dtype, device)
-        with torch.inference_mode():
-            got = np.concatenate([embed(faces[i : i + 16]) for i in range(0, len(faces), 16)])
-            cosine = (got * reference).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(reference, axis=1)
-            rows = [_measure(embed, faces, batch, seconds) for batch in batches]
+        embed = eager_network(folder, dtype, device)
+        got = np.concatenate([embed(faces[i : i + 16]) for i in range(0, len(faces), 16)])
+        cosine = (got * reference).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(reference, axis=1)
+        rows = [_measure(embed, faces, batch, seconds) for batch in batches]
         result[name] = {"min_cosine": float(cosine.min()), "batches": rows}
     print(json.dumps(result))
+
+
+def eager_network(folder, dtype, device):
+    """What FOLDER holds as a callable: uint8 (N,112,112,3) on the host to float32 (N,D) on the host.
+
+    Raises NotImplementedError with the names of operators that are not in OPS.
+    """
+    graph = json.loads((folder / "graph.json").read_text())
+    unknown = sorted({node["op"] for node in graph["nodes"]} - set(OPS))
+    if unknown:
+        raise NotImplementedError(f"no eager form of {', '.join(unknown)}")
+    with np.load(folder / "weights.npz") as arrays:
+        weights = {key: _weight(arrays[key], dtype, device) for key in arrays.files}
+    needed = {graph["output"]}
+    for node in reversed(graph["nodes"]):  # a tensor that nobody needs any more gives its memory to the next one
+        node["frees"] = sorted(set(node["inputs"]) - needed - set(weights))
+        needed.update(node["inputs"])
+    return partial(_run, graph, weights, dtype, device)
 
 
 def _weight(array, dtype, device):
@@ -56,6 +70,7 @@ def _measure(call, faces, batch, seconds):
     return {"batch": batch, "faces_per_s": batch / median, "median_ms": median * 1e3, "samples": len(times)}
 
 
+@torch.inference_mode()
 def _run(graph, weights, dtype, device, faces):
     """uint8 faces on the host to float32 embeddings on the host: the same work as a plan's call."""
     values = dict(weights)
@@ -63,6 +78,9 @@ def _run(graph, weights, dtype, device, faces):
     for node in graph["nodes"]:
         inputs = [values.get(name) for name in node["inputs"]]
         values[node["output"]] = OPS[node["op"]](node["attributes"], dtype, *inputs)
+        del inputs
+        for name in node["frees"]:
+            values.pop(name, None)
     return values[graph["output"]].float().cpu().numpy()
 
 
@@ -77,6 +95,12 @@ def _gemm(a, dtype, x, w, b=None):
     x, w = (x.t() if a.get("transA") else x), (w.t() if a.get("transB") else w)
     y = (x @ w) * a.get("alpha", 1.0)
     return y if b is None else y + b * a.get("beta", 1.0)
+
+
+def _prelu(a, dtype, x, slope):
+    if x.dim() == 4 and slope.dim() >= 3 and slope.numel() == slope.shape[-3]:
+        return F.prelu(x, slope.flatten())
+    return torch.where(x >= 0, x, x * slope)
 
 
 def _transpose(a, dtype, x):
@@ -99,7 +123,8 @@ OPS = {
     "Div": lambda a, dtype, x, y: x / y,
     "Max": lambda a, dtype, x, y: torch.maximum(x, y.to(x.dtype)),
     "Relu": lambda a, dtype, x: F.relu(x),
-    "PRelu": lambda a, dtype, x, slope: torch.where(x >= 0, x, x * slope),
+    "Clip": lambda a, dtype, x, low=None, high=None: torch.clamp(x, low, high),
+    "PRelu": _prelu,
     "Conv": _conv,
     "Gemm": _gemm,
     "MatMul": lambda a, dtype, x, y: x @ y,

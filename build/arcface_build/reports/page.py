@@ -14,11 +14,10 @@ _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1d2329; --soft: #5b6670; --line: #d5dbe1; --panel: #f5f7f9;
   --good: #1a7f4b; --note: #96650a; --bad: #b3261e; --s0: #2563b0; --s1: #c2540a; --s2: #1a7f6b; --s3: #8a3fa0;
   --s4: #6b7280; --s5: #a3194f; --heat: 37, 99, 176; }
-@media (prefers-color-scheme: dark) { :root { --ground: #14181c; --ink: #e4e8ec; --soft: #9aa5b0; --line: #353d45;
-  --panel: #1c2228; --good: #5cc98f; --note: #e2b04a; --bad: #f28b82; --s0: #7ab0f0; --s1: #f0a060; --s2: #60c9b0;
-  --s3: #cf9be0; --s4: #a8b0ba; --s5: #f08ab0; --heat: 122, 176, 240; } }
-@media print { :root { --ground: #fff; --ink: #000; --soft: #444; --line: #bbb; --panel: #fff; }
-  section { break-inside: avoid; } }
+@media screen and (prefers-color-scheme: dark) { :root { --ground: #14181c; --ink: #e4e8ec; --soft: #9aa5b0;
+  --line: #353d45; --panel: #1c2228; --good: #5cc98f; --note: #e2b04a; --bad: #f28b82; --s0: #7ab0f0;
+  --s1: #f0a060; --s2: #60c9b0; --s3: #cf9be0; --s4: #a8b0ba; --s5: #f08ab0; --heat: 122, 176, 240; } }
+@media print { :root { color-scheme: light; --ground: #fff; --ink: #000; --soft: #444; --line: #bbb; --panel: #fff; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 1.25rem 1rem 3rem; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
@@ -41,6 +40,12 @@ svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft);
 ul.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: .4rem 0 0; padding: 0;
   font-size: .85rem; } ul.legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: .15rem;
   margin-right: .35rem; vertical-align: -1px; }
+@page { margin: 14mm; }
+@media print { body { max-width: none; padding: 0 1px; font-size: 14px; } h2 { margin-top: 1.4rem; }
+  h2, section > p { break-after: avoid; } figure, tr { break-inside: avoid; } thead { display: table-header-group; }
+  .scroll { overflow: visible; } table { font-size: .75rem; } th, td { padding-right: .5rem; white-space: normal; }
+  td:not(.n) { overflow-wrap: break-word; } td.n { white-space: nowrap; }
+  ul.legend i, td.heat { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 
 

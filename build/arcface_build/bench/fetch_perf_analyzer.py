@@ -1,0 +1,69 @@
+"""Triton's load generator from the package index: nothing in, an executable perf_analyzer in our cache out."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from arcface_build.atomic import new_folder
+from arcface_build.errors import Missing
+from arcface_build.sources import cache_folder
+
+VERSION = "2.50.0"  # its binary runs on glibc 2.36; that of 2.60 needs 2.38, and newer wheels hold none
+_BY_HAND = f"The wheel that holds it (newer ones do not): pip install 'tritonclient[grpc,http]=={VERSION}'"
+
+
+def cached_perf_analyzer() -> Path:
+    """Where a fetched one is kept; it need not be there."""
+    return cache_folder() / f"perf_analyzer-{VERSION}" / "perf_analyzer"
+
+
+def fetch_perf_analyzer(say: Callable[[str], None], timeout_s: float = 300.0) -> Path:
+    """Let this Python's pip download tritonclient's wheel, and take the one program out of it.
+
+    pip's own settings hold (index, proxy, PIP_NO_INDEX, PIP_FIND_LINKS). Nothing is installed: the wheel goes away, and
+    the program appears in the cache whole and executable, or not at all.
+
+    Args:
+        say: told before the download.
+        timeout_s: for all of it.
+
+    Raises:
+        Missing: the wheel cannot be had, or holds no perf_analyzer.
+    """
+    target = cached_perf_analyzer()
+    say(f"no perf_analyzer on this host: fetching tritonclient=={VERSION}, which holds it, into {target.parent}")
+    with tempfile.TemporaryDirectory(prefix="perf_analyzer-wheel-") as name:
+        line = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1"]
+        line += ["--no-deps", "--only-binary=:all:", "--dest", name, f"tritonclient=={VERSION}"]
+        try:
+            done = subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, check=False)
+        except subprocess.TimeoutExpired as exc:
+            raise Missing(_not_there(f"pip did not finish within {timeout_s:g} s")) from exc
+        wheel = next(Path(name).glob("*.whl"), None)
+        if done.returncode or wheel is None:
+            told = [text.strip() for text in done.stderr.splitlines() if text.strip()]
+            errors = [text.removeprefix("ERROR: ") for text in told if text.startswith("ERROR: ")]
+            raise Missing(_not_there(f"pip says: {(errors or told or ['nothing'])[-1]}"))
+        with zipfile.ZipFile(wheel) as archive:
+            member = next((item for item in archive.namelist() if item.endswith("/perf_analyzer")), None)
+            if member is None:
+                raise Missing(_not_there(f"{wheel.name} holds none"))
+            with new_folder(target.parent) as folder:
+                program = folder / target.name
+                with archive.open(member) as source, program.open("wb") as file:
+                    shutil.copyfileobj(source, file)
+                program.chmod(0o755)
+    return target
+
+
+def _not_there(why: str) -> str:
+    return (
+        "no perf_analyzer: it is neither on PATH nor in this Python environment, and fetching it failed "
+        f"({why.rstrip('.')}). {_BY_HAND}"
+    )

@@ -1,0 +1,80 @@
+"""A source ONNX in; its network in eager PyTorch, fp32 and proved against ONNX Runtime, as variants out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from arcface_build.bench.contestants import in_process
+from arcface_build.bench.interleaved import Variant
+from arcface_build.errors import Missing, ProofFailed
+from arcface_build.proof import MIN_COSINE
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, Preprocessing
+from arcface_clients.drift import cosine_per_face
+
+PROOF_FACES = 8
+
+
+def pytorch_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequence[int]) -> list[Variant]:
+    """Eager PyTorch on the CPU in this process, all its threads, a variant for each batch.
+
+    Args:
+        source: the source ONNX of a served reference; the manifest.json beside it states its preprocessing.
+        faces_bgr_u8: faces to embed, uint8 (N,112,112,3).
+        batches: faces a call.
+
+    Raises:
+        Missing: no source, no PyTorch, or an operator that the baseline does not know.
+        ProofFailed: its embeddings are not those of ONNX Runtime on the same graph.
+    """
+    if not source.is_file():
+        raise Missing(f"no source ONNX at {source}. Next: arcface import demo, or arcface import YOUR.onnx")
+    try:
+        import torch
+    except ImportError as exc:
+        raise Missing(f"PyTorch is not installed ({exc}). Next: pip install torch") from exc
+    embed = proved_network(source, faces_bgr_u8[:PROOF_FACES])
+    variants = [in_process(f"pytorch b{batch}", embed, faces_bgr_u8, batch) for batch in batches]
+    for variant in variants:
+        variant.about |= {"runtime": f"torch {torch.__version__}, eager, fp32", "threads": torch.get_num_threads()}
+    return variants
+
+
+def proved_network(source: Path, faces_bgr_u8: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The serving form of a source as a PyTorch callable: uint8 (N,112,112,3) BGR → float32 (N,D), unit rows.
+
+    It is made by the steps of an import from the source, whatever variant is served: PRelu stays PRelu, and each
+    BatchNormalization that ONNX Runtime would fold is folded for PyTorch too, which can only make it faster.
+    """
+    import json
+
+    import torch
+
+    from arcface_build.gpu_check.contestants import export_graph
+    from arcface_build.gpu_check.torch_baseline import eager_network
+    from arcface_build.importing import to_serving
+    from arcface_build.onnx_file import read_source
+    from arcface_build.proof import open_session
+
+    manifest = json.loads(source.with_name("manifest.json").read_text())
+    preprocessing = Preprocessing.from_json(manifest["preprocessing"])
+    with tempfile.TemporaryDirectory(prefix="arcface-pytorch-") as name:
+        folder = Path(name)
+        onnx = folder / "serving.onnx"
+        onnx.write_bytes(to_serving(read_source(source), preprocessing, manifest["dim"])[0].SerializeToString())
+        expected = open_session(onnx, source.name).run([EMBEDDING_OUTPUT], {FACE_INPUT: faces_bgr_u8})[0]
+        export_graph(onnx, folder)
+        try:
+            embed = eager_network(folder, torch.float32, "cpu")
+        except NotImplementedError as exc:
+            raise Missing(f"{source.name} cannot run in PyTorch: {exc}. Next: arcface bench without --pytorch") from exc
+    cosine = cosine_per_face(expected, embed(faces_bgr_u8))
+    if not cosine.min() >= MIN_COSINE:
+        raise ProofFailed(
+            f"{source.name} in PyTorch differs from ONNX Runtime: expected cosine ≥ {MIN_COSINE}, got "
+            f"{cosine.min():.7f} on {len(cosine)} faces. It is not timed: arcface bench without --pytorch"
+        )
+    return embed
