@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,8 +137,10 @@ def file_digest(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where downloads of known models are kept: ARCFACE_CACHE, else ~/.cache/arcface-triton."""
-    return Path(os.environ.get("ARCFACE_CACHE", Path.home() / ".cache" / "arcface-triton"))
+    """Where downloads of known models are kept: `storage.cache` of the configuration."""
+    from arcface_clients.config import load_config
+
+    return load_config().storage.cache.expanduser()
 
 
 def _from_file(path: Path, known: KnownModels) -> Source:

@@ -1,9 +1,9 @@
-"""Configuration keys under their former names in; today's keys out, with one warning for each."""
+"""Configuration keys and variables under their former names in; today's out, with one warning for each."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from arcface_clients.errors import ConfigError
@@ -60,6 +60,26 @@ OLD_NAMES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "max_batch_size": _same("batch.max"),
     **{f"{section}.{key}": to for section in ("tensorrt", "arcface_tensorrt") for key, to in _IN_SECTION.items()},
 }
+
+OLD_VARIABLES = {"ARCFACE_URL": "ARCFACE_TRITON__URL", "ARCFACE_CACHE": "ARCFACE_STORAGE__CACHE"}
+
+
+def renamed_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` with old variables under today's names; each one that occurs is a FutureWarning.
+
+    Raises:
+        ConfigError: an old and a new name say different things.
+    """
+    result = {name: text for name, text in environ.items() if name not in OLD_VARIABLES}
+    for old in (name for name in environ if name in OLD_VARIABLES):
+        now = OLD_VARIABLES[old]
+        if result.setdefault(now, environ[old]) != environ[old]:
+            raise ConfigError(
+                f"environment: {now} says {result[now]!r} and the old name {old} says {environ[old]!r}: "
+                f"keep {now} and unset {old}."
+            )
+        warnings.warn(f"environment variable {old} is an old name; write {now}", FutureWarning, stacklevel=2)
+    return result
 
 
 def renamed(flat: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from arcface_build.atomic import write_json
+from arcface_build.commands.server_option import url_option
 from arcface_build.errors import WrongUse
 from arcface_clients.images import load_faces
 from arcface_clients.people import FORMAT, VERSION, Journal, Limits, Loader, consensus_of_people, people_in
@@ -31,7 +32,7 @@ Ctrl-C keeps everybody who is finished in OUTPUT.partial; the same command goes 
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .json to write."
 )
-@click.option("--url", default="localhost:8001", envvar="ARCFACE_URL", help="Server to ask.")
+@url_option
 @click.option("--model", default="arcface", help="Served model.")
 @click.option(
     "--max-distance",

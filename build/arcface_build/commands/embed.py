@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from arcface_build.atomic import new_file
+from arcface_build.commands.server_option import urls_option
 from arcface_build.errors import WrongUse
 
 EPILOG = """\b
@@ -33,14 +34,7 @@ same command, what could not be read is listed in OUTPUT.bad.jsonl. With --engin
     required=True,
     help="The .npz or .parquet to write.",
 )
-@click.option(
-    "--url",
-    "urls",
-    multiple=True,
-    default=["localhost:8001"],
-    envvar="ARCFACE_URL",
-    help="Server to ask; several share the work of a .parquet.",
-)
+@urls_option
 @click.option("--model", default="arcface", help="Served model.")
 @click.option(
     "--timeout-s", type=click.FloatRange(0, min_open=True), default=120.0, help="Longest wait for one request."
