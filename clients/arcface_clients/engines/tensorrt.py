@@ -86,7 +86,7 @@ class TensorRtEngine(LocalEngine):
         except ImportError as exc:
             raise DependencyMissing(
                 f"the tensorrt engine needs TensorRT and Polygraphy ({exc}). On a GPU host: "
-                "pip install tensorrt polygraphy, in the version that built the plan"
+                "pip install 'arcface-triton[tensorrt]', and tensorrt in the version that built the plan"
             ) from exc
         file = self._file(trt.__version__)
         file.check(_sm(), trt.__version__)
