@@ -25,18 +25,22 @@ def _switch(value: Any) -> dict[str, Any]:
     return {"backend": "tensorrt" if value else "insightface"}  # off meant the unaccelerated reference
 
 
-# Old key -> what it sets now. `tensorrt.` and `arcface_tensorrt.` are two names of one former section; a key that
-# stands there without being listed is refused like any unknown key.
-_IN_SECTION: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "enabled": _switch,
-    "precision": _same("precision"),
-    "device": _same("device"),
+# Old key -> what it sets now. These stood at the top and in a section alike.
+_ANYWHERE: dict[str, Callable[[Any], dict[str, Any]]] = {
     "workspace_gb": _size("GB"),
     "workspace_size_mb": _size("MB"),
     "batch_size": _same("batch.max"),
     "min_batch_size": _same("batch.min"),
     "opt_batch_size": _same("batch.opt"),
     "max_batch_size": _same("batch.max"),
+}
+# `tensorrt.` and `arcface_tensorrt.` are two names of one former section; a key that stands there without being listed
+# is refused like any unknown key.
+_IN_SECTION: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "enabled": _switch,
+    "precision": _same("precision"),
+    "device": _same("device"),
+    **_ANYWHERE,
     "engine_path": _same("local.plan"),
     "onnx_path": _same("local.serving_onnx"),
     "engine_s3_bucket": _bucket,
@@ -52,12 +56,7 @@ _IN_SECTION: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 OLD_NAMES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "backend_type": _same("backend"),
-    "workspace_gb": _size("GB"),
-    "workspace_size_mb": _size("MB"),
-    "batch_size": _same("batch.max"),
-    "min_batch_size": _same("batch.min"),
-    "opt_batch_size": _same("batch.opt"),
-    "max_batch_size": _same("batch.max"),
+    **_ANYWHERE,
     **{f"{section}.{key}": to for section in ("tensorrt", "arcface_tensorrt") for key, to in _IN_SECTION.items()},
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from arcface_build.atomic import new_file
+from arcface_build.commands.item_progress import item_progress
 from arcface_build.commands.server_option import urls_option
 from arcface_build.errors import WrongUse
 
@@ -102,20 +103,16 @@ def _embed_to_npz(
     import json
 
     import numpy as np
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from arcface_clients import TritonEmbedder
     from arcface_clients.images import Crop, find_files, read_crops
 
     files = find_files(sources)
-    errors = Console(stderr=True)
     names: list[str] = []
     refused: list[Crop] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         TritonEmbedder(url, model, timeout_s=timeout_s) as embedder,
-        Progress(*columns, console=errors, disable=not errors.is_terminal) as progress,
+        item_progress() as progress,
     ):
         served = embedder.ensure_ready()
         bar = progress.add_task("files", total=len(files))
