@@ -144,7 +144,7 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
 
 def check_local_model(settings: EmbeddingConfig) -> Check:
     """The model that in-process engines would read."""
-    from arcface_clients.engines.files import find_model
+    from arcface_clients.engines.model_folder import find_model
 
     try:
         model = find_model(settings.local.models_dir, settings.local.model)

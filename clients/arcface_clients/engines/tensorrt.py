@@ -11,7 +11,7 @@ import numpy as np
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.devices import canonical_device
 from arcface_clients.engines.local import LocalEngine
-from arcface_clients.engines.plan_files import PlanFile, find_plan, read_plan
+from arcface_clients.engines.plan_file import PlanFile, find_plan, read_plan
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
 from arcface_clients.gpu import find_gpus
