@@ -15,6 +15,7 @@ import pytest
 from arcface_build.bench.contestants import in_process
 from arcface_build.bench.cpu_time import watch_cpu
 from arcface_build.bench.gpu_use import gpu_use
+from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import Sample, Variant, Work, measure_in_turns, ratio, undisturbed_rounds
 from arcface_build.bench.perf_analyzer import (
     Load,
@@ -242,3 +243,14 @@ def test_a_model_that_the_server_has_not_is_an_error_with_its_reason(server, tmp
     data = write_input_data(np.zeros((1, 112, 112, 3), np.uint8), tmp_path / "faces.json")
     with pytest.raises(BuildError, match=r"perf_analyzer failed on nonesuch grpc b1 c1 at .*nonesuch"):
         program.measure(Load("nonesuch", "grpc", 1, 1), server.grpc_url, data, 1)
+
+
+def test_the_host_of_a_report_names_its_gpu_with_units(fake_host) -> None:
+    fake_host()
+    (gpu,) = describe_host()["gpu"]
+    assert (gpu["name"], gpu["sm"], gpu["driver"], gpu["memory_bytes"]) == (
+        "NVIDIA A10",
+        "8.6",
+        "550.54.15",
+        23028 << 20,
+    )

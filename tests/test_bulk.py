@@ -277,10 +277,13 @@ def test_planning_a_large_tree_holds_no_list_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray warns about itself, and leaves sockets and files to its garbage collector
-def test_two_ray_workers_write_the_same_file(sources: Path, tmp_path: Path) -> None:
+def test_two_ray_workers_write_the_same_file(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'arcface-triton[ray]'")
     from arcface_clients.bulk.on_ray import run_on_ray
 
+    # Ray's processes find what they unpickle (engine_of, PixelEngine) by this variable, not by pytest's sys.path.
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     engine = PixelEngine(DIM)
     run(tmp_path / "local.parquet", [sources / "crops", sources / "stored.npz"])
     plan = Plan((str(sources / "crops"), str(sources / "stored.npz")), engine.contract_id, DIM, 4)

@@ -217,6 +217,20 @@ def test_old_names_are_understood_with_one_warning(write, text, old, key, expect
     assert value == expected
 
 
+def test_old_variables_are_understood_with_one_warning_and_refused_where_they_disagree(write):
+    with pytest.warns(FutureWarning) as seen:
+        config = load_config(write(""), environ={"ARCFACE_URL": "gpu:8001", "ARCFACE_CACHE": "/plans"})
+    assert (config.triton.url, config.storage.cache) == ("gpu:8001", Path("/plans"))
+    assert [str(warning.message) for warning in seen] == [
+        "environment variable ARCFACE_URL is an old name; write ARCFACE_TRITON__URL",
+        "environment variable ARCFACE_CACHE is an old name; write ARCFACE_STORAGE__CACHE",
+    ]
+    assert message(write(""), {"ARCFACE_URL": "a:1", "ARCFACE_TRITON__URL": "b:1"}) == (
+        "environment: ARCFACE_TRITON__URL says 'b:1' and the old name ARCFACE_URL says 'a:1': "
+        "keep ARCFACE_TRITON__URL and unset ARCFACE_URL."
+    )
+
+
 def test_every_old_name_gives_a_key_that_exists():
     keys = set(leaf_keys(EmbeddingConfig))
     assert {new for to in OLD_NAMES.values() for new in to(True)} <= keys

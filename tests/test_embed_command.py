@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,23 @@ def test_dead_server_leaves_nothing_behind(crops: Path, tmp_path: Path) -> None:
     assert done.returncode == 3
     assert done.stderr.startswith("ServerUnreachable: no Triton server answers at grpc://127.0.0.1:1")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command", [["embed", "{crops}", "-o", "x.npz"], ["parity"], ["consensus", "{crops}", "-o", "x"]]
+)
+def test_the_server_is_the_one_of_the_configuration_unless_an_option_names_one(
+    command: list[str], crops: Path, tmp_path: Path
+) -> None:
+    line = [sys.executable, "-c", "from arcface_build.cli import main; main()"]
+    line += [part.format(crops=crops) for part in command]
+    settings = {"ARCFACE_TRITON__URL": "127.0.0.1:9"}
+    for options, asked in ((), "127.0.0.1:9"), (("--url", "127.0.0.1:1"), "127.0.0.1:1"):
+        done = subprocess.run(
+            [*line, *options], capture_output=True, text=True, timeout=120, cwd=tmp_path, env={**os.environ, **settings}
+        )
+        assert done.returncode == 3, done.stderr
+        assert asked in done.stderr
 
 
 def test_nothing_readable_is_an_error_and_writes_nothing(server, crops: Path, tmp_path: Path) -> None:

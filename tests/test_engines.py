@@ -16,7 +16,7 @@ from arcface_clients.contract import Preprocessing
 from arcface_clients.drift import compare_embeddings
 from arcface_clients.engines import EmbeddingEngine, EngineRegistry
 from arcface_clients.engines.devices import canonical_device, choose_provider
-from arcface_clients.engines.files import find_model
+from arcface_clients.engines.model_folder import find_model
 from arcface_clients.engines.onnx import cpu_has_bf16
 from arcface_clients.engines.variants import cpu_runtime
 from arcface_clients.errors import BackendUnavailable, ConfigError, DependencyMissing, InvalidFaces, ModelMissing

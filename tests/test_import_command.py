@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,21 @@ def test_a_file_is_imported_installed_and_the_second_time_left_alone(workplace: 
     again = arcface_import(workplace, "net.onnx", "--name", "mine")
     assert "unchanged: models/mine (512-d, opset 17)" in again.stdout
     assert "served from: arcface_reference/1, arcface_onnx/1" in again.stdout
+
+
+def test_a_demo_that_is_there_is_not_built_again(
+    demo_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(demo_repository.parent / "models", models)
+    monkeypatch.setattr("arcface_build.sources.build_demo", None)  # whoever calls it fails
+    again = ["import", "demo", "--no-assemble", "--models-dir", str(models)]
+    with pytest.raises(SystemExit) as caught:
+        main(again)
+    assert (caught.value.code or 0, "unchanged: " in capsys.readouterr().out) == (0, True)
+    monkeypatch.setattr("arcface_build.sources.recipe", lambda arch: "demo mobile, seed 0, of other code")
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        main(again)
 
 
 def test_the_report_says_what_was_found_and_proved(workplace: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from arcface_clients.diagnostics import gpus_here
 from arcface_clients.drift import compare_embeddings
 from arcface_clients.engines import EngineRegistry
-from arcface_clients.engines.plan_files import PlanFile, find_plan, read_plan
+from arcface_clients.engines.plan_file import PlanFile, find_plan, read_plan
 from arcface_clients.errors import ConfigError, DependencyMissing, ModelMissing
 from arcface_clients.synthetic import synthetic_faces
 from tiny_model import write_model

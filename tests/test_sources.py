@@ -183,7 +183,7 @@ def known_tiny(tmp_path: Path, address: str = "") -> tuple[KnownModels, Path]:
 def test_a_known_model_is_fetched_once_and_checked(
     tmp_path: Path, zoo: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ARCFACE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ARCFACE_STORAGE__CACHE", str(tmp_path / "cache"))
     known, path = known_tiny(tmp_path, zoo["address"].decode() + "tiny.onnx")
     with pytest.raises(LicenceNotAccepted, match=r"tiny \(Apache-2.0\) would be downloaded"):
         resolve("tiny", tmp_path, known=known)

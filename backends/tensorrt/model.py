@@ -5,7 +5,7 @@ It reads what the native backend reads: cc_model_filenames (SM of the GPU → pl
 Differences: a GPU whose SM is not mapped is an error (no default_model_filename, no model.plan: a plan of another SM
 does not load), and the first optimization profile is used.
 All buffers are allocated once, for the largest batch of the profile; a request costs one copy into pinned memory.
-It needs tensorrt, polygraphy and a CUDA runtime (wheel nvidia-cuda-runtime-cu12); CUDA is called through
+It needs tensorrt, polygraphy and a CUDA runtime (arcface-triton[tensorrt] brings the last two); CUDA is called through
 polygraphy.cuda.
 """
 
@@ -198,7 +198,7 @@ def _use_device(device):
     if NOT_INSTALLED:
         raise pb_utils.TritonModelException(
             f"TensorRT is not installed for this server ({NOT_INSTALLED}). Next: serve with ONNX Runtime "
-            "(--model-config-name onnx), or install tensorrt, polygraphy and nvidia-cuda-runtime-cu12 here"
+            "(--model-config-name onnx), or install arcface-triton[tensorrt] and tensorrt here"
         )
     count = ctypes.c_int()
     try:
@@ -206,7 +206,7 @@ def _use_device(device):
         status = runtime.cudaGetDeviceCount(ctypes.byref(count))
     except Exception as exc:  # polygraphy raises its own exception where no CUDA runtime is found
         raise pb_utils.TritonModelException(
-            f"no CUDA runtime can be loaded ({str(exc).splitlines()[0]}). Next: pip install nvidia-cuda-runtime-cu12"
+            f"no CUDA runtime can be loaded ({str(exc).splitlines()[0]}). Next: pip install 'arcface-triton[tensorrt]'"
         ) from exc
     if status or device >= count.value:
         raise pb_utils.TritonModelException(

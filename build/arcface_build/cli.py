@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 from typing import NoReturn
 
 import click
 
 from arcface_build.errors import BuildError
+from arcface_build.lazy_group import LazyGroup
 from arcface_clients.errors import ArcFaceError
 
 COMMANDS = {  # name -> (module under arcface_build.commands, one line for --help)
@@ -37,26 +37,7 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
 }
 
 
-class LazyCommands(click.Group):
-    """A group that imports a subcommand's module only when that subcommand is asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """All names, in the order in which a user meets them."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The subcommand of this name, or None."""
-        if name not in COMMANDS:
-            return None
-        return import_module(f"arcface_build.commands.{COMMANDS[name][0]}").command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the subcommands without importing any of them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
-
-
-@click.command(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="arcface-triton", prog_name="arcface")
 def cli() -> None:
     """ArcFace embeddings on NVIDIA Triton: import, prove, serve, embed, compare.

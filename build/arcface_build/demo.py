@@ -6,13 +6,16 @@ different embeddings; random weights as they come would make all faces alike, an
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from arcface_build.errors import WrongUse
+from arcface_clients import synthetic
 from arcface_clients.contract import FACE_SIZE, Preprocessing
 from arcface_clients.synthetic import synthetic_faces
 
@@ -57,6 +60,14 @@ def build_demo(
     net = _Net(faces, seed, 0 if progress is None else _count_convolutions(arch), progress)
     (_mobile if arch == "mobile" else _iresnet)(net, arch)
     return net.model(arch, seed)
+
+
+def recipe(arch: str, seed: int = 0) -> str:
+    """What `build_demo` depends on besides the installed packages, in a line: arguments, and a digest of the code."""
+    code = hashlib.sha256()
+    for module in (__file__, synthetic.__file__):
+        code.update(Path(module).read_bytes())
+    return f"demo {arch}, seed {seed}, code {code.hexdigest()[:16]}"
 
 
 def _iresnet(net: _Net, arch: str) -> None:

@@ -56,7 +56,7 @@ def check_weights(settings: EmbeddingConfig) -> Check:
 
 def check_plans(settings: EmbeddingConfig) -> Check:
     """A plan for this GPU in the repository or the cache."""
-    from arcface_clients.engines.plan_files import find_plan
+    from arcface_clients.engines.plan_file import find_plan
 
     gpus, _ = gpus_here()
     wanted = settings.backend == "tensorrt"

@@ -53,7 +53,7 @@ def import_model(
     """Convert, prove and write; `folder` appears (or is replaced) whole, or is left as it was.
 
     Args:
-        source: what `arcface_build.sources.resolve` gave.
+        source: what `arcface_build.sources.resolve` gave, its file there (`sources.with_file`).
         folder: models/NAME.
         faces: uint8 (N,112,112,3) BGR to prove on.
         faces_from: where they come from, for the manifest.
@@ -112,6 +112,7 @@ def import_model(
                 "licence": source.licence,
                 "url": source.url,
                 "note": source.note,
+                **({"recipe": source.recipe} if source.recipe else {}),
                 "copy": {"file": SOURCE_FILE, "sha256": file_digest(copy), "exact": exact},
             },
             flavour=flavour.to_json(),
@@ -157,13 +158,17 @@ def decide_preprocessing(source: Source, flavour: Flavour, stated: Preprocessing
 
 
 def existing_import(folder: Path, source: Source, stated: Preprocessing | None) -> Manifest | None:
-    """The manifest of an earlier import of the same source by the same version, where its files are still whole."""
+    """The manifest of an earlier import of the same source by the same version, where its files are still whole.
+
+    A demo is the same where its recipe is: it need not be built to know.
+    """
     if not (folder / FILE).is_file():
         return None
     try:
         manifest = load_manifest(folder)
         same = (
-            manifest.source["sha256"] == source.sha256
+            manifest.source.get("recipe", "") == source.recipe
+            and (bool(source.recipe) or manifest.source["sha256"] == source.sha256)
             and manifest.tools == tool_versions()
             and manifest.serving["conversion"] == CONVERSION
             and (stated is None or manifest.wants() == stated)

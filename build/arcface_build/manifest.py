@@ -18,8 +18,8 @@ FILE = "manifest.json"
 class Manifest:
     """models/NAME/manifest.json. Digests are sha256 in hex, `created` is UTC; the keys of the dicts:
 
-    source: sha256 and file (what the user gave), kind (file, known, pack, demo), licence, url, note, copy: file, sha256
-        and exact (false where source.onnx is a repaired or joined form of it).
+    source: sha256 and file (what the user gave), kind (file, known, pack, demo), licence, url, note, recipe (of
+        a demo), copy: file, sha256 and exact (false where source.onnx is a repaired or joined form of it).
     flavour: the fields of `arcface_build.flavour.Flavour`.
     preprocessing: color, mean, std (0..255 units) and `why`, from what that was read.
     steps: step, changed, why, in the order in which they ran.

@@ -16,7 +16,6 @@ from arcface_build.atomic import new_file, new_folder, write_json
 from arcface_build.errors import Missing, WrongUse
 
 OVERLAYS = ("tensorrt", "onnx", "reference")  # what --model-config-name can be
-WEIGHTS = {"arcface_onnx": "model.onnx", "arcface_reference": "source.onnx"}
 
 
 def find_repository(given: Path | None = None) -> Path:

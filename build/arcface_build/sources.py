@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from arcface_build.atomic import new_file
-from arcface_build.demo import ARCHITECTURES, build_demo
+from arcface_build.demo import ARCHITECTURES, build_demo, recipe
 from arcface_build.errors import LicenceNotAccepted, Missing, SourceRefused, WrongUse
 from arcface_build.onnx_file import external_files
 from arcface_build.packs import find_recognition, recognition_in
@@ -32,6 +31,7 @@ class Source:
     url: str = ""
     preprocessing: Preprocessing | None = None
     note: str = ""
+    recipe: str = ""  # of a demo: what the file is made from; until `with_file` has made it, there is no sha256
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,8 @@ def resolve(
     accept_licence: bool = False,
     insightface_root: Path | None = None,
     say: Say = lambda line: None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Source:
-    """The file that `text` means. Demos are written into `workspace`, downloads into their caches.
+    """The file that `text` means. Downloads go into their caches; a demo is to be built in `workspace` by `with_file`.
 
     Raises:
         Missing: no such file, or a download failed.
@@ -94,7 +93,7 @@ def resolve(
     if path.is_dir() and text not in (*DEMOS, *known.packs, *known.models):
         return _from_file(recognition_in(path), known)
     if text in DEMOS:
-        return _from_demo(DEMOS[text], workspace, progress)
+        return _from_demo(DEMOS[text], workspace)
     if text in known.packs:
         entry = known.packs[text]
         path = find_recognition(text, entry, insightface_root, accept_licence, say)
@@ -110,6 +109,15 @@ def resolve(
         )
     names = ", ".join([*DEMOS, *known.models, *known.packs])
     raise WrongUse(f"no file and no known model {text!r}: expected an ONNX file or one of {names}.")
+
+
+def with_file(source: Source, progress: Callable[[int, int], None] | None = None) -> Source:
+    """The same source, its file there and its digest known: a demo is built now, all others have theirs already."""
+    if not source.recipe:
+        return source
+    model = build_demo(source.name.removeprefix("demo-"), progress=progress)
+    source.path.write_bytes(model.SerializeToString(deterministic=True))
+    return replace(source, sha256=file_digest(source.path))
 
 
 def file_digest(path: Path) -> str:
@@ -129,8 +137,10 @@ def file_digest(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where downloads of known models are kept: ARCFACE_CACHE, else ~/.cache/arcface-triton."""
-    return Path(os.environ.get("ARCFACE_CACHE", Path.home() / ".cache" / "arcface-triton"))
+    """Where downloads of known models are kept: `storage.cache` of the configuration."""
+    from arcface_clients.config import load_config
+
+    return load_config().storage.cache.expanduser()
 
 
 def _from_file(path: Path, known: KnownModels) -> Source:
@@ -154,17 +164,16 @@ def _known(path: Path, name: str, entry: dict[str, Any]) -> Source:
     )
 
 
-def _from_demo(arch: str, workspace: Path, progress: Callable[[int, int], None] | None) -> Source:
-    path = workspace / f"demo-{arch}.onnx"
-    path.write_bytes(build_demo(arch, progress=progress).SerializeToString(deterministic=True))
+def _from_demo(arch: str, workspace: Path) -> Source:
     return Source(
-        path,
+        workspace / f"demo-{arch}.onnx",
         f"demo-{arch}",
         "demo",
-        file_digest(path),
+        "",
         "Apache-2.0",
         preprocessing=Preprocessing(),
         note="DEMO: seeded random weights, NOT FOR RECOGNITION",
+        recipe=recipe(arch),
     )
 
 

@@ -1,9 +1,9 @@
-"""Configuration keys under their former names in; today's keys out, with one warning for each."""
+"""Configuration keys and variables under their former names in; today's out, with one warning for each."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from arcface_clients.errors import ConfigError
@@ -25,18 +25,22 @@ def _switch(value: Any) -> dict[str, Any]:
     return {"backend": "tensorrt" if value else "insightface"}  # off meant the unaccelerated reference
 
 
-# Old key -> what it sets now. `tensorrt.` and `arcface_tensorrt.` are two names of one former section; a key that
-# stands there without being listed is refused like any unknown key.
-_IN_SECTION: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "enabled": _switch,
-    "precision": _same("precision"),
-    "device": _same("device"),
+# Old key -> what it sets now. These stood at the top and in a section alike.
+_ANYWHERE: dict[str, Callable[[Any], dict[str, Any]]] = {
     "workspace_gb": _size("GB"),
     "workspace_size_mb": _size("MB"),
     "batch_size": _same("batch.max"),
     "min_batch_size": _same("batch.min"),
     "opt_batch_size": _same("batch.opt"),
     "max_batch_size": _same("batch.max"),
+}
+# `tensorrt.` and `arcface_tensorrt.` are two names of one former section; a key that stands there without being listed
+# is refused like any unknown key.
+_IN_SECTION: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "enabled": _switch,
+    "precision": _same("precision"),
+    "device": _same("device"),
+    **_ANYWHERE,
     "engine_path": _same("local.plan"),
     "onnx_path": _same("local.serving_onnx"),
     "engine_s3_bucket": _bucket,
@@ -52,14 +56,29 @@ _IN_SECTION: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 OLD_NAMES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "backend_type": _same("backend"),
-    "workspace_gb": _size("GB"),
-    "workspace_size_mb": _size("MB"),
-    "batch_size": _same("batch.max"),
-    "min_batch_size": _same("batch.min"),
-    "opt_batch_size": _same("batch.opt"),
-    "max_batch_size": _same("batch.max"),
+    **_ANYWHERE,
     **{f"{section}.{key}": to for section in ("tensorrt", "arcface_tensorrt") for key, to in _IN_SECTION.items()},
 }
+
+OLD_VARIABLES = {"ARCFACE_URL": "ARCFACE_TRITON__URL", "ARCFACE_CACHE": "ARCFACE_STORAGE__CACHE"}
+
+
+def renamed_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` with old variables under today's names; each one that occurs is a FutureWarning.
+
+    Raises:
+        ConfigError: an old and a new name say different things.
+    """
+    result = {name: text for name, text in environ.items() if name not in OLD_VARIABLES}
+    for old in (name for name in environ if name in OLD_VARIABLES):
+        now = OLD_VARIABLES[old]
+        if result.setdefault(now, environ[old]) != environ[old]:
+            raise ConfigError(
+                f"environment: {now} says {result[now]!r} and the old name {old} says {environ[old]!r}: "
+                f"keep {now} and unset {old}."
+            )
+        warnings.warn(f"environment variable {old} is an old name; write {now}", FutureWarning, stacklevel=2)
+    return result
 
 
 def renamed(flat: dict[str, Any], origin: str) -> dict[str, Any]:

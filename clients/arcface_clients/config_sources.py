@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from arcface_clients.config_old_names import renamed
+from arcface_clients.config_old_names import renamed, renamed_variables
 from arcface_clients.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -45,6 +45,7 @@ def layers(path: str | Path | None, overrides: Mapping[str, Any], environ: Mappi
     file = config_file(path, environ)
     if file is not None:
         found.add(renamed(dict(flatten(read_yaml(file))), str(file)), str(file))
+    environ = renamed_variables(environ)
     names = {variable(key): key for key in leaf_keys(EmbeddingConfig)}
     from_env = {names[name]: _parsed(name, text) for name, text in environ.items() if name in names}
     found.add(from_env, {key: f"environment variable {variable(key)}" for key in from_env})

@@ -79,7 +79,8 @@ def check_tensorrt(gpus: list[Gpu]) -> Check:
         return Check("tensorrt", "ok", f"TensorRT {version}, Polygraphy {polygraphy}")
     missing = " and ".join(n for n, v in (("tensorrt", version), ("polygraphy", polygraphy)) if not v)
     if gpus:
-        return Check("tensorrt", "problem", f"not installed: {missing}", f"pip install {missing.replace(' and', '')}")
+        wanted = "pip install 'arcface-triton[tensorrt]'" + ("" if version else " and the server's version of tensorrt")
+        return Check("tensorrt", "problem", f"not installed: {missing}", wanted)
     return Check("tensorrt", "absent", f"not installed: {missing} (needed on a GPU host only)")
 
 
@@ -143,7 +144,7 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
 
 def check_local_model(settings: EmbeddingConfig) -> Check:
     """The model that in-process engines would read."""
-    from arcface_clients.engines.files import find_model
+    from arcface_clients.engines.model_folder import find_model
 
     try:
         model = find_model(settings.local.models_dir, settings.local.model)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from arcface_clients.errors import DependencyMissing
+from arcface_clients.gpu import find_gpus
 
 _PACKAGES = (
     "arcface-triton",
@@ -44,15 +46,12 @@ def describe_host() -> dict[str, Any]:
     }
 
 
-def _gpus() -> list[dict[str, str]]:
-    """Name, SM, driver and memory of each GPU that nvidia-smi tells of."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
+def _gpus() -> list[dict[str, Any]]:
+    """The GPUs that this process may use, as `arcface_clients.gpu.Gpu` names their fields."""
+    try:
+        return [asdict(gpu) for gpu in find_gpus()]
+    except DependencyMissing:
         return []
-    query = [program, "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    rows = [line.split(", ") for line in answer.stdout.splitlines()] if answer.returncode == 0 else []
-    return [dict(zip(("name", "sm", "driver", "memory"), row, strict=False)) for row in rows]
 
 
 def _installed(name: str) -> bool:

@@ -203,7 +203,7 @@ def _layers(a: str, b: str, faces: Faces, tolerance: float, tensorrt: bool) -> d
 
 def _source_of_engines(models_dir: Path, model: str | None, *texts: str) -> Path | None:
     """The source ONNX of the imported model that an engine's name stands for."""
-    from arcface_clients.engines.files import find_model
+    from arcface_clients.engines.model_folder import find_model
     from arcface_clients.errors import ArcFaceError
 
     if all(Path(text).suffix or ":" in text for text in texts):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from arcface_build.atomic import write_json
+from arcface_build.commands.item_progress import item_progress
+from arcface_build.commands.server_option import url_option
 from arcface_build.errors import WrongUse
 from arcface_clients.images import load_faces
 from arcface_clients.people import FORMAT, VERSION, Journal, Limits, Loader, consensus_of_people, people_in
@@ -31,7 +33,7 @@ Ctrl-C keeps everybody who is finished in OUTPUT.partial; the same command goes 
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .json to write."
 )
-@click.option("--url", default="localhost:8001", envvar="ARCFACE_URL", help="Server to ask.")
+@url_option
 @click.option("--model", default="arcface", help="Served model.")
 @click.option(
     "--max-distance",
@@ -132,14 +134,9 @@ def run(
     """Records of everybody in `folder` by name, written to `output`; an interrupted run's records are taken over."""
     from contextlib import ExitStack
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from arcface_clients.cache import EmbeddingCache
 
     people = people_in(folder)
-    errors = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
         journal = stack.enter_context(
             Journal(
@@ -154,7 +151,7 @@ def run(
         left = journal.left(people)
         if len(left) < len(people):
             click.echo(f"going on: {len(people) - len(left)} of {len(people)} people were finished before", err=True)
-        progress = stack.enter_context(Progress(*columns, console=errors, disable=not errors.is_terminal))
+        progress = stack.enter_context(item_progress())
         bar = progress.add_task("people", total=len(people), completed=len(people) - len(left))
         for record in consensus_of_people(left, engine, limits, workers=workers, cache=cache, load=load):
             journal.add(record)

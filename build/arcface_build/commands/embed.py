@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 
 from arcface_build.atomic import new_file
+from arcface_build.commands.item_progress import item_progress
+from arcface_build.commands.server_option import urls_option
 from arcface_build.errors import WrongUse
 
 EPILOG = """\b
@@ -33,14 +35,7 @@ same command, what could not be read is listed in OUTPUT.bad.jsonl. With --engin
     required=True,
     help="The .npz or .parquet to write.",
 )
-@click.option(
-    "--url",
-    "urls",
-    multiple=True,
-    default=["localhost:8001"],
-    envvar="ARCFACE_URL",
-    help="Server to ask; several share the work of a .parquet.",
-)
+@urls_option
 @click.option("--model", default="arcface", help="Served model.")
 @click.option(
     "--timeout-s", type=click.FloatRange(0, min_open=True), default=120.0, help="Longest wait for one request."
@@ -108,20 +103,16 @@ def _embed_to_npz(
     import json
 
     import numpy as np
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from arcface_clients import TritonEmbedder
     from arcface_clients.images import Crop, find_files, read_crops
 
     files = find_files(sources)
-    errors = Console(stderr=True)
     names: list[str] = []
     refused: list[Crop] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         TritonEmbedder(url, model, timeout_s=timeout_s) as embedder,
-        Progress(*columns, console=errors, disable=not errors.is_terminal) as progress,
+        item_progress() as progress,
     ):
         served = embedder.ensure_ready()
         bar = progress.add_task("files", total=len(files))

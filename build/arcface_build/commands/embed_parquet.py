@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from arcface_build.commands.item_progress import item_progress
 from arcface_build.errors import WrongUse
 from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.job import Job, Plan, run_local
@@ -36,8 +35,6 @@ def embed_to_parquet(
         ArcFaceError: what the servers raise; the same command goes on from there.
     """
     connect = partial(_connect, model, timeout_s)
-    errors = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
         engines = [stack.enter_context(connect(url)) for url in urls]
         served = engines[0].ensure_ready()
@@ -51,7 +48,7 @@ def embed_to_parquet(
         if not job.items:
             job.discard()
             raise WrongUse(f"nothing to embed in {' '.join(sources)}: expected images, .npz, .npy or Parquet files.")
-        progress = stack.enter_context(Progress(*columns, console=errors, disable=not errors.is_terminal))
+        progress = stack.enter_context(item_progress())
         left = sum(1 for _ in job.pending())
         if left < job.units:
             click.echo(f"going on: {job.units - left} of {job.units} units were finished before", err=True)

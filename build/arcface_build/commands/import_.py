@@ -8,15 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from arcface_build.errors import WrongUse
 from arcface_clients.contract import Preprocessing
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command("import", context_settings={"auto_envvar_prefix": "ARCFACE_IMPORT"})
@@ -73,7 +69,7 @@ def command(
     """
     from arcface_build.importing import check_name, existing_import, import_model
     from arcface_build.proof_faces import drawn_faces, read_faces
-    from arcface_build.sources import known_models, resolve
+    from arcface_build.sources import known_models, resolve, with_file
 
     stated = _stated(color, mean, std)
     with tempfile.TemporaryDirectory(prefix="arcface-import-") as workspace, _progress() as progress:
@@ -84,13 +80,13 @@ def command(
             accept_licence=accept_license,
             insightface_root=insightface_root,
             say=lambda line: click.echo(line, err=True),
-            progress=lambda done, total: progress("build the demo network", done, total),
         )
         folder = models_dir / check_name(name or found.name)
         had_variants = (folder / "variants").is_dir()
         manifest = None if force else existing_import(folder, found, stated)
         reused = manifest is not None
         if manifest is None:
+            found = with_file(found, lambda done, total: progress("build the demo network", done, total))
             crops, faces_from = read_faces(faces) if faces else drawn_faces()
             manifest = import_model(found, folder, crops, faces_from, stated=stated, progress=progress)
     if had_variants and not (folder / "variants").is_dir():
@@ -130,12 +126,6 @@ def _three(option: str, text: str) -> tuple[float, float, float]:
     if len(numbers) not in (1, 3):
         raise WrongUse(f"{option} is {text!r}: expected one number or three with commas, as 123.675,116.28,103.53.")
     return tuple(numbers * 3 if len(numbers) == 1 else numbers)
-
-
-def _proof_faces(path: Path | None):
-    from arcface_build.proof_faces import drawn_faces, read_faces
-
-    return drawn_faces() if path is None else read_faces(path)
 
 
 @contextmanager

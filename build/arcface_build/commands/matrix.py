@@ -101,7 +101,7 @@ def render(report: dict[str, Any]) -> str:
 
 def _files(models_dir: Path, model: str | None) -> list[str]:
     """The serving ONNX and the variants that stand beside it; refused ones have another ending."""
-    from arcface_clients.engines.files import find_model
+    from arcface_clients.engines.model_folder import find_model
 
     folder = find_model(models_dir, model).path
     return [str(folder / "serving.onnx"), *(str(path) for path in sorted((folder / "variants").glob("*.onnx")))]

@@ -6,6 +6,8 @@ import json
 
 import click
 
+from arcface_build.commands.server_option import url_option
+
 EPILOG = """\b
 Examples:
   arcface parity
@@ -16,7 +18,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG, context_settings={"show_default": True})
-@click.option("--url", default="localhost:8001", envvar="ARCFACE_URL", help="Server to ask.")
+@url_option
 @click.option(
     "--faces", "sources", multiple=True, metavar="PATH", help="Folder, file, glob or .npz; default: drawn faces."
 )

@@ -8,7 +8,7 @@ import numpy as np
 
 from arcface_clients.contract import Preprocessing
 from arcface_clients.diagnose import Network
-from arcface_clients.engines.files import folder_of
+from arcface_clients.engines.model_folder import folder_of
 
 
 def reference_network(source: Path) -> tuple[Network, Preprocessing]:

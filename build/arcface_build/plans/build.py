@@ -156,7 +156,7 @@ def child_error(code: int, error: str, log: str, timeout_s: float | None = None)
     if code == EXIT_MISSING:
         return Missing(
             f"TensorRT cannot run here: {error}. Check the driver and the CUDA runtime: "
-            "pip install nvidia-cuda-runtime-cu12"
+            "pip install 'arcface-triton[tensorrt]'"
         )
     # Only the last errors: a build that goes well also logs kernels which it could not try for want of memory.
     if re.search(r"out of memory|OutOfMemory|insufficient memory|CUDA Error: 2\b", words + error, re.IGNORECASE):

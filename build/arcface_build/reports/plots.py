@@ -104,11 +104,6 @@ def waterfall(title: str, steps: Sequence[tuple[str, float, str]], unit: str) ->
     return _figure(f"{title} ({unit})", body, [], height)
 
 
-def decades(low: float, high: float) -> tuple[float, float]:
-    """The whole decades that hold a range above 0."""
-    return 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high) + 1e-9)
-
-
 def _frame(x: Axis | None, y: Axis) -> str:
     """Grid, tick labels and axis titles."""
     right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM

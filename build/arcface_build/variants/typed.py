@@ -7,7 +7,7 @@ with Cast(uint8 → float) comes out invalid, and blocking the last node makes t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -120,14 +120,7 @@ def to_float16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.Model
         copy.CopyFrom(node)
         copy.input[:] = [as_type(name, node.name in half) for name in node.input]
         nodes.append(copy)
-    typed = onnx.ModelProto()
-    typed.CopyFrom(model)
-    used = {name for node in nodes for name in node.input}
-    del typed.graph.node[:], typed.graph.initializer[:], typed.graph.value_info[:]
-    typed.graph.node.extend(nodes)
-    typed.graph.initializer.extend(w for name, w in weights.items() if name in used)
-    typed.graph.initializer.extend(halved.values())
-    return typed
+    return _rewritten(model, nodes, weights, halved)
 
 
 def rounded_as_float16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
@@ -169,14 +162,26 @@ def rounded_as_float16(model: onnx.ModelProto, keep: Collection[str] = ()) -> on
         nodes.append(copy)
         if wants:
             made_in_half.update(node.output)
-    emulated = onnx.ModelProto()
-    emulated.CopyFrom(model)
+    return _rewritten(model, nodes, weights, extra)
+
+
+def _rewritten(
+    model: onnx.ModelProto,
+    nodes: Sequence[onnx.NodeProto],
+    weights: Mapping[str, onnx.TensorProto],
+    made: Mapping[str, onnx.TensorProto],
+) -> onnx.ModelProto:
+    """The model with these nodes; of its weights those that are still read, and the new ones."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
     used = {name for node in nodes for name in node.input}
-    del emulated.graph.node[:], emulated.graph.initializer[:], emulated.graph.value_info[:]
-    emulated.graph.node.extend(nodes)
-    emulated.graph.initializer.extend(w for name, w in weights.items() if name in used)
-    emulated.graph.initializer.extend(extra.values())
-    return emulated
+    del copy.graph.node[:], copy.graph.initializer[:], copy.graph.value_info[:]
+    copy.graph.node.extend(nodes)
+    copy.graph.initializer.extend(weight for name, weight in weights.items() if name in used)
+    copy.graph.initializer.extend(made.values())
+    return copy
 
 
 def _float_tensors(model: onnx.ModelProto) -> set[str]:

@@ -10,8 +10,8 @@ import numpy as np
 
 from arcface_clients.contract import FACE_SHAPE, Preprocessing
 from arcface_clients.engines.devices import CPU
-from arcface_clients.engines.files import ModelFolder, find_model, folder_of
 from arcface_clients.engines.local import LocalEngine, unit_rows
+from arcface_clients.engines.model_folder import ModelFolder, find_model, folder_of
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
 

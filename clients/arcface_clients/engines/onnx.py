@@ -12,8 +12,8 @@ import numpy as np
 
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.devices import CPU, canonical_device, choose_provider, device_index
-from arcface_clients.engines.files import ModelFolder, find_model, folder_of, sidecar_of
 from arcface_clients.engines.local import LocalEngine
+from arcface_clients.engines.model_folder import ModelFolder, find_model, folder_of, sidecar_of
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.engines.variants import cpu_runtime, gated_runtimes
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing

@@ -11,7 +11,7 @@ import numpy as np
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.devices import canonical_device
 from arcface_clients.engines.local import LocalEngine
-from arcface_clients.engines.plan_files import PlanFile, find_plan, read_plan
+from arcface_clients.engines.plan_file import PlanFile, find_plan, read_plan
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
 from arcface_clients.gpu import find_gpus
@@ -86,7 +86,7 @@ class TensorRtEngine(LocalEngine):
         except ImportError as exc:
             raise DependencyMissing(
                 f"the tensorrt engine needs TensorRT and Polygraphy ({exc}). On a GPU host: "
-                "pip install tensorrt polygraphy, in the version that built the plan"
+                "pip install 'arcface-triton[tensorrt]', and tensorrt in the version that built the plan"
             ) from exc
         file = self._file(trt.__version__)
         file.check(_sm(), trt.__version__)

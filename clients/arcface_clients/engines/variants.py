@@ -8,8 +8,6 @@ from typing import Any
 
 from arcface_clients.errors import ModelMissing
 
-CPU_RUNTIMES = ("onnxruntime", "openvino-fp32", "openvino-bf16")  # as `arcface quantize` writes them
-
 
 def cpu_runtime(
     precision: str, openvino: bool, bf16: bool, gated: Collection[str] | None, file: Path
