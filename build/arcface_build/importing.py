@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -69,14 +69,9 @@ def import_model(
     flavour = flavour_of(model, label)
     preprocessing, why = decide_preprocessing(source, flavour, stated)
     with new_folder(folder) as temporary:
-        copy = temporary / SOURCE_FILE
         repaired = repair_source(model)
-        exact = not repaired.changed and not external_files(source.path)
-        if exact:
-            shutil.copyfile(source.path, copy)
-        else:
-            copy.write_bytes(repaired.model.SerializeToString(deterministic=True))
-        reference = Reference(copy, preprocessing, label)
+        copy = _keep_source(source, repaired, temporary / SOURCE_FILE)
+        reference = Reference(temporary / SOURCE_FILE, preprocessing, label)
         expected = reference_embeddings(reference, faces, partial(progress, "reference"))
         dim = check_width(expected.shape[1], label)
         progress("convert", 0, 1)
@@ -88,46 +83,50 @@ def import_model(
             _save_checked(for_cpu.model, temporary / CPU_FILE)
         del serving, model, for_cpu.model.graph.initializer[:], repaired.model.graph.initializer[:]
 
-        def proved(file: str) -> Proof:
-            told = partial(progress, f"prove {file}")
-            return prove(temporary / file, faces, expected, reference, faces_from, told)
-
-        proof = proved(SERVING_FILE)
-        cpu = None
-        if for_cpu.changed:
-            cpu_proof = proved(CPU_FILE)
-            cpu = {
-                **_described(temporary / CPU_FILE),
-                "why": for_cpu.why,
-                "min_cosine": cpu_proof.min_cosine,
-                "max_row_difference": cpu_proof.max_row_difference,
-            }
+        proofs = {
+            file: prove(temporary / file, faces, expected, reference, faces_from, partial(progress, f"prove {file}"))
+            for file in ((SERVING_FILE, CPU_FILE) if for_cpu.changed else (SERVING_FILE,))
+        }
         manifest = Manifest(
             name=folder.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            source={
-                "sha256": source.sha256,
-                "file": label,
-                "kind": source.kind,
-                "licence": source.licence,
-                "url": source.url,
-                "note": source.note,
-                **({"recipe": source.recipe} if source.recipe else {}),
-                "copy": {"file": SOURCE_FILE, "sha256": file_digest(copy), "exact": exact},
-            },
+            source=_source_told(source, copy),
             flavour=flavour.to_json(),
             preprocessing={**preprocessing.to_json(), "why": why},
             dim=dim,
             contract_id=contract_id(source.sha256, preprocessing, dim),
             steps=[step.to_json() for step in (repaired, *steps)],
             serving={**_described(temporary / SERVING_FILE), "opset": opset, "conversion": CONVERSION},
-            proof=proof.to_json(),
+            proof=proofs[SERVING_FILE].to_json(),
             tools=tool_versions(),
-            cpu=cpu,
+            cpu=_cpu_told(temporary / CPU_FILE, for_cpu.why, proofs[CPU_FILE]) if for_cpu.changed else None,
         )
         write_json(temporary / FILE, manifest.to_json())
         _keep_variants(folder, temporary, manifest)
     return manifest
+
+
+def _keep_source(source: Source, repaired: Step, target: Path) -> dict[str, Any]:
+    """Write what the reference will run: the source byte for byte, or its repaired form in one file."""
+    exact = not repaired.changed and not external_files(source.path)
+    if exact:
+        shutil.copyfile(source.path, target)
+    else:
+        target.write_bytes(repaired.model.SerializeToString(deterministic=True))
+    return {"file": target.name, "sha256": file_digest(target), "exact": exact}
+
+
+def _source_told(source: Source, copy: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the source."""
+    told = {"sha256": source.sha256, "file": source.path.name, "kind": source.kind, "licence": source.licence}
+    told |= {"url": source.url, "note": source.note}
+    return told | ({"recipe": source.recipe} if source.recipe else {}) | {"copy": copy}
+
+
+def _cpu_told(file: Path, why: str, proof: Proof) -> dict[str, Any]:
+    """What the manifest says of the CPU form."""
+    proved = {"min_cosine": proof.min_cosine, "max_row_difference": proof.max_row_difference}
+    return {**_described(file), "why": why, **proved}
 
 
 def to_serving(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int) -> tuple[onnx.ModelProto, list[Step]]:

@@ -136,7 +136,8 @@ def command(
         ]
         with progress_of_rounds(len(variants) * (rounds + 1)) as advance:
             samples = measure_in_turns(variants, rounds, sample_s, advance)
-    result = summarise(variants, samples, host) | {"faces": len(faces), "faces_from": list(sources) or "drawn"}
+    names = [Path(source).name for source in sources]  # a report travels, its paths would not
+    result = summarise(variants, samples, host) | {"faces": len(faces), "faces_from": names or "drawn"}
     if waterfall:
         result["waterfall"] = waterfall_rows(samples, result["rounds"]["kept"], batches[0])
     for path, write in ((csv_to, bench_csv), (html_to, bench_page)):
