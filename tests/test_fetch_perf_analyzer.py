@@ -57,7 +57,7 @@ def find(packages: Path, cache: Path, wheels: Path) -> subprocess.CompletedProce
         pytest.skip(f"{below} is not there, or has a perf_analyzer of its own")
     pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
     places = {"PATH": "/nonexistent", "PYTHONPATH": f"{REPO / 'clients'}:{REPO / 'build'}:{packages}"}
-    environment = {"HOME": str(cache.parent), "ARCFACE_CACHE": str(cache), **pip, **places}
+    environment = {"HOME": str(cache.parent), "ARCFACE_STORAGE__CACHE": str(cache), **pip, **places}
     line = [str(below), "-S", "-c", FIND]
     return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=60, check=False)
 
