@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from arcface_build.bench import bulk
-from arcface_build.bench.clients import restarts, run, stream_memory
+from arcface_build.bench.clients import restarts, run, run_quick, stream_memory
 from arcface_build.errors import Missing
 
 
@@ -26,6 +26,11 @@ def test_a_way_over_the_gpu_is_never_measured_as_another_one(odd_server) -> None
         pytest.skip("this host has a GPU")
     with pytest.raises(Missing, match=r"grpc-cudashm cannot be measured: .* is not possible: .*Next: --way grpc "):
         run(None, odd_server.grpc_url, odd_server.http_url, model="good", ways=("grpc-cudashm",), rounds=1)
+
+
+def test_requests_in_flight_are_compared_on_a_model_that_costs_nothing() -> None:
+    result = run_quick((1, 4), ("grpc-shm",), batch=8, rounds=1, sample_s=0.05)
+    assert [row["in_flight"] for row in result["variants"]] == [1, 4]
 
 
 def test_stream_keeps_its_memory() -> None:

@@ -109,23 +109,11 @@ def run(
     return summarise(variants, samples, describe_host())
 
 
-def in_flight_sweep(
-    counts: Sequence[int] = (1, 2, 3, 4, 6, 8), ways: Sequence[str] = WAYS, rounds: int = 5, sample_s: float = 1.0
-) -> dict[str, Any]:
-    """Throughput by requests in flight against the quick model, where the client and the way are all there is."""
-    with quick_server() as (start, now):
-        start()
-        process = now["process"]
-        return run(
-            None,
-            process.grpc_url,
-            process.http_url,
-            model=QUICK,
-            in_flight=counts,
-            ways=ways,
-            rounds=rounds,
-            sample_s=sample_s,
-        )
+def run_quick(in_flight: Sequence[int], ways: Sequence[str] = WAYS, **settings: Any) -> dict[str, Any]:
+    """`run` against the quick model, where the client and the way are all there is."""
+    with quick_server() as (start, _):
+        process = start()
+        return run(None, process.grpc_url, process.http_url, model=QUICK, in_flight=in_flight, ways=ways, **settings)
 
 
 def stream_memory(count: int = 1_000_000, way: str = "grpc-shm") -> dict[str, Any]:

@@ -158,15 +158,16 @@ def render(result: dict[str, Any]) -> str:
     lines = [f"{'':34} {'faces/s':>9} {'p10–p90':>17} {'CPU ms/face':>12} {'p50 ms':>9} {'p99 ms':>9}"]
     for row in result["variants"]:
         speed, cpu = row["faces_per_s"], row["cpu_ms_per_face"]
-        latency = row["latency_ms"] or {"p50": float("nan"), "p99": float("nan")}  # a stream has none
+        used = f"{cpu['median']:.2f}" if cpu else "—"
+        p50, p99 = (f"{row['latency_ms'][p]:.1f}" if row["latency_ms"] else "—" for p in ("p50", "p99"))
         lines.append(
             f"{row['name']:34} {speed['median']:9.1f} {speed['low']:8.1f}–{speed['high']:<8.1f} "
-            f"{cpu['median'] if cpu else float('nan'):12.2f} {latency['p50']:9.1f} {latency['p99']:9.1f}"
+            f"{used:>12} {p50:>9} {p99:>9}"
         )
     for row in result["variants"]:
         if row.get("ensemble"):
             lines += ["", f"{row['name']}: {ensemble_told(row['ensemble'])}"]
-    lines += ["", "ratio of throughput, within a round: median (p10–p90)"]
+    lines += ["", "ratio of throughput, within a round: median (p10–p90)"] if result["ratios"] else [""]
     for row in result["ratios"]:
         lines.append(f"  {row['median']:.3f} ({row['low']:.3f}–{row['high']:.3f})  {row['variant']} / {row['base']}")
     for row in result.get("waterfall", []):

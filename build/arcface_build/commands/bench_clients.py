@@ -12,6 +12,7 @@ EPILOG = """\b
 Examples:
   arcface bench-clients                              gRPC, HTTP, shared memory against the bare session, batch 32
   arcface bench-clients --way grpc-shm --way grpc-cudashm --way grpc-gpufaces   on a GPU host: regions on the GPU
+  arcface bench-clients --quick --in-flight 1 --in-flight 2 --in-flight 4 --in-flight 8
   arcface bench-clients --stream 1000000             peak memory while a million generated faces go through
   arcface bench-clients --restarts 10000             every face answered once though the server is killed twice
   arcface bench-clients --bulk 1000000               rate and memory of a bulk job to Parquet, without an engine
@@ -32,6 +33,7 @@ Examples:
 @click.option("--in-flight", multiple=True, default=(4,), show_default=True, type=click.IntRange(1))
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--sample-s", default=5.0, show_default=True, type=click.FloatRange(0))
+@click.option("--quick", is_flag=True, help="Against a model that does next to nothing: the client and the way alone.")
 @click.option("--stream", type=click.IntRange(1), help="Instead: memory of a stream of so many faces.")
 @click.option("--restarts", "requests", type=click.IntRange(1), help="Instead: so many requests across two kills.")
 @click.option("--bulk", type=click.IntRange(1), help="Instead: rate and memory of a bulk job of so many faces.")
@@ -43,6 +45,7 @@ def command(
     in_flight: tuple[int, ...],
     rounds: int,
     sample_s: float,
+    quick: bool,
     stream: int | None,
     requests: int | None,
     bulk: int | None,
@@ -69,6 +72,12 @@ def command(
         measured = measure(count)
         result = {"kind": kind, "host": describe_host(), **measured}
         text = json.dumps(measured, indent=2)
+    elif quick:
+        with progress_of_rounds(len(ways) * len(in_flight) * (rounds + 1)) as advance:
+            result = clients.run_quick(
+                in_flight, ways, batch=batch, rounds=rounds, sample_s=sample_s, on_sample=advance
+            )
+        text = render(result)
     else:
         onnx = served_file(model_repository, "arcface_onnx", "model.onnx")
         with (
