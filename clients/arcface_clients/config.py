@@ -173,6 +173,14 @@ class Triton(_Section):
     headers: dict[str, str] = {}
     tls: Tls = Tls()
 
+    @field_validator("shared_memory", mode="before")
+    @classmethod
+    def _kind_or_switch(cls, value: object) -> object:
+        kind = str(value).lower()
+        if value is not None and kind not in ("auto", "system", "cuda", "true", "false"):
+            raise ValueError("expected auto, system, cuda, true or false")
+        return value if value is None else {"true": True, "false": False}.get(kind, kind)
+
 
 class EmbeddingConfig(_Section):
     """Everything a pipeline can set; the shipped config/embedding.yaml names every key with its default."""

@@ -22,6 +22,8 @@ def _bucket(value: Any) -> dict[str, Any]:
 
 
 def _switch(value: Any) -> dict[str, Any]:
+    if not isinstance(value, bool):  # a word such as "no" in quotes would be taken for true
+        raise ConfigError(f"the old name enabled says {value!r}: expected true or false. Write backend: instead.")
     return {"backend": "tensorrt" if value else "insightface"}  # off meant the unaccelerated reference
 
 

@@ -77,10 +77,25 @@ def checked(model: type[Model], found: Layers) -> Model:
         raise ConfigError("\n".join(faults)) from exc
 
 
+class _OnceEachKey(yaml.SafeLoader):
+    """YAML's safe loader, but a key that stands twice is an error: the last one would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} stands there twice: delete one of them", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file; an empty file is an empty mapping."""
     try:
-        data = yaml.safe_load(file.read_text())
+        data = yaml.load(file.read_text(), Loader=_OnceEachKey)
     except OSError as exc:
         raise ConfigError(
             f"{file}: cannot be read ({exc.strerror}): expected a YAML file. Copy config/embedding.yaml to start one."
@@ -163,7 +178,10 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def _fault(model: type[BaseModel], found: Layers, error: Any) -> str:
     """One pydantic error as one line of ours."""
     key = ".".join(str(part) for part in error["loc"])
-    where = next((text for k, text in found.origin.items() if k == key or k.startswith(f"{key}.")), "configuration")
+    where = next(
+        (text for k, text in found.origin.items() if f"{k}.".startswith(f"{key}.") or f"{key}.".startswith(f"{k}.")),
+        "configuration",
+    )
     if error["type"] == "extra_forbidden":
         return f"{where}: {key}: no such key. {_neighbours(model, key)}"
     if error["type"] == "model_type":

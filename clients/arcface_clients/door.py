@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from arcface_clients.engines.devices import canonical_device
 from arcface_clients.engines.protocol import EmbeddingEngine
 from arcface_clients.engines.registry import EngineRegistry
-from arcface_clients.errors import BackendUnavailable
+from arcface_clients.errors import BackendUnavailable, ConfigError
 from arcface_clients.fallback import FallbackEmbedder
 from arcface_clients.validation import StartupValidation
 
@@ -162,6 +162,16 @@ def _settings(
     from arcface_clients.config_old_names import from_section
     from arcface_clients.config_sources import Layers, checked, flatten
 
+    for name, value, kinds in (
+        ("tensorrt_config", tensorrt_config, (Mapping,)),
+        ("config", config, (EmbeddingConfig, str, Path)),
+    ):
+        if value is not None and not isinstance(value, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ConfigError(
+                f"{name}: expected {expected}, got {type(value).__name__}. "
+                "Keys and values go into tensorrt_config, the path of a file into config."
+            )
     asked = from_section(dict(flatten(tensorrt_config or {})))
     if backend_type is not None:
         asked["backend"] = EngineRegistry.canonical(backend_type)
