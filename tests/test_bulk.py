@@ -242,6 +242,30 @@ def test_another_model_other_sources_or_a_second_process_are_refused(sources: Pa
         assert job.units > 0
 
 
+@pytest.mark.parametrize("text", ["", "garbage", "[]", '{"plan": {}}', '{"plan": {}, "units": 1, "items": 1}'])
+def test_a_damaged_unfinished_run_is_named_and_started_over_with_force(
+    sources: Path, tmp_path: Path, text: str
+) -> None:
+    plan = Plan((str(sources / "plain.npy"),), CONTRACT, DIM, 4)
+    Job(tmp_path / "out.parquet", plan).close()
+    (tmp_path / "out.parquet.parts" / "plan.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"plan\.json is damaged .*Start over: --force"):
+        Job(tmp_path / "out.parquet", plan)
+    Job(tmp_path / "out.parquet", plan, start_over=True).close()
+
+
+def test_numbers_as_names_and_identities_become_text(faces: np.ndarray, tmp_path: Path) -> None:
+    columns = {"face": [face.tobytes() for face in faces[:3]], "path": [0, 7, None], "identity": [0, 12, None]}
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    assert run(tmp_path / "out.parquet", [tmp_path / "in.parquet"]) == (3, 0)
+    rows = rows_of(tmp_path / "out.parquet")
+    assert {name: identity for name, (identity, _) in rows.items()} == {
+        "0": "0",
+        "7": "12",
+        f"{tmp_path / 'in.parquet'}[2]": None,
+    }
+
+
 def test_workers_share_the_units(tmp_path: Path) -> None:
     np.save(
         tmp_path / "faces.npy",
@@ -363,6 +387,14 @@ def test_nothing_to_embed_leaves_nothing_behind(server, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "nothing to embed in" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_nothing_readable_writes_the_reasons_and_no_output(server, tmp_path: Path) -> None:
+    done = arcface_embed(tmp_path / "missing", "-o", tmp_path / "out.parquet", "--url", server.grpc_url, "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no face could be read from" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet.bad.jsonl"]
+    assert "No such file" in bad_of(tmp_path / "out.parquet")[str(tmp_path / "missing")]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -123,3 +123,5 @@ def test_calibration_finds_the_distance_that_own_faces_reach() -> None:
     assert 0.02 * len(faces) <= sum(alarms) <= 0.08 * len(faces)
     with pytest.raises(InvalidEmbeddings, match="nobody has two faces"):
         calibrate(faces[:1], names[:1])
+    with pytest.raises(InvalidEmbeddings, match="expected a name for each of 2 embeddings"):
+        calibrate(faces[:2], names[:1])

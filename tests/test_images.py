@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from arcface_clients.bulk.units import plan_units
 from arcface_clients.images import find_files, load_faces
 from arcface_clients.synthetic import synthetic_faces
 
@@ -34,6 +36,17 @@ def test_folder_gives_all_images_below_it_sorted(folder: Path) -> None:
 def test_overlapping_sources_give_each_file_once(folder: Path) -> None:
     files = find_files([folder, f"{folder}/**/*.png", folder / "a" / "1.png"])
     assert [Path(f).name for f in files] == ["1.png", "10.PNG", "2.png"]
+
+
+def test_links_to_folders_are_followed_loops_and_pipes_are_not(folder: Path, tmp_path_factory) -> None:
+    linked = tmp_path_factory.mktemp("linked")
+    (linked / "person").symlink_to(folder / "b")
+    (linked / "person" / "back").symlink_to(linked)
+    (linked / "gone.png").symlink_to(linked / "nowhere.png")
+    os.mkfifo(linked / "pipe.png")
+    expected = [str(linked / "person" / name) for name in ("10.PNG", "2.png")]
+    assert find_files([linked]) == expected
+    assert [item[0] for unit in plan_units([linked], 100) for item in unit["items"]] == expected
 
 
 def test_what_cannot_be_read_is_named_with_its_reason(folder: Path) -> None:

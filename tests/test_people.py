@@ -117,9 +117,10 @@ def test_a_journal_of_another_model_or_other_limits_is_not_mixed_in(tmp_path: Pa
     with pytest.raises(ConfigError, match="'photos': True}: expected the same"):
         Journal(path, CONTRACT, LIMITS, photos=True)
     Journal(path, "d" * 64, LIMITS, start_over=True).close()
-    path.write_text("something else\n")
-    with pytest.raises(ConfigError, match="is not a journal of this program"):
-        Journal(path, CONTRACT, LIMITS)
+    for text in ("something else", "[1]", '{"contract_id": 1}\n[1]', "{}"):
+        path.write_text(f"{text}\n")
+        with pytest.raises(ConfigError, match="is not a journal of this program"):
+            Journal(path, CONTRACT, LIMITS)
 
 
 def test_a_dead_server_stops_the_run_and_no_more_people_wait_than_twice_the_workers(folder: Path) -> None:

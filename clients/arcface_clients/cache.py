@@ -216,11 +216,19 @@ class EmbeddingCache:
 
 def _open(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, check_same_thread=False, timeout=30)
+    connection = None
     try:
+        connection = sqlite3.connect(path, check_same_thread=False, timeout=30)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.executescript(SCHEMA)
+    except sqlite3.OperationalError as exc:  # no room, no rights, locked: the file may well be a cache
+        if connection is not None:
+            connection.close()
+        raise ConfigError(
+            f"the embedding cache {path} cannot be opened ({exc}): expected a writable file on a disk with room. "
+            "Free space, or give another path."
+        ) from exc
     except sqlite3.DatabaseError as exc:
         connection.close()
         raise ConfigError(

@@ -150,9 +150,13 @@ def calibrate(embeddings: np.ndarray, identities: np.ndarray, false_alarms: floa
         false_alarms: share of own faces that may be called strangers, 0..1.
 
     Raises:
-        InvalidEmbeddings: nobody has two faces, zero or NaN rows.
+        InvalidEmbeddings: nobody has two faces, zero or NaN rows, more or fewer names than rows.
     """
     unit, names = unit_rows(embeddings), np.asarray(identities)
+    if names.shape != unit.shape[:1]:
+        raise InvalidEmbeddings(
+            f"expected a name for each of {len(unit)} embeddings, got {names.size}."
+        )
     own: list[np.ndarray] = []
     for name in np.unique(names):
         rows = unit[names == name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,37 @@ def find_files(sources: Iterable[str | Path]) -> list[str]:
     found: set[str] = set()
     for source in map(str, sources):
         if Path(source).is_dir():
-            found.update(str(p) for p in Path(source).rglob("*") if _is_ours(p))
+            found.update(files_below(source, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)))
         elif glob.has_magic(source) and not Path(source).exists():
             # Path.glob takes no absolute patterns
             found.update(p for p in glob.glob(source, recursive=True) if Path(p).is_file())  # noqa: PTH207
         else:
             found.add(source)
     return sorted(found)
+
+
+def files_below(
+    folder: str, suffixes: tuple[str, ...], above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[str]:
+    """Files with these suffixes in a folder and all below it, sorted folder by folder.
+
+    Links are followed, but not one that leads back to a folder `above` (device and inode). os.scandir, because a Path
+    for each of millions of files costs more.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    status = Path(folder).stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        found = sorted((entry.path, entry.is_dir()) for entry in entries if entry.is_dir() or entry.is_file())
+    for path, is_folder in found:
+        if is_folder:
+            yield from files_below(path, suffixes, above | {here})
+        elif path.lower().endswith(suffixes):
+            yield path
 
 
 def read_crops(files: Iterable[str]) -> Iterator[Crop]:
@@ -128,10 +153,6 @@ def read_array(path: str | Path) -> np.ndarray:
         raise
     except (ValueError, EOFError, _bad_zip()) as exc:
         raise InvalidFaces(f"not a NumPy file, or cut off ({exc})") from exc
-
-
-def _is_ours(path: Path) -> bool:
-    return path.suffix.lower() in (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES) and path.is_file()
 
 
 def _bad_zip() -> type[Exception]:

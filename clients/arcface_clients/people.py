@@ -139,12 +139,13 @@ class Journal:
         if lines:
             try:
                 begun, *records = map(json.loads, lines)
+                began_with = begun["contract_id"]
                 self.records = {record["person"]: record for record in records}
             except (ValueError, KeyError, TypeError) as exc:
                 raise ConfigError(f"{path} is not a journal of this program ({exc}). Start over: --force") from exc
-            if begun.get("contract_id") != contract_id:
+            if began_with != contract_id:
                 raise ContractMismatch(
-                    f"{path} was begun with contract {begun.get('contract_id')}, this model's is {contract_id}: "
+                    f"{path} was begun with contract {began_with}, this model's is {contract_id}: "
                     "expected one model for all people. Start over: --force"
                 )
             if begun != head:

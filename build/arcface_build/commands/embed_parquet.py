@@ -31,7 +31,7 @@ def embed_to_parquet(
     """Run the job, or what is left of it, and print the summary; 0.
 
     Raises:
-        WrongUse: there is nothing to embed.
+        WrongUse: there is nothing to embed, or no face could be read.
         ArcFaceError: what the servers raise; the same command goes on from there.
     """
     connect = partial(_connect, model, timeout_s)
@@ -61,6 +61,13 @@ def embed_to_parquet(
         else:
             run_local(job, engines, partial(progress.advance, bar))
         rows, refused = job.finish()
+    if not rows:
+        output.unlink()
+        raise WrongUse(
+            f"no face could be read from {' '.join(sources)}: {refused} refused, see {bad_path(output)}. Expected "
+            + ("photos that show a face." if detector else "aligned 112×112 crops; photos need --detect.")
+            + f" {output} was not written"
+        )
     summary = {
         "output": str(output),
         "faces": rows,

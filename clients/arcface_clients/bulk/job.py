@@ -92,10 +92,17 @@ class Job:
         file = self.folder / "plan.json"
         mine = json.loads(json.dumps(asdict(self.plan)))
         if file.exists():
-            begun = json.loads(file.read_text())
-            if begun["plan"]["contract_id"] != mine["contract_id"]:
+            try:
+                begun = json.loads(file.read_text())
+                self.units, self.items = begun["units"], begun["items"]
+                of_contract = begun["plan"]["contract_id"]
+            except (ValueError, KeyError, TypeError) as exc:
+                raise ConfigError(
+                    f"{file} is damaged ({exc}): expected what an unfinished run left. Start over: --force"
+                ) from exc
+            if of_contract != mine["contract_id"]:
                 raise ContractMismatch(
-                    f"{self.output} was begun with contract {begun['plan']['contract_id']}, the model that is served "
+                    f"{self.output} was begun with contract {of_contract}, the model that is served "
                     f"now has {mine['contract_id']}: expected one model for all rows. Start over: --force"
                 )
             different = [key for key in mine if begun["plan"].get(key) != mine[key]]
@@ -105,7 +112,6 @@ class Job:
                     f"{[begun['plan'].get(key) for key in different]}, got {[mine[key] for key in different]}. "
                     "Give the same, or start over: --force"
                 )
-            self.units, self.items = begun["units"], begun["items"]
             return
         self._empty()
         self.units = self.items = 0

@@ -168,8 +168,9 @@ def _parquet_rows(path: str, start: int, stop: int) -> Iterator[Item]:
         for batch in file.iter_batches(READ_ROWS, row_groups=groups, columns=[column, *names]):
             for record in batch.to_pylist():
                 if start <= row < stop:
-                    name = record.get("path") or f"{path}[{row}]"
-                    yield _decoded(name, record.get("identity"), record[column])
+                    name, identity = record.get("path"), record.get("identity")  # numbers in many a data set
+                    name = f"{path}[{row}]" if name in (None, "") else str(name)
+                    yield _decoded(name, None if identity is None else str(identity), record[column])
                 row += 1
 
 

@@ -7,14 +7,13 @@ A unit says what to read, never holds it: {"kind": "files", "items": [[path, ide
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from arcface_clients.bulk.read import count_rows
 from arcface_clients.errors import InvalidFaces
-from arcface_clients.images import ARRAY_SUFFIXES, IMAGE_SUFFIXES
+from arcface_clients.images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, files_below
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 Unit = dict[str, Any]
@@ -55,7 +54,7 @@ def _walk(sources: Iterable[str | Path]) -> Iterator[tuple[str, str | None]]:
     """(path, identity) of every file; the identity is the folder's name where a source holds folders of people."""
     for source in map(str, sources):
         if Path(source).is_dir():
-            for path in _files_below(source):
+            for path in files_below(source, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES, *PARQUET_SUFFIXES)):
                 folder = Path(path).parent
                 yield path, None if folder == Path(source) else folder.name
         elif glob.has_magic(source) and not Path(source).exists():
@@ -66,14 +65,3 @@ def _walk(sources: Iterable[str | Path]) -> Iterator[tuple[str, str | None]]:
                     yield path, Path(path).parent.name if named else None
         else:
             yield source, None
-
-
-def _files_below(folder: str) -> Iterator[str]:
-    """Files that may hold faces, sorted folder by folder; os.scandir because a Path for each of millions costs more."""
-    with os.scandir(folder) as entries:
-        found = sorted((entry.path, entry.is_dir()) for entry in entries)
-    for path, is_folder in found:
-        if is_folder:
-            yield from _files_below(path)
-        elif path.lower().endswith((*IMAGE_SUFFIXES, *ARRAY_SUFFIXES, *PARQUET_SUFFIXES)):
-            yield path
