@@ -130,10 +130,26 @@ def test_closed_embedder_says_so(server) -> None:
         embedder.encode(FACES[:1])
 
 
-@pytest.mark.parametrize("wrong", [{"timeout_s": 0}, {"in_flight": 0}, {"retry_for_s": -1}, {"url": "ftp://x"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"timeout_s": 0},
+        {"in_flight": 0},
+        {"retry_for_s": -1},
+        {"url": "ftp://x"},
+        {"model": ""},
+        {"headers": {"key": 1}},
+        {"headers": ["key"]},
+    ],
+)
 def test_impossible_arguments_are_refused_at_once(wrong: dict) -> None:
     with pytest.raises(ConfigError, match="xpected"):
         TritonEmbedder(**wrong)
+
+
+def test_a_host_that_nobody_knows_is_unreachable() -> None:
+    with pytest.raises(ServerUnreachable, match=r"no Triton server answers at grpc://nowhere\.invalid:8001"):
+        TritonEmbedder("nowhere.invalid:8001", retry_for_s=0).ensure_ready()
 
 
 def test_forked_child_refuses_instead_of_hanging(server) -> None:

@@ -32,6 +32,14 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be before anything is opened."""
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError(f"model is {self.model!r}; expected a served model's name, such as 'arcface'.")
+        if not isinstance(self.headers or {}, Mapping) or not all(
+            isinstance(part, str) for header in (self.headers or {}).items() for part in header
+        ):
+            raise ConfigError(
+                "headers: expected a mapping of names to values, both text, such as {'authorization': '…'}."
+            )
         self.connection()
         if self.timeout_s <= 0 or self.in_flight < 1 or self.retry_for_s < 0:
             raise ConfigError(

@@ -34,6 +34,7 @@ _UNREACHABLE = (
     "broken pipe",
     "name resolution",
     "dns resolution",
+    "errors resolving",
     "tcp stream",
     "goaway",
     "handshak",
