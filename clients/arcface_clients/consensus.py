@@ -154,9 +154,7 @@ def calibrate(embeddings: np.ndarray, identities: np.ndarray, false_alarms: floa
     """
     unit, names = unit_rows(embeddings), np.asarray(identities)
     if names.shape != unit.shape[:1]:
-        raise InvalidEmbeddings(
-            f"expected a name for each of {len(unit)} embeddings, got {names.size}."
-        )
+        raise InvalidEmbeddings(f"expected a name for each of {len(unit)} embeddings, got {names.size}.")
     own: list[np.ndarray] = []
     for name in np.unique(names):
         rows = unit[names == name]
