@@ -61,6 +61,20 @@ def test_dead_server_leaves_nothing_behind(crops: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [["embed", "-o", "x.npz"], ["embed", "-o", "x.parquet"], ["consensus", "-o", "x"]])
+def test_the_configured_servers_tls_files_are_used_for_that_server_alone(
+    command: list[str], crops: Path, tmp_path: Path
+) -> None:
+    line = [sys.executable, "-c", "from arcface_build.cli import main; main()", command[0], str(crops), *command[1:]]
+    settings = {"ARCFACE_TRITON__URL": "grpcs://127.0.0.1:1", "ARCFACE_TRITON__TLS__CA_FILE": "own.pem"}
+    for options, code in ((), 2), (("--url", "grpcs://127.0.0.1:9"), 3):
+        done = subprocess.run(
+            [*line, *options], capture_output=True, text=True, timeout=120, cwd=tmp_path, env={**os.environ, **settings}
+        )
+        assert done.returncode == code, done.stderr
+        assert ("own.pem" in done.stderr) == (not options)
+
+
 @pytest.mark.parametrize(
     "command", [["embed", "{crops}", "-o", "x.npz"], ["parity"], ["consensus", "{crops}", "-o", "x"]]
 )

@@ -41,7 +41,7 @@ def run(
     """Measure, say each figure as it is known, and return all as JSON.
 
     Args:
-        folder: FOLDER/PERSON/*.jpg, aligned crops; at least two people with three faces each.
+        folder: FOLDER/PERSON/*.jpg, aligned crops; at least four people with three faces each.
         engine: embeds them; states a contract id.
         images: the same people's photos, FOLDER/PERSON/*, for the figures of detection and alignment.
         detector: YuNet's file.

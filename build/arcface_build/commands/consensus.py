@@ -10,7 +10,7 @@ import click
 
 from arcface_build.atomic import write_json
 from arcface_build.commands.item_progress import item_progress
-from arcface_build.commands.server_option import url_option
+from arcface_build.commands.server_option import access_to, url_option
 from arcface_build.errors import WrongUse
 from arcface_clients.images import load_faces
 from arcface_clients.people import FORMAT, VERSION, Journal, Limits, Loader, consensus_of_people, people_in
@@ -91,7 +91,7 @@ def command(
         from arcface_clients.detect import FaceDetector, load_detected
 
         load = partial(load_detected, detector=FaceDetector(detector))
-    with TritonEmbedder(url, model) as engine:
+    with TritonEmbedder(url, model, **access_to(url)) as engine:
         engine.ensure_ready()
         records = run(folder, output, engine, limits, workers, cache_path, force, load)
     undecided = {name: record["reason"] for name, record in records.items() if not record["agreed"]}

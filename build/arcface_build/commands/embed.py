@@ -10,7 +10,7 @@ import click
 
 from arcface_build.atomic import new_file
 from arcface_build.commands.item_progress import item_progress
-from arcface_build.commands.server_option import urls_option
+from arcface_build.commands.server_option import access_to, urls_option
 from arcface_build.errors import WrongUse
 
 EPILOG = """\b
@@ -111,7 +111,7 @@ def _embed_to_npz(
     names: list[str] = []
     refused: list[Crop] = []
     with (
-        TritonEmbedder(url, model, timeout_s=timeout_s) as embedder,
+        TritonEmbedder(url, model, timeout_s=timeout_s, **access_to(url)) as embedder,
         item_progress() as progress,
     ):
         served = embedder.ensure_ready()

@@ -6,10 +6,12 @@ import json
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from arcface_build.commands.item_progress import item_progress
+from arcface_build.commands.server_option import access_to
 from arcface_build.errors import WrongUse
 from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.job import Job, Plan, run_local
@@ -34,7 +36,7 @@ def embed_to_parquet(
         WrongUse: there is nothing to embed, or no face could be read.
         ArcFaceError: what the servers raise; the same command goes on from there.
     """
-    connect = partial(_connect, model, timeout_s)
+    connect = partial(_connect, model, timeout_s, {url: access_to(url) for url in urls})
     with ExitStack() as stack:
         engines = [stack.enter_context(connect(url)) for url in urls]
         served = engines[0].ensure_ready()
@@ -85,6 +87,6 @@ def embed_to_parquet(
     return 0
 
 
-def _connect(model: str, timeout_s: float, url: str) -> TritonEmbedder:
+def _connect(model: str, timeout_s: float, access: dict[str, dict[str, Any]], url: str) -> TritonEmbedder:
     """A module-level function, so that Ray can send it."""
-    return TritonEmbedder(url, model, timeout_s=timeout_s)
+    return TritonEmbedder(url, model, timeout_s=timeout_s, **access[url])

@@ -1,6 +1,8 @@
-"""What commands that ask a server share: `--url`, by default the server that the configuration names."""
+"""What commands that ask a server share: `--url`, by default the server that the configuration names, and its keys."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import click
 
@@ -16,6 +18,21 @@ def configured_url() -> str:
     from arcface_clients.config import load_config
 
     return load_config().triton.url
+
+
+def access_to(url: str) -> dict[str, Any]:
+    """Headers, TLS files and compression of the configured server, for `TritonEmbedder`; nothing for any other server.
+
+    Raises:
+        ConfigError: the configuration cannot be read.
+    """
+    from arcface_clients.address import Tls
+    from arcface_clients.config import load_config
+
+    triton = load_config().triton
+    if url != triton.url:
+        return {}  # a key is for the server that it was given for
+    return {"headers": triton.headers, "tls": Tls(**triton.tls.model_dump()), "compression": triton.compression}
 
 
 url_option = click.option("--url", default=configured_url, show_default=_DEFAULT, help="Server to ask.")
