@@ -116,7 +116,11 @@ def test_a_journal_of_another_model_or_other_limits_is_not_mixed_in(tmp_path: Pa
         Journal(path, CONTRACT, Limits())
     with pytest.raises(ConfigError, match="'photos': True}: expected the same"):
         Journal(path, CONTRACT, LIMITS, photos=True)
-    Journal(path, "d" * 64, LIMITS, start_over=True).close()
+    with (
+        Journal(path, "d" * 64, LIMITS, start_over=True),
+        pytest.raises(ConfigError, match="another process is writing"),
+    ):
+        Journal(path, "d" * 64, LIMITS)
     for text in ("something else", "[1]", '{"contract_id": 1}\n[1]', "{}"):
         path.write_text(f"{text}\n")
         with pytest.raises(ConfigError, match="is not a journal of this program"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -129,36 +130,53 @@ class Journal:
 
         Raises:
             ContractMismatch: it was begun with another model.
-            ConfigError: it was begun with other limits.
+            ConfigError: it was begun with other limits, or another process is writing it.
         """
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
         settings = {**asdict(limits), "photos": photos}
         head = {"format": FORMAT, "version": VERSION, "contract_id": contract_id, "settings": settings}
-        lines = [] if start_over or not path.exists() else path.read_bytes().split(b"\n")[:-1]
-        if lines:
-            try:
-                begun, *records = map(json.loads, lines)
-                began_with = begun["contract_id"]
-                self.records = {record["person"]: record for record in records}
-            except (ValueError, KeyError, TypeError) as exc:
-                raise ConfigError(f"{path} is not a journal of this program ({exc}). Start over: --force") from exc
-            if began_with != contract_id:
-                raise ContractMismatch(
-                    f"{path} was begun with contract {began_with}, this model's is {contract_id}: "
-                    "expected one model for all people. Start over: --force"
-                )
-            if begun != head:
-                raise ConfigError(
-                    f"{path} was begun with {begun.get('settings')}, now it is {settings}: expected the same. "
-                    "Give those, or start over: --force"
-                )
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("r+b" if lines else "wb")
-        self._file.truncate(sum(len(line) + 1 for line in lines))
-        self._file.seek(0, 2)
+        self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
+        except OSError as exc:
+            self._file.close()
+            raise ConfigError(
+                f"another process is writing {path}: expected one at a time. Wait for it, or give another output."
+            ) from exc
+        try:
+            lines = [] if start_over else self._begun(head)
+            self._file.truncate(sum(len(line) + 1 for line in lines))
+            if not lines:
+                self._write(head)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begun(self, head: dict[str, Any]) -> list[bytes]:
+        """The whole lines of an earlier run with this head, its records taken over."""
+        self._file.seek(0)
+        lines = self._file.read().split(b"\n")[:-1]
         if not lines:
-            self._write(head)
+            return []
+        try:
+            begun, *records = map(json.loads, lines)
+            began_with = begun["contract_id"]
+            self.records = {record["person"]: record for record in records}
+        except (ValueError, KeyError, TypeError) as exc:
+            raise ConfigError(f"{self.path} is not a journal of this program ({exc}). Start over: --force") from exc
+        if began_with != head["contract_id"]:
+            raise ContractMismatch(
+                f"{self.path} was begun with contract {began_with}, this model's is {head['contract_id']}: "
+                "expected one model for all people. Start over: --force"
+            )
+        if begun != head:
+            raise ConfigError(
+                f"{self.path} was begun with {begun.get('settings')}, now it is {head['settings']}: expected the same. "
+                "Give those, or start over: --force"
+            )
+        return lines
 
     def left(self, people: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
         """Who is not recorded yet, or whose files have changed since."""
@@ -175,9 +193,9 @@ class Journal:
 
     def close(self, delete: bool = False) -> None:
         """Close the file; `delete` it once its records are where they belong."""
-        self._file.close()
         if delete:
-            self.path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)  # before another process may have it
+        self._file.close()
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record).encode() + b"\n")

@@ -51,8 +51,14 @@ def run(
 
     Raises:
         WrongUse: too few people.
+        ConfigError: `images` holds no folders, or `detector` is none.
         ArcFaceError: what the engine raises.
     """
+    if images is not None:  # a wrong path is told now, not after minutes
+        from arcface_clients.detect import FaceDetector
+
+        FaceDetector(detector)
+        people_in(images)
     people = {name: load_faces(files)[0] for name, files in people_in(folder).items()}
     people = {name: faces for name, faces in people.items() if len(faces) >= 3}
     if len(people) < 4:
