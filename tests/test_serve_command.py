@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +17,14 @@ import pytest
 
 from arcface_build.assemble import assemble
 from arcface_build.commands.serve import Interrupt, _serve
-from arcface_build.serving.binary import find_tritonserver
-from arcface_build.serving.process import arguments, free_ports, reason_in_log
+from arcface_build.serving.binary import TritonBinary, find_tritonserver
+from arcface_build.serving.process import (
+    _DIE_WITH_PARENT,
+    TritonProcess,
+    arguments,
+    free_ports,
+    reason_in_log,
+)
 from conftest import copy_repository
 from tiny_model import write_model
 
@@ -124,6 +131,45 @@ def test_the_server_ends_when_serve_is_killed(triton_binary, own_repository):
     assert processes_of(own_repository) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize("moment", ["importing the demo network", "backend onnx"])
+def test_a_signal_before_it_serves_is_130_and_leaves_nothing(triton_binary, tmp_path, own_repository, moment, number):
+    fresh = moment.startswith("importing")
+    repository = copy_repository(tmp_path / "fresh") if fresh else own_repository
+    process = serve(repository, "--once", "--json")
+    for line in process.stderr:
+        if moment in line:
+            break
+    time.sleep(0.4)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, ""), errors
+    assert errors.endswith("interrupted\n") and "Traceback" not in errors
+    assert processes_of(repository) == []
+    if fresh:
+        left = [path for path in (tmp_path / "fresh").rglob(".*") if path.name != ".gitkeep"]
+        assert left == [] and not (tmp_path / "fresh" / "models" / "demo-mobile").exists()
+
+
+def test_a_second_signal_ends_a_server_that_does_not_stop(tmp_path):
+    deaf = tmp_path / "tritonserver"
+    deaf.write_text("#!/bin/sh\ntrap '' TERM\necho deaf\nwhile :; do sleep 1; done\n")
+    deaf.chmod(0o755)
+    process = TritonProcess(TritonBinary(deaf), tmp_path, [], log_path=tmp_path / "log", ports=free_ports()).start()
+    while "deaf" not in (tmp_path / "log").read_text():
+        time.sleep(0.02)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        process.stop()
+    assert processes_of(tmp_path) == []
+
+
+def test_a_server_whose_starter_is_gone_does_not_start(tmp_path):
+    line = [sys.executable, "-ISc", _DIE_WITH_PARENT, "1", "/bin/touch", str(tmp_path / "started")]
+    subprocess.run(line, check=True)
+    assert not (tmp_path / "started").exists()
+
+
 def test_once_with_json_prints_one_object_and_the_choice(triton_binary, demo_repository):
     output, errors = serve(demo_repository, "--once", "--json", "--backend", "reference").communicate(timeout=120)
     told = json.loads(output)
@@ -144,6 +190,32 @@ def test_a_busy_port_is_named_before_any_work(demo_repository):
         f"ServerFailed: port {port} (grpc) is in use on 127.0.0.1. Stop what listens there (ss -ltnp | grep {port}), "
         f"or take another: arcface serve --grpc-port {port + 10}\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--http-port", "8700", "--grpc-port", "8701", "--metrics-port", "8701"),
+            "WrongUse: expected three different ports, got http 8700, grpc 8701, metrics 8701. "
+            "Next: arcface serve --help\n",
+        ),
+        (("--grpc-port", "70000"), "Invalid value for '--grpc-port': 70000 is not in the range 1<=x<=65535.\n"),
+        (
+            ("--host", "nowhere.invalid"),
+            "Expected an address of this host (ip address), 127.0.0.1 for it alone, or 0.0.0.0 for all\n",
+        ),
+        (
+            ("--faces", "no such folder"),
+            "InvalidFaces: no faces in no such folder: expected aligned crops of 112×112 pixels, or .npz of them.\n",
+        ),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(demo_repository, options, message):
+    process = serve(demo_repository, *options)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (2, "")
+    assert errors.endswith(message)
 
 
 def test_a_repository_without_weights_is_refused_where_the_demo_is_not_wanted(tmp_path):

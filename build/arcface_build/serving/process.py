@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from arcface_build.errors import ServerFailed
+from arcface_build.errors import ServerFailed, WrongUse
 from arcface_build.serving.binary import TritonBinary
 
 STOP_SECONDS = 15.0
@@ -25,12 +26,12 @@ STOP_SECONDS = 15.0
 LATENCY_QUANTILES = "--metrics-config=summary_latencies=true"
 # Run before tritonserver takes its place: asks Linux (PR_SET_PDEATHSIG = 1) to end it when we are killed ourselves, so
 # that no process is left. The kernel means the thread that started it: start a server from a thread that lives as long
-# as it should. Not a preexec_fn: that forks this process, and gRPC's fork handlers abort one child in sixty where a
+# as it should. Linux does not tell of a parent that was gone before it was asked: hence the comparison.
+# Not a preexec_fn: that forks this process, and gRPC's fork handlers abort one child in sixty where a
 # client of ours is connecting (ev_epoll1_linux: "epoll_wait error: Bad file descriptor").
 _DIE_WITH_PARENT = (
-    sys.executable,
-    "-ISc",
-    f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); os.execv(sys.argv[1], sys.argv[1:])",
+    f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
+    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
 )
 
 
@@ -46,15 +47,34 @@ class Ports:
         """Refuse before Triton does, with a message that names the port and the option.
 
         Raises:
-            ServerFailed: something listens on one of them.
+            WrongUse: two of them are the same, or the host is none of this machine's addresses.
+            ServerFailed: something listens on one of them, or this user may not.
         """
-        for name, port in (("http", self.http), ("grpc", self.grpc), ("metrics", self.metrics)):
-            with socket.socket() as probe:
-                if probe.connect_ex((host, port)) == 0:
+        named = {"http": self.http, "grpc": self.grpc, "metrics": self.metrics}
+        if len(set(named.values())) < len(named):
+            told = ", ".join(f"{name} {port}" for name, port in named.items())
+            raise WrongUse(f"expected three different ports, got {told}. Next: arcface serve --help")
+        for name, port in named.items():
+            try:
+                family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+                with socket.socket(family, kind, protocol) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that just ended is no hindrance
+                    probe.bind(address)
+            except OSError as exc:
+                if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
+                    raise WrongUse(
+                        f"cannot listen on {host}: {exc.strerror}. Expected an address of this host (ip address), "
+                        "127.0.0.1 for it alone, or 0.0.0.0 for all"
+                    ) from exc
+                if exc.errno != errno.EADDRINUSE:
                     raise ServerFailed(
-                        f"port {port} ({name}) is in use on {host}. Stop what listens there (ss -ltnp | grep {port}), "
-                        f"or take another: arcface serve --{name}-port {port + 10}"
-                    )
+                        f"cannot listen on port {port} ({name}) of {host}: {exc.strerror}. "
+                        f"Take another: arcface serve --{name}-port {port + 8000}"
+                    ) from exc
+                raise ServerFailed(
+                    f"port {port} ({name}) is in use on {host}. Stop what listens there (ss -ltnp | grep {port}), "
+                    f"or take another: arcface serve --{name}-port {port + 10}"
+                ) from exc
 
 
 def free_ports() -> Ports:
@@ -140,14 +160,14 @@ class TritonProcess:
         Raises:
             ServerFailed: a port is taken, or the program cannot be executed.
         """
-        self.ports.check_free(_reachable(self.host))
+        self.ports.check_free(self.host)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(self._line[0], os.X_OK):
             raise ServerFailed(f"cannot execute {self._line[0]}: it is not there, or not executable.")
         with self.log_path.open("wb") as log:
             try:
                 self._child = subprocess.Popen(
-                    [*_DIE_WITH_PARENT, *self._line],
+                    [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *self._line],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
@@ -189,23 +209,27 @@ class TritonProcess:
             return None
 
     def stop(self) -> None:
-        """End the server: SIGTERM, which lets running requests finish, then SIGKILL for the whole group."""
-        child, self._child = self._child, None
+        """End the server: SIGTERM, which lets running requests finish, then SIGKILL for the whole group.
+
+        Interrupted itself (a second Ctrl-C), it does not wait for those requests.
+        """
+        child = self._child
         if child is None:
             return
-        if child.poll() is None:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):  # stubs of the python backend are in the group as well
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        try:
+            if child.poll() is None:
+                child.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(STOP_SECONDS)
+        finally:
+            self.kill()
 
     def kill(self) -> None:
-        """End the server at once, as a crash would."""
+        """End the server at once, as a crash would; stubs of the python backend are in its group as well."""
         child, self._child = self._child, None
         if child is not None:
-            os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
 
     def __enter__(self) -> TritonProcess:
