@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ from arcface_build.serving.process import (
     arguments,
     free_ports,
     reason_in_log,
+    reason_of_end,
 )
 from conftest import copy_repository
 from tiny_model import write_model
@@ -158,10 +160,13 @@ def test_a_second_signal_ends_a_server_that_does_not_stop(tmp_path):
     process = TritonProcess(TritonBinary(deaf), tmp_path, [], log_path=tmp_path / "log", ports=free_ports()).start()
     while "deaf" not in (tmp_path / "log").read_text():
         time.sleep(0.02)
+    (prefix,) = re.findall(r"shm-region-prefix-name=(\w+)", processes_of(tmp_path)[0])
+    region = Path("/dev/shm") / f"{prefix}1"
+    region.touch()  # as a python backend's does
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         process.stop()
-    assert processes_of(tmp_path) == []
+    assert processes_of(tmp_path) == [] and not region.exists()
 
 
 def test_a_server_whose_starter_is_gone_does_not_start(tmp_path):
@@ -170,8 +175,11 @@ def test_a_server_whose_starter_is_gone_does_not_start(tmp_path):
     assert not (tmp_path / "started").exists()
 
 
-def test_once_with_json_prints_one_object_and_the_choice(triton_binary, demo_repository):
-    output, errors = serve(demo_repository, "--once", "--json", "--backend", "reference").communicate(timeout=120)
+def test_once_with_json_prints_one_object_and_the_choice(triton_binary, own_repository, tmp_path):
+    repository = tmp_path / "a (größer)" / "model_repository"  # Triton hands paths to a shell without quotes
+    repository.parent.mkdir()
+    own_repository.rename(repository)
+    output, errors = serve(repository, "--once", "--json", "--backend", "reference").communicate(timeout=120)
     told = json.loads(output)
     assert told["backend"] == "reference" and told["reason"] == "asked for"
     assert [row["model"] for row in told["parity"]["rows"]] == ["arcface_reference", "arcface"]
@@ -244,7 +252,7 @@ def test_broken_weights_are_reported_with_the_models_own_reason(triton_binary, o
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
     assert errors.startswith(
-        "ServerFailed: tritonserver ended with status 1 while starting: arcface_onnx: ONNX Runtime"
+        "ServerFailed: tritonserver ended while starting with status 1: arcface_onnx: ONNX Runtime"
     )
 
 
@@ -277,6 +285,16 @@ def test_a_backend_that_drifts_is_replaced_by_the_reference_and_loudly(triton_bi
             "/x/tritonserver: /lib/libc.so.6: version `GLIBC_2.35' not found (required by /x/tritonserver)\n",
             "it needs GLIBC_2.35, which this host has not. Install it, or use the NGC container: docker-compose up",
         ),
+        (
+            "/x/bin/tritonserver: unrecognized option '--no-such'\nUsage: tritonserver [options]\n",
+            "unrecognized option '--no-such' (log: {log})",
+        ),
+        (
+            "E1120 16:25:08.1 4778 model_repository_manager.cc:1460] \"Poll failed for model directory 'arcface_onnx': "
+            'failed to read text proto from /m/arcface_onnx/configs/onnx.pbtxt"\n'
+            "error: creating server: Invalid argument - load failed for model 'arcface'\n",
+            "arcface_onnx: failed to read text proto from /m/arcface_onnx/configs/onnx.pbtxt (log: {log})",
+        ),
         ("", "no reason in its output (log: {log})"),
     ],
 )
@@ -284,6 +302,11 @@ def test_the_reason_is_taken_from_the_servers_log(tmp_path, log, reason):
     path = tmp_path / "tritonserver.log"
     path.write_text(log)
     assert reason_in_log(path) == reason.format(log=path)
+
+
+def test_a_server_that_was_killed_says_so(tmp_path):
+    assert reason_of_end(-9, tmp_path / "log") == f"by SIGKILL (out of memory? Next: dmesg) (log: {tmp_path}/log)"
+    assert reason_of_end(1, tmp_path / "log") == f"with status 1: no reason in its output (log: {tmp_path}/log)"
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; with ARCFACE_TRACEBACK=1 errors keep their traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # arcface_build.program
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and systemd leave as little behind as Ctrl-C
     try:
         status = cli.main(args=argv, prog_name="arcface", standalone_mode=False)

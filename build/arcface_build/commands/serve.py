@@ -238,12 +238,12 @@ Ctrl-C stops it."""
 def _serve(server: TritonProcess, interrupt: Interrupt) -> NoReturn:
     """Wait until the server ends by itself, which it should not, or until we are interrupted."""
     from arcface_build.errors import ServerFailed
-    from arcface_build.serving.process import reason_in_log
+    from arcface_build.serving.process import reason_of_end
 
     while (status := server.wait(timeout_s=1.0)) is None:
         if interrupt.came:
             raise KeyboardInterrupt
-    raise ServerFailed(f"tritonserver ended by itself with status {status}: {reason_in_log(server.log_path)}")
+    raise ServerFailed(f"tritonserver ended by itself {reason_of_end(status, server.log_path)}")
 
 
 def _say(text: str, as_json: bool) -> None:

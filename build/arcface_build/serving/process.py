@@ -6,15 +6,19 @@ import contextlib
 import errno
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -130,7 +134,10 @@ class TritonProcess:
         self.host = host
         self.models = tuple(models)
         self.log_path = log_path
-        self._line = [*arguments(binary, repository, models, config_name, self.ports, host), *extra]
+        self._line_of = partial(arguments, models=models, config_name=config_name, ports=self.ports, host=host)
+        self._binary, self._repository, self._extra = binary, repository, extra
+        self._links: tempfile.TemporaryDirectory[str] | None = None
+        self._regions = f"arcface_{uuid.uuid4().hex}_"  # how the names of its shared memory begin
         self._environment = {**os.environ, **binary.environment, **(environment or {})}
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -162,12 +169,17 @@ class TritonProcess:
         """
         self.ports.check_free(self.host)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(self._line[0], os.X_OK):
-            raise ServerFailed(f"cannot execute {self._line[0]}: it is not there, or not executable.")
+        if not os.access(self._binary.path, os.X_OK):
+            raise ServerFailed(f"cannot execute {self._binary.path}: it is not there, or not executable.")
+        backends = self._binary.backend_directory
+        binary = replace(self._binary, backend_directory=backends and Path(self._plain(backends, "backends")))
+        line = [*self._line_of(binary, self._plain(self._repository, "repository")), *self._extra]
+        for backend in ("python", *(p.name for p in backends.iterdir() if p.is_symlink())) if backends else ("python",):
+            line.append(f"--backend-config={backend},shm-region-prefix-name={self._regions}")
         with self.log_path.open("wb") as log:
             try:
                 self._child = subprocess.Popen(
-                    [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *self._line],
+                    [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *line],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
@@ -175,7 +187,7 @@ class TritonProcess:
                     start_new_session=True,  # Ctrl-C reaches us first; the group is ours to end as a whole
                 )
             except OSError as exc:
-                raise ServerFailed(f"cannot execute {self._line[0]}: {exc}") from exc
+                raise ServerFailed(f"cannot execute {self._binary.path}: {exc}") from exc
         return self
 
     def wait_ready(self, timeout_s: float = 180.0) -> None:
@@ -225,12 +237,17 @@ class TritonProcess:
             self.kill()
 
     def kill(self) -> None:
-        """End the server at once, as a crash would; stubs of the python backend are in its group as well."""
+        """End the server at once, as a crash would, and remove what only its own end removes."""
         child, self._child = self._child, None
         if child is not None:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # stubs of the python backend are in its group as well
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+            for region in Path("/dev/shm").glob(f"{self._regions}*"):
+                region.unlink(missing_ok=True)
+        if self._links is not None:
+            self._links.cleanup()
+            self._links = None
 
     def __enter__(self) -> TritonProcess:
         """Start."""
@@ -240,9 +257,26 @@ class TritonProcess:
         """Stop."""
         self.stop()
 
+    def _plain(self, path: Path | str, name: str) -> str:
+        """The path, or a link to it where it holds a blank or the like: Triton hands it unquoted to a shell."""
+        if "://" in str(path) or shlex.quote(str(path)) == str(path):
+            return str(path)
+        self._links = self._links or tempfile.TemporaryDirectory(prefix="arcface-")
+        link = Path(self._links.name) / name
+        link.symlink_to(Path(path).resolve())
+        return str(link)
+
     def _why_it_ended(self) -> str:
         status = self._child.returncode if self._child else 0
-        return f"tritonserver ended with status {status} while starting: {reason_in_log(self.log_path)}"
+        return f"tritonserver ended while starting {reason_of_end(status, self.log_path)}"
+
+
+def reason_of_end(status: int, log_path: Path) -> str:
+    """Why a tritonserver ended: the signal that it was sent, else its status and what its log says."""
+    if status >= 0:
+        return f"with status {status}: {reason_in_log(log_path)}"
+    memory = " (out of memory? Next: dmesg)" if status == -signal.SIGKILL else ""
+    return f"by {signal.Signals(-status).name}{memory} (log: {log_path})"
 
 
 def reason_in_log(path: Path) -> str:
@@ -255,8 +289,12 @@ def reason_in_log(path: Path) -> str:
     if reasons:
         told = {model: _first_line(reason) for model, reason in reasons}
         return "; ".join(f"{model}: {reason}" for model, reason in told.items()) + f" (log: {path})"
-    errors = [line for line in text.splitlines() if re.match(r"E\d{4} |error: ", line)]
-    return f"{errors[-1] if errors else 'no reason in its output'} (log: {path})"
+    unread = re.findall(r"Poll failed for model directory '(\w+)': (.+?)\"?$", text, re.MULTILINE)
+    if unread:
+        return "; ".join(f"{model}: {reason}" for model, reason in unread) + f" (log: {path})"
+    errors = [line for line in text.splitlines() if re.match(r"E\d{4} |error: |.*unrecognized option", line)]
+    reason = re.sub(r"^\S*/tritonserver: ", "", errors[-1]) if errors else "no reason in its output"
+    return f"{reason} (log: {path})"
 
 
 def missing_library(path: Path) -> str | None:
