@@ -211,7 +211,11 @@ def test_a_busy_port_is_named_before_any_work(demo_repository):
         (("--grpc-port", "70000"), "Invalid value for '--grpc-port': 70000 is not in the range 1<=x<=65535.\n"),
         (
             ("--host", "nowhere.invalid"),
-            "Expected an address of this host (ip address), 127.0.0.1 for it alone, or 0.0.0.0 for all\n",
+            "Expected an IPv4 address of this host (ip -4 address), 127.0.0.1 for it alone, or 0.0.0.0 for all\n",
+        ),
+        (
+            ("--host", "::1"),
+            "Expected an IPv4 address of this host (ip -4 address), 127.0.0.1 for it alone, or 0.0.0.0 for all\n",
         ),
         (
             ("--faces", "no such folder"),

@@ -60,15 +60,14 @@ class Ports:
             raise WrongUse(f"expected three different ports, got {told}. Next: arcface serve --help")
         for name, port in named.items():
             try:
-                family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-                with socket.socket(family, kind, protocol) as probe:
+                with socket.socket() as probe:  # IPv4: Triton's HTTP and gRPC want IPv6 written in two different ways
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that just ended is no hindrance
-                    probe.bind(address)
+                    probe.bind((host, port))
             except OSError as exc:
                 if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
                     raise WrongUse(
-                        f"cannot listen on {host}: {exc.strerror}. Expected an address of this host (ip address), "
-                        "127.0.0.1 for it alone, or 0.0.0.0 for all"
+                        f"cannot listen on {host}: {exc.strerror}. "
+                        "Expected an IPv4 address of this host (ip -4 address), 127.0.0.1 for it alone, or 0.0.0.0 for all"
                     ) from exc
                 if exc.errno != errno.EADDRINUSE:
                     raise ServerFailed(
@@ -311,4 +310,4 @@ def _first_line(reason: str) -> str:
 
 
 def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return "127.0.0.1" if host == "0.0.0.0" else host
