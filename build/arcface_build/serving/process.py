@@ -67,7 +67,8 @@ class Ports:
                 if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
                     raise WrongUse(
                         f"cannot listen on {host}: {exc.strerror}. "
-                        "Expected an IPv4 address of this host (ip -4 address), 127.0.0.1 for it alone, or 0.0.0.0 for all"
+                        "Expected an IPv4 address of this host (ip -4 address), "
+                        "127.0.0.1 for it alone, or 0.0.0.0 for all"
                     ) from exc
                 if exc.errno != errno.EADDRINUSE:
                     raise ServerFailed(
