@@ -68,6 +68,21 @@ def test_going_back_from_a_variant_takes_its_accelerator_away(model_dir, reposit
     assert "openvino" not in overlay(repository, "arcface_onnx")
 
 
+def test_serve_does_not_bring_back_what_was_rolled_back(model_dir, repository):
+    from arcface_build.repository import roll_back
+    from arcface_build.serving.variant import take_best_variant
+
+    assemble(model_dir, repository)
+    assemble(model_dir, repository, Choice("serving.onnx", "bf16", "openvino-bf16", "", {"passed": True}))
+    roll_back(repository, "arcface_onnx")
+    before = served_manifest(repository)
+    said = take_best_variant(repository, model_dir.parent)
+    name = before["name"]
+    assert said == f"fp32 as installed: arcface rollback went back to it (another one: arcface assemble {name})"
+    assert served_manifest(repository) == before
+    assert assemble(model_dir, repository)["arcface_onnx"] == 1, "the same weights are no new version"
+
+
 def test_a_variant_that_was_refused_is_not_installed(model_dir, repository):
     choice = Choice("variants/int8-cpu.onnx", "int8", "openvino-bf16", "", {"passed": False})
     with pytest.raises(

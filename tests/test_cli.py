@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 
@@ -23,6 +24,22 @@ def test_every_subcommand_has_help_with_an_example(name):
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     assert f"arcface {name}" in f"{command.help}{command.epilog}", f"`arcface {name} --help` shows no example"
+
+
+def test_ctrl_c_while_python_imports_shows_no_traceback():
+    code = """
+import sys
+class Slow:  # finds nothing, and is interrupted while it looks for click
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            import os, signal
+            os.kill(os.getpid(), signal.SIGINT)
+import arcface_build.program
+sys.meta_path.insert(0, Slow())
+arcface_build.program.main()
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (answer.returncode, answer.stderr) == (-signal.SIGINT, ""), "a shell calls this 130"
 
 
 def test_an_unknown_subcommand_is_wrong_use():

@@ -133,7 +133,7 @@ def test_only_the_gpu_overlay_asks_for_gpu_and_tensorrt(objects: dict[str, dict[
     container = container_of(objects["Deployment arcface"])
     assert ("nvidia.com/gpu" in container["resources"]["limits"]) == gpu
     (config,) = (each["data"] for name, each in objects.items() if name.startswith("ConfigMap "))
-    assert config["ARCFACE_BACKEND"] == ("tensorrt" if gpu else "onnx")
+    assert config["ARCFACE_SERVE_BACKEND"] == ("tensorrt" if gpu else "onnx")
     assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
 
 

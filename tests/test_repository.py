@@ -53,6 +53,20 @@ def test_going_back_serves_the_version_before_with_its_contract_id(leaf):
         roll_back(repository, "arcface_onnx")
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("{", "cannot be read"), ("[]", "is no manifest of a version: it lacks contract_id, name, source")],
+)
+def test_a_manifest_that_cannot_be_read_is_named_and_mended_by_an_import(leaf, text, fault):
+    repository, files = leaf
+    install(repository, "arcface_onnx", files, manifest("a"))
+    (repository / "arcface_onnx" / "1" / "manifest.json").write_text(text)
+    with pytest.raises(Missing, match=f"manifest.json {fault}.* Next: arcface rollback .*arcface import SOURCE"):
+        served_manifest(repository)
+    assert install(repository, "arcface_onnx", files, manifest("a")) == 2
+    assert served_manifest(repository)["name"] == "a"
+
+
 def test_a_copy_that_fails_leaves_no_version_behind(leaf, tmp_path):
     repository, files = leaf
     install(repository, "arcface_onnx", files, manifest("a"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +18,15 @@ import pytest
 
 from arcface_build.assemble import assemble
 from arcface_build.commands.serve import Interrupt, _serve
-from arcface_build.serving.binary import find_tritonserver
-from arcface_build.serving.process import arguments, free_ports, reason_in_log
+from arcface_build.serving.binary import TritonBinary, find_tritonserver
+from arcface_build.serving.process import (
+    _DIE_WITH_PARENT,
+    TritonProcess,
+    arguments,
+    free_ports,
+    reason_in_log,
+    reason_of_end,
+)
 from conftest import copy_repository
 from tiny_model import write_model
 
@@ -124,8 +133,53 @@ def test_the_server_ends_when_serve_is_killed(triton_binary, own_repository):
     assert processes_of(own_repository) == []
 
 
-def test_once_with_json_prints_one_object_and_the_choice(triton_binary, demo_repository):
-    output, errors = serve(demo_repository, "--once", "--json", "--backend", "reference").communicate(timeout=120)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize("moment", ["importing the demo network", "backend onnx"])
+def test_a_signal_before_it_serves_is_130_and_leaves_nothing(triton_binary, tmp_path, own_repository, moment, number):
+    fresh = moment.startswith("importing")
+    repository = copy_repository(tmp_path / "fresh") if fresh else own_repository
+    process = serve(repository, "--once", "--json")
+    for line in process.stderr:
+        if moment in line:
+            break
+    time.sleep(0.4)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, ""), errors
+    assert errors.endswith("interrupted\n") and "Traceback" not in errors
+    assert processes_of(repository) == []
+    if fresh:
+        left = [path for path in (tmp_path / "fresh").rglob(".*") if path.name != ".gitkeep"]
+        assert left == [] and not (tmp_path / "fresh" / "models" / "demo-mobile").exists()
+
+
+def test_a_second_signal_ends_a_server_that_does_not_stop(tmp_path):
+    deaf = tmp_path / "tritonserver"
+    deaf.write_text("#!/bin/sh\ntrap '' TERM\necho deaf\nwhile :; do sleep 1; done\n")
+    deaf.chmod(0o755)
+    process = TritonProcess(TritonBinary(deaf), tmp_path, [], log_path=tmp_path / "log", ports=free_ports()).start()
+    while "deaf" not in (tmp_path / "log").read_text():
+        time.sleep(0.02)
+    (prefix,) = re.findall(r"shm-region-prefix-name=(\w+)", processes_of(tmp_path)[0])
+    region = Path("/dev/shm") / f"{prefix}1"
+    region.touch()  # as a python backend's does
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        process.stop()
+    assert processes_of(tmp_path) == [] and not region.exists()
+
+
+def test_a_server_whose_starter_is_gone_does_not_start(tmp_path):
+    line = [sys.executable, "-ISc", _DIE_WITH_PARENT, "1", "/bin/touch", str(tmp_path / "started")]
+    subprocess.run(line, check=True)
+    assert not (tmp_path / "started").exists()
+
+
+def test_once_with_json_prints_one_object_and_the_choice(triton_binary, own_repository, tmp_path):
+    repository = tmp_path / "a (größer)" / "model_repository"  # Triton hands paths to a shell without quotes
+    repository.parent.mkdir()
+    own_repository.rename(repository)
+    output, errors = serve(repository, "--once", "--json", "--backend", "reference").communicate(timeout=120)
     told = json.loads(output)
     assert told["backend"] == "reference" and told["reason"] == "asked for"
     assert [row["model"] for row in told["parity"]["rows"]] == ["arcface_reference", "arcface"]
@@ -144,6 +198,36 @@ def test_a_busy_port_is_named_before_any_work(demo_repository):
         f"ServerFailed: port {port} (grpc) is in use on 127.0.0.1. Stop what listens there (ss -ltnp | grep {port}), "
         f"or take another: arcface serve --grpc-port {port + 10}\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--http-port", "8700", "--grpc-port", "8701", "--metrics-port", "8701"),
+            "WrongUse: expected three different ports, got http 8700, grpc 8701, metrics 8701. "
+            "Next: arcface serve --help\n",
+        ),
+        (("--grpc-port", "70000"), "Invalid value for '--grpc-port': 70000 is not in the range 1<=x<=65535.\n"),
+        (
+            ("--host", "nowhere.invalid"),
+            "Expected an IPv4 address of this host (ip -4 address), 127.0.0.1 for it alone, or 0.0.0.0 for all\n",
+        ),
+        (
+            ("--host", "::1"),
+            "Expected an IPv4 address of this host (ip -4 address), 127.0.0.1 for it alone, or 0.0.0.0 for all\n",
+        ),
+        (
+            ("--faces", "no such folder"),
+            "InvalidFaces: no faces in no such folder: expected aligned crops of 112×112 pixels, or .npz of them.\n",
+        ),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(demo_repository, options, message):
+    process = serve(demo_repository, *options)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (2, "")
+    assert errors.endswith(message)
 
 
 def test_a_repository_without_weights_is_refused_where_the_demo_is_not_wanted(tmp_path):
@@ -172,7 +256,7 @@ def test_broken_weights_are_reported_with_the_models_own_reason(triton_binary, o
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
     assert errors.startswith(
-        "ServerFailed: tritonserver ended with status 1 while starting: arcface_onnx: ONNX Runtime"
+        "ServerFailed: tritonserver ended while starting with status 1: arcface_onnx: ONNX Runtime"
     )
 
 
@@ -205,6 +289,16 @@ def test_a_backend_that_drifts_is_replaced_by_the_reference_and_loudly(triton_bi
             "/x/tritonserver: /lib/libc.so.6: version `GLIBC_2.35' not found (required by /x/tritonserver)\n",
             "it needs GLIBC_2.35, which this host has not. Install it, or use the NGC container: docker-compose up",
         ),
+        (
+            "/x/bin/tritonserver: unrecognized option '--no-such'\nUsage: tritonserver [options]\n",
+            "unrecognized option '--no-such' (log: {log})",
+        ),
+        (
+            "E1120 16:25:08.1 4778 model_repository_manager.cc:1460] \"Poll failed for model directory 'arcface_onnx': "
+            'failed to read text proto from /m/arcface_onnx/configs/onnx.pbtxt"\n'
+            "error: creating server: Invalid argument - load failed for model 'arcface'\n",
+            "arcface_onnx: failed to read text proto from /m/arcface_onnx/configs/onnx.pbtxt (log: {log})",
+        ),
         ("", "no reason in its output (log: {log})"),
     ],
 )
@@ -212,6 +306,11 @@ def test_the_reason_is_taken_from_the_servers_log(tmp_path, log, reason):
     path = tmp_path / "tritonserver.log"
     path.write_text(log)
     assert reason_in_log(path) == reason.format(log=path)
+
+
+def test_a_server_that_was_killed_says_so(tmp_path):
+    assert reason_of_end(-9, tmp_path / "log") == f"by SIGKILL (out of memory? Next: dmesg) (log: {tmp_path}/log)"
+    assert reason_of_end(1, tmp_path / "log") == f"with status 1: no reason in its output (log: {tmp_path}/log)"
 
 
 @pytest.mark.parametrize(

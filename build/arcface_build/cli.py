@@ -6,6 +6,7 @@ Exit codes: 0 good, 1 a gate failed, 2 wrong use, 3 something needed is missing,
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -48,6 +49,9 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; with ARCFACE_TRACEBACK=1 errors keep their traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # arcface_build.program
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and systemd leave as little behind as Ctrl-C
     try:
         status = cli.main(args=argv, prog_name="arcface", standalone_mode=False)
     except click.ClickException as exc:
@@ -64,9 +68,16 @@ def main(argv: list[str] | None = None) -> None:
             raise
         click.echo(f"{type(exc).__name__}: {exc}", err=True)
         sys.exit(exc.exit_code)
+    except OSError as exc:  # a full or read-only disk, a file that may not be read
+        if os.environ.get("ARCFACE_TRACEBACK"):
+            raise
+        click.echo(f"{type(exc).__name__}: {exc}. Next: look at the path, its permissions and the free space", err=True)
+        sys.exit(3)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _interrupted() -> NoReturn:
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second one while Python ends: at once, and without a traceback
+        signal.signal(number, signal.SIG_DFL)
     click.echo("interrupted", err=True)
     sys.exit(130)

@@ -6,6 +6,7 @@ stands in its manifest.json and, for clients to read from the server, as paramet
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 from arcface_build.atomic import new_file, new_folder, write_json
 from arcface_build.errors import Missing, WrongUse
 
+_AGAIN = "arcface rollback (the version before), or put the weights in anew: arcface import SOURCE"
 OVERLAYS = ("tensorrt", "onnx", "reference")  # what --model-config-name can be
 
 
@@ -43,9 +45,25 @@ def versions(model: Path) -> list[int]:
 
 
 def served_manifest(repository: Path, model: str = "arcface_onnx") -> dict[str, Any] | None:
-    """The manifest of the version that Triton would serve, or None where there are no weights."""
+    """The manifest of the version that Triton would serve, or None where there are no weights.
+
+    Raises:
+        Missing: it cannot be read.
+    """
     have = versions(repository / model)
-    return json.loads((repository / model / str(have[-1]) / "manifest.json").read_text()) if have else None
+    return _manifest(repository / model / str(have[-1])) if have else None
+
+
+def _manifest(version: Path) -> dict[str, Any]:
+    path = version / "manifest.json"
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as exc:
+        raise Missing(f"{path} cannot be read ({exc}). Next: {_AGAIN}") from exc
+    lacking = {"name", "contract_id", "source"} - set(data if isinstance(data, dict) else ())
+    if lacking:
+        raise Missing(f"{path} is no manifest of a version: it lacks {', '.join(sorted(lacking))}. Next: {_AGAIN}")
+    return data
 
 
 def served_folder(repository: Path, model: str) -> Path:
@@ -81,8 +99,9 @@ def install(
     folder = repository / model
     have = versions(folder)
     manifest = {**manifest, "overlay": overlay} if overlay else dict(manifest)
-    if have and json.loads((folder / str(have[-1]) / "manifest.json").read_text()) == manifest:
-        return have[-1]
+    with contextlib.suppress(Missing):  # a manifest that cannot be read is another one
+        if have and {k: v for k, v in _manifest(folder / str(have[-1])).items() if k != "held"} == manifest:
+            return have[-1]
     version = have[-1] + 1 if have else 1
     target = folder / str(version)
     if version == 1:
@@ -123,6 +142,8 @@ def write_overlays(model: Path, manifest: Mapping[str, Any]) -> None:
 def roll_back(repository: Path, model: str) -> tuple[int, int]:
     """Remove the newest version of a model and write the overlays of the one before; returns (removed, now served).
 
+    The one before is `held` from then on: `arcface serve` does not put a faster variant in its place again.
+
     Raises:
         WrongUse: there is no version before.
     """
@@ -130,7 +151,9 @@ def roll_back(repository: Path, model: str) -> tuple[int, int]:
     have = versions(folder)
     if len(have) < 2:
         raise WrongUse(f"{model} has {len(have)} version{'s' * (len(have) != 1)}: expected at least two to go back.")
-    write_overlays(folder, json.loads((folder / str(have[-2]) / "manifest.json").read_text()))
+    manifest = _manifest(folder / str(have[-2]))
+    write_json(folder / str(have[-2]) / "manifest.json", {**manifest, "held": True})
+    write_overlays(folder, manifest)
     _remove(folder / str(have[-1]))
     return have[-1], have[-2]
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from arcface_build.serving.choose import Choice
     from arcface_build.serving.process import TritonProcess
-    from arcface_clients.config import EmbeddingConfig
     from arcface_clients.parity import ParityReport
 
 EPILOG = """\b
@@ -27,6 +30,7 @@ Examples:
   arcface serve --once --json                start, prove, print, stop: for scripts and CI
   arcface serve -- --log-verbose=1           what follows -- goes to tritonserver as it is
 """
+PORT = click.IntRange(1, 65535)
 
 
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_SERVE", "show_default": True})
@@ -47,9 +51,9 @@ Examples:
     help="On a CPU; auto: the fastest variant of the installed model that passed its gate here.",
 )
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
-@click.option("--http-port", default=8000)
-@click.option("--grpc-port", default=8001)
-@click.option("--metrics-port", default=8002)
+@click.option("--http-port", default=8000, type=PORT)
+@click.option("--grpc-port", default=8001, type=PORT)
+@click.option("--metrics-port", default=8002, type=PORT)
 @click.option("--demo/--no-demo", default=True, help="Import the demo network where there are no weights.")
 @click.option("--reference/--no-reference", default=True, help="Load InsightFace beside it and print the parity table.")
 @click.option(
@@ -57,7 +61,13 @@ Examples:
 )
 @click.option("--once", is_flag=True, help="Stop after the table; exit 1 when a gate fails.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-@click.option("--ready-timeout", "ready_timeout_s", default=300.0, help="Seconds to wait for the models.")
+@click.option(
+    "--ready-timeout",
+    "ready_timeout_s",
+    default=300.0,
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds to wait for the models.",
+)
 @click.argument("triton_arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
     model_repository: Path | None,
@@ -84,47 +94,49 @@ def command(
     from arcface_clients.config import load_config
     from arcface_clients.errors import GateFailed
 
+    interrupt = Interrupt()
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
+        signal.signal(number, interrupt)
     repository = find_repository(model_repository)
     ports = Ports(http_port, grpc_port, metrics_port)
-    ports.check_free()  # before any work
+    ports.check_free(host)  # before any work
     settings = load_config()
+    faces = _faces(faces_from, settings.validation.eval_set_size)
     choice, with_reference = _prepare(repository, backend, demo, reference and settings.validation.run_on_startup)
     binary = find_tritonserver()
     _say(f"tritonserver {binary.origin}\nbackend {choice.backend}: {choice.reason}", as_json)
     # Tuned for the installed weights: another variant would take the tuned settings away.
     if choice.backend == "onnx" and variant == "auto" and backend != "tuned" and gpu_sm() is None:
         _say(f"variant {take_best_variant(repository, repository.parent / 'models')}", as_json)
-    interrupt = Interrupt()
-    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
-        signal.signal(number, interrupt)
     backends = order_of_backends(choice.backend, settings.fallback) if with_reference and not once else [choice.backend]
-    try:
-        for position, name in enumerate(backends):
-            server = TritonProcess(
-                binary,
-                repository,
-                ["arcface", "arcface_parity"] if with_reference and name != "reference" else ["arcface"],
-                config_name="tuned" if backend == "tuned" and name == "onnx" else name,
-                ports=ports,
-                host=host,
-                log_path=repository.parent / ".cache" / "tritonserver.log",
-                extra=(LATENCY_QUANTILES, *triton_arguments),
-            )
-            with server:
-                server.wait_ready(ready_timeout_s)
-                report = _prove(server, Choice(name, choice.reason), settings, faces_from, with_reference, as_json)
-                if once:
-                    return 0 if report.passed else 1
-                if report.passed or name == "reference":
+    for position, name in enumerate(backends):
+        server = TritonProcess(
+            binary,
+            repository,
+            ["arcface", "arcface_parity"] if with_reference and name != "reference" else ["arcface"],
+            config_name="tuned" if backend == "tuned" and name == "onnx" else name,
+            ports=ports,
+            host=host,
+            log_path=_log_path(repository, http_port),
+            extra=(LATENCY_QUANTILES, *triton_arguments),
+        )
+        with server:
+            server.wait_ready(ready_timeout_s)
+            report = _prove(server, Choice(name, choice.reason), faces, with_reference, as_json)
+            if once:
+                return 0 if report.passed else 1
+            if report.passed or name == "reference":
+                with contextlib.suppress(KeyboardInterrupt):  # from here on it is how one ends it
                     _say(_invitation(server), as_json)
-                    return _serve(server, interrupt)
-                _complain(report, backends[position + 1 : position + 2])
-    except KeyboardInterrupt:
-        _say("stopped: no process is left", as_json)
-        return 0
-    raise GateFailed(
-        "no backend passed its gate, nothing is served. See which faces: arcface compare; go back: arcface rollback"
-    )
+                    _serve(server, interrupt)
+                break
+            _complain(report, backends[position + 1 : position + 2])
+    else:
+        raise GateFailed(
+            "no backend passed its gate, nothing is served. See which faces: arcface compare; go back: arcface rollback"
+        )
+    _say("stopped: no process is left", as_json)
+    return 0
 
 
 def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple[Choice, bool]:
@@ -151,20 +163,47 @@ def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple
     return choice, reference and has_reference and choice.backend != "reference"
 
 
+def _faces(faces_from: Path | None, count: int) -> np.ndarray:
+    """What the table is made of: uint8 (N,112,112,3) BGR, N ≥ 1.
+
+    Raises:
+        InvalidFaces: there is not one face in `faces_from`.
+    """
+    from arcface_clients.synthetic import synthetic_faces
+
+    if faces_from is None:
+        return synthetic_faces(count)
+    from arcface_clients.errors import InvalidFaces
+    from arcface_clients.images import load_faces
+
+    faces, _, refused = load_faces([faces_from])
+    for crop in refused:
+        click.echo(f"not read: {crop.name}: {crop.refused}", err=True)
+    if not len(faces):
+        raise InvalidFaces(f"no faces in {faces_from}: expected aligned crops of 112×112 pixels, or .npz of them.")
+    return faces
+
+
+def _log_path(repository: Path, http_port: int) -> Path:
+    """Where tritonserver's output goes; each port its own, so that two servers of one repository keep theirs."""
+    folder = repository.parent / ".cache"
+    name = f"tritonserver-{http_port}.log"
+    if os.access(folder if folder.is_dir() else repository.parent, os.W_OK):
+        return folder / name
+    return Path(tempfile.gettempdir()) / f"arcface-{os.getuid()}" / name
+
+
 def _prove(
     server: TritonProcess,
     choice: Choice,
-    settings: EmbeddingConfig,
-    faces_from: Path | None,
+    faces: np.ndarray,
     with_reference: bool,
     as_json: bool,
 ) -> ParityReport:
     """Embed a few faces through every loaded backend and print the table."""
     from arcface_clients.parity import measure_parity, render_table
-    from arcface_clients.synthetic import synthetic_faces
 
-    faces = None if faces_from else synthetic_faces(settings.validation.eval_set_size)
-    report = measure_parity(server.grpc_url, faces, faces_from=faces_from)
+    report = measure_parity(server.grpc_url, faces)
     if as_json:
         urls = {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}
         told = {"backend": choice.backend, "reason": choice.reason, "urls": urls, "parity": report.to_json()}
@@ -196,15 +235,15 @@ try it:
 Ctrl-C stops it."""
 
 
-def _serve(server: TritonProcess, interrupt: Interrupt) -> int:
+def _serve(server: TritonProcess, interrupt: Interrupt) -> NoReturn:
     """Wait until the server ends by itself, which it should not, or until we are interrupted."""
     from arcface_build.errors import ServerFailed
-    from arcface_build.serving.process import reason_in_log
+    from arcface_build.serving.process import reason_of_end
 
     while (status := server.wait(timeout_s=1.0)) is None:
         if interrupt.came:
             raise KeyboardInterrupt
-    raise ServerFailed(f"tritonserver ended by itself with status {status}: {reason_in_log(server.log_path)}")
+    raise ServerFailed(f"tritonserver ended by itself {reason_of_end(status, server.log_path)}")
 
 
 def _say(text: str, as_json: bool) -> None:

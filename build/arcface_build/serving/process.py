@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from arcface_build.errors import ServerFailed
+from arcface_build.errors import ServerFailed, WrongUse
 from arcface_build.serving.binary import TritonBinary
 
 STOP_SECONDS = 15.0
@@ -25,12 +30,12 @@ STOP_SECONDS = 15.0
 LATENCY_QUANTILES = "--metrics-config=summary_latencies=true"
 # Run before tritonserver takes its place: asks Linux (PR_SET_PDEATHSIG = 1) to end it when we are killed ourselves, so
 # that no process is left. The kernel means the thread that started it: start a server from a thread that lives as long
-# as it should. Not a preexec_fn: that forks this process, and gRPC's fork handlers abort one child in sixty where a
+# as it should. Linux does not tell of a parent that was gone before it was asked: hence the comparison.
+# Not a preexec_fn: that forks this process, and gRPC's fork handlers abort one child in sixty where a
 # client of ours is connecting (ev_epoll1_linux: "epoll_wait error: Bad file descriptor").
 _DIE_WITH_PARENT = (
-    sys.executable,
-    "-ISc",
-    f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); os.execv(sys.argv[1], sys.argv[1:])",
+    f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
+    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
 )
 
 
@@ -46,15 +51,34 @@ class Ports:
         """Refuse before Triton does, with a message that names the port and the option.
 
         Raises:
-            ServerFailed: something listens on one of them.
+            WrongUse: two of them are the same, or the host is none of this machine's addresses.
+            ServerFailed: something listens on one of them, or this user may not.
         """
-        for name, port in (("http", self.http), ("grpc", self.grpc), ("metrics", self.metrics)):
-            with socket.socket() as probe:
-                if probe.connect_ex((host, port)) == 0:
+        named = {"http": self.http, "grpc": self.grpc, "metrics": self.metrics}
+        if len(set(named.values())) < len(named):
+            told = ", ".join(f"{name} {port}" for name, port in named.items())
+            raise WrongUse(f"expected three different ports, got {told}. Next: arcface serve --help")
+        for name, port in named.items():
+            try:
+                with socket.socket() as probe:  # IPv4: Triton's HTTP and gRPC want IPv6 written in two different ways
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that just ended is no hindrance
+                    probe.bind((host, port))
+            except OSError as exc:
+                if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
+                    raise WrongUse(
+                        f"cannot listen on {host}: {exc.strerror}. "
+                        "Expected an IPv4 address of this host (ip -4 address), "
+                        "127.0.0.1 for it alone, or 0.0.0.0 for all"
+                    ) from exc
+                if exc.errno != errno.EADDRINUSE:
                     raise ServerFailed(
-                        f"port {port} ({name}) is in use on {host}. Stop what listens there (ss -ltnp | grep {port}), "
-                        f"or take another: arcface serve --{name}-port {port + 10}"
-                    )
+                        f"cannot listen on port {port} ({name}) of {host}: {exc.strerror}. "
+                        f"Take another: arcface serve --{name}-port {port + 8000}"
+                    ) from exc
+                raise ServerFailed(
+                    f"port {port} ({name}) is in use on {host}. Stop what listens there (ss -ltnp | grep {port}), "
+                    f"or take another: arcface serve --{name}-port {port + 10}"
+                ) from exc
 
 
 def free_ports() -> Ports:
@@ -110,7 +134,10 @@ class TritonProcess:
         self.host = host
         self.models = tuple(models)
         self.log_path = log_path
-        self._line = [*arguments(binary, repository, models, config_name, self.ports, host), *extra]
+        self._line_of = partial(arguments, models=models, config_name=config_name, ports=self.ports, host=host)
+        self._binary, self._repository, self._extra = binary, repository, extra
+        self._links: tempfile.TemporaryDirectory[str] | None = None
+        self._regions = f"arcface_{uuid.uuid4().hex}_"  # how the names of its shared memory begin
         self._environment = {**os.environ, **binary.environment, **(environment or {})}
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -140,14 +167,19 @@ class TritonProcess:
         Raises:
             ServerFailed: a port is taken, or the program cannot be executed.
         """
-        self.ports.check_free(_reachable(self.host))
+        self.ports.check_free(self.host)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(self._line[0], os.X_OK):
-            raise ServerFailed(f"cannot execute {self._line[0]}: it is not there, or not executable.")
+        if not os.access(self._binary.path, os.X_OK):
+            raise ServerFailed(f"cannot execute {self._binary.path}: it is not there, or not executable.")
+        backends = self._binary.backend_directory
+        binary = replace(self._binary, backend_directory=backends and Path(self._plain(backends, "backends")))
+        line = [*self._line_of(binary, self._plain(self._repository, "repository")), *self._extra]
+        for backend in ("python", *(p.name for p in backends.iterdir() if p.is_symlink())) if backends else ("python",):
+            line.append(f"--backend-config={backend},shm-region-prefix-name={self._regions}")
         with self.log_path.open("wb") as log:
             try:
                 self._child = subprocess.Popen(
-                    [*_DIE_WITH_PARENT, *self._line],
+                    [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *line],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
@@ -155,7 +187,7 @@ class TritonProcess:
                     start_new_session=True,  # Ctrl-C reaches us first; the group is ours to end as a whole
                 )
             except OSError as exc:
-                raise ServerFailed(f"cannot execute {self._line[0]}: {exc}") from exc
+                raise ServerFailed(f"cannot execute {self._binary.path}: {exc}") from exc
         return self
 
     def wait_ready(self, timeout_s: float = 180.0) -> None:
@@ -189,24 +221,33 @@ class TritonProcess:
             return None
 
     def stop(self) -> None:
-        """End the server: SIGTERM, which lets running requests finish, then SIGKILL for the whole group."""
-        child, self._child = self._child, None
+        """End the server: SIGTERM, which lets running requests finish, then SIGKILL for the whole group.
+
+        Interrupted itself (a second Ctrl-C), it does not wait for those requests.
+        """
+        child = self._child
         if child is None:
             return
-        if child.poll() is None:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):  # stubs of the python backend are in the group as well
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        try:
+            if child.poll() is None:
+                child.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(STOP_SECONDS)
+        finally:
+            self.kill()
 
     def kill(self) -> None:
-        """End the server at once, as a crash would."""
+        """End the server at once, as a crash would, and remove what only its own end removes."""
         child, self._child = self._child, None
         if child is not None:
-            os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # stubs of the python backend are in its group as well
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+            for region in Path("/dev/shm").glob(f"{self._regions}*"):
+                region.unlink(missing_ok=True)
+        if self._links is not None:
+            self._links.cleanup()
+            self._links = None
 
     def __enter__(self) -> TritonProcess:
         """Start."""
@@ -216,9 +257,26 @@ class TritonProcess:
         """Stop."""
         self.stop()
 
+    def _plain(self, path: Path | str, name: str) -> str:
+        """The path, or a link to it where it holds a blank or the like: Triton hands it unquoted to a shell."""
+        if "://" in str(path) or shlex.quote(str(path)) == str(path):
+            return str(path)
+        self._links = self._links or tempfile.TemporaryDirectory(prefix="arcface-")
+        link = Path(self._links.name) / name
+        link.symlink_to(Path(path).resolve())
+        return str(link)
+
     def _why_it_ended(self) -> str:
         status = self._child.returncode if self._child else 0
-        return f"tritonserver ended with status {status} while starting: {reason_in_log(self.log_path)}"
+        return f"tritonserver ended while starting {reason_of_end(status, self.log_path)}"
+
+
+def reason_of_end(status: int, log_path: Path) -> str:
+    """Why a tritonserver ended: the signal that it was sent, else its status and what its log says."""
+    if status >= 0:
+        return f"with status {status}: {reason_in_log(log_path)}"
+    memory = " (out of memory? Next: dmesg)" if status == -signal.SIGKILL else ""
+    return f"by {signal.Signals(-status).name}{memory} (log: {log_path})"
 
 
 def reason_in_log(path: Path) -> str:
@@ -231,8 +289,12 @@ def reason_in_log(path: Path) -> str:
     if reasons:
         told = {model: _first_line(reason) for model, reason in reasons}
         return "; ".join(f"{model}: {reason}" for model, reason in told.items()) + f" (log: {path})"
-    errors = [line for line in text.splitlines() if re.match(r"E\d{4} |error: ", line)]
-    return f"{errors[-1] if errors else 'no reason in its output'} (log: {path})"
+    unread = re.findall(r"Poll failed for model directory '(\w+)': (.+?)\"?$", text, re.MULTILINE)
+    if unread:
+        return "; ".join(f"{model}: {reason}" for model, reason in unread) + f" (log: {path})"
+    errors = [line for line in text.splitlines() if re.match(r"E\d{4} |error: |.*unrecognized option", line)]
+    reason = re.sub(r"^\S*/tritonserver: ", "", errors[-1]) if errors else "no reason in its output"
+    return f"{reason} (log: {path})"
 
 
 def missing_library(path: Path) -> str | None:
@@ -249,4 +311,4 @@ def _first_line(reason: str) -> str:
 
 
 def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return "127.0.0.1" if host == "0.0.0.0" else host

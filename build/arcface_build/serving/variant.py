@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from arcface_build.repository import served_manifest
@@ -19,9 +20,17 @@ def take_best_variant(repository: Path, models_dir: Path) -> str:
 
     served = served_manifest(repository) or {}
     model_dir = models_dir / served.get("name", "")
-    path = model_dir / "manifest.json"
-    if not path.is_file() or json.loads(path.read_text())["contract_id"] != served["contract_id"]:
-        return f"{served.get('precision', 'fp32')} as installed: {model_dir} does not hold this model"
+    installed = f"{served.get('precision', 'fp32')} as installed"
+    if served.get("held"):
+        return f"{installed}: arcface rollback went back to it (another one: arcface assemble {served['name']})"
+    try:
+        here = json.loads((model_dir / "manifest.json").read_text())["contract_id"]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or none that can be read
+        here = None
+    if here is None or here != served["contract_id"]:
+        return f"{installed}: {model_dir} does not hold this model"
+    if not os.access(repository, os.W_OK):
+        return f"{installed}: {repository} may not be written"
     choice = choose(model_dir)
     assemble(model_dir, repository, choice, load_config().versions_kept)
     return choice.reason
