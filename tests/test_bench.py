@@ -26,7 +26,10 @@ from arcface_build.bench.perf_analyzer import (
 )
 from arcface_build.bench.result import regressions, summarise
 from arcface_build.bench.triton_statistics import ensemble_cost
+from arcface_build.commands.bench import check_served, server_under_test
+from arcface_build.commands.bench import command as bench_command
 from arcface_build.errors import BuildError, Missing, WrongUse
+from conftest import copy_repository
 
 
 def _ms(*values: float) -> np.ndarray:
@@ -134,8 +137,50 @@ def test_a_ratio_is_worse_only_beyond_margin_and_spread(old: tuple, new: tuple, 
 def test_results_without_a_common_ratio_are_not_compared() -> None:
     with pytest.raises(WrongUse, match=r"share no ratio: expected some of .*served.*, got .*other"):
         regressions(_result(1, 1, 1), _result(1, 1, 1, "other"))
-    with pytest.raises(WrongUse, match="not a benchmark of format 1: got format None"):
-        regressions({}, _result(1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        (b"\xff", "cannot be read as JSON"),
+        (
+            "[1]",
+            "is no benchmark of format 1: got format None, kind None; expected what arcface bench --json FILE wrote",
+        ),
+        ("{}", "is no benchmark of format 1: got format None"),
+        ('{"format": 1, "kind": "tune"}', "got format 1, kind 'tune'"),
+        ('{"format": 1, "kind": "bench"}', "is no benchmark"),
+    ],
+)
+def test_what_is_no_older_result_is_refused_before_anything_is_measured(content: str | bytes, message: str, tmp_path):
+    path = tmp_path / "old.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(WrongUse, match=message):
+        bench_command.main(["--against", str(path)], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("models", "config", "message"),
+    [
+        (("arcface", "nosuch"), "onnx", "no model nosuch in .*: expected some of arcface, arcface_onnx, "),
+        (("arcface",), "tunde", r"has configs/tunde\.pbtxt: expected one of onnx, reference, tensorrt"),
+    ],
+)
+def test_names_that_triton_would_pass_over_are_refused(models, config: str, message: str, tmp_path: Path) -> None:
+    repository = copy_repository(tmp_path)
+    check_served(repository, ("arcface", "arcface_onnx"), "onnx")
+    with pytest.raises(WrongUse, match=message):
+        check_served(repository, models, config)
+
+
+@pytest.mark.parametrize("url", ["gpu-host", "gpu-host:", ":8001", "gpu-host:eight"])
+def test_an_address_without_host_and_port_is_refused(url: str, tmp_path) -> None:
+    with (
+        pytest.raises(WrongUse, match=f"--url is '{url}': expected host:port"),
+        server_under_test(url, None, None, (), "onnx", tmp_path),
+    ):
+        pass
 
 
 def test_in_process_variants_report_calls_and_cpu_time() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from arcface_build.bench import bulk
 from arcface_build.bench.clients import restarts, run, run_quick, stream_memory
-from arcface_build.errors import Missing
+from arcface_build.errors import Missing, WrongUse
 
 
 def test_every_way_is_measured_against_a_running_server(odd_server) -> None:
@@ -26,6 +26,11 @@ def test_a_way_over_the_gpu_is_never_measured_as_another_one(odd_server) -> None
         pytest.skip("this host has a GPU")
     with pytest.raises(Missing, match=r"grpc-cudashm cannot be measured: .* is not possible: .*Next: --way grpc "):
         run(None, odd_server.grpc_url, odd_server.http_url, model="good", ways=("grpc-cudashm",), rounds=1)
+
+
+def test_a_way_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(WrongUse, match="no way is called 'smoke': expected one of grpc, grpc-shm, http"):
+        run(None, "localhost:1", "localhost:1", ways=("smoke",))
 
 
 def test_requests_in_flight_are_compared_on_a_model_that_costs_nothing() -> None:

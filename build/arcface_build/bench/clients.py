@@ -22,7 +22,7 @@ from arcface_build.bench.contestants import bare_session
 from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import Variant, Work, measure_in_turns
 from arcface_build.bench.result import summarise
-from arcface_build.errors import Missing, ProofFailed
+from arcface_build.errors import Missing, ProofFailed, WrongUse
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.process import Ports, TritonProcess, free_ports
 from arcface_clients import TritonEmbedder
@@ -93,7 +93,10 @@ def run(
 
     Raises:
         Missing: one of `GPU_WAYS` was asked for, and the server does not open regions on a GPU.
+        WrongUse: a way that is none of them.
     """
+    if unknown := [way for way in ways if way not in (*WAYS, *GPU_WAYS)]:
+        raise WrongUse(f"no way is called {unknown[0]!r}: expected one of {', '.join((*WAYS, *GPU_WAYS))}.")
     faces = synthetic_faces(4 * batch)
     urls = {"grpc": f"grpc://{grpc_url}", "http": f"http://{http_url}"}
     with contextlib.ExitStack() as stack:

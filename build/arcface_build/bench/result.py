@@ -5,7 +5,9 @@ The format is described in docs/reports.md. Ratios are the result; faces a secon
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,14 +61,29 @@ def comparisons(variants: Sequence[Variant]) -> list[tuple[str, str]]:
     return pairs
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """An older result, for `regressions`.
+
+    Raises:
+        WrongUse: the file is not a benchmark of this format.
+    """
+    expected = "expected what arcface bench --json FILE wrote"
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as exc:
+        raise WrongUse(f"{path} cannot be read as JSON ({exc}): {expected}.") from exc
+    got = (result.get("format"), result.get("kind")) if isinstance(result, dict) else (None, None)
+    if got != (FORMAT, "bench") or not isinstance(result.get("ratios"), list):
+        raise WrongUse(f"{path} is no benchmark of format {FORMAT}: got format {got[0]}, kind {got[1]!r}; {expected}.")
+    return result
+
+
 def regressions(old: Mapping[str, Any], new: Mapping[str, Any], margin: float = DEFAULT_MARGIN) -> list[str]:
     """One sentence for each ratio that fell by more than `margin` (relative) beyond the larger of the two spreads.
 
     Raises:
-        WrongUse: the two results share no ratio, or `old` is not a benchmark of this format.
+        WrongUse: the two results share no ratio.
     """
-    if old.get("format") != FORMAT or old.get("kind") != "bench":
-        raise WrongUse(f"not a benchmark of format {FORMAT}: got format {old.get('format')}, kind {old.get('kind')!r}.")
     before = {(row["variant"], row["base"]): row for row in old["ratios"]}
     now = {(row["variant"], row["base"]): row for row in new["ratios"]}
     shared = [pair for pair in before if pair in now]

@@ -93,13 +93,13 @@ def command(
     from arcface_build.bench.interleaved import measure_in_turns
     from arcface_build.bench.perf_analyzer import Load, find_perf_analyzer, write_input_data
     from arcface_build.bench.pytorch import pytorch_sessions
-    from arcface_build.bench.result import regressions, summarise
+    from arcface_build.bench.result import read_result, regressions, summarise
     from arcface_build.bench.waterfall import waterfall as waterfall_rows
     from arcface_build.bench.waterfall import waterfall_loads
     from arcface_build.errors import WrongUse
     from arcface_build.reports.bench_page import bench_csv, bench_page
 
-    old = json.loads(against.read_text()) if against else None
+    old = read_result(against) if against else None
     loads = [Load(*parts) for parts in product(models, protocols, batches, callers)]
     if waterfall:
         if len(batches) > 1 or not bare:
@@ -199,12 +199,15 @@ def server_under_test(
 ) -> Iterator[Target]:
     """The running server that was named, else one of our own on free ports."""
     from arcface_build.bench.cpu_time import pid_listening_on
+    from arcface_build.errors import WrongUse
     from arcface_build.repository import find_repository
     from arcface_build.serving.binary import find_tritonserver
     from arcface_build.serving.process import TritonProcess, free_ports
 
     if url:
         host, _, port = url.removeprefix("grpc://").rpartition(":")
+        if not host or not port.isdecimal():
+            raise WrongUse(f"--url is {url!r}: expected host:port of the server's gRPC, such as localhost:8001.")
         yield Target(
             f"{host}:{port}",
             http_url or f"{host}:{int(port) - 1}",
@@ -212,11 +215,28 @@ def server_under_test(
         )
         return
     found = find_repository(repository)
+    check_served(found, models, config)
     binary = find_tritonserver()
     log = folder / "tritonserver.log"
     with TritonProcess(binary, found, models, config_name=config, ports=free_ports(), log_path=log) as server:
         server.wait_ready()
         yield Target(server.grpc_url, server.http_url, server.pid)
+
+
+def check_served(repository: Path, models: tuple[str, ...], config: str) -> None:
+    """Refuse names that Triton would not: it says little of a model that is not there, and nothing of a config.
+
+    Raises:
+        WrongUse: a model that the repository has not, or a config (configs/NAME.pbtxt) that no model of it has.
+    """
+    from arcface_build.errors import WrongUse
+
+    there = sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
+    if absent := [model for model in models if model not in there]:
+        raise WrongUse(f"no model {', '.join(absent)} in {repository}: expected some of {', '.join(there)}.")
+    configs = sorted({path.stem for path in repository.glob("*/configs/*.pbtxt")})
+    if config and config not in configs:
+        raise WrongUse(f"no model in {repository} has configs/{config}.pbtxt: expected one of {', '.join(configs)}.")
 
 
 def served_file(repository: Path | None, model: str, name: str) -> Path:

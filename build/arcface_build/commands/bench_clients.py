@@ -10,7 +10,7 @@ import click
 
 EPILOG = """\b
 Examples:
-  arcface bench-clients                              gRPC, HTTP, shared memory against the bare session, batch 32
+  arcface bench-clients                              gRPC and shared memory against the bare session, batch 32
   arcface bench-clients --way grpc-shm --way grpc-cudashm --way grpc-gpufaces   on a GPU host: regions on the GPU
   arcface bench-clients --quick --in-flight 1 --in-flight 2 --in-flight 4 --in-flight 8
   arcface bench-clients --stream 1000000             peak memory while a million generated faces go through
