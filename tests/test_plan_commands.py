@@ -128,6 +128,15 @@ def test_verify_reads_everything_and_names_what_is_refused(
     assert arcface("verify", "absent") == 1
 
 
+def test_a_second_push_with_a_signature_says_that_the_store_keeps_the_first_manifest(
+    arcface: Arcface, cache: PlanStore, store: PlanStore, keys: dict[str, Path]
+) -> None:
+    manifest = built(cache)
+    assert arcface.json("push", manifest.key)[0]["state"] == "pushed"
+    (again,) = arcface.json("push", manifest.key, "--sign-key", keys["ours"] / "private.pem")
+    assert again["state"] == "was there, NOT signed by this key"
+
+
 def test_signing_on_push_satisfies_hosts_that_have_the_public_key(
     arcface: Arcface, cache: PlanStore, store: PlanStore, keys: dict[str, Path], tmp_path: Path
 ) -> None:

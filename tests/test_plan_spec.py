@@ -173,6 +173,9 @@ def test_the_shipped_gpu_table_is_read_and_a_wrong_one_named(tmp_path: Path) -> 
     wrong.write_text('sms: { "8.6": { architecture: Ampere, cards: [], plans: [fp8] } }')
     with pytest.raises(WrongUse, match="expected some of fp32, fp16, bf16, int8"):
         load_gpus_yaml(wrong)
+    wrong.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(WrongUse, match="is not YAML"):
+        load_gpus_yaml(wrong)
     wrong.write_text("[]")
     with pytest.raises(WrongUse, match="has not the form"):
         load_gpus_yaml(wrong)

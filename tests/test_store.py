@@ -186,7 +186,7 @@ def test_pushing_again_mends_a_plan_that_was_damaged_in_the_store(
     with pytest.raises(PlanRefused, match="is truncated: expected 300000 bytes, got 1000"):
         store.fetch(manifest, tmp_path / "out" / "x.plan")
     assert files(tmp_path / "out") == []
-    store.put(plan, manifest)
+    assert not store.put(plan, manifest).created, "its manifest was there"
     store.verify(manifest)
     objects.delete(plan_name(manifest))
     with pytest.raises(PlanNotFound, match="is missing, though its manifest is there"):

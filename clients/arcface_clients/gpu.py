@@ -38,7 +38,8 @@ def find_gpus() -> list[Gpu]:
     program = shutil.which("nvidia-smi")
     if program is None:
         raise DependencyMissing(
-            "no NVIDIA GPU on this host: nvidia-smi is not installed. Run this on a GPU host, or arcface plan pull"
+            "no NVIDIA GPU on this host: nvidia-smi is not installed. Run this on a GPU host, or name the SM: "
+            "arcface plan pull --sm 8.6"
         )
     try:
         answer = _run(program, f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits")

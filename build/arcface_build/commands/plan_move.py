@@ -47,6 +47,8 @@ def push(places: Places, plans: tuple[str, ...], everything: bool, sign_key: Pat
             put = store.put(path, manifest, progress)
         same = put.manifest.sha256 == manifest.sha256
         state = "pushed" if put.created else "was there" if same else "the store keeps another build of this key"
+        if sign_key and put.manifest.signature != manifest.signature:
+            state += ", NOT signed by this key"
         done.append({"plan": manifest.spec.file_name, "key": manifest.key, "state": state, "store": store.url})
     _report(done, as_json, f"nothing to push: no plans in {places.cache.url}")
 

@@ -49,7 +49,7 @@ def load_gpus_yaml(path: Path) -> dict[str, SmInfo]:
         data = yaml.safe_load(path.read_text())
     except OSError as exc:
         raise Missing(f"no GPU table at {path} ({exc.strerror}). Give one: --gpus config/gpus.yaml") from exc
-    except yaml.YAMLError as exc:
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
         raise WrongUse(f"{path} is not YAML: {exc}") from exc
     try:
         blocks = [

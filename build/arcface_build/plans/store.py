@@ -159,7 +159,8 @@ class PlanStore:
             return Put(created=False, manifest=there)
         self.objects.upload(plan, plan_name(manifest), progress)
         if self.objects.create(manifest_name(manifest), manifest_bytes(manifest)):
-            return Put(created=True, manifest=manifest)
+            # S3 counts bytes that were there already as created: a retry cannot tell its own
+            return Put(created=there is None, manifest=manifest)
         winner = self.find(manifest.key)
         if winner is None:  # deleted between the two calls: what was uploaded is an orphan, which gc removes
             raise PlanNotFound(f"plan {manifest.key} was deleted from {self.url} while it was uploaded. Push it again.")
