@@ -17,6 +17,7 @@ from arcface_build.compare.comparison import Faces
 from arcface_build.errors import Missing, WrongUse
 from arcface_clients.errors import ContractMismatch
 from arcface_clients.synthetic import synthetic_people
+from damaged_arrays import DAMAGED_ARRAYS, write_damaged
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,13 @@ def test_other_contracts_are_not_compared(tmp_path):
     np.savez(tmp_path / "b.npz", embeddings=rows, contract_id="b" * 64)
     with pytest.raises(ContractMismatch, match=r"is of contract aaaaaaaaaaaa…, .* of bbbbbbbbbbbb…"):
         compare(tmp_path / "a.npz", tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize("damage", DAMAGED_ARRAYS)
+def test_damaged_embeddings_are_refused_in_one_sentence(tmp_path, damage):
+    np.save(tmp_path / "a.npy", np.eye(2))
+    with pytest.raises(WrongUse, match=r"b\.npz (is not a NumPy file, or cut off|holds )"):
+        compare(tmp_path / "a.npy", write_damaged(tmp_path / "b.npz", damage))
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,15 @@ def test_what_cannot_work_is_one_line_an_exit_code_and_nothing_left(
     assert sorted(path for path in workplace.rglob("*") if path != workplace / "out") == before
 
 
+def test_a_model_repository_that_is_none_is_said_before_the_work(workplace: Path) -> None:
+    answer = arcface_import(workplace, "net.onnx", "--model-repository", "models")
+    assert (answer.returncode, answer.stderr) == (
+        3,
+        "Missing: models is not our model repository: it has no arcface/config.pbtxt.\n",
+    )
+    assert not (workplace / "models").exists()
+
+
 def test_ctrl_c_leaves_nothing_behind(workplace: Path) -> None:
     np.savez(workplace / "many.npz", faces=np.repeat(synthetic_faces(8), 1000, axis=0))
     arguments = ["net.onnx", "--no-assemble", "--faces", "many.npz"]

@@ -15,6 +15,7 @@ from arcface_clients.engines import EngineRegistry
 from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed
 from arcface_clients.synthetic import synthetic_faces
 from arcface_clients.validation import StoredReference, reference_from, validate_engine
+from damaged_arrays import DAMAGED_ARRAYS, write_damaged
 from tiny_model import write_model
 
 FACES = synthetic_faces(6)
@@ -157,7 +158,8 @@ def test_stored_reference_that_does_not_fit_is_refused(tmp_path, arrays, expecte
     assert expected in str(caught.value)
 
 
-def test_file_that_is_no_npz_is_refused(tmp_path):
-    (tmp_path / "reference.npz").write_text("hello")
+@pytest.mark.parametrize("damage", DAMAGED_ARRAYS)
+def test_file_that_is_no_npz_is_refused(tmp_path, damage):
+    write_damaged(tmp_path / "reference.npz", damage)
     with pytest.raises(ConfigError, match=r"expected an \.npz"):
         StoredReference.load(tmp_path / "reference.npz", 16)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from arcface_build.errors import Missing, WrongUse
+from arcface_build.proof_faces import read_faces
 from arcface_build.variants.eval_set import FaceSet, load_faces
 from arcface_build.variants.gate import judge, refusal
+from arcface_build.variants.int8 import quantize_convolutions
+from arcface_build.variants.recipe import load_recipe
 from arcface_build.variants.search import order_to_keep, smallest_passing_set
 from arcface_clients.synthetic import synthetic_faces
+from damaged_arrays import DAMAGED_ARRAYS, write_damaged
+from tiny_nets import tiny_net
 
 SENSITIVITY = {"a": 8e-3, "b": 4e-3, "c": 2e-3, "d": 1e-3, "e": 5e-4}
 FACES = FaceSet("t", np.zeros((4, 1), np.uint8), ["one", "two", "three", "four"], None)
@@ -133,7 +140,23 @@ def test_faces_that_are_not_there_or_not_faces_are_refused(tmp_path):
     with pytest.raises(Missing, match="no pictures"):
         load_faces(str(tmp_path), 4)
     np.savez(tmp_path / "x.npz", crops=np.zeros(3))
-    with pytest.raises(WrongUse, match=r"x.npz holds crops: expected `faces`"):
+    with pytest.raises(WrongUse, match=r"x.npz: expected an array `faces` in it, found: crops; expected an .npz with"):
+        load_faces(str(tmp_path / "x.npz"), 4)
+
+
+@pytest.mark.parametrize("damage", DAMAGED_ARRAYS)
+def test_a_damaged_file_of_faces_is_refused_in_one_sentence(damage, tmp_path):
+    path = write_damaged(tmp_path / "faces.npz", damage)
+    with pytest.raises(WrongUse, match=r"faces\.npz: .*expected an \.npz with `faces`"):
+        load_faces(str(path), 4)
+    with pytest.raises(WrongUse, match=r"faces\.npz is no \.npz of crops"):
+        read_faces(path)
+
+
+@pytest.mark.parametrize("identities", [np.arange(1), np.zeros((2, 2)), np.array([None, None], object)])
+def test_identities_that_do_not_fit_the_faces_are_refused(identities, tmp_path):
+    np.savez(tmp_path / "x.npz", faces=synthetic_faces(2), identities=identities)
+    with pytest.raises(WrongUse, match=r"expected an \.npz with `faces` .*, and perhaps `identities` \(N,\)"):
         load_faces(str(tmp_path / "x.npz"), 4)
 
 
@@ -141,3 +164,37 @@ def test_drawn_calibration_faces_are_not_those_that_judge():
     judged, calibrated = load_faces("synthetic", 8), load_faces("synthetic", 8, seed=1)
     assert judged.sha256 != calibrated.sha256
     assert list(judged.identities) == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+GOOD_RECIPE = {"format": 1, "precision": "int8", "target": "cpu", "serving_sha256": "ab", "keep": [], "ranges": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ranges": 3}, "is not a recipe of format 1"),
+        ({"ranges": {"cpu": {"x": "a"}}}, "is not a recipe of format 1"),
+        ({"ranges": {"cpu": {"x": [0, "one"]}}}, "is not a recipe of format 1"),
+        ({"keep": None}, "is not a recipe of format 1"),
+        ({"format": 2}, "is not a recipe of format 1"),
+        ({"serving_sha256": 3}, "was made for another serving ONNX"),
+        ({"ranges": {"tensorrt": {}}}, "makes int8 for tensorrt, not int8 for cpu"),
+    ],
+)
+def test_a_recipe_that_cannot_be_replayed_is_refused(change, message, tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({**GOOD_RECIPE, **change}))
+    with pytest.raises(WrongUse, match=message):
+        load_recipe(path, "int8", "cpu", "ab")
+
+
+def test_ranges_that_miss_a_convolution_are_refused():
+    with pytest.raises(WrongUse, match=r"no range for the input of \d+ of \d+ convolutions, such as \S+\. Leave out"):
+        quantize_convolutions(named_tiny_net(), {}, "cpu")
+
+
+def named_tiny_net():
+    model = tiny_net()
+    for number, node in enumerate(model.graph.node):
+        node.name = node.name or f"n{number}"
+    return model

@@ -8,7 +8,9 @@ import numpy as np
 
 from arcface_build.errors import Missing, WrongUse
 from arcface_build.proof import MIN_FACES
-from arcface_clients.contract import FACE_SHAPE, check_faces
+from arcface_clients.contract import FACE_SHAPE
+from arcface_clients.errors import InvalidFaces
+from arcface_clients.images import read_array
 from arcface_clients.synthetic import synthetic_faces
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -30,8 +32,8 @@ def read_faces(path: Path) -> tuple[np.ndarray, str]:
         faces = _read_folder(path)
     else:
         try:
-            faces = check_faces(np.load(path)["faces"])
-        except (OSError, KeyError, ValueError, IndexError) as exc:
+            faces = read_array(path)
+        except (OSError, InvalidFaces) as exc:
             raise WrongUse(
                 f"{path} is no .npz of crops: expected an array `faces` (N,112,112,3) uint8 BGR ({exc})."
             ) from exc

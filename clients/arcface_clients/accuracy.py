@@ -220,15 +220,21 @@ def pairs_from_csv(path: Path, names: Sequence[str]) -> Pairs:
     Identities are the folders that hold the faces.
 
     Raises:
-        InvalidFaces: a pair names a face that is not there.
+        InvalidFaces: a line is no such line, or names a face that is not there.
     """
     index = {name: row for row, name in enumerate(names)}
     for row, name in enumerate(names):  # so that pairs.csv may name crops below any folder
         parts = Path(name).parts
         for depth in range(1, len(parts)):
             index.setdefault("/".join(parts[depth:]), row)
-    lines = [line.split(",") for line in path.read_text().splitlines() if line.strip()]
+    try:
+        lines = [line.split(",") for line in path.read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError as exc:
+        raise InvalidFaces(f"{path} is not text: expected lines a,b,same.") from exc
     lines = lines[1:] if lines and lines[0][-1].strip() not in ("0", "1") else lines
+    wrong = next((line for line in lines if len(line) != 3 or line[2].strip() not in ("0", "1")), None)
+    if wrong:
+        raise InvalidFaces(f"{path} holds the line {','.join(wrong)!r}: expected a,b,same with same 1 or 0.")
     wanted = {name for a, b, _ in lines for name in (a, b)}
     absent = sorted(wanted - index.keys())
     if absent:

@@ -151,14 +151,15 @@ def read_array(path: str | Path) -> np.ndarray:
             return check_faces(loaded[names[0]])
     except InvalidFaces:
         raise
-    except (ValueError, EOFError, _bad_zip()) as exc:
+    except (ValueError, EOFError, *_damaged()) as exc:
         raise InvalidFaces(f"not a NumPy file, or cut off ({exc})") from exc
 
 
-def _bad_zip() -> type[Exception]:
+def _damaged() -> tuple[type[Exception], ...]:
     from zipfile import BadZipFile
+    from zlib import error as BadDeflate
 
-    return BadZipFile
+    return BadZipFile, BadDeflate
 
 
 def _reason(exc: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,10 +68,10 @@ class StoredReference:
             ConfigError: it cannot be read, or arrays are missing or do not fit each other.
         """
         try:
-            with np.load(file, allow_pickle=False) as data:
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
                 faces, embeddings = check_faces(data["faces"][:count]), data["embeddings"][:count]
                 contract = str(data["contract_id"]) if "contract_id" in data else ""
-        except (OSError, ValueError, KeyError) as exc:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
             raise ConfigError(
                 f"{file} (validation.reference): expected an .npz with faces, embeddings and contract_id: {exc}"
             ) from exc

@@ -19,7 +19,7 @@ Examples:
   arcface compare insightface onnx --faces crops/                 two engines of an imported model
   arcface compare insightface localhost:8001/arcface              InsightFace against a server
   arcface compare before.npz after.npz --pairs pairs.csv          saved embeddings, with verification accuracy
-  arcface compare models/a/serving.onnx models/a/variants/fp16-cpu.onnx --layers
+  arcface compare models/a/serving.onnx models/a/variants/fp16-tensorrt.onnx --layers
   arcface compare insightface sm86.plan --html report.html        on a GPU host
 """
 

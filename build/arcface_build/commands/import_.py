@@ -69,9 +69,11 @@ def command(
     """
     from arcface_build.importing import check_name, existing_import, import_model
     from arcface_build.proof_faces import drawn_faces, read_faces
+    from arcface_build.repository import find_repository
     from arcface_build.sources import known_models, resolve, with_file
 
     stated = _stated(color, mean, std)
+    repository = None if no_assemble else find_repository(model_repository)  # before the work, not after it
     with tempfile.TemporaryDirectory(prefix="arcface-import-") as workspace, _progress() as progress:
         found = resolve(
             source,
@@ -92,11 +94,10 @@ def command(
     if had_variants and not (folder / "variants").is_dir():
         click.echo(f"the serving ONNX is another one now: {folder}/variants were of the old one and are gone", err=True)
     installed = None
-    if not no_assemble:
+    if repository is not None:
         from arcface_build.assemble import assemble
-        from arcface_build.repository import find_repository
 
-        installed = assemble(folder, find_repository(model_repository))
+        installed = assemble(folder, repository)
     if as_json:
         click.echo(json.dumps(manifest.to_json(), indent=2))
         return

@@ -88,7 +88,8 @@ def _print(model_dir: Path, sidecar: dict[str, Any]) -> None:
     recipe = sidecar["recipe"]
     if recipe and recipe["keep"]:
         click.echo(f"  kept in higher precision ({len(recipe['keep'])}): {', '.join(recipe['keep'])}")
-    if recipe and recipe["search"]:
-        click.echo(f"  search: {model_dir}/variants/{sidecar['precision']}-{sidecar['target']}.search.png")
+    plot = model_dir / "variants" / f"{sidecar['precision']}-{sidecar['target']}.search.png"
+    if recipe and recipe["search"] and plot.is_file():  # a replay has the search's record and no plot of its own
+        click.echo(f"  search: {plot}")
     if sidecar["eval"]["origin"] == "synthetic":
         click.echo("  judged by drawn faces: for a verdict on real ones give --eval FOLDER")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -96,7 +97,7 @@ def _saved(path: Path) -> Side:
             contract = str(loaded["contract_id"]) or None if "contract_id" in loaded.files else None
             precision = str(loaded["precision"]) if "precision" in loaded.files else "fp32"
             return Side(str(path), precision, contract, saved=_two_dimensional(loaded["embeddings"], path), names=names)
-    except (ValueError, EOFError, OSError) as exc:
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as exc:
         if isinstance(exc, WrongUse):
             raise
         raise WrongUse(

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from arcface_build.errors import Missing, WrongUse
-from arcface_clients.contract import FACE_SHAPE, check_faces
+from arcface_clients.contract import FACE_SHAPE
+from arcface_clients.errors import InvalidFaces
+from arcface_clients.images import read_array
 from arcface_clients.synthetic import synthetic_people
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -74,14 +76,16 @@ def load_faces(source: str, count: int, seed: int = 0) -> FaceSet:
 
 
 def _from_npz(path: Path) -> FaceSet:
-    with np.load(path, allow_pickle=False) as archive:
-        if "faces" not in archive:
-            raise WrongUse(
-                f"{path} holds {', '.join(archive.files) or 'nothing'}: expected `faces` (N,112,112,3) uint8 BGR, "
-                "and perhaps `identities` (N,)."
-            )
-        faces = check_faces(archive["faces"])
-        identities = archive.get("identities")
+    expected = "expected an .npz with `faces` (N,112,112,3) uint8 BGR, and perhaps `identities` (N,)"
+    try:
+        faces = read_array(path)
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            identities = None if isinstance(loaded, np.ndarray) else loaded.get("identities")
+    except (InvalidFaces, ValueError) as exc:
+        raise WrongUse(f"{path}: {exc}; {expected}.") from exc
+    if identities is not None and identities.shape != (len(faces),):
+        raise WrongUse(f"{path} holds {len(faces)} faces and identities {identities.shape}: {expected}.")
     return FaceSet(path.name, faces, [f"{path.name}[{i}]" for i in range(len(faces))], identities)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from arcface_build.errors import WrongUse
 from arcface_build.variants.calibrate import LEVELS
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ def quantize_convolutions(
         ranges: for each convolution input its range (`calibrate.least_error_range`).
         target: "cpu" (uint8 activations) or "tensorrt" (symmetric int8).
         keep: names of convolutions that stay float.
+
+    Raises:
+        WrongUse: a convolution that is to be quantised has no range.
     """
     import onnx
     from onnxruntime.quantization import QuantType
@@ -46,6 +50,12 @@ def quantize_convolutions(
     copy.CopyFrom(model)
     if not layers:
         return copy
+    inputs = {n.name: n.input[0] for n in model.graph.node}
+    if without := [name for name in layers if inputs[name] not in ranges]:
+        raise WrongUse(
+            f"the recipe has no range for the input of {len(without)} of {len(layers)} convolutions, such as "
+            f"{without[0]}. Leave out --recipe to calibrate again."
+        )
     limits = TensorsData(
         CalibrationMethod.MinMax,
         {

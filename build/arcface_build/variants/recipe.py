@@ -69,6 +69,11 @@ def load_recipe(path: Path, precision: str, target: str, serving_sha256: str) ->
         if data.pop("format") != FORMAT:
             raise KeyError("format")
         data["keep"] = tuple(data["keep"])
+        data["serving_sha256"] = str(data["serving_sha256"])
+        data["ranges"] = {
+            target: {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
+            for target, ranges in data["ranges"].items()
+        }
         recipe = Recipe(**data)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise WrongUse(f"{path} is not a recipe of format {FORMAT} ({type(exc).__name__}: {exc}).") from exc

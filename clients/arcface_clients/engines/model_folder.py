@@ -88,7 +88,9 @@ def find_model(models_dir: str | Path, name: str | None = None) -> ModelFolder:
     there = sorted(file.parent.name for file in root.glob("*/serving.onnx"))
     if name is None:
         if len(there) > 1:
-            raise ConfigError(f"{root} holds {len(there)} models ({', '.join(there)}): say which one in local.model.")
+            raise ConfigError(
+                f"{root} holds {len(there)} models ({', '.join(there)}): say which one in local.model (--model NAME)."
+            )
         if not there:
             raise ModelMissing(f"no model in {root.absolute()}. Import one: arcface import SOURCE (or: import demo)")
         name = there[0]
