@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from arcface_build.errors import ProofFailed, SourceRefused, WrongUse
+from arcface_build.errors import Missing, ProofFailed, SourceRefused, WrongUse
 from arcface_build.importing import existing_import, import_model
 from arcface_build.manifest import Manifest, load_manifest
 from arcface_build.sources import known_models, resolve
@@ -227,3 +227,12 @@ def test_the_real_mobilefacenet_is_known_by_its_digest_and_equal_on_real_faces(
     assert manifest.proof["between_faces"] < 0.1
     assert manifest.dim == 128
     assert manifest.cpu is None  # it has neither PReLU nor BatchNormalization
+
+
+def test_a_missing_model_is_refused_with_those_that_are_there(tmp_path):
+    (tmp_path / "demo-mobile").mkdir()
+    (tmp_path / "demo-mobile" / "manifest.json").write_text("{}")
+    with pytest.raises(
+        Missing, match=r"no imported model in .*/demo: expected manifest.json there \(.* has demo-mobile\)"
+    ):
+        load_manifest(tmp_path / "demo")

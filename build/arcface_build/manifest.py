@@ -64,7 +64,9 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / FILE
     again = "Import the model again: arcface import SOURCE"
     if not path.is_file():
-        raise Missing(f"no imported model in {folder}: expected {FILE} there. {again}.")
+        there = sorted(file.parent.name for file in folder.parent.glob(f"*/{FILE}"))
+        beside = f" ({folder.parent} has {', '.join(there)})" if there else ""
+        raise Missing(f"no imported model in {folder}: expected {FILE} there{beside}. {again}.")
     try:
         data = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as exc:

@@ -11,7 +11,7 @@ import click
 
 EPILOG = """\b
 Examples:
-  arcface quantize demo --precision bf16                        the CPU fast path: proves the fp32 file in bf16
+  arcface quantize demo-mobile --precision bf16                 the CPU fast path: proves the fp32 file in bf16
   arcface quantize mymodel --precision int8 --eval crops/       finds the layers to keep, if any; crops/PERSON/*.jpg
   arcface quantize mymodel --precision fp16 --eval crops/       typed ONNX for TensorRT
   arcface quantize mymodel --precision int8 --target tensorrt --recipe models/mymodel/variants/int8-cpu.json
