@@ -72,7 +72,7 @@ def load_recipe(path: Path, precision: str, target: str, serving_sha256: str) ->
         data["serving_sha256"] = str(data["serving_sha256"])
         data["ranges"] = {
             target: {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
-            for target, ranges in data["ranges"].items()
+            for target, ranges in data.get("ranges", {}).items()  # fp16 has none
         }
         recipe = Recipe(**data)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
