@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 
-from arcface_clients.contract import check_faces
+from arcface_clients.faces.check import check_faces
 
 CONTRACT = "c" * 64
 

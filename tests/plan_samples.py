@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from arcface_build.plans.manifest import PlanManifest, now_utc
-from arcface_build.plans.spec import PlanSpec
+from arcface_clients.plans.manifest import PlanManifest, now_utc
+from arcface_clients.plans.spec import PlanSpec
 
 SPEC = PlanSpec(model="tiny", onnx_sha256="ab" * 32, precision="fp16", sm="8.6", tensorrt="10.3.0")
 

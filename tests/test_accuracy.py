@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from arcface_clients.accuracy import (
+from arcface_clients.errors import InvalidFaces
+from arcface_clients.evidence.accuracy import (
     Pairs,
     best_threshold,
     changed_decisions,
@@ -15,7 +16,6 @@ from arcface_clients.accuracy import (
     pairs_from_identities,
     rank1,
 )
-from arcface_clients.errors import InvalidFaces
 
 
 def scored(genuine: list[float], impostor: list[float]) -> tuple[np.ndarray, Pairs]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from arcface_clients.address import Address
 from arcface_clients.errors import ConfigError
+from arcface_clients.triton.address import Address
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from click.testing import CliRunner
 
 from arcface_build.serving.process import TritonProcess, free_ports
 from arcface_clients import TritonEmbedder
+from arcface_clients.checks.parity import count_drift
 from arcface_clients.errors import ConfigError
-from arcface_clients.parity import count_drift
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import REPO
 
 PROMETHEUS = REPO / "deploy" / "prometheus"

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from arcface_build.assemble import assemble, assemble_plans
-from arcface_build.cpu_path import Choice
-from arcface_build.errors import Missing, PlanRefused, ProofFailed
-from arcface_build.plans.manifest import manifest_bytes, manifest_path
-from arcface_build.repository import served_folder, served_manifest, versions
+from arcface_build.errors import ProofFailed
+from arcface_build.repository.assemble import assemble, assemble_plans
+from arcface_build.repository.versions import served_folder, served_manifest, versions
+from arcface_build.variants.choose import Choice
+from arcface_clients.errors import Missing, PlanRefused
+from arcface_clients.plans.manifest import manifest_bytes, manifest_path
 from conftest import copy_repository
 from plan_samples import spec, write_plan
 from tiny_model import write_model
@@ -60,7 +61,7 @@ def test_a_variant_brings_its_precision_and_its_accelerator(model_dir, repositor
 
 
 def test_going_back_from_a_variant_takes_its_accelerator_away(model_dir, repository):
-    from arcface_build.repository import roll_back
+    from arcface_build.repository.versions import roll_back
 
     assemble(model_dir, repository)
     assemble(model_dir, repository, Choice("serving.onnx", "bf16", "openvino-bf16", "", {"passed": True}))
@@ -69,7 +70,7 @@ def test_going_back_from_a_variant_takes_its_accelerator_away(model_dir, reposit
 
 
 def test_serve_does_not_bring_back_what_was_rolled_back(model_dir, repository):
-    from arcface_build.repository import roll_back
+    from arcface_build.repository.versions import roll_back
     from arcface_build.serving.variant import take_best_variant
 
     assemble(model_dir, repository)

@@ -10,11 +10,11 @@ import onnxruntime
 import pytest
 
 from arcface_clients import get_embedding_backend
-from arcface_clients.config import load_config
-from arcface_clients.door import Link, plan_chain
-from arcface_clients.drift import compare_embeddings
+from arcface_clients.config.sources import load_config
 from arcface_clients.errors import BackendUnavailable, ConfigError, ContractMismatch, InvalidFaces
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.evidence.drift import compare_embeddings
+from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.pipeline import Link, plan_chain
 from tiny_model import write_model
 
 FACES = synthetic_faces(5)

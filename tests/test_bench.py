@@ -28,7 +28,7 @@ from arcface_build.bench.result import regressions, summarise
 from arcface_build.bench.triton_statistics import ensemble_cost
 from arcface_build.commands.bench import check_served, server_under_test
 from arcface_build.commands.bench import command as bench_command
-from arcface_build.errors import BuildError, Missing, WrongUse
+from arcface_clients.errors import ArcFaceError, Missing, WrongUse
 from conftest import copy_repository
 
 
@@ -286,7 +286,7 @@ def test_bench_measures_the_running_server_with_the_real_perf_analyzer(server, d
 def test_a_model_that_the_server_has_not_is_an_error_with_its_reason(server, tmp_path):
     program = _perf_analyzer()
     data = write_input_data(np.zeros((1, 112, 112, 3), np.uint8), tmp_path / "faces.json")
-    with pytest.raises(BuildError, match=r"perf_analyzer failed on nonesuch grpc b1 c1 at .*nonesuch"):
+    with pytest.raises(ArcFaceError, match=r"perf_analyzer failed on nonesuch grpc b1 c1 at .*nonesuch"):
         program.measure(Load("nonesuch", "grpc", 1, 1), server.grpc_url, data, 1)
 
 

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from arcface_build.bench import bulk
-from arcface_build.bench.clients import restarts, run, run_quick, stream_memory
-from arcface_build.errors import Missing, WrongUse
+from arcface_clients.errors import Missing, WrongUse
+from arcface_tools import bulk
+from arcface_tools.clients import restarts, run, run_quick, stream_memory
 
 
 def test_every_way_is_measured_against_a_running_server(odd_server) -> None:

@@ -12,8 +12,9 @@ import pytest
 from arcface_build.bench.interleaved import Variant, Work
 from arcface_build.bench.pytorch import proved_network, pytorch_sessions
 from arcface_build.bench.result import comparisons
-from arcface_build.errors import Missing, ProofFailed
-from arcface_clients.synthetic import synthetic_faces
+from arcface_build.errors import ProofFailed
+from arcface_clients.errors import Missing
+from arcface_clients.faces.synthetic import synthetic_faces
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_pytorch_agrees_with_the_served_model_and_is_timed_by_batch(source: Path
 
 def test_a_network_that_pytorch_runs_differently_is_not_timed(source: Path, monkeypatch) -> None:
     pytest.importorskip("torch", reason="torch is not installed: pip install torch")
-    from arcface_build.gpu_check import torch_baseline
+    from arcface_build.bench import torch_baseline
 
     monkeypatch.setitem(torch_baseline.OPS, "PRelu", lambda a, dtype, x, slope: x)
     with pytest.raises(ProofFailed, match=r"source\.onnx in PyTorch differs from ONNX Runtime: expected cosine ≥"):
@@ -53,7 +54,7 @@ def test_a_network_that_pytorch_runs_differently_is_not_timed(source: Path, monk
 @pytest.mark.parametrize("shape", [(3, 1, 1), (1, 1, 1), (3,), (3, 5, 5)])
 def test_prelu_broadcasts_its_slopes_as_onnx_does(shape: tuple[int, ...]) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch")
-    from arcface_build.gpu_check.torch_baseline import OPS
+    from arcface_build.bench.torch_baseline import OPS
 
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 5, 5) if len(shape) == 3 else (2, 3)).astype(np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from arcface_build.bench.vectors import run, table
+from arcface_tools.vectors import run, table
 
 
 def test_vector_figures_are_measured_side_by_side() -> None:

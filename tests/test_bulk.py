@@ -24,7 +24,7 @@ from arcface_clients.bulk.parts import bad_path, read_embeddings
 from arcface_clients.bulk.read import read_unit
 from arcface_clients.bulk.units import plan_units, unit_size
 from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 from people import CONTRACT, PixelEngine
 
 pq = pytest.importorskip("pyarrow.parquet")

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arcface_clients.cache import ENTRY_OVERHEAD_BYTES, EmbeddingCache
 from arcface_clients.errors import ConfigError, ContractMismatch
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.people.cache import ENTRY_OVERHEAD_BYTES, EmbeddingCache
 from people import PixelEngine
 
 
@@ -99,7 +99,7 @@ def test_a_killed_writer_leaves_a_cache_with_whole_rows(faces: np.ndarray, tmp_p
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import numpy as np\n"
         "from people import PixelEngine\n"
-        "from arcface_clients.cache import EmbeddingCache\n"
+        "from arcface_clients.people.cache import EmbeddingCache\n"
         "cache, engine, rng = EmbeddingCache(path=sys.argv[2]), PixelEngine(), np.random.default_rng(1)\n"
         "while True:\n"
         "    cache.embed(engine, rng.integers(0, 256, (4, 112, 112, 3), dtype=np.uint8), person='p')\n"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from arcface_build.errors import Missing
 from arcface_build.serving.choose import choose_backend, order_of_backends
-from arcface_clients.config import Fallback
+from arcface_clients.config.schema import Fallback
+from arcface_clients.errors import Missing
 
 
 @pytest.mark.parametrize(

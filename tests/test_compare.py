@@ -14,9 +14,8 @@ from onnx import numpy_helper
 
 from arcface_build.commands.compare import command
 from arcface_build.compare.comparison import Faces
-from arcface_build.errors import Missing, WrongUse
-from arcface_clients.errors import ContractMismatch
-from arcface_clients.synthetic import synthetic_people
+from arcface_clients.errors import ContractMismatch, Missing, WrongUse
+from arcface_clients.faces.synthetic import synthetic_people
 from damaged_arrays import DAMAGED_ARRAYS, write_damaged
 
 
@@ -93,7 +92,7 @@ def test_the_layer_that_was_changed_by_one_percent_is_named(model, perturbed, pe
 def test_a_failed_gate_is_exit_code_1_and_names_the_fault(model, people, tmp_path):
     from arcface_build.compare.reference import reference_network
     from arcface_clients.contract import Preprocessing
-    from arcface_clients.images import load_faces
+    from arcface_clients.faces.images import load_faces
 
     faces, names, _ = load_faces([people])
     network, _ = reference_network(model / "source.onnx")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from arcface_clients.config import EmbeddingConfig, load_config, workspace_bytes
-from arcface_clients.config_old_names import OLD_NAMES
-from arcface_clients.config_sources import flatten, leaf_keys, variable
-from arcface_clients.drift import DRIFT_LIMITS
+from arcface_clients.config.old_names import OLD_NAMES
+from arcface_clients.config.schema import EmbeddingConfig, workspace_bytes
+from arcface_clients.config.sources import flatten, leaf_keys, load_config, variable
 from arcface_clients.errors import ConfigError
+from arcface_clients.evidence.drift import DRIFT_LIMITS
 
 REPO = Path(__file__).resolve().parent.parent
 SHIPPED = REPO / "config" / "embedding.yaml"

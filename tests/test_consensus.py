@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from arcface_clients.consensus import calibrate, find_consensus, validate_candidate
 from arcface_clients.errors import ConfigError, InvalidEmbeddings
+from arcface_clients.people.consensus import calibrate, find_consensus, validate_candidate
 
 DIM = 128
 

@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
-from arcface_build.bench.consensus import equal_error_rate, find_strangers, run
-from arcface_build.errors import WrongUse
-from arcface_clients.consensus import MAX_DISTANCE
 from arcface_clients.contract import Preprocessing
-from arcface_clients.synthetic import synthetic_people
+from arcface_clients.errors import WrongUse
+from arcface_clients.faces.synthetic import synthetic_people
+from arcface_clients.people.consensus import MAX_DISTANCE
+from arcface_tools.consensus import equal_error_rate, find_strangers, run
 from people import PixelEngine
 
 

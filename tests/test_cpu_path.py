@@ -10,8 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from arcface_build.cpu_path import RUNTIMES, choose, cpu_flags, has_openvino, open_session, speeds_file
-from arcface_build.errors import WrongUse
+from arcface_build.variants.choose import choose, speeds_file
+from arcface_clients.engines.runtimes import RUNTIMES, cpu_flags, has_openvino, open_session
+from arcface_clients.errors import WrongUse
 
 SAPPHIRE = frozenset({"avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"})
 CASCADE = frozenset({"avx512_vnni"})

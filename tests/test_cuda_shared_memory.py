@@ -18,17 +18,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arcface_build.bench.clients import run
-from arcface_build.gpu_check.run import _cuda_shared_memory
 from arcface_clients import AsyncTritonEmbedder, FakeEmbedder, FallbackEmbedder, TritonEmbedder
-from arcface_clients.contract import FACE_BYTES, check_faces
-from arcface_clients.cuda_driver import LIBRARY_VARIABLE, driver
-from arcface_clients.cuda_memory import CudaSlot
+from arcface_clients.contract import FACE_BYTES
 from arcface_clients.errors import ConfigError, CudaFailed, DeadlineExceeded, DependencyMissing, InvalidFaces
-from arcface_clients.gpu_faces import GpuFaces, check_in_place, is_on_gpu, to_gpu
-from arcface_clients.session import RECHECK_AFTER_S
-from arcface_clients.shared_memory import FOLDER, GRACE_S, left_behind, stale
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.check import check_faces, check_in_place, to_gpu
+from arcface_clients.faces.gpu_arrays import GpuFaces, is_on_gpu
+from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.gpu.driver import LIBRARY_VARIABLE, driver
+from arcface_clients.triton.memory.cuda import CudaSlot
+from arcface_clients.triton.memory.system import FOLDER, GRACE_S, left_behind, stale
+from arcface_clients.triton.session import RECHECK_AFTER_S
+from arcface_tools.clients import run
+from arcface_tools.gpu_check.run import _cuda_shared_memory
 from fake_cuda import MAX_BATCH, WIDTH, FakeCuda, FakeGpuServer, projected
 
 FACES = synthetic_faces(11)

@@ -7,10 +7,10 @@ import onnx
 import onnxruntime
 import pytest
 
-from arcface_build.demo import build_demo
-from arcface_build.errors import WrongUse
+from arcface_build.imports.demo import build_demo
 from arcface_clients.contract import Preprocessing
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.errors import WrongUse
+from arcface_clients.faces.synthetic import synthetic_faces
 
 
 def cosines_between_faces(model: onnx.ModelProto) -> np.ndarray:

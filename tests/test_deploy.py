@@ -21,9 +21,9 @@ import yaml
 
 from arcface_build.serving.binary import TritonBinary
 from arcface_clients import TritonEmbedder
+from arcface_clients.checks.parity import count_drift
 from arcface_clients.errors import ModelNotReady, ServerUnreachable
-from arcface_clients.parity import count_drift
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import REPO
 
 KUBERNETES = REPO / "deploy" / "kubernetes"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arcface_clients.align import TEMPLATE, align_face, similarity_to_template
-from arcface_clients.detect import MODEL_NAME, FaceDetector, detect_crops, find_model, load_detected
 from arcface_clients.errors import ConfigError, DependencyMissing, InvalidFaces
-from arcface_clients.photos import read_photo
+from arcface_clients.faces.align import TEMPLATE, align_face, similarity_to_template
+from arcface_clients.faces.detect import MODEL_NAME, FaceDetector, detect_crops, find_model, load_detected
+from arcface_clients.faces.photos import read_photo
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from onnx import numpy_helper
 
 from arcface_build.compare.reference import reference_network
 from arcface_clients.contract import Preprocessing
-from arcface_clients.diagnose import diagnose, warp
 from arcface_clients.errors import InvalidFaces
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.evidence.diagnose import diagnose, warp
+from arcface_clients.faces.synthetic import synthetic_faces
 
 FACES = synthetic_faces(24, seed=5)
 

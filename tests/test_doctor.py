@@ -9,10 +9,9 @@ import sys
 
 import pytest
 
-from arcface_build.host_checks import check_store
+from arcface_build.serving.host_checks import check_store
 from arcface_clients import benchmark_embedder, get_embedding_backend
-from arcface_clients.config import EmbeddingConfig, LocalModel, Storage
-from arcface_clients.diagnostics import (
+from arcface_clients.checks.diagnostics import (
     check_local_model,
     check_onnxruntime,
     check_server,
@@ -21,9 +20,10 @@ from arcface_clients.diagnostics import (
     gpus_here,
     guarded,
 )
+from arcface_clients.config.schema import EmbeddingConfig, LocalModel, Storage
 from arcface_clients.engines import EngineRegistry
 from arcface_clients.errors import ConfigError
-from arcface_clients.gpu import Gpu, parse_gpus, visible
+from arcface_clients.gpu.cards import Gpu, parse_gpus, visible
 from tiny_model import write_model
 
 A10 = Gpu(0, "NVIDIA A10", "8.6", "550.54.15", 23028 << 20, 4 << 20, "12.4")
@@ -131,7 +131,7 @@ def test_gpu_that_this_onnx_runtime_cannot_use_is_a_problem():
 
 def test_small_shared_memory_is_a_problem(tmp_path, monkeypatch):
     assert check_shared_memory(tmp_path / "none").status == "absent"
-    monkeypatch.setattr("arcface_clients.diagnostics.SHARED_MEMORY_WANTED_BYTES", 1 << 60)
+    monkeypatch.setattr("arcface_clients.checks.diagnostics.SHARED_MEMORY_WANTED_BYTES", 1 << 60)
     check = check_shared_memory(tmp_path)
     assert check.status == "problem" and "--shm-size=1g" in check.fix
 

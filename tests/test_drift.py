@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from arcface_clients.drift import compare_embeddings, judge, run_embedding_regression_tests
 from arcface_clients.errors import GateFailed, InvalidFaces
+from arcface_clients.evidence.drift import compare_embeddings, judge, run_embedding_regression_tests
 
 
 def unit(rows: int, seed: int = 0, dim: int = 128) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from arcface_clients import TritonEmbedder
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 
 cv2 = pytest.importorskip("cv2")
 

@@ -13,14 +13,14 @@ import onnxruntime
 import pytest
 
 from arcface_clients.contract import Preprocessing
-from arcface_clients.drift import compare_embeddings
 from arcface_clients.engines import EmbeddingEngine, EngineRegistry
 from arcface_clients.engines.devices import canonical_device, choose_provider
 from arcface_clients.engines.model_folder import find_model
 from arcface_clients.engines.onnx import cpu_has_bf16
-from arcface_clients.engines.variants import cpu_runtime
+from arcface_clients.engines.runtimes import cpu_runtime
 from arcface_clients.errors import BackendUnavailable, ConfigError, DependencyMissing, InvalidFaces, ModelMissing
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.evidence.drift import compare_embeddings
+from arcface_clients.faces.synthetic import synthetic_faces
 from tiny_model import write_model
 
 IMAGENET = Preprocessing("rgb", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -80,7 +80,7 @@ def test_own_engine_is_registered_and_names_cannot_be_taken():
 
 def test_importing_the_package_loads_nothing_heavy():
     code = (
-        "import sys, arcface_clients, arcface_clients.engines, arcface_clients.fallback\n"
+        "import sys, arcface_clients, arcface_clients.engines, arcface_clients.engines.fallback\n"
         "heavy = 'onnx onnxruntime tensorrt polygraphy insightface boto3 tritonclient pydantic yaml cv2'.split()\n"
         "print([name for name in heavy if name in sys.modules])"
     )

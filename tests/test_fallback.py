@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from arcface_clients.engines.fallback import FallbackEmbedder
 from arcface_clients.engines.protocol import EmbeddingEngine
 from arcface_clients.errors import (
     BackendUnavailable,
@@ -19,7 +20,6 @@ from arcface_clients.errors import (
     ModelNotReady,
     ServerUnreachable,
 )
-from arcface_clients.fallback import FallbackEmbedder
 
 FACES = np.zeros((3, 112, 112, 3), np.uint8)
 

@@ -10,13 +10,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from arcface_build.errors import BuildError, Missing, SourceRefused
-from arcface_build.flavour import flavour_of, guess_preprocessing
-from arcface_build.importing import import_model
-from arcface_build.onnx_file import read_source
-from arcface_build.sources import known_models, resolve
+from arcface_build.errors import SourceRefused
+from arcface_build.imports.flavour import flavour_of, guess_preprocessing
+from arcface_build.imports.importing import import_model
+from arcface_build.imports.onnx_file import read_source
+from arcface_build.imports.source import known_models, resolve
 from arcface_clients.contract import Preprocessing
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.errors import ArcFaceError, Missing
+from arcface_clients.faces.synthetic import synthetic_faces
 from tiny_nets import tiny_net
 
 ITSELF = "Import the recognition ONNX itself."
@@ -285,7 +286,7 @@ def test_a_file_that_is_not_there_is_missing_not_refused(tmp_path: Path) -> None
 
 def test_the_real_detector_is_refused(assets: Path, tmp_path: Path) -> None:
     path = assets / "detectors" / "face_detection_yunet_2023mar.onnx"
-    with pytest.raises(BuildError, match="takes images of 1×3×640×640, which looks like a face detector"):
+    with pytest.raises(ArcFaceError, match="takes images of 1×3×640×640, which looks like a face detector"):
         flavour_of(read_source(path), path.name)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from arcface_clients.errors import ContractMismatch, InvalidEmbeddings
-from arcface_clients.gallery import Gallery, Match
-from arcface_clients.vectors import cosine_distances
+from arcface_clients.people.gallery import Gallery, Match
+from arcface_clients.people.vectors import cosine_distances
 
 CONTRACT, OTHER = "a" * 64, "b" * 64
 

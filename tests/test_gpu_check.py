@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arcface_build.gpu_check.contestants import export_graph
-from arcface_build.gpu_check.report import to_markdown
+from arcface_build.bench.torch_export import export_graph
+from arcface_tools.gpu_check.report import to_markdown
 from tiny_onnx import DIM, write_tiny
 
 REPO = Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ def models(tmp_path: Path) -> Path:
 
 def check(models: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     """The report and its Markdown of a run in a process of its own, in a folder without a model repository."""
-    command = [sys.executable, "-m", "arcface_build.gpu_check.run", "--models", "tiny", "--models-dir", str(models)]
+    command = [sys.executable, "-m", "arcface_tools.gpu_check.run", "--models", "tiny", "--models-dir", str(models)]
     command += ["--out", "out", "--sample-s", "0.01", "--batches", "1", "3", *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=models.parent, check=False)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from arcface_clients.bulk.units import plan_units
-from arcface_clients.images import find_files, load_faces
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.images import find_files, load_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 
 cv2 = pytest.importorskip("cv2")
 

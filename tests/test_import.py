@@ -11,12 +11,13 @@ import onnx
 import onnxruntime
 import pytest
 
-from arcface_build.errors import Missing, ProofFailed, SourceRefused, WrongUse
-from arcface_build.importing import existing_import, import_model
-from arcface_build.manifest import Manifest, load_manifest
-from arcface_build.sources import known_models, resolve
+from arcface_build.errors import ProofFailed, SourceRefused
+from arcface_build.imports.importing import existing_import, import_model
+from arcface_build.imports.manifest import Manifest, load_manifest
+from arcface_build.imports.source import known_models, resolve
 from arcface_clients.contract import Preprocessing, contract_id
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.faces.synthetic import synthetic_faces
 from tiny_nets import tiny_net
 
 FLAVOURS = {

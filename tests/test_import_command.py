@@ -16,8 +16,8 @@ import onnx
 import pytest
 
 from arcface_build.cli import main
-from arcface_build.serving.choose import gpu_sm
-from arcface_clients.synthetic import synthetic_faces
+from arcface_build.plans.gpu import gpu_sm
+from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import copy_repository
 from tiny_nets import tiny_net
 
@@ -57,12 +57,12 @@ def test_a_demo_that_is_there_is_not_built_again(
 ) -> None:
     models = tmp_path / "models"
     shutil.copytree(demo_repository.parent / "models", models)
-    monkeypatch.setattr("arcface_build.sources.build_demo", None)  # whoever calls it fails
+    monkeypatch.setattr("arcface_build.imports.source.build_demo", None)  # whoever calls it fails
     again = ["import", "demo", "--no-assemble", "--models-dir", str(models)]
     with pytest.raises(SystemExit) as caught:
         main(again)
     assert (caught.value.code or 0, "unchanged: " in capsys.readouterr().out) == (0, True)
-    monkeypatch.setattr("arcface_build.sources.recipe", lambda arch: "demo mobile, seed 0, of other code")
+    monkeypatch.setattr("arcface_build.imports.source.recipe", lambda arch: "demo mobile, seed 0, of other code")
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         main(again)
 

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from arcface_build.commands.parity import command
+from arcface_clients.checks.parity import REFERENCE, BackendParity, ParityReport, measure_parity, render_table
 from arcface_clients.errors import GateFailed, InvalidFaces, ModelNotReady, ServerUnreachable
-from arcface_clients.parity import REFERENCE, BackendParity, ParityReport, measure_parity, render_table
 
 
 @pytest.fixture(scope="module")

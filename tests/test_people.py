@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from arcface_build.commands.consensus import run
-from arcface_clients.cache import EmbeddingCache
 from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
-from arcface_clients.people import Journal, Limits, consensus_of_people, people_in
-from arcface_clients.synthetic import synthetic_people
+from arcface_clients.faces.synthetic import synthetic_people
+from arcface_clients.people.cache import EmbeddingCache
+from arcface_clients.people.persons import Journal, Limits, consensus_of_people, people_in
 from people import CONTRACT, PixelEngine
 
 LIMITS = Limits(max_distance=0.12)
@@ -69,7 +69,7 @@ def test_ctrl_c_keeps_who_is_finished_and_a_rerun_goes_on(folder: Path, tmp_path
         "from pathlib import Path\n"
         "from people import PixelEngine\n"
         "from arcface_build.commands.consensus import run\n"
-        "from arcface_clients.people import Limits\n"
+        "from arcface_clients.people.persons import Limits\n"
         "class Slow(PixelEngine):\n"
         "    def encode(self, faces):\n"
         "        time.sleep(0.2)\n"

@@ -21,15 +21,16 @@ import numpy as np
 import onnx
 import pytest
 
-from arcface_build.errors import BuildError, Missing, PlanRefused, ProofFailed, WrongUse
+from arcface_build.errors import ProofFailed
 from arcface_build.plans.build import Proof, build_plan, child_error, timing_cache_path
 from arcface_build.plans.float_weights import float_weights
 from arcface_build.plans.inspect import check_precision, count_precisions, layer_precision
-from arcface_build.plans.manifest import PlanManifest, check_content
 from arcface_build.plans.source import PlanSource
-from arcface_build.plans.spec import BuilderOptions, PlanSpec
 from arcface_build.plans.typed import check_buildable, read_typed_onnx
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.errors import ArcFaceError, Missing, PlanRefused, WrongUse
+from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.plans.manifest import PlanManifest, check_content
+from arcface_clients.plans.spec import BuilderOptions, PlanSpec
 from tiny_onnx import DIM, tiny_onnx, write_tiny
 
 TESTS = Path(__file__).resolve().parent
@@ -281,7 +282,12 @@ def test_builder_options_reach_the_builder(fake_host: Callable[..., None], tmp_p
      ("drift", ProofFailed, r"^the fp16 plan drifts by .* expected at most 0\.001")],
 )  # fmt: skip
 def test_a_build_that_fails_is_named_and_leaves_nothing_behind(
-    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray, fault: str, error: type[BuildError], message: str
+    fake_host: Callable[..., None],
+    tmp_path: Path,
+    faces: np.ndarray,
+    fault: str,
+    error: type[ArcFaceError],
+    message: str,
 ) -> None:
     fake_host(fault=fault)
     with pytest.raises(error, match=message):

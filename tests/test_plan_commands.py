@@ -14,10 +14,10 @@ from click.testing import CliRunner
 
 from arcface_build.cli import main
 from arcface_build.plans.get_or_build import get_or_build
-from arcface_build.plans.manifest import PlanManifest
-from arcface_build.plans.spec import PlanSpec
 from arcface_build.plans.store import PlanStore, manifest_name, plan_name
 from arcface_build.store import open_store
+from arcface_clients.plans.manifest import PlanManifest
+from arcface_clients.plans.spec import PlanSpec
 from plan_samples import SPEC, spec, write_plan
 
 REPO = Path(__file__).resolve().parent.parent

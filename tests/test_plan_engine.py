@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from arcface_clients.diagnostics import gpus_here
-from arcface_clients.drift import compare_embeddings
+from arcface_clients.checks.diagnostics import gpus_here
 from arcface_clients.engines import EngineRegistry
-from arcface_clients.engines.plan_file import PlanFile, find_plan, read_plan
 from arcface_clients.errors import ConfigError, DependencyMissing, ModelMissing
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.evidence.drift import compare_embeddings
+from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.plans.find import PlanFile, find_plan, read_plan
 from tiny_model import write_model
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from arcface_build.errors import Missing, PlanNotFound, PlanRefused, StoreUnreachable, WrongUse
+from arcface_build.errors import PlanNotFound, StoreUnreachable
 from arcface_build.plans.get_or_build import Builder, get_or_build
-from arcface_build.plans.manifest import PlanManifest
-from arcface_build.plans.spec import PlanSpec
 from arcface_build.plans.store import PlanStore, manifest_name, plan_name
 from arcface_build.store import open_store
+from arcface_clients.errors import Missing, PlanRefused, WrongUse
+from arcface_clients.plans.manifest import PlanManifest
+from arcface_clients.plans.spec import PlanSpec
 from plan_samples import SPEC, spec, write_plan
 
 TESTS = Path(__file__).resolve().parent

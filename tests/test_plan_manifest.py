@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from arcface_build.errors import Missing, PlanRefused, WrongUse
-from arcface_build.plans.manifest import (
+from arcface_clients.errors import Missing, PlanRefused, WrongUse
+from arcface_clients.plans.manifest import (
     PlanManifest,
     check_content,
     load_manifest,
@@ -17,7 +17,7 @@ from arcface_build.plans.manifest import (
     manifest_path,
     parse_manifest,
 )
-from arcface_build.plans.signing import check_signature, sign
+from arcface_clients.plans.signing import check_signature, sign
 from plan_samples import SPEC, spec, write_plan
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from arcface_build.errors import Missing, WrongUse
 from arcface_build.plans.choose import misfit
 from arcface_build.plans.gpu import find_gpus, load_gpus_yaml, parse_gpus
-from arcface_build.plans.manifest import PlanManifest
-from arcface_build.plans.spec import BuilderOptions, PlanSpec, parse_bytes, parse_sm, parse_version, sm_tag
+from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.plans.manifest import PlanManifest
+from arcface_clients.plans.spec import BuilderOptions, PlanSpec, parse_bytes, parse_sm, parse_version, sm_tag
 from plan_samples import SPEC, spec
 
 REPO = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from arcface_clients import TritonEmbedder
-from arcface_clients.drift import compare_embeddings
+from arcface_clients.evidence.drift import compare_embeddings
 from conftest import copy_repository, import_into
 
 BACKENDS = ("arcface_onnx", "arcface")

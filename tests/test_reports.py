@@ -19,9 +19,9 @@ from arcface_build.reports.compare_page import compare_page
 from arcface_build.reports.matrix_page import matrix_page
 from arcface_build.reports.page import table
 from arcface_build.reports.plots import Axis, Series, lines
-from arcface_clients.accuracy import pairs_from_identities
-from arcface_clients.drift import DRIFT_LIMITS
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.evidence.accuracy import pairs_from_identities
+from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.faces.synthetic import synthetic_faces
 
 NAMES = tuple(f"p{i // 3}/{i % 3}.jpg" for i in range(12))
 

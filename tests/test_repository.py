@@ -6,8 +6,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from arcface_build.errors import Missing, WrongUse
-from arcface_build.repository import find_repository, install, roll_back, served_manifest, versions
+from arcface_build.repository.versions import find_repository, install, roll_back, served_manifest, versions
+from arcface_clients.errors import Missing, WrongUse
 from conftest import REPO
 
 

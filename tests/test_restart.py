@@ -13,7 +13,7 @@ import pytest
 from arcface_build.serving.process import free_ports
 from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 from odd_models import write_model
 
 FACES = synthetic_faces(16)

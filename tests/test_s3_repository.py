@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from arcface_clients import TritonEmbedder
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 
 
 def test_triton_serves_the_repository_straight_from_s3(

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from arcface_build.assemble import assemble
 from arcface_build.commands.serve import Interrupt, _serve
+from arcface_build.repository.assemble import assemble
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
 from arcface_build.serving.process import (
     _DIE_WITH_PARENT,

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from arcface_clients import TritonEmbedder
-from arcface_clients.address import Address, Connection
 from arcface_clients.errors import DeadlineExceeded
-from arcface_clients.shared_memory import FOLDER, GRACE_S, Slot, is_local, left_behind, stale
-from arcface_clients.slot_pool import SlotPool
-from arcface_clients.synthetic import synthetic_faces
-from arcface_clients.transports import open_transport
+from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.triton.address import Address, Connection
+from arcface_clients.triton.memory.slots import SlotPool
+from arcface_clients.triton.memory.system import FOLDER, GRACE_S, Slot, is_local, left_behind, stale
+from arcface_clients.triton.transports import open_transport
 
 FACES = synthetic_faces(8)
 
@@ -37,7 +37,7 @@ def in_process(server, body: str, *, check: bool = True) -> subprocess.Completed
     script = f"""
 import os, signal, sys, numpy as np
 from arcface_clients import TritonEmbedder
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 faces = synthetic_faces(2)
 embedder = TritonEmbedder({server.grpc_url!r}, "good")
 {body}

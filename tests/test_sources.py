@@ -17,8 +17,9 @@ import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
-from arcface_build.errors import LicenceNotAccepted, Missing, SourceRefused, WrongUse
-from arcface_build.sources import KnownModels, file_digest, known_models, resolve
+from arcface_build.errors import LicenceNotAccepted, SourceRefused
+from arcface_build.imports.source import KnownModels, file_digest, known_models, resolve
+from arcface_clients.errors import Missing, WrongUse
 from tiny_nets import tiny_net
 
 PACK = {"licence": "non-commercial research", "url": "https://example.invalid/buffalo_s.zip"}

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from arcface_build.errors import PlanNotFound, PlanRefused, StoreUnreachable, WrongUse
-from arcface_build.plans.manifest import PlanManifest, manifest_bytes, manifest_path
-from arcface_build.plans.signing import sign
+from arcface_build.errors import PlanNotFound, StoreUnreachable
 from arcface_build.plans.store import PlanStore, manifest_name, plan_name
 from arcface_build.store import open_store
 from arcface_build.store.objects import ObjectStore
 from arcface_build.store.s3 import S3Store
+from arcface_clients.errors import PlanRefused, WrongUse
+from arcface_clients.plans.manifest import PlanManifest, manifest_bytes, manifest_path
+from arcface_clients.plans.signing import sign
 from fault_proxy import FaultProxy, Faults
 from plan_samples import SPEC, spec, write_plan
 

@@ -10,8 +10,8 @@ import pytest
 
 from arcface_clients import AsyncTritonEmbedder, FakeEmbedder, TritonEmbedder
 from arcface_clients.errors import ConfigError, InvalidFaces
-from arcface_clients.streaming import Stream
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.triton.streaming import Stream
 
 FACES = synthetic_faces(10)
 SHAPES = [None, 3, 0, 70, None, 1, 130, None, 0]  # faces in each item; None: one face without a batch axis

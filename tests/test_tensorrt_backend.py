@@ -19,7 +19,7 @@ import tritonclient.grpc as triton
 
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 from tiny_onnx import DIM, tiny_onnx, write_tiny
 
 REPO = Path(__file__).resolve().parent.parent
@@ -168,8 +168,8 @@ def test_a_real_plan_is_served_on_a_real_gpu(
 ) -> None:
     from arcface_build.plans.build import Proof, build_plan, tensorrt_version
     from arcface_build.plans.gpu import find_gpus
-    from arcface_build.plans.spec import BuilderOptions, PlanSpec, sm_tag
     from arcface_build.plans.typed import read_typed_onnx
+    from arcface_clients.plans.spec import BuilderOptions, PlanSpec, sm_tag
 
     faces, sm = synthetic_faces(70), find_gpus()[0].sm
     typed = read_typed_onnx(write_tiny(tmp_path / "tiny.onnx"))

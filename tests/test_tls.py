@@ -16,7 +16,7 @@ import pytest
 
 from arcface_clients import AsyncTritonEmbedder, Tls, TritonEmbedder
 from arcface_clients.errors import ConfigError, ServerUnreachable
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 from odd_models import write_model
 
 pytest.importorskip("cryptography")

@@ -18,7 +18,7 @@ from arcface_clients.errors import (
     ModelNotReady,
     ServerUnreachable,
 )
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 
 FACES = synthetic_faces(16)
 
@@ -174,7 +174,7 @@ embedder.encode(face)
 
 
 def test_importing_the_clients_imports_no_driver() -> None:
-    script = "import sys, arcface_clients, arcface_clients.triton, arcface_clients.images; print(*sys.modules)"
+    script = "import sys, arcface_clients.triton.embedder, arcface_clients.faces.images; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     heavy = {
         "tritonclient",

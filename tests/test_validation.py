@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from arcface_clients import get_embedding_backend
-from arcface_clients.config import EmbeddingConfig, LocalModel, Validation
+from arcface_clients.config.schema import EmbeddingConfig, LocalModel, Validation
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines import EngineRegistry
+from arcface_clients.engines.validation import StoredReference, reference_from, validate_engine
 from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed
-from arcface_clients.synthetic import synthetic_faces
-from arcface_clients.validation import StoredReference, reference_from, validate_engine
+from arcface_clients.faces.synthetic import synthetic_faces
 from damaged_arrays import DAMAGED_ARRAYS, write_damaged
 from tiny_model import write_model
 

@@ -7,14 +7,14 @@ import json
 import numpy as np
 import pytest
 
-from arcface_build.errors import Missing, WrongUse
-from arcface_build.proof_faces import read_faces
+from arcface_build.imports.proof_faces import read_faces
 from arcface_build.variants.eval_set import FaceSet, load_faces
 from arcface_build.variants.gate import judge, refusal
 from arcface_build.variants.int8 import quantize_convolutions
 from arcface_build.variants.recipe import load_recipe
 from arcface_build.variants.search import order_to_keep, smallest_passing_set
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.faces.synthetic import synthetic_faces
 from damaged_arrays import DAMAGED_ARRAYS, write_damaged
 from tiny_nets import tiny_net
 

@@ -12,17 +12,18 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from arcface_build.cpu_path import cpu_flags, has_bf16, has_openvino, open_session
-from arcface_build.errors import Missing, ProofFailed, WrongUse
-from arcface_build.manifest import load_manifest
+from arcface_build.errors import ProofFailed
+from arcface_build.imports.manifest import load_manifest
 from arcface_build.variants.calibrate import Histogram, conv_inputs, least_error_range, on_grid
 from arcface_build.variants.eval_set import load_faces
 from arcface_build.variants.int8 import make_coarse, quantizable_layers, quantize_convolutions
 from arcface_build.variants.make import Wish, make_variant
 from arcface_build.variants.sensitivity import cut_tensors, measure_sensitivities, part_from
 from arcface_build.variants.typed import body_nodes, largest_values, overflowing, rounded_as_float16, to_float16
-from arcface_clients.drift import compare_embeddings
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.engines.runtimes import cpu_flags, has_bf16, has_openvino, open_session
+from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.evidence.drift import compare_embeddings
+from arcface_clients.faces.synthetic import synthetic_faces
 
 FACES = 24
 

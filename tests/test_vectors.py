@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from arcface_clients import neighbours
 from arcface_clients.errors import InvalidEmbeddings
-from arcface_clients.neighbours import close_pairs, iter_close_pairs, nearest
-from arcface_clients.vectors import cosine_distance, cosine_distances, distance_blocks, unit_rows
+from arcface_clients.people import neighbours
+from arcface_clients.people.neighbours import close_pairs, iter_close_pairs, nearest
+from arcface_clients.people.vectors import cosine_distance, cosine_distances, distance_blocks, unit_rows
 
 
 def slow_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -63,7 +63,7 @@ def test_the_single_pair_agrees_with_the_matrix(rng: np.random.Generator) -> Non
 def test_blocks_and_a_given_out_hold_the_same_matrix(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     a = rng.normal(size=(53, 8))
     whole = cosine_distances(a)
-    monkeypatch.setattr("arcface_clients.vectors.BLOCK_ENTRIES", 53 * 10)
+    monkeypatch.setattr("arcface_clients.people.vectors.BLOCK_ENTRIES", 53 * 10)
     out = np.full((53, 53), np.nan, np.float32)
     assert cosine_distances(a, out=out) is out
     assert np.abs(out - whole).max() < 1e-6

@@ -18,7 +18,7 @@ from arcface_clients.errors import (
     ModelNotReady,
     ServerUnreachable,
 )
-from arcface_clients.synthetic import synthetic_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 
 FACES = synthetic_faces(11)
 MARKED = np.full((1, 112, 112, 3), 255, np.uint8)  # what `slow` is slow on

@@ -12,7 +12,6 @@ from typing import NoReturn
 
 import click
 
-from arcface_build.errors import BuildError
 from arcface_build.lazy_group import LazyGroup
 from arcface_clients.errors import ArcFaceError
 
@@ -24,21 +23,23 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
     "serve": ("serve", "Start Triton on model_repository/, prove it with a few faces, keep serving."),
     "embed": ("embed", "Embed face crops from files or folders through a server."),
     "consensus": ("consensus", "Find who most photos of each person show, and which photos do not belong."),
-    "consensus-demo": ("consensus_demo", "Put strangers among people's faces and measure who is found, and how fast."),
     "parity": ("parity", "Compare every loaded backend with the reference, face by face."),
     "compare": ("compare", "Compare two engines, servers, files or saved embeddings: drift, accuracy, and why."),
     "matrix": ("matrix", "Drift, changed decisions and batch invariance by backend, precision and batch size."),
     "bench": ("bench", "Measure throughput through the server beside the bare runtime, in one run."),
     "tune": ("tune", "Search instances, threads, queue delay and largest batch for this host."),
-    "bench-clients": ("bench_clients", "Measure our client on every way to a server beside the bare runtime."),
-    "bench-vectors": ("bench_vectors", "Measure distances, neighbours and gallery search beside the obvious ways."),
     "bench-variants": ("bench_variants", "Measure fp32, bf16 and int8 in turns, with their drift beside the speed."),
     "plan": ("plan", "Build, prove, keep and move TensorRT plans: one for each kind of GPU."),
     "doctor": ("doctor", "Look at this host and the configuration; say what is wrong and how to mend it."),
 }
 
 
-@click.group(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    package="arcface_build.commands",
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="arcface-triton", prog_name="arcface")
 def cli() -> None:
     """ArcFace embeddings on NVIDIA Triton: import, prove, serve, embed, compare.
@@ -48,12 +49,17 @@ def cli() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; with ARCFACE_TRACEBACK=1 errors keep their traceback."""
+    """Run `arcface`."""
+    run(cli, "arcface", argv)
+
+
+def run(group: click.Group, prog_name: str, argv: list[str] | None = None) -> NoReturn:
+    """Run a command line; an error becomes one line, with ARCFACE_TRACEBACK=1 it keeps its traceback."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # arcface_build.program
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and systemd leave as little behind as Ctrl-C
     try:
-        status = cli.main(args=argv, prog_name="arcface", standalone_mode=False)
+        status = group.main(args=argv, prog_name=prog_name, standalone_mode=False)
     except click.ClickException as exc:
         exc.show()
         sys.exit(exc.exit_code)
@@ -63,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(exc.__cause__, KeyboardInterrupt):  # Ctrl-C while pybind11 initialised an extension
             _interrupted()
         raise
-    except (BuildError, ArcFaceError) as exc:
+    except ArcFaceError as exc:
         if os.environ.get("ARCFACE_TRACEBACK"):
             raise
         click.echo(f"{type(exc).__name__}: {exc}", err=True)

@@ -1,12 +1,11 @@
-"""Every error that the build raises; each message says what happened, expected against got, and the next command.
+"""What only the build can raise; the root and the errors that both packages share stand in `arcface_clients.errors`.
 
-BuildError
+ArcFaceError
 ├── SourceRefused       this file cannot become a serving model       exit 2
-├── WrongUse            arguments or configuration that cannot work   exit 2
+├── WrongUse
 │   └── LicenceNotAccepted
 ├── ProofFailed         the result differs from the reference         exit 1
-├── PlanRefused         a plan is truncated, foreign, unsigned or not of the asked precision   exit 1
-└── Missing             a file, a program, a network or a GPU is not there   exit 3
+└── Missing
     ├── PlanNotFound
     ├── StoreUnreachable
     └── ServerFailed    tritonserver did not start or did not become ready
@@ -14,21 +13,11 @@ BuildError
 
 from __future__ import annotations
 
-
-class BuildError(Exception):
-    """Root of all errors of this package; `exit_code` is what a command line returns for it."""
-
-    exit_code = 1
+from arcface_clients.errors import ArcFaceError, Missing, WrongUse
 
 
-class SourceRefused(BuildError, ValueError):
+class SourceRefused(ArcFaceError, ValueError):
     """The source cannot become a serving model; the message says why in one sentence."""
-
-    exit_code = 2
-
-
-class WrongUse(BuildError, ValueError):
-    """Arguments or configuration that cannot work together."""
 
     exit_code = 2
 
@@ -37,22 +26,10 @@ class LicenceNotAccepted(WrongUse):
     """A download needs `--accept-license` first."""
 
 
-class ProofFailed(BuildError):
+class ProofFailed(ArcFaceError):
     """The artefact differs from the reference by more than its limit; it was not written to its final name."""
 
     exit_code = 1
-
-
-class PlanRefused(BuildError):
-    """A plan is truncated, of another key, unsigned where a key is configured, or not of the precision asked for."""
-
-    exit_code = 1
-
-
-class Missing(BuildError):
-    """Something needed is not on this host."""
-
-    exit_code = 3
 
 
 class PlanNotFound(Missing):

@@ -13,13 +13,14 @@ class LazyGroup(click.Group):
     """A group that imports a subcommand's module only when that subcommand is asked for.
 
     Args:
-        table: name → (place, one line for --help); a place is a module under arcface_build.commands, whose `command`
-            is meant, or "module:attribute".
+        package: where the subcommands' modules are.
+        table: name → (place, one line for --help); a place is a module under `package`, whose `command` is meant, or
+            "module:attribute".
     """
 
-    def __init__(self, *args: Any, table: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, package: str, table: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._table = table
+        self._package, self._table = package, table
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, in the order in which a user meets them."""
@@ -30,7 +31,7 @@ class LazyGroup(click.Group):
         if name not in self._table:
             return None
         module, _, attribute = self._table[name][0].partition(":")
-        return getattr(import_module(f"arcface_build.commands.{module}"), attribute or "command")
+        return getattr(import_module(f"{self._package}.{module}"), attribute or "command")
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the subcommands without importing any of them."""

@@ -6,34 +6,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from arcface_clients.address import Tls as Tls
-    from arcface_clients.benchmark import benchmark_embedder as benchmark_embedder
-    from arcface_clients.cache import EmbeddingCache as EmbeddingCache
-    from arcface_clients.config import load_config as load_config
-    from arcface_clients.door import get_embedding_backend as get_embedding_backend
+    from arcface_clients.checks.benchmark import benchmark_embedder as benchmark_embedder
+    from arcface_clients.config.sources import load_config as load_config
+    from arcface_clients.engines.fallback import FallbackEmbedder as FallbackEmbedder
     from arcface_clients.engines.protocol import EmbeddingEngine as EmbeddingEngine
     from arcface_clients.engines.registry import EngineRegistry as EngineRegistry
-    from arcface_clients.fake import FakeEmbedder as FakeEmbedder
-    from arcface_clients.fallback import FallbackEmbedder as FallbackEmbedder
-    from arcface_clients.gallery import Gallery as Gallery
-    from arcface_clients.triton import TritonEmbedder as TritonEmbedder
-    from arcface_clients.triton_async import AsyncTritonEmbedder as AsyncTritonEmbedder
+    from arcface_clients.people.cache import EmbeddingCache as EmbeddingCache
+    from arcface_clients.people.gallery import Gallery as Gallery
+    from arcface_clients.pipeline import get_embedding_backend as get_embedding_backend
+    from arcface_clients.triton.address import Tls as Tls
+    from arcface_clients.triton.aio import AsyncTritonEmbedder as AsyncTritonEmbedder
+    from arcface_clients.triton.embedder import TritonEmbedder as TritonEmbedder
+    from arcface_clients.triton.fake import FakeEmbedder as FakeEmbedder
 
 __version__ = "0.1.0"
 
 _HOMES = {  # public name -> module, loaded on first use (PEP 562)
-    "AsyncTritonEmbedder": "arcface_clients.triton_async",
-    "EmbeddingCache": "arcface_clients.cache",
+    "AsyncTritonEmbedder": "arcface_clients.triton.aio",
+    "EmbeddingCache": "arcface_clients.people.cache",
     "EmbeddingEngine": "arcface_clients.engines.protocol",
     "EngineRegistry": "arcface_clients.engines.registry",
-    "FakeEmbedder": "arcface_clients.fake",
-    "FallbackEmbedder": "arcface_clients.fallback",
-    "Gallery": "arcface_clients.gallery",
-    "Tls": "arcface_clients.address",
-    "TritonEmbedder": "arcface_clients.triton",
-    "benchmark_embedder": "arcface_clients.benchmark",
-    "get_embedding_backend": "arcface_clients.door",
-    "load_config": "arcface_clients.config",
+    "FakeEmbedder": "arcface_clients.triton.fake",
+    "FallbackEmbedder": "arcface_clients.engines.fallback",
+    "Gallery": "arcface_clients.people.gallery",
+    "Tls": "arcface_clients.triton.address",
+    "TritonEmbedder": "arcface_clients.triton.embedder",
+    "benchmark_embedder": "arcface_clients.checks.benchmark",
+    "get_embedding_backend": "arcface_clients.pipeline",
+    "load_config": "arcface_clients.config.sources",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
 

@@ -1,14 +1,17 @@
-"""Every error that the clients raise; each message says what happened, expected against got, and the next command.
+"""Every error of both packages has one root; each message says what happened, expected against got, the next command.
 
 ArcFaceError
 ├── InvalidFaces          the caller's array is wrong            never falls back   exit 2
 ├── InvalidEmbeddings     zero rows, NaN, widths that differ     never falls back   exit 2
-├── ConfigError           a key or value in the configuration    never falls back   exit 2
+├── WrongUse              arguments that cannot work             never falls back   exit 2
+│   └── ConfigError           a key or value in the configuration
 ├── ContractMismatch      embeddings of two different contracts  never falls back   exit 2
 ├── GateFailed            drift above its limit                  never falls back   exit 1
+├── PlanRefused           truncated, foreign, unsigned, replayed never falls back   exit 1
 ├── InferenceFailed       the backend answered with an error     never falls back   exit 1
 │   └── SharedMemoryLost      the server does not know our region; the client then registers it again
 ├── ClientUnusable        closed, or carried into a fork         never falls back   exit 2
+├── Missing               a file, program or network is not there never falls back  exit 3
 └── BackendUnavailable    the backend is not there               FALLS BACK         exit 3
     ├── ServerUnreachable     no server answers at the address
     ├── ModelNotReady         the server has no such model, or it is not loaded
@@ -16,6 +19,8 @@ ArcFaceError
     ├── DeadlineExceeded      no answer within timeout_s
     ├── DependencyMissing     a package or a program is not installed
     └── CudaFailed            the GPU's driver refused: no room, no such GPU, or the GPU is lost
+
+What only the build can raise stands in `arcface_build.errors`, under the same root.
 """
 
 from __future__ import annotations
@@ -39,10 +44,14 @@ class InvalidEmbeddings(ArcFaceError, ValueError):
     exit_code = 2
 
 
-class ConfigError(ArcFaceError, ValueError):
-    """A configuration key is unknown or its value impossible. Never falls back."""
+class WrongUse(ArcFaceError, ValueError):
+    """Arguments or settings that cannot work together. Never falls back."""
 
     exit_code = 2
+
+
+class ConfigError(WrongUse):
+    """A configuration key is unknown or its value impossible. Never falls back."""
 
 
 class ContractMismatch(ArcFaceError, ValueError):
@@ -53,6 +62,12 @@ class ContractMismatch(ArcFaceError, ValueError):
 
 class GateFailed(ArcFaceError):
     """Drift, accuracy or a benchmark is outside its limit. Never falls back."""
+
+    exit_code = 1
+
+
+class PlanRefused(ArcFaceError):
+    """A plan is truncated, of another key, unsigned where a key is configured, or not of the precision asked for."""
 
     exit_code = 1
 
@@ -71,6 +86,12 @@ class ClientUnusable(ArcFaceError, RuntimeError):
     """The client was closed, or was opened by another process and carried over a fork. Never falls back."""
 
     exit_code = 2
+
+
+class Missing(ArcFaceError):
+    """Something needed is not on this host. Never falls back."""
+
+    exit_code = 3
 
 
 class BackendUnavailable(ArcFaceError, ConnectionError):

@@ -13,8 +13,8 @@ import numpy as np
 from arcface_build.bench.interleaved import Variant, Work
 from arcface_build.bench.perf_analyzer import Load, PerfAnalyzer
 from arcface_build.bench.triton_statistics import read_statistics, server_split
-from arcface_build.errors import Missing
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.errors import Missing
 
 
 def in_process(name: str, encode: Callable[[np.ndarray], object], faces_bgr_u8: np.ndarray, batch: int) -> Variant:

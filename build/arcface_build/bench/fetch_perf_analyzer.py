@@ -10,9 +10,9 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from arcface_build.atomic import new_folder
-from arcface_build.errors import Missing
-from arcface_build.sources import cache_folder
+from arcface_build.imports.source import cache_folder
+from arcface_clients.atomic import new_folder
+from arcface_clients.errors import Missing
 
 VERSION = "2.50.0"  # its binary runs on glibc 2.36; that of 2.60 needs 2.38, and newer wheels hold none
 _BY_HAND = f"The wheel that holds it (newer ones do not): pip install 'tritonclient[grpc,http]=={VERSION}'"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arcface_clients.errors import DependencyMissing
-from arcface_clients.gpu import find_gpus
+from arcface_clients.gpu.cards import find_gpus
 
 _PACKAGES = (
     "arcface-triton",
@@ -47,7 +47,7 @@ def describe_host() -> dict[str, Any]:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    """The GPUs that this process may use, as `arcface_clients.gpu.Gpu` names their fields."""
+    """The GPUs that this process may use, as `arcface_clients.gpu.cards.Gpu` names their fields."""
     try:
         return [asdict(gpu) for gpu in find_gpus()]
     except DependencyMissing:

@@ -15,7 +15,7 @@ import numpy as np
 
 from arcface_build.bench.cpu_time import CpuUse, watch_cpu
 from arcface_build.bench.gpu_use import watch_gpu
-from arcface_build.errors import WrongUse
+from arcface_clients.errors import WrongUse
 
 FOREIGN_LIMIT = 0.05  # a sample in which others took more of the cores is dropped
 MIN_ROUNDS = 3  # fewer undisturbed rounds than this: keep the least disturbed ones, and say so

@@ -23,8 +23,8 @@ import numpy as np
 
 from arcface_build.bench.fetch_perf_analyzer import cached_perf_analyzer, fetch_perf_analyzer
 from arcface_build.bench.interleaved import Work
-from arcface_build.errors import BuildError, Missing, WrongUse
 from arcface_clients.contract import FACE_INPUT
+from arcface_clients.errors import ArcFaceError, Missing, WrongUse
 
 # What --protocol may be → perf_analyzer's arguments; the first word tells which of the server's ports is used.
 PROTOCOLS: dict[str, tuple[str, ...]] = {
@@ -89,7 +89,7 @@ class PerfAnalyzer:
             timeout_s: after which the run is ended.
 
         Raises:
-            BuildError: it failed, or a request did; the message carries perf_analyzer's own.
+            ArcFaceError: it failed, or a request did; the message carries perf_analyzer's own.
         """
         generations = max(_FEWEST_GENERATIONS, -(-min(requests, load.most_requests()) // load.concurrency)) + 1
         count = generations * load.concurrency
@@ -100,10 +100,10 @@ class PerfAnalyzer:
             line += ["--input-data", str(input_data), "--profile-export-file", str(export)]
             answer = self._run(line, timeout_s)
             if answer.returncode or not export.is_file():
-                raise BuildError(f"perf_analyzer failed on {load.name} at {url}: {_reason(answer)}")
+                raise ArcFaceError(f"perf_analyzer failed on {load.name} at {url}: {_reason(answer)}")
             starts, ends = _timestamps(export)
         if len(ends) < 2 * load.concurrency:
-            raise BuildError(
+            raise ArcFaceError(
                 f"perf_analyzer answered {len(ends)} of {count} requests on {load.name}: {_reason(answer)}"
             )
         return work_from_timestamps(starts, ends, load.batch, load.concurrency)
@@ -136,7 +136,7 @@ class PerfAnalyzer:
                 line, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace"
             )
         except subprocess.TimeoutExpired as exc:
-            raise BuildError(
+            raise ArcFaceError(
                 f"perf_analyzer did not finish within {timeout_s:g} s. "
                 "Is the server alive (curl http://HOST:8000/v2/health/ready)? Ask for a smaller batch."
             ) from exc

@@ -10,10 +10,11 @@ import numpy as np
 
 from arcface_build.bench.contestants import in_process
 from arcface_build.bench.interleaved import Variant
-from arcface_build.errors import Missing, ProofFailed
-from arcface_build.proof import MIN_COSINE
+from arcface_build.errors import ProofFailed
+from arcface_build.imports.proof import MIN_COSINE
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, Preprocessing
-from arcface_clients.drift import cosine_per_face
+from arcface_clients.errors import Missing
+from arcface_clients.evidence.drift import cosine_per_face
 
 PROOF_FACES = 8
 
@@ -53,11 +54,11 @@ def proved_network(source: Path, faces_bgr_u8: np.ndarray) -> Callable[[np.ndarr
 
     import torch
 
-    from arcface_build.gpu_check.contestants import export_graph
-    from arcface_build.gpu_check.torch_baseline import eager_network
-    from arcface_build.importing import to_serving
-    from arcface_build.onnx_file import read_source
-    from arcface_build.proof import open_session
+    from arcface_build.bench.torch_baseline import eager_network
+    from arcface_build.bench.torch_export import export_graph
+    from arcface_build.imports.importing import to_serving
+    from arcface_build.imports.onnx_file import read_source
+    from arcface_build.imports.proof import open_session
 
     manifest = json.loads(source.with_name("manifest.json").read_text())
     preprocessing = Preprocessing.from_json(manifest["preprocessing"])

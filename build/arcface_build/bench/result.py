@@ -14,7 +14,7 @@ import numpy as np
 
 from arcface_build.bench.interleaved import Sample, Spread, Variant, ratio, undisturbed_rounds
 from arcface_build.bench.triton_statistics import ensemble_cost
-from arcface_build.errors import WrongUse
+from arcface_clients.errors import WrongUse
 
 FORMAT = 1
 DEFAULT_MARGIN = 0.03  # closer than this two runs on a shared machine cannot be told apart

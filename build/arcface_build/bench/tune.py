@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arcface_build.bench.interleaved import MIN_ROUNDS, Spread
-from arcface_build.errors import WrongUse
+from arcface_clients.errors import WrongUse
 
 LEAF = "arcface_onnx"
 LEAST_GAIN = 0.02
@@ -137,7 +137,7 @@ def with_max_batch(config: str, max_batch: int, note: str = "") -> str:
 
 def small_repository(repository: Path, settings: Settings, folder: Path) -> Path:
     """A repository that holds only arcface_onnx with these settings; the weights are linked, not copied."""
-    from arcface_build.repository import versions
+    from arcface_build.repository.versions import versions
 
     have = versions(repository / LEAF)
     if not have:
@@ -157,7 +157,7 @@ def base_config(repository: Path) -> str:
 
 def write_tuned(repository: Path, settings: Settings, note: str) -> Sequence[Path]:
     """Write configs/tuned.pbtxt of arcface_onnx, and of the ensembles where the largest batch changed."""
-    from arcface_build.atomic import new_file
+    from arcface_clients.atomic import new_file
 
     shipped = read_settings(base_config(repository))
     texts = {LEAF: with_settings(base_config(repository), settings, note)}

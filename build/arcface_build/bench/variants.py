@@ -16,9 +16,7 @@ from arcface_build.bench.contestants import in_process, insightface_sessions
 from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import Variant, measure_in_turns
 from arcface_build.bench.result import summarise
-from arcface_build.cpu_path import cpu_flags, cpu_name, has_bf16, has_openvino, open_session
-from arcface_build.errors import WrongUse
-from arcface_build.manifest import load_manifest
+from arcface_build.imports.manifest import load_manifest
 from arcface_build.variants.eval_set import FaceSet, load_faces
 from arcface_build.variants.gate import embed_all
 from arcface_build.variants.int8 import quantizable_layers
@@ -26,7 +24,9 @@ from arcface_build.variants.make import load_named
 from arcface_build.variants.recipe import Recipe, load_recipe
 from arcface_build.variants.sidecar import read_sidecar
 from arcface_clients.contract import FACE_INPUT
-from arcface_clients.drift import compare_embeddings
+from arcface_clients.engines.runtimes import cpu_flags, cpu_name, has_bf16, has_openvino, open_session
+from arcface_clients.errors import WrongUse
+from arcface_clients.evidence.drift import compare_embeddings
 
 if TYPE_CHECKING:
     import onnx

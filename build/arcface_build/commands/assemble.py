@@ -41,9 +41,9 @@ def command(
 
     A running server takes the new version after `arcface serve` is started again, or on Triton's load request.
     """
-    from arcface_build.assemble import assemble, assemble_plans
-    from arcface_build.repository import find_repository
-    from arcface_clients.config import load_config
+    from arcface_build.repository.assemble import assemble, assemble_plans
+    from arcface_build.repository.versions import find_repository
+    from arcface_clients.config.sources import load_config
 
     repository, keep = find_repository(model_repository), load_config().versions_kept
     model_dir, reason = models_dir / name, None
@@ -52,7 +52,7 @@ def command(
     else:
         choice = None
         if variant == "auto":
-            from arcface_build.cpu_path import choose
+            from arcface_build.variants.choose import choose
 
             choice = choose(model_dir)
             reason = choice.reason

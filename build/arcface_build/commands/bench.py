@@ -87,7 +87,6 @@ def command(
     margin: float,
 ) -> int:
     """Measure throughput through the server beside the bare runtime, in turns, in one run."""
-    from arcface_build.atomic import new_file, write_json
     from arcface_build.bench import contestants
     from arcface_build.bench.host import describe_host
     from arcface_build.bench.interleaved import measure_in_turns
@@ -96,8 +95,9 @@ def command(
     from arcface_build.bench.result import read_result, regressions, summarise
     from arcface_build.bench.waterfall import waterfall as waterfall_rows
     from arcface_build.bench.waterfall import waterfall_loads
-    from arcface_build.errors import WrongUse
     from arcface_build.reports.bench_page import bench_csv, bench_page
+    from arcface_clients.atomic import new_file, write_json
+    from arcface_clients.errors import WrongUse
 
     old = read_result(against) if against else None
     loads = [Load(*parts) for parts in product(models, protocols, batches, callers)]
@@ -199,10 +199,10 @@ def server_under_test(
 ) -> Iterator[Target]:
     """The running server that was named, else one of our own on free ports."""
     from arcface_build.bench.cpu_time import pid_listening_on
-    from arcface_build.errors import WrongUse
-    from arcface_build.repository import find_repository
+    from arcface_build.repository.versions import find_repository
     from arcface_build.serving.binary import find_tritonserver
     from arcface_build.serving.process import TritonProcess, free_ports
+    from arcface_clients.errors import WrongUse
 
     if url:
         host, _, port = url.removeprefix("grpc://").rpartition(":")
@@ -229,7 +229,7 @@ def check_served(repository: Path, models: tuple[str, ...], config: str) -> None
     Raises:
         WrongUse: a model that the repository has not, or a config (configs/NAME.pbtxt) that no model of it has.
     """
-    from arcface_build.errors import WrongUse
+    from arcface_clients.errors import WrongUse
 
     there = sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
     if absent := [model for model in models if model not in there]:
@@ -241,19 +241,19 @@ def check_served(repository: Path, models: tuple[str, ...], config: str) -> None
 
 def served_file(repository: Path | None, model: str, name: str) -> Path:
     """The file of the newest version of a model in the repository."""
-    from arcface_build.repository import find_repository, served_folder
+    from arcface_build.repository.versions import find_repository, served_folder
 
     return served_folder(find_repository(repository), model) / name
 
 
 def faces_of(sources: tuple[str, ...], batch: int) -> np.ndarray:
     """Crops from files, else drawn ones: at least one batch."""
-    from arcface_build.errors import WrongUse
-    from arcface_clients.synthetic import synthetic_faces
+    from arcface_clients.errors import WrongUse
+    from arcface_clients.faces.synthetic import synthetic_faces
 
     if not sources:
         return synthetic_faces(max(64, batch))
-    from arcface_clients.images import load_faces
+    from arcface_clients.faces.images import load_faces
 
     faces, _, refused = load_faces(sources)
     for crop in refused:

@@ -41,10 +41,10 @@ def command(
     """
     from rich.console import Console
 
-    from arcface_build.atomic import write_json
     from arcface_build.bench.variants import run, speeds, table
-    from arcface_build.cpu_path import speeds_file
+    from arcface_build.variants.choose import speeds_file
     from arcface_build.variants.eval_set import load_faces
+    from arcface_clients.atomic import write_json
 
     console = Console(stderr=True)
     with console.status("loading"):  # shows only on a terminal

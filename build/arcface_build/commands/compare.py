@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from arcface_build.compare.comparison import Faces
     from arcface_build.compare.sides import Side
-    from arcface_clients.accuracy import Pairs
+    from arcface_clients.evidence.accuracy import Pairs
 
 EPILOG = """\b
 Examples:
@@ -65,13 +65,13 @@ def command(
 
     Exit code 1: a face drifted beyond --max-drift, or a figure is beyond its warning.
     """
-    from arcface_build.atomic import new_file, write_json
     from arcface_build.compare.comparison import compare_sides
     from arcface_build.compare.comparison import explain as explain_drift
     from arcface_build.compare.reference import find_source
     from arcface_build.compare.sides import open_side
-    from arcface_clients.config import load_config
-    from arcface_clients.drift import DRIFT_LIMITS, TARGETS
+    from arcface_clients.atomic import new_file, write_json
+    from arcface_clients.config.sources import load_config
+    from arcface_clients.evidence.drift import DRIFT_LIMITS, TARGETS
 
     targets = load_config().comparison
     with open_side(a, models_dir, model) as side_a, open_side(b, models_dir, model) as side_b:
@@ -152,13 +152,13 @@ def _accuracy_lines(accuracy: dict[str, Any]) -> list[str]:
 def faces_of(sources: tuple[str, ...], sides: Sequence[Side]) -> Faces:
     """Named crops; else those that saved embeddings name, where they are still there; else drawn ones."""
     from arcface_build.compare.comparison import Faces, names_of
-    from arcface_build.errors import WrongUse
-    from arcface_clients.synthetic import synthetic_faces
+    from arcface_clients.errors import WrongUse
+    from arcface_clients.faces.synthetic import synthetic_faces
 
     names = names_of(sides)
     wanted = sources or (names if names and all(Path(name).is_file() for name in names) else ())
     if wanted:
-        from arcface_clients.images import load_faces
+        from arcface_clients.faces.images import load_faces
 
         pixels, read, refused = load_faces(wanted)
         for crop in refused:
@@ -174,8 +174,8 @@ def faces_of(sources: tuple[str, ...], sides: Sequence[Side]) -> Faces:
 
 def pairs_of(path: Path | None, identities: bool, faces: Faces) -> Pairs | None:
     """Labelled pairs from a CSV, else from folders as people, else None."""
-    from arcface_build.errors import WrongUse
-    from arcface_clients.accuracy import identities_from_paths, pairs_from_csv, pairs_from_identities
+    from arcface_clients.errors import WrongUse
+    from arcface_clients.evidence.accuracy import identities_from_paths, pairs_from_csv, pairs_from_identities
 
     if path is None and not identities:
         return None
@@ -188,8 +188,8 @@ def pairs_of(path: Path | None, identities: bool, faces: Faces) -> Pairs | None:
 
 def _layers(a: str, b: str, faces: Faces, tolerance: float, tensorrt: bool) -> dict[str, Any]:
     from arcface_build.compare.layers import compare_layers
-    from arcface_build.errors import WrongUse
-    from arcface_clients.synthetic import synthetic_faces
+    from arcface_clients.errors import WrongUse
+    from arcface_clients.faces.synthetic import synthetic_faces
 
     if Path(a).suffix != ".onnx" or Path(b).suffix != ".onnx":
         raise WrongUse(

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from arcface_build.atomic import write_json
 from arcface_build.commands.item_progress import item_progress
 from arcface_build.commands.server_option import access_to, url_option
-from arcface_build.errors import WrongUse
-from arcface_clients.images import load_faces
-from arcface_clients.people import FORMAT, VERSION, Journal, Limits, Loader, consensus_of_people, people_in
+from arcface_clients.atomic import write_json
+from arcface_clients.errors import WrongUse
+from arcface_clients.faces.images import load_faces
+from arcface_clients.people.persons import FORMAT, VERSION, Journal, Limits, Loader, consensus_of_people, people_in
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
@@ -88,7 +88,7 @@ def command(
     limits = Limits(max_distance, min_support, min_share)
     load = load_faces
     if detect:
-        from arcface_clients.detect import FaceDetector, load_detected
+        from arcface_clients.faces.detect import FaceDetector, load_detected
 
         load = partial(load_detected, detector=FaceDetector(detector))
     with TritonEmbedder(url, model, **access_to(url)) as engine:
@@ -134,7 +134,7 @@ def run(
     """Records of everybody in `folder` by name, written to `output`; an interrupted run's records are taken over."""
     from contextlib import ExitStack
 
-    from arcface_clients.cache import EmbeddingCache
+    from arcface_clients.people.cache import EmbeddingCache
 
     people = people_in(folder)
     with ExitStack() as stack:

@@ -12,8 +12,8 @@ import click
 from arcface_clients.errors import ConfigError
 
 if TYPE_CHECKING:
-    from arcface_clients.config import EmbeddingConfig
-    from arcface_clients.diagnostics import Check
+    from arcface_clients.checks.diagnostics import Check
+    from arcface_clients.config.schema import EmbeddingConfig
 
 EPILOG = """\b
 Examples:
@@ -35,10 +35,10 @@ _MARKS = {"ok": ("ok      ", "green"), "absent": ("absent  ", "yellow"), "proble
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(config_path: Path | None, measure: bool, faces: int, batch_size: int, as_json: bool) -> int:
     """Look at driver, GPU, runtimes, server, plans, store and configuration; say what is wrong and how to mend it."""
-    from arcface_build.host_checks import build_checks
-    from arcface_clients.config import EmbeddingConfig, load_config
-    from arcface_clients.config_sources import config_file
-    from arcface_clients.diagnostics import Check, client_checks
+    from arcface_build.serving.host_checks import build_checks
+    from arcface_clients.checks.diagnostics import Check, client_checks
+    from arcface_clients.config.schema import EmbeddingConfig
+    from arcface_clients.config.sources import config_file, load_config
 
     try:
         settings = load_config(config_path)
@@ -78,10 +78,10 @@ def command(config_path: Path | None, measure: bool, faces: int, batch_size: int
 
 def _measured(settings: EmbeddingConfig, faces: int, batch_size: int) -> tuple[dict[str, Any] | None, Check]:
     """The diagnostics of the engine that answers, and how that went as a check."""
-    from arcface_clients.benchmark import benchmark_embedder
-    from arcface_clients.diagnostics import Check, engine_diagnostics
-    from arcface_clients.door import get_embedding_backend
+    from arcface_clients.checks.benchmark import benchmark_embedder
+    from arcface_clients.checks.diagnostics import Check, engine_diagnostics
     from arcface_clients.errors import ArcFaceError
+    from arcface_clients.pipeline import get_embedding_backend
 
     try:
         with get_embedding_backend(config=settings) as backend:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from arcface_build.atomic import new_file
 from arcface_build.commands.item_progress import item_progress
 from arcface_build.commands.server_option import access_to, urls_option
-from arcface_build.errors import WrongUse
+from arcface_clients.atomic import new_file
+from arcface_clients.errors import WrongUse
 
 EPILOG = """\b
 Examples:
@@ -78,7 +78,7 @@ def command(
     if output.suffix == ".npz" and (len(urls) > 1 or engine == "ray"):
         raise WrongUse(f"several servers and --engine ray write Parquet. Name the output {output.stem}.parquet")
     if detect:
-        from arcface_clients.detect import find_model
+        from arcface_clients.faces.detect import find_model
 
         detector = find_model(detector)
     elif detector is not None and "ARCFACE_DETECTOR" not in os.environ:
@@ -105,7 +105,7 @@ def _embed_to_npz(
     import numpy as np
 
     from arcface_clients import TritonEmbedder
-    from arcface_clients.images import Crop, find_files, read_crops
+    from arcface_clients.faces.images import Crop, find_files, read_crops
 
     files = find_files(sources)
     names: list[str] = []
@@ -124,7 +124,7 @@ def _embed_to_npz(
 
         crops = read_crops(told())
         if detector:
-            from arcface_clients.detect import FaceDetector, detect_crops
+            from arcface_clients.faces.detect import FaceDetector, detect_crops
 
             crops = detect_crops(told(), FaceDetector(detector))
 

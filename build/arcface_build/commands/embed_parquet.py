@@ -12,10 +12,10 @@ import click
 
 from arcface_build.commands.item_progress import item_progress
 from arcface_build.commands.server_option import access_to
-from arcface_build.errors import WrongUse
 from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.job import Job, Plan, run_local
 from arcface_clients.bulk.parts import bad_path
+from arcface_clients.errors import WrongUse
 
 
 def embed_to_parquet(

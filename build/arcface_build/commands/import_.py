@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
-from arcface_build.errors import WrongUse
 from arcface_clients.contract import Preprocessing
+from arcface_clients.errors import WrongUse
 
 
 @click.command("import", context_settings={"auto_envvar_prefix": "ARCFACE_IMPORT"})
@@ -67,10 +67,10 @@ def command(
     Nothing is written unless the result equals InsightFace's: cosine ≥ 0.99999 on every face, and each row of a batch
     equal to its single run.
     """
-    from arcface_build.importing import check_name, existing_import, import_model
-    from arcface_build.proof_faces import drawn_faces, read_faces
-    from arcface_build.repository import find_repository
-    from arcface_build.sources import known_models, resolve, with_file
+    from arcface_build.imports.importing import check_name, existing_import, import_model
+    from arcface_build.imports.proof_faces import drawn_faces, read_faces
+    from arcface_build.imports.source import known_models, resolve, with_file
+    from arcface_build.repository.versions import find_repository
 
     stated = _stated(color, mean, std)
     repository = None if no_assemble else find_repository(model_repository)  # before the work, not after it
@@ -95,7 +95,7 @@ def command(
         click.echo(f"the serving ONNX is another one now: {folder}/variants were of the old one and are gone", err=True)
     installed = None
     if repository is not None:
-        from arcface_build.assemble import assemble
+        from arcface_build.repository.assemble import assemble
 
         installed = assemble(folder, repository)
     if as_json:

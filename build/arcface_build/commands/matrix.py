@@ -51,11 +51,11 @@ def command(
     """
     from rich.console import Console
 
-    from arcface_build.atomic import new_file, write_json
     from arcface_build.commands.compare import faces_of, pairs_of
     from arcface_build.compare.matrix import parity_matrix
     from arcface_build.compare.sides import open_side
-    from arcface_clients.config import load_config
+    from arcface_clients.atomic import new_file, write_json
+    from arcface_clients.config.sources import load_config
 
     limits = load_config().comparison.max_drift.model_dump()
     faces = faces_of(sources, ()).sample(n_samples)

@@ -35,13 +35,13 @@ def command(url: str, sources: tuple[str, ...], limit: int, timeout_s: float, co
     """
     from rich.console import Console
 
-    from arcface_clients.parity import COUNTING, count_drift, measure_parity, render_table
-    from arcface_clients.synthetic import synthetic_faces
+    from arcface_clients.checks.parity import COUNTING, count_drift, measure_parity, render_table
+    from arcface_clients.faces.synthetic import synthetic_faces
 
     errors = Console(stderr=True, soft_wrap=True)
     faces = None
     if sources:
-        from arcface_clients.images import load_faces
+        from arcface_clients.faces.images import load_faces
 
         faces, _, refused = load_faces(sources)
         faces = faces[:limit]

@@ -26,6 +26,6 @@ Examples:
 """
 
 
-@click.group(cls=LazyGroup, table=COMMANDS, epilog=EPILOG)
+@click.group(cls=LazyGroup, package="arcface_build.commands", table=COMMANDS, epilog=EPILOG)
 def command() -> None:
     """TensorRT plans: build, prove, keep, find, move."""

@@ -83,13 +83,13 @@ def build(
     Built in a process of its own; kept only if its layers compute in the asked precision and its drift is within the
     gate.
     """
-    from arcface_build.errors import WrongUse
     from arcface_build.plans.build import Proof, build_plan, tensorrt_version
     from arcface_build.plans.get_or_build import get_or_build
     from arcface_build.plans.gpu import find_gpus
     from arcface_build.plans.source import find_source
-    from arcface_build.plans.spec import BuilderOptions, PlanSpec, parse_bytes, parse_sm
     from arcface_build.plans.typed import check_buildable, read_typed_onnx
+    from arcface_clients.errors import WrongUse
+    from arcface_clients.plans.spec import BuilderOptions, PlanSpec, parse_bytes, parse_sm
 
     config = places.config
     precision = precision or config.precision
@@ -160,7 +160,7 @@ def build(
 
 
 def _faces(path: Path | None) -> np.ndarray:
-    from arcface_build.proof_faces import drawn_faces, read_faces
+    from arcface_build.imports.proof_faces import drawn_faces, read_faces
 
     return (read_faces(path) if path else drawn_faces())[0]
 

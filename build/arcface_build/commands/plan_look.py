@@ -11,9 +11,9 @@ import click
 from arcface_build.commands.plan_options import json_option, megabytes, place_options, summary, table
 
 if TYPE_CHECKING:
-    from arcface_build.errors import BuildError
-    from arcface_build.plans.manifest import PlanManifest
     from arcface_build.plans.places import Places
+    from arcface_clients.errors import ArcFaceError
+    from arcface_clients.plans.manifest import PlanManifest
 
 
 @click.command(
@@ -102,7 +102,7 @@ def _collect(places: Places, model: str | None) -> tuple[list[tuple[PlanManifest
     found: dict[str, tuple[PlanManifest, set[str]]] = {}
     refused: list[str] = []
 
-    def on_refused(_: str, exc: BuildError) -> None:
+    def on_refused(_: str, exc: ArcFaceError) -> None:
         refused.append(str(exc))
 
     for where, plans in places.all():

@@ -12,9 +12,9 @@ import click
 from arcface_build.commands.plan_options import byte_progress, json_option, megabytes, place_options
 
 if TYPE_CHECKING:
-    from arcface_build.plans.manifest import PlanManifest
     from arcface_build.plans.places import Places
     from arcface_build.plans.store import PlanStore
+    from arcface_clients.plans.manifest import PlanManifest
 
 _PATH = click.Path(path_type=Path)
 
@@ -29,10 +29,10 @@ _PATH = click.Path(path_type=Path)
 @json_option
 def push(places: Places, plans: tuple[str, ...], everything: bool, sign_key: Path | None, as_json: bool) -> None:
     """Publish plans to the store; a key that the store has already is left as it is."""
-    from arcface_build.errors import WrongUse
     from arcface_build.plans.places import Places, find_plan
-    from arcface_build.plans.signing import sign
     from arcface_build.plans.store import PlanStore
+    from arcface_clients.errors import WrongUse
+    from arcface_clients.plans.signing import sign
 
     store = places.need_store()
     if bool(plans) == everything:
@@ -66,11 +66,12 @@ def pull(
     places: Places, plans: tuple[str, ...], sm: str | None, precision: str | None, output: Path | None, as_json: bool
 ) -> None:
     """Fetch plans from the store; each is verified before it gets its name."""
-    from arcface_build.errors import PlanNotFound, WrongUse
+    from arcface_build.errors import PlanNotFound
     from arcface_build.plans.choose import misfit
     from arcface_build.plans.get_or_build import get_or_build
     from arcface_build.plans.gpu import find_gpus
-    from arcface_build.plans.spec import parse_sm
+    from arcface_clients.errors import WrongUse
+    from arcface_clients.plans.spec import parse_sm
 
     store = places.need_store()
     if bool(plans) == (sm is not None):
@@ -110,8 +111,9 @@ def verify(places: Places, plans: tuple[str, ...], as_json: bool) -> int:
 
     Exit code 1 if one is refused.
     """
-    from arcface_build.errors import PlanNotFound, PlanRefused
+    from arcface_build.errors import PlanNotFound
     from arcface_build.plans.places import find_plan
+    from arcface_clients.errors import PlanRefused
 
     done: list[dict[str, Any]] = []
 
@@ -151,7 +153,7 @@ def verify(places: Places, plans: tuple[str, ...], as_json: bool) -> int:
 @json_option
 def gc(places: Places, versions: tuple[str, ...], min_age_h: float, dry_run: bool, as_json: bool) -> None:
     """Remove leftovers (lost races, cut uploads, damaged manifests) from the cache and the store."""
-    from arcface_build.plans.spec import parse_version
+    from arcface_clients.plans.spec import parse_version
 
     kept = {parse_version(version) for version in versions}
     done = []
@@ -174,7 +176,7 @@ def gc(places: Places, versions: tuple[str, ...], min_age_h: float, dry_run: boo
 
 
 def _verify_one(places: Places, found: tuple[PlanManifest, Path | None, str]) -> None:
-    from arcface_build.plans.manifest import check_content
+    from arcface_clients.plans.manifest import check_content
 
     manifest, path, _ = found
     if path is not None:

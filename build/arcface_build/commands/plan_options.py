@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from arcface_build.plans.manifest import PlanManifest
     from arcface_build.store.objects import Progress
+    from arcface_clients.plans.manifest import PlanManifest
 
 _PATH = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")

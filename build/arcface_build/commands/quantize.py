@@ -57,7 +57,7 @@ def command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from arcface_build.variants.make import Wish, make_variant
-    from arcface_clients.config import load_config
+    from arcface_clients.config.sources import load_config
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -27,7 +27,7 @@ To serve InsightFace itself instead: arcface serve --backend reference
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def command(models: tuple[str, ...], model_repository: Path | None, as_json: bool) -> None:
     """Remove the newest version of a model; Triton serves the one before when it is started again."""
-    from arcface_build.repository import find_repository, roll_back, served_manifest
+    from arcface_build.repository.versions import find_repository, roll_back, served_manifest
 
     repository = find_repository(model_repository)
     done = {model: roll_back(repository, model) for model in models or ("arcface_onnx",)}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from arcface_build.serving.choose import Choice
     from arcface_build.serving.process import TritonProcess
-    from arcface_clients.parity import ParityReport
+    from arcface_clients.checks.parity import ParityReport
 
 EPILOG = """\b
 Examples:
@@ -86,12 +86,13 @@ def command(
     triton_arguments: tuple[str, ...],
 ) -> int:
     """Start Triton on model_repository/, prove it with a few faces, keep serving until Ctrl-C or SIGTERM."""
-    from arcface_build.repository import find_repository
+    from arcface_build.plans.gpu import gpu_sm
+    from arcface_build.repository.versions import find_repository
     from arcface_build.serving.binary import find_tritonserver
-    from arcface_build.serving.choose import Choice, gpu_sm, order_of_backends
+    from arcface_build.serving.choose import Choice, order_of_backends
     from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess
     from arcface_build.serving.variant import take_best_variant
-    from arcface_clients.config import load_config
+    from arcface_clients.config.sources import load_config
     from arcface_clients.errors import GateFailed
 
     interrupt = Interrupt()
@@ -141,9 +142,10 @@ def command(
 
 def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple[Choice, bool]:
     """Weights where there are none, then the backend choice and whether InsightFace is loaded beside it."""
-    from arcface_build.errors import Missing
-    from arcface_build.repository import versions
-    from arcface_build.serving.choose import choose_backend, gpu_sm, plan_sms
+    from arcface_build.plans.gpu import gpu_sm
+    from arcface_build.repository.versions import versions
+    from arcface_build.serving.choose import choose_backend, plan_sms
+    from arcface_clients.errors import Missing
 
     if demo and not versions(repository / "arcface_onnx") and not versions(repository / "arcface_trt"):
         from arcface_build.commands.import_ import command as import_command
@@ -169,12 +171,12 @@ def _faces(faces_from: Path | None, count: int) -> np.ndarray:
     Raises:
         InvalidFaces: there is not one face in `faces_from`.
     """
-    from arcface_clients.synthetic import synthetic_faces
+    from arcface_clients.faces.synthetic import synthetic_faces
 
     if faces_from is None:
         return synthetic_faces(count)
     from arcface_clients.errors import InvalidFaces
-    from arcface_clients.images import load_faces
+    from arcface_clients.faces.images import load_faces
 
     faces, _, refused = load_faces([faces_from])
     for crop in refused:
@@ -201,7 +203,7 @@ def _prove(
     as_json: bool,
 ) -> ParityReport:
     """Embed a few faces through every loaded backend and print the table."""
-    from arcface_clients.parity import measure_parity, render_table
+    from arcface_clients.checks.parity import measure_parity, render_table
 
     report = measure_parity(server.grpc_url, faces)
     if as_json:

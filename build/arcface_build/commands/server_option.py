@@ -15,7 +15,7 @@ def configured_url() -> str:
     Raises:
         ConfigError: the configuration cannot be read.
     """
-    from arcface_clients.config import load_config
+    from arcface_clients.config.sources import load_config
 
     return load_config().triton.url
 
@@ -26,8 +26,8 @@ def access_to(url: str) -> dict[str, Any]:
     Raises:
         ConfigError: the configuration cannot be read.
     """
-    from arcface_clients.address import Tls
-    from arcface_clients.config import load_config
+    from arcface_clients.config.sources import load_config
+    from arcface_clients.triton.address import Tls
 
     triton = load_config().triton
     if url != triton.url:

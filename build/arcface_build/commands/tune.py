@@ -52,13 +52,13 @@ def command(
     """
     from rich.console import Console
 
-    from arcface_build.atomic import new_file, write_json
     from arcface_build.bench.host import describe_host
     from arcface_build.bench.perf_analyzer import Load, find_perf_analyzer, write_input_data
     from arcface_build.bench.tune import LEAF, base_config, read_settings, search, write_tuned
     from arcface_build.commands.bench import faces_of
     from arcface_build.reports.tune_page import tune_page
-    from arcface_build.repository import find_repository
+    from arcface_build.repository.versions import find_repository
+    from arcface_clients.atomic import new_file, write_json
 
     repository = find_repository(model_repository)
     program, load, host = find_perf_analyzer(), Load(LEAF, "grpc", batch, concurrency), describe_host()

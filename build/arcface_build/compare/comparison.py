@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from arcface_build.compare.sides import Side
-from arcface_build.errors import WrongUse
-from arcface_clients.accuracy import Pairs, changed_decisions, measure_accuracy
-from arcface_clients.diagnose import Finding, diagnose
-from arcface_clients.drift import TARGETS, DriftReport, Verdict, compare_embeddings, judge
-from arcface_clients.errors import ContractMismatch
+from arcface_clients.errors import ContractMismatch, WrongUse
+from arcface_clients.evidence.accuracy import Pairs, changed_decisions, measure_accuracy
+from arcface_clients.evidence.diagnose import Finding, diagnose
+from arcface_clients.evidence.drift import TARGETS, DriftReport, Verdict, compare_embeddings, judge
 
 FORMAT = 1
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from arcface_build.compare.runs import run_all, session_runner, tensorrt_runner, tensors_in_order
-from arcface_build.errors import WrongUse
+from arcface_clients.errors import WrongUse
 
 FACES = 2  # every activation of every layer is held at once
 

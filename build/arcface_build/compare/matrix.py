@@ -10,8 +10,8 @@ import numpy as np
 
 from arcface_build.compare.comparison import Faces, check_contracts
 from arcface_build.compare.sides import Side
-from arcface_clients.accuracy import Pairs, changed_decisions, measure_accuracy
-from arcface_clients.drift import compare_embeddings, cosine_per_face
+from arcface_clients.evidence.accuracy import Pairs, changed_decisions, measure_accuracy
+from arcface_clients.evidence.drift import compare_embeddings, cosine_per_face
 
 FORMAT = 1
 _OF_LIMIT = 0.1  # a row alone and in a batch may part by this share of what its precision may drift …

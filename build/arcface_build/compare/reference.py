@@ -1,4 +1,4 @@
-"""The reference network without its preprocessing, for `arcface_clients.diagnose`: a source ONNX in, a function out."""
+"""The reference network without its preprocessing, for `evidence.diagnose`: a source ONNX in, a function out."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from arcface_clients.contract import Preprocessing
-from arcface_clients.diagnose import Network
 from arcface_clients.engines.model_folder import folder_of
+from arcface_clients.evidence.diagnose import Network
 
 
 def reference_network(source: Path) -> tuple[Network, Preprocessing]:

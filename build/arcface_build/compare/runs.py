@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arcface_build.errors import Missing, WrongUse
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
+from arcface_clients.errors import Missing, WrongUse
 
 if TYPE_CHECKING:
     import onnx

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from arcface_build.errors import Missing, WrongUse
 from arcface_clients.engines.registry import EngineRegistry
+from arcface_clients.errors import Missing, WrongUse
 
 SAVED = (".npz", ".npy")
 PLANS = (".plan", ".engine")

@@ -19,7 +19,7 @@ BATCH = "N"
 def dynamic_batch(model: onnx.ModelProto) -> Step:
     """Name the first dimension of input and output `N` and let each Reshape that holds the batch take it over.
 
-    Whether rows stay apart is not proved here but by running the result (arcface_build.proof).
+    Whether rows stay apart is not proved here but by running the result (arcface_build.imports.proof).
     """
     graph = model.graph
     index = GraphIndex(graph)

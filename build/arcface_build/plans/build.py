@@ -22,15 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from arcface_build.atomic import copy_file, write_json
-from arcface_build.errors import BuildError, Missing, PlanRefused, ProofFailed
+from arcface_build.errors import ProofFailed
 from arcface_build.plans.build_child import EXIT_MISSING
 from arcface_build.plans.gpu import Gpu, find_gpus
 from arcface_build.plans.inspect import PrecisionProof, check_precision, count_precisions
-from arcface_build.plans.manifest import PlanManifest, file_sha256, now_utc
-from arcface_build.plans.spec import PlanSpec
 from arcface_build.plans.typed import TypedOnnx, check_buildable
-from arcface_clients.drift import DRIFT_LIMITS, DriftReport, compare_embeddings
+from arcface_clients.atomic import copy_file, write_json
+from arcface_clients.errors import ArcFaceError, Missing, PlanRefused
+from arcface_clients.evidence.drift import DRIFT_LIMITS, DriftReport, compare_embeddings
+from arcface_clients.plans.manifest import PlanManifest, file_sha256, now_utc
+from arcface_clients.plans.spec import PlanSpec
 
 OnPhase = Callable[[str, int, int], None]
 """Called with a phase's name, the steps done and the steps in all (0: unknown)."""
@@ -42,7 +43,7 @@ class Proof:
 
     faces: np.ndarray
     reference: np.ndarray
-    max_drift: Mapping[str, float] | None = None  # by precision; None: arcface_clients.drift.DRIFT_LIMITS
+    max_drift: Mapping[str, float] | None = None  # by precision; None: arcface_clients.evidence.drift.DRIFT_LIMITS
 
 
 def tensorrt_version() -> str:
@@ -100,7 +101,7 @@ def build_plan(
         try:
             check_precision(counts, spec.precision, typed.layers)
             _check_drift(drift, spec.precision, manifest.drift["limit"])
-        except BuildError as exc:
+        except ArcFaceError as exc:
             if refused is None:
                 raise
             kept = refused / f"{spec.file_name}.refused"
@@ -148,7 +149,7 @@ def _run_child(folder: Path, timeout_s: float, on_phase: OnPhase) -> None:
         raise child_error(code, error, log, timeout_s if late.is_set() else None)
 
 
-def child_error(code: int, error: str, log: str, timeout_s: float | None = None) -> BuildError:
+def child_error(code: int, error: str, log: str, timeout_s: float | None = None) -> ArcFaceError:
     """What a failed child means: its exit code, the error it named, and the last errors of its log."""
     words = _last_errors(log) or error or "it said nothing"
     if timeout_s is not None:

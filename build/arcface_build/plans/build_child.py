@@ -49,8 +49,8 @@ def main(folder: Path) -> int:
 
 def _build(folder: Path, trt: Any, say: Any) -> None:
     from arcface_build.plans.loaders import engine_loader, strongly_typed
-    from arcface_build.plans.spec import PlanSpec
     from arcface_build.plans.typed import read_typed_onnx
+    from arcface_clients.plans.spec import PlanSpec
 
     request = json.loads((folder / "request.json").read_text())
     spec, typed = PlanSpec.from_json(request["spec"]), read_typed_onnx(Path(request["onnx"]))

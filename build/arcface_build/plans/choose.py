@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from arcface_build.plans.manifest import PlanManifest
-from arcface_build.plans.spec import parse_sm, parse_version
+from arcface_clients.plans.manifest import PlanManifest
+from arcface_clients.plans.spec import parse_sm, parse_version
 
 
 def misfit(manifest: PlanManifest, sm: str, tensorrt: str | None = None) -> str | None:

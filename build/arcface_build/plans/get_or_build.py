@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from arcface_build.errors import BuildError, Missing, PlanNotFound, PlanRefused, WrongUse
-from arcface_build.plans.manifest import PlanManifest, check_content, manifest_bytes
-from arcface_build.plans.signing import sign
-from arcface_build.plans.spec import PlanSpec
+from arcface_build.errors import PlanNotFound
 from arcface_build.plans.store import PlanStore, manifest_name, nearest, plan_name
 from arcface_build.store.local import LocalStore, disk_error
 from arcface_build.store.objects import Progress
+from arcface_clients.errors import ArcFaceError, Missing, PlanRefused, WrongUse
+from arcface_clients.plans.manifest import PlanManifest, check_content, manifest_bytes
+from arcface_clients.plans.signing import sign
+from arcface_clients.plans.spec import PlanSpec
 
 Builder = Callable[[PlanSpec, Path], PlanManifest]
 """Builds the plan of a spec into the given file and returns its manifest; leaves nothing behind when it fails."""
@@ -59,7 +60,7 @@ def get_or_build(
     with _locked(folder, spec.key, lock_timeout_s):
         folder.sweep(spec.key)
         notes: list[str] = []
-        failures: list[BuildError] = []
+        failures: list[ArcFaceError] = []
 
         def tried(step: Callable[[], PlanManifest | None], name: str) -> PlanManifest | None:
             try:

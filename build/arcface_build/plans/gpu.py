@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from arcface_build.errors import Missing, WrongUse
-from arcface_build.plans.spec import PRECISIONS, parse_sm
-from arcface_clients import gpu as host
-from arcface_clients.errors import DependencyMissing
-from arcface_clients.gpu import Gpu, parse_gpus
+from arcface_clients.errors import DependencyMissing, Missing, WrongUse
+from arcface_clients.gpu import cards as host
+from arcface_clients.gpu.cards import Gpu, parse_gpus
+from arcface_clients.plans.spec import PRECISIONS, parse_sm
 
 __all__ = ["Gpu", "SmInfo", "find_gpus", "load_gpus_yaml", "parse_gpus"]
 
@@ -34,6 +33,14 @@ def find_gpus() -> list[Gpu]:
         return host.find_gpus()
     except DependencyMissing as exc:
         raise Missing(str(exc)) from exc
+
+
+def gpu_sm() -> str | None:
+    """SM of the first GPU ("8.6"), None where there is no usable GPU."""
+    try:
+        return find_gpus()[0].sm
+    except Missing:
+        return None
 
 
 def load_gpus_yaml(path: Path) -> dict[str, SmInfo]:

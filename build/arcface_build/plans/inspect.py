@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from arcface_build.errors import PlanRefused
+from arcface_clients.errors import PlanRefused
 
 # LayerType or ParameterType of what computes with weights: CaskConvolution, CudnnConvolution, CaskGemmConvolution,
 # CaskGroupConvolution, MatrixMultiply, CaskGemmMatrixMultiply, FullyConnected, gemm, conv …

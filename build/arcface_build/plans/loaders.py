@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-from arcface_build.plans.spec import PlanSpec, parse_version
 from arcface_build.plans.typed import TypedOnnx
 from arcface_clients.contract import FACE_INPUT, FACE_SHAPE
+from arcface_clients.plans.spec import PlanSpec, parse_version
 
 _EXTERNAL_TACTICS = ("CUBLAS", "CUBLAS_LT", "CUDNN")
 

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from arcface_build.errors import PlanNotFound, WrongUse
-from arcface_build.plans.manifest import PlanManifest, check_content, load_manifest, manifest_path
-from arcface_build.plans.signing import check_signature
+from arcface_build.errors import PlanNotFound
 from arcface_build.plans.store import PlanStore
 from arcface_build.store import open_store
-from arcface_clients.config import EmbeddingConfig, load_config
+from arcface_clients.config.schema import EmbeddingConfig
+from arcface_clients.config.sources import load_config
+from arcface_clients.errors import WrongUse
+from arcface_clients.plans.manifest import PlanManifest, check_content, load_manifest, manifest_path
+from arcface_clients.plans.signing import check_signature
 
 
 @dataclass(frozen=True)

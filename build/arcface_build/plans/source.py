@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from arcface_build.errors import Missing, WrongUse
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.errors import Missing, WrongUse
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
         Missing: the model is not imported, or has no variant of this precision (a refused one counts as none).
         WrongUse: an ONNX file without its reference.
     """
-    from arcface_build.manifest import load_manifest
+    from arcface_build.imports.manifest import load_manifest
 
     path = Path(model)
     if path.suffix == ".onnx":

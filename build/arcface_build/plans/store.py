@@ -14,19 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from arcface_build.atomic import new_file
-from arcface_build.errors import BuildError, PlanNotFound, PlanRefused, WrongUse
-from arcface_build.plans.manifest import (
-    PlanManifest,
-    check_content,
-    manifest_bytes,
-    manifest_path,
-    parse_manifest,
-)
-from arcface_build.plans.signing import check_signature
-from arcface_build.plans.spec import PlanSpec
+from arcface_build.errors import PlanNotFound
 from arcface_build.store.local import LocalStore, disk_error
 from arcface_build.store.objects import ObjectStore, Progress, Stored
+from arcface_clients.atomic import new_file
+from arcface_clients.errors import ArcFaceError, PlanRefused, WrongUse
+from arcface_clients.plans.manifest import PlanManifest, check_content, manifest_bytes, manifest_path, parse_manifest
+from arcface_clients.plans.signing import check_signature
+from arcface_clients.plans.spec import PlanSpec
 
 _MANIFEST = "manifest.json"
 
@@ -68,7 +63,7 @@ class PlanStore:
         check_signature(manifest, self.public_key, where)
         return manifest
 
-    def list(self, on_refused: Callable[[str, BuildError], None] | None = None) -> list[PlanManifest]:
+    def list(self, on_refused: Callable[[str, ArcFaceError], None] | None = None) -> list[PlanManifest]:
         """All manifests, by model, precision, SM, version; a refused one goes to `on_refused(key, error)` or raises."""
         keys = [stored.name.split("/")[0] for stored in self.objects.list() if stored.name.endswith(f"/{_MANIFEST}")]
 
@@ -92,7 +87,7 @@ class PlanStore:
             PlanNotFound: none, or several.
             PlanRefused: there is one of this key, and it is refused.
         """
-        refused: dict[str, BuildError] = {}
+        refused: dict[str, ArcFaceError] = {}
         plans = self.list(refused.__setitem__)
         found = [m for m in plans if (len(name) >= 6 and m.key.startswith(name)) or m.spec.file_name == name]
         if len(found) == 1:

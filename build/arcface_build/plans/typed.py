@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcface_build.errors import Missing, WrongUse
-from arcface_build.plans.manifest import file_sha256
-from arcface_build.plans.spec import parse_version
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
+from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.plans.manifest import file_sha256
+from arcface_clients.plans.spec import parse_version
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
 
-from arcface_build.errors import Missing
+from arcface_clients.errors import Missing
 
 
 @dataclass(frozen=True)

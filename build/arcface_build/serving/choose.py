@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcface_build.errors import Missing
-from arcface_build.plans.gpu import find_gpus
-from arcface_build.repository import versions
+from arcface_build.repository.versions import versions
+from arcface_clients.errors import Missing
 
 if TYPE_CHECKING:
-    from arcface_clients.config import Fallback
+    from arcface_clients.config.schema import Fallback
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,6 @@ def order_of_backends(first: str, fallback: Fallback) -> list[str]:
     served_as = {"onnx": "onnx", "insightface": "reference"}
     following = [served_as[name] for name in fallback.chain if name in served_as] if fallback.enabled else []
     return list(dict.fromkeys([first, *following]))
-
-
-def gpu_sm() -> str | None:
-    """SM of the first GPU ("8.6"), None where there is no usable GPU."""
-    try:
-        return find_gpus()[0].sm
-    except Missing:
-        return None
 
 
 def plan_sms(repository: Path) -> set[str]:

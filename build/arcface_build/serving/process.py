@@ -22,8 +22,9 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from arcface_build.errors import ServerFailed, WrongUse
+from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
+from arcface_clients.errors import WrongUse
 
 STOP_SECONDS = 15.0
 # p50 … p99.9 over the last minute; without it Triton has sums only. Wanted by an alert of deploy/prometheus/rules.yml.

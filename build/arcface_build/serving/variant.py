@@ -6,17 +6,17 @@ import json
 import os
 from pathlib import Path
 
-from arcface_build.repository import served_manifest
+from arcface_build.repository.versions import served_manifest
 
 
 def take_best_variant(repository: Path, models_dir: Path) -> str:
-    """Install what `arcface_build.cpu_path.choose` chooses for the model in arcface_onnx; returns what and why.
+    """Install what `arcface_build.variants.choose.choose` chooses for the model in arcface_onnx; returns what and why.
 
     The model stays the same one: where models_dir has no import of this contract, nothing is touched.
     """
-    from arcface_build.assemble import assemble
-    from arcface_build.cpu_path import choose
-    from arcface_clients.config import load_config
+    from arcface_build.repository.assemble import assemble
+    from arcface_build.variants.choose import choose
+    from arcface_clients.config.sources import load_config
 
     served = served_manifest(repository) or {}
     model_dir = models_dir / served.get("name", "")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arcface_build.errors import WrongUse
 from arcface_build.store.objects import ObjectStore
+from arcface_clients.errors import WrongUse
 
 
 def open_store(url: str, **s3_options: object) -> ObjectStore:

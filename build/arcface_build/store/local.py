@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from arcface_build.atomic import new_file
-from arcface_build.errors import StoreUnreachable, WrongUse
+from arcface_build.errors import StoreUnreachable
 from arcface_build.store.objects import Progress, Stored
+from arcface_clients.atomic import new_file
+from arcface_clients.errors import WrongUse
 
 _BLOCK = 1 << 20
 

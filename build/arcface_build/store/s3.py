@@ -16,9 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from arcface_build.errors import BuildError, Missing, StoreUnreachable, WrongUse
+from arcface_build.errors import StoreUnreachable
 from arcface_build.store.local import disk_error
 from arcface_build.store.objects import Progress, Stored
+from arcface_clients.errors import ArcFaceError, Missing, WrongUse
 
 _PART_BYTES = 16 << 20  # plans are 10..300 MB: a few parallel parts, far from S3's limit of 10,000
 _CREDENTIALS = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE: aws sts get-caller-identity"
@@ -181,7 +182,7 @@ class S3Store:
 
         try:
             yield
-        except BuildError:  # already ours
+        except ArcFaceError:  # already ours
             raise
         except RetriesExceededError as exc:
             raise self._unreachable(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arcface_build.cpu_path import open_session
+from arcface_clients.engines.runtimes import open_session
 
 if TYPE_CHECKING:
     import onnx

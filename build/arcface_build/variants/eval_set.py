@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from arcface_build.errors import Missing, WrongUse
 from arcface_clients.contract import FACE_SHAPE
-from arcface_clients.errors import InvalidFaces
-from arcface_clients.images import read_array
-from arcface_clients.synthetic import synthetic_people
+from arcface_clients.errors import InvalidFaces, Missing, WrongUse
+from arcface_clients.faces.images import read_array
+from arcface_clients.faces.synthetic import synthetic_people
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 VIEWS = 4  # drawn views a person

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arcface_build.variants.eval_set import FaceSet
-from arcface_clients.drift import DriftReport, compare_embeddings, cosine_per_face
+from arcface_clients.evidence.drift import DriftReport, compare_embeddings, cosine_per_face
 
 if TYPE_CHECKING:
     import onnxruntime

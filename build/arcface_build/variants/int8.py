@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arcface_build.errors import WrongUse
 from arcface_build.variants.calibrate import LEVELS
+from arcface_clients.errors import WrongUse
 
 if TYPE_CHECKING:
     import onnx

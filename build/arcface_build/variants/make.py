@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arcface_build.atomic import new_file
-from arcface_build.cpu_path import cpu_flags, fast_runtime, has_bf16, has_openvino, open_session
-from arcface_build.errors import Missing, ProofFailed, WrongUse
-from arcface_build.manifest import Manifest, load_manifest
+from arcface_build.errors import ProofFailed
+from arcface_build.imports.manifest import Manifest, load_manifest
 from arcface_build.variants.calibrate import LEVELS, collect_histograms, conv_inputs, least_error_range
 from arcface_build.variants.eval_set import FaceSet, load_faces
 from arcface_build.variants.gate import Progress, Verdict, embed_all, judge, refusal
@@ -22,7 +20,10 @@ from arcface_build.variants.search import SearchResult, layer_work, smallest_pas
 from arcface_build.variants.sensitivity import measure_sensitivities
 from arcface_build.variants.sidecar import variants_folder, write_variant
 from arcface_build.variants.typed import body_nodes, largest_values, overflowing, rounded_as_float16, with_followers
-from arcface_clients.drift import DRIFT_LIMITS
+from arcface_clients.atomic import new_file
+from arcface_clients.engines.runtimes import cpu_flags, fast_runtime, has_bf16, has_openvino, open_session
+from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.evidence.drift import DRIFT_LIMITS
 
 if TYPE_CHECKING:
     import onnx

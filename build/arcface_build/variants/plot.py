@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from arcface_build.atomic import new_file
 from arcface_build.variants.search import SearchResult
+from arcface_clients.atomic import new_file
 
 
 def draw_search(

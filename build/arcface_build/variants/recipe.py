@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arcface_build.errors import Missing, WrongUse
 from arcface_build.variants.int8 import quantize_convolutions
 from arcface_build.variants.typed import rounded_as_float16, to_float16
+from arcface_clients.errors import Missing, WrongUse
 
 if TYPE_CHECKING:
     import onnx

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arcface_build.cpu_path import open_session
-from arcface_clients.drift import compare_embeddings
+from arcface_clients.engines.runtimes import open_session
+from arcface_clients.evidence.drift import compare_embeddings
 
 if TYPE_CHECKING:
     import onnx

@@ -16,14 +16,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arcface_build.atomic import new_file, write_json
-from arcface_build.errors import WrongUse
-from arcface_build.importing import tool_versions
-from arcface_build.manifest import Manifest
-from arcface_build.sources import file_digest
+from arcface_build.imports.importing import tool_versions
+from arcface_build.imports.manifest import Manifest
+from arcface_build.imports.source import file_digest
 from arcface_build.variants.eval_set import FaceSet
 from arcface_build.variants.gate import Verdict
 from arcface_build.variants.recipe import Recipe
+from arcface_clients.atomic import new_file, write_json
+from arcface_clients.errors import WrongUse
 
 if TYPE_CHECKING:
     import onnx

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from arcface_clients.arrays import Array
 from arcface_clients.atomic import new_file
 from arcface_clients.bulk.parts import is_whole, merge_parts, part_path, schema, write_part
 from arcface_clients.bulk.read import Item, read_unit
@@ -30,8 +31,8 @@ from arcface_clients.bulk.units import Unit, plan_units, unit_size
 from arcface_clients.errors import ConfigError, ContractMismatch
 
 if TYPE_CHECKING:
-    from arcface_clients.detect import FaceDetector
     from arcface_clients.engines.protocol import EmbeddingEngine
+    from arcface_clients.faces.detect import FaceDetector
 
 UNIT_ROWS = 2048  # what a kill may cost: four minutes of a network that gives 8 faces/s
 BATCH = 256
@@ -52,7 +53,7 @@ class Plan:
         """The detector that the plan names."""
         if self.detector is None:
             return None
-        from arcface_clients.detect import FaceDetector
+        from arcface_clients.faces.detect import FaceDetector
 
         return FaceDetector(self.detector, min_score=self.min_score)
 
@@ -200,7 +201,7 @@ def embed_unit(
     digests: list[bytes] = []
     refused: list[tuple[str, str]] = []
 
-    def faces() -> Iterator[np.ndarray]:
+    def faces() -> Iterator[Array]:
         for item in read_unit(unit, detector):
             if stop is not None and stop.is_set():
                 raise Stopped
@@ -212,7 +213,7 @@ def embed_unit(
             digests.append(_digest(item))
             yield item.face
 
-    rows: list[np.ndarray] = []
+    rows: list[Array] = []
     for row in _stream(engine, faces()):
         rows.append(row)
         advance(len(row))
@@ -259,13 +260,13 @@ def run_local(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _stream(engine: Any, faces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def _stream(engine: Any, faces: Iterator[Array]) -> Iterator[Array]:
     """Embeddings (n,D) of a stream of faces: several requests in flight where the engine can."""
     if hasattr(engine, "encode_stream"):
         for row in engine.encode_stream(faces):
             yield row[None]
         return
-    batch: list[np.ndarray] = []
+    batch: list[Array] = []
     for face in faces:
         batch.append(face)
         if len(batch) == BATCH:

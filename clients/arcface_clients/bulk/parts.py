@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from arcface_clients.arrays import Array
 from arcface_clients.atomic import new_file
 from arcface_clients.errors import DependencyMissing
 
@@ -42,7 +43,7 @@ def write_part(
     path: Path,
     names: list[str],
     identities: list[str | None],
-    embeddings: np.ndarray,
+    embeddings: Array,
     digests: list[bytes],
     refused: list[tuple[str, str]],
     contract_id: str | None,
@@ -130,7 +131,7 @@ def bad_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.bad.jsonl")
 
 
-def read_embeddings(path: Path | str) -> Iterator[tuple[list[str], list[str | None], np.ndarray]]:
+def read_embeddings(path: Path | str) -> Iterator[tuple[list[str], list[str | None], Array]]:
     """(paths, identities, embeddings float32 (n,D)) of a finished file, a row group at a time."""
     _pyarrow()
     import pyarrow.parquet as pq

@@ -10,15 +10,17 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from arcface_clients.contract import FACE_BYTES, FACE_SHAPE, check_faces
-from arcface_clients.detect import detect_crops
+from arcface_clients.arrays import Array
+from arcface_clients.contract import FACE_BYTES, FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces
-from arcface_clients.images import decode_face, read_crops
+from arcface_clients.faces.check import check_faces
+from arcface_clients.faces.detect import detect_crops
+from arcface_clients.faces.images import decode_face, read_crops
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-    from arcface_clients.detect import FaceDetector
+    from arcface_clients.faces.detect import FaceDetector
 
 READ_ROWS = 256  # 9.6 MB of faces at a time
 FACE_COLUMNS = ("face", "image", "bytes")
@@ -30,7 +32,7 @@ class Item:
 
     name: str
     identity: str | None
-    face: np.ndarray | None
+    face: Array | None
     refused: str = ""
 
 
@@ -186,7 +188,7 @@ def _decoded(name: str, identity: str | None, data: bytes | None) -> Item:
         return Item(name, identity, None, str(exc))
 
 
-def _checked(name: str, identity: str | None, face: np.ndarray) -> Item:
+def _checked(name: str, identity: str | None, face: Array) -> Item:
     try:
         return Item(name, identity, check_faces(face)[0])
     except InvalidFaces as exc:

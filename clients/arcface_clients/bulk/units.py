@@ -13,7 +13,7 @@ from typing import Any
 
 from arcface_clients.bulk.read import count_rows
 from arcface_clients.errors import InvalidFaces
-from arcface_clients.images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, files_below
+from arcface_clients.faces.images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, files_below
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 Unit = dict[str, Any]

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from arcface_clients.arrays import Array
 from arcface_clients.contract import FACE_SHAPE, Preprocessing
 from arcface_clients.engines.devices import CPU
-from arcface_clients.engines.local import LocalEngine, unit_rows
+from arcface_clients.engines.in_process import LocalEngine, unit_rows
 from arcface_clients.engines.model_folder import ModelFolder, find_model, folder_of
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
@@ -111,7 +112,7 @@ class InsightFaceEngine(LocalEngine):
             "precision": self.precision,
         }
 
-    def _run(self, faces: np.ndarray) -> np.ndarray:
+    def _run(self, faces: Array) -> Array:
         net = self._net
         if net is None:
             raise InferenceFailed("insightface: the engine was closed while it was encoding.")
@@ -122,7 +123,7 @@ class InsightFaceEngine(LocalEngine):
             raise InferenceFailed(f"insightface: {str(exc).partition(chr(10))[0]} (batch {len(faces)})") from exc
         return unit_rows(np.concatenate(rows))
 
-    def _features(self, net: Any, faces: np.ndarray) -> np.ndarray:
+    def _features(self, net: Any, faces: Array) -> Array:
         if self._guess_fits:
             return net.get_feat(list(faces))
         ordered = faces[..., ::-1] if self._color == "rgb" else faces

@@ -8,14 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from arcface_clients.arrays import Array
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.devices import CPU, canonical_device, choose_provider, device_index
-from arcface_clients.engines.local import LocalEngine
+from arcface_clients.engines.in_process import LocalEngine
 from arcface_clients.engines.model_folder import ModelFolder, find_model, folder_of, sidecar_of
 from arcface_clients.engines.registry import EngineRegistry
-from arcface_clients.engines.variants import cpu_runtime, gated_runtimes
+from arcface_clients.engines.runtimes import cpu_runtime, gated_runtimes
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
 
 OPENVINO = "OpenVINOExecutionProvider"
@@ -139,7 +138,7 @@ class OnnxEngine(LocalEngine):
             return {"device_id": str(device_index(self.device))}
         return {}
 
-    def _run(self, faces: np.ndarray) -> np.ndarray:
+    def _run(self, faces: Array) -> Array:
         session = self._session
         if session is None:
             raise InferenceFailed("onnx: the engine was closed while it was encoding.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
-import numpy as np
+from arcface_clients.arrays import Array
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ class EmbeddingEngine(Protocol):
         """
         ...
 
-    def encode(self, faces: np.ndarray) -> np.ndarray:
+    def encode(self, faces: Array) -> Array:
         """Embeddings of faces, in order: uint8 (N,112,112,3) BGR, any N ≥ 0 → float32 (N,D), rows of unit L2 norm.
 
         Raises:

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from arcface_clients.arrays import Array
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.devices import canonical_device
-from arcface_clients.engines.local import LocalEngine
-from arcface_clients.engines.plan_file import PlanFile, find_plan, read_plan
+from arcface_clients.engines.in_process import LocalEngine
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
-from arcface_clients.gpu import find_gpus
+from arcface_clients.gpu.cards import find_gpus
+from arcface_clients.plans.find import PlanFile, find_plan, read_plan
 
 
 @EngineRegistry.register("tensorrt")
@@ -113,7 +114,7 @@ class TensorRtEngine(LocalEngine):
             "tensorrt": trt.__version__,
         }
 
-    def _run(self, faces: np.ndarray) -> np.ndarray:
+    def _run(self, faces: Array) -> Array:
         with self._run_lock:
             if self._runner is None:
                 raise InferenceFailed("tensorrt: the engine was closed while it was encoding.")

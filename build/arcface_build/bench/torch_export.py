@@ -1,0 +1,31 @@
+"""An ONNX graph as plain arrays and JSON, so that a Python without onnx can run it in PyTorch (`torch_baseline`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+
+
+def export_graph(onnx_path: Path, folder: Path) -> None:
+    """Write an ONNX as graph.json (nodes in order) and weights.npz, for a Python that has no onnx."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(onnx_path)).graph
+    weights = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == "Constant":
+            weights[node.output[0]] = numpy_helper.to_array(attributes["value"])
+            continue
+        nodes.append(
+            {"op": node.op_type, "inputs": list(node.input), "output": node.output[0], "attributes": attributes}
+        )
+    facts = {"input": FACE_INPUT, "output": EMBEDDING_OUTPUT, "nodes": nodes}
+    (folder / "graph.json").write_text(json.dumps(facts))
+    np.savez(folder / "weights.npz", **{name: np.array(value) for name, value in weights.items()})

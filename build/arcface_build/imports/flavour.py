@@ -1,0 +1,259 @@
+"""Flavour: an ONNX model in, what kind of ArcFace export it is out; what is none is refused in one sentence."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arcface_build.errors import SourceRefused
+from arcface_build.graph.index import GraphIndex, attribute, shapes
+from arcface_build.graph.upgrade_opset import opset_of
+from arcface_build.imports.onnx_file import IMPORT_ITSELF
+from arcface_clients.contract import FACE_SIZE, Preprocessing
+
+if TYPE_CHECKING:
+    import onnx
+
+OTHER_SIZES = {
+    64: "an attribute model",
+    80: "a liveness model",
+    96: "a gender and age model",
+    128: "a face swap model",
+    192: "a landmark model",
+    224: "an image classifier",
+    320: "a face detector",
+    640: "a face detector",
+}
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """What stands in the file; `scale` and `shift` are the affine map (per channel) that the graph applies to pixels.
+
+    `insightface_says_inside` is InsightFace's own rule: a node named Sub… (or _minus…) and one named Mul… (_mul…)
+    among the first eight (insightface.model_zoo.arcface_onnx).
+    """
+
+    input: str
+    layout: str
+    batch: int | str
+    opset: int
+    producer: str
+    nodes: int
+    dim: int | None
+    scale: list[float]
+    shift: list[float]
+    insightface_says_inside: bool
+    prelu_slopes: str
+    batchnorms: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the field names as keys."""
+        return asdict(self)
+
+
+def flavour_of(model: onnx.ModelProto, file: str) -> Flavour:
+    """What the file is.
+
+    Raises:
+        SourceRefused: it cannot be a face recognition model for 112×112 crops; `file` names it in the message.
+    """
+    index = GraphIndex(model.graph)
+    known = shapes(model)
+    face, layout = _face_input(index, file)
+    dim = _embedding(index, known, model, file)
+    _check_training(model.graph, file)
+    _check_weights(index, file)
+    shape = face.type.tensor_type.shape.dim
+    scale, shift = affine_at_input(index, face.name)
+    names = [node.name for node in model.graph.node[:8]]
+    return Flavour(
+        input=face.name,
+        layout=layout,
+        batch=shape[0].dim_value if shape[0].dim_value > 0 else shape[0].dim_param or "unnamed",
+        opset=opset_of(model),
+        producer=f"{model.producer_name} {model.producer_version}".strip() or "unknown",
+        nodes=len(model.graph.node),
+        dim=dim,
+        scale=scale,
+        shift=shift,
+        insightface_says_inside=any(name.startswith(("Sub", "_minus")) for name in names)
+        and any(name.startswith(("Mul", "_mul")) for name in names),
+        prelu_slopes=_slopes(index),
+        batchnorms=sum(node.op_type == "BatchNormalization" for node in model.graph.node),
+    )
+
+
+def guess_preprocessing(flavour: Flavour, file: str) -> tuple[Preprocessing, str]:
+    """What the network wants, and from what that was read.
+
+    Raises:
+        SourceRefused: the file contradicts itself; the caller has to say it.
+    """
+    ends = np.array([flavour.shift, np.add(flavour.shift, np.multiply(flavour.scale, 255))])
+    plain = flavour.scale == [1.0] * 3 and flavour.shift == [0.0] * 3
+    ask = "Say what it wants: --color rgb --mean 127.5 --std 127.5 (in 0..255 units)."
+    if plain and flavour.insightface_says_inside:
+        raise SourceRefused(
+            f"{file}: cannot tell the preprocessing: InsightFace reads 'inside the graph' from node names, but no "
+            f"constant is subtracted from or multiplied with the input. {ask}"
+        )
+    if plain:
+        return Preprocessing(), "InsightFace's rule for a graph without normalisation; --mean, --std, --color override"
+    if np.abs(ends).max() > 4 or np.ptp(ends, axis=0).min() < 0.5:
+        raise SourceRefused(
+            f"{file}: cannot tell the preprocessing: the graph maps pixels 0..255 to "
+            f"{ends.min():g}..{ends.max():g}, expected about −1..1 or no change. {ask}"
+        )
+    inside = Preprocessing("rgb", (0, 0, 0), (1, 1, 1))
+    return inside, f"the graph itself maps pixels 0..255 to {ends.min():.4g}..{ends.max():.4g}"
+
+
+def normalises_inside(flavour: Flavour) -> bool:
+    """Whether the graph maps raw pixels into the range that networks are trained on."""
+    ends = np.array([flavour.shift, np.add(flavour.shift, np.multiply(flavour.scale, 255))])
+    return bool(np.abs(ends).max() <= 4)
+
+
+def affine_at_input(index: GraphIndex, face: str) -> tuple[list[float], list[float]]:
+    """(scale, shift) per channel of the Sub, Add, Mul and Div with constants that the input goes through first."""
+    scale, shift = np.ones(3), np.zeros(3)
+    name = face
+    while (node := index.only_user(name)) is not None:
+        if node.op_type in ("Identity", "Transpose"):
+            name = node.output[0]
+            continue
+        if node.op_type not in ("Sub", "Add", "Mul", "Div"):
+            break
+        first = index.constant(node.input[0])
+        value = first if first is not None else index.constant(node.input[1])
+        if value is None or value.size not in (1, 3):
+            break
+        number = value.astype(np.float64).reshape(-1)
+        if node.op_type == "Div" and first is not None:
+            break
+        if node.op_type == "Mul":
+            scale, shift = scale * number, shift * number
+        elif node.op_type == "Div":
+            scale, shift = scale / number, shift / number
+        elif node.op_type == "Add":
+            shift = shift + number
+        else:
+            scale, shift = (-scale, number - shift) if first is not None else (scale, shift - number)
+        name = node.output[0]
+    return [float(v) for v in np.broadcast_to(scale, 3)], [float(v) for v in np.broadcast_to(shift, 3)]
+
+
+def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]:
+    """The one image input and its layout, checked."""
+    import onnx
+
+    inputs = index.inputs()
+    if len(inputs) != 1:
+        names = ", ".join(value.name for value in inputs) or "none"
+        raise SourceRefused(f"{file} has {len(inputs)} inputs ({names}): expected one, the face. {IMPORT_ITSELF}.")
+    face = inputs[0]
+    kind = face.type.tensor_type.elem_type
+    shape = [dim.dim_value if dim.dim_value > 0 else None for dim in face.type.tensor_type.shape.dim]
+    shown = "×".join(str(size or "?") for size in shape) or "no shape"
+    if kind == onnx.TensorProto.UINT8:
+        raise SourceRefused(
+            f"{file} takes uint8, so preprocessing is inside it already: expected the float32 source of a model. "
+            "Import the file that it was made from."
+        )
+    if kind != onnx.TensorProto.FLOAT:
+        got = onnx.TensorProto.DataType.Name(kind).lower()
+        raise SourceRefused(f"{file} takes {got}: expected float32. Export it in float32; variants are made from that.")
+    if len(shape) != 4 or 3 not in (shape[1] or 3, shape[3] or 3):
+        raise SourceRefused(f"{file} takes {shown}: expected one RGB image, N×3×112×112. {IMPORT_ITSELF}.")
+    layout = "NHWC" if shape[3] == 3 and shape[1] != 3 else "NCHW"
+    sides = shape[1:3] if layout == "NHWC" else shape[2:4]
+    if any(side not in (None, FACE_SIZE) for side in sides):
+        what = OTHER_SIZES.get(sides[0] or 0)
+        looks = f", which looks like {what}" if what else ""
+        raise SourceRefused(f"{file} takes images of {shown}{looks}: expected 112×112. {IMPORT_ITSELF}.")
+    return face, layout
+
+
+def _embedding(index: GraphIndex, known: dict[str, list], model: onnx.ModelProto, file: str) -> int | None:
+    """The width of the one output where the file tells it, checked."""
+    outputs = model.graph.output
+    if len(outputs) != 1:
+        what = "a face detector" if len(outputs) >= 5 else "no recognition model, or one with its training head"
+        raise SourceRefused(
+            f"{file} has {len(outputs)} outputs, so it is {what}: expected one embedding. {IMPORT_ITSELF}."
+        )
+    shape = known.get(outputs[0].name)
+    maker = index.maker.get(outputs[0].name)
+    if maker is not None and maker.op_type in ("Softmax", "LogSoftmax", "Sigmoid", "ArgMax"):
+        raise SourceRefused(
+            f"{file} ends in {maker.op_type}, so it is a classifier: expected an embedding. {IMPORT_ITSELF}."
+        )
+    if shape is None or not isinstance(shape[-1], int):
+        return _gemm_width(index, maker)
+    width = [size for size in shape[1:] if size != 1]
+    if len(shape) not in (2, 4) or len(width) != 1:
+        shown = "×".join(str(size or "?") for size in shape)
+        raise SourceRefused(f"{file} gives {shown}: expected an embedding, N×D. {IMPORT_ITSELF}.")
+    return check_width(width[0], file)
+
+
+def check_width(dim: int, file: str) -> int:
+    """D, refused where no recognition model has it: landmark, age and class counts are not multiples of 32."""
+    if dim < 64 or dim > 4096 or dim % 32:
+        raise SourceRefused(
+            f"{file} gives {dim} numbers a face: expected an embedding of 128, 256 or 512. {IMPORT_ITSELF}."
+        )
+    return dim
+
+
+def _gemm_width(index: GraphIndex, maker: onnx.NodeProto | None) -> int | None:
+    """D from the weights of a last Gemm, where shape inference gave up."""
+    while maker is not None and maker.op_type in ("BatchNormalization", "Identity", "Dropout"):
+        maker = index.maker.get(maker.input[0])
+    if maker is None or maker.op_type != "Gemm":
+        return None
+    weight = index.constant(maker.input[1])
+    return None if weight is None else int(weight.shape[0 if attribute(maker, "transB", 0) else 1])
+
+
+def _check_training(graph: onnx.GraphProto, file: str) -> None:
+    for node in graph.node:
+        if node.op_type == "BatchNormalization" and attribute(node, "training_mode", 0):
+            raise SourceRefused(
+                f"{file} was exported in training mode, so faces of a batch change each other: "
+                "expected inference mode. Export it after model.eval()."
+            )
+
+
+def _check_weights(index: GraphIndex, file: str) -> None:
+    """Weights must be there and finite."""
+    import onnx
+
+    floats = 0
+    for tensor in index.graph.initializer:
+        if tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE):
+            continue
+        value = onnx.numpy_helper.to_array(tensor)
+        floats += value.size
+        if not np.isfinite(value).all():
+            bad = int((~np.isfinite(value)).sum())
+            raise SourceRefused(
+                f"{file}: weight {tensor.name} holds {bad} NaN or infinite numbers of {value.size:,}: "
+                "expected finite ones. Export it from a sound checkpoint."
+            )
+    if not floats and not any(node.op_type == "Constant" for node in index.graph.node):
+        raise SourceRefused(f"{file} holds no weights: expected a trained network. {IMPORT_ITSELF}.")
+
+
+def _slopes(index: GraphIndex) -> str:
+    shapes_seen = {
+        "×".join(map(str, value.shape))
+        for node in index.graph.node
+        if node.op_type == "PRelu" and (value := index.constant(node.input[1])) is not None
+    }
+    ranks = {text.count("×") + 1 for text in shapes_seen}
+    names = {1: "[C]", 3: "[C,1,1]", 4: "[1,C,1,1]"}
+    return ", ".join(names.get(rank, f"rank {rank}") for rank in sorted(ranks)) or "none"

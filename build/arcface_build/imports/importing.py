@@ -1,0 +1,232 @@
+"""Import: a source and the user's word on it in, models/NAME/ with source, proved serving ONNX and manifest out."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arcface_build.errors import SourceRefused
+from arcface_build.graph import Step
+from arcface_build.graph.blocked_layout import blocked_layout
+from arcface_build.graph.dynamic_batch import dynamic_batch
+from arcface_build.graph.fold_batchnorm import fold_batchnorm
+from arcface_build.graph.fold_constants import fold_constants
+from arcface_build.graph.repair_source import repair_source
+from arcface_build.graph.serving import serving_form
+from arcface_build.graph.upgrade_opset import opset_of, upgrade_opset
+from arcface_build.imports.flavour import Flavour, check_width, flavour_of, guess_preprocessing, normalises_inside
+from arcface_build.imports.manifest import FILE, Manifest, load_manifest
+from arcface_build.imports.onnx_file import external_files, read_source
+from arcface_build.imports.proof import Proof, Reference, prove, reference_embeddings
+from arcface_build.imports.source import Source, file_digest
+from arcface_clients.atomic import new_folder, write_json
+from arcface_clients.contract import Preprocessing, contract_id
+from arcface_clients.errors import Missing, WrongUse
+
+if TYPE_CHECKING:
+    import onnx
+
+SOURCE_FILE = "source.onnx"
+SERVING_FILE = "serving.onnx"
+CPU_FILE = "serving_cpu.onnx"
+CONVERSION = 2  # raise it when the steps give another graph: earlier imports are then done again
+TOOLS = ("arcface-triton", "onnx", "onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu", "insightface", "numpy")
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+def import_model(
+    source: Source,
+    folder: Path,
+    faces: np.ndarray,
+    faces_from: str,
+    *,
+    stated: Preprocessing | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Manifest:
+    """Convert, prove and write; `folder` appears (or is replaced) whole, or is left as it was.
+
+    Args:
+        source: what `arcface_build.imports.source.resolve` gave, its file there (`sources.with_file`).
+        folder: models/NAME.
+        faces: uint8 (N,112,112,3) BGR to prove on.
+        faces_from: where they come from, for the manifest.
+        stated: the user's word on preprocessing; it wins over everything.
+        progress: told what is being done.
+
+    Raises:
+        SourceRefused, ProofFailed, WrongUse: see there; nothing is left behind.
+    """
+    label = source.path.name
+    progress("read", 0, 1)
+    model = read_source(source.path)
+    flavour = flavour_of(model, label)
+    preprocessing, why = decide_preprocessing(source, flavour, stated)
+    with new_folder(folder) as temporary:
+        repaired = repair_source(model)
+        copy = _keep_source(source, repaired, temporary / SOURCE_FILE)
+        reference = Reference(temporary / SOURCE_FILE, preprocessing, label)
+        expected = reference_embeddings(reference, faces, partial(progress, "reference"))
+        dim = check_width(expected.shape[1], label)
+        progress("convert", 0, 1)
+        serving, steps = to_serving(repaired.model, preprocessing, dim)
+        _save_checked(serving, temporary / SERVING_FILE)
+        opset = opset_of(serving)
+        for_cpu = blocked_layout(serving)
+        if for_cpu.changed:
+            _save_checked(for_cpu.model, temporary / CPU_FILE)
+        del serving, model, for_cpu.model.graph.initializer[:], repaired.model.graph.initializer[:]
+
+        proofs = {
+            file: prove(temporary / file, faces, expected, reference, faces_from, partial(progress, f"prove {file}"))
+            for file in ((SERVING_FILE, CPU_FILE) if for_cpu.changed else (SERVING_FILE,))
+        }
+        manifest = Manifest(
+            name=folder.name,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            source=_source_told(source, copy),
+            flavour=flavour.to_json(),
+            preprocessing={**preprocessing.to_json(), "why": why},
+            dim=dim,
+            contract_id=contract_id(source.sha256, preprocessing, dim),
+            steps=[step.to_json() for step in (repaired, *steps)],
+            serving={**_described(temporary / SERVING_FILE), "opset": opset, "conversion": CONVERSION},
+            proof=proofs[SERVING_FILE].to_json(),
+            tools=tool_versions(),
+            cpu=_cpu_told(temporary / CPU_FILE, for_cpu.why, proofs[CPU_FILE]) if for_cpu.changed else None,
+        )
+        write_json(temporary / FILE, manifest.to_json())
+        _keep_variants(folder, temporary, manifest)
+    return manifest
+
+
+def _keep_source(source: Source, repaired: Step, target: Path) -> dict[str, Any]:
+    """Write what the reference will run: the source byte for byte, or its repaired form in one file."""
+    exact = not repaired.changed and not external_files(source.path)
+    if exact:
+        shutil.copyfile(source.path, target)
+    else:
+        target.write_bytes(repaired.model.SerializeToString(deterministic=True))
+    return {"file": target.name, "sha256": file_digest(target), "exact": exact}
+
+
+def _source_told(source: Source, copy: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the source."""
+    told = {"sha256": source.sha256, "file": source.path.name, "kind": source.kind, "licence": source.licence}
+    told |= {"url": source.url, "note": source.note}
+    return told | ({"recipe": source.recipe} if source.recipe else {}) | {"copy": copy}
+
+
+def _cpu_told(file: Path, why: str, proof: Proof) -> dict[str, Any]:
+    """What the manifest says of the CPU form."""
+    proved = {"min_cosine": proof.min_cosine, "max_row_difference": proof.max_row_difference}
+    return {**_described(file), "why": why, **proved}
+
+
+def to_serving(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int) -> tuple[onnx.ModelProto, list[Step]]:
+    """Run the graph steps in their order; returns the serving model and what each step did."""
+    steps = [upgrade_opset(model)]
+    for step in (fold_constants, dynamic_batch, fold_batchnorm):
+        steps.append(step(steps[-1].model))
+    steps.append(serving_form(steps[-1].model, preprocessing, dim))
+    return steps[-1].model, steps
+
+
+def decide_preprocessing(source: Source, flavour: Flavour, stated: Preprocessing | None) -> tuple[Preprocessing, str]:
+    """The user's word, else config/models.yaml's, else the file's own; with the reason.
+
+    Raises:
+        SourceRefused: the file cannot tell.
+        WrongUse: the user's word would normalise twice.
+    """
+    if stated is None and source.preprocessing is None:
+        return guess_preprocessing(flavour, source.path.name)
+    chosen, why = (stated, "stated by the caller") if stated else (source.preprocessing, source.note)
+    if normalises_inside(flavour) and (any(chosen.mean) or set(chosen.std) != {1.0}):
+        raise WrongUse(
+            f"{source.path.name} normalises inside its graph: expected --mean 0 --std 1, got mean {list(chosen.mean)}, "
+            f"std {list(chosen.std)}; it would be done twice."
+        )
+    return chosen, why
+
+
+def existing_import(folder: Path, source: Source, stated: Preprocessing | None) -> Manifest | None:
+    """The manifest of an earlier import of the same source by the same version, where its files are still whole.
+
+    A demo is the same where its recipe is: it need not be built to know.
+    """
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        manifest = load_manifest(folder)
+        same = (
+            manifest.source.get("recipe", "") == source.recipe
+            and (bool(source.recipe) or manifest.source["sha256"] == source.sha256)
+            and manifest.tools == tool_versions()
+            and manifest.serving["conversion"] == CONVERSION
+            and (stated is None or manifest.wants() == stated)
+            and (source.preprocessing is None or stated is not None or manifest.wants() == source.preprocessing)
+            and (stated is not None or manifest.preprocessing["why"] != "stated by the caller")
+            and all(
+                file_digest(folder / part["file"]) == part["sha256"]
+                for part in (manifest.serving, manifest.source["copy"], manifest.cpu)
+                if part
+            )
+        )
+    except (WrongUse, KeyError, OSError):
+        return None
+    return manifest if same else None
+
+
+def check_name(name: str) -> str:
+    """A model name, refused where a folder or a file on S3 could not have it."""
+    if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}", name):
+        raise WrongUse(
+            f"{name!r} cannot be a model's name: expected letters, digits, '.', '_', '-'. Choose one: --name NAME"
+        )
+    return name
+
+
+def tool_versions() -> dict[str, str]:
+    """Installed versions of what takes part in an import."""
+    found = {}
+    for package in TOOLS:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _keep_variants(old: Path, new: Path, manifest: Manifest) -> None:
+    """Variants (hours of search, perhaps) outlive a new import that gives the same serving ONNX; others are stale."""
+    try:
+        same = load_manifest(old).serving["sha256"] == manifest.serving["sha256"]
+    except (Missing, WrongUse, KeyError):
+        return
+    if same and (old / "variants").is_dir():
+        shutil.copytree(old / "variants", new / "variants")
+
+
+def _described(path: Path) -> dict[str, str | int]:
+    return {"file": path.name, "sha256": file_digest(path), "bytes": path.stat().st_size}
+
+
+def _save_checked(model: onnx.ModelProto, path: Path) -> None:
+    import onnx
+
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+        line = str(exc).strip().splitlines()[0]
+        raise SourceRefused(
+            f"the converted graph breaks the ONNX specification: {line}. Report the file's flavour."
+        ) from exc

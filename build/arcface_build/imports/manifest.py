@@ -1,0 +1,81 @@
+"""The manifest of an imported model: what it was made from, how, and what was proved; a class in, JSON out and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from arcface_clients.contract import Preprocessing
+from arcface_clients.errors import Missing, WrongUse
+
+FORMAT = 1
+FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """models/NAME/manifest.json. Digests are sha256 in hex, `created` is UTC; the keys of the dicts:
+
+    source: sha256 and file (what the user gave), kind (file, known, pack, demo), licence, url, note, recipe (of
+        a demo), copy: file, sha256 and exact (false where source.onnx is a repaired or joined form of it).
+    flavour: the fields of `arcface_build.imports.flavour.Flavour`.
+    preprocessing: color, mean, std (0..255 units) and `why`, from what that was read.
+    steps: step, changed, why, in the order in which they ran.
+    serving: file, sha256, opset, bytes, conversion.
+    proof: see `arcface_build.imports.proof.Proof`.
+    tools: package → version.
+    cpu: the same network in the form for ONNX Runtime's CPU provider (graph.blocked_layout): file, sha256, bytes, why,
+        min_cosine, max_row_difference; None where that form is the same.
+    """
+
+    name: str
+    created: str
+    source: dict[str, Any]
+    flavour: dict[str, Any]
+    preprocessing: dict[str, Any]
+    dim: int
+    contract_id: str
+    steps: list[dict[str, Any]]
+    serving: dict[str, Any]
+    proof: dict[str, Any]
+    tools: dict[str, str]
+    precision: str = "fp32"
+    cpu: dict[str, Any] | None = None
+    format: int = FORMAT
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object, `format` first."""
+        return {"format": self.format, **{k: v for k, v in asdict(self).items() if k != "format"}}
+
+    def wants(self) -> Preprocessing:
+        """The preprocessing as the contract's class."""
+        return Preprocessing.from_json(self.preprocessing)
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a model folder.
+
+    Raises:
+        Missing: there is none.
+        WrongUse: it is not JSON, of another format, or lacks a key.
+    """
+    path = folder / FILE
+    again = "Import the model again: arcface import SOURCE"
+    if not path.is_file():
+        there = sorted(file.parent.name for file in folder.parent.glob(f"*/{FILE}"))
+        beside = f" ({folder.parent} has {', '.join(there)})" if there else ""
+        raise Missing(f"no imported model in {folder}: expected {FILE} there{beside}. {again}.")
+    try:
+        data = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
+        raise WrongUse(f"{path} is not JSON ({exc}). {again}.") from exc
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        got = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise WrongUse(f"{path} has format {got!r}: expected {FORMAT}. {again}.")
+    wanted = Manifest.__dataclass_fields__
+    missing = [key for key in wanted if key not in data and key not in ("precision", "format", "cpu")]
+    if missing:
+        raise WrongUse(f"{path} lacks {', '.join(missing)}. {again}.")
+    return Manifest(**{key: value for key, value in data.items() if key in wanted})

@@ -1,0 +1,84 @@
+"""ONNX files: a path in, the model with all its weights out; or, in one sentence, what the file is instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arcface_build.errors import SourceRefused
+from arcface_build.graph.upgrade_opset import opset_of
+from arcface_clients.errors import Missing
+
+if TYPE_CHECKING:
+    import onnx
+
+IMPORT_ITSELF = "Import the recognition ONNX itself"
+# First bytes of what people hand over by mistake, and what it is.
+FOREIGN_FILES = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights", "Fetch them: git lfs pull"),
+    (b"PK\x03\x04", "a zip (a PyTorch checkpoint or a model pack)", "Export or unpack the recognition ONNX"),
+    (b"\x80\x02", "a Python pickle (a PyTorch checkpoint)", "Export it: torch.onnx.export"),
+    (b"ftrt", "a TensorRT plan", "Import the ONNX that it was built from"),
+    (b"ptrt", "a TensorRT plan", "Import the ONNX that it was built from"),
+    (b"\x89HDF", "an HDF5 file (Keras)", "Export it with tf2onnx"),
+    (b"<", "a web page or XML", "Download the file itself"),
+    (b"\xff\xd8\xff", "a JPEG picture", "Name the ONNX file"),
+    (b"\x89PNG", "a PNG picture", "Name the ONNX file"),
+)
+
+
+def read_source(path: Path) -> onnx.ModelProto:
+    """The model in a file, weights beside it included.
+
+    Raises:
+        Missing: no such file.
+        SourceRefused: not ONNX, damaged, without its weights, or without a graph.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise Missing(f"{path} is not there: expected an ONNX file. See what can be imported: arcface import --help")
+    with path.open("rb") as file:
+        head = file.read(64)
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        sound = bool(model.graph.node and opset_of(model))
+    except DecodeError:
+        sound = False
+    if not sound:
+        raise SourceRefused(_not_onnx(path, head))
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as exc:
+        wanted = sorted({_location(tensor) for tensor in model.graph.initializer if tensor.external_data})
+        raise SourceRefused(
+            f"{path.name} keeps its weights in another file: expected {', '.join(wanted)} beside it. "
+            "Copy it into the same folder."
+        ) from exc
+    return model
+
+
+def external_files(path: Path) -> list[Path]:
+    """The files beside an ONNX file that hold its weights, sorted by name; usually none."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    names = {_location(tensor) for tensor in model.graph.initializer if tensor.external_data}
+    return [path.parent / name for name in sorted(names)]
+
+
+def _not_onnx(path: Path, head: bytes) -> str:
+    size = path.stat().st_size
+    if size == 0:
+        return f"{path.name} is empty: expected an ONNX file. Copy or download it again."
+    for magic, what, todo in FOREIGN_FILES:
+        if head.startswith(magic):
+            return f"{path.name} is {what}: expected an ONNX file. {todo}."
+    if head[:1] == b"\x08":  # field 1 of ModelProto, ir_version: this was an ONNX file once
+        return f"{path.name} is damaged or truncated ({size:,} bytes): expected a whole ONNX file. Download it again."
+    return f"{path.name} is not an ONNX file (it begins with {head[:4].hex(' ')}). {IMPORT_ITSELF}."
+
+
+def _location(tensor: onnx.TensorProto) -> str:
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "?")

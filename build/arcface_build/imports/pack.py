@@ -1,0 +1,93 @@
+"""InsightFace packs: a pack's name in, its recognition file out, found by looking at the graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from arcface_build.errors import LicenceNotAccepted, SourceRefused
+from arcface_build.imports.flavour import flavour_of
+from arcface_build.imports.onnx_file import read_source
+from arcface_clients.atomic import new_folder
+from arcface_clients.errors import Missing
+
+
+def insightface_home(given: Path | None = None) -> Path:
+    """InsightFace's root: the given one, else INSIGHTFACE_HOME, else ~/.insightface."""
+    return (given or Path(os.environ.get("INSIGHTFACE_HOME", "~/.insightface"))).expanduser()
+
+
+def find_recognition(
+    pack: str, entry: dict[str, Any], root: Path | None, accept_licence: bool, say: Callable[[str], None]
+) -> Path:
+    """The recognition file of a pack in InsightFace's cache; downloaded by InsightFace itself where it is absent.
+
+    Raises:
+        LicenceNotAccepted: a download is needed and was not agreed to.
+        Missing: the download failed, or InsightFace is not installed.
+        SourceRefused: no file of the pack, or more than one, is a recognition model.
+    """
+    folder = insightface_home(root) / "models" / pack
+    if not any(folder.rglob("*.onnx")):
+        _download(pack, entry, folder, accept_licence, say)
+    return recognition_in(folder)
+
+
+def recognition_in(folder: Path) -> Path:
+    """The one recognition model in a folder (searched to its bottom).
+
+    Raises:
+        SourceRefused: there is none, or more than one.
+    """
+    fitting = [path for path in sorted(folder.rglob("*.onnx")) if _is_recognition(path)]
+    if len(fitting) != 1:
+        have = ", ".join(path.name for path in fitting or sorted(folder.rglob("*.onnx"))) or "no ONNX file"
+        raise SourceRefused(
+            f"{folder} holds {len(fitting)} recognition models: expected one ({have}). Import the file itself: "
+            f"arcface import {folder}/FILE.onnx"
+        )
+    return fitting[0]
+
+
+def _is_recognition(path: Path) -> bool:
+    """Whether the file passes the checks of an import; what it is called does not matter."""
+    try:
+        flavour_of(read_source(path), path.name)
+    except SourceRefused:
+        return False
+    return True
+
+
+def _download(pack: str, entry: dict[str, Any], folder: Path, accept_licence: bool, say: Callable[[str], None]) -> None:
+    """Let InsightFace download into a temporary root, and move the pack into the cache when it is whole."""
+    by_hand = f"On a machine with a network: fetch {entry['url']} and unzip it to {folder}"
+    if not accept_licence:
+        raise LicenceNotAccepted(
+            f"{pack} is not in {folder}; its weights are licensed for {entry['licence']}: expected --accept-license "
+            f"before a download. Next: arcface import {pack} --accept-license"
+        )
+    try:
+        from insightface.utils.storage import download
+    except ImportError as exc:
+        raise Missing(
+            f"{pack} is not in {folder}, and InsightFace cannot be imported to download it: {exc}. {by_hand}."
+        ) from exc
+    say(f"downloading {pack} with InsightFace")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".arcface-", dir=folder.parent) as root:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # it prints; our stdout may be JSON
+                got = Path(download("models", pack, root=root))
+        except Exception as exc:  # requests, zipfile and RuntimeError: whatever it was, there is no pack
+            raise Missing(f"{pack} is not in {folder} and cannot be downloaded: {exc}. {by_hand}.") from exc
+        with new_folder(folder) as temporary:
+            for path in got.rglob("*"):
+                if path.is_file():
+                    target = temporary / path.relative_to(got)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    path.replace(target)

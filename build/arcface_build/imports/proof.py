@@ -1,0 +1,228 @@
+"""Proof of an import: source and serving ONNX and faces in, cosine to the reference and row independence out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arcface_build.errors import ProofFailed, SourceRefused
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, Preprocessing
+from arcface_clients.evidence.drift import cosine_per_face
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+MIN_COSINE = 0.99999
+MAX_ROW_DIFFERENCE = 1e-5
+BATCHES = (1, 2, 7, 32)
+MIN_FACES = 64
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was measured; `max_row_difference` is the largest |batch row − single run| of unit embeddings."""
+
+    faces: int
+    faces_from: str
+    min_cosine: float
+    mean_cosine: float
+    max_row_difference: float
+    batches: list[int]
+    between_faces: float  # mean cosine of different faces: near 1 means that the proof could not have seen much
+    reference: str
+    reference_why: str
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the field names as keys."""
+        return asdict(self)
+
+
+class Reference:
+    """InsightFace on the source, one face at a time; plain ONNX Runtime where InsightFace is not installed.
+
+    `name` is insightface.get_feat where InsightFace guesses the preprocessing as stated, insightface.forward where it
+    has to be told, onnxruntime where it is not there; `why` says so in words.
+    """
+
+    def __init__(self, source: Path, preprocessing: Preprocessing, label: str | None = None) -> None:
+        """Open the source with the CPU provider; `label` names it in messages.
+
+        Raises:
+            SourceRefused: ONNX Runtime cannot load it.
+        """
+        self._preprocessing = preprocessing
+        self.label = label or source.name
+        self._session = open_session(source, self.label)
+        self._input = self._session.get_inputs()[0].name
+        try:
+            from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+        except ImportError as exc:
+            if isinstance(exc.__cause__, KeyboardInterrupt):
+                raise  # Ctrl-C during the import is no missing package
+            self._arcface = None
+            self.name, self.why = "onnxruntime", f"InsightFace cannot be imported ({exc}); preprocessing as stated"
+            return
+        self._arcface = ArcFaceONNX(model_file=str(source), session=self._session)
+        guess = [float(self._arcface.input_mean)] * 3, [float(self._arcface.input_std)] * 3
+        stated = list(preprocessing.mean), list(preprocessing.std)
+        if preprocessing.color == "rgb" and guess == stated:
+            self.name, self.why = "insightface.get_feat", "InsightFace guesses the preprocessing as stated"
+            return
+        self.name = "insightface.forward"
+        self.why = f"InsightFace would take rgb, mean {guess[0][0]:g}, std {guess[1][0]:g}; it was told the stated ones"
+        self._arcface.input_mean = np.array(stated[0], np.float32).reshape(1, 3, 1, 1)
+        self._arcface.input_std = np.array(stated[1], np.float32).reshape(1, 3, 1, 1)
+
+    def embed(self, face: np.ndarray) -> np.ndarray:
+        """Raw embedding (D,) of one face uint8 (112,112,3) BGR; not normalised."""
+        if self.name == "insightface.get_feat":
+            return np.asarray(self._arcface.get_feat(face)).reshape(-1)
+        if self.name == "insightface.forward":
+            ordered = face[..., ::-1] if self._preprocessing.color == "rgb" else face
+            return np.asarray(self._arcface.forward(ordered.transpose(2, 0, 1)[None].astype(np.float32))).reshape(-1)
+        return np.asarray(self._session.run(None, {self._input: self._preprocessing.apply(face[None])})[0]).reshape(-1)
+
+
+def open_session(path: Path, label: str) -> onnxruntime.InferenceSession:
+    """A session on the CPU provider that keeps stderr clean.
+
+    Raises:
+        SourceRefused: ONNX Runtime refuses the graph.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it would log is raised, too
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # pybind raises a class an error code, without a common root
+        raise SourceRefused(
+            f"{label}: ONNX Runtime cannot load the graph: {_first_line(exc)}. Export it again."
+        ) from exc
+
+
+def reference_embeddings(reference: Reference, faces: np.ndarray, progress: Progress | None = None) -> np.ndarray:
+    """Raw embeddings (N,D) of the reference for faces uint8 (N,112,112,3) BGR.
+
+    Raises:
+        SourceRefused: the network cannot run on 112×112 crops, or answers the same (or no number) for all of them.
+    """
+    rows = []
+    for face in faces:
+        try:
+            rows.append(reference.embed(face))
+        except Exception as exc:  # see open_session
+            raise SourceRefused(
+                f"{reference.label}: ONNX Runtime cannot run it on a 112×112 crop: {_first_line(exc)}. "
+                "Export it for 112×112."
+            ) from exc
+        if progress:
+            progress(len(rows), len(faces))
+    raw = np.stack(rows)
+    if not np.isfinite(raw).all() or not np.linalg.norm(raw, axis=1).all():
+        raise SourceRefused(
+            f"{reference.label} gives embeddings that are zero or hold NaN: expected numbers. "
+            "Export it from a sound checkpoint."
+        )
+    if between_faces(raw) > 1 - 1e-7:
+        raise SourceRefused(
+            f"{reference.label} gives every face the same embedding: expected a trained recognition model. "
+            "Check the export."
+        )
+    return raw
+
+
+def prove(
+    serving: Path,
+    faces: np.ndarray,
+    expected: np.ndarray,
+    reference: Reference,
+    faces_from: str,
+    progress: Progress | None = None,
+) -> Proof:
+    """Compare the serving model with the reference's embeddings, then batch rows with single runs.
+
+    Raises:
+        ProofFailed: a face's cosine is below `MIN_COSINE`, or a batch row departs from the single run.
+    """
+    session = open_session(serving, serving.name)
+    hostile = hostile_batches(faces)
+    total = len(faces) + sum(len(batch) for batch in hostile) * 2
+    done = 0
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        nonlocal done
+        try:
+            answer = session.run([EMBEDDING_OUTPUT], {FACE_INPUT: batch})[0]
+        except Exception as exc:  # see open_session
+            raise ProofFailed(f"the serving model cannot run a batch of {len(batch)}: {_first_line(exc)}.") from exc
+        done += len(batch)
+        if progress:
+            progress(done, total)
+        return answer
+
+    difference = 0.0
+    for batch in hostile:
+        rows, single = run(batch), np.concatenate([run(face[None]) for face in batch])
+        off = np.abs(rows - single).max(axis=1)
+        if not off.max() <= MAX_ROW_DIFFERENCE:  # NaN counts as a difference
+            raise ProofFailed(
+                f"faces of a batch change each other: row {int(np.nan_to_num(off, nan=np.inf).argmax())} of "
+                f"{len(batch)} differs from its single run by {off.max():.3g}, expected ≤ {MAX_ROW_DIFFERENCE:g}. "
+                "Export the model in inference mode with a dynamic batch."
+            )
+        difference = max(difference, float(off.max()))
+    got = np.concatenate([run(faces[i : i + 32]) for i in range(0, len(faces), 32)])
+    if got.shape != expected.shape:
+        raise ProofFailed(f"the serving model gives {got.shape} for {len(faces)} faces: expected {expected.shape}.")
+    norms = np.linalg.norm(got, axis=1)
+    if not np.allclose(norms, 1, atol=1e-5):
+        raise ProofFailed(f"embeddings have norms {norms.min():g}..{norms.max():g}: expected 1.")
+    cosine = cosine_per_face(expected, got)
+    if not cosine.min() >= MIN_COSINE:
+        raise ProofFailed(
+            f"the serving model differs from {reference.name}: expected cosine ≥ {MIN_COSINE}, got {cosine.min():.7f} "
+            f"on face {int(cosine.argmin())} of {len(faces)}. Nothing was written; please report the file's flavour."
+        )
+    return Proof(
+        faces=len(faces),
+        faces_from=faces_from,
+        min_cosine=float(cosine.min()),
+        mean_cosine=float(cosine.mean()),
+        max_row_difference=difference,
+        batches=list(BATCHES),
+        between_faces=between_faces(expected),
+        reference=reference.name,
+        reference_why=reference.why,
+    )
+
+
+def hostile_batches(faces: np.ndarray) -> list[np.ndarray]:
+    """Batches of each size in `BATCHES`: faces, with all 0, all 255 and noise between them where there is room."""
+    rng = np.random.default_rng(0)
+    neighbours = [np.zeros(FACE_SHAPE), np.full(FACE_SHAPE, 255), rng.integers(0, 256, FACE_SHAPE)]
+    batches = []
+    for size in BATCHES:
+        batch = faces[np.arange(size) % len(faces)].copy()
+        for i, neighbour in enumerate(neighbours if size > len(neighbours) else neighbours[1:size]):
+            batch[(2 * i + 1) % size] = neighbour.astype(np.uint8)
+        batches.append(batch)
+    return batches
+
+
+def between_faces(embeddings: np.ndarray) -> float:
+    """Mean cosine of different rows; 0 where there is one row only."""
+    unit = embeddings.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    count = len(unit)
+    return float((np.square(unit.sum(axis=0)).sum() - count) / (count * (count - 1))) if count > 1 else 0.0
+
+
+def _first_line(exc: Exception) -> str:
+    text = str(exc).strip().splitlines()
+    return text[0].rstrip(".") if text else type(exc).__name__

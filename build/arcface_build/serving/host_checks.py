@@ -1,0 +1,109 @@
+"""The configuration in; checks of what the build side needs out: tritonserver, weights, plans and their store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arcface_clients.checks.diagnostics import Check, fact_and_fix, gpus_here, guarded
+from arcface_clients.errors import ArcFaceError, BackendUnavailable, Missing
+
+if TYPE_CHECKING:
+    from arcface_clients.config.schema import EmbeddingConfig
+
+
+def build_checks(settings: EmbeddingConfig) -> list[Check]:
+    """What can be served and built from here, and whether the plan store answers."""
+    looks = {
+        "tritonserver": check_tritonserver,
+        "weights": lambda: check_weights(settings),
+        "plans": lambda: check_plans(settings),
+        "store": lambda: check_store(settings),
+    }
+    return [guarded(name, look) for name, look in looks.items()]
+
+
+def check_tritonserver() -> Check:
+    """A tritonserver that `arcface serve` could start."""
+    from arcface_build.serving.binary import find_tritonserver
+
+    try:
+        return Check("tritonserver", "ok", find_tritonserver().origin)
+    except Missing as exc:
+        return Check("tritonserver", "absent", *fact_and_fix(exc))
+
+
+def check_weights(settings: EmbeddingConfig) -> Check:
+    """Versions with weights in the model repository."""
+    from arcface_build.repository.versions import find_repository, versions
+
+    given = settings.local.model_repository
+    try:
+        repository = find_repository(given if given.exists() else None)
+    except Missing as exc:
+        return Check("weights", "absent", fact_and_fix(exc)[0], "run from a checkout, or set local.model_repository")
+    models = ("arcface_trt", "arcface_onnx", "arcface_reference")
+    have = {name: versions(repository / name) for name in models}
+    found = ", ".join(f"{name} {'version ' + str(v[-1]) if v else 'none'}" for name, v in have.items())
+    if not any(have.values()):
+        return Check(
+            "weights", "absent", f"no weights in {repository}", "arcface import SOURCE, or: arcface import demo"
+        )
+    return Check("weights", "ok", found)
+
+
+def check_plans(settings: EmbeddingConfig) -> Check:
+    """A plan for this GPU in the repository or the cache."""
+    from arcface_clients.plans.find import find_plan
+
+    gpus, _ = gpus_here()
+    wanted = settings.backend == "tensorrt"
+    if not gpus:
+        status = "problem" if wanted else "absent"
+        return Check("plans", status, "no GPU here, so no plan is of use", "set backend: onnx" if wanted else "")
+    try:
+        plan = find_plan(
+            gpus[0].sm,
+            settings.precision,
+            model_repository=settings.local.model_repository,
+            cache=settings.storage.cache,
+            model=settings.local.model,
+        )
+    except BackendUnavailable as exc:
+        return Check("plans", "problem" if wanted else "absent", *fact_and_fix(exc))
+    return Check("plans", "ok", f"{plan.path} for SM {gpus[0].sm}")
+
+
+def check_store(settings: EmbeddingConfig) -> Check:
+    """The plan store answers, when one is configured; the cache folder may be written."""
+    storage = settings.storage
+    cache = storage.cache.expanduser()
+    if not _may_write(cache):
+        return Check(
+            "store", "problem", f"the plan cache {cache} may not be written", "set storage.cache to another folder"
+        )
+    if storage.type == "local":
+        return Check("store", "ok", f"local only, cache {cache}")
+    from arcface_build.store import open_store
+
+    url = f"s3://{storage.bucket}/{storage.prefix}"
+    options = {
+        "endpoint_url": storage.endpoint,
+        "region": storage.region,
+        "path_style": storage.path_style,
+        "max_attempts": 1,  # a doctor answers soon
+        "read_timeout_s": min(storage.timeout_s, 5.0),
+    }
+    try:
+        plans = open_store(url, **options).list()
+    except ArcFaceError as exc:
+        fact, fix = fact_and_fix(exc)
+        return Check("store", "problem", fact, fix or "check storage.* and the AWS variables")
+    return Check("store", "ok", f"{url} answers, {len(plans)} objects, cache {cache}")
+
+
+def _may_write(folder: Path) -> bool:
+    """Whether the folder, or the nearest one above that exists, may be written by this user."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK)

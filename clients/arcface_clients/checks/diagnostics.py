@@ -1,0 +1,255 @@
+"""This host and its configuration in; what is there, what is wrong and how to mend it out, as checks and as JSON."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arcface_clients.errors import ArcFaceError, BackendUnavailable, DependencyMissing
+from arcface_clients.gpu.cards import Gpu, find_gpus
+
+if TYPE_CHECKING:
+    from arcface_clients.checks.benchmark import BenchmarkReport
+    from arcface_clients.config.schema import EmbeddingConfig
+    from arcface_clients.engines.fallback import FallbackEmbedder
+
+SHARED_MEMORY_WANTED_BYTES = 256 << 20  # pools of a few clients at batch 64: 2.4 MB a request, times those in flight
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at. status: ok, absent (fine, but something cannot be done), problem (with its `fix`)."""
+
+    name: str
+    status: str
+    found: str
+    fix: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the field names as keys."""
+        return asdict(self)
+
+
+def client_checks(settings: EmbeddingConfig) -> list[Check]:
+    """Everything that the clients can see of this host, in the order in which a reader wants it."""
+    gpus, gpu = gpus_here()
+    looks: dict[str, Callable[[], Check]] = {
+        "python": check_python,
+        "gpu": lambda: gpu,
+        "tensorrt": lambda: check_tensorrt(gpus),
+        "onnxruntime": lambda: check_onnxruntime(gpus, settings.backend == "onnx"),
+        "reference": check_reference,
+        "shared memory": check_shared_memory,
+        "local model": lambda: check_local_model(settings),
+        "server": lambda: check_server(settings),
+    }
+    return [guarded(name, look) for name, look in looks.items()]
+
+
+def check_python() -> Check:
+    """Python, numpy and our own versions."""
+    ours = _version("arcface-triton") or "not installed as a package"
+    found = f"Python {platform.python_version()}, numpy {_version('numpy')}, arcface-triton {ours}"
+    return Check("python", "ok", found)
+
+
+def gpus_here() -> tuple[list[Gpu], Check]:
+    """The GPUs with driver, SM and memory; an empty list where there is none, or none that works."""
+    try:
+        gpus = find_gpus()
+    except DependencyMissing as exc:
+        if shutil.which("nvidia-smi"):
+            return [], Check("gpu", "problem", *fact_and_fix(exc))
+        return [], Check("gpu", "absent", "none: everything runs on the CPU")
+    cards = [f"{g.name} SM {g.sm} {g.memory_bytes / 2**30:.0f} GB driver {g.driver} CUDA {g.cuda}" for g in gpus]
+    return gpus, Check("gpu", "ok", "; ".join(cards))
+
+
+def check_tensorrt(gpus: list[Gpu]) -> Check:
+    """TensorRT and Polygraphy, which the tensorrt engine needs."""
+    version = _module_version("tensorrt")
+    polygraphy = _version("polygraphy")
+    if version and polygraphy:
+        return Check("tensorrt", "ok", f"TensorRT {version}, Polygraphy {polygraphy}")
+    missing = " and ".join(n for n, v in (("tensorrt", version), ("polygraphy", polygraphy)) if not v)
+    if gpus:
+        wanted = "pip install 'arcface-triton[tensorrt]'" + ("" if version else " and the server's version of tensorrt")
+        return Check("tensorrt", "problem", f"not installed: {missing}", wanted)
+    return Check("tensorrt", "absent", f"not installed: {missing} (needed on a GPU host only)")
+
+
+def check_onnxruntime(gpus: list[Gpu], needed: bool = False) -> Check:
+    """ONNX Runtime: exactly one wheel of it, and its providers."""
+    wheels = [n for n in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino") if _version(n)]
+    if util.find_spec("onnxruntime") is None:
+        wanted = "onnxruntime-gpu" if gpus else "onnxruntime"
+        status = "problem" if needed else "absent"
+        return Check("onnxruntime", status, "not installed: no onnx engine here", f"pip install {wanted}")
+    try:
+        import onnxruntime
+
+        found = f"ONNX Runtime {onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}"
+    except Exception as exc:  # a broken wheel fails with whatever its loader raises
+        return Check(
+            "onnxruntime", "problem", f"does not import: {exc}", "pip install --force-reinstall --no-deps onnxruntime"
+        )
+    if len(wheels) > 1:
+        return Check(
+            "onnxruntime",
+            "problem",
+            f"{found}; installed over each other: {', '.join(wheels)}",
+            f"keep one: pip uninstall -y {' '.join(wheels)} && pip install {wheels[-1]}",
+        )
+    if gpus and "CUDA" not in found:
+        return Check(
+            "onnxruntime",
+            "problem",
+            f"{found}; a GPU is here and this wheel cannot use it",
+            f"pip uninstall -y {' '.join(wheels)} && pip install onnxruntime-gpu",
+        )
+    return Check("onnxruntime", "ok", found)
+
+
+def check_reference() -> Check:
+    """InsightFace, against which everything is measured."""
+    version = _version("insightface")
+    if version:
+        return Check("reference", "ok", f"InsightFace {version}")
+    return Check(
+        "reference", "absent", "InsightFace is not installed", "pip install insightface (no reference until then)"
+    )
+
+
+def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
+    """Size of /dev/shm, through which a client on the server's host hands over faces."""
+    if not folder.is_dir():
+        return Check("shared memory", "absent", f"no {folder}: faces go over the wire")
+    usage = shutil.disk_usage(folder)
+    found = f"{folder}: {usage.free >> 20} of {usage.total >> 20} MB free"
+    if usage.free < SHARED_MEMORY_WANTED_BYTES:
+        return Check(
+            "shared memory",
+            "problem",
+            f"{found}, {SHARED_MEMORY_WANTED_BYTES >> 20} MB are wanted",
+            "docker run --shm-size=1g (compose: shm_size; Kubernetes: an emptyDir of medium Memory on /dev/shm)",
+        )
+    return Check("shared memory", "ok", found)
+
+
+def check_local_model(settings: EmbeddingConfig) -> Check:
+    """The model that in-process engines would read."""
+    from arcface_clients.engines.model_folder import find_model
+
+    try:
+        model = find_model(settings.local.models_dir, settings.local.model)
+    except BackendUnavailable as exc:
+        status = "problem" if settings.backend in ("onnx", "insightface") else "absent"
+        return Check("local model", status, fact_and_fix(exc)[0], "arcface import SOURCE, or: arcface import demo")
+    except ArcFaceError as exc:
+        return Check(
+            "local model", "problem", str(exc).partition(": ")[0], "name it: local.model in config/embedding.yaml"
+        )
+    contract = (model.contract_id or "unknown")[:12]
+    return Check("local model", "ok", f"{model.path.name} in {settings.local.models_dir}, contract {contract}")
+
+
+def check_server(settings: EmbeddingConfig, timeout_s: float = 3.0) -> Check:
+    """Whether the model is served at triton.url, asked through our own client as a pipeline would."""
+    from arcface_clients.engines.registry import EngineRegistry
+    from arcface_clients.pipeline import Link, engine_arguments
+
+    triton = settings.triton
+    status = "problem" if settings.backend == "triton" else "absent"
+    fix = "start one: arcface serve, or set triton.url (ARCFACE_TRITON__URL)"
+    try:
+        with socket.create_connection(_host_port(triton.url), timeout_s):
+            pass
+    except OSError as exc:
+        return Check("server", status, f"nothing answers at {triton.url} ({exc.strerror or exc})", fix)
+    arguments = engine_arguments(Link("triton", "auto", settings.precision, "triton"), settings)
+    try:
+        with EngineRegistry.get("triton", **{**arguments, "timeout_s": timeout_s, "retry_for_s": 0}) as engine:
+            engine.ensure_ready()
+            contract = (engine.contract_id or "unknown: started without --model-config-name")[:48]
+            found = f"{triton.url} serves {triton.model}, width {engine.embedding_dim}, contract {contract}"
+            return Check("server", "ok", found)
+    except ArcFaceError as exc:
+        return Check("server", status, str(exc), fix)
+
+
+def engine_diagnostics(
+    backend: FallbackEmbedder,
+    settings: EmbeddingConfig,
+    benchmark: BenchmarkReport | None = None,
+) -> dict[str, Any]:
+    """What answers now, as JSON: backend, file, precision, batch size, width, throughput, latency, VRAM, validation."""
+    from arcface_clients.engines.validation import precision_of
+
+    engine = backend.engine
+    taken = getattr(engine, "taken", {})
+    report = backend.validations.get(backend.last_engine or "")
+    return {
+        "backend": backend.last_engine,
+        "reason": backend.reason,
+        "engine_path": taken.get("file") or (settings.triton.url if backend.last_engine == "triton" else None),
+        "provider": taken.get("provider"),
+        "precision": taken.get("precision") or precision_of(engine, settings.precision),
+        "batch_size": getattr(engine, "max_batch", None) or getattr(engine, "max_batch_size", None),
+        "embedding_dim": engine.embedding_dim,
+        "contract_id": engine.contract_id,
+        "throughput_faces_per_s": benchmark.faces_per_s if benchmark else None,
+        "latency_ms": {"p50": benchmark.latency_p50_ms, "p99": benchmark.latency_p99_ms} if benchmark else None,
+        "vram_bytes": benchmark.vram_bytes if benchmark else None,
+        "peak_rss_bytes": benchmark.peak_rss_bytes if benchmark else None,
+        "benchmark": benchmark.to_json() if benchmark else None,
+        "validation": report.to_json() if report else {"status": "off", "why": "validation.run_on_startup is false"},
+    }
+
+
+def guarded(name: str, look: Callable[[], Check]) -> Check:
+    """The check, or a problem that says what it died of: a doctor must not die with the patient."""
+    try:
+        return look()
+    except Exception as exc:
+        return Check(name, "problem", f"{type(exc).__name__}: {exc}", "run again with ARCFACE_TRACEBACK=1")
+
+
+def fact_and_fix(error: Exception) -> tuple[str, str]:
+    """One of our messages at its first full stop: what happened, and what to do (or "")."""
+    fact, _, fix = str(error).partition(". ")
+    return fact, fix
+
+
+def _host_port(url: str) -> tuple[str, int]:
+    """Where to knock: "localhost:8001", "grpc://host:port" or "http://host"."""
+    scheme, _, rest = url.rpartition("://")
+    place = rest.partition("/")[0]
+    host, _, port = place.rpartition(":")
+    if not port.isdigit():
+        return place.strip("[]"), 8000 if scheme.startswith("http") else 8001
+    return host.strip("[]"), int(port)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _module_version(name: str) -> str | None:
+    """Version of a module that may come without package metadata (a carried TensorRT has none)."""
+    if _version(name):
+        return _version(name)
+    if util.find_spec(name) is None:
+        return None
+    try:
+        return str(__import__(name).__version__)
+    except Exception:  # libraries that it needs are missing
+        return None

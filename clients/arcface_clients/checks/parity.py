@@ -1,0 +1,231 @@
+"""Parity: one set of faces through every loaded backend of a server; each one's drift from the reference out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_clients.arrays import Array
+from arcface_clients.contract import FACE_INPUT
+from arcface_clients.errors import (
+    ConfigError,
+    GateFailed,
+    InferenceFailed,
+    InvalidFaces,
+    ModelNotReady,
+    ServerUnreachable,
+)
+from arcface_clients.evidence.drift import DRIFT_LIMITS, compare_embeddings
+from arcface_clients.faces.check import check_faces
+from arcface_clients.triton.address import Address
+from arcface_clients.triton.embedder import TritonEmbedder
+
+REFERENCE = "arcface_reference"
+MODELS = (REFERENCE, "arcface_onnx", "arcface_trt", "arcface")
+COUNTING = "arcface_parity"  # the ensemble that counts drift in Triton's own metrics
+COUNTED_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class BackendParity:
+    """One row: a served model beside the reference, on the same faces; cosines are None when no reference is loaded."""
+
+    model: str
+    leaf: str  # the model that answers where `model` is an ensemble
+    backend: str
+    precision: str
+    faces_per_s: float  # one pass of the faces through the server: a first impression, not a benchmark
+    mean_cosine: float | None
+    min_cosine: float | None
+    worst_face: int | None
+    limit: float | None  # largest drift that its precision may show; None for the reference itself
+    passed: bool
+
+    @property
+    def gate(self) -> str:
+        """The verdict in words, with its figures."""
+        if self.min_cosine is None:
+            return "not compared"
+        if self.limit is None:
+            return "reference"
+        relation, verdict = ("≤", "passed") if self.passed else (">", "FAILED")
+        return f"{verdict} ({self.precision}: drift {1 - self.min_cosine:.1e} {relation} {self.limit:g})"
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All loaded backends of one server; `skipped` says of the others why they are not in it."""
+
+    url: str
+    faces: int
+    contract_id: str | None
+    rows: tuple[BackendParity, ...]
+    skipped: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row that was compared is within its gate."""
+        return all(row.passed for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the field names as keys, and `passed`."""
+        return {**asdict(self), "passed": self.passed}
+
+    def require(self) -> None:
+        """Return when every gate passed.
+
+        Raises:
+            ModelNotReady: there was no reference to compare with.
+            GateFailed: names each backend outside its limit, with the figure.
+        """
+        if REFERENCE in self.skipped:
+            raise ModelNotReady(f"nothing was compared: {self.skipped[REFERENCE]}")
+        failed = [f"{row.model} {row.gate}" for row in self.rows if not row.passed]
+        if failed:
+            raise GateFailed(f"on {self.faces} faces: {'; '.join(failed)}. See which faces: arcface compare")
+
+
+def measure_parity(
+    url: str,
+    faces: Array | None = None,
+    models: Sequence[str] = MODELS,
+    *,
+    faces_from: str | Path | None = None,
+    timeout_s: float = 120.0,
+    progress: Callable[[str], None] = lambda model: None,
+) -> ParityReport:
+    """Embed faces with every model that is loaded, and compare with the reference where that is loaded.
+
+    Args:
+        url: the server.
+        faces: uint8 (N,112,112,3) BGR, N ≥ 1; without them `faces_from` is read, else 32 drawn faces are taken.
+        models: what to ask for; those that are not loaded are skipped, with the reason in the report.
+        faces_from: folder, file, glob or .npz of crops.
+        timeout_s: longest wait for one request.
+        progress: called with each model's name before it is asked.
+
+    The gate of a row is that of its served precision (parameter `precision` of the leaf model, fp32 when absent).
+
+    Raises:
+        InvalidFaces: no faces, or not faces.
+        ServerUnreachable: no server answers.
+        ContractMismatch: a backend serves another contract than the reference.
+        ConfigError: a backend states a precision that has no gate.
+    """
+    faces = check_faces(_faces(faces, faces_from))
+    if not len(faces):
+        raise InvalidFaces(f"no faces to compare{f' in {faces_from}' if faces_from else ''}: expected at least one.")
+    rows: list[BackendParity] = []
+    skipped: dict[str, str] = {}
+    reference: Array | None = None
+    contract: str | None = None
+    for model in sorted(models, key=lambda name: name != REFERENCE):
+        progress(model)
+        with TritonEmbedder(url, model, timeout_s=timeout_s, retry_for_s=0, expected_contract=contract) as embedder:
+            try:
+                served = embedder.ensure_ready()
+            except ModelNotReady as exc:
+                skipped[model] = str(exc)
+                continue
+            embedder.encode(faces[:1])  # the first request may allocate; it is not timed
+            started = time.perf_counter()
+            embeddings = embedder.encode(faces)
+            faces_per_s = len(faces) / (time.perf_counter() - started)
+        if model == REFERENCE:
+            reference = embeddings
+        contract = contract or served.contract_id
+        drift = compare_embeddings(reference, embeddings) if reference is not None else None
+        precision = served.precision or "fp32"
+        limit = _limit(model, precision)
+        rows.append(
+            BackendParity(
+                model=model,
+                leaf=served.leaf,
+                backend=served.backend,
+                precision=precision,
+                faces_per_s=faces_per_s,
+                mean_cosine=drift.mean_cosine if drift else None,
+                min_cosine=drift.min_cosine if drift else None,
+                worst_face=drift.worst_face if drift else None,
+                limit=limit,
+                passed=limit is None or drift is None or drift.max_drift <= limit,
+            )
+        )
+    return ParityReport(url=url, faces=len(faces), contract_id=contract, rows=tuple(rows), skipped=skipped)
+
+
+def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0) -> bool:
+    """Have the server compare faces with its reference and count their drift in its own metrics (`arcface_drift`).
+
+    Args:
+        url: the server's gRPC address.
+        faces: uint8 (N,112,112,3) BGR.
+        timeout_s: longest wait for one request.
+
+    Returns:
+        Whether it did: False where `arcface_parity` is not loaded.
+
+    Raises:
+        ConfigError: not a gRPC address.
+        ServerUnreachable: no server answers.
+        InferenceFailed: a backend answered with an error.
+    """
+    from tritonclient import grpc as triton
+
+    address = Address.parse(url)
+    if address.protocol != "grpc":
+        raise ConfigError(f"drift is counted over gRPC only; got {url}. Give the gRPC port: --url grpc://HOST:8001")
+    # Not by a TritonEmbedder: it asks for `embedding` alone, and Triton leaves out the steps that nobody asked for.
+    with triton.InferenceServerClient(address.target, ssl=address.tls) as client:
+        try:
+            if not client.is_model_ready(COUNTING, client_timeout=timeout_s):
+                return False
+            for start in range(0, len(faces), COUNTED_AT_ONCE):
+                part = np.ascontiguousarray(faces[start : start + COUNTED_AT_ONCE])
+                tensor = triton.InferInput(FACE_INPUT, part.shape, "UINT8")
+                tensor.set_data_from_numpy(part)
+                client.infer(COUNTING, [tensor], client_timeout=timeout_s)
+        except triton.InferenceServerException as exc:
+            kind = ServerUnreachable if "UNAVAILABLE" in str(exc.status()) else InferenceFailed
+            raise kind(f"{COUNTING!r} at {address} answered {exc.status()}: {exc.message()}") from exc
+    return True
+
+
+def render_table(report: ParityReport) -> str:
+    """The report as a table for a terminal or a log, at most 100 columns wide where names are ours."""
+    lines = [("backend", "faces/s", "mean cosine", "min cosine", "gate")]
+    for row in report.rows:
+        lines.append((row.model, f"{row.faces_per_s:.1f}", _cosine(row.mean_cosine), _cosine(row.min_cosine), row.gate))
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    lines.insert(1, tuple("─" * width for width in widths))
+    return "\n".join(
+        "  ".join(cell.rjust(width) if i in (1, 2, 3) else cell.ljust(width) for i, (cell, width) in columns).rstrip()
+        for columns in (list(enumerate(zip(line, widths, strict=True))) for line in lines)
+    )
+
+
+def _faces(faces: Array | None, faces_from: str | Path | None) -> Array:
+    if faces is not None:
+        return faces
+    if faces_from is not None:
+        from arcface_clients.faces.images import load_faces
+
+        return load_faces([faces_from])[0]
+    from arcface_clients.faces.synthetic import synthetic_faces
+
+    return synthetic_faces(32)
+
+
+def _limit(model: str, precision: str) -> float | None:
+    if precision not in DRIFT_LIMITS:
+        raise ConfigError(f"{model!r} states precision {precision!r}; expected one of {', '.join(DRIFT_LIMITS)}.")
+    return None if model == REFERENCE else DRIFT_LIMITS[precision]
+
+
+def _cosine(value: float | None) -> str:
+    return "—" if value is None else f"{value:.7f}"

@@ -1,0 +1,1 @@
+"""config/embedding.yaml, environment and arguments: one checked configuration."""

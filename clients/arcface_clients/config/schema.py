@@ -1,0 +1,208 @@
+"""Configuration: config/embedding.yaml, environment variables and arguments in; one checked `EmbeddingConfig` out.
+
+Order, the later wins: defaults, the file, environment variables (ARCFACE_ + the dotted key in capitals, "." as "__"),
+overrides passed by the caller.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from arcface_clients.engines.registry import EngineRegistry
+from arcface_clients.evidence.drift import DRIFT_LIMITS
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB|M)\s*", re.IGNORECASE)
+
+
+def workspace_bytes(text: object) -> int:
+    """Bytes from "2GB", "512MB" or a whole number of bytes; GB and MB are powers of 1024, as for GPU memory."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    match = _SIZE.fullmatch(str(text))
+    if match is None and str(text).isdigit():
+        return int(str(text))
+    if match is None:
+        raise ValueError("expected a size such as 2GB or 512MB")
+    return int(float(match[1]) * (2**30 if match[2].upper().startswith("G") else 2**20))
+
+
+class _Section(BaseModel):
+    """A group of keys: unknown ones are refused, values do not change after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class LocalModel(_Section):
+    """What the in-process engines (onnx, tensorrt, insightface) read."""
+
+    models_dir: Path = Path("models")
+    model: str | None = None
+    serving_onnx: Path | None = None
+    plan: Path | None = None
+    model_repository: Path = Path("model_repository")
+    threads: int = Field(0, ge=0)
+
+
+class Batch(_Section):
+    """Batch sizes: the profile of a plan, and `max` is where in-process engines split."""
+
+    min: int = Field(1, ge=1)
+    opt: int = Field(32, ge=1)
+    max: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Batch:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"expected min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
+        return self
+
+
+class Storage(_Section):
+    """Where plans are kept: a local folder alone, or S3/MinIO behind it; credentials are the usual AWS variables."""
+
+    type: Literal["local", "s3"] = "local"
+    bucket: str | None = None
+    prefix: str = "plans"
+    cache: Path = Path("~/.cache/arcface-triton")
+    endpoint: str | None = None
+    region: str | None = None
+    path_style: bool | None = None
+    retries: int = Field(4, ge=0)
+    timeout_s: float = Field(30.0, gt=0)
+    public_key: Path | None = None
+
+    @model_validator(mode="after")
+    def _bucket_for_s3(self) -> Storage:
+        if self.type == "s3" and not self.bucket:
+            raise ValueError("type is s3: expected a bucket name in storage.bucket, got none")
+        return self
+
+
+class Fallback(_Section):
+    """What happens when the backend is not there."""
+
+    enabled: bool = True
+    chain: tuple[str, ...] = ("onnx", "insightface")
+    build_locally: bool = True
+    allow_cpu: bool = True
+    retry_after_s: float = Field(5.0, gt=0)
+    retry_after_max_s: float = Field(300.0, gt=0)
+
+    @field_validator("chain", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        names = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        return [EngineRegistry.canonical(name) for name in names] if isinstance(names, (list, tuple)) else names
+
+
+class Validation(_Section):
+    """The check of an engine against the reference when it is loaded."""
+
+    run_on_startup: bool = True
+    eval_set_size: int = Field(16, ge=1, le=10_000)
+    reference: Path | None = None
+
+
+class Target(_Section):
+    """A figure that should reach `target`; worse than `warn` is a failure."""
+
+    target: float = Field(gt=0)
+    warn: float = Field(gt=0)
+
+
+class MaxDrift(_Section):
+    """Largest 1 − cosine a face may show, by precision (defaults: `evidence.drift.DRIFT_LIMITS`)."""
+
+    fp32: float = Field(DRIFT_LIMITS["fp32"], gt=0, le=2)
+    fp16: float = Field(DRIFT_LIMITS["fp16"], gt=0, le=2)
+    bf16: float = Field(DRIFT_LIMITS["bf16"], gt=0, le=2)
+    int8: float = Field(DRIFT_LIMITS["int8"], gt=0, le=2)
+
+
+class Comparison(_Section):
+    """Limits of a comparison of two engines."""
+
+    mean_cosine: Target = Target(target=0.995, warn=0.990)
+    min_cosine: Target = Target(target=0.990, warn=0.980)
+    l2_mean: Target = Target(target=0.05, warn=0.10)
+    max_drift: MaxDrift = MaxDrift()
+
+    @model_validator(mode="after")
+    def _directions(self) -> Comparison:
+        for name, good in (("mean_cosine", "high"), ("min_cosine", "high"), ("l2_mean", "low")):
+            figure: Target = getattr(self, name)
+            if (figure.target < figure.warn) if good == "high" else (figure.target > figure.warn):
+                side = "below" if good == "high" else "above"
+                raise ValueError(f"expected {name}.warn {side} its target {figure.target:g}, got {figure.warn:g}")
+        return self
+
+
+class Tls(_Section):
+    """PEM files: the authority that is trusted, and for mutual TLS the client's certificate and key."""
+
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _pair(self) -> Tls:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("expected cert_file and key_file together, got one of them")
+        return self
+
+
+class Triton(_Section):
+    """Where the server is and how it is called."""
+
+    url: str = Field("localhost:8001", min_length=1)
+    model: str = Field("arcface", min_length=1)
+    timeout_s: float = Field(120.0, gt=0)
+    retry_for_s: float = Field(5.0, ge=0)
+    in_flight: int = Field(4, ge=1, le=256)
+    expected_contract: str | None = None
+    shared_memory: bool | Literal["auto", "system", "cuda"] | None = "auto"
+    compression: Literal["gzip", "deflate"] | None = None
+    headers: dict[str, str] = {}
+    tls: Tls = Tls()
+
+    @field_validator("shared_memory", mode="before")
+    @classmethod
+    def _kind_or_switch(cls, value: object) -> object:
+        kind = str(value).lower()
+        if value is not None and kind not in ("auto", "system", "cuda", "true", "false"):
+            raise ValueError("expected auto, system, cuda, true or false")
+        return value if value is None else {"true": True, "false": False}.get(kind, kind)
+
+
+class EmbeddingConfig(_Section):
+    """Everything a pipeline can set; the shipped config/embedding.yaml names every key with its default."""
+
+    backend: str = "triton"
+    device: str = "auto"
+    precision: Precision = "fp32"
+    batch: Batch = Batch()
+    workspace: Annotated[int, BeforeValidator(workspace_bytes), Field(ge=2**20)] = 2**30
+    versions_kept: int = Field(3, ge=1)
+    local: LocalModel = LocalModel()
+    triton: Triton = Triton()
+    storage: Storage = Storage()
+    fallback: Fallback = Fallback()
+    validation: Validation = Validation()
+    comparison: Comparison = Comparison()
+
+    @field_validator("backend")
+    @classmethod
+    def _known_backend(cls, value: str) -> str:
+        return EngineRegistry.canonical(value)
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        from arcface_clients.engines.devices import canonical_device
+
+        return canonical_device(value)

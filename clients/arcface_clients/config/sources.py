@@ -1,0 +1,222 @@
+"""YAML, environment and overrides in; checked values, or one message that names every fault and its place, out."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from arcface_clients.config.old_names import renamed, renamed_variables
+from arcface_clients.config.schema import EmbeddingConfig
+from arcface_clients.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+DEFAULT_FILE = Path("config/embedding.yaml")
+ENV_PREFIX = "ARCFACE_"
+FILE_VARIABLE = "ARCFACE_CONFIG"
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Layers:
+    """Merged values as a flat table of dotted keys, and where each of them came from."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+
+    def add(self, flat: Mapping[str, Any], origin: str | Mapping[str, str]) -> None:
+        """Put a layer on top; it wins over what is there, and over anything below or above the same key."""
+        for key, value in flat.items():
+            for old in [k for k in self.values if k.startswith(f"{key}.") or key.startswith(f"{k}.")]:
+                del self.values[old]
+            self.values[key] = value
+            self.origin[key] = origin if isinstance(origin, str) else origin[key]
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> EmbeddingConfig:
+    """The configuration of this process.
+
+    Args:
+        path: the file; None takes $ARCFACE_CONFIG, else config/embedding.yaml where that exists, else the defaults.
+        overrides: nested keys (old names too) that win over file and environment.
+        environ: the environment; None takes `os.environ`.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, a value impossible; all of them in one message.
+    """
+    return checked(EmbeddingConfig, layers(path, overrides or {}, os.environ if environ is None else environ))
+
+
+def layers(path: str | Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]) -> Layers:
+    """File, environment and overrides on top of each other, old names already replaced."""
+    found = Layers()
+    file = config_file(path, environ)
+    if file is not None:
+        found.add(renamed(dict(flatten(read_yaml(file))), str(file)), str(file))
+    environ = renamed_variables(environ)
+    names = {variable(key): key for key in leaf_keys(EmbeddingConfig)}
+    from_env = {names[name]: _parsed(name, text) for name, text in environ.items() if name in names}
+    found.add(from_env, {key: f"environment variable {variable(key)}" for key in from_env})
+    _refuse_unknown_variables(environ, names)
+    found.add(renamed(dict(flatten(overrides)), "arguments"), "arguments")
+    return found
+
+
+def config_file(path: str | Path | None, environ: Mapping[str, str]) -> Path | None:
+    """The file that is read: the given one, else $ARCFACE_CONFIG, else the default one where it exists, else none."""
+    named = path or environ.get(FILE_VARIABLE)
+    if named:
+        return Path(named)
+    return DEFAULT_FILE if DEFAULT_FILE.exists() else None
+
+
+def checked(model: type[Model], found: Layers) -> Model:
+    """An instance of `model`.
+
+    Raises:
+        ConfigError: one line for each fault: where, dotted key, what was got, what is allowed.
+    """
+    try:
+        return model.model_validate(_nested(_without_empty_sections(model, found.values)))
+    except ValidationError as exc:
+        faults = [_fault(model, found, error) for error in exc.errors()]
+        raise ConfigError("\n".join(faults)) from exc
+
+
+class _OnceEachKey(yaml.SafeLoader):
+    """YAML's safe loader, but a key that stands twice is an error: the last one would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} stands there twice: delete one of them", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping."""
+    try:
+        data = yaml.load(file.read_text(), Loader=_OnceEachKey)
+    except OSError as exc:
+        raise ConfigError(
+            f"{file}: cannot be read ({exc.strerror}): expected a YAML file. Copy config/embedding.yaml to start one."
+        ) from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        where = getattr(exc, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where else ""
+        raise ConfigError(f"{file}: not YAML{line}: {getattr(exc, 'problem', exc)}.") from exc
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: expected keys and values, got {type(data).__name__}.")
+    return data
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) for every leaf; `headers` is a value, not a section."""
+    for key, value in data.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value and dotted != "triton.headers":
+            yield from flatten(value, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def leaf_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a configuration model, in its order."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from leaf_keys(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def variable(key: str) -> str:
+    """The environment variable of a dotted key: storage.bucket → ARCFACE_STORAGE__BUCKET."""
+    return ENV_PREFIX + key.upper().replace(".", "__")
+
+
+def _parsed(name: str, text: str) -> Any:
+    """A variable's text: empty or null is None, [lists] and {mappings} are YAML, everything else stays text."""
+    if text.strip().lower() in ("", "null", "none"):
+        return None
+    try:
+        return yaml.safe_load(text) if text.strip()[0] in "[{" else text
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"environment variable {name}: not YAML: {text!r}.") from exc
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str], names: Mapping[str, str]) -> None:
+    """ARCFACE_X__Y can only be meant for us: refuse unknown ones. ARCFACE_X may be somebody else's: warn if close."""
+    for name in sorted(set(environ) - set(names)):
+        if not name.startswith(ENV_PREFIX):
+            continue
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.9)
+        if "__" in name:
+            hint = f"did you mean {close[0]}?" if close else "docs/configuration.md lists them all."
+            raise ConfigError(f"environment variable {name}: no such key: {hint}")
+        if close:
+            _log.warning("environment variable %s is ignored; did you mean %s?", name, close[0])
+
+
+def _without_empty_sections(model: type[BaseModel], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A section whose keys are all commented out reads as None in YAML; it means the defaults."""
+    sections = {k.rpartition(".")[0] for k in leaf_keys(model)}
+    return {key: value for key, value in flat.items() if value is not None or key not in sections}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def _fault(model: type[BaseModel], found: Layers, error: Any) -> str:
+    """One pydantic error as one line of ours."""
+    key = ".".join(str(part) for part in error["loc"])
+    where = next(
+        (text for k, text in found.origin.items() if f"{k}.".startswith(f"{key}.") or f"{key}.".startswith(f"{k}.")),
+        "configuration",
+    )
+    if error["type"] == "extra_forbidden":
+        return f"{where}: {key}: no such key. {_neighbours(model, key)}"
+    if error["type"] == "model_type":
+        return f"{where}: {key}: got {error['input']!r}; expected keys under it. {_allowed(model, key)}"
+    message = error["msg"].removeprefix("Value error, ").rstrip(".")
+    if isinstance(error["input"], dict):  # a rule over several keys
+        return f"{where}: {key}: {message}."
+    return f"{where}: {key}: got {error['input']!r}; {message[0].lower()}{message[1:]}."
+
+
+def _neighbours(model: type[BaseModel], key: str) -> str:
+    """What could stand there instead of an unknown key."""
+    known = list(leaf_keys(model))
+    close = difflib.get_close_matches(key, [*known, *dict.fromkeys(k.split(".")[0] for k in known)], n=1, cutoff=0.7)
+    return (f"Did you mean {close[0]}? " if close else "") + _allowed(model, key.rpartition(".")[0])
+
+
+def _allowed(model: type[BaseModel], section: str) -> str:
+    start = f"{section}." if section else ""
+    here = dict.fromkeys(k.removeprefix(start).split(".")[0] for k in leaf_keys(model) if k.startswith(start))
+    return f"Allowed{f' in {section}' if section else ''}: {', '.join(here)}."

@@ -1,0 +1,282 @@
+"""A chain of engines in; one engine out that asks the first of them that is there, and says which it was and why."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+from arcface_clients.arrays import Array
+from arcface_clients.engines.protocol import EmbeddingEngine
+from arcface_clients.errors import BackendUnavailable, ConfigError, ContractMismatch, DeadlineExceeded, GateFailed
+from arcface_clients.faces.check import check_faces, check_in_place
+
+Result = TypeVar("Result")
+Link = EmbeddingEngine | tuple[str, Callable[[], EmbeddingEngine]]
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _State:
+    """One engine of the chain and its circuit breaker; guarded by the chain's lock."""
+
+    name: str
+    make: Callable[[], EmbeddingEngine]
+    engine: EmbeddingEngine | None = None
+    accepted: bool = False  # loaded, contract compared, validated
+    failures: int = 0  # in a row
+    left_alone_until: float = 0.0  # by the clock; not asked before that while another engine is there
+    probing: bool = False  # a thread is asking it again after a failure
+    why: str = ""
+    unknown_said: bool = False
+    refused: GateFailed | None = None  # failed its validation: not asked again
+
+
+class FallbackEmbedder:
+    """An engine that asks the engines of `chain` in order and takes the first that is there.
+
+    It falls back on `BackendUnavailable` only. The caller's mistakes (`InvalidFaces`, `ConfigError`) and an engine that
+    is there and fails on this input (`InferenceFailed`) are raised as they are. An engine that was not there is left
+    alone for `retry_after_s`, doubled after each failure up to `retry_after_max_s`; the next call after that asks it
+    again with the caller's own faces, one thread at a time, and goes back to it when it answers. If every engine is
+    being left alone they are all asked, since waiting would only fail.
+
+    Attributes:
+        last_engine: name of the engine that gave the latest answer; None before the first.
+        reason: why it was that one, in words.
+        validations: what `validate` returned, by engine name.
+    """
+
+    name = "fallback"
+
+    def __init__(
+        self,
+        chain: Sequence[Link],
+        *,
+        retry_after_s: float = 5.0,
+        retry_after_max_s: float = 300.0,
+        validate: Callable[[str, EmbeddingEngine], Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Arrange a chain; nothing is loaded or connected yet.
+
+        Args:
+            chain: engines, or pairs (name, function that makes the engine); first is preferred.
+            retry_after_s: how long an engine that was not there is left alone at first.
+            retry_after_max_s: the longest that it is left alone.
+            validate: called with name and engine when one is loaded; `GateFailed` puts that engine out of the chain.
+            clock: seconds, monotonic; for tests.
+
+        Raises:
+            ConfigError: the chain is empty or two engines in it have one name.
+        """
+        if not chain:
+            raise ConfigError("a fallback chain needs at least one engine, got none: check fallback.chain.")
+        self._states = [_state(link) for link in chain]
+        names = [state.name for state in self._states]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"a fallback chain needs a different name for each engine, got {', '.join(names)}.")
+        self._retry_after_s, self._retry_after_max_s = retry_after_s, retry_after_max_s
+        self._validate, self._clock = validate, clock
+        self.validations: dict[str, Any] = {}
+        self._lock = threading.RLock()
+        self._contract_lock = threading.Lock()
+        self._loading = {name: threading.Lock() for name in names}
+        self._contract: tuple[str, str] | None = None  # (contract id, engine that brought it)
+        self._dim: tuple[int, str] | None = None
+        self.last_engine: str | None = None
+        self.reason = "no engine was asked yet"
+
+    @property
+    def engine(self) -> EmbeddingEngine:
+        """The engine that would answer now; loads it if need be.
+
+        Raises:
+            BackendUnavailable: none of the chain is there; the message gives each one's reason.
+        """
+        return self._ask(lambda engine: engine)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width D; the same for every engine of the chain."""
+        return self._ask(lambda engine: engine.embedding_dim)
+
+    @property
+    def contract_id(self) -> str | None:
+        """Contract id; the same for every engine of the chain that knows its own."""
+        return self._ask(lambda engine: engine.contract_id)
+
+    def ensure_ready(self) -> None:
+        """Load or connect the first engine that is there.
+
+        Raises:
+            BackendUnavailable: none is there.
+            GateFailed: those that are there failed their validation.
+            ContractMismatch: two engines of the chain make embeddings that must not be compared.
+        """
+        self._ask(lambda engine: engine.ensure_ready())
+
+    def encode(self, faces: Array) -> Array:
+        """Embeddings from the first engine that is there: (N,112,112,3) → float32 (N,D), see `EmbeddingEngine`.
+
+        Raises:
+            InvalidFaces: never falls back.
+            BackendUnavailable: none of the chain is there.
+            GateFailed, ContractMismatch: see `ensure_ready`.
+        """
+        checked = check_in_place(faces)
+
+        def encode(engine: EmbeddingEngine) -> Array:
+            return engine.encode(checked if getattr(engine, "takes_gpu_faces", False) else check_faces(checked))
+
+        return self._ask(encode)
+
+    def close(self) -> None:
+        """Close every engine of the chain that was made."""
+        for state in self._states:
+            if state.engine is not None:
+                state.engine.close()
+
+    def __enter__(self) -> FallbackEmbedder:
+        """The chain itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the chain."""
+        self.close()
+
+    def _ask(self, question: Callable[[EmbeddingEngine], Result]) -> Result:
+        skipped: dict[str, str] = {}
+        for last_resort in (False, True):
+            for state in self._states:
+                if state.name in skipped or not self._may_ask(state, last_resort):
+                    continue
+                failures = state.failures
+                try:
+                    answer = question(self._accepted(state))
+                except BackendUnavailable as exc:
+                    self._failed(state, exc, failures)
+                    skipped[state.name] = f"{state.name}: {exc}"
+                except GateFailed as exc:
+                    if state.refused is None:
+                        raise
+                    skipped[state.name] = f"{state.name} was refused: {exc}"
+                else:
+                    self._answered(state)
+                    return answer
+                finally:
+                    state.probing = False
+        refused = [state.refused for state in self._states if state.refused]
+        if len(refused) == len(self._states):
+            raise GateFailed("every engine of the chain failed its validation.\n" + "\n".join(skipped.values()))
+        raise BackendUnavailable("no engine of the chain is there.\n" + "\n".join(skipped.values()))
+
+    def _may_ask(self, state: _State, last_resort: bool) -> bool:
+        """Whether it is this engine's turn; one thread probes an engine that failed, the others stay with the next."""
+        with self._lock:
+            if not last_resort and state.failures and (state.probing or self._clock() < state.left_alone_until):
+                return False
+            state.probing = state.failures > 0
+            return True
+
+    def _accepted(self, state: _State) -> EmbeddingEngine:
+        """The engine, made, compared with the others and validated when it is first used or has come back."""
+        failures = state.failures
+        with self._loading[state.name]:
+            if state.refused is not None:
+                raise state.refused
+            if state.failures > failures:  # another thread tried to load it while this one waited
+                raise BackendUnavailable(state.why)
+            if state.engine is None:
+                state.engine = state.make()
+            if not state.accepted:
+                try:
+                    state.engine.ensure_ready()
+                    self._compare_contracts(state, state.engine)
+                except BackendUnavailable as exc:
+                    self._failed(state, exc, failures)
+                    raise
+                self._validated(state, state.engine)
+                state.accepted = True
+            return state.engine
+
+    def _validated(self, state: _State, engine: EmbeddingEngine) -> None:
+        if self._validate is None:
+            return
+        try:
+            self.validations[state.name] = self._validate(state.name, engine)
+        except GateFailed as exc:
+            state.refused = exc
+            _log.error("%s failed its validation and is not used: %s", state.name, exc)
+            raise
+
+    def _compare_contracts(self, state: _State, engine: EmbeddingEngine) -> None:
+        """Refuse a chain whose embeddings must not be mixed; the other engines are asked now, not in an outage."""
+        with self._contract_lock:
+            contract = engine.contract_id
+            self._agree(state.name, contract, engine.embedding_dim)
+            if contract is None and len(self._states) > 1 and not state.unknown_said:
+                state.unknown_said = True
+                _log.warning(
+                    "%s does not tell its contract: only the width is compared with the rest of the chain", state.name
+                )
+            for other in self._states:
+                if other is state or other.failures:
+                    continue
+                with suppress(BackendUnavailable):
+                    other.engine = other.engine or other.make()
+                    self._agree(other.name, other.engine.contract_id, None)
+
+    def _agree(self, name: str, contract: str | None, dim: int | None) -> None:
+        if contract is not None:
+            if self._contract and self._contract[0] != contract:
+                raise ContractMismatch(
+                    f"engine {name} makes embeddings of contract {contract[:12]}…, engine {self._contract[1]} of "
+                    f"{self._contract[0][:12]}…: a chain must not mix them. Point both at one model (local.model, "
+                    "triton.model), or re-enrol with the new one."
+                )
+            self._contract = self._contract or (contract, name)
+        if dim is not None:
+            if self._dim and self._dim[0] != dim:
+                raise ContractMismatch(
+                    f"engine {name} makes embeddings of width {dim}, engine {self._dim[1]} of {self._dim[0]}: "
+                    "a chain must not mix them. Point both at one model (local.model, triton.model)."
+                )
+            self._dim = self._dim or (dim, name)
+
+    def _failed(self, state: _State, error: BackendUnavailable, failures_before: int) -> None:
+        with self._lock:
+            if state.failures != failures_before:
+                return  # calls that failed together are one failure
+            state.failures += 1
+            pause_s = min(self._retry_after_s * 2 ** min(state.failures - 1, 30), self._retry_after_max_s)
+            state.left_alone_until = self._clock() + pause_s
+            state.why = f"{type(error).__name__}: {error}"
+            # A slow answer does not make it another engine; a connection that was lost may come back as one.
+            state.accepted = state.accepted and isinstance(error, DeadlineExceeded)
+            if state.failures == 1:
+                _log.warning("%s is not there, asked again in %g s: %s", state.name, pause_s, state.why)
+
+    def _answered(self, state: _State) -> None:
+        with self._lock:
+            state.failures, state.left_alone_until, state.why = 0, 0.0, ""
+            before = self._states[: self._states.index(state)]
+            self.reason = "; ".join(f"{s.name}: {s.refused or s.why}" for s in before if s.refused or s.why) or (
+                "first of the chain"
+            )
+            if self.last_engine != state.name:
+                _log.log(logging.WARNING if before else logging.INFO, "%s answers (%s)", state.name, self.reason)
+            self.last_engine = state.name
+
+
+def _state(link: Link) -> _State:
+    if isinstance(link, tuple):
+        return _State(name=link[0], make=link[1])
+    return _State(name=getattr(link, "name", type(link).__name__), make=lambda: link, engine=link)

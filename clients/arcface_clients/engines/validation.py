@@ -1,0 +1,200 @@
+"""Startup validation: an engine in, a few faces through it and through the reference, a verdict out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_clients.arrays import Array
+from arcface_clients.atomic import new_file
+from arcface_clients.engines.protocol import EmbeddingEngine
+from arcface_clients.errors import (
+    BackendUnavailable,
+    ConfigError,
+    ContractMismatch,
+    GateFailed,
+    InferenceFailed,
+    InvalidEmbeddings,
+    InvalidFaces,
+)
+from arcface_clients.evidence.drift import compare_embeddings
+from arcface_clients.faces.check import check_faces
+from arcface_clients.faces.synthetic import synthetic_faces
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """Verdict on one engine; `status` is passed, failed or skipped, `why` says what it rests on."""
+
+    status: str
+    why: str
+    faces: int = 0
+    max_drift: float | None = None
+    limit: float | None = None
+    worst_face: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the field names as keys."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StoredReference:
+    """Faces with the reference's embeddings of them: uint8 (N,112,112,3) BGR and float32 (N,D)."""
+
+    faces: Array
+    embeddings: Array
+    contract_id: str | None
+    origin: str
+
+    def save(self, file: str | Path) -> None:
+        """Write an .npz with faces, embeddings and contract_id, whole or not at all."""
+        with new_file(Path(file)) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, faces=self.faces, embeddings=self.embeddings, contract_id=self.contract_id or "")
+
+    @classmethod
+    def load(cls, file: Path, count: int) -> StoredReference:
+        """The first `count` faces of such a file.
+
+        Raises:
+            ConfigError: it cannot be read, or arrays are missing or do not fit each other.
+        """
+        try:
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
+                faces, embeddings = check_faces(data["faces"][:count]), data["embeddings"][:count]
+                contract = str(data["contract_id"]) if "contract_id" in data else ""
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
+            raise ConfigError(
+                f"{file} (validation.reference): expected an .npz with faces, embeddings and contract_id: {exc}"
+            ) from exc
+        if not len(faces) or embeddings.ndim != 2 or len(embeddings) != len(faces):
+            raise ConfigError(
+                f"{file} (validation.reference): expected one embedding for each face and at least one, "
+                f"got {len(faces)} faces and embeddings of shape {embeddings.shape}."
+            )
+        return cls(faces, embeddings, contract or None, str(file))
+
+
+def reference_from(engine: EmbeddingEngine, faces: Array) -> StoredReference:
+    """What the reference engine makes of these faces."""
+    return StoredReference(faces, engine.encode(faces), engine.contract_id, "InsightFace on the local model")
+
+
+def validate_engine(engine: EmbeddingEngine, reference: StoredReference, limit: float, name: str) -> ValidationReport:
+    """Compare an engine with the reference, face by face.
+
+    Raises:
+        GateFailed: the largest drift is above `limit`; the message says by how much and for which face.
+        ContractMismatch: engine and reference are of two models, or may be: one's contract is unknown and they differ.
+    """
+    contract = engine.contract_id
+    known = contract is not None and reference.contract_id is not None
+    if (known and contract != reference.contract_id) or engine.embedding_dim != reference.embeddings.shape[1]:
+        raise ContractMismatch(
+            f"{name} serves contract {(contract or 'unknown')[:12]} (width {engine.embedding_dim}), the reference "
+            f"({reference.origin}) is of {(reference.contract_id or 'unknown')[:12]} (width "
+            f"{reference.embeddings.shape[1]}): they are two models. Point local.model or validation.reference at the "
+            "served one, or set validation.run_on_startup: false"
+        )
+    try:
+        drift = compare_embeddings(reference.embeddings, engine.encode(reference.faces))
+    except (
+        InferenceFailed,
+        InvalidFaces,
+        InvalidEmbeddings,
+    ) as exc:  # NaN, zero rows, or an engine that cannot embed drawn faces
+        raise GateFailed(f"{name} cannot embed the {len(reference.faces)} faces of its validation: {exc}") from exc
+    report = ValidationReport(
+        status="passed" if drift.max_drift <= limit else "failed",
+        why=f"compared with {reference.origin}",
+        faces=drift.faces,
+        max_drift=drift.max_drift,
+        limit=limit,
+        worst_face=drift.worst_face,
+    )
+    if report.status == "passed":
+        return report
+    said = (
+        f"drift {drift.max_drift:.2g} of face {drift.worst_face} is above the limit {limit:g} on "
+        f"{drift.faces} faces (mean cosine {drift.mean_cosine:.6f}, {report.why})"
+    )
+    if not known:  # a fallback could then be another model, and mix two contracts quietly
+        raise ContractMismatch(
+            f"{name}: {said}, and its contract or the reference's is not known, so it may be another model. "
+            "Serve it with its contract (arcface serve does), or set validation.run_on_startup: false"
+        )
+    raise GateFailed(f"{said}. Look closer: arcface parity")
+
+
+class StartupValidation:
+    """Validates each engine that is given to it, once the reference's embeddings are there; for `FallbackEmbedder`."""
+
+    def __init__(
+        self,
+        limits: dict[str, float],
+        *,
+        count: int,
+        precision: str,
+        stored: Path | None = None,
+        make_reference: Callable[[], EmbeddingEngine] | None = None,
+    ) -> None:
+        """Note where the reference comes from; nothing is loaded.
+
+        Args:
+            limits: largest drift by precision.
+            count: faces to compare.
+            precision: of an engine that does not say its own.
+            stored: an .npz with faces and reference embeddings; None asks `make_reference` and drawn faces.
+            make_reference: makes the reference engine; it is closed when it has answered.
+        """
+        self._limits, self._count, self._precision = limits, count, precision
+        self._stored, self._make_reference = stored, make_reference
+        self._lock = threading.Lock()
+        self._reference: StoredReference | None = None
+        self._no_reference = ""
+
+    def __call__(self, name: str, engine: EmbeddingEngine) -> ValidationReport:
+        """Validate one engine that is loaded; `name` is what logs call it.
+
+        Raises:
+            GateFailed, ContractMismatch: see `validate_engine`.
+        """
+        if getattr(engine, "name", None) == "insightface":
+            return ValidationReport("skipped", "it is the reference itself")
+        reference = self._get_reference()
+        if reference is None:
+            _log.warning("%s is used without validation: %s", name, self._no_reference)
+            return ValidationReport("skipped", self._no_reference)
+        report = validate_engine(engine, reference, self._limits[precision_of(engine, self._precision)], name)
+        _log.info("%s passed its validation: drift %.2g, limit %g", name, report.max_drift, report.limit)
+        return report
+
+    def _get_reference(self) -> StoredReference | None:
+        with self._lock:
+            if self._reference is None and not self._no_reference:
+                if self._stored is not None:
+                    self._reference = StoredReference.load(self._stored, self._count)
+                elif self._make_reference is None:
+                    self._no_reference = "no reference is configured (validation.reference)"
+                else:
+                    try:
+                        with self._make_reference() as engine:
+                            self._reference = reference_from(engine, synthetic_faces(self._count))
+                    except BackendUnavailable as exc:
+                        self._no_reference = f"there is no reference on this host: {exc}"
+            return self._reference
+
+
+def precision_of(engine: EmbeddingEngine, otherwise: str) -> str:
+    """Precision that an engine says it runs in (a Triton client: what the server says), else `otherwise`."""
+    said = getattr(engine, "precision", None) or getattr(getattr(engine, "served", None), "precision", None)
+    return said or otherwise

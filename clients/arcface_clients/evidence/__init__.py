@@ -1,0 +1,1 @@
+"""Embeddings beside reference embeddings: drift, recognition accuracy, the verdict of a gate, the fault in words."""

@@ -1,0 +1,168 @@
+"""Face crops from files: folders, files, globs and .npz in; (name, face) out, or (name, the reason why not)."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from arcface_clients.arrays import Array
+from arcface_clients.contract import FACE_SHAPE
+from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces
+from arcface_clients.faces.check import check_faces
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+ARRAY_SUFFIXES = (".npz", ".npy")
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One face that was asked for: its name, and either the crop uint8 (112,112,3) BGR or why there is none."""
+
+    name: str  # path, or path[index] for a row of an array file
+    face: Array | None
+    refused: str = ""
+
+
+def find_files(sources: Iterable[str | Path]) -> list[str]:
+    """Files of folders (with all below them), globs (`**` too) and single paths; sorted and once each.
+
+    A path that does not exist stays in the list: reading it gives the reason.
+    """
+    found: set[str] = set()
+    for source in map(str, sources):
+        if Path(source).is_dir():
+            found.update(files_below(source, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)))
+        elif glob.has_magic(source) and not Path(source).exists():
+            # Path.glob takes no absolute patterns
+            found.update(p for p in glob.glob(source, recursive=True) if Path(p).is_file())  # noqa: PTH207
+        else:
+            found.add(source)
+    return sorted(found)
+
+
+def files_below(
+    folder: str, suffixes: tuple[str, ...], above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[str]:
+    """Files with these suffixes in a folder and all below it, sorted folder by folder.
+
+    Links are followed, but not one that leads back to a folder `above` (device and inode). os.scandir, because a Path
+    for each of millions of files costs more.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    status = Path(folder).stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        found = sorted((entry.path, entry.is_dir()) for entry in entries if entry.is_dir() or entry.is_file())
+    for path, is_folder in found:
+        if is_folder:
+            yield from files_below(path, suffixes, above | {here})
+        elif path.lower().endswith(suffixes):
+            yield path
+
+
+def read_crops(files: Iterable[str]) -> Iterator[Crop]:
+    """The crops of each file in turn, one image in memory at a time; a file that cannot be read gives a refused Crop.
+
+    Raises:
+        DependencyMissing: an image is to be read and OpenCV is not installed.
+    """
+    for name in files:
+        try:
+            if name.lower().endswith(ARRAY_SUFFIXES):
+                for index, face in enumerate(read_array(name)):
+                    yield Crop(f"{name}[{index}]", face)
+            else:
+                yield Crop(name, read_face(name))
+        except DependencyMissing:
+            raise
+        except (ArcFaceError, OSError) as exc:
+            yield Crop(name, None, _reason(exc))
+
+
+def load_faces(sources: Iterable[str | Path]) -> tuple[Array, list[str], list[Crop]]:
+    """All crops at once: faces uint8 (N,112,112,3) BGR, their N names, and what was refused."""
+    crops = list(read_crops(find_files(sources)))
+    good = [crop for crop in crops if crop.face is not None]
+    faces = np.stack([crop.face for crop in good]) if good else np.empty((0, *FACE_SHAPE), np.uint8)
+    return faces, [crop.name for crop in good], [crop for crop in crops if crop.face is None]
+
+
+def read_face(path: str | Path) -> Array:
+    """One crop uint8 (112,112,3) BGR; grey becomes BGR, transparency is dropped, EXIF orientation is applied.
+
+    Raises:
+        InvalidFaces: not an image, cut off, or not 112×112.
+        OSError: the file cannot be read.
+    """
+    return decode_face(np.fromfile(path, np.uint8))
+
+
+def decode_face(data: Array) -> Array:
+    """A crop as `read_face` gives it, from a file's bytes uint8 (n,).
+
+    Raises:
+        InvalidFaces: as `read_face`.
+        DependencyMissing: OpenCV is not installed.
+    """
+    try:
+        import cv2
+    except ImportError as exc:
+        raise DependencyMissing(f"reading images needs OpenCV ({exc}): pip install opencv-python-headless") from exc
+    if not data.size:
+        raise InvalidFaces("the file is empty")
+    encoded = data.tobytes()
+    # OpenCV fills what is missing of a JPEG with grey and says nothing: scan data must be followed by an end mark.
+    if encoded.startswith(b"\xff\xd8") and encoded.rfind(b"\xff\xd9") < encoded.rfind(b"\xff\xda"):
+        raise InvalidFaces("a JPEG that is cut off")
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    except cv2.error as exc:  # larger than OpenCV's limit on pixels
+        raise InvalidFaces(f"OpenCV cannot decode it: {exc.err or exc}") from exc
+    if image is None:
+        raise InvalidFaces("not an image that OpenCV can decode, or cut off")
+    if image.shape != FACE_SHAPE:
+        height, width = image.shape[:2]
+        raise InvalidFaces(f"expected an aligned crop of 112×112 pixels, got {width}×{height}")
+    return image
+
+
+def read_array(path: str | Path) -> Array:
+    """Faces uint8 (N,112,112,3) of a .npy, or of a .npz under `faces` or its only array of four dimensions.
+
+    Raises:
+        InvalidFaces: not such a file, or the array does not fit the tensor contract.
+        OSError: the file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return check_faces(loaded)
+            names = ["faces"] if "faces" in loaded.files else [n for n in loaded.files if loaded[n].ndim == 4]
+            if len(names) != 1:
+                raise InvalidFaces(f"expected an array `faces` in it, found: {', '.join(loaded.files) or 'nothing'}")
+            return check_faces(loaded[names[0]])
+    except InvalidFaces:
+        raise
+    except (ValueError, EOFError, *_damaged()) as exc:
+        raise InvalidFaces(f"not a NumPy file, or cut off ({exc})") from exc
+
+
+def _damaged() -> tuple[type[Exception], ...]:
+    from zipfile import BadZipFile
+    from zlib import error as BadDeflate
+
+    return BadZipFile, BadDeflate
+
+
+def _reason(exc: Exception) -> str:
+    return exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)

@@ -1,0 +1,123 @@
+"""Embeddings in, cosine distances (1 − cosine, 0..2) out, by matrix product in float32 and bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from arcface_clients.arrays import Array
+from arcface_clients.errors import InvalidEmbeddings
+
+# Entries of a distance matrix made at once: 100 MB of float32, so 512 rows against 50,000.
+BLOCK_ENTRIES = 25 << 20
+# Norms outside this range are computed again in float64 after scaling: their squares leave float32.
+SMALLEST_NORM, LARGEST_NORM = 1e-18, 1e18
+
+
+def unit_rows(embeddings: Array | Sequence[Sequence[float]], what: str = "embeddings") -> Array:
+    """A float32 (N,D) C-contiguous copy with rows of unit L2 norm; norms are summed in float64.
+
+    Raises:
+        InvalidEmbeddings: not (N,D) numbers, or a row is all zero or holds NaN or infinity.
+    """
+    array = np.asarray(embeddings)
+    if array.ndim != 2 or array.dtype.kind not in "fiu":
+        raise InvalidEmbeddings(f"expected {what} as numbers of shape (N, D), got {array.dtype} {array.shape}.")
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = np.array(array, np.float32, order="C")
+        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+    odd = np.flatnonzero(~((norms > SMALLEST_NORM) & (norms < LARGEST_NORM)))
+    if odd.size:
+        exact = array[odd].astype(np.float64)
+        scale = np.abs(exact).max(axis=1, initial=0)
+        bad = odd[~(np.isfinite(scale) & (scale > 0))]
+        if bad.size:
+            raise InvalidEmbeddings(_no_direction(array, bad, what))
+        exact /= scale[:, None]
+        rows[odd] = exact / np.linalg.norm(exact, axis=1, keepdims=True)
+        norms[odd] = 1
+    rows /= norms.astype(np.float32)[:, None]
+    return rows
+
+
+def cosine_distance(a: Array | Sequence[float], b: Array | Sequence[float]) -> float:
+    """1 − cosine of two embeddings (D,), in float64.
+
+    Raises:
+        InvalidEmbeddings: not two vectors of one width, or one of them is zero or holds NaN.
+    """
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise InvalidEmbeddings(f"expected two embeddings (D,) of one width, got {x.shape} and {y.shape}.")
+    for name, vector in (("first", x), ("second", y)):
+        scale = np.abs(vector).max(initial=0)
+        if not (np.isfinite(scale) and scale > 0):
+            raise InvalidEmbeddings(_no_direction(vector[None], np.array([0]), f"the {name} embedding"))
+    x, y = x / np.abs(x).max(), y / np.abs(y).max()
+    return float(np.clip(1 - (x @ y) / (np.linalg.norm(x) * np.linalg.norm(y)), 0, 2))
+
+
+def cosine_distances(a: Array, b: Array | None = None, out: Array | None = None) -> Array:
+    """All distances of rows of `a` (N,D) to rows of `b` (M,D), or to each other: float32 (N,M).
+
+    The result is the only large array: `out` may be an np.memmap where it does not fit into memory. Where only the
+    nearest or the close ones are wanted, `neighbours.nearest` and `neighbours.close_pairs` never hold it.
+
+    Raises:
+        InvalidEmbeddings: widths or `out` do not fit, or a row is all zero or holds NaN.
+    """
+    rows, columns = unit_pair(a, b)
+    shape = (len(rows), len(columns))
+    if out is None:
+        out = np.empty(shape, np.float32)
+    elif out.shape != shape or out.dtype != np.float32:
+        raise InvalidEmbeddings(f"expected out as float32 {shape}, got {out.dtype} {out.shape}.")
+    height = _block_rows(columns)
+    for start in range(0, len(rows), height):
+        _distances(rows, columns, start, out[start : start + height])
+    return out
+
+
+def distance_blocks(a: Array, b: Array | None = None) -> Iterator[tuple[int, Array]]:
+    """The same matrix, up to 100 MB at a time: (first row, float32 (R,M)); a block is overwritten by the next.
+
+    Raises:
+        InvalidEmbeddings: as `cosine_distances`.
+    """
+    rows, columns = unit_pair(a, b)
+    height = _block_rows(columns)
+    block = np.empty((min(height, len(rows)), len(columns)), np.float32)
+    for start in range(0, len(rows), height):
+        yield start, _distances(rows, columns, start, block[: len(rows) - start])
+
+
+def unit_pair(a: Array, b: Array | None) -> tuple[Array, Array]:
+    """Unit rows of both; where `b` is None, the same array twice (callers test identity)."""
+    rows = unit_rows(a)
+    columns = rows if b is None else unit_rows(b, "the second embeddings")
+    if rows.shape[1] != columns.shape[1]:
+        raise InvalidEmbeddings(
+            f"embeddings of {rows.shape[1]} and {columns.shape[1]} dimensions cannot be compared: they come from "
+            "different models. Embed both with one model: arcface embed"
+        )
+    return rows, columns
+
+
+def _block_rows(columns: Array) -> int:
+    return max(1, BLOCK_ENTRIES // max(len(columns), 1))
+
+
+def _distances(rows: Array, columns: Array, start: int, out: Array) -> Array:
+    """Distances of rows[start:start+len(out)] to all columns, into `out`; a row is at exactly 0 from itself."""
+    np.dot(rows[start : start + len(out)], columns.T, out=out)
+    np.subtract(1, out, out=out)
+    np.minimum(np.maximum(out, 0, out=out), 2, out=out)  # a quarter of the time of np.clip
+    if columns is rows:
+        np.fill_diagonal(out[:, start:], 0)
+    return out
+
+
+def _no_direction(array: Array, bad: Array, what: str) -> str:
+    kind = "all zero" if not np.any(array[bad[0]]) else "not finite (NaN or infinity)"
+    return f"{what}: {bad.size} of {len(array)} have no direction, first row {bad[0]} is {kind}. Embed that face again."

@@ -1,0 +1,187 @@
+"""The pipeline's door: configuration in, an engine that is there out; one line replaces in-process InsightFace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arcface_clients.engines.devices import canonical_device
+from arcface_clients.engines.fallback import FallbackEmbedder
+from arcface_clients.engines.protocol import EmbeddingEngine
+from arcface_clients.engines.registry import EngineRegistry
+from arcface_clients.engines.validation import StartupValidation
+from arcface_clients.errors import BackendUnavailable, ConfigError
+
+if TYPE_CHECKING:
+    from arcface_clients.config.schema import EmbeddingConfig
+
+
+@dataclass(frozen=True)
+class Link:
+    """One engine of a chain before it is made; `label` is what logs and `last_engine` call it."""
+
+    engine: str
+    device: str
+    precision: str
+    label: str
+
+
+def get_embedding_backend(
+    backend_type: str | None = None,
+    device: str = "auto",
+    tensorrt_config: Mapping[str, Any] | None = None,
+    allow_cpu_fallback: bool = True,
+    config: EmbeddingConfig | str | Path | None = None,
+) -> FallbackEmbedder:
+    """The engine that a pipeline embeds with: `.encode(faces)`, `.ensure_ready()`, `.close()`, `.last_engine`.
+
+    Nothing is loaded or connected before the first `ensure_ready` or `encode`.
+
+    Args:
+        backend_type: triton, tensorrt, onnx, insightface (alias pytorch); None takes `backend` of the configuration.
+        device: for in-process engines; auto takes `device` of the configuration.
+        tensorrt_config: keys that win over the file: of config/embedding.yaml, or of the former `tensorrt` section
+            (precision, max_batch_size, workspace_gb, engine_path, …).
+        allow_cpu_fallback: False: no engine that computes on this host's CPU takes over. What `backend_type` asks for
+            by itself is given all the same. `fallback.allow_cpu` must allow it too.
+        config: a configuration, or the path of its file; None looks for it, see `load_config`.
+
+    Raises:
+        ConfigError: an unknown engine, device or key, or an impossible value.
+    """
+    settings = _settings(backend_type, device, tensorrt_config, config)
+    links = plan_chain(
+        settings.backend,
+        settings.device,
+        settings.precision,
+        settings.fallback.chain if settings.fallback.enabled else (),
+        allow_cpu_fallback and settings.fallback.allow_cpu,
+    )
+    return FallbackEmbedder(
+        [_named(link, settings) for link in links],
+        retry_after_s=settings.fallback.retry_after_s,
+        retry_after_max_s=settings.fallback.retry_after_max_s,
+        validate=startup_validation(settings) if settings.validation.run_on_startup else None,
+    )
+
+
+def plan_chain(
+    backend: str, device: str, precision: str, fallback: tuple[str, ...], allow_cpu: bool
+) -> tuple[Link, ...]:
+    """Engines to ask, in order: the backend as asked for, then the fallbacks, ONNX Runtime among them in fp32.
+
+    That file is always there and nearer to the reference than any other. Where a fallback may not compute on the CPU,
+    InsightFace is left out (it has no other way) and ONNX Runtime has to find a GPU.
+    """
+    anywhere = "auto" if allow_cpu else "gpu"
+    links = [Link(backend, anywhere if (backend, device) == ("onnx", "auto") else device, precision, backend)]
+    onnx_device = device if device == "cpu" or (backend != "onnx" and device != "auto") else anywhere
+    for name in fallback:
+        if not allow_cpu and (name == "insightface" or (name == "onnx" and onnx_device == "cpu")):
+            continue
+        link = Link(name, onnx_device, "fp32", name) if name == "onnx" else Link(name, "auto", precision, name)
+        twins = [have for have in links if have.engine == name]
+        if not twins:
+            links.append(link)
+        elif name == "onnx" and all((t.device, t.precision) != (link.device, link.precision) for t in twins):
+            links.append(Link(name, link.device, link.precision, f"{name}-{link.precision}@{link.device}"))
+    return tuple(links)
+
+
+def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
+    """What the configuration says to the constructor of an engine; {} for engines that are not ours."""
+    local, triton = settings.local, settings.triton
+    if link.engine == "triton":
+        from arcface_clients.triton.address import Tls
+
+        return {**triton.model_dump(), "tls": Tls(**triton.tls.model_dump())}
+    if link.engine == "onnx":
+        return {
+            "file": local.serving_onnx,
+            "models_dir": local.models_dir,
+            "model": local.model,
+            "precision": link.precision,
+            "device": link.device,
+            "threads": local.threads,
+            "max_batch": settings.batch.max,
+        }
+    if link.engine == "tensorrt":
+        return {
+            "plan": local.plan,
+            "device": link.device,
+            "precision": link.precision,
+            "model": local.model,
+            "model_repository": local.model_repository,
+            "cache": settings.storage.cache,
+            "max_batch": settings.batch.max,
+        }
+    if link.engine == "insightface":
+        return {
+            "models_dir": local.models_dir,
+            "model": local.model,
+            "threads": local.threads,
+            "max_batch": settings.batch.max,
+        }
+    return {}
+
+
+def startup_validation(settings: EmbeddingConfig) -> StartupValidation:
+    """The validation that the configuration asks for, against a stored reference or InsightFace on the local model."""
+    reference = Link("insightface", "auto", "fp32", "insightface")
+    return StartupValidation(
+        settings.comparison.max_drift.model_dump(),
+        count=settings.validation.eval_set_size,
+        precision=settings.precision,
+        stored=settings.validation.reference,
+        make_reference=lambda: _make(reference, settings),
+    )
+
+
+def _named(link: Link, settings: EmbeddingConfig) -> tuple[str, Callable[[], EmbeddingEngine]]:
+    """Name and maker; the engine is made now where it can be, so that a contradiction is said here and not later."""
+    try:
+        engine = _make(link, settings)
+    except BackendUnavailable:
+        return link.label, lambda: _make(link, settings)
+    return link.label, lambda: engine
+
+
+def _make(link: Link, settings: EmbeddingConfig) -> EmbeddingEngine:
+    return EngineRegistry.get(link.engine, **engine_arguments(link, settings))
+
+
+def _settings(
+    backend_type: str | None,
+    device: str,
+    tensorrt_config: Mapping[str, Any] | None,
+    config: EmbeddingConfig | str | Path | None,
+) -> EmbeddingConfig:
+    from arcface_clients.config.old_names import from_section
+    from arcface_clients.config.schema import EmbeddingConfig
+    from arcface_clients.config.sources import Layers, checked, flatten, load_config
+
+    for name, value, kinds in (
+        ("tensorrt_config", tensorrt_config, (Mapping,)),
+        ("config", config, (EmbeddingConfig, str, Path)),
+    ):
+        if value is not None and not isinstance(value, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ConfigError(
+                f"{name}: expected {expected}, got {type(value).__name__}. "
+                "Keys and values go into tensorrt_config, the path of a file into config."
+            )
+    asked = from_section(dict(flatten(tensorrt_config or {})))
+    if backend_type is not None:
+        asked["backend"] = EngineRegistry.canonical(backend_type)
+    if canonical_device(device) != "auto":
+        asked["device"] = canonical_device(device)
+    if isinstance(config, EmbeddingConfig):
+        if not asked:
+            return config
+        layers = Layers()
+        layers.add(dict(flatten(config.model_dump())), "config")
+        layers.add(asked, "arguments")
+        return checked(EmbeddingConfig, layers)
+    return load_config(config, asked)

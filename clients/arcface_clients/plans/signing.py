@@ -1,0 +1,103 @@
+"""Signatures on plan manifests (ed25519): manifest and private key in, a signed manifest out; and the check before use.
+
+The manifest holds the plan's sha256, so signing the manifest covers the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arcface_clients.errors import Missing, PlanRefused, WrongUse
+from arcface_clients.plans.manifest import PlanManifest
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+
+def sign(manifest: PlanManifest, private_key: Path) -> PlanManifest:
+    """The manifest with a signature of this PEM private key (made by `openssl genpkey -algorithm ed25519`).
+
+    Raises:
+        Missing: no such file, or `cryptography` is not installed.
+        WrongUse: the file holds no ed25519 private key.
+    """
+    key = _load_private(private_key)
+    public = key.public_key().public_bytes_raw().hex()
+    value = key.sign(manifest.unsigned_bytes()).hex()
+    return replace(manifest, signature={"algorithm": "ed25519", "public_key": public, "value": value})
+
+
+def check_signature(manifest: PlanManifest, public_key: Path | None, where: str) -> None:
+    """Nothing where no public key is configured; else the manifest must be signed by the matching private key.
+
+    Raises:
+        PlanRefused: unsigned, signed by another key, or changed after it was signed.
+        Missing, WrongUse: the public key file is not there or holds no ed25519 public key.
+    """
+    if public_key is None:
+        return
+    key = _load_public(public_key)
+    if manifest.signature is None:
+        raise PlanRefused(
+            f"plan {where} is unsigned, and {public_key} is configured as the key that must have signed it. "
+            "Sign it where the private key is: arcface plan push --sign-key PRIVATE.pem"
+        )
+    expected = key.public_bytes_raw().hex()
+    if manifest.signature.get("public_key") != expected:
+        raise PlanRefused(
+            f"plan {where} is signed by key {manifest.signature.get('public_key')}: expected {expected} ({public_key})."
+        )
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        key.verify(bytes.fromhex(manifest.signature.get("value", "")), manifest.unsigned_bytes())
+    except (InvalidSignature, ValueError) as exc:
+        raise PlanRefused(
+            f"plan {where}: the manifest was changed after it was signed. Get it again from its builder."
+        ) from exc
+
+
+def _load_private(path: Path) -> Ed25519PrivateKey:
+    serialization, ed25519 = _cryptography()
+    try:
+        key = serialization.load_pem_private_key(_read(path), password=None)
+    except (ValueError, TypeError) as exc:
+        raise WrongUse(f"{path} is not a PEM private key without a password ({exc}). {_HOW_TO_MAKE}") from exc
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise WrongUse(f"{path} holds a {type(key).__name__}: expected an ed25519 private key. {_HOW_TO_MAKE}")
+    return key
+
+
+def _load_public(path: Path) -> Ed25519PublicKey:
+    serialization, ed25519 = _cryptography()
+    try:
+        key = serialization.load_pem_public_key(_read(path))
+    except ValueError as exc:
+        raise WrongUse(f"{path} is not a PEM public key ({exc}). {_HOW_TO_MAKE}") from exc
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise WrongUse(f"{path} holds a {type(key).__name__}: expected an ed25519 public key. {_HOW_TO_MAKE}")
+    return key
+
+
+_HOW_TO_MAKE = (
+    "Make a pair: openssl genpkey -algorithm ed25519 -out private.pem; "
+    "openssl pkey -in private.pem -pubout -out public.pem"
+)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise Missing(f"no key file at {path} ({exc.strerror}). {_HOW_TO_MAKE}") from exc
+
+
+def _cryptography():
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError as exc:
+        raise Missing("signatures need the package cryptography: pip install 'arcface-triton[store]'") from exc
+    return serialization, ed25519

@@ -1,0 +1,150 @@
+"""What a plan is asked to be: ONNX, precision, SM, TensorRT version, profile, options in; key and file name out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from arcface_clients.errors import WrongUse
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+DEFAULT_WORKSPACE_BYTES = 1 << 30  # with weights and activations of an r100 the build stays under 2 GB of VRAM
+_UNITS = {"": 1, "b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+@dataclass(frozen=True)
+class BuilderOptions:
+    """Switches that change the plan's bytes or speed, and so belong to its key.
+
+    workspace_bytes: limit of TensorRT's scratch memory pool.
+    external_tactics: False leaves out kernels of cuBLAS and cuDNN (needed where only stubs of them are installed).
+    hardware_compatible: plan also loads on other GPUs of Ampere and newer, at the price of speed.
+    tf32: allow TF32 in fp32 layers; off, because fp32 drift is gated at 1e-5.
+    optimization_level: TensorRT's builder_optimization_level 0..5; None leaves TensorRT's default.
+    """
+
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    external_tactics: bool = True
+    hardware_compatible: bool = False
+    tf32: bool = False
+    optimization_level: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no builder takes."""
+        if self.workspace_bytes < 1 << 20:
+            raise WrongUse(
+                f"workspace is {self.workspace_bytes} bytes: expected at least 1 MB. "
+                "Give it with a unit: --workspace 2GB"
+            )
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise WrongUse(f"optimization level is {self.optimization_level}: expected 0..5.")
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """One plan, as asked for. `model` names the file; everything else decides the key.
+
+    onnx_sha256: digest of the *typed* ONNX. sm: "8.6". tensorrt: the full version string, because a plan of another
+    version does not load. min/opt/max_batch: the one optimization profile, in faces.
+    """
+
+    model: str
+    onnx_sha256: str
+    precision: str
+    sm: str
+    tensorrt: str
+    min_batch: int = 1
+    opt_batch: int = 32
+    max_batch: int = 64
+    options: BuilderOptions = field(default_factory=BuilderOptions)
+
+    def __post_init__(self) -> None:
+        """Normalise the SM; refuse what cannot be built."""
+        object.__setattr__(self, "sm", parse_sm(self.sm))
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.model):
+            raise WrongUse(f"model name is {self.model!r}: expected letters, digits, '.', '_' and '-' only.")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.onnx_sha256):
+            raise WrongUse(f"onnx_sha256 is {self.onnx_sha256!r}: expected 64 hexadecimal digits.")
+        if self.precision not in PRECISIONS:
+            raise WrongUse(f"precision is {self.precision!r}: expected one of {', '.join(PRECISIONS)}.")
+        parse_version(self.tensorrt)
+        if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
+            raise WrongUse(
+                f"batch profile is min {self.min_batch}, opt {self.opt_batch}, max {self.max_batch}: "
+                "expected 1 ≤ min ≤ opt ≤ max."
+            )
+
+    @property
+    def file_name(self) -> str:
+        """`{model}-{precision}-sm{SM}.plan`, for example mobilefacenet-fp16-sm86.plan."""
+        return f"{self.model}-{self.precision}-{sm_tag(self.sm)}.plan"
+
+    @property
+    def key(self) -> str:
+        """Sha256 (hex) of the canonical JSON of everything but the model's name."""
+        parts = self.to_json()
+        del parts["model"]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object: model, onnx_sha256, precision, sm, tensorrt, min/opt/max_batch, options."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PlanSpec:
+        """The inverse of `to_json`.
+
+        Raises:
+            WrongUse: a field is missing, unknown or impossible.
+        """
+        try:
+            return cls(**{**data, "options": BuilderOptions(**data["options"])})
+        except (TypeError, KeyError) as exc:
+            raise WrongUse(f"not a plan spec: {exc}.") from exc
+
+
+def parse_sm(text: str | float) -> str:
+    """The SM as it stands in data, "8.6", from "8.6", "86", "sm86", "sm_86", "SM 8.6", "12.0" or "120".
+
+    Raises:
+        WrongUse: not a compute capability.
+    """
+    match = re.fullmatch(r"(?:sm[_ ]?)?(\d{1,2})\.(\d)|(?:sm[_ ]?)?(\d{1,2})(\d)", str(text).strip().lower())
+    major, minor = [part for part in match.groups() if part is not None] if match else ("", "")
+    if not major or not 5 <= int(major) <= 20:
+        raise WrongUse(f"SM is {str(text)!r}: expected a compute capability such as 8.6, 86 or sm86.")
+    return f"{int(major)}.{minor}"
+
+
+def sm_tag(sm: str) -> str:
+    """The SM as it stands in file names: "8.6" → "sm86"."""
+    return "sm" + parse_sm(sm).replace(".", "")
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """A TensorRT version as numbers: "8.6.0" → (8, 6, 0); a suffix as in 10.3.0.post1 is left out.
+
+    Raises:
+        WrongUse: not a version, or older than 8.6.
+    """
+    match = re.match(r"\d+(\.\d+)+", text or "")
+    version = tuple(int(part) for part in match.group().split(".")) if match else ()
+    if version < (8, 6):
+        raise WrongUse(f"TensorRT version is {text!r}: expected 8.6 or newer, such as 10.3.0.")
+    return version
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from "2GB", "2048MB", "1.5 GiB" or a plain number of bytes; one GB is 2**30, as in TensorRT's options.
+
+    Raises:
+        WrongUse: no number, an unknown unit, or not above 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
+    if not match or match.group(2) not in _UNITS or float(match.group(1)) <= 0:
+        raise WrongUse(f"size is {str(text)!r}: expected a number with a unit, such as 2GB or 2048MB.")
+    return int(float(match.group(1)) * _UNITS[match.group(2)])

@@ -1,0 +1,1 @@
+"""Shared memory between client and server: system and CUDA regions, their slots, and what dead clients left."""

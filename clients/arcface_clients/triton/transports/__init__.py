@@ -1,0 +1,83 @@
+"""How bytes reach a Triton server: one small protocol, one module for each way; drivers are imported when opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from arcface_clients.arrays import Array
+from arcface_clients.triton.address import Connection
+from arcface_clients.triton.memory.system import Slot
+
+
+class Transport(Protocol):
+    """One connection to one server, safe to use from many threads; asyncio ones have coroutines of these names.
+
+    Every method raises only errors of `arcface_clients.errors`; `timeout_s` covers the whole exchange.
+    """
+
+    def pack(self, model: str, parts: Sequence[Array]) -> Any:
+        """The request for `parts`, C-contiguous uint8 (n_i,112,112,3) each, one after the other. A copy, no I/O."""
+        ...
+
+    def infer(self, model: str, body: Any, timeout_s: float) -> Array:
+        """Embeddings float32 (N,D) for a packed request; the array may be read-only."""
+        ...
+
+    def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+        """Have the server embed the `count` faces in a registered slot, and write the embeddings into it.
+
+        Raises:
+            SharedMemoryLost: the server does not know the region (any more).
+        """
+        ...
+
+    def register_shared(self, slot: Slot, timeout_s: float) -> None:
+        """Make a slot known to the server; a slot that is known already stays so."""
+        ...
+
+    def unregister_shared(self, name: str, timeout_s: float) -> None:
+        """Make the server forget a region, whose name says which memory it is in; an unknown name is fine."""
+        ...
+
+    def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
+        """Names of all regions in "system" or "cuda" shared memory that the server knows."""
+        ...
+
+    def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
+        """The served configuration as Triton's JSON."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Wait between two attempts; returns early when the transport is closed."""
+        ...
+
+    def close(self) -> None:
+        """Give up the connection; what is under way fails with ClientUnusable. May be called twice."""
+        ...
+
+
+def open_transport(connection: Connection) -> Transport:
+    """A transport for the address's protocol; does not talk to the server yet.
+
+    Raises:
+        DependencyMissing: the driver of this protocol is not installed.
+    """
+    if connection.address.protocol == "http":
+        from arcface_clients.triton.transports.http import HttpTransport
+
+        return HttpTransport(connection)
+    from arcface_clients.triton.transports.grpc import GrpcTransport
+
+    return GrpcTransport(connection)
+
+
+def open_async_transport(connection: Connection) -> Any:
+    """The asyncio twin of `open_transport`; to be called inside a running event loop."""
+    if connection.address.protocol == "http":
+        from arcface_clients.triton.transports.http_aio import AsyncHttpTransport
+
+        return AsyncHttpTransport(connection)
+    from arcface_clients.triton.transports.grpc_aio import AsyncGrpcTransport
+
+    return AsyncGrpcTransport(connection)

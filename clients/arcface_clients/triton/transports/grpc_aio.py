@@ -1,0 +1,105 @@
+"""Triton over gRPC for asyncio: the same messages as `grpc`, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from arcface_clients.arrays import Array
+from arcface_clients.triton.address import Connection
+from arcface_clients.triton.memory.system import Slot
+from arcface_clients.triton.transports import grpc_messages as messages
+from arcface_clients.triton.transports import refusals
+
+
+class AsyncGrpcTransport:
+    """A grpc.aio channel, bound to the event loop that it was opened in."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Open a channel lazily: gRPC connects with the first request."""
+        grpc, self._pb, stubs = messages.drivers()
+        self._connection = connection
+        self._metadata = tuple((key.lower(), value) for key, value in connection.headers.items())
+        self._closed = False
+        self._rpc_error = grpc.RpcError
+        options, target = messages.CHANNEL_OPTIONS, connection.address.target
+        credentials, compression = messages.credentials(connection), messages.compression(connection)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options, compression)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, options, compression)
+        self._stub = stubs.GRPCInferenceServiceStub(self._channel)
+        self._infer = self._channel.unary_unary(
+            messages.INFER_METHOD, response_deserializer=self._pb.ModelInferResponse.FromString
+        )
+
+    def pack(self, model: str, parts: Sequence[Array]) -> bytes:
+        """A serialized ModelInferRequest."""
+        return messages.pack(model, parts)
+
+    async def infer(self, model: str, body: bytes, timeout_s: float) -> Array:
+        """Embeddings float32 (N,D), read-only."""
+        with self._errors(model, timeout_s):
+            reply = await self._infer(body, timeout=timeout_s, metadata=self._metadata)
+        return messages.unpack(self._connection, model, reply)
+
+    async def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+        """Faces and embeddings stay in the slot."""
+        with self._errors(model, timeout_s):
+            await self._infer(messages.pack_shared(model, slot, count), timeout=timeout_s, metadata=self._metadata)
+
+    async def register_shared(self, slot: Slot, timeout_s: float) -> None:
+        """Make a slot known to the server."""
+        try:
+            await self._call(*messages.register_request(slot), timeout_s)
+        except self._rpc_error as exc:
+            if "already" not in (exc.details() or ""):
+                raise messages.translated(exc, self._connection, "shared memory", timeout_s) from exc
+
+    async def unregister_shared(self, name: str, timeout_s: float) -> None:
+        """Make the server forget a region."""
+        with self._errors("shared memory", timeout_s):
+            await self._call(*messages.unregister_request(name), timeout_s)
+
+    async def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
+        """Names of the regions that the server knows."""
+        with self._errors("shared memory", timeout_s):
+            reply = await self._call(*messages.regions_request(memory), timeout_s)
+        return list(reply.regions)
+
+    async def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
+        """The served configuration; int64 values are strings, as protobuf's JSON has them."""
+        from google.protobuf.json_format import MessageToDict
+
+        with self._errors(model, timeout_s):
+            reply = await self._call("ModelConfig", self._pb.ModelConfigRequest(name=model), timeout_s)
+        return MessageToDict(reply.config, preserving_proto_field_name=True)
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        await asyncio.sleep(seconds)
+
+    async def close(self) -> None:
+        """Close the channel; requests under way fail."""
+        self._closed = True
+        await self._channel.close()
+
+    async def _call(self, method: str, request: Any, timeout_s: float) -> Any:
+        return await getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
+
+    @contextmanager
+    def _errors(self, model: str, timeout_s: float) -> Iterator[None]:
+        try:
+            yield
+        except self._rpc_error as exc:
+            if self._closed:
+                raise refusals.closed() from exc
+            raise messages.translated(exc, self._connection, model, timeout_s) from exc
+        except asyncio.CancelledError as exc:
+            # grpc.aio cancels the caller when its channel is closed; a caller who was cancelled himself stays so
+            task = asyncio.current_task()
+            if self._closed and not (task and getattr(task, "cancelling", lambda: 0)()):
+                raise refusals.closed() from exc
+            raise

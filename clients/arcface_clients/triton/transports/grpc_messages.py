@@ -1,0 +1,184 @@
+"""Triton's gRPC messages: faces in, bytes out; a reply or its error in, embeddings or an error of ours out. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from arcface_clients.arrays import Array
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
+from arcface_clients.errors import ArcFaceError, DependencyMissing
+from arcface_clients.triton.address import Connection
+from arcface_clients.triton.memory.cuda import CudaSlot
+from arcface_clients.triton.memory.system import Slot, memory_of
+from arcface_clients.triton.transports import refusals
+
+INFER_METHOD = "/inference.GRPCInferenceService/ModelInfer"
+_MESSAGE_LIMIT = 2**31 - 1  # gRPC's own default of 4 MB is less than 128 faces
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", _MESSAGE_LIMIT),
+    ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
+    ("grpc.use_local_subchannel_pool", 1),  # one TCP connection for each client, not one for the process
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),  # gRPC would wait up to two minutes for a restarted server
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+_UNREACHABLE = (
+    "failed to connect",
+    "connection",
+    "socket closed",
+    "broken pipe",
+    "name resolution",
+    "dns resolution",
+    "errors resolving",
+    "tcp stream",
+    "goaway",
+    "handshak",
+    "endpoint closing",
+    "transport clos",
+    "ping timeout",
+    "recvmsg",
+    "sendmsg",
+    "rst_stream",
+)
+
+
+def drivers() -> tuple[Any, Any, Any]:
+    """The modules grpc, service_pb2 and service_pb2_grpc.
+
+    Raises:
+        DependencyMissing: tritonclient or grpcio is not installed.
+    """
+    try:
+        import grpc
+        from tritonclient.grpc import service_pb2, service_pb2_grpc
+    except ImportError as exc:
+        raise DependencyMissing(
+            f"gRPC needs the package tritonclient ({exc}): pip install 'tritonclient[grpc]'"
+        ) from exc
+    return grpc, service_pb2, service_pb2_grpc
+
+
+def credentials(connection: Connection) -> Any | None:
+    """Channel credentials for `grpcs://`, None for `grpc://`."""
+    if not connection.address.tls:
+        return None
+    grpc, _, _ = drivers()
+    tls = connection.tls
+    return grpc.ssl_channel_credentials(_read(tls.ca_file), _read(tls.key_file), _read(tls.cert_file))
+
+
+def compression(connection: Connection) -> Any:
+    """grpc.Compression of a connection; none unless asked for, faces hardly shrink."""
+    grpc, _, _ = drivers()
+    kinds = {None: "NoCompression", "gzip": "Gzip", "deflate": "Deflate"}
+    return getattr(grpc.Compression, kinds[connection.compression])
+
+
+def pack(model: str, parts: Sequence[Array]) -> bytes:
+    """A serialized ModelInferRequest with the faces in it; they are copied once."""
+    count = sum(len(part) for part in parts)
+    return b"".join([_head(model, count), *_raw_input_contents(parts)])
+
+
+def pack_shared(model: str, slot: Slot, count: int) -> bytes:
+    """A serialized ModelInferRequest that points into a registered slot, for its input and its output."""
+    _, messages, _ = drivers()
+    request = messages.ModelInferRequest(model_name=model)
+    face = request.inputs.add(name=FACE_INPUT, datatype="UINT8", shape=[count, *FACE_SHAPE])
+    embedding = request.outputs.add(name=EMBEDDING_OUTPUT)
+    for tensor, (offset, length) in ((face, slot.faces_at(count)), (embedding, slot.rows_at(count))):
+        tensor.parameters["shared_memory_region"].string_param = slot.name
+        tensor.parameters["shared_memory_byte_size"].int64_param = length
+        tensor.parameters["shared_memory_offset"].int64_param = offset
+    return request.SerializeToString()
+
+
+def register_request(slot: Slot) -> tuple[str, Any]:
+    """Method and message that make a slot known."""
+    _, messages, _ = drivers()
+    if isinstance(slot, CudaSlot):
+        request = messages.CudaSharedMemoryRegisterRequest(
+            name=slot.name, raw_handle=slot.raw_handle, device_id=slot.device, byte_size=slot.byte_size
+        )
+        return "CudaSharedMemoryRegister", request
+    request = messages.SystemSharedMemoryRegisterRequest(name=slot.name, key=slot.key, byte_size=slot.byte_size)
+    return "SystemSharedMemoryRegister", request
+
+
+def unregister_request(name: str) -> tuple[str, Any]:
+    """Method and message that make a region of ours unknown."""
+    method = f"{memory_of(name).capitalize()}SharedMemoryUnregister"
+    return method, getattr(drivers()[1], f"{method}Request")(name=name)
+
+
+def regions_request(memory: str) -> tuple[str, Any]:
+    """Method and message that ask for all regions in "system" or "cuda" shared memory."""
+    method = f"{memory.capitalize()}SharedMemoryStatus"
+    return method, getattr(drivers()[1], f"{method}Request")()
+
+
+def unpack(connection: Connection, model: str, reply: Any) -> Array:
+    """The `embedding` of a ModelInferResponse as float32 (N,D), a view on its bytes.
+
+    Raises:
+        InferenceFailed: no such output, or not as many bytes as its shape says.
+    """
+    for output, raw in zip(reply.outputs, reply.raw_output_contents, strict=False):
+        if output.name == EMBEDDING_OUTPUT and output.datatype == "FP32":
+            rows = np.frombuffer(raw, np.float32)
+            shape = tuple(output.shape)
+            if len(shape) == 2 and rows.size == shape[0] * shape[1]:
+                return rows.reshape(shape)
+    got = ", ".join(f"{o.name} {o.datatype} {list(o.shape)}" for o in reply.outputs) or "no output"
+    sizes = [len(raw) for raw in reply.raw_output_contents]
+    raise refusals.wrong_answer(connection.address, model, f"{got} in {sizes} bytes")
+
+
+def translated(exc: Any, connection: Connection, model: str, timeout_s: float) -> ArcFaceError:
+    """The error of ours for a grpc.RpcError."""
+    status, words = exc.code().name, exc.details() or ""
+    if status == "DEADLINE_EXCEEDED":
+        return refusals.too_late(connection.address, model, timeout_s)
+    lost = status in ("UNAVAILABLE", "UNKNOWN", "INTERNAL") and any(part in words.lower() for part in _UNREACHABLE)
+    if lost or status == "CANCELLED":  # we cancel nothing here: a server that shuts down does
+        return refusals.unreachable(connection.address, words)
+    busy = status in ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
+    return refusals.refused(connection.address, model, status, words, busy=busy)
+
+
+@lru_cache(maxsize=1024)
+def _head(model: str, count: int) -> bytes:
+    """Everything of a ModelInferRequest but the faces; it depends on the count alone."""
+    _, messages, _ = drivers()
+    request = messages.ModelInferRequest(model_name=model)
+    request.inputs.add(name=FACE_INPUT, datatype="UINT8", shape=[count, *FACE_SHAPE])
+    request.outputs.add(name=EMBEDDING_OUTPUT)
+    return request.SerializeToString()
+
+
+def _raw_input_contents(parts: Sequence[Array]) -> list[bytes | memoryview]:
+    """Field 7 (bytes) of ModelInferRequest around the faces: tag, length, then the arrays' own memory.
+
+    Fields of a protobuf message may be written one after the other in any order (protobuf.dev, Encoding), so this
+    follows the serialized head. The stubs copy the faces three times (tobytes, into the message, out of it), which
+    halves the throughput of one client: `scripts/bench clients`.
+    """
+    length = sum(part.nbytes for part in parts)
+    tag = bytearray([7 << 3 | 2])
+    while length > 0x7F:
+        tag.append(length & 0x7F | 0x80)
+        length >>= 7
+    tag.append(length)
+    return [bytes(tag), *(part.data.cast("B") for part in parts if part.size)]
+
+
+def _read(path: Any) -> bytes | None:
+    from pathlib import Path
+
+    return Path(path).read_bytes() if path else None

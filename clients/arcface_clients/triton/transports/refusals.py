@@ -1,0 +1,68 @@
+"""What a server's refusal means: its words in, an error of ours out; Triton gives one status to several causes."""
+
+from __future__ import annotations
+
+from arcface_clients.errors import (
+    ArcFaceError,
+    ClientUnusable,
+    ConfigError,
+    DeadlineExceeded,
+    InferenceFailed,
+    ModelNotReady,
+    ServerUnreachable,
+    SharedMemoryLost,
+)
+from arcface_clients.triton.address import Address
+
+_NOT_READY = ("unknown model", "is not found", "is not ready", "version not ready", "has no available versions")
+
+
+def closed() -> ClientUnusable:
+    """The client was closed while, or before, this was asked of it."""
+    return ClientUnusable("this client is closed; make a new one.")
+
+
+def too_late(address: Address, model: str, timeout_s: float) -> DeadlineExceeded:
+    """No answer in time."""
+    return DeadlineExceeded(
+        f"no answer from {model!r} at {address} within {timeout_s:g} s. Raise timeout_s, or send fewer faces at once"
+    )
+
+
+def unreachable(address: Address, why: object) -> ServerUnreachable:
+    """The connection failed, not the server."""
+    return ServerUnreachable(
+        f"no Triton server answers at {address}: {why}.{_port_hint(address, str(why))} Start one: arcface serve"
+    )
+
+
+def refused(address: Address, model: str, status: str, words: str, *, busy: bool) -> ArcFaceError:
+    """The server answered with an error. `busy`: its status says that it cannot answer now, but might later."""
+    text = words.lower()
+    if any(part in text for part in _NOT_READY):
+        return ModelNotReady(f"{address} does not serve {model!r}: {words}. Load it: arcface serve")
+    if "restricted" in text and "header" in text:
+        return ConfigError(f"{address} guards this with a key: {words}. Pass it as headers={{name: key}}")
+    if "shared memory region" in text and ("unable to find" in text or "not found" in text):
+        return SharedMemoryLost(f"{address} does not know our shared memory: {words}")
+    if busy:
+        return ModelNotReady(f"{model!r} at {address} cannot answer now: {words}")
+    return InferenceFailed(f"{model!r} at {address} answered {status}: {words}")
+
+
+def wrong_answer(address: Address, model: str, got: str) -> InferenceFailed:
+    """The answer is not `embedding` FP32 (N,D)."""
+    return InferenceFailed(
+        f"{model!r} at {address} answered with {got}; expected `embedding` FP32 (N, D). "
+        "Look at the server's log (empty outputs: its Python has numpy 2)"
+    )
+
+
+def _port_hint(address: Address, words: str) -> str:
+    """A sentence for the commonest slip, one protocol on the other's port; "" otherwise."""
+    text = words.lower()
+    if address.protocol == "grpc" and (address.port == 8000 or "socket closed" in text):
+        return f" If port {address.port} is the HTTP port: http://{address.target}."
+    if address.protocol == "http" and (address.port == 8001 or "badstatusline" in text):
+        return f" If port {address.port} is the gRPC port: grpc://{address.target}."
+    return ""

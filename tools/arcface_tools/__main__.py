@@ -1,0 +1,28 @@
+"""The tools' command line: python -m arcface_tools COMMAND, from a checkout."""
+
+from __future__ import annotations
+
+import click
+
+from arcface_build.cli import run
+from arcface_build.lazy_group import LazyGroup
+
+COMMANDS = {  # name -> (module under arcface_tools.commands, one line for --help)
+    "bench-clients": ("bench_clients", "Measure our client on every transport beside the bare runtime."),
+    "bench-vectors": ("bench_vectors", "Measure distances, neighbours and gallery search beside the obvious ways."),
+    "consensus-demo": ("consensus_demo", "Put strangers among people's faces and measure who is found, and how fast."),
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    package="arcface_tools.commands",
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+def cli() -> None:
+    """Measurements of this project itself; the exit codes are those of `arcface`."""
+
+
+if __name__ == "__main__":
+    run(cli, "python -m arcface_tools")

@@ -1,0 +1,67 @@
+"""A number of generated faces in; the rate, the memory and the rows of a bulk job that embeds nothing but copies, out.
+
+The engine costs next to nothing, so what is measured is the job: reading, hashing, writing parts, merging them. The
+faces are a sparse .npy file: they take no room on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_clients.contract import FACE_SHAPE
+from arcface_clients.faces.check import check_faces
+
+_CHILD = "import sys; from arcface_tools.bulk import job; job(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+
+
+class CopyingEngine:
+    """The first bytes of a face, scaled: distinct rows for distinct faces, at the price of a copy."""
+
+    name = "copy"
+    contract_id = "0" * 64
+
+    def __init__(self, dim: int) -> None:
+        """An engine for rows of `dim` numbers."""
+        self.embedding_dim = dim
+
+    def encode(self, faces: np.ndarray) -> np.ndarray:
+        """Rows float32 (N,dim) of unit length."""
+        faces = check_faces(faces)
+        rows = faces.reshape(len(faces), -1)[:, : self.embedding_dim].astype(np.float32) + 1
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def run(count: int = 1_000_000, dim: int = 512, folder: Path | None = None) -> dict[str, Any]:
+    """Embed `count` faces to Parquet in a process of its own; needs twice `count` × `dim` × 4 bytes on disk."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        source, output = Path(scratch) / "faces.npy", Path(scratch) / "out.parquet"
+        faces = np.lib.format.open_memmap(source, mode="w+", dtype=np.uint8, shape=(count, *FACE_SHAPE))
+        del faces
+        command = [sys.executable, "-c", _CHILD, str(source), str(output), str(dim)]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return {**json.loads(answer), "output_mb": output.stat().st_size / 2**20}
+
+
+def job(source: str, output: str, dim: int) -> None:
+    """What the process of its own does; prints JSON."""
+    import time
+
+    from arcface_clients.bulk.job import Job, Plan, run_local
+
+    engine = CopyingEngine(dim)
+    start = time.perf_counter()
+    with Job(output, Plan((source,), engine.contract_id, dim)) as held:
+        run_local(held, [engine])
+        rows, refused = held.finish()
+    seconds = time.perf_counter() - start
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    figures = {"rows": rows, "refused": refused, "seconds": seconds, "faces_per_s": rows / seconds, "peak_mb": peak}
+    print(json.dumps(figures))

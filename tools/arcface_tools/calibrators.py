@@ -1,0 +1,96 @@
+"""Ways to choose int8 ranges, side by side: a model folder in; the drift that each way ends with, as JSON out.
+
+It is the reason why `variants.calibrate` is own code: min/max, percentile and entropy of onnxruntime.quantization with
+our placement of Q/DQ (convolution inputs and weights only), and its quantize_static as it comes.
+
+    python -m arcface_tools.calibrators models/NAME [FACES]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_build.imports.manifest import load_manifest
+from arcface_build.variants.calibrate import collect_histograms, conv_inputs, least_error_range
+from arcface_build.variants.eval_set import load_faces
+from arcface_build.variants.gate import embed_all
+from arcface_build.variants.int8 import Range, quantizable_layers, quantize_convolutions
+from arcface_build.variants.make import CALIBRATION_FACES, load_named
+from arcface_clients.contract import FACE_INPUT
+from arcface_clients.engines.runtimes import open_session
+from arcface_clients.evidence.drift import compare_embeddings
+
+METHODS = {"min/max": ("MinMax", {}), "percentile": ("Percentile", {}), "entropy": ("Entropy", {})}
+
+
+class _Reader:
+    """Calibration faces one at a time, as onnxruntime.quantization asks for them."""
+
+    def __init__(self, faces: np.ndarray) -> None:
+        self._feeds: Iterator[dict[str, np.ndarray]] = ({FACE_INPUT: face[None]} for face in faces)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next feed, None at the end."""
+        return next(self._feeds, None)
+
+
+def run(model_dir: Path, source: str = "synthetic", eval_faces: int = 64) -> dict[str, Any]:
+    """Drift of int8 by each way to choose ranges, all layers but the first quantised, on ONNX Runtime."""
+    path = model_dir / load_manifest(model_dir).serving["file"]
+    model = load_named(path)
+    faces = load_faces(source, eval_faces)
+    calibration = load_faces(source, CALIBRATION_FACES, seed=1).faces
+    reference = embed_all(open_session(model), faces.faces)
+    keep = quantizable_layers(model)[:1]
+    rows: dict[str, dict[str, Any]] = {}
+
+    def measure(name: str, candidate: Any) -> None:
+        rows[name] = compare_embeddings(reference, embed_all(open_session(candidate), faces.faces)).to_json()
+
+    histograms = collect_histograms(model, conv_inputs(model), calibration)
+    ours = {name: least_error_range(h, "cpu") for name, h in histograms.items()}
+    measure("least squared error", quantize_convolutions(model, ours, "cpu", keep))
+    for name in METHODS:
+        ranges = {k: v for k, v in _library_ranges(path, name, calibration).items() if k in ours}
+        measure(f"{name}, our placement", quantize_convolutions(model, ranges, "cpu", keep))
+    measure("quantize_static as it comes", _quantize_static(path, calibration))
+    return {"model": model_dir.name, "faces": faces.to_json(), "calibration_faces": len(calibration), "drift": rows}
+
+
+def _library_ranges(path: Path, method: str, faces: np.ndarray) -> dict[str, Range]:
+    from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
+
+    kind, options = METHODS[method]
+    with tempfile.TemporaryDirectory() as folder:
+        calibrator = create_calibrator(
+            path,
+            ["Conv"],
+            augmented_model_path=f"{folder}/augmented.onnx",
+            calibrate_method=CalibrationMethod[kind],
+            extra_options=options,
+        )
+        calibrator.collect_data(_Reader(faces))
+        found = calibrator.compute_data()
+    return {name: tuple(float(np.ravel(end)[0]) for end in data.range_value) for name, data in found.items()}
+
+
+def _quantize_static(path: Path, faces: np.ndarray) -> Path:
+    from onnxruntime.quantization import quantize_static
+
+    target = Path(tempfile.mkdtemp()) / "static.onnx"
+    quantize_static(path, target, _Reader(faces))
+    return target
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):  # the library prints as it goes
+        found = run(Path(sys.argv[1]), *sys.argv[2:3])
+    print(json.dumps(found, indent=2))

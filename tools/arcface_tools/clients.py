@@ -1,0 +1,257 @@
+"""What the client costs and survives: a served model and its ONNX in; ratios to the bare runtime, memory, restarts out.
+
+The ratios are taken on real models. Memory and restarts are about the client, so they run against a server of their
+own with a model that does next to nothing, and each answer is checked against the face it belongs to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_build.bench.contestants import bare_session
+from arcface_build.bench.host import describe_host
+from arcface_build.bench.interleaved import Variant, Work, measure_in_turns
+from arcface_build.bench.result import summarise
+from arcface_build.errors import ProofFailed
+from arcface_build.serving.binary import find_tritonserver
+from arcface_build.serving.process import Ports, TritonProcess, free_ports
+from arcface_clients import TritonEmbedder
+from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.faces.check import Faces, to_gpu
+from arcface_clients.faces.synthetic import synthetic_faces
+
+WAYS = ("grpc", "grpc-shm", "http", "http-shm")
+# Through regions on the GPU: with faces of the host, and with faces that are on the GPU already.
+GPU_WAYS = ("grpc-cudashm", "grpc-gpufaces", "http-cudashm", "http-gpufaces")
+QUICK = "quick"  # the model that does next to nothing
+_QUICK_MODEL = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.weights = np.random.default_rng(5).standard_normal((7 * 7 * 3, 512)).astype(np.float32)
+
+    def execute(self, requests):
+        answers = []
+        for request in requests:
+            faces = pb_utils.get_input_tensor_by_name(request, "face").as_numpy()
+            rows = (faces[:, ::16, ::16].reshape(len(faces), -1).astype(np.float32) - 127.5) @ self.weights
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            answers.append(pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("embedding", rows)]))
+        return answers
+"""
+_QUICK_CONFIG = """
+backend: "python"
+max_batch_size: 64
+input [ { name: "face" data_type: TYPE_UINT8 dims: [ 112, 112, 3 ] } ]
+output [ { name: "embedding" data_type: TYPE_FP32 dims: [ 512 ] } ]
+instance_group [ { kind: KIND_CPU count: 1 } ]
+"""
+
+
+def run(
+    onnx: Path | None,
+    grpc_url: str,
+    http_url: str,
+    *,
+    model: str = "arcface_onnx",
+    server_pid: int | None = None,
+    batch: int = 32,
+    in_flight: Sequence[int] = (2, 4),
+    ways: Sequence[str] = WAYS,
+    rounds: int = 5,
+    sample_s: float = 10.0,
+    threads: int = 0,
+    on_sample: Callable[[str, int], None] = lambda name, round_: None,
+) -> dict[str, Any]:
+    """Throughput of the client on every way to a running server, in turns with the bare session; as `arcface bench`.
+
+    Args:
+        onnx: the serving ONNX that the server runs; None leaves the bare session out.
+        grpc_url: host:port of its gRPC.
+        http_url: host:port of its HTTP.
+        model: served model.
+        server_pid: tritonserver's, when it runs on this host; its CPU time is then told.
+        batch: faces in a request.
+        in_flight: requests under way; each is a variant of its own.
+        ways: of `WAYS` and `GPU_WAYS`.
+        rounds: undisturbed rounds.
+        sample_s: about how long one sample takes; several batches should fit.
+        threads: of the bare session; 0 leaves ONNX Runtime's default.
+        on_sample: called with the variant's name and the round.
+
+    Raises:
+        Missing: one of `GPU_WAYS` was asked for, and the server does not open regions on a GPU.
+        WrongUse: a way that is none of them.
+    """
+    if unknown := [way for way in ways if way not in (*WAYS, *GPU_WAYS)]:
+        raise WrongUse(f"no way is called {unknown[0]!r}: expected one of {', '.join((*WAYS, *GPU_WAYS))}.")
+    faces = synthetic_faces(4 * batch)
+    urls = {"grpc": f"grpc://{grpc_url}", "http": f"http://{http_url}"}
+    with contextlib.ExitStack() as stack:
+        variants = [bare_session(onnx, faces, batch, threads)] if onnx else []
+        for way, count in itertools.product(ways, in_flight):
+            embedder = TritonEmbedder(urls[way[:4]], model, in_flight=count, shared_memory=_memory(way))
+            stack.enter_context(embedder).ensure_ready()
+            if way in GPU_WAYS and embedder.way.memory != "cuda":
+                raise Missing(f"{way} cannot be measured: {embedder.way.reason}. Next: --way grpc --way grpc-shm")
+            source = to_gpu(faces, embedder.served.gpu or 0) if way.endswith("gpufaces") else faces
+            variants.append(_streaming(f"client {way} in flight {count}", embedder, source, batch, server_pid))
+        samples = measure_in_turns(variants, rounds, sample_s, on_sample)
+    return summarise(variants, samples, describe_host())
+
+
+def run_quick(in_flight: Sequence[int], ways: Sequence[str] = WAYS, **settings: Any) -> dict[str, Any]:
+    """`run` against the quick model, where the client and the way are all there is."""
+    with quick_server() as (start, _):
+        process = start()
+        return run(None, process.grpc_url, process.http_url, model=QUICK, in_flight=in_flight, ways=ways, **settings)
+
+
+def stream_memory(count: int = 1_000_000, way: str = "grpc-shm") -> dict[str, Any]:
+    """RSS of this process while a stream of `count` generated faces goes through the client, in MB of 10⁶ bytes."""
+    faces = synthetic_faces(64)
+    with quick_server() as (start, _):
+        start()
+        with TritonEmbedder(_url(start.ports, way), QUICK, shared_memory=way.endswith("-shm")) as embedder:
+            embedder.encode(faces)
+            before_mb, answered, started = _rss_mb(), 0, time.perf_counter()
+            highest_mb = before_mb
+            source = (faces[i % 64] for i in range(count))
+            for answered, _ in enumerate(embedder.encode_stream(source), 1):
+                if answered % 10_000 == 0:
+                    highest_mb = max(highest_mb, _rss_mb())
+            seconds = time.perf_counter() - started
+    return {
+        "way": way,
+        "faces": answered,
+        "faces_per_s": answered / seconds,
+        "rss_before_mb": before_mb,
+        "rss_highest_mb": highest_mb,
+        "peak_rss_of_process_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+    }
+
+
+def restarts(requests: int = 10_000, batch: int = 4, kills: int = 2, way: str = "grpc-shm") -> dict[str, Any]:
+    """`requests` requests of `batch` faces while the server is killed and restarted `kills` times.
+
+    Raises:
+        ProofFailed: a face was answered wrongly, twice, out of order or not at all.
+    """
+    faces = synthetic_faces(61)  # a prime: a lost or doubled batch shifts every later face
+    with quick_server() as (start, server):
+        start()
+        url, shared = _url(start.ports, way), way.endswith("-shm")
+        with TritonEmbedder(url, QUICK, shared_memory=False) as embedder:
+            truth = np.concatenate([embedder.encode(face) for face in faces])
+        seen, done = 0, threading.Event()
+        killer = threading.Thread(target=_kill_at, args=(start, server, lambda: seen, requests * batch, kills, done))
+        with TritonEmbedder(url, QUICK, shared_memory=shared) as embedder:
+            embedder.ensure_ready()
+            killer.start()
+            started = time.perf_counter()
+            source = (faces[i % len(faces)] for i in range(requests * batch))
+            try:
+                for row in embedder.encode_stream(source, batch_size=batch):
+                    if not np.allclose(row, truth[seen % len(faces)], atol=1e-5):
+                        raise ProofFailed(f"face {seen} of the stream has the embedding of another one.")
+                    seen += 1
+            finally:
+                done.set()
+            seconds = time.perf_counter() - started
+            ways = str(embedder.way)
+        killer.join()
+    if seen != requests * batch:
+        raise ProofFailed(f"{seen} answers to {requests * batch} faces.")
+    return {"way": ways, "requests": requests, "faces": seen, "kills": server["kills"], "wrong": 0, "seconds": seconds}
+
+
+@contextlib.contextmanager
+def quick_server() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A function that starts the quick server (again, on the same ports), and what runs now."""
+    with tempfile.TemporaryDirectory(prefix="arcface-bench-") as name:
+        folder = Path(name)
+        version = folder / "repository" / QUICK / "1"
+        version.mkdir(parents=True)
+        (version / "model.py").write_text(_QUICK_MODEL)
+        (version.parent / "config.pbtxt").write_text(_QUICK_CONFIG)
+        ports = free_ports()
+        now: dict[str, Any] = {"process": None, "kills": 0}
+
+        def start() -> TritonProcess:
+            now["process"] = TritonProcess(
+                find_tritonserver(),
+                folder / "repository",
+                [QUICK],
+                config_name="",
+                log_path=folder / "tritonserver.log",
+                ports=ports,
+            ).start()
+            now["process"].wait_ready()
+            return now["process"]
+
+        start.ports = ports
+        try:
+            yield start, now
+        finally:
+            if now["process"]:
+                now["process"].stop()
+
+
+def _kill_at(
+    start: Any, now: dict[str, Any], seen: Callable[[], int], total: int, kills: int, done: threading.Event
+) -> None:
+    """Kill and restart the server when the stream has passed each of `kills` even parts of its way."""
+    for number in range(1, kills + 1):
+        while seen() < total * number / (kills + 1):
+            if done.wait(0.01):
+                return
+        now["process"].kill()
+        now["kills"] += 1
+        start()
+    done.wait()  # a server that this thread started would end with it (PR_SET_PDEATHSIG)
+
+
+def _streaming(name: str, embedder: TritonEmbedder, faces: Faces, batch: int, pid: int | None) -> Variant:
+    """A variant that streams batches through a client for some seconds; all that was sent is answered in its time."""
+    batches = [faces[i : i + batch] for i in range(0, len(faces), batch)]
+
+    def sample(seconds: float) -> Work:
+        started = time.perf_counter()
+
+        def source() -> Iterator[np.ndarray]:
+            for number in itertools.count():
+                if number and time.perf_counter() - started > seconds:
+                    return
+                yield batches[number % len(batches)]
+
+        answered = sum(len(rows) for rows in embedder.encode_stream(source(), batch_size=batch))
+        return Work(answered, time.perf_counter() - started)
+
+    about = {"batch": batch, "model": embedder.model, "in_flight": embedder.in_flight, "way": str(embedder.way)}
+    return Variant(name, sample, "server" if pid else "process", (pid,) if pid else (), about)
+
+
+def _memory(way: str) -> bool | str:
+    return {"": False, "shm": True}.get(way.partition("-")[2], "cuda")
+
+
+def _url(ports: Ports, way: str) -> str:
+    return f"http://127.0.0.1:{ports.http}" if way.startswith("http") else f"grpc://127.0.0.1:{ports.grpc}"
+
+
+def _rss_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6

@@ -1,0 +1,105 @@
+"""`scripts/bench clients`: our client on every way beside the bare runtime; memory of streams and of bulk jobs."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import click
+
+EPILOG = """\b
+Examples:
+  scripts/bench clients                              gRPC and shared memory against the bare session, batch 32
+  scripts/bench clients --way grpc-shm --way grpc-cudashm --way grpc-gpufaces   on a GPU host: regions on the GPU
+  scripts/bench clients --quick --in-flight 1 --in-flight 2 --in-flight 4 --in-flight 8
+  scripts/bench clients --stream 1000000             peak memory while a million generated faces go through
+  scripts/bench clients --restarts 10000             every face answered once though the server is killed twice
+  scripts/bench clients --bulk 1000000               rate and memory of a bulk job to Parquet, without an engine
+"""
+
+
+@click.command("bench-clients", epilog=EPILOG)
+@click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Faces a request.")
+@click.option(
+    "--way",
+    "ways",
+    multiple=True,
+    default=("grpc", "grpc-shm"),
+    show_default=True,
+    help="grpc or http, alone or with -shm, -cudashm, -gpufaces (faces that are on the GPU). Repeatable.",
+)
+@click.option("--in-flight", multiple=True, default=(4,), show_default=True, type=click.IntRange(1))
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
+@click.option("--sample-s", default=5.0, show_default=True, type=click.FloatRange(0))
+@click.option("--quick", is_flag=True, help="Against a model that does next to nothing: the client and the way alone.")
+@click.option("--stream", type=click.IntRange(1), help="Instead: memory of a stream of so many faces.")
+@click.option("--restarts", "requests", type=click.IntRange(1), help="Instead: so many requests across two kills.")
+@click.option("--bulk", type=click.IntRange(1), help="Instead: rate and memory of a bulk job of so many faces.")
+@click.option("--json", "json_to", type=click.Path(path_type=Path), help="Write the result here; - prints it.")
+def command(
+    model_repository: Path | None,
+    batch: int,
+    ways: tuple[str, ...],
+    in_flight: tuple[int, ...],
+    rounds: int,
+    sample_s: float,
+    quick: bool,
+    stream: int | None,
+    requests: int | None,
+    bulk: int | None,
+    json_to: Path | None,
+) -> None:
+    """Measure our client in turns with the bare ONNX Runtime session, in one run."""
+    from arcface_build.bench.host import describe_host
+    from arcface_build.commands.bench import progress_of_rounds, render, served_file, server_under_test
+    from arcface_clients.atomic import write_json
+    from arcface_clients.errors import WrongUse
+    from arcface_tools import bulk as bulk_job
+    from arcface_tools import clients
+
+    instead = [
+        ("stream", stream, clients.stream_memory),
+        ("restarts", requests, clients.restarts),
+        ("bulk", bulk, bulk_job.run),
+    ]
+    chosen = [(kind, count, measure) for kind, count, measure in instead if count]
+    if len(chosen) > 1:
+        raise WrongUse("--stream, --restarts and --bulk each take the place of the rest: expected at most one.")
+    if chosen:
+        kind, count, measure = chosen[0]
+        measured = measure(count)
+        result = {"kind": kind, "host": describe_host(), **measured}
+        text = json.dumps(measured, indent=2)
+    elif quick:
+        with progress_of_rounds(len(ways) * len(in_flight) * (rounds + 1)) as advance:
+            result = clients.run_quick(
+                in_flight, ways, batch=batch, rounds=rounds, sample_s=sample_s, on_sample=advance
+            )
+        text = render(result)
+    else:
+        onnx = served_file(model_repository, "arcface_onnx", "model.onnx")
+        with (
+            tempfile.TemporaryDirectory(prefix="arcface-bench-") as folder,
+            server_under_test(None, None, model_repository, ("arcface_onnx",), "onnx", Path(folder)) as target,
+            progress_of_rounds((len(ways) * len(in_flight) + 1) * (rounds + 1)) as advance,
+        ):
+            result = clients.run(
+                onnx,
+                target.grpc_url,
+                target.http_url,
+                server_pid=target.pid,
+                batch=batch,
+                in_flight=in_flight,
+                ways=ways,
+                rounds=rounds,
+                sample_s=sample_s,
+                on_sample=advance,
+            )
+        text = render(result)
+    if str(json_to) == "-":
+        text = json.dumps(result, indent=2)
+    elif json_to:
+        write_json(json_to, result)
+    click.echo(text)

@@ -1,0 +1,40 @@
+"""`scripts/bench vectors`: distances, neighbours and gallery search beside the obvious ways, with their memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+EPILOG = """\b
+Examples:
+  scripts/bench vectors                              16 faces, 1,000 × 1,000, 50,000 top 10, a gallery of 100,000
+  scripts/bench vectors --rows 5000 --rounds 1       in seconds
+"""
+
+
+@click.command("bench-vectors", epilog=EPILOG)
+@click.option(
+    "--rows", default=50_000, show_default=True, type=click.IntRange(100), help="Embeddings among which to look."
+)
+@click.option(
+    "--gallery", default=100_000, show_default=True, type=click.IntRange(100), help="Embeddings in the gallery."
+)
+@click.option("--dim", default=512, show_default=True, type=click.IntRange(2))
+@click.option("--k", default=10, show_default=True, type=click.IntRange(1), help="Neighbours of each row.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--json", "json_to", type=click.Path(path_type=Path), help="Write the result here; - prints it.")
+def command(rows: int, gallery: int, dim: int, k: int, rounds: int, json_to: Path | None) -> None:
+    """Measure distances by matrix product in turns with the obvious ways, in one run."""
+    from arcface_clients.atomic import write_json
+    from arcface_tools import vectors
+
+    result = vectors.run(rows, gallery, dim, k, rounds)
+    if str(json_to) == "-":
+        click.echo(json.dumps(result, indent=2))
+        return
+    click.echo(vectors.table(result))
+    if json_to:
+        write_json(json_to, result)
+        click.echo(f"written: {json_to}")

@@ -1,0 +1,298 @@
+"""The run: models and a time budget in; docs/measured/<gpu>.json and .md out.
+
+Each step that fails is written into the report with its reason, and the next one runs. What the budget does not reach
+is listed as not measured. Nothing is estimated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import site
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_build.plans.build import Proof, build_plan, tensorrt_version
+from arcface_build.plans.gpu import find_gpus
+from arcface_build.plans.source import find_source
+from arcface_build.plans.typed import read_typed_onnx
+from arcface_clients import TritonEmbedder
+from arcface_clients.contract import FACE_SHAPE
+from arcface_clients.errors import ArcFaceError, Missing
+from arcface_clients.evidence.drift import DRIFT_LIMITS, compare_embeddings
+from arcface_clients.faces.check import to_gpu
+from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.plans.manifest import PlanManifest, now_utc
+from arcface_clients.plans.spec import BuilderOptions, PlanSpec
+from arcface_tools.gpu_check.contestants import measure, onnxruntime_cuda, plan_runner, served_plan, torch_baseline
+from arcface_tools.gpu_check.report import to_markdown
+
+BATCHES = (1, 8, 32, 64)
+PRECISIONS = ("fp16", "fp32", "int8")
+
+
+@dataclass
+class Check:
+    """One run: what is asked, the clock, and the report as it grows."""
+
+    models_dir: Path
+    scratch: Path
+    deadline: float
+    seconds: float
+    batches: tuple[int, ...]
+    torch_python: str | None
+    external_tactics: bool
+    faces: np.ndarray
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds of the budget that are left."""
+        return self.deadline - time.monotonic()
+
+    def step(self, name: str, needs_s: float, action: Callable[[], Any]) -> Any:
+        """Run one step if the budget allows; its result, or None with the reason in the report."""
+        if self.left_s < needs_s:
+            self.report["not_measured"].append({"step": name, "why": f"{self.left_s:.0f} s of the budget were left"})
+            return None
+        print(f"[{self.left_s:4.0f} s left] {name}", file=sys.stderr, flush=True)
+        try:
+            return action()
+        except Exception as exc:  # a report with a gap is worth more than none
+            self.report["not_measured"].append({"step": name, "why": f"{type(exc).__name__}: {exc}"[:800]})
+            return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, check the host, run, write; 0 with a report, 3 on a host that cannot build plans."""
+    arguments = _parser().parse_args(argv)
+    try:
+        gpu, version = find_gpus()[0], tensorrt_version()
+    except Missing as exc:
+        print(f"Missing: {exc}", file=sys.stderr)
+        return exc.exit_code
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower().removeprefix("nvidia ")).strip("-")
+    target = arguments.out / f"{name}.json"
+    with tempfile.TemporaryDirectory(prefix="arcface-gpu-check-") as scratch, _packages_shown_to_the_stub():
+        check = Check(
+            models_dir=arguments.models_dir,
+            scratch=Path(scratch),
+            deadline=time.monotonic() + arguments.budget_s,
+            seconds=arguments.sample_s,
+            batches=tuple(arguments.batches),
+            torch_python=arguments.torch_python,
+            external_tactics=not arguments.no_external_tactics,
+            faces=synthetic_faces(128, seed=7),
+        )
+        check.report = {
+            "created": now_utc(),
+            "command": " ".join(["scripts/gpu-check", *(argv if argv is not None else sys.argv[1:])]),
+            "host": {
+                "gpu": gpu.name, "sm": gpu.sm, "driver": gpu.driver, "cuda": gpu.cuda, "memory_bytes": gpu.memory_bytes,
+                "tensorrt": version, "python": sys.version.split()[0], "cpus": os.cpu_count(),
+            },
+            "faces": {"count": len(check.faces), "origin": "drawn"},
+            "models": {}, "not_measured": [],
+        }  # fmt: skip
+        try:
+            _run(check, dict(_named(text) for text in arguments.models), gpu.sm, version)
+        finally:  # Ctrl-C and a budget that was cut leave what was measured
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(check.report, indent=2) + "\n")
+            target.with_suffix(".md").write_text(to_markdown(check.report))
+    print(f"written: {target} and {target.with_suffix('.md').name}")
+    return 0
+
+
+def _run(check: Check, models: dict[str, str], sm: str, version: str) -> None:
+    """The most telling things first: fp16 of every model, its baselines, then the other precisions."""
+    for model, source in models.items():
+        check.report["models"][model] = {"plans": {}}
+        check.step(f"import {model}", 20, lambda m=model, s=source: _import(check, m, s))
+    for precision in PRECISIONS:
+        for model in models:
+            if precision != "fp32":
+                check.step(f"{precision} variant of {model}", 30, lambda m=model, p=precision: _quantize(check, m, p))
+            needs = 60 if precision == "fp16" else 45
+            check.step(
+                f"{precision} plan of {model}", needs, lambda m=model, p=precision: _plan(check, m, p, sm, version)
+            )
+        if precision == "fp16":
+            for model in models:
+                check.step(f"ONNX Runtime CUDA on {model}", 15, lambda m=model: _onnxruntime(check, m))
+                check.step(f"PyTorch on {model}", 25, lambda m=model: _torch(check, m))
+
+
+def _arcface(check: Check, *arguments: str) -> None:
+    """One of our own commands in a process of its own, bounded by the budget."""
+    command = [sys.executable, "-c", "from arcface_build.cli import main; main()", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=max(check.left_s - 5, 1), check=False, env=environment
+    )
+    if done.returncode != 0:
+        raise Missing((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
+
+
+def _import(check: Check, model: str, source: str) -> None:
+    if not (check.models_dir / model / "manifest.json").is_file():
+        _arcface(check, "import", source, "--name", model, "--models-dir", str(check.models_dir), "--no-assemble")
+
+
+def _quantize(check: Check, model: str, precision: str) -> None:
+    """A variant for TensorRT; int8 without the search: speed is asked here, and its drift is reported."""
+    variant = check.models_dir / model / "variants" / f"{precision}-tensorrt.onnx"
+    if variant.is_file():
+        return
+    loose = ["--no-search", "--max-drift", "2"] if precision == "int8" else []
+    arguments = ["--precision", precision, "--target", "tensorrt", "--eval-faces", "64", *loose]
+    _arcface(check, "quantize", model, *arguments, "--models-dir", str(check.models_dir))
+
+
+def _plan(check: Check, model: str, precision: str, sm: str, version: str) -> None:
+    """Build, prove, measure in this process and through tritonserver; each part is reported as soon as it is known."""
+    source = find_source(model, precision, check.models_dir)
+    typed = read_typed_onnx(source.onnx)
+    options = BuilderOptions(external_tactics=check.external_tactics)
+    spec = PlanSpec(source.name, typed.sha256, precision, sm, version, 1, 32, 64, options)
+    entry = check.report["models"][model]["plans"][precision] = {}
+    reference = source.embed(check.faces)
+    # The gate is judged below: a plan that drifts is still worth measuring, and the report says that it drifts.
+    proof = Proof(check.faces, reference, dict.fromkeys(DRIFT_LIMITS, 2.0))
+    plan = check.scratch / model / precision / spec.file_name
+    try:
+        manifest = build_plan(
+            typed, spec, plan, proof, contract_id=source.contract_id, timing_caches=check.scratch / "timing",
+            timeout_s=max(check.left_s - 5, 1),
+        )  # fmt: skip
+    except ArcFaceError as exc:
+        entry["refused"] = str(exc)
+        raise
+    entry |= _facts(manifest)
+    with plan_runner(plan) as embed:
+        entry["in_process"] = [measure(embed, check.faces, batch, check.seconds) for batch in check.batches]
+    check.step(
+        f"{precision} plan of {model} through tritonserver", 30, lambda: _served(check, entry, plan, sm, reference)
+    )
+
+
+def _facts(manifest: PlanManifest) -> dict[str, Any]:
+    drift, precision = dict(manifest.drift), manifest.spec.precision
+    limit = DRIFT_LIMITS[precision]
+    return {
+        "build_seconds": manifest.build["seconds"],
+        "peak_vram_bytes": manifest.build["peak_vram_bytes"],
+        "plan_bytes": manifest.bytes,
+        "layers": manifest.precision_proof["compute"],
+        "layers_onnx": manifest.precision_proof["onnx"],
+        "drift": {**drift, "limit": limit},
+        "passes_gate": drift["max_drift"] <= limit,
+    }
+
+
+def _served(check: Check, entry: dict[str, Any], plan: Path, sm: str, reference: np.ndarray) -> None:
+    before = find_gpus()[0].memory_used_bytes
+    with served_plan(plan, sm, plan.parent) as (embed, server):
+        cuda = f"CUDA shared memory, {plan.name}"
+        parity = compare_embeddings(reference, embed(check.faces))
+        rows = [measure(embed, check.faces, batch, check.seconds, callers=1) for batch in check.batches]
+        rows += [measure(embed, check.faces, batch, check.seconds, callers=4) for batch in check.batches[::2]]
+        used = find_gpus()[0].memory_used_bytes - before
+        entry["served"] = {"drift": parity.to_json(), "vram_bytes": used, "rows": rows, "pid": server.pid is not None}
+        check.step(cuda, 15, lambda: _cuda_shared_memory(check, entry["served"], server.grpc_url, reference))
+
+
+def _cuda_shared_memory(check: Check, served: dict[str, Any], url: str, reference: np.ndarray) -> None:
+    """The same requests with faces of the host, and with faces on the GPU, in regions on the GPU."""
+    with TritonEmbedder(url, model="arcface_trt", shared_memory="cuda") as client:
+        client.ensure_ready()
+        if client.way.memory != "cuda":
+            raise Missing(client.way.reason)
+        served["cuda_drift"] = compare_embeddings(reference, client.encode(to_gpu(check.faces))).to_json()
+        there = {batch: to_gpu(np.resize(check.faces, (batch, *FACE_SHAPE))) for batch in check.batches}
+        ways = {"cuda_rows": client.encode, "gpu_faces_rows": lambda part: client.encode(there[len(part)])}
+        for name, embed in ways.items():
+            served[name] = [measure(embed, check.faces, batch, check.seconds) for batch in check.batches]
+
+
+def _onnxruntime(check: Check, model: str) -> None:
+    source = find_source(model, "fp32", check.models_dir)
+    with onnxruntime_cuda(source.onnx) as embed:
+        rows = [measure(embed, check.faces, batch, check.seconds) for batch in check.batches]
+    check.report["models"][model]["onnxruntime_cuda"] = rows
+
+
+def _torch(check: Check, model: str) -> None:
+    if check.torch_python is None:
+        raise Missing("no --torch-python was given")
+    source = find_source(model, "fp32", check.models_dir)
+    check.report["models"][model]["pytorch"] = torch_baseline(
+        check.torch_python, source.onnx, check.faces, source.embed(check.faces), check.batches, check.seconds,
+        check.scratch / "torch",
+    )  # fmt: skip
+
+
+def _named(text: str) -> tuple[str, str]:
+    """("real", "files/x.onnx") from "real=files/x.onnx"; without a name a file's stem or the source itself is it."""
+    name, given, source = text.partition("=")
+    return (name, source) if given else (Path(text).stem.lower() if text.endswith(".onnx") else text, text)
+
+
+@contextmanager
+def _packages_shown_to_the_stub() -> Iterator[None]:
+    """While it lasts, a .pth with what only PYTHONPATH says: the python backend's stub does not read that variable.
+
+    Only outside a virtual environment: a carried interpreter has its packages beside it, a virtual one in it.
+    """
+    extra = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    pth = Path(site.getsitepackages()[0]) / "arcface-gpu-check.pth"
+    if not extra or sys.prefix != sys.base_prefix or not os.access(pth.parent, os.W_OK):
+        yield
+        return
+    pth.write_text("".join(f"{Path(path).resolve()}\n" for path in extra))
+    try:
+        yield
+    finally:
+        pth.unlink(missing_ok=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scripts/gpu-check",
+        description="Build, prove, serve and measure plans on this GPU; writes <gpu>.json and .md. Bounded in time.",
+        epilog="Example: scripts/gpu-check --torch-python /usr/bin/python3 --out docs/measured",
+    )
+    out = Path(os.environ.get("OUT") or "docs/measured")
+    parser.add_argument("--out", type=Path, default=out, help="folder of the report [$OUT or docs/measured]")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["demo-r50", "mobilefacenet", "demo-r100"],
+        metavar="[NAME=]SOURCE",
+        help="sources as for arcface import, or names that are in --models-dir [demo-r50 mobilefacenet demo-r100]",
+    )
+    parser.add_argument("--models-dir", type=Path, default=Path("models"))
+    parser.add_argument("--budget-s", type=float, default=480.0, help="the whole run ends after about this [480]")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="batch sizes up to 64 [1 8 32 64]")
+    parser.add_argument("--sample-s", type=float, default=0.7, help="seconds of one measurement [0.7]")
+    parser.add_argument("--torch-python", help="a Python with torch and CUDA, for the PyTorch baseline")
+    parser.add_argument("--no-external-tactics", action="store_true", help="where cuBLAS and cuDNN are only stubs")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
