@@ -17,7 +17,7 @@ async def main(url: str = "localhost:8001") -> None:
     jobs = [synthetic_faces(1 + seed % 5, seed) for seed in range(20)]
     async with AsyncTritonEmbedder(url) as embedder:
         answers = await asyncio.gather(*(embedder.encode(faces) for faces in jobs))
-    print(f"{len(answers)} jobs, {sum(map(len, answers))} embeddings, by {embedder.way}")
+    print(f"{len(answers)} jobs, {sum(map(len, answers))} embeddings")
 
 
 if __name__ == "__main__":
