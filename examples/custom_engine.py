@@ -1,4 +1,4 @@
-"""Register an engine of your own: in this process it then has a name, for `backend:` and for chains.
+"""Register an engine of your own: in this process its name then works for `backend:` and in chains.
 
 python examples/custom_engine.py
 """

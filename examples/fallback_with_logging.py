@@ -1,4 +1,4 @@
-"""Go on embedding while the server is away, and have it in the log: a chain of two engines of your own choice.
+"""Keep embedding while the server is away, and log it: a chain of two engines of your choice.
 
 python examples/fallback_with_logging.py crops/ models/ [localhost:8001]
 """
