@@ -53,13 +53,13 @@ def test_every_example_is_listed_once_is_short_and_is_run_here() -> None:
     files = {path.name for path in EXAMPLES.glob("*.py")}
     listed = re.findall(r"^\| \[(\w+\.py)\]\(\1\)", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(files)
-    here = Path(__file__).read_text()
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) < 60, path.name
-        assert f'run("{path.name}"' in here, f"{path.name} is run by no test"
+        tests = [name for name in globals() if name.startswith(f"test_{path.stem.removeprefix('test_')}_")]
+        assert tests, f"no test here is named after {path.name}"
 
 
-def test_a_folder_is_searched(server: TritonProcess, crops: Path, tmp_path: Path, run: Run) -> None:
+def test_search_folder_names_who_is_in_a_photo(server: TritonProcess, crops: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "unknown").mkdir()
     (crops / "person-1" / "view-3.png").rename(tmp_path / "unknown" / "who.png")
     said = run("search_folder.py", crops, tmp_path / "unknown", server.grpc_url)
@@ -67,7 +67,7 @@ def test_a_folder_is_searched(server: TritonProcess, crops: Path, tmp_path: Path
     assert (crops / "gallery.npz").is_file()
 
 
-def test_insightface_is_replaced_by_the_server(
+def test_replace_insightface_runs_on_the_server_or_on_what_is_configured(
     server: TritonProcess, demo_repository: Path, crops: Path, run: Run
 ) -> None:
     settings = {
@@ -78,15 +78,15 @@ def test_insightface_is_replaced_by_the_server(
     assert "by onnx" in run("replace_insightface.py", crops, **settings, ARCFACE_BACKEND="onnx")
 
 
-def test_asyncio_jobs_are_all_answered(server: TritonProcess, run: Run) -> None:
+def test_asyncio_client_answers_all_jobs(server: TritonProcess, run: Run) -> None:
     assert "20 jobs, 60 embeddings" in run("asyncio_client.py", server.grpc_url)
 
 
-def test_a_stream_comes_back_whole(server: TritonProcess, run: Run) -> None:
+def test_stream_gives_every_face_back(server: TritonProcess, run: Run) -> None:
     assert run("stream.py", server.grpc_url, "150").startswith("150 faces")
 
 
-def test_the_stranger_in_a_folder_is_found(server: TritonProcess, crops: Path, run: Run) -> None:
+def test_consensus_of_folder_finds_the_stranger(server: TritonProcess, crops: Path, run: Run) -> None:
     import cv2
 
     cv2.imwrite(str(crops / "person-0" / "stranger.png"), np.full((112, 112, 3), 255, np.uint8))
@@ -95,17 +95,17 @@ def test_the_stranger_in_a_folder_is_found(server: TritonProcess, crops: Path, r
     assert re.search(r"does not belong: .*stranger\.png", said)
 
 
-def test_the_chain_answers_without_a_server_and_logs_it(demo_repository: Path, crops: Path, run: Run) -> None:
+def test_fallback_with_logging_answers_without_a_server(demo_repository: Path, crops: Path, run: Run) -> None:
     said = run("fallback_with_logging.py", crops, demo_repository.parent / "models", "127.0.0.1:1")
     assert "12 embeddings by here" in said
     assert "WARNING arcface_clients.engines.fallback" in said
 
 
-def test_an_engine_of_ones_own_has_a_name(run: Run) -> None:
+def test_custom_engine_answers_by_its_name(run: Run) -> None:
     assert "(3, 256) by thumbnail" in run("custom_engine.py")
 
 
-def test_two_saved_files_are_compared_by_path(tmp_path: Path, run: Run) -> None:
+def test_compare_saved_lines_the_faces_up_by_path(tmp_path: Path, run: Run) -> None:
     rows = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
     paths = np.array([f"{i}.png" for i in range(5)])
     np.savez(tmp_path / "before.npz", paths=paths, embeddings=rows)
@@ -114,7 +114,7 @@ def test_two_saved_files_are_compared_by_path(tmp_path: Path, run: Run) -> None:
     assert said.startswith("5 faces: mean cosine 1.000000")
 
 
-def test_two_saved_files_of_two_models_are_not_compared(tmp_path: Path) -> None:
+def test_compare_saved_refuses_two_models(tmp_path: Path) -> None:
     for name in ("before", "after"):
         np.savez(tmp_path / f"{name}.npz", paths=["a"], embeddings=np.ones((1, 4)), contract_id=np.array(name))
     line = [sys.executable, str(EXAMPLES / "compare_saved.py"), "before.npz", "after.npz"]
@@ -123,5 +123,5 @@ def test_two_saved_files_of_two_models_are_not_compared(tmp_path: Path) -> None:
     assert "contract ids before and after" in done.stderr
 
 
-def test_code_is_tested_with_the_fake(run: Run) -> None:
+def test_with_fake_embedder_passes(run: Run) -> None:
     assert "3 passed" in run("test_with_fake_embedder.py", "-q", "-p", "no:cacheprovider", program=("-m", "pytest"))
