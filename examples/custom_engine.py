@@ -6,6 +6,7 @@ python examples/custom_engine.py
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from arcface_clients import EmbeddingEngine, EngineRegistry, get_embedding_backend
 from arcface_clients.faces.check import check_faces
@@ -23,12 +24,13 @@ class ThumbnailEngine:
     def ensure_ready(self) -> None:
         """Nothing to load."""
 
-    def encode(self, faces: np.ndarray) -> np.ndarray:
+    def encode(self, faces: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Uint8 (N,112,112,3) BGR → float32 (N,256), unit rows."""
         grey = check_faces(faces).mean(axis=-1, dtype=np.float32)  # raises InvalidFaces, as every engine does
         rows = grey.reshape(-1, 16, 7, 16, 7).mean(axis=(2, 4)).reshape(-1, 256)
         rows -= rows.mean(axis=1, keepdims=True)
-        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        return np.asarray(rows / np.maximum(lengths, np.finfo(np.float32).tiny), np.float32)
 
     def close(self) -> None:
         """Nothing to give back."""

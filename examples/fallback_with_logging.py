@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from arcface_clients import EngineRegistry, FallbackEmbedder, TritonEmbedder
+from arcface_clients import EngineRegistry, FallbackEmbedder
 from arcface_clients.faces.images import load_faces
 
 
@@ -17,7 +17,7 @@ def main(folder: str, models_dir: str, url: str = "localhost:8001") -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     faces, _, _ = load_faces([folder])
     chain = [
-        ("server", lambda: TritonEmbedder(url, retry_for_s=0)),  # made when it is first asked
+        ("server", lambda: EngineRegistry.get("triton", url=url, retry_for_s=0)),  # made when it is first asked
         ("here", lambda: EngineRegistry.get("onnx", models_dir=models_dir)),
     ]
     with FallbackEmbedder(chain, retry_after_s=5) as embedder:

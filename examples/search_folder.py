@@ -17,10 +17,11 @@ from arcface_clients.faces.images import load_faces
 def main(people: str, unknown: str, url: str = "localhost:8001") -> None:
     """Fill a gallery, save it beside the people, search it."""
     with TritonEmbedder(url) as embedder:
-        gallery = Gallery(embedder.contract_id)  # refuses embeddings of any other model from now on
+        contract = embedder.contract_id or ""  # a gallery refuses a server that states none
+        gallery = Gallery(contract)  # and, from now on, embeddings of any other model
         for folder in sorted(path for path in Path(people).iterdir() if path.is_dir()):
             faces, _, refused = load_faces([folder])
-            gallery.add(folder.name, embedder.encode(faces), embedder.contract_id)
+            gallery.add(folder.name, embedder.encode(faces), contract)
             for crop in refused:
                 print(f"not read: {crop.name}: {crop.refused}", file=sys.stderr)
         if not gallery:

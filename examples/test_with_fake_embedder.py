@@ -6,6 +6,7 @@ pytest examples/test_with_fake_embedder.py
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from arcface_clients import FakeEmbedder
@@ -13,7 +14,7 @@ from arcface_clients.errors import InvalidFaces, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
 
 
-def same_person(embedder: FakeEmbedder, one: np.ndarray, other: np.ndarray) -> bool | None:
+def same_person(embedder: FakeEmbedder, one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool | None:
     """Your code: whether two crops show one person, None where the service is away."""
     try:
         a, b = embedder.encode(np.stack([one, other]))

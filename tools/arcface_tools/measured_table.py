@@ -82,12 +82,12 @@ def figure_text(data: Any, figure: Mapping[str, Any]) -> str:
     """One figure as it is printed: looked up, scaled, rounded by its format."""
     value = value_at(data, figure["key"])
     if isinstance(value, Mapping):
-        return figure.get("as", SPREAD).format(**value)
+        return str(figure.get("as", SPREAD)).format(**value)
     if figure.get("inverse"):
         value = 1 / value
     if "times" in figure:
         value *= figure["times"]
-    return figure["as"].format(value)
+    return str(figure["as"]).format(value)
 
 
 def read_row(raw: Mapping[str, Any], folder: Path = MEASURED) -> Row:
