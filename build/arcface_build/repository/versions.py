@@ -23,6 +23,7 @@ from arcface_clients.errors import Missing, WrongUse
 _AGAIN = "arcface rollback (the version before), or put the weights in anew: arcface import SOURCE"
 OVERLAYS = ("tensorrt", "onnx", "reference")  # what --model-config-name can be
 REFERENCE = "arcface_reference"
+DEMO = "demo"  # source.kind of random weights
 LEAVES = ("arcface_onnx", "arcface_trt", REFERENCE)  # the models that hold weights
 
 
@@ -124,9 +125,24 @@ def install(
     with locked(repository):
         version = _install(repository / model, files, manifest)
         write_overlays(repository)
-        for old in versions(repository / model)[:-keep]:
+        for old in _outlived(repository / model, manifest, keep):
             _remove(repository / model / str(old))
     return version
+
+
+def _outlived(folder: Path, manifest: Mapping[str, Any], keep: int) -> list[int]:
+    """Versions that go: all but the newest `keep`, and beside a real model those with demo weights."""
+    *before, _ = versions(folder)
+    old = before[: max(len(before) + 1 - keep, 0)]
+    if manifest["source"].get("kind") == DEMO:
+        return old
+    return [v for v in before if v in old or _is_demo(folder / str(v))]
+
+
+def _is_demo(version: Path) -> bool:
+    with contextlib.suppress(Missing):
+        return bool(_manifest(version)["source"].get("kind") == DEMO)
+    return False
 
 
 def _install(folder: Path, files: Mapping[str, Path], manifest: Mapping[str, Any]) -> int:
