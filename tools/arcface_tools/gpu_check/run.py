@@ -217,8 +217,8 @@ def _cuda_shared_memory(check: Check, served: dict[str, Any], url: str, referenc
     """The same requests with faces of the host, and with faces on the GPU, in regions on the GPU."""
     with TritonEmbedder(url, model="arcface_trt", shared_memory="cuda") as client:
         client.ensure_ready()
-        if client.way.memory != "cuda":
-            raise Missing(client.way.reason)
+        if client.shared_memory.kind != "cuda":
+            raise Missing(client.shared_memory.reason)
         served["cuda_drift"] = compare_embeddings(reference, client.encode(to_gpu(check.faces))).to_json()
         there = {batch: to_gpu(np.resize(check.faces, (batch, *FACE_SHAPE))) for batch in check.batches}
         ways = {"cuda_rows": client.encode, "gpu_faces_rows": lambda part: client.encode(there[len(part)])}
