@@ -376,7 +376,7 @@ def test_no_driver_and_no_such_gpu_are_told_apart(cuda, monkeypatch) -> None:
 def test_both_benches_measure_regions_on_the_gpu_with_faces_of_the_host_and_on_it(cuda, server) -> None:
     names = ("grpc-cudashm", "grpc-gpufaces")
     result = run(
-        None, server.url, "", model="arcface", batch=8, in_flight=(2,), transports=transports, rounds=1, sample_s=0.02
+        None, server.url, "", model="arcface", batch=8, in_flight=(2,), transports=names, rounds=1, sample_s=0.02
     )
     assert [row["name"] for row in result["variants"]] == [f"client {name} in flight 2" for name in names]
     check, served = SimpleNamespace(faces=FACES, batches=(1, 8), seconds=0.01), {}
