@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from arcface_clients import TritonEmbedder
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.faces.check import Faces, to_gpu
 from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.triton.memory.choice import SharedMemoryOption
 
 TRANSPORTS = ("grpc", "grpc-shm", "http", "http-shm")
 # Through regions on the GPU: with faces of the host, and with faces that are on the GPU already.
@@ -117,8 +119,8 @@ def run(
 
 def run_quick(in_flight: Sequence[int], transports: Sequence[str] = TRANSPORTS, **settings: Any) -> dict[str, Any]:
     """`run` against the quick model, where the client and the transport are all there is."""
-    with quick_server() as (start, _):
-        process = start()
+    with quick_server() as server:
+        process = server.start()
         return run(
             None,
             process.grpc_url,
@@ -133,9 +135,9 @@ def run_quick(in_flight: Sequence[int], transports: Sequence[str] = TRANSPORTS, 
 def stream_memory(count: int = 1_000_000, transport: str = "grpc-shm") -> dict[str, Any]:
     """RSS of this process while a stream of `count` generated faces goes through the client, in MB of 10⁶ bytes."""
     faces = synthetic_faces(64)
-    with quick_server() as (start, _):
-        start()
-        with TritonEmbedder(_url(start.ports, transport), QUICK, shared_memory=transport.endswith("-shm")) as embedder:
+    with quick_server() as server:
+        server.start()
+        with TritonEmbedder(_url(server.ports, transport), QUICK, shared_memory=transport.endswith("-shm")) as embedder:
             embedder.encode(faces)
             before_mb, answered, started = _rss_mb(), 0, time.perf_counter()
             highest_mb = before_mb
@@ -161,13 +163,13 @@ def restarts(requests: int = 10_000, batch: int = 4, kills: int = 2, transport: 
         ProofFailed: a face was answered wrongly, twice, out of order or not at all.
     """
     faces = synthetic_faces(61)  # a prime: a lost or doubled batch shifts every later face
-    with quick_server() as (start, server):
-        start()
-        url, shared = _url(start.ports, transport), transport.endswith("-shm")
+    with quick_server() as server:
+        server.start()
+        url, shared = _url(server.ports, transport), transport.endswith("-shm")
         with TritonEmbedder(url, QUICK, shared_memory=False) as embedder:
             truth = np.concatenate([embedder.encode(face) for face in faces])
         seen, done = 0, threading.Event()
-        killer = threading.Thread(target=_kill_at, args=(start, server, lambda: seen, requests * batch, kills, done))
+        killer = threading.Thread(target=_kill_at, args=(server, lambda: seen, requests * batch, kills, done))
         with TritonEmbedder(url, QUICK, shared_memory=shared) as embedder:
             embedder.ensure_ready()
             killer.start()
@@ -189,55 +191,65 @@ def restarts(requests: int = 10_000, batch: int = 4, kills: int = 2, transport: 
         "shared_memory": shared_memory,
         "requests": requests,
         "faces": seen,
-        "kills": server["kills"],
+        "kills": server.kills,
         "wrong": 0,
         "seconds": seconds,
     }
 
 
+@dataclass
+class QuickServer:
+    """A tritonserver with the quick model, started again and again on the same ports."""
+
+    folder: Path
+    ports: Ports
+    process: TritonProcess | None = None
+    kills: int = 0
+
+    def start(self) -> TritonProcess:
+        """Start it and wait until it is ready."""
+        self.process = TritonProcess(
+            find_tritonserver(),
+            self.folder / "repository",
+            [QUICK],
+            config_name="",
+            log_path=self.folder / "tritonserver.log",
+            ports=self.ports,
+        ).start()
+        self.process.wait_ready()
+        return self.process
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        if self.process:
+            self.process.kill()
+            self.kills += 1
+
+
 @contextlib.contextmanager
-def quick_server() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A function that starts the quick server (again, on the same ports), and what runs now."""
+def quick_server() -> Iterator[QuickServer]:
+    """The quick server, not started yet; stopped at the end."""
     with tempfile.TemporaryDirectory(prefix="arcface-bench-") as name:
-        folder = Path(name)
-        version = folder / "repository" / QUICK / "1"
+        version = Path(name) / "repository" / QUICK / "1"
         version.mkdir(parents=True)
         (version / "model.py").write_text(_QUICK_MODEL)
         (version.parent / "config.pbtxt").write_text(_QUICK_CONFIG)
-        ports = free_ports()
-        now: dict[str, Any] = {"process": None, "kills": 0}
-
-        def start() -> TritonProcess:
-            now["process"] = TritonProcess(
-                find_tritonserver(),
-                folder / "repository",
-                [QUICK],
-                config_name="",
-                log_path=folder / "tritonserver.log",
-                ports=ports,
-            ).start()
-            now["process"].wait_ready()
-            return now["process"]
-
-        start.ports = ports
+        server = QuickServer(Path(name), free_ports())
         try:
-            yield start, now
+            yield server
         finally:
-            if now["process"]:
-                now["process"].stop()
+            if server.process:
+                server.process.stop()
 
 
-def _kill_at(
-    start: Any, now: dict[str, Any], seen: Callable[[], int], total: int, kills: int, done: threading.Event
-) -> None:
+def _kill_at(server: QuickServer, seen: Callable[[], int], total: int, kills: int, done: threading.Event) -> None:
     """Kill and restart the server when the stream has passed each of `kills` even parts of its way."""
     for number in range(1, kills + 1):
         while seen() < total * number / (kills + 1):
             if done.wait(0.01):
                 return
-        now["process"].kill()
-        now["kills"] += 1
-        start()
+        server.kill()
+        server.start()
     done.wait()  # a server that this thread started would end with it (PR_SET_PDEATHSIG)
 
 
@@ -248,7 +260,7 @@ def _streaming(name: str, embedder: TritonEmbedder, faces: Faces, batch: int, pi
     def sample(seconds: float) -> Work:
         started = time.perf_counter()
 
-        def source() -> Iterator[np.ndarray]:
+        def source() -> Iterator[Faces]:
             for number in itertools.count():
                 if number and time.perf_counter() - started > seconds:
                     return
@@ -266,8 +278,9 @@ def _streaming(name: str, embedder: TritonEmbedder, faces: Faces, batch: int, pi
     return Variant(name, sample, "server" if pid else "process", (pid,) if pid else (), about)
 
 
-def _memory(transport: str) -> bool | str:
-    return {"": False, "shm": True}.get(transport.partition("-")[2], "cuda")
+def _memory(transport: str) -> SharedMemoryOption:
+    kinds: dict[str, SharedMemoryOption] = {"": False, "shm": True}
+    return kinds.get(transport.partition("-")[2], "cuda")
 
 
 def _url(ports: Ports, transport: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -59,7 +61,7 @@ def command(
     from arcface_tools import bulk as bulk_job
     from arcface_tools import clients
 
-    instead = [
+    instead: list[tuple[str, int | None, Callable[[int], dict[str, Any]]]] = [
         ("stream", stream, clients.stream_memory),
         ("restarts", requests, clients.restarts),
         ("bulk", bulk, bulk_job.run),
