@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from arcface_clients.arrays import Array, FloatArray
-from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, UNIT_TOLERANCE
 from arcface_clients.errors import ConfigError, InferenceFailed
 
-UNIT_TOLERANCE = 1e-3  # on the squared norm: int8 and fp16 graphs normalise in float32 and stay well inside
 UNLIMITED_BATCH = 64  # what is sent at once to a model that states no limit (max_batch_size 0, batch in its dims)
 
 
