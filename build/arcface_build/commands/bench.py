@@ -140,9 +140,9 @@ def command(
     result = summarise(variants, samples, host) | {"faces": len(faces), "faces_from": names or "drawn"}
     if waterfall:
         result["waterfall"] = waterfall_rows(samples, result["rounds"]["kept"], batches[0])
-    for path, write in ((csv_to, bench_csv), (html_to, bench_page)):
-        if path:
-            with new_file(path) as temporary:
+    for target_file, write in ((csv_to, bench_csv), (html_to, bench_page)):
+        if target_file:
+            with new_file(target_file) as temporary:
                 temporary.write_text(write(result))
     if json_to and str(json_to) != "-":
         write_json(json_to, result)

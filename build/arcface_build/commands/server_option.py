@@ -27,12 +27,11 @@ def access_to(url: str) -> dict[str, Any]:
         ConfigError: the configuration cannot be read.
     """
     from arcface_clients.config.sources import load_config
-    from arcface_clients.triton.address import Tls
 
     triton = load_config().triton
     if url != triton.url:
         return {}  # a key is for the server that it was given for
-    return {"headers": triton.headers, "tls": Tls(**triton.tls.model_dump()), "compression": triton.compression}
+    return {"headers": triton.headers, "tls": triton.tls, "compression": triton.compression}
 
 
 url_option = click.option("--url", default=configured_url, show_default=_DEFAULT, help="Server to ask.")

@@ -103,7 +103,7 @@ def command(
 
 def _told(result: dict[str, Any], last: Duel | None) -> str:
     """The outcome in words."""
-    if not result["beaten"]:
+    if not result["beaten"] or last is None:
         disturbed = sum(duel["disturbed"] for duel in result["duels"])
         told = f"{len(result['duels'])} duels: nothing beats the shipped config beyond chance ({result['shipped']})."
         quiet = f" {disturbed} of them were disturbed by other processes and count for nobody: use a quiet machine."
@@ -154,9 +154,11 @@ def _duel(
         champion,
         challenger,
         ratio(samples, "challenger", "champion", kept),
-        *(_p95(samples[name], kept) for name in ("champion", "challenger")),
-        *(_median([samples[name][r].faces_per_s for r in kept]) for name in ("champion", "challenger")),
-        disturbed,
+        champion_p95_ms=_p95(samples["champion"], kept),
+        challenger_p95_ms=_p95(samples["challenger"], kept),
+        champion_faces_per_s=_median([samples["champion"][r].faces_per_s for r in kept]),
+        challenger_faces_per_s=_median([samples["challenger"][r].faces_per_s for r in kept]),
+        disturbed=disturbed,
     )
 
 

@@ -149,9 +149,9 @@ def decide_preprocessing(source: Source, flavour: Flavour, stated: Preprocessing
         SourceRefused: the file cannot tell.
         WrongUse: the user's word would normalise twice.
     """
-    if stated is None and source.preprocessing is None:
-        return guess_preprocessing(flavour, source.path.name)
     chosen, why = (stated, "stated by the caller") if stated else (source.preprocessing, source.note)
+    if chosen is None:
+        return guess_preprocessing(flavour, source.path.name)
     if normalises_inside(flavour) and (any(chosen.mean) or set(chosen.std) != {1.0}):
         raise WrongUse(
             f"{source.path.name} normalises inside its graph: expected --mean 0 --std 1, got mean {list(chosen.mean)}, "

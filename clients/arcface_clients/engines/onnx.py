@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import FaceArray, FloatArray
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.devices import CPU, canonical_device, choose_provider, device_index
 from arcface_clients.engines.in_process import LocalEngine
@@ -138,12 +138,13 @@ class OnnxEngine(LocalEngine):
             return {"device_id": str(device_index(self.device))}
         return {}
 
-    def _run(self, faces: Array) -> Array:
+    def _run(self, faces: FaceArray) -> FloatArray:
         session = self._session
         if session is None:
             raise InferenceFailed("onnx: the engine was closed while it was encoding.")
         try:
-            return session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces})[0]
+            rows: FloatArray = session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces})[0]
+            return rows
         except Exception as exc:
             raise InferenceFailed(f"onnx: {_first_line(exc)} (batch {len(faces)}, {self.taken['file']})") from exc
 

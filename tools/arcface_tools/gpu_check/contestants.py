@@ -34,7 +34,8 @@ def measure(embed: Embed, faces: np.ndarray, batch: int, seconds: float, callers
         embed(part)
 
     def caller(_: int) -> list[float]:
-        times, end = [], time.perf_counter() + seconds
+        times: list[float] = []
+        end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times) < 10:
             start = time.perf_counter()
             embed(part)
