@@ -26,7 +26,7 @@ def write_plan(path: Path, of: PlanSpec = SPEC, size: int = 300_000, seed: int =
     return PlanManifest(
         spec=of,
         sha256=hashlib.sha256(content).hexdigest(),
-        bytes=size,
+        size_bytes=size,
         gpu={"name": "NVIDIA A10", "driver": "550.54.15", "cuda": "12.4", "memory_bytes": 24 << 30},
         build={"seconds": 1.0, "peak_vram_bytes": None, "created": now_utc(), "tools": {}},
     )

@@ -189,8 +189,8 @@ def test_gc_removes_leftovers_and_other_versions_and_nothing_else(
     assert [row["state"][:10] for row in arcface.json("gc")] == ["leftover, ", "unfinished"]
     assert arcface.json("gc") == []
     assert arcface("gc", "--keep-tensorrt", "10.3.0") == 0
-    assert cache.list() == store.list() == [kept]
-    assert [stored.name for stored in store.objects.list()] == sorted([manifest_name(kept), plan_name(kept)])
+    assert cache.manifests() == store.manifests() == [kept]
+    assert [stored.name for stored in store.objects.stored()] == sorted([manifest_name(kept), plan_name(kept)])
     assert arcface("gc", "--keep-tensorrt", "ten") == 2
     assert other.key not in arcface.out
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from arcface_build.plans.choose import misfit
 from arcface_build.plans.gpu import find_gpus, load_gpus_yaml, parse_gpus
 from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.plans.fit import misfit
 from arcface_clients.plans.manifest import PlanManifest
 from arcface_clients.plans.spec import BuilderOptions, PlanSpec, parse_bytes, parse_sm, parse_version, sm_tag
 from plan_samples import SPEC, spec
@@ -118,7 +118,7 @@ def test_json_that_is_no_spec_is_refused() -> None:
 
 
 def manifest(**changes: object) -> PlanManifest:
-    return PlanManifest(spec=spec(**changes), sha256="0" * 64, bytes=1)
+    return PlanManifest(spec=spec(**changes), sha256="0" * 64, size_bytes=1)
 
 
 HARDWARE = BuilderOptions(hardware_compatible=True)

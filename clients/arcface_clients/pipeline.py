@@ -115,6 +115,7 @@ def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
             "model": local.model,
             "model_repository": local.model_repository,
             "cache": settings.storage.cache,
+            "public_key": settings.storage.public_key,
             "max_batch": settings.batch.max,
         }
     if link.engine == "insightface":

@@ -162,7 +162,7 @@ def _remove(version: Path) -> None:
     """Remove a version at once for Triton (one rename), then its files; what git holds of version 1 stays."""
     if version.name == "1":
         (version / "manifest.json").unlink()  # first: without it the folder is no version
-        for weights in [*version.glob("*.onnx"), *version.glob("*.plan")]:
+        for weights in [*version.glob("*.onnx"), *version.glob("*.plan"), *version.glob("*.plan.json")]:
             weights.unlink()
         return
     doomed = version.with_name(f".{version.name}.removed")

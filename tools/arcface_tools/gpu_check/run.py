@@ -193,7 +193,7 @@ def _facts(manifest: PlanManifest) -> dict[str, Any]:
     return {
         "build_seconds": manifest.build["seconds"],
         "peak_vram_bytes": manifest.build["peak_vram_bytes"],
-        "plan_bytes": manifest.bytes,
+        "plan_bytes": manifest.size_bytes,
         "layers": manifest.precision_proof["compute"],
         "layers_onnx": manifest.precision_proof["onnx"],
         "drift": {**drift, "limit": limit},
