@@ -78,7 +78,6 @@ def get_or_build(
             manifest = tried(lambda: _from_cache(cache, spec), "cache", cache)
             if manifest:
                 return Obtained(cache.local_path(manifest), manifest, "cache", tuple(notes))
-            failures.clear()  # a damaged cache is replaced by what follows
         if store is not None and read_store:
             manifest = tried(lambda: _from_store(cache, store, spec, progress), "store", store)
             if manifest:

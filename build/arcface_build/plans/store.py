@@ -27,7 +27,7 @@ from arcface_clients.plans.manifest import (
     PlanManifest,
     is_digest,
     manifest_bytes,
-    manifest_path,
+    write_manifest,
 )
 from arcface_clients.plans.read import check_content, check_manifest
 from arcface_clients.plans.signing import check_signature
@@ -135,8 +135,7 @@ class PlanStore:
     def pull(self, manifest: PlanManifest, folder: Path, progress: Progress | None = None) -> Path:
         """The plan as a file of `folder`, its manifest beside it; raises as `fetch` does."""
         plan = self.fetch(manifest, folder / manifest.spec.file_name, progress)
-        with new_file(manifest_path(plan)) as temporary:
-            temporary.write_bytes(manifest_bytes(manifest))
+        write_manifest(plan, manifest)
         return plan
 
     def verify(self, manifest: PlanManifest, progress: Progress | None = None) -> None:

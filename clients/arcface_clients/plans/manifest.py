@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from arcface_clients.atomic import new_file
 from arcface_clients.errors import PlanRefused
 from arcface_clients.plans.spec import PlanSpec
 
@@ -105,6 +106,12 @@ def parse_manifest(text: bytes, where: str) -> PlanManifest:
             f"{where} says key {written['key']!r}, but its parts give {manifest.key}: it was edited. {REBUILD}"
         )
     return manifest
+
+
+def write_manifest(plan: Path, manifest: PlanManifest) -> None:
+    """Put the manifest where it belongs for this plan file, atomically."""
+    with new_file(manifest_path(plan)) as temporary:
+        temporary.write_bytes(manifest_bytes(manifest))
 
 
 def manifest_path(plan: Path) -> Path:
