@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,11 +10,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from arcface_build.errors import PlanNotFound, StoreUnreachable
+from arcface_build.plans.seen import SeenPlans
 from arcface_build.plans.store import PlanStore, manifest_name, plan_name
 from arcface_build.store import open_store
 from arcface_build.store.objects import ObjectStore
@@ -216,6 +219,146 @@ def test_a_damaged_manifest_stops_its_own_plan_only(
     assert refused == [manifest.key]
     assert [s.name for s in store.orphans(min_age_s=0)] == [manifest_name(manifest)]
     assert store.orphans() == []  # younger than an hour: it may be somebody's upload
+
+
+POISONED = {
+    "brackets": b"[" * 100_000,
+    "no UTF-8": b"\xff\xfe{\x00",
+    "wrong types": b'{"format": 1, "key": [], "file": {}, "spec": 1, "signature": []}',
+    "large": b" " * (3 << 20),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("poison", POISONED.values(), ids=POISONED)
+def test_a_poisoned_manifest_costs_its_own_plan_only(
+    objects: ObjectStore, plan: Path, manifest: PlanManifest, poison: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, key = PlanStore(objects), "0" * 64
+    store.put(plan, manifest)
+    objects.create(f"{key}/manifest.json", poison)
+    assert store.manifests() == [manifest]
+    assert f"{key}/manifest.json" in caplog.text
+    assert store.resolve("tiny-fp16-sm86.plan") == manifest
+    assert [s.name for s in store.orphans(min_age_s=0)] == [f"{key}/manifest.json"]
+    with pytest.raises(PlanRefused, match=f"{key}/manifest.json is "):
+        store.find(key)
+
+
+def test_a_signature_that_is_a_list_costs_its_own_plan_only(
+    objects: ObjectStore, manifest: PlanManifest, keys: dict[str, Path]
+) -> None:
+    objects.create(manifest_name(manifest), json.dumps({**manifest.to_json(), "signature": []}).encode())
+    refused: dict[str, Exception] = {}
+    assert PlanStore(objects, keys["ours"] / "public.pem").manifests(refused.__setitem__) == []
+    assert "signature of a type that no manifest has" in str(refused[manifest.key])
+
+
+@pytest.mark.parametrize("kind", ["manifest", "plan", "folder"])
+def test_a_link_out_of_a_folder_store_is_not_followed(
+    tmp_path: Path, plan: Path, manifest: PlanManifest, kind: str
+) -> None:
+    store, secret = PlanStore(open_store(str(tmp_path / "store"))), tmp_path / "elsewhere"
+    good = write_plan(tmp_path / "good.plan", of=spec(sm="9.0"))
+    store.put(tmp_path / "good.plan", good)
+    store.put(plan, manifest)
+    path = {
+        "manifest": store.local_path(manifest).parent.parent / "manifest.json",
+        "plan": store.local_path(manifest),
+        "folder": store.local_path(manifest).parent.parent,
+    }[kind]
+    path.rename(secret)
+    path.symlink_to(secret)
+    with pytest.raises(PlanRefused, match="is a link out of the store, to"):
+        store.verify(store.find(manifest.key) or manifest)
+    assert good in store.manifests(lambda *_: None)
+    store.verify(good)
+
+
+def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(tmp_path: Path, manifest: PlanManifest) -> None:
+    store = PlanStore(open_store(str(tmp_path / "store")))
+    (tmp_path / "store" / manifest.key).mkdir(parents=True)
+    os.mkfifo(tmp_path / "store" / manifest_name(manifest))
+    with pytest.raises(PlanRefused, match="is no file"):
+        store.find(manifest.key)
+    assert store.manifests() == []
+
+
+def test_what_is_under_no_key_or_of_a_later_format_is_not_ours_to_remove(
+    objects: ObjectStore, manifest: PlanManifest
+) -> None:
+    later = {**manifest.to_json(), "format": 2}
+    objects.create(manifest_name(manifest), json.dumps(later).encode())
+    objects.create(f"{manifest.key}/{'1' * 64}/x.plan", b"its plan")
+    objects.create("README.md", b"whose bucket this is")
+    objects.create("other/manifest.json", b"{}")
+    store = PlanStore(objects)
+    assert store.manifests() == []
+    assert store.orphans(min_age_s=0) == []
+
+
+# --- an older plan of the same key, put back ---
+
+
+def signed_at(
+    manifest: PlanManifest, hour: int, keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> PlanManifest:
+    monkeypatch.setattr("arcface_clients.plans.signing.now_utc", lambda: f"2026-01-01T{hour:02}:00:00+00:00")
+    return sign(manifest, keys["ours"] / "private.pem")
+
+
+def test_an_older_plan_put_back_is_noticed_by_who_has_seen_the_newer_one(
+    objects: ObjectStore, plan: Path, keys: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = write_plan(plan), write_plan(tmp_path / "second.plan", seed=1)
+    old, new = signed_at(first, 1, keys, monkeypatch), signed_at(second, 2, keys, monkeypatch)
+    public = keys["ours"] / "public.pem"
+    here = PlanStore(objects, public, SeenPlans(tmp_path / "seen"))
+    here.put(plan, old)
+    assert here.find(old.key) == old
+    here.put(tmp_path / "second.plan", new, replace=True)
+    assert here.find(old.key) == here.find(old.key) == new
+    PlanStore(objects, public).put(plan, old, replace=True)  # the attacker: an old plan, and its true signature
+    for again in (here, PlanStore(objects, public, SeenPlans(tmp_path / "seen"))):
+        with pytest.raises(PlanRefused, match=r"was signed 2026-01-01T01:.* has seen .* 2026-01-01T02:"):
+            again.find(old.key)
+        assert again.manifests() == []
+    fresh = PlanStore(objects, public, SeenPlans(tmp_path / "of a host that never asked"))
+    assert fresh.find(old.key) == old, "what a fresh host cannot know: SECURITY.md"
+    meant = signed_at(first, 3, keys, monkeypatch)
+    here.put(plan, meant, replace=True)
+    assert here.find(old.key) == meant, "an older build that is signed again is meant"
+
+
+def test_the_time_of_signing_is_under_the_signature(
+    objects: ObjectStore, plan: Path, manifest: PlanManifest, keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = signed_at(manifest, 1, keys, monkeypatch)
+    forged = replace(old, build={**old.build, "signed": "2027-01-01T00:00:00+00:00"})
+    PlanStore(objects).put(plan, forged)
+    with pytest.raises(PlanRefused, match="was changed after it was signed"):
+        PlanStore(objects, keys["ours"] / "public.pem").find(old.key)
+
+
+def test_without_a_public_key_nothing_is_remembered_because_a_time_is_anybodys_word(
+    objects: ObjectStore, plan: Path, manifest: PlanManifest, tmp_path: Path
+) -> None:
+    store = PlanStore(objects, None, SeenPlans(tmp_path / "seen"))
+    store.put(plan, manifest)
+    assert store.find(manifest.key) == manifest
+    assert not (tmp_path / "seen").exists()
+
+
+def test_a_damaged_memory_is_said_and_not_forgotten(
+    objects: ObjectStore, plan: Path, manifest: PlanManifest, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    signed = sign(manifest, keys["ours"] / "private.pem")
+    store = PlanStore(objects, keys["ours"] / "public.pem", SeenPlans(tmp_path / "seen"))
+    store.put(plan, signed)
+    store.find(signed.key)
+    (tmp_path / "seen" / signed.key).write_text("yesterday")
+    with pytest.raises(PlanRefused, match=f"seen/{signed.key} cannot be read .* rm "):
+        store.find(signed.key)
 
 
 def test_a_manifest_under_a_foreign_key_is_refused(objects: ObjectStore, manifest: PlanManifest) -> None:
