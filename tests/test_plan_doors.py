@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from arcface_build.plans.store import PlanStore, manifest_name
 from arcface_build.repository.assemble import assemble_plans
 from arcface_build.serving.choose import choose_backend
 from arcface_build.serving.host_checks import check_plans
+from arcface_build.serving.process import free_ports
 from arcface_build.serving.served_plans import served_plans
 from arcface_build.store import open_store
 from arcface_clients.config.schema import EmbeddingConfig, LocalModel, Storage
@@ -221,6 +222,47 @@ def test_every_door_is_open_to_a_plan_that_our_key_signed(
     host: Host, door: Callable[[Host, Fault | None], None]
 ) -> None:
     door(host, None)
+
+
+COMMANDS = {
+    "assemble": ["assemble", "tiny", "--plan", "PULLED"],
+    "serve": ["serve", "--backend", "tensorrt", "--once", "PORTS"],
+    "doctor": ["doctor"],
+    "pull": ["plan", "pull", SPEC.key, "--store", "cache", "--cache", "new"],
+    "push": ["plan", "push", "PULLED", "--store", "store"],
+    "show": ["plan", "show", "PULLED"],
+    "verify": ["plan", "verify", "PULLED"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_knows_the_configured_public_key(
+    host: Host, fake_host: Callable[..., None], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    fake_host()  # for its nvidia-smi
+    served, built = host.assembled(), host.built()
+    pulled = PlanStore(open_store(str(host.folder / "cache"))).pull(built.manifest, host.folder / "pulled")
+    for plan in (served, built.path, pulled):
+        unsigned(plan, host.keys)
+    monkeypatch.setenv("ARCFACE_STORAGE__PUBLIC_KEY", str(host.public_key))
+    names = ("--http-port", "--grpc-port", "--metrics-port")
+    places = {
+        "PULLED": [str(pulled)],
+        "PORTS": [f"{name}={port}" for name, port in zip(names, astuple(free_ports()), strict=True)],
+    }
+    arguments = [word for asked in COMMANDS[command] for word in places.get(asked, [asked])]
+    code = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        cwd=host.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == (3 if command == "doctor" else 1), said
+    assert "is unsigned" in said
 
 
 # --- the doors that hand a plan to TensorRT, with TensorRT ---
