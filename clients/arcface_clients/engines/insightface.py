@@ -84,14 +84,15 @@ class InsightFaceEngine(LocalEngine):
         options.log_severity_level = 3
         try:
             session = ort.InferenceSession(str(file), options, providers=[CPU])
-            net = ArcFaceONNX(model_file=str(file), session=session)
         except Exception as exc:
             raise ConfigError(f"{file}: InsightFace cannot load it: {str(exc).partition(chr(10))[0]}") from exc
-        if len(net.input_shape) != 4 or list(net.input_shape[1:]) != [3, *FACE_SHAPE[:2]]:
+        shape = session.get_inputs()[0].shape
+        if len(shape) != 4 or list(shape[1:]) != [3, *FACE_SHAPE[:2]]:
             raise ConfigError(
-                f"{file}: expected a source ONNX with input [N,3,112,112], got {net.input_shape}. The reference runs "
+                f"{file}: expected a source ONNX with input [N,3,112,112], got {shape}. The reference runs "
                 "the file that was imported, not the serving ONNX: models/NAME/source.onnx"
             )
+        net = ArcFaceONNX(model_file=str(file), session=session)
         guess = Preprocessing(mean=(net.input_mean,) * 3, std=(net.input_std,) * 3)
         stated = self._stated or (folder.preprocessing if folder.manifest else guess)
         self._guess_fits = stated == guess

@@ -156,12 +156,12 @@ def _check_contract(session: Any, file: Path) -> int | None:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     found = [(item.name, item.type, item.shape) for item in (*inputs, *outputs)]
     names = ([item.name for item in inputs], [item.name for item in outputs])
-    if names != ([FACE_INPUT], [EMBEDDING_OUTPUT]) or inputs[0].type != "tensor(uint8)":
+    if names[0] != [FACE_INPUT] or EMBEDDING_OUTPUT not in names[1] or inputs[0].type != "tensor(uint8)":
         raise ConfigError(
             f"{file}: not a serving ONNX: expected face uint8 [N,112,112,3] and embedding float32 [N,D], got {found}. "
             f"Make one of it: arcface import {file}"
         )
-    width = outputs[0].shape[-1]
+    width = outputs[names[1].index(EMBEDDING_OUTPUT)].shape[-1]
     return width if isinstance(width, int) else None
 
 
