@@ -67,11 +67,11 @@ def job(source: str, output: str, dim: int) -> None:
     """What the process of its own does; prints JSON."""
     import time
 
-    from arcface_clients.bulk.job import Job, Plan, run_local
+    from arcface_clients.bulk.job import Job, JobSpec, run_local
 
     engine = CopyingEngine(dim)
     start = time.perf_counter()
-    with Job(output, Plan((source,), engine.contract_id, dim)) as held:
+    with Job(output, JobSpec((source,), engine.contract_id, dim)) as held:
         run_local(held, [engine])
         rows, refused = held.finish()
     seconds = time.perf_counter() - start

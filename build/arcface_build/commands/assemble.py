@@ -45,10 +45,11 @@ def command(
     from arcface_build.repository.versions import find_repository
     from arcface_clients.config.sources import load_config
 
-    repository, keep = find_repository(model_repository), load_config().versions_kept
+    repository, settings = find_repository(model_repository), load_config()
+    keep = settings.versions_kept
     model_dir, reason = models_dir / name, None
     if plans:
-        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep)}
+        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, settings.storage.public_key)}
     else:
         choice = None
         if variant == "auto":

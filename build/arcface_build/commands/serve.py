@@ -144,7 +144,9 @@ def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple
     """Weights where there are none, then the backend choice and whether InsightFace is loaded beside it."""
     from arcface_build.plans.gpu import gpu_sm
     from arcface_build.repository.versions import versions
-    from arcface_build.serving.choose import choose_backend, plan_sms
+    from arcface_build.serving.choose import choose_backend
+    from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
+    from arcface_clients.config.sources import load_config
     from arcface_clients.errors import Missing
 
     if demo and not versions(repository / "arcface_onnx") and not versions(repository / "arcface_trt"):
@@ -159,9 +161,8 @@ def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple
         if not (repository / "arcface_onnx" / "configs" / "tuned.pbtxt").is_file():
             raise Missing("arcface_onnx has no configs/tuned.pbtxt for the weights that it serves. Next: arcface tune")
         asked = "onnx"
-    choice = choose_backend(
-        asked, gpu_sm(), plan_sms(repository), bool(versions(repository / "arcface_onnx")), has_reference
-    )
+    plans = served_plans(repository, load_config().storage.public_key, tensorrt_of_server())
+    choice = choose_backend(asked, gpu_sm(), plans, bool(versions(repository / "arcface_onnx")), has_reference)
     return choice, reference and has_reference and choice.backend != "reference"
 
 

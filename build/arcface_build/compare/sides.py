@@ -13,6 +13,7 @@ import numpy as np
 
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.plans.read import read_manifest
 
 SAVED = (".npz", ".npy")
 PLANS = (".plan", ".engine")
@@ -57,12 +58,12 @@ def open_side(text: str, models_dir: Path = Path("models"), model: str | None = 
         else:
             from arcface_build.compare.runs import active, embed_with, plan_runner, session_runner
 
-            facts = _facts_beside(path)
             with active(session_runner(path) if suffix == ".onnx" else plan_runner(path)) as runner:
+                facts = _facts_beside(path)
                 yield Side(
                     label,
                     facts.get("precision", "fp32"),
-                    facts.get("contract_id"),
+                    facts.get("contract_id") or None,
                     lambda faces: embed_with(runner, faces),
                 )
     elif ":" in text:
@@ -124,7 +125,10 @@ def _is_serving(path: Path) -> bool:
 
 
 def _facts_beside(path: Path) -> dict[str, str]:
-    """Precision and contract id from the JSON beside a variant or a plan, or from the manifest of its folder."""
+    """Precision and contract id from a plan's manifest, or from the JSON beside a variant or in its folder."""
+    if path.suffix.lower() in PLANS:
+        manifest = read_manifest(path)
+        return {"precision": manifest.spec.precision, "contract_id": manifest.contract_id or ""}
     for candidate in (path.with_suffix(".json"), path.with_name("manifest.json"), path.parent.parent / "manifest.json"):
         if candidate.is_file():
             facts = json.loads(candidate.read_text())

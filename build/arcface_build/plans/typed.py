@@ -160,7 +160,7 @@ def precision_pins(graph: GraphProto, types: Mapping[str, int]) -> dict[str, str
     precisions = layer_precisions(graph, types)
     if "fp16" not in precisions.values():
         return {}
-    pins = {}
+    pins: dict[str, str] = {}
     for node in graph.node:
         output = node.output[0]
         kind = precisions.get(output) or ("fp32" if _PRECISION_NAMES.get(types.get(output, 0)) == "fp32" else "")

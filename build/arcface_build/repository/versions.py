@@ -238,5 +238,5 @@ def _remove(version: Path) -> None:
         remove(version)
         return
     (version / "manifest.json").unlink()  # first: without it the folder is no version
-    for weights in [*version.glob("*.onnx"), *version.glob("*.plan")]:
+    for weights in [*version.glob("*.onnx"), *version.glob("*.plan"), *version.glob("*.plan.json")]:
         weights.unlink()

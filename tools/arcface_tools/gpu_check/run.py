@@ -34,7 +34,7 @@ from arcface_clients.errors import ArcFaceError, Missing
 from arcface_clients.evidence.drift import DRIFT_LIMITS, compare_embeddings
 from arcface_clients.faces.check import to_gpu
 from arcface_clients.faces.synthetic import synthetic_faces
-from arcface_clients.plans.manifest import PlanManifest, now_utc
+from arcface_clients.plans.manifest import PlanManifest, now_utc, write_manifest
 from arcface_clients.plans.spec import BuilderOptions, PlanSpec
 from arcface_tools.gpu_check.contestants import measure, onnxruntime_cuda, plan_runner, served_plan, torch_baseline
 from arcface_tools.gpu_check.report import to_markdown
@@ -179,6 +179,7 @@ def _plan(check: Check, model: str, precision: str, sm: str, version: str) -> No
     except ArcFaceError as exc:
         entry["refused"] = str(exc)
         raise
+    write_manifest(plan, manifest)
     entry |= _facts(manifest)
     with plan_runner(plan) as embed:
         entry["in_process"] = [measure(embed, check.faces, batch, check.seconds) for batch in check.batches]
@@ -193,7 +194,7 @@ def _facts(manifest: PlanManifest) -> dict[str, Any]:
     return {
         "build_seconds": manifest.build["seconds"],
         "peak_vram_bytes": manifest.build["peak_vram_bytes"],
-        "plan_bytes": manifest.bytes,
+        "plan_bytes": manifest.size_bytes,
         "layers": manifest.precision_proof["compute"],
         "layers_onnx": manifest.precision_proof["onnx"],
         "drift": {**drift, "limit": limit},
