@@ -45,7 +45,7 @@ arcface_build.program.main()
 def test_an_unknown_subcommand_is_wrong_use():
     answer = arcface("servve")
     assert answer.returncode == 2
-    assert "No such command 'servve'" in answer.stderr
+    assert "no such command 'servve': did you mean 'serve'?" in answer.stderr
 
 
 def test_an_error_is_one_line_with_its_class_and_exit_code(tmp_path):

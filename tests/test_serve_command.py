@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from arcface_build.commands.serve import Interrupt, _serve
 from arcface_build.repository.assemble import assemble
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
 from arcface_build.serving.process import (
@@ -27,6 +26,7 @@ from arcface_build.serving.process import (
     reason_in_log,
     reason_of_end,
 )
+from arcface_build.serving.run import Interrupt, wait_for_the_end
 from conftest import copy_repository
 from tiny_model import write_model
 
@@ -110,7 +110,7 @@ def test_a_signal_is_not_lost_where_python_drops_its_exception(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", lambda dropped: None)
     Finalised()  # the KeyboardInterrupt that is raised in there reaches nobody
     with pytest.raises(KeyboardInterrupt):
-        _serve(server, interrupt)
+        wait_for_the_end(server, interrupt)
 
 
 class Asleep:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from arcface_build.commands.plan_options import byte_progress, json_option, megabytes, place_options
+from arcface_build import terminal
+from arcface_build.commands.options.numbers import NOT_NEGATIVE
+from arcface_build.commands.options.output import hand_over, json_option
+from arcface_build.commands.options.plans import megabytes, place_options
 
 if TYPE_CHECKING:
     from arcface_build.plans.places import Places
@@ -43,7 +45,7 @@ def push(places: Places, plans: tuple[str, ...], everything: bool, sign_key: Pat
     for name in [manifest.key for manifest in here.cache.list()] if everything else plans:
         manifest, path, _ = find_plan(here, name)
         manifest = sign(manifest, sign_key) if sign_key else manifest
-        with byte_progress(f"push {manifest.spec.file_name}", manifest.bytes) as progress:
+        with terminal.byte_bar(f"push {manifest.spec.file_name}", manifest.bytes) as progress:
             put = store.put(path, manifest, progress)
         same = put.manifest.sha256 == manifest.sha256
         state = "pushed" if put.created else "was there" if same else "the store keeps another build of this key"
@@ -80,7 +82,7 @@ def pull(
         wanted = [store.resolve(name) for name in plans]
     else:
         sm = find_gpus()[0].sm if sm == "auto" else parse_sm(sm)
-        have = store.list(lambda _, exc: click.echo(f"refused: {exc}", err=True))
+        have = store.list(lambda _, exc: terminal.complaint(f"refused: {exc}"))
         wanted = [m for m in have if misfit(m, sm) is None and precision in (None, m.spec.precision)]
         if not wanted:
             found = ", ".join(sorted({m.spec.sm for m in have}, key=float)) or "none"
@@ -90,7 +92,7 @@ def pull(
             )
     done = []
     for manifest in wanted:
-        with byte_progress(f"pull {manifest.spec.file_name}", manifest.bytes) as progress:
+        with terminal.byte_bar(f"pull {manifest.spec.file_name}", manifest.bytes) as progress:
             if output is not None:
                 path, state = store.pull(manifest, output, progress), "pulled"
             else:
@@ -146,7 +148,11 @@ def verify(places: Places, plans: tuple[str, ...], as_json: bool) -> int:
     "--keep-tensorrt", "versions", multiple=True, help="Remove plans of every other TensorRT version; repeatable."
 )
 @click.option(
-    "--min-age-h", default=1.0, show_default=True, help="Leave leftovers alone that are younger: uploads under way."
+    "--min-age-h",
+    type=NOT_NEGATIVE,
+    default=1.0,
+    show_default=True,
+    help="Leave leftovers alone that are younger: uploads under way.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @place_options
@@ -193,10 +199,8 @@ def _old_temporaries(cache: PlanStore, before_s: float) -> list[Path]:
 
 
 def _report(rows: list[dict[str, Any]], as_json: bool, nothing: str) -> None:
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        click.echo(f"{row['plan']}: {row['state']}" + "".join(f"  {row[k]}" for k in ("where", "path") if k in row))
-    if not rows:
-        click.echo(nothing)
+    lines = [
+        f"{row['plan']}: {row['state']}" + "".join(f"  {row[key]}" for key in ("where", "path") if key in row)
+        for row in rows
+    ]
+    hand_over(rows, lambda: "\n".join(lines) or nothing, as_json)

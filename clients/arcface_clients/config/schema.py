@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.evidence.drift import DRIFT_LIMITS
+
+if TYPE_CHECKING:
+    from arcface_clients.triton.address import Access
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB|M)\s*", re.IGNORECASE)
@@ -34,7 +37,9 @@ def workspace_bytes(text: object) -> int:
 class _Section(BaseModel):
     """A group of keys: unknown ones are refused, values do not change after the check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class LocalModel(_Section):
@@ -69,12 +74,18 @@ class Storage(_Section):
     bucket: str | None = None
     prefix: str = "plans"
     cache: Path = Path("~/.cache/arcface-triton")
+    plans: Path | None = None
     endpoint: str | None = None
     region: str | None = None
     path_style: bool | None = None
     retries: int = Field(4, ge=0)
     timeout_s: float = Field(30.0, gt=0)
     public_key: Path | None = None
+
+    @property
+    def plan_folder(self) -> Path:
+        """Where this host keeps its plans, for whoever builds, moves or loads them."""
+        return (self.plans or self.cache / "plans").expanduser()
 
     @model_validator(mode="after")
     def _bucket_for_s3(self) -> Storage:
@@ -169,6 +180,15 @@ class Triton(_Section):
     compression: Literal["gzip", "deflate"] | None = None
     headers: dict[str, str] = {}
     tls: Tls = Tls()
+
+    def access_to(self, url: str) -> Access:
+        """Headers, TLS files and compression for this server; nothing for any other: a key is for whom it was given."""
+        from arcface_clients.triton import address
+
+        if address.Address.parse(url) != address.Address.parse(self.url):
+            return {}
+        tls = address.Tls(**self.tls.model_dump())
+        return {"headers": dict(self.headers), "tls": tls, "compression": self.compression}
 
     @field_validator("shared_memory", mode="before")
     @classmethod
