@@ -39,6 +39,11 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
     "plan": ("plan", "Build, prove, keep and move TensorRT plans: one for each kind of GPU."),
     "doctor": ("doctor", "Look at this host and the configuration; say what is wrong and how to mend it."),
 }
+NEEDS = {  # what a command cannot begin without; what only some options need is asked for where they are read
+    "import": ("onnx", "onnxruntime"),
+    "quantize": ("onnx", "onnxruntime"),
+    "bench-variants": ("onnx", "onnxruntime"),
+}
 GONE = {  # measurements of this project itself: not in the wheel
     "bench-clients": "from a checkout it is scripts/bench clients.",
     "bench-vectors": "from a checkout it is scripts/bench vectors.",
@@ -52,6 +57,7 @@ CLOSED_PIPE = 128 + signal.SIGPIPE  # what a shell says of a program that a clos
     package="arcface_build.commands",
     table=COMMANDS,
     common=(config_option, quiet_option),
+    needs=NEEDS,
     gone=GONE,
     params=[quiet_option()],
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from arcface_clients.extras import require
+
 
 class LazyGroup(click.Group):
     """A group that imports a subcommand's module only when that subcommand is asked for.
@@ -18,6 +20,7 @@ class LazyGroup(click.Group):
         table: name → (place, one line for --help); a place is a module under `package`, whose `command` is meant, or
             "module:attribute".
         common: makers of options that each subcommand gets.
+        needs: name → modules without which that subcommand cannot do anything.
         gone: names of former subcommands → what became of them, a sentence.
     """
 
@@ -27,11 +30,13 @@ class LazyGroup(click.Group):
         package: str,
         table: Mapping[str, tuple[str, str]],
         common: Sequence[Callable[[], click.Option]] = (),
+        needs: Mapping[str, tuple[str, ...]] | None = None,
         gone: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._package, self._table, self._common, self._gone = package, table, common, gone or {}
+        self._package, self._table, self._common = package, table, common
+        self._needs, self._gone = needs or {}, gone or {}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, in the order in which a user meets them."""
@@ -56,12 +61,15 @@ class LazyGroup(click.Group):
 
         Raises:
             UsageError: there is no such subcommand; names the one that was probably meant.
+            DependencyMissing: a package that it needs is not installed.
         """
         name = args[0]
         if name in self._table or name.startswith("-") or ctx.resilient_parsing:  # the last: a shell completes
             resolved = super().resolve_command(ctx, args)
             if resolved[1] is not None:
                 _refuse_a_file_for_json(ctx, resolved[1], resolved[2])
+                if not {"-h", "--help"}.intersection(args) and not ctx.resilient_parsing:
+                    require(*self._needs.get(name, ()), purpose=f"arcface {name}")
             return resolved
         if name in self._gone:
             ctx.fail(f"no such command {name!r}: {self._gone[name]}")
@@ -83,7 +91,7 @@ def _refuse_a_file_for_json(ctx: click.Context, command: click.Command, args: Se
     """
     if not any("--report" in parameter.opts for parameter in command.params):
         return
-    for word, following in zip(args, [*args[1:], ""], strict=True):
+    for word, following in zip(args, [*args[1:], ""], strict=False):
         if word.startswith("--json=") or (word == "--json" and (following == "-" or following.endswith(".json"))):
             file = word.partition("=")[2] or following
             wanted = "leave the - away" if file == "-" else f"write the file with --report {file}"

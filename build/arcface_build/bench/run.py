@@ -22,6 +22,7 @@ from arcface_build.bench.server import Target, own_server
 from arcface_build.bench.waterfall import waterfall, waterfall_loads
 from arcface_build.repository.versions import served_folder
 from arcface_clients.errors import WrongUse
+from arcface_clients.extras import require
 
 Bars = Callable[[int], AbstractContextManager[Callable[[str, int], None]]]  # steps in all → what is told of each
 
@@ -86,6 +87,9 @@ def run(
         target: a running server; None starts one.
         bars: shows progress.
     """
+    for wanted, module in ((asked.bare, "onnxruntime"), (asked.insightface, "insightface"), (asked.pytorch, "torch")):
+        if wanted:
+            require(module, purpose="this benchmark")
     host = describe_host()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="arcface-bench-")))

@@ -12,6 +12,7 @@ from arcface_build.commands.options.output import NewFile, hand_over, json_optio
 from arcface_build.commands.options.server import served_model_option, timeout_option, urls_option
 from arcface_build.commands.options.settings import access_to
 from arcface_clients.errors import WrongUse
+from arcface_clients.extras import require
 
 EPILOG = """\b
 Examples:
@@ -75,6 +76,8 @@ def command(
         raise WrongUse(f"{output} is there already. Choose another name, or overwrite it: --force")
     if output.suffix == ".npz" and (len(urls) > 1 or engine == "ray"):
         raise WrongUse(f"several servers and --engine ray write Parquet. Name the output {output.stem}.parquet")
+    if output.suffix == ".parquet":
+        require("pyarrow", *(("ray",) if engine == "ray" else ()), purpose=f"writing {output.name}")
     if detect:
         from arcface_clients.faces.detect import find_model
 

@@ -59,7 +59,10 @@ def command(
     from arcface_build.compare.sides import open_side
     from arcface_build.reports.matrix_page import matrix_page
     from arcface_build.reports.matrix_text import matrix_text
+    from arcface_clients.extras import require
 
+    if pairs_from or identities:
+        require("sklearn", purpose="accuracy")
     config = with_local(models_dir, model)
     faces = faces_of(sources, (), terminal.complaint).sample(n_samples)
     with open_side(reference, config) as right, terminal.status_line() as progress:

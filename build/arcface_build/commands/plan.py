@@ -33,6 +33,7 @@ Examples:
     package="arcface_build.commands",
     table=COMMANDS,
     common=(config_option, quiet_option),
+    needs={"build": ("onnx", "onnxruntime", "polygraphy", "filelock"), "pull": ("filelock",)},
     gone={"info": "it is arcface plan show.", "upload": "it is arcface plan push."},
     epilog=EPILOG,
 )

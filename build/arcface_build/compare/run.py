@@ -17,6 +17,7 @@ from arcface_clients.config.schema import EmbeddingConfig, LocalModel
 from arcface_clients.engines.model_folder import find_model
 from arcface_clients.errors import ArcFaceError, WrongUse
 from arcface_clients.evidence.drift import TARGETS
+from arcface_clients.extras import require
 from arcface_clients.faces.synthetic import synthetic_faces
 
 
@@ -45,6 +46,10 @@ def compare(
     Raises:
         WrongUse, Missing: a side or the faces are not what can be compared.
     """
+    if asked.pairs_from or asked.identities:
+        require("sklearn", purpose="accuracy")
+    if asked.layers:
+        require("onnx", "polygraphy", purpose="--layers")
     targets = config.comparison
     with open_side(a, config) as side_a, open_side(b, config) as side_b:
         faces = faces_of(asked.sources, (side_a, side_b), refused).sample(asked.n_samples)

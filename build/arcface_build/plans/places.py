@@ -11,6 +11,7 @@ from arcface_build.plans.store import PlanStore
 from arcface_build.store import open_store
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import WrongUse
+from arcface_clients.extras import require
 from arcface_clients.plans.manifest import PlanManifest, check_content, load_manifest, manifest_path
 from arcface_clients.plans.signing import check_signature
 
@@ -63,6 +64,8 @@ def open_places(
     folder = cache.expanduser() if cache else storage.plan_folder
     remote = None
     if url is not None:
+        if url.startswith("s3://"):
+            require("boto3", purpose=f"the plan store {url}")
         remote = open_store(
             url,
             endpoint_url=storage.endpoint,
