@@ -95,9 +95,11 @@ def run(group: click.Group, prog_name: str, argv: list[str] | None = None) -> No
         sys.exit(exc.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _interrupted()
-    except SystemExit:
-        if _reader_went_away():  # click's own end of a broken pipe
+    except SystemExit as exc:
+        if _reader_went_away():  # click's own end of any broken pipe
             sys.exit(CLOSED_PIPE)
+        if isinstance(exc.__context__, OSError):  # another one than stdout
+            _fail(f"{type(exc.__context__).__name__}: {exc.__context__}", 3)
         raise
     except ImportError as exc:
         if isinstance(exc.__cause__, KeyboardInterrupt):  # Ctrl-C while pybind11 initialised an extension

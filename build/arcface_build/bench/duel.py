@@ -133,12 +133,18 @@ def _duel(
     return Duel(
         champion,
         challenger,
-        ratio(samples, "challenger", "champion", kept),
-        *(_p95_ms(samples[name], kept) for name in ("champion", "challenger")),
-        *(statistics.median(samples[name][r].faces_per_s for r in kept) for name in ("champion", "challenger")),
-        disturbed,
+        ratio=ratio(samples, "challenger", "champion", kept),
+        champion_p95_ms=_p95_ms(samples["champion"], kept),
+        challenger_p95_ms=_p95_ms(samples["challenger"], kept),
+        champion_faces_per_s=_faces_per_s(samples["champion"], kept),
+        challenger_faces_per_s=_faces_per_s(samples["challenger"], kept),
+        disturbed=disturbed,
     )
 
 
 def _p95_ms(samples: Sequence[Sample], rounds: Sequence[int]) -> float:
     return float(np.percentile([ms for r in rounds for ms in samples[r].latencies_ms], 95))
+
+
+def _faces_per_s(samples: Sequence[Sample], rounds: Sequence[int]) -> float:
+    return float(statistics.median(samples[r].faces_per_s for r in rounds))

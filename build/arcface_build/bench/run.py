@@ -65,7 +65,7 @@ class BenchRequest:
         return ("arcface_onnx", "arcface") if self.waterfall else tuple(self.models)
 
 
-def run(
+def run_benchmark(
     asked: BenchRequest,
     faces_bgr_u8: npt.NDArray[Any],
     program: PerfAnalyzer,

@@ -72,7 +72,7 @@ def command(
     from arcface_build.bench.faces import faces_for_load
     from arcface_build.bench.perf_analyzer import find_perf_analyzer
     from arcface_build.bench.result import read_result, regressions
-    from arcface_build.bench.run import BenchRequest, run
+    from arcface_build.bench.run import BenchRequest, run_benchmark
     from arcface_build.bench.server import running_server
     from arcface_build.reports.bench_page import bench_csv, bench_page
     from arcface_build.reports.bench_text import bench_text
@@ -81,7 +81,7 @@ def command(
     asked = BenchRequest(**asked_for)
     target = running_server(url, http_url, access_to(url)) if url else None
     program = find_perf_analyzer(settings().storage.cache, terminal.notice)
-    result = run(
+    result = run_benchmark(
         asked,
         faces_for_load(sources, max(asked.batches), terminal.complaint),
         program,

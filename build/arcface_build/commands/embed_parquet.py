@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from arcface_build import terminal
 from arcface_build.commands.options.output import hand_over
@@ -14,6 +13,7 @@ from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.job import Job, Plan, run_local
 from arcface_clients.bulk.parts import bad_path
 from arcface_clients.errors import WrongUse
+from arcface_clients.triton.address import Access
 
 
 def embed_to_parquet(
@@ -83,6 +83,6 @@ def embed_to_parquet(
     return 0
 
 
-def _connect(model: str, timeout_s: float, access: dict[str, dict[str, Any]], url: str) -> TritonEmbedder:
+def _connect(model: str, timeout_s: float, access: dict[str, Access], url: str) -> TritonEmbedder:
     """A module-level function, so that Ray can send it."""
     return TritonEmbedder(url, model, timeout_s=timeout_s, **access[url])

@@ -121,7 +121,8 @@ def _three(option: str, text: str) -> tuple[float, float, float]:
         numbers = []
     if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
         raise WrongUse(f"{option} is {text!r}: expected one number or three with commas, as 123.675,116.28,103.53.")
-    return tuple(numbers * 3 if len(numbers) == 1 else numbers)
+    first, second, third = numbers * 3 if len(numbers) == 1 else numbers
+    return first, second, third
 
 
 def _told(done: BroughtIn) -> str:

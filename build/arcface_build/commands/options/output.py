@@ -26,7 +26,7 @@ class NewFile(click.Path):
         Raises:
             BadParameter: it is a folder, or nothing can be written there.
         """
-        path: Path = super().convert(value, param, ctx)
+        path = Path(str(super().convert(value, param, ctx)))
         folder = path.absolute().parent
         while not folder.exists():  # what is missing is made when the file is
             folder = folder.parent
