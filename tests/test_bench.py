@@ -25,8 +25,8 @@ from arcface_build.bench.perf_analyzer import (
     write_input_data,
 )
 from arcface_build.bench.result import regressions, summarise
+from arcface_build.bench.server import check_served, running_server
 from arcface_build.bench.triton_statistics import ensemble_cost
-from arcface_build.commands.bench import check_served, server_under_test
 from arcface_build.commands.bench import command as bench_command
 from arcface_clients.errors import ArcFaceError, Missing, WrongUse
 from conftest import copy_repository
@@ -146,7 +146,7 @@ def test_results_without_a_common_ratio_are_not_compared() -> None:
         (b"\xff", "cannot be read as JSON"),
         (
             "[1]",
-            "is no benchmark of format 1: got format None, kind None; expected what arcface bench --json FILE wrote",
+            "is no benchmark of format 1: got format None, kind None; expected what arcface bench --report FILE wrote",
         ),
         ("{}", "is no benchmark of format 1: got format None"),
         ('{"format": 1, "kind": "tune"}', "got format 1, kind 'tune'"),
@@ -175,12 +175,9 @@ def test_names_that_triton_would_pass_over_are_refused(models, config: str, mess
 
 
 @pytest.mark.parametrize("url", ["gpu-host", "gpu-host:", ":8001", "gpu-host:eight"])
-def test_an_address_without_host_and_port_is_refused(url: str, tmp_path) -> None:
-    with (
-        pytest.raises(WrongUse, match=f"--url is '{url}': expected host:port"),
-        server_under_test(url, None, None, (), "onnx", tmp_path),
-    ):
-        pass
+def test_an_address_without_host_and_port_is_refused(url: str) -> None:
+    with pytest.raises(WrongUse, match=f"--url is '{url}': expected host:port"):
+        running_server(url)
 
 
 def test_in_process_variants_report_calls_and_cpu_time() -> None:
@@ -253,7 +250,7 @@ def test_bench_measures_the_running_server_with_the_real_perf_analyzer(server, d
 
     _perf_analyzer()
     arguments = ["--url", server.grpc_url, "--http-url", server.http_url, "--model-repository", str(demo_repository)]
-    arguments += ["--batch", "4", "--rounds", "1", "--sample-s", "0.1", "--json", str(tmp_path / "bench.json")]
+    arguments += ["--batch", "4", "--rounds", "1", "--sample-s", "0.1", "--report", str(tmp_path / "bench.json")]
     arguments += ["--csv", str(tmp_path / "bench.csv"), "--html", str(tmp_path / "bench.html")]
     first = CliRunner().invoke(command, [*arguments, "--insightface"], catch_exceptions=False)
     assert first.exit_code == 0, first.output

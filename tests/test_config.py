@@ -101,7 +101,7 @@ def test_caller_wins_over_environment_and_file(write):
         (
             "storage: {bukket: a}",
             "FILE: storage.bukket: no such key. Did you mean storage.bucket? Allowed in storage: type, bucket, prefix, "
-            "cache, endpoint, region, path_style, retries, timeout_s, public_key.",
+            "cache, plans, endpoint, region, path_style, retries, timeout_s, public_key.",
         ),
         (
             "bakend: onnx",
@@ -135,7 +135,7 @@ def test_caller_wins_over_environment_and_file(write):
         ("storage: {type: s3}", "FILE: storage: type is s3: expected a bucket name in storage.bucket, got none."),
         (
             "storage: s3",
-            "FILE: storage: got 's3'; expected keys under it. Allowed in storage: type, bucket, prefix, cache, "
+            "FILE: storage: got 's3'; expected keys under it. Allowed in storage: type, bucket, prefix, cache, plans, "
             "endpoint, region, path_style, retries, timeout_s, public_key.",
         ),
         ("triton: {timeout_s: -1}", "FILE: triton.timeout_s: got -1.0; expected more than 0."),

@@ -372,7 +372,7 @@ def plan_build(
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", "from arcface_build.cli import main; main()", "plan", "build", *arguments]
         path = os.pathsep.join(filter(None, sys.path))
-        places = {"ARCFACE_PLAN_CACHE": str(tmp_path / "cache"), "ARCFACE_PLAN_STORE": str(tmp_path / "store")}
+        places = {"ARCFACE_STORAGE__PLANS": str(tmp_path / "cache"), "ARCFACE_PLAN_STORE": str(tmp_path / "store")}
         environment = {**os.environ, "PYTHONPATH": path, **places}
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
 
@@ -423,7 +423,7 @@ def test_ctrl_c_stops_the_child_and_leaves_nothing(
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "ARCFACE_PLAN_CACHE": str(tmp_path / "cache"),
+        "ARCFACE_STORAGE__PLANS": str(tmp_path / "cache"),
     }
     command = [sys.executable, "-c", code, "plan", "build", "tiny", "--precision", "fp16"]
     process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)

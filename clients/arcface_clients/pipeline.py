@@ -112,7 +112,7 @@ def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
             "precision": link.precision,
             "model": local.model,
             "model_repository": local.model_repository,
-            "cache": settings.storage.cache,
+            "cache": settings.storage.plan_folder,
             "public_key": settings.storage.public_key,
             "max_batch": settings.batch.max,
         }

@@ -12,6 +12,7 @@ import numpy as np
 
 from arcface_build.bench.interleaved import Variant, Work
 from arcface_build.bench.perf_analyzer import Load, PerfAnalyzer
+from arcface_build.bench.server import Target
 from arcface_build.bench.triton_statistics import read_statistics, server_split
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.errors import Missing
@@ -88,37 +89,27 @@ def insightface_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequen
     ]
 
 
-def served(
-    program: PerfAnalyzer,
-    load: Load,
-    *,
-    grpc_url: str,
-    http_url: str,
-    input_data: Path,
-    server_pid: int | None = None,
-) -> Variant:
+def served(program: PerfAnalyzer, load: Load, target: Target, input_data: Path) -> Variant:
     """A variant that perf_analyzer measures through the server; each sample carries the server's own split of its time.
 
     Args:
         program: what `find_perf_analyzer` found.
         load: model, protocol, batch, concurrency.
-        grpc_url: host:port; the load's protocol chooses between this and `http_url`.
-        http_url: host:port, also asked for the statistics.
+        target: the server; its CPU time is told where it runs on this host, its HTTP is asked for the statistics.
         input_data: file that `write_input_data` wrote.
-        server_pid: tritonserver's, when it runs on this host; its CPU time is then told.
     """
-    url = grpc_url if load.protocol.startswith("grpc") else http_url
+    url = target.url(load.protocol)
     requests_per_s = 0.0
 
     def sample(seconds: float) -> Work:
         nonlocal requests_per_s
-        before = read_statistics(http_url)
-        work = program.measure(load, url, input_data, math.ceil(requests_per_s * seconds))
-        work.details["server"] = server_split(before, read_statistics(http_url))
+        before = read_statistics(target.http_url, target.access)
+        work = program.measure(load, url, input_data, math.ceil(requests_per_s * seconds), access=target.options())
+        work.details["server"] = server_split(before, read_statistics(target.http_url, target.access))
         requests_per_s = work.faces_per_s / load.batch
         return work
 
-    pids = (server_pid,) if server_pid else ()
+    pids = (target.pid,) if target.pid else ()
     return Variant(load.name, sample, "server", pids, {**asdict(load), "url": url})
 
 

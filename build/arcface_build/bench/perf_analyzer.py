@@ -12,10 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 
@@ -23,8 +22,10 @@ import numpy as np
 
 from arcface_build.bench.fetch_perf_analyzer import cached_perf_analyzer, fetch_perf_analyzer
 from arcface_build.bench.interleaved import Work
+from arcface_build.imports.source import CACHE
 from arcface_clients.contract import FACE_INPUT
 from arcface_clients.errors import ArcFaceError, Missing, WrongUse
+from arcface_clients.triton.address import Access, Tls
 
 # What --protocol may be → perf_analyzer's arguments; the first word tells which of the server's ports is used.
 PROTOCOLS: dict[str, tuple[str, ...]] = {
@@ -74,7 +75,15 @@ class PerfAnalyzer:
     path: Path
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def measure(self, load: Load, url: str, input_data: Path, requests: int, timeout_s: float = 600.0) -> Work:
+    def measure(
+        self,
+        load: Load,
+        url: str,
+        input_data: Path,
+        requests: int,
+        timeout_s: float = 600.0,
+        access: Sequence[str] = (),
+    ) -> Work:
         """Send `requests` requests in a closed loop and time them from their own timestamps.
 
         perf_analyzer's printed throughput counts whole windows, which is wrong by a request in each: with two seconds
@@ -87,6 +96,7 @@ class PerfAnalyzer:
             input_data: file that `write_input_data` wrote.
             requests: how many at least; made a whole number of generations, and bounded by `Load.most_requests`.
             timeout_s: after which the run is ended.
+            access: perf_analyzer's own options for headers and TLS (`access_options`).
 
         Raises:
             ArcFaceError: it failed, or a request did; the message carries perf_analyzer's own.
@@ -97,7 +107,7 @@ class PerfAnalyzer:
             export = Path(folder) / "requests.json"  # an existing file would be refused
             line = [str(self.path), "-m", load.model, "-u", url, *PROTOCOLS[load.protocol], "-b", str(load.batch)]
             line += ["--concurrency-range", f"{load.concurrency}:{load.concurrency}:1", "--request-count", str(count)]
-            line += ["--input-data", str(input_data), "--profile-export-file", str(export)]
+            line += ["--input-data", str(input_data), "--profile-export-file", str(export), *access]
             answer = self._run(line, timeout_s)
             if answer.returncode or not export.is_file():
                 raise ArcFaceError(f"perf_analyzer failed on {load.name} at {url}: {_reason(answer)}")
@@ -142,6 +152,25 @@ class PerfAnalyzer:
             ) from exc
 
 
+def access_options(access: Access, encrypted: bool) -> list[str]:
+    """perf_analyzer's options for the headers and TLS files of a server; who lists processes can read them."""
+    line = [word for name, value in access.get("headers", {}).items() for word in ("-H", f"{name}:{value}")]
+    tls = access.get("tls") or Tls()
+    if encrypted:
+        line += ["--ssl-grpc-use-ssl"]
+    files = {
+        "--ssl-grpc-root-certifications-file": tls.ca_file,
+        "--ssl-grpc-certificate-chain-file": tls.cert_file,
+        "--ssl-grpc-private-key-file": tls.key_file,
+        "--ssl-https-ca-certificates-file": tls.ca_file,
+        "--ssl-https-client-certificate-file": tls.cert_file,
+        "--ssl-https-private-key-file": tls.key_file,
+    }
+    for option, file in files.items():
+        line += [option, str(file)] if file else []
+    return line
+
+
 def work_from_timestamps(starts_ns: np.ndarray, ends_ns: np.ndarray, batch: int, concurrency: int) -> Work:
     """Throughput and latencies of the generations after the first; int64 (n,) nanoseconds of one clock, any order."""
     order = np.argsort(ends_ns, kind="stable")
@@ -163,21 +192,21 @@ def write_input_data(faces_bgr_u8: np.ndarray, path: Path) -> Path:
     return path
 
 
-def find_perf_analyzer() -> PerfAnalyzer:
+def find_perf_analyzer(cache: Path = CACHE, say: Callable[[str], None] = lambda line: None) -> PerfAnalyzer:
     """The perf_analyzer on PATH, of this environment, or of the installed tritonclient wheel; else a fetched one.
 
-    It is fetched once, from the wheel that holds it, into the cache folder; stderr says so.
+    It is fetched once, from the wheel that holds it, into the folder `cache`; `say` is told.
 
     Raises:
         Missing: there is none, or one of its libraries is not on this host; the message names the package.
     """
-    path = _binary() or fetch_perf_analyzer(partial(print, file=sys.stderr))
+    path = _binary(cache) or fetch_perf_analyzer(cache, say)
     program = PerfAnalyzer(path, _library_environment())
     program.check()
     return program
 
 
-def _binary() -> Path | None:
+def _binary(cache: Path) -> Path | None:
     """PATH, then beside this Python, then where the wheel's record says, then what was fetched earlier."""
     candidates = [Path(sys.executable).with_name("perf_analyzer")]
     if on_path := shutil.which("perf_analyzer"):
@@ -185,7 +214,7 @@ def _binary() -> Path | None:
     with suppress(metadata.PackageNotFoundError):
         files = metadata.files("tritonclient") or []
         candidates += [Path(str(file.locate())).resolve() for file in files if file.name == "perf_analyzer"]
-    candidates.append(cached_perf_analyzer())
+    candidates.append(cached_perf_analyzer(cache))
     return next((path for path in candidates if os.access(path, os.X_OK)), None)
 
 

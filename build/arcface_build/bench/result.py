@@ -67,7 +67,7 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         WrongUse: the file is not a benchmark of this format.
     """
-    expected = "expected what arcface bench --json FILE wrote"
+    expected = "expected what arcface bench --report FILE wrote"
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError) as exc:

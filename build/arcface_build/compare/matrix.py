@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from arcface_build.compare.comparison import Faces, check_contracts, embeddings_of
 from arcface_build.compare.sides import Side
+from arcface_clients.engines.model_folder import find_model
 from arcface_clients.errors import WrongUse
 from arcface_clients.evidence.accuracy import Pairs, changed_decisions, measure_accuracy
 from arcface_clients.evidence.drift import compare_embeddings, cosine_per_face
@@ -101,3 +103,9 @@ def _row(
         "batch_difference_allowed": allowed,
         "passed": drift.max_drift <= limit and difference <= allowed,
     }
+
+
+def files_of(models_dir: Path, model: str | None) -> list[str]:
+    """The serving ONNX of an imported model and the variants that stand beside it; refused ones have another ending."""
+    folder = find_model(models_dir, model).path
+    return [str(folder / "serving.onnx"), *(str(path) for path in sorted((folder / "variants").glob("*.onnx")))]

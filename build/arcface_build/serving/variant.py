@@ -9,14 +9,13 @@ from pathlib import Path
 from arcface_build.repository.versions import served_manifest
 
 
-def take_best_variant(repository: Path, models_dir: Path) -> str:
+def take_best_variant(repository: Path, models_dir: Path, versions_kept: int) -> str:
     """Install what `arcface_build.variants.choose.choose` chooses for the model in arcface_onnx; returns what and why.
 
     The model stays the same one: where models_dir has no import of this contract, nothing is touched.
     """
     from arcface_build.repository.assemble import assemble
     from arcface_build.variants.choose import choose
-    from arcface_clients.config.sources import load_config
 
     served = served_manifest(repository) or {}
     model_dir = models_dir / served.get("name", "")
@@ -32,5 +31,5 @@ def take_best_variant(repository: Path, models_dir: Path) -> str:
     if not os.access(repository, os.W_OK):
         return f"{installed}: {repository} may not be written"
     choice = choose(model_dir)
-    assemble(model_dir, repository, choice, load_config().versions_kept)
+    assemble(model_dir, repository, choice, versions_kept)
     return choice.reason

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -17,6 +17,9 @@ from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.triton.memory.choice import shared_memory_option
 from arcface_clients.triton.options import ClientOptions
+
+if TYPE_CHECKING:
+    pass
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB|M)\s*", re.IGNORECASE)
@@ -37,7 +40,9 @@ def workspace_bytes(text: object) -> int:
 class _Section(BaseModel):
     """A group of keys: unknown ones are refused, values do not change after the check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class LocalModel(_Section):
@@ -72,12 +77,18 @@ class Storage(_Section):
     bucket: str | None = None
     prefix: str = "plans"
     cache: Path = Path("~/.cache/arcface-triton")
+    plans: Path | None = None
     endpoint: str | None = None
     region: str | None = None
     path_style: bool | None = None
     retries: int = Field(default=4, ge=0)
     timeout_s: float = Field(default=30.0, gt=0)
     public_key: Path | None = None
+
+    @property
+    def plan_folder(self) -> Path:
+        """Where this host keeps its plans, for whoever builds, moves or loads them."""
+        return (self.plans or self.cache / "plans").expanduser()
 
     @model_validator(mode="after")
     def _bucket_for_s3(self) -> Storage:

@@ -61,6 +61,7 @@ def load_config(
 def layers(path: str | Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]) -> Layers:
     """File, environment and overrides on top of each other, old names already replaced."""
     found = Layers()
+    environ = {name: text for name, text in environ.items() if text.strip()}  # an empty variable is one that is not set
     file = config_file(path, environ)
     if file is not None:
         found.add(renamed(dict(flatten(read_yaml(file))), str(file)), str(file))
@@ -153,8 +154,8 @@ def variable(key: str) -> str:
 
 
 def _parsed(name: str, text: str) -> Any:
-    """A variable's text: empty or null is None, [lists] and {mappings} are YAML, everything else stays text."""
-    if text.strip().lower() in ("", "null", "none"):
+    """A variable's text: null is None, [lists] and {mappings} are YAML, everything else stays text."""
+    if text.strip().lower() in ("null", "none"):
         return None
     try:
         return yaml.safe_load(text) if text.strip()[0] in "[{" else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 from urllib.parse import urlsplit
 
 from arcface_clients.errors import ConfigError
@@ -80,6 +81,14 @@ class Tls:
             path = getattr(self, name)
             if path and not Path(path).is_file():
                 raise ConfigError(f"TLS {name} {path} is not there; expected a PEM file.")
+
+
+class Access(TypedDict, total=False):
+    """What one server wants of its clients beside its address; keyword arguments of every embedder."""
+
+    headers: dict[str, str]
+    tls: Tls
+    compression: str | None
 
 
 @dataclass(frozen=True)

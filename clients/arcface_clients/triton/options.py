@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from arcface_clients.errors import ConfigError
-from arcface_clients.triton.address import Address, Connection, Tls
+from arcface_clients.triton.address import Access, Address, Connection, Tls
 from arcface_clients.triton.memory.choice import SharedMemoryOption, shared_memory_option
 
 
@@ -64,6 +64,12 @@ class ClientOptions:
     def address(self) -> Address:
         """The URL, read."""
         return Address.parse(self.url)
+
+    def access_to(self, url: str) -> Access:
+        """Headers, TLS files and compression for this server; nothing for any other: a key is for whom it was given."""
+        if Address.parse(url) != self.address:
+            return {}
+        return {"headers": dict(self.headers), "tls": self.tls, "compression": self.compression}
 
     def connection(self) -> Connection:
         """What a transport is opened with.
