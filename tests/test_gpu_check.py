@@ -56,7 +56,7 @@ def test_a_run_measures_every_precision_and_names_its_gaps(fake_host: Callable[.
     assert plans["fp32"]["passes_gate"]
     gaps = {gap["step"]: gap["why"] for gap in report["not_measured"]}
     assert "no model_repository/" in gaps["fp16 plan of tiny through tritonserver"]
-    assert "no CUDA provider" in gaps["ONNX Runtime CUDA on tiny"]
+    assert "no CUDAExecutionProvider" in gaps["ONNX Runtime CUDA on tiny"]
     assert "--torch-python" in gaps["PyTorch on tiny"]
     assert text.startswith("# NVIDIA A10\n\nSM 8.6, driver 550.54.15, CUDA 12.4, TensorRT 8.6.0")
     assert text.count("| TensorRT fp16 |") == 2

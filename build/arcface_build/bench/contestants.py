@@ -14,6 +14,7 @@ from arcface_build.bench.interleaved import Variant, Work
 from arcface_build.bench.perf_analyzer import Load, PerfAnalyzer
 from arcface_build.bench.triton_statistics import read_statistics, server_split
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import Missing
 
 
@@ -50,10 +51,9 @@ def bare_session(onnx: Path, faces_bgr_u8: np.ndarray, batch: int, threads: int 
         raise Missing(f"no serving ONNX at {onnx}. Next: arcface import demo, or name one: arcface bench --onnx FILE")
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+    session = open_session(
+        onnx, threads=threads, settings={"session.intra_op.allow_spinning": "1" if spinning else "0"}
+    )
     variant = in_process(
         f"bare b{batch}", lambda faces: session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces}), faces_bgr_u8, batch
     )
@@ -76,9 +76,7 @@ def insightface_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequen
         from insightface.model_zoo.arcface_onnx import ArcFaceONNX
     except ImportError as exc:
         raise Missing(f"InsightFace is not installed ({exc}). Next: pip install --no-deps insightface") from exc
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+    session = open_session(source, threads=0, settings={})
     model = ArcFaceONNX(model_file=str(source), session=session)
     fixed = session.get_inputs()[0].shape[0]
     allowed = [batch for batch in batches if not isinstance(fixed, int) or batch == fixed]

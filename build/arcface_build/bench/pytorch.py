@@ -58,7 +58,7 @@ def proved_network(source: Path, faces_bgr_u8: np.ndarray) -> Callable[[np.ndarr
     from arcface_build.bench.torch_export import export_graph
     from arcface_build.imports.importing import to_serving
     from arcface_build.imports.onnx_file import read_source
-    from arcface_build.imports.proof import open_session
+    from arcface_clients.engines.runtimes import open_session
 
     manifest = json.loads(source.with_name("manifest.json").read_text())
     preprocessing = Preprocessing.from_json(manifest["preprocessing"])
@@ -66,7 +66,7 @@ def proved_network(source: Path, faces_bgr_u8: np.ndarray) -> Callable[[np.ndarr
         folder = Path(name)
         onnx = folder / "serving.onnx"
         onnx.write_bytes(to_serving(read_source(source), preprocessing, manifest["dim"])[0].SerializeToString())
-        expected = open_session(onnx, source.name).run([EMBEDDING_OUTPUT], {FACE_INPUT: faces_bgr_u8})[0]
+        expected = open_session(onnx, label=source.name).run([EMBEDDING_OUTPUT], {FACE_INPUT: faces_bgr_u8})[0]
         export_graph(onnx, folder)
         try:
             embed = eager_network(folder, torch.float32, "cpu")

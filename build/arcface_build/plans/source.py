@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import Missing, WrongUse
 
 
@@ -21,16 +22,8 @@ class PlanSource:
     contract_id: str | None
 
     def embed(self, faces: np.ndarray, batch: int = 16) -> np.ndarray:
-        """The reference's embeddings of uint8 (N,112,112,3) BGR faces, by ONNX Runtime on the CPU: float32 (N,D).
-
-        Raises:
-            Missing: ONNX Runtime is not installed.
-        """
-        try:
-            import onnxruntime
-        except ImportError as exc:
-            raise Missing("drift is measured against ONNX Runtime: pip install onnxruntime") from exc
-        session = onnxruntime.InferenceSession(str(self.reference), providers=["CPUExecutionProvider"])
+        """The reference's embeddings of uint8 (N,112,112,3) BGR faces, by ONNX Runtime on the CPU: float32 (N,D)."""
+        session = open_session(self.reference)
         parts = [faces[i : i + batch] for i in range(0, len(faces), batch)]
         return np.concatenate([session.run([EMBEDDING_OUTPUT], {FACE_INPUT: part})[0] for part in parts])
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from arcface_clients.arrays import Array
 from arcface_clients.contract import FACE_SHAPE, Preprocessing
-from arcface_clients.engines.devices import CPU
 from arcface_clients.engines.in_process import LocalEngine, unit_rows
 from arcface_clients.engines.model_folder import ModelFolder, find_model, folder_of
 from arcface_clients.engines.registry import EngineRegistry
+from arcface_clients.engines.runtimes import first_line, open_session
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
 
 
@@ -73,20 +73,16 @@ class InsightFaceEngine(LocalEngine):
         try:
             with warnings.catch_warnings():  # its own imports warn about themselves
                 warnings.simplefilter("ignore")
-                import onnxruntime as ort
                 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
         except ImportError as exc:
             raise DependencyMissing(
                 f"the reference needs InsightFace ({exc}). Install it: pip install insightface onnxruntime onnx"
             ) from exc
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
+        session = open_session(file, threads=self._threads)
         try:
-            session = ort.InferenceSession(str(file), options, providers=[CPU])
             net = ArcFaceONNX(model_file=str(file), session=session)
         except Exception as exc:
-            raise ConfigError(f"{file}: InsightFace cannot load it: {str(exc).partition(chr(10))[0]}") from exc
+            raise ConfigError(f"{file}: InsightFace cannot load it: {first_line(exc)}") from exc
         if len(net.input_shape) != 4 or list(net.input_shape[1:]) != [3, *FACE_SHAPE[:2]]:
             raise ConfigError(
                 f"{file}: expected a source ONNX with input [N,3,112,112], got {net.input_shape}. The reference runs "
@@ -120,7 +116,7 @@ class InsightFaceEngine(LocalEngine):
         try:
             rows = [self._features(net, faces[i : i + step]) for i in range(0, len(faces), step)]
         except Exception as exc:
-            raise InferenceFailed(f"insightface: {str(exc).partition(chr(10))[0]} (batch {len(faces)})") from exc
+            raise InferenceFailed(f"insightface: {first_line(exc)} (batch {len(faces)})") from exc
         return unit_rows(np.concatenate(rows))
 
     def _features(self, net: Any, faces: Array) -> Array:

@@ -70,6 +70,13 @@ class ModelFolder:
             )
         return file
 
+    def sidecar(self, precision: str) -> dict[str, Any] | None:
+        """The sidecar of the variant for CPUs: without gates where only a refused one is there, None where none is."""
+        file = self.path / "variants" / f"{precision}-cpu.json"
+        if file.is_file():
+            return _read_json(file)
+        return {"gates": []} if file.with_name(f"{file.name}.refused").is_file() else None
+
 
 def sidecar_of(file: Path) -> dict[str, Any] | None:
     """What `arcface quantize` wrote beside a variant (NAME.json for NAME.onnx); None where there is none."""

@@ -18,6 +18,8 @@ import numpy as np
 from arcface_build import bench
 from arcface_build.bench.torch_export import export_graph
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.engines.devices import CPU, CUDA
+from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import Missing
 
 Embed = Callable[[np.ndarray], np.ndarray]
@@ -70,16 +72,9 @@ def onnxruntime_cuda(onnx: Path) -> Iterator[Embed]:
     """The serving ONNX on ONNX Runtime's CUDA provider.
 
     Raises:
-        Missing: this ONNX Runtime has none, or it fell back to the CPU.
+        DependencyMissing: this ONNX Runtime has none, or it did not start.
     """
-    import onnxruntime
-
-    providers = onnxruntime.get_available_providers()
-    if "CUDAExecutionProvider" not in providers:
-        raise Missing(f"this ONNX Runtime has no CUDA provider (it has {', '.join(providers)})")
-    session = onnxruntime.InferenceSession(str(onnx), providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
-    if session.get_providers()[0] != "CUDAExecutionProvider":
-        raise Missing("ONNX Runtime fell back to the CPU: its log says which library it did not find")
+    session = open_session(onnx, [CUDA, CPU])
     yield lambda faces: session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces})[0]
 
 
