@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from arcface_build.bench.torch_export import export_graph
+from arcface_clients.contract import Preprocessing
 from arcface_tools.gpu_check.report import to_markdown
+from tiny_model import write_manifest
 from tiny_onnx import DIM, write_tiny
 
 REPO = Path(__file__).resolve().parent.parent
@@ -28,9 +30,7 @@ def models(tmp_path: Path) -> Path:
     write_tiny(folder / "serving.onnx")
     for precision in ("fp16", "int8"):
         write_tiny(folder / "variants" / f"{precision}-tensorrt.onnx", precision)
-    facts = {"name": "tiny", "dim": DIM, "contract_id": "c" * 64, "serving": {"file": "serving.onnx"}}
-    others = dict.fromkeys(["created", "source", "flavour", "preprocessing", "steps", "proof", "tools"])
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, **facts, **others}))
+    write_manifest(folder, "5" * 64, Preprocessing(), DIM)
     return folder.parent
 
 

@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from arcface_clients.contract import Preprocessing, contract_id
+from arcface_clients.engines.import_manifest import ImportManifest
 
 
 def write_model(
@@ -36,16 +37,26 @@ def write_model(
     }
     onnx.save(_model(*_serving(preprocessing, noisy, dim)), folder / "serving.onnx")
     digest = hashlib.sha256((folder / "source.onnx").read_bytes()).hexdigest()
-    manifest = {
-        "format": 1,
-        "name": folder.name,
-        "source": {"sha256": digest},
-        "preprocessing": preprocessing.to_json(),
-        "dim": dim,
-        "contract_id": contract_id(digest, preprocessing, dim),
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, digest, preprocessing, dim)
     return folder
+
+
+def write_manifest(folder: Path, digest: str, preprocessing: Preprocessing, dim: int, /, **changed: object) -> None:
+    """models/NAME/manifest.json as `arcface import` writes it, with what nobody reads left empty."""
+    manifest = ImportManifest(
+        name=folder.name,
+        created="2025-01-01T00:00:00+00:00",
+        source={"sha256": digest},
+        flavour={},
+        preprocessing=preprocessing.to_json(),
+        dim=dim,
+        contract_id=contract_id(digest, preprocessing, dim),
+        steps=[],
+        serving={"file": "serving.onnx"},
+        proof={},
+        tools={},
+    )
+    (folder / "manifest.json").write_text(json.dumps({**manifest.to_json(), **changed}))
 
 
 def _network(start: str, end: str) -> list[onnx.NodeProto]:

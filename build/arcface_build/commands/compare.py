@@ -67,7 +67,7 @@ def command(
     """
     from arcface_build.compare.comparison import compare_sides
     from arcface_build.compare.comparison import explain as explain_drift
-    from arcface_build.compare.reference import find_source
+    from arcface_build.compare.reference import source_beside
     from arcface_build.compare.sides import open_side
     from arcface_clients.atomic import new_file, write_json
     from arcface_clients.config.sources import load_config
@@ -87,7 +87,7 @@ def command(
             threshold,
             {name: (target.target, target.warn) for name in TARGETS for target in [getattr(targets, name)]},
         )
-        network = source or find_source(a, b) or _source_of_engines(models_dir, model, a, b)
+        network = source or source_beside(a, b) or _source_of_engines(models_dir, model, a, b)
         if network is not None and (explain or (explain is None and not result.report["gate"]["passed"])):
             explain_drift(result, side_b, faces, network)
     if layers:

@@ -78,9 +78,9 @@ def command(
     if output.suffix == ".npz" and (len(urls) > 1 or engine == "ray"):
         raise WrongUse(f"several servers and --engine ray write Parquet. Name the output {output.stem}.parquet")
     if detect:
-        from arcface_clients.faces.detect import find_model
+        from arcface_clients.faces.detect import find_detector
 
-        detector = find_model(detector)
+        detector = find_detector(detector)
     elif detector is not None and "ARCFACE_DETECTOR" not in os.environ:
         raise WrongUse("--detector is for photos: add --detect")
     found_by = detector if detect else None

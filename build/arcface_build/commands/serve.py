@@ -18,7 +18,7 @@ import click
 if TYPE_CHECKING:
     import numpy as np
 
-    from arcface_build.serving.choose import Choice
+    from arcface_build.serving.choose import BackendChoice
     from arcface_build.serving.process import TritonProcess
     from arcface_clients.checks.parity import ParityReport
 
@@ -89,7 +89,7 @@ def command(
     from arcface_build.plans.gpu import gpu_sm
     from arcface_build.repository.versions import find_repository
     from arcface_build.serving.binary import find_tritonserver
-    from arcface_build.serving.choose import Choice, order_of_backends
+    from arcface_build.serving.choose import BackendChoice, order_of_backends
     from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess
     from arcface_build.serving.variant import take_best_variant
     from arcface_clients.config.sources import load_config
@@ -123,7 +123,7 @@ def command(
         )
         with server:
             server.wait_ready(ready_timeout_s)
-            report = _prove(server, Choice(name, choice.reason), faces, with_reference, as_json)
+            report = _prove(server, BackendChoice(name, choice.reason), faces, with_reference, as_json)
             if once:
                 return 0 if report.passed else 1
             if report.passed or name == "reference":
@@ -140,7 +140,7 @@ def command(
     return 0
 
 
-def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple[Choice, bool]:
+def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple[BackendChoice, bool]:
     """Weights where there are none, then the backend choice and whether InsightFace is loaded beside it."""
     from arcface_build.plans.gpu import gpu_sm
     from arcface_build.repository.versions import versions
@@ -197,7 +197,7 @@ def _log_path(repository: Path, http_port: int) -> Path:
 
 def _prove(
     server: TritonProcess,
-    choice: Choice,
+    choice: BackendChoice,
     faces: np.ndarray,
     with_reference: bool,
     as_json: bool,

@@ -25,7 +25,7 @@ def reference_network(source: Path) -> tuple[Network, Preprocessing]:
     return network, folder_of(source).preprocessing
 
 
-def find_source(*texts: str) -> Path | None:
+def source_beside(*texts: str) -> Path | None:
     """The source ONNX beside one of the files that are compared (models/NAME/source.onnx), or None."""
     for text in texts:
         path = Path(text)

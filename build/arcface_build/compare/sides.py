@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from arcface_clients.engines.model_folder import folder_of, sidecar_of
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.plans.find import read_plan
 
 SAVED = (".npz", ".npy")
 PLANS = (".plan", ".engine")
@@ -124,11 +125,13 @@ def _is_serving(path: Path) -> bool:
 
 
 def _facts_beside(path: Path) -> dict[str, str]:
-    """Precision and contract id from the JSON beside a variant or a plan, or from the manifest of its folder."""
-    for candidate in (path.with_suffix(".json"), path.with_name("manifest.json"), path.parent.parent / "manifest.json"):
-        if candidate.is_file():
-            facts = json.loads(candidate.read_text())
-            found = {key: facts[key] for key in ("precision", "contract_id") if isinstance(facts.get(key), str)}
-            if found:
-                return found
-    return {}
+    """Precision and contract id of a variant, a plan or an import, where a file beside it says."""
+    if path.suffix.lower() in PLANS:
+        plan = read_plan(path)
+        told = {"precision": plan.precision, "contract_id": plan.contract_id}
+    else:
+        manifest, sidecar = folder_of(path).manifest, sidecar_of(path) or {}
+        told = {"precision": sidecar.get("precision"), "contract_id": sidecar.get("contract_id")}
+        if manifest:
+            told = {key: value or getattr(manifest, key) for key, value in told.items()}
+    return {key: value for key, value in told.items() if isinstance(value, str)}

@@ -35,7 +35,7 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
         Missing: the model is not imported, or has no variant of this precision (a refused one counts as none).
         WrongUse: an ONNX file without its reference.
     """
-    from arcface_build.imports.manifest import load_manifest
+    from arcface_clients.engines.import_manifest import read_import_manifest
 
     path = Path(model)
     if path.suffix == ".onnx":
@@ -48,7 +48,7 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
             )
         return PlanSource(path.stem, path, reference or path, None)
     folder = models_dir / model
-    manifest = load_manifest(folder)
+    manifest = read_import_manifest(folder)
     serving = folder / str(manifest.serving["file"])
     typed = serving if precision == "fp32" else folder / "variants" / f"{precision}-tensorrt.onnx"
     if not typed.is_file():

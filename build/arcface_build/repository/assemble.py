@@ -6,7 +6,6 @@ this CPU); plans with their manifests give arcface_trt.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 from arcface_build.errors import ProofFailed
 from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.versions import install, served_folder, served_manifest
-from arcface_clients.errors import Missing, PlanRefused
+from arcface_clients.engines.import_manifest import read_import_manifest
+from arcface_clients.engines.runtimes import gated_runtimes, runtime_for
+from arcface_clients.errors import PlanRefused
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 
 if TYPE_CHECKING:
-    from arcface_build.variants.choose import Choice
+    from arcface_build.variants.choose import VariantChoice
 
 KEPT_VERSIONS = 3
 
 
 def assemble(
-    model_dir: Path, repository: Path, variant: Choice | None = None, keep: int = KEPT_VERSIONS
+    model_dir: Path, repository: Path, variant: VariantChoice | None = None, keep: int = KEPT_VERSIONS
 ) -> dict[str, int]:
     """Install an imported model; `variant` is what arcface_onnx serves instead of the fp32 serving ONNX.
 
@@ -39,16 +40,17 @@ def assemble(
 
     Raises:
         Missing: the folder holds no imported model.
-        ProofFailed: the variant's sidecar does not say that its gate was passed.
+        ProofFailed: the variant's sidecar does not say that it passed its gate in the runtime that was chosen.
     """
-    imported = _imported(model_dir)
-    manifest = dict(imported)
+    imported = read_import_manifest(model_dir)
+    manifest = imported.to_json()
     weights, extra = model_dir / "serving.onnx", ""
-    if imported.get("cpu") and gpu_sm() is None:  # the same network in the form that ONNX Runtime's CPU kernels like
-        weights = model_dir / imported["cpu"]["file"]
+    if imported.cpu and gpu_sm() is None:  # the same network in the form that ONNX Runtime's CPU kernels like
+        weights = model_dir / imported.cpu["file"]
     if variant is not None and variant.precision != "fp32":
-        if not (variant.sidecar or {}).get("passed"):
-            raise ProofFailed(f"{variant.file} of {imported['name']} has not passed its gate. Next: arcface quantize")
+        runtime, why_not = runtime_for(variant.precision, gated_runtimes(variant.sidecar) or [], [variant.runtime])
+        if runtime is None:
+            raise ProofFailed(f"{variant.file} of {imported.name} is not served: {why_not}. Next: arcface quantize")
         weights, extra = model_dir / variant.file, variant.accelerator_pbtxt()
         told = {key: value for key, value in variant.to_json().items() if key != "reason"}
         manifest |= {"precision": variant.precision, "variant": told}
@@ -56,7 +58,7 @@ def assemble(
     return {
         # The reference first: a version of arcface_onnx never stands there without what proves it.
         "arcface_reference": install(
-            repository, "arcface_reference", {"source.onnx": model_dir / "source.onnx"}, imported, keep=keep
+            repository, "arcface_reference", {"source.onnx": model_dir / "source.onnx"}, imported.to_json(), keep=keep
         ),
         "arcface_onnx": install(
             repository, "arcface_onnx", {"model.onnx": weights}, manifest, overlay=extra, keep=keep
@@ -78,7 +80,7 @@ def assemble_plans(model_dir: Path, plans: Sequence[Path], repository: Path, kee
     """
     from arcface_clients.plans.manifest import check_content, load_manifest, manifest_path
 
-    imported = _imported(model_dir)
+    imported = read_import_manifest(model_dir)
     files: dict[str, Path] = {}
     entries: dict[str, Any] = {}
     precisions = set()
@@ -86,11 +88,11 @@ def assemble_plans(model_dir: Path, plans: Sequence[Path], repository: Path, kee
         manifest = load_manifest(manifest_path(plan))
         check_content(plan, manifest, str(plan))
         _check_gate(plan, manifest.spec.precision, manifest.drift)
-        if manifest.contract_id != imported["contract_id"]:
+        if manifest.contract_id != imported.contract_id:
             raise PlanRefused(
-                f"{plan.name} is of contract {str(manifest.contract_id)[:12]}…, expected that of {imported['name']}, "
-                f"{imported['contract_id'][:12]}…. Its embeddings could not be compared. Build it from this model: "
-                f"arcface plan build {imported['name']}"
+                f"{plan.name} is of contract {str(manifest.contract_id)[:12]}…, expected that of {imported.name}, "
+                f"{imported.contract_id[:12]}…. Its embeddings could not be compared. Build it from this model: "
+                f"arcface plan build {imported.name}"
             )
         precisions.add(manifest.spec.precision)
         name = f"sm{manifest.spec.sm.replace('.', '')}.plan"
@@ -99,12 +101,13 @@ def assemble_plans(model_dir: Path, plans: Sequence[Path], repository: Path, kee
         raise PlanRefused(f"one version serves one precision, got plans of {', '.join(sorted(precisions)) or 'none'}.")
     precision = precisions.pop()
     before = served_manifest(repository, "arcface_trt") or {}
-    if (before.get("contract_id"), before.get("precision")) == (imported["contract_id"], precision):
+    if (before.get("contract_id"), before.get("precision")) == (imported.contract_id, precision):
         kept = {name: entry for name, entry in before["plans"].items() if name not in entries}
         folder = served_folder(repository, "arcface_trt")
         files |= {name: folder / name for name in kept}
         entries |= kept
-    manifest_out = {key: imported[key] for key in ("name", "source", "preprocessing", "dim", "contract_id")}
+    told = imported.to_json()
+    manifest_out = {key: told[key] for key in ("name", "source", "preprocessing", "dim", "contract_id")}
     manifest_out |= {"precision": precision, "plans": dict(sorted(entries.items()))}
     return install(repository, "arcface_trt", files, manifest_out, keep=keep)
 
@@ -118,10 +121,3 @@ def _check_gate(plan: Path, precision: str, drift: Any) -> None:
         raise PlanRefused(
             f"{plan.name} drifts by {drift['max_drift']:.2g}, expected at most {limit:g} for {precision}."
         )
-
-
-def _imported(model_dir: Path) -> dict[str, Any]:
-    path = model_dir / "manifest.json"
-    if not path.is_file():
-        raise Missing(f"no imported model in {model_dir}: expected manifest.json there. Next: arcface import SOURCE")
-    return json.loads(path.read_text())

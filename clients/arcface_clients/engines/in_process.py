@@ -94,9 +94,3 @@ class LocalEngine(ABC):
     @abstractmethod
     def _unload(self) -> None:
         """Drop what `_load` made."""
-
-
-def unit_rows(features: Array) -> Array:
-    """Rows divided by their L2 norm, as float32; a zero row becomes NaN and is reported by `encode`."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)

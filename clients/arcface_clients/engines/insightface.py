@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, unit_rows
 from arcface_clients.contract import FACE_SHAPE, Preprocessing
-from arcface_clients.engines.in_process import LocalEngine, unit_rows
+from arcface_clients.engines.in_process import LocalEngine
 from arcface_clients.engines.model_folder import ModelFolder, find_model, folder_of
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.engines.runtimes import first_line, open_session
-from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
+from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, InvalidEmbeddings, ModelMissing
 
 
 @EngineRegistry.register("insightface")
@@ -92,8 +92,8 @@ class InsightFaceEngine(LocalEngine):
         stated = self._stated or (folder.preprocessing if folder.manifest else guess)
         self._guess_fits = stated == guess
         if not self._guess_fits:
-            net.input_mean = np.float32(stated.mean).reshape(1, 3, 1, 1)
-            net.input_std = np.float32(stated.std).reshape(1, 3, 1, 1)
+            net.input_mean = np.asarray(stated.mean, np.float32).reshape(1, 3, 1, 1)
+            net.input_std = np.asarray(stated.std, np.float32).reshape(1, 3, 1, 1)
         self._color = stated.color
         self._one_by_one = net.input_shape[0] == 1
         width = net.output_shape[-1]
@@ -117,13 +117,18 @@ class InsightFaceEngine(LocalEngine):
             rows = [self._features(net, faces[i : i + step]) for i in range(0, len(faces), step)]
         except Exception as exc:
             raise InferenceFailed(f"insightface: {first_line(exc)} (batch {len(faces)})") from exc
-        return unit_rows(np.concatenate(rows))
+        try:
+            return unit_rows(np.concatenate(rows))
+        except InvalidEmbeddings as exc:
+            raise InferenceFailed(f"insightface: {exc}") from exc
 
     def _features(self, net: Any, faces: Array) -> Array:
         if self._guess_fits:
-            return net.get_feat(list(faces))
+            features: Array = net.get_feat(list(faces))
+            return features
         ordered = faces[..., ::-1] if self._color == "rgb" else faces
-        return net.forward(ordered.transpose(0, 3, 1, 2).astype(np.float32))
+        features = net.forward(ordered.transpose(0, 3, 1, 2).astype(np.float32))
+        return features
 
     def _unload(self) -> None:
         self._net = None
