@@ -111,7 +111,7 @@ def served(
     def sample(seconds: float) -> Work:
         nonlocal requests_per_s
         before = read_statistics(http_url)
-        work = program.measure(load, url, input_data, math.ceil(requests_per_s * seconds))
+        work = program.measure(load, url, input_data, math.ceil(requests_per_s * seconds), requests_per_s)
         work.details["server"] = server_split(before, read_statistics(http_url))
         requests_per_s = work.faces_per_s / load.batch
         return work
