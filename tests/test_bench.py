@@ -111,7 +111,7 @@ while time.time() < end: pass
         os.kill(pid, 9)
     assert cpu.foreign_share > 0.2 / (os.cpu_count() or 1)
     assert known.servers_s > 0.1
-    assert cpu.this_process_s < 0.3
+    assert cpu.this_process_s < 0.45  # it slept
 
 
 def _result(median: float, low: float, high: float, variant: str = "served") -> dict:
