@@ -3,7 +3,8 @@
 A fixture puts it on a process's path as `tensorrt`, so everything around TensorRT is real: Polygraphy, the child
 process, tritonserver. Environment: FAKE_SM (86); FAKE_TRT_VERSION (8.6.0, 10.3.0, 11.0.0: each lacks what that version
 lacks); FAKE_TRT_FAULT: driver (none), crash, oom, error, slow, fp32 (kernels of another precision than asked), drift
-(wrong numbers), poison (a black face fails the whole run). The tests that use it run on the real TensorRT behind the marker `gpu`.
+(wrong numbers), poison (a black face fails the whole run). The tests that use it run on the real TensorRT behind the
+marker `gpu`.
 """
 
 from __future__ import annotations

@@ -317,6 +317,15 @@ def test_builder_options_reach_the_builder(fake_host: Callable[..., None], tmp_p
     assert plan["flags"] == ["TF32"]
 
 
+def test_a_plan_for_all_cards_of_an_sm_is_asked_of_the_builder(
+    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray
+) -> None:
+    fake_host("10.9.0")
+    manifest = build(tmp_path, faces, "fp32", "10.9.0", options={"same_compute_capability": True})
+    plan = pickle.loads((tmp_path / "out" / manifest.spec.file_name).read_bytes())
+    assert plan["level"] == "SAME_COMPUTE_CAPABILITY"
+
+
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
     [("driver", Missing, r"^TensorRT cannot run here: RuntimeError: CUDA shows no GPU \(error 35, 0 GPUs\)"),

@@ -62,6 +62,8 @@ def config_loader(
         arguments["tactic_sources"] = [source for name, source in members.items() if name not in _EXTERNAL_TACTICS]
     if options.hardware_compatible:
         arguments["hardware_compatibility_level"] = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.same_compute_capability:
+        arguments["hardware_compatibility_level"] = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
     if progress_monitor is not None:
         arguments["progress_monitor"] = progress_monitor
     if not strongly_typed(trt):
