@@ -2,9 +2,9 @@
 
 A fixture puts it on a process's path as `tensorrt`, so everything around TensorRT is real: Polygraphy, the child
 process, tritonserver. Environment: FAKE_SM (86); FAKE_TRT_VERSION (8.6.0, 10.3.0, 11.0.0: each lacks what that version
-lacks); FAKE_TRT_FAULT: crash, oom, error, slow, fp32 (kernels of another precision than asked), drift (wrong numbers),
-poison (a black face fails the whole run), nograph (no CUDA graphs). The tests that use it run on the real TensorRT
-behind the marker `gpu`.
+lacks); FAKE_TRT_FAULT: driver (none), crash, oom, error, slow, fp32 (kernels of another precision than asked), drift
+(wrong numbers), poison (a black face fails the whole run), nograph (no CUDA graphs). The tests that use it run on the
+real TensorRT behind the marker `gpu`.
 """
 
 from __future__ import annotations
@@ -41,15 +41,18 @@ float32, float16, int8, int32, uint8, int64 = (
 bool = DataType.BOOL
 if MAJOR >= 10:
     bfloat16 = DataType.BF16
-    NetworkDefinitionCreationFlag = _enum("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH STRONGLY_TYPED")
+    _FLAGS = "STRONGLY_TYPED" if MAJOR >= 11 else "EXPLICIT_BATCH STRONGLY_TYPED"
+    NetworkDefinitionCreationFlag = _enum("NetworkDefinitionCreationFlag", _FLAGS)
 else:
     NetworkDefinitionCreationFlag = _enum("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH")
 _OLD_FLAGS = "FP16 INT8 OBEY_PRECISION_CONSTRAINTS PREFER_PRECISION_CONSTRAINTS"
 BuilderFlag = _enum("BuilderFlag", ("" if MAJOR >= 11 else _OLD_FLAGS + " ") + "TF32 REFIT")
 MemoryPoolType = _enum("MemoryPoolType", "WORKSPACE DLA_MANAGED_SRAM")
-TacticSource = _enum("TacticSource", "CUBLAS CUBLAS_LT CUDNN EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS")
+_EXTERNAL = "" if MAJOR >= 11 else "CUBLAS CUBLAS_LT CUDNN "
+TacticSource = _enum("TacticSource", _EXTERNAL + "EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS")
 ProfilingVerbosity = _enum("ProfilingVerbosity", "LAYER_NAMES_ONLY NONE DETAILED")
-HardwareCompatibilityLevel = _enum("HardwareCompatibilityLevel", "NONE AMPERE_PLUS")
+_SAME = " SAME_COMPUTE_CAPABILITY" if tuple(map(int, __version__.split(".")[:2])) >= (10, 9) else ""
+HardwareCompatibilityLevel = _enum("HardwareCompatibilityLevel", "NONE AMPERE_PLUS" + _SAME)
 PreviewFeature, DeviceType = _enum("PreviewFeature", "X"), _enum("DeviceType", "GPU DLA")
 LayerType = _enum("LayerType", "CONVOLUTION CONSTANT SHUFFLE SHAPE CAST QUANTIZE DEQUANTIZE OTHER")
 TensorIOMode, TensorFormat = _enum("TensorIOMode", "NONE INPUT OUTPUT"), _enum("TensorFormat", "LINEAR HWC CHW16")
@@ -205,7 +208,8 @@ class Builder:
 
     def create_network(self, flags: int = 0) -> _Network:
         network = _Network()
-        network.strongly_typed = MAJOR >= 11 or flags & (1 << 1) > 0
+        asked = MAJOR >= 10 and flags & (1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED) > 0
+        network.strongly_typed = MAJOR >= 11 or asked
         return network
 
     def create_builder_config(self) -> _Config:
@@ -214,7 +218,7 @@ class Builder:
     def create_optimization_profile(self) -> _Profile:
         return _Profile()
 
-    def build_serialized_network(self, network: _Network, config: _Config) -> bytes | None:
+    def build_serialized_network(self, network: _Network, config: _Config) -> memoryview | None:
         if FAULT == "slow":
             time.sleep(60)
         if FAULT in ("oom", "error"):
@@ -231,8 +235,10 @@ class Builder:
         flags = [flag.name for flag in config.flags]
         plan = {"version": __version__, "onnx": network.model.SerializeToString(), "pins": pins, "flags": flags}
         plan |= {"profile": dict(config.profiles[0]), "typed": network.strongly_typed, "sources": config.sources}
+        level = getattr(config, "hardware_compatibility_level", None)
+        plan |= {"level": level.name if level is not None else ""}
         plan |= {"verbosity": config.profiling_verbosity.name, "workspace": config.limits[MemoryPoolType.WORKSPACE]}
-        return pickle.dumps(plan)
+        return memoryview(pickle.dumps(plan))  # as IHostMemory: a buffer with nbytes, and no bytes
 
 
 class Runtime:
@@ -412,6 +418,9 @@ class _Cudart:
         raise AttributeError(f"the fake CUDA runtime has no {name}")
 
     def cudaGetDeviceCount(self, count: object) -> int:
+        if FAULT == "driver":
+            print("[W] Unable to determine GPU memory usage: CUDA driver version is insufficient", file=sys.stderr)
+            return 35
         count._obj.value = 1
         return 0
 

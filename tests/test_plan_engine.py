@@ -97,6 +97,20 @@ def test_a_hardware_compatible_plan_is_taken_where_there_is_none_of_this_sm(tmp_
     assert find("8.9", "fp16").manifest.spec.sm == "8.9"
 
 
+def test_a_plan_tuned_on_this_kind_of_card_goes_first_and_another_is_taken_with_a_warning(tmp_path, find, caplog):
+    a10, a40 = ("NVIDIA A10", "2026-01-01T00:00:00+00:00"), ("NVIDIA A40", "2026-02-01T00:00:00+00:00")
+    for card, created in (a10, a40):
+        in_cache(tmp_path / "cache", spec(gpu=card), build={"created": created})
+    assert find("8.6", "fp16").manifest.spec.gpu == "NVIDIA A40", "the newest, where the card is not asked"
+    assert find("8.6", "fp16", gpu="NVIDIA A10").manifest.spec.gpu == "NVIDIA A10"
+    assert not caplog.records
+    assert find("8.6", "fp16", gpu="NVIDIA RTX A6000").manifest.spec.gpu == "NVIDIA A40"
+    assert "was tuned on NVIDIA A40, this is NVIDIA RTX A6000" in caplog.text
+    every = spec(tensorrt="10.9.0", options=BuilderOptions(same_compute_capability=True))
+    in_cache(tmp_path / "cache", every)
+    assert find("8.6", "fp16", gpu="NVIDIA RTX A6000").manifest.spec == every
+
+
 def test_what_is_unfinished_or_refused_is_no_plan(tmp_path, find):
     plan = in_cache(tmp_path / "cache")
     for folder in (".refused", ".building"):

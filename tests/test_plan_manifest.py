@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,14 @@ def test_a_signed_manifest_is_accepted_also_after_a_round_trip(manifest: PlanMan
     check_signature(signed, keys["ours"] / "public.pem", "here")
     check_signature(parse_manifest(manifest_bytes(signed), "here"), keys["ours"] / "public.pem", "here")
     check_signature(manifest, None, "here")  # no key configured: unsigned will do
+
+
+def test_what_a_signature_covers_is_what_it_was_so_that_older_signatures_stay_good() -> None:
+    of_old = PlanManifest(
+        SPEC, "0" * 64, 7, build={"created": "2026-01-01T00:00:00+00:00"}, contract_id="c" * 64, dim=512
+    )
+    covered = hashlib.sha256(of_old.unsigned_bytes()).hexdigest()
+    assert covered == "bf0da66ea859191c03b826f11382091cbfd7e042f182930a4f25c3e9a58e4374"
 
 
 def test_unsigned_foreign_and_changed_manifests_are_refused_where_a_key_is_configured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -106,10 +107,26 @@ def test_a_spec_that_cannot_be_built_is_refused(change: dict[str, object], messa
         spec(**change)
 
 
-@pytest.mark.parametrize("wrong", [{"workspace_bytes": 2}, {"optimization_level": 6}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"workspace_bytes": 2}, {"optimization_level": 6}, {"hardware_compatible": True, "same_compute_capability": True}],
+)
 def test_options_that_no_builder_takes_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(WrongUse, match=r"expected (at least 1 MB|0\.\.5)"):
+    with pytest.raises(WrongUse, match=r"expected (at least 1 MB|0\.\.5)|leave one out"):
         BuilderOptions(**wrong)
+
+
+def test_the_card_is_in_the_key_and_a_plan_for_all_cards_needs_tensorrt_10_9() -> None:
+    assert len({spec(gpu=name).key for name in (None, "NVIDIA A10", "NVIDIA A40")}) == 3
+    every_card = BuilderOptions(same_compute_capability=True)
+    assert PlanSpec.from_json(json.loads(json.dumps(spec(gpu="NVIDIA A10").to_json()))) == spec(gpu="NVIDIA A10")
+    assert spec(options=every_card, tensorrt="10.9.0").key != spec(tensorrt="10.9.0").key
+    with pytest.raises(WrongUse, match=r"TensorRT 10\.8\.0 tunes a plan for one card only: expected 10\.9"):
+        spec(options=every_card, tensorrt="10.8.0")
+
+
+def test_keys_from_before_cards_were_in_them_stay_what_they_were() -> None:
+    assert SPEC.key == "9363ac3dd29e834490955cc0a6857214eba9f51a58a997baefe98bbf0e438c29"
 
 
 def test_json_that_is_no_spec_is_refused() -> None:

@@ -39,6 +39,7 @@ Old names: `build --fp16` is `plan build NAME --precision fp16`, `info` is `plan
 @click.option("--workspace", help="Scratch memory of the build: 2GB or 2048MB. [workspace]")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="TensorRT's builder_optimization_level.")
 @click.option("--hardware-compatible", is_flag=True, help="Also loads on other GPUs from SM 8.0 on; slower.")
+@click.option("--any-card", is_flag=True, help="Tuned for all cards of this SM, not this one; TensorRT 10.9 or newer.")
 @click.option("--external-tactics/--no-external-tactics", default=True, help="Kernels of cuBLAS and cuDNN.")
 @click.option("--tf32", is_flag=True, help="Let fp32 layers use TF32: faster, and above the fp32 drift limit.")
 @click.option("--faces", type=_PATH, help="Prove on these crops: a folder or .npz. Default: 64 drawn faces.")

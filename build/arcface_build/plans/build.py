@@ -77,7 +77,8 @@ def build_plan(
     """Build, prove and write the plan `target`; on any failure `target` is not there and no temporary file is left.
 
     timing_caches: folder of TensorRT's timing caches, one per TensorRT version and GPU; None: no cache.
-    refused: folder that keeps a plan which failed its proof, as <name>.refused beside its report; None: not kept.
+    refused: folder that keeps what failed: the log of the build, and of a plan that failed its proof the plan, what the
+        engine inspector said of it, and its report; None: not kept.
 
     Raises:
         WrongUse: the ONNX does not fit the spec.
@@ -95,8 +96,14 @@ def build_plan(
             shutil.copyfile(cache, folder / "timing.cache")
         (folder / "request.json").write_text(json.dumps({"spec": spec.to_json(), "onnx": str(typed.path.resolve())}))
         np.save(folder / "faces.npy", proof.faces)
-        with _VramWatch(gpu) as vram:
-            _run_child(folder, timeout_s, on_phase or (lambda *_: None))
+        try:
+            with _VramWatch(gpu) as vram:
+                _run_child(folder, timeout_s, on_phase or (lambda *_: None))
+        except ArcFaceError as exc:
+            if refused is None:
+                raise
+            copy_file(folder / "stderr.log", refused / f"{spec.file_name}.log")
+            raise type(exc)(f"{exc} All that it said: {refused / f'{spec.file_name}.log'}") from exc
         manifest, counts, drift = _measured(folder, typed, spec, gpu, vram.peak_bytes, proof, contract_id)
         try:
             check_precision(counts, spec.precision, typed.layers)
@@ -106,6 +113,8 @@ def build_plan(
                 raise
             kept = refused / f"{spec.file_name}.refused"
             copy_file(folder / "plan", kept)
+            copy_file(folder / "stderr.log", refused / f"{spec.file_name}.log")
+            copy_file(folder / "inspector.json", refused / f"{spec.file_name}.inspector.json")
             write_json(refused / f"{spec.file_name}.json.refused", {"why": str(exc), **manifest.to_json()})
             raise type(exc)(f"{exc} It is kept, with its report: {kept}") from exc
         if cache and (folder / "timing.cache").is_file():
@@ -125,6 +134,7 @@ def _run_child(folder: Path, timeout_s: float, on_phase: OnPhase) -> None:
     command = [sys.executable, "-m", "arcface_build.plans.build_child", str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts
+    environment.setdefault("CUDA_MODULE_LOADING", "LAZY")  # kernels that are never called stay out of the GPU's memory
     with (folder / "stderr.log").open("w") as log:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
     late = threading.Event()
@@ -180,7 +190,7 @@ def child_error(code: int, error: str, log: str, timeout_s: float | None = None)
 
 def _last_errors(log: str) -> str:
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in log.splitlines()]
-    errors = [line for line in lines if re.match(r"\[[EC!]|\[!\]|Error|.*Exception:", line)]
+    errors = [line for line in lines if re.match(r"\[[EC!]|\[!\]|\[W\].*CUDA|Error|.*Exception:", line)]
     return " | ".join(errors[-3:])[:600]
 
 

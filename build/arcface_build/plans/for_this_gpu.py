@@ -16,6 +16,7 @@ from arcface_build.plans.source import find_source
 from arcface_build.plans.typed import check_buildable, read_typed_onnx
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import WrongUse
+from arcface_clients.gpu.cards import Gpu
 from arcface_clients.plans.manifest import PlanManifest
 from arcface_clients.plans.spec import BuilderOptions, PlanSpec, parse_bytes, parse_sm
 
@@ -36,6 +37,7 @@ class PlanRequest:
     workspace: str | None = None
     optimization_level: int | None = None
     hardware_compatible: bool = False
+    any_card: bool = False
     external_tactics: bool = True
     tf32: bool = False
     faces: Path | None = None
@@ -85,7 +87,7 @@ def plan_for_this_gpu(asked: PlanRequest, places: Places, phases: PhaseBar) -> t
             )
 
     obtained = get_or_build(
-        spec_of(asked, config, source.name, typed.sha256, gpu.sm, version),
+        spec_of(asked, config, source.name, typed.sha256, gpu, version),
         places.cache,
         places.store,
         build if asked.force or config.fallback.build_locally else None,
@@ -98,7 +100,7 @@ def plan_for_this_gpu(asked: PlanRequest, places: Places, phases: PhaseBar) -> t
 
 
 def spec_of(
-    asked: PlanRequest, config: EmbeddingConfig, model: str, onnx_sha256: str, sm: str, tensorrt: str
+    asked: PlanRequest, config: EmbeddingConfig, model: str, onnx_sha256: str, gpu: Gpu, tensorrt: str
 ) -> PlanSpec:
     """The plan's key and its parts: what was asked for, completed by the configuration."""
     batch = config.batch
@@ -106,7 +108,7 @@ def spec_of(
         model=model,
         onnx_sha256=onnx_sha256,
         precision=asked.precision or config.precision,
-        sm=sm,
+        sm=gpu.sm,
         tensorrt=tensorrt,
         min_batch=asked.min_batch or batch.min,
         opt_batch=asked.opt_batch or min(batch.opt, asked.max_batch or batch.max),
@@ -117,5 +119,7 @@ def spec_of(
             hardware_compatible=asked.hardware_compatible,
             tf32=asked.tf32,
             optimization_level=asked.optimization_level,
+            same_compute_capability=asked.any_card,
         ),
+        gpu=None if asked.hardware_compatible or asked.any_card else gpu.name,
     )

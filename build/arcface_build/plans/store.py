@@ -247,4 +247,6 @@ def nearest(spec: PlanSpec, manifests: Iterable[PlanManifest]) -> str:
     versions = sorted({s.tensorrt for s in same if s.sm == spec.sm})
     if spec.tensorrt not in versions:
         return f"found: TensorRT {', '.join(versions)}, asked for {spec.tensorrt}"
-    return "found: the same SM and TensorRT version with another ONNX, profile or builder options"
+    cards = sorted({s.gpu for s in same if s.gpu and (s.sm, s.tensorrt) == (spec.sm, spec.tensorrt)} - {spec.gpu})
+    tuned = f", tuned on {', '.join(cards)}" if cards else ""
+    return f"found: the same SM and TensorRT version with another ONNX, profile or builder options{tuned}"

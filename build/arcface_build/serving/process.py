@@ -179,7 +179,7 @@ class TritonProcess:
         self._binary, self._repository, self._extra = binary, repository, extra
         self._links: tempfile.TemporaryDirectory[str] | None = None
         self._regions = f"arcface_{uuid.uuid4().hex}_"  # how the names of its shared memory begin
-        self._environment = {**os.environ, **binary.environment, **(environment or {})}
+        self._environment = {"CUDA_MODULE_LOADING": "LAZY", **os.environ, **binary.environment, **(environment or {})}
         self._child: subprocess.Popen[bytes] | None = None
         self._lock: PortLock | None = None
 

@@ -97,6 +97,7 @@ class TensorRtEngine(LocalEngine):
                 model=self._model,
                 tensorrt=tensorrt,
                 public_key=self._public_key,
+                gpu=find_gpus()[0].name,
             )
 
     def _load(self) -> None:

@@ -26,6 +26,7 @@ def find_plan(
     model: str | None = None,
     tensorrt: str | None = None,
     public_key: Path | None = None,
+    gpu: str | None = None,
 ) -> Plan:
     """The plan for this SM and precision, read and checked: what stands in arcface_trt, else the newest of the cache.
 
@@ -39,6 +40,7 @@ def find_plan(
         model: name of the model; None takes any.
         tensorrt: version that will load the plan; None: not known, not asked.
         public_key: PEM; where given, plans that its private key has not signed are refused.
+        gpu: name of the card; of two plans that fit, the one that was tuned on such a card is taken.
 
     Raises:
         PlanRefused: plans are there, and each that fits was refused.
@@ -62,13 +64,22 @@ def find_plan(
         if misfit(manifest, sm, tensorrt, precision=precision, model=model) is None:
             fitting.append((path, manifest))
 
-    def rank(candidate: tuple[Path, PlanManifest]) -> tuple[bool, bool, datetime]:
+    def rank(candidate: tuple[Path, PlanManifest]) -> tuple[bool, bool, bool, datetime]:
         path, manifest = candidate
-        return path.parent == served, manifest.spec.sm == sm, manifest.published or _BEFORE_ALL
+        own_card = gpu is None or not _tuned_elsewhere(manifest, gpu)
+        return path.parent == served, manifest.spec.sm == sm, own_card, manifest.published or _BEFORE_ALL
 
-    for path, _ in sorted(fitting, key=rank, reverse=True):
+    for path, manifest in sorted(fitting, key=rank, reverse=True):
         try:
-            return read_plan(path, public_key)
+            plan = read_plan(path, public_key)
+            if gpu is not None and _tuned_elsewhere(manifest, gpu):
+                _log.warning(
+                    "%s was tuned on %s, this is %s: it may be slow here. Build one: arcface plan build",
+                    path,
+                    _card(manifest),
+                    gpu,
+                )
+            return plan
         except PlanRefused as exc:
             refused.append(exc)
             _log.error("refused: %s", exc)
@@ -85,6 +96,17 @@ def served_plans_folder(model_repository: Path) -> Path | None:
     """The version of arcface_trt that a server takes, the highest with a manifest; None where there is none."""
     versions = (p.parent for p in (model_repository / "arcface_trt").glob("*/manifest.json"))
     return max((v for v in versions if v.name.isdecimal()), key=lambda v: int(v.name), default=None)
+
+
+def _card(manifest: PlanManifest) -> str | None:
+    """The card that a plan was tuned on; None where it is for no one card."""
+    if manifest.spec.options.hardware_compatible or manifest.spec.options.same_compute_capability:
+        return None
+    return manifest.spec.gpu or manifest.gpu.get("name")  # before cards were in the key, the builder named its own
+
+
+def _tuned_elsewhere(manifest: PlanManifest, gpu: str) -> bool:
+    return _card(manifest) not in (None, gpu)
 
 
 def _plans_below(folder: Path) -> Iterator[Path]:
