@@ -102,7 +102,7 @@ def odd_server(triton_binary: TritonBinary, tmp_path_factory: pytest.TempPathFac
 
 def copy_repository(folder: Path) -> Path:
     """folder/model_repository: what git holds of ours, no weights."""
-    ignored = shutil.ignore_patterns("*.onnx", "*.plan", "manifest.json", "[2-9]", "__pycache__")
+    ignored = shutil.ignore_patterns("*.onnx", "*.plan", "*.plan.json", "manifest.json", "[2-9]", "__pycache__")
     target = folder / "model_repository"
     shutil.copytree(REPO / "model_repository", target, ignore=ignored)
     for leaf in ("arcface_onnx", "arcface_trt", "arcface_reference"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -12,7 +11,10 @@ from arcface_build.repository.assemble import assemble, assemble_plans
 from arcface_build.repository.versions import served_folder, served_manifest, versions
 from arcface_build.variants.choose import Choice
 from arcface_clients.errors import Missing, PlanRefused
-from arcface_clients.plans.manifest import manifest_bytes, manifest_path
+from arcface_clients.plans.manifest import write_manifest
+from arcface_clients.plans.read import read_plan
+from arcface_clients.plans.signing import sign
+from arcface_clients.plans.spec import BuilderOptions
 from conftest import copy_repository
 from plan_samples import spec, write_plan
 from tiny_model import write_model
@@ -32,12 +34,12 @@ def contract_of(model_dir) -> str:
     return json.loads((model_dir / "manifest.json").read_text())["contract_id"]
 
 
-def plan(folder, contract, sm="8.6", precision="fp16", drift=1e-4, seed=0):
+def plan(folder, contract, sm="8.6", precision="fp16", drift=1e-4, seed=0, **options):
     """A plan of random bytes with a manifest of this contract and drift."""
-    of = spec(sm=sm, precision=precision)
-    path = folder / of.file_name
-    manifest = replace(write_plan(path, of, seed=seed), contract_id=contract, drift=drift and {"max_drift": drift})
-    manifest_path(path).write_bytes(manifest_bytes(manifest))
+    of = spec(sm=sm, precision=precision, options=BuilderOptions(**options))
+    path = folder / f"{seed}{of.options.hardware_compatible}" / of.file_name
+    manifest = write_plan(path, of, seed=seed, contract_id=contract, drift=drift and {"max_drift": drift})
+    write_manifest(path, manifest)
     return path
 
 
@@ -102,6 +104,45 @@ def test_plans_become_one_version_named_by_sm_and_others_of_the_contract_stay(mo
     folder = served_folder(repository, "arcface_trt")
     assert sorted(p.name for p in folder.glob("*.plan")) == ["sm120.plan", "sm86.plan", "sm90.plan"]
     assert 'key: "precision" value: { string_value: "fp16" }' in overlay(repository, "arcface_trt")
+
+
+def built_for(repository) -> dict[str, str]:
+    """File name in arcface_trt → SM that this plan was built for; each is what its manifest says."""
+    folder = served_folder(repository, "arcface_trt")
+    return {path.name: read_plan(path).manifest.spec.sm for path in sorted(folder.glob("*.plan"))}
+
+
+def test_a_hardware_compatible_plan_stands_in_for_every_mapped_sm_from_8_0_on(model_dir, repository, tmp_path):
+    contract = contract_of(model_dir)
+    anywhere, own = plan(tmp_path, contract, hardware_compatible=True), plan(tmp_path, contract, "9.0", seed=1)
+    assemble_plans(model_dir, [anywhere, own], repository)
+    assert built_for(repository) == {
+        "sm100.plan": "8.6", "sm120.plan": "8.6", "sm80.plan": "8.6", "sm86.plan": "8.6", "sm89.plan": "8.6",
+        "sm90.plan": "9.0",
+    }  # fmt: skip
+    assemble_plans(model_dir, [plan(tmp_path, contract, "8.9", seed=2)], repository)
+    assert built_for(repository)["sm89.plan"] == "8.9"
+    assert built_for(repository)["sm80.plan"] == "8.6"
+
+
+def test_the_same_plans_again_are_no_new_version_and_a_new_signature_is_one(model_dir, repository, tmp_path, keys):
+    path = plan(tmp_path, contract_of(model_dir))
+    assert assemble_plans(model_dir, [path], repository) == assemble_plans(model_dir, [path], repository) == 1
+    write_manifest(path, sign(read_plan(path).manifest, keys["ours"] / "private.pem"))
+    assert assemble_plans(model_dir, [path], repository) == 2
+    assert read_plan(served_folder(repository, "arcface_trt") / "sm86.plan", keys["ours"] / "public.pem")
+
+
+def test_a_plan_that_was_changed_in_the_repository_is_not_carried_into_the_next_version(
+    model_dir, repository, tmp_path, caplog
+):
+    contract = contract_of(model_dir)
+    assemble_plans(model_dir, [plan(tmp_path, contract, "8.6")], repository)
+    served = served_folder(repository, "arcface_trt") / "sm86.plan"
+    served.write_bytes(served.read_bytes()[:-1])
+    assemble_plans(model_dir, [plan(tmp_path, contract, "9.0")], repository)
+    assert built_for(repository) == {"sm90.plan": "9.0"}
+    assert "not kept in the new version of arcface_trt: plan" in caplog.text
 
 
 def test_a_plan_of_another_contract_is_refused(model_dir, repository, tmp_path):

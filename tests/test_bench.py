@@ -67,7 +67,7 @@ def test_ratios_are_paired_within_a_round_so_a_slow_minute_cancels() -> None:
     full, half = Variant("full", worker), Variant("half", worker)
     samples = measure_in_turns([full, half], rounds=1, sample_s=1.0, foreign_limit=float("inf"))
     assert ratio(samples, "half", "full", [0]).median == pytest.approx(0.5)
-    assert [s.round for s in samples["full"]] == [0]
+    assert [s.round_number for s in samples["full"]] == [0]
 
 
 def _sample(number: int, share: float, speed: float = 1.0) -> Sample:

@@ -160,7 +160,7 @@ def test_a_real_server_with_these_flags_embeds_and_unloads_for_the_keys_owner_on
     server = start_triton(demo_repository, ["arcface"], extra=flags(container, ARCFACE_ADMIN_KEY="k3y"))
     with TritonEmbedder(server.grpc_url) as embedder:
         assert embedder.encode(synthetic_faces(3)).shape == (3, 512)
-        assert not embedder.way.shared_memory  # guarded by the key as well
+        assert embedder.shared_memory.kind is None  # guarded by the key as well
     assert not count_drift(server.grpc_url, synthetic_faces(1)), "there is no reference, as in the NGC image"
     for path in (container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")):
         assert post(f"http://{server.http_url}{path}", method="GET") == 200

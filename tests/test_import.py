@@ -14,8 +14,9 @@ import pytest
 from arcface_build.errors import ProofFailed, SourceRefused
 from arcface_build.imports.importing import existing_import, import_model
 from arcface_build.imports.manifest import Manifest, load_manifest
+from arcface_build.imports.proof import Reference, reference_embeddings
 from arcface_build.imports.source import known_models, resolve
-from arcface_clients.contract import Preprocessing, contract_id
+from arcface_clients.contract import Preprocessing, contract_id, contract_prefix
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
 from tiny_nets import tiny_net
@@ -76,15 +77,20 @@ def test_each_flavour_becomes_the_serving_form(name: str, tmp_path: Path, faces:
     manifest = run_import(save(tiny_net(**FLAVOURS[name]), tmp_path / "net.onnx"), faces)
     folder = tmp_path / "models" / "net"
     session = onnxruntime.InferenceSession(str(folder / "serving.onnx"), providers=["CPUExecutionProvider"])
-    (face,), (embedding,) = session.get_inputs(), session.get_outputs()
+    (face,), (embedding, norm, contract) = session.get_inputs(), session.get_outputs()
     dim = FLAVOURS[name].get("dim", 512)
     assert (face.name, face.type, face.shape) == ("face", "tensor(uint8)", ["N", 112, 112, 3])
     assert (embedding.name, embedding.type, embedding.shape) == ("embedding", "tensor(float)", ["N", dim])
+    assert (norm.name, norm.type, norm.shape) == ("norm", "tensor(float)", ["N", 1])
+    assert (contract.name, contract.type, contract.shape) == ("contract", "tensor(int32)", ["N", 4])
     assert manifest.serving["opset"] >= 17
     assert manifest.proof["min_cosine"] >= 0.99999
     assert_reference_answers_for_what_it_says(folder / "source.onnx")
-    rows = session.run(None, {"face": faces[:5]})[0]
+    rows, norms, contracts = session.run(None, {"face": faces[:5]})
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    raw = reference_embeddings(Reference(folder / "source.onnx", manifest.wants()), faces[:5])
+    np.testing.assert_allclose(norms[:, 0], np.linalg.norm(raw, axis=1), rtol=1e-4)
+    assert {contract_prefix(row) for row in contracts} == {manifest.contract_id[:32]}
     files = ["manifest.json", "serving.onnx", "serving_cpu.onnx", "source.onnx"]
     assert sorted(p.name for p in folder.iterdir()) == files
     assert manifest.cpu["min_cosine"] >= 0.99999 and manifest.cpu["max_row_difference"] <= 1e-5

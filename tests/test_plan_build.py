@@ -29,7 +29,8 @@ from arcface_build.plans.source import PlanSource
 from arcface_build.plans.typed import check_buildable, read_typed_onnx
 from arcface_clients.errors import ArcFaceError, Missing, PlanRefused, WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
-from arcface_clients.plans.manifest import PlanManifest, check_content
+from arcface_clients.plans.manifest import PlanManifest
+from arcface_clients.plans.read import check_content
 from arcface_clients.plans.spec import BuilderOptions, PlanSpec
 from tiny_onnx import DIM, tiny_onnx, write_tiny
 

@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.errors import ProofFailed
+from arcface_build.graph.embedding_only import embedding_only
 from arcface_build.imports.manifest import load_manifest
 from arcface_build.variants.calibrate import Histogram, conv_inputs, least_error_range, on_grid
 from arcface_build.variants.eval_set import load_faces
@@ -20,6 +21,7 @@ from arcface_build.variants.int8 import make_coarse, quantizable_layers, quantiz
 from arcface_build.variants.make import Wish, make_variant
 from arcface_build.variants.sensitivity import cut_tensors, measure_sensitivities, part_from
 from arcface_build.variants.typed import body_nodes, largest_values, overflowing, rounded_as_float16, to_float16
+from arcface_clients.contract import contract_prefix
 from arcface_clients.engines.runtimes import cpu_flags, has_bf16, has_openvino, open_session
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.evidence.drift import compare_embeddings
@@ -170,14 +172,15 @@ def test_sensitivity_by_parts_equals_the_whole_network(serving, ranges):
 
 def test_network_behind_a_cut_gives_the_same_embeddings(serving):
     faces = synthetic_faces(2, seed=9)
-    cuts = cut_tensors(serving)
+    network = embedding_only(serving)
+    cuts = cut_tensors(network)
     assert len(cuts) > 10
     watched = onnx.ModelProto()
-    watched.CopyFrom(serving)
+    watched.CopyFrom(network)
     middle = cuts[len(cuts) // 2]
     watched.graph.output.append(onnx.ValueInfoProto(name=middle))
     whole, value = open_session(watched).run(["embedding", middle], {"face": faces})
-    assert np.allclose(open_session(part_from(serving, middle)).run(None, {middle: value})[0], whole, atol=1e-6)
+    assert np.allclose(open_session(part_from(network, middle)).run(None, {middle: value})[0], whole, atol=1e-6)
 
 
 def test_int8_without_search_is_refused_by_how_much_on_which_faces_and_kept_aside(model_dir):
@@ -289,7 +292,9 @@ def test_missing_import_names_the_command(tmp_path):
 def test_variants_run_on_plain_onnxruntime(model_dir):
     for variant in (model_dir / "variants").glob("*.onnx"):
         session = onnxruntime.InferenceSession(str(variant), providers=["CPUExecutionProvider"])
-        (embeddings,) = session.run(None, {"face": synthetic_faces(3)})
+        embeddings, norms, contracts = session.run(None, {"face": synthetic_faces(3)})
+        assert norms.shape == (3, 1) and (norms > 0).all(), variant.name
+        assert {contract_prefix(row) for row in contracts} == {load_manifest(model_dir).contract_id[:32]}
         assert np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5), variant.name
 
 

@@ -12,6 +12,7 @@ COMMANDS = {  # name -> (module under arcface_tools.commands, one line for --hel
     "bench-clients": ("bench_clients", "Measure our client on every transport beside the bare runtime."),
     "bench-vectors": ("bench_vectors", "Measure distances, neighbours and gallery search beside the obvious ways."),
     "consensus-demo": ("consensus_demo", "Put strangers among people's faces and measure who is found, and how fast."),
+    "measured-table": ("measured_table", "Make the pages of measured figures from the reports."),
 }
 
 

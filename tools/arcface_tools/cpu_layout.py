@@ -49,7 +49,7 @@ def main(target: Path) -> None:
 
 def measure(arch: str) -> dict:
     """Ratios of one network on each provider, and how far the two forms are apart."""
-    serving, _ = to_serving(build_demo(arch), Preprocessing(), 512)
+    serving, _ = to_serving(build_demo(arch), Preprocessing(), 512, "0" * 64)
     plain = serving.SerializeToString()
     blocked = blocked_layout(serving).model.SerializeToString()
     del serving

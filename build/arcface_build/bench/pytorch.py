@@ -65,7 +65,8 @@ def proved_network(source: Path, faces_bgr_u8: np.ndarray) -> Callable[[np.ndarr
     with tempfile.TemporaryDirectory(prefix="arcface-pytorch-") as name:
         folder = Path(name)
         onnx = folder / "serving.onnx"
-        onnx.write_bytes(to_serving(read_source(source), preprocessing, manifest["dim"])[0].SerializeToString())
+        serving, _ = to_serving(read_source(source), preprocessing, manifest["dim"], manifest["contract_id"])
+        onnx.write_bytes(serving.SerializeToString())
         expected = open_session(onnx, source.name).run([EMBEDDING_OUTPUT], {FACE_INPUT: faces_bgr_u8})[0]
         export_graph(onnx, folder)
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from arcface_build.graph.embedding_only import embedding_only
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 
 
@@ -15,7 +16,7 @@ def export_graph(onnx_path: Path, folder: Path) -> None:
     import onnx
     from onnx import numpy_helper
 
-    graph = onnx.load(str(onnx_path)).graph
+    graph = embedding_only(onnx.load(str(onnx_path))).graph
     weights = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     nodes = []
     for node in graph.node:

@@ -143,7 +143,8 @@ def every_layer(serving: Path, recipe: Recipe) -> onnx.ModelProto:
 
 def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of text, the heading first: variant, faces/s, ratio, drift on the faces sent, gate."""
-    rows = [("variant", "faces/s", "× ONNX Runtime fp32", "drift mean / worst", "layers kept", "gate on the eval set")]
+    head = ("variant", "faces/s", "× ONNX Runtime fp32", "drift mean / worst", "layers kept", "gate on the eval set")
+    rows: list[tuple[str, ...]] = [head]
     for row in result["variants"]:
         drift, gate, ratio = row.get("drift"), row.get("gate"), row.get("ratio")
         rows.append(

@@ -47,10 +47,11 @@ def command(
     from arcface_build.repository.assemble import assemble, assemble_plans
     from arcface_build.variants.choose import choose
 
-    repository, keep = repository_at(model_repository), settings().versions_kept
+    repository, config = repository_at(model_repository), settings()
+    keep = config.versions_kept
     model_dir, choice = models_dir / name, None
     if plans:
-        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep)}
+        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, config.storage.public_key)}
     else:
         choice = choose(model_dir) if variant == "auto" else None
         installed = assemble(model_dir, repository, choice, keep)

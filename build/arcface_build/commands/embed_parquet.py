@@ -10,7 +10,7 @@ from arcface_build import terminal
 from arcface_build.commands.options.output import hand_over
 from arcface_build.commands.options.settings import access_to
 from arcface_clients import TritonEmbedder
-from arcface_clients.bulk.job import Job, Plan, run_local
+from arcface_clients.bulk.job import Job, JobSpec, run_local
 from arcface_clients.bulk.parts import bad_path
 from arcface_clients.errors import WrongUse
 from arcface_clients.triton.address import Access
@@ -38,13 +38,13 @@ def embed_to_parquet(
     with ExitStack() as stack:
         engines = [stack.enter_context(connect(url)) for url in urls]
         served = engines[0].ensure_ready()
-        plan = Plan(
+        spec = JobSpec(
             tuple(str(Path(source)) for source in sources),
             served.contract_id,
             engines[0].embedding_dim,
             detector=str(detector) if detector else None,
         )
-        job = stack.enter_context(Job(output, plan, start_over))
+        job = stack.enter_context(Job(output, spec, start_over))
         if not job.items:
             job.discard()
             raise WrongUse(f"nothing to embed in {' '.join(sources)}: expected images, .npz, .npy or Parquet files.")
@@ -53,7 +53,7 @@ def embed_to_parquet(
         if left < job.units:
             terminal.notice(f"going on: {job.units - left} of {job.units} units were finished before")
         bar = progress.add_task("faces", total=job.items)
-        progress.advance(bar, max(0, job.items - left * plan.unit_rows))
+        progress.advance(bar, max(0, job.items - left * spec.unit_rows))
         if engine == "ray":
             from arcface_clients.bulk.on_ray import run_on_ray
 
@@ -71,14 +71,14 @@ def embed_to_parquet(
     summary = {
         "output": str(output),
         "faces": rows,
-        "embedding_dim": plan.dim,
-        "contract_id": plan.contract_id,
+        "embedding_dim": spec.dim,
+        "contract_id": spec.contract_id,
         "model": model,
         "refused": refused,
         "refused_list": str(bad_path(output)) if refused else None,
     }
     left_out = f", {refused} not read: {bad_path(output)}" if refused else ""
-    told = f"{output}: {rows} embeddings of {plan.dim} numbers from {model}{left_out}"
+    told = f"{output}: {rows} embeddings of {spec.dim} numbers from {model}{left_out}"
     hand_over(summary, lambda: told, as_json)
     return 0
 

@@ -41,9 +41,9 @@ def list_(places: Places, model: str | None, as_json: bool) -> None:
 @json_option
 def show(places: Places, plan: str, as_json: bool) -> None:
     """Show everything known about one plan: a file, a key (or its first digits), or a plan's name."""
-    from arcface_build.plans.places import find_plan
+    from arcface_build.plans.places import plan_by_name
 
-    manifest, _, where = find_plan(places, plan)
+    manifest, _, where = plan_by_name(places, plan)
 
     def told() -> str:
         return f"{manifest.spec.file_name}   in {where}\n{table(('', ''), _lines(manifest))}"
@@ -61,19 +61,26 @@ def show(places: Places, plan: str, as_json: bool) -> None:
 def matrix(places: Places, model: str | None, gpus: Path, as_json: bool) -> None:
     """SM × precision × TensorRT version: what there is and what is missing of what config/gpus.yaml wants."""
     from arcface_build.plans.gpu import load_gpus_yaml
+    from arcface_clients.plans.fit import misfit
 
     infos = load_gpus_yaml(gpus)
     found, _ = _collect(places, model)
-    have = {(m.spec.model, m.spec.sm, m.spec.precision, m.spec.tensorrt): sorted(where) for m, where in found}
+
+    def where_is(name: str, sm: str, precision: str, version: str) -> list[str]:
+        """The places that have a plan which loads on this SM, its own or a hardware-compatible one."""
+        fitting = (w for m, w in found if misfit(m, sm, version, precision=precision, model=name) is None)
+        return sorted(set().union(*fitting))
+
     models = sorted({m.spec.model for m, _ in found} | ({model} if model else set()))
     versions = sorted({m.spec.tensorrt for m, _ in found})
     cells = []
     for name in models:
         for sm in sorted({*infos, *(m.spec.sm for m, _ in found)}, key=float):
             wanted = set(infos[sm].plans) if sm in infos else set()
-            for precision in sorted(wanted | {p for m, s, p, _ in have if (m, s) == (name, sm)}):
+            built = {m.spec.precision for m, _ in found if (m.spec.model, m.spec.sm) == (name, sm)}
+            for precision in sorted(wanted | built):
                 for version in versions or ["any"]:
-                    where = have.get((name, sm, precision, version), [])
+                    where = where_is(name, sm, precision, version) if versions else []
                     cells.append(
                         {
                             "model": name,
@@ -101,7 +108,7 @@ def _collect(places: Places, model: str | None) -> tuple[list[tuple[PlanManifest
         refused.append(str(exc))
 
     for where, plans in places.all():
-        for manifest in plans.list(on_refused):
+        for manifest in plans.manifests(on_refused):
             if model is None or manifest.spec.model == model:
                 found.setdefault(manifest.key, (manifest, set()))[1].add(where)
     return list(found.values()), refused
@@ -113,7 +120,7 @@ def _lines(manifest: PlanManifest) -> list[tuple[str, Any]]:
     return [
         ("key", manifest.key),
         ("sha256", manifest.sha256),
-        ("size", megabytes(manifest.bytes)),
+        ("size", megabytes(manifest.size_bytes)),
         ("runs on", f"SM {spec.sm}{' and newer' if options.hardware_compatible else ''}, TensorRT {spec.tensorrt}"),
         ("batch", f"min {spec.min_batch}, opt {spec.opt_batch}, max {spec.max_batch}"),
         ("workspace", megabytes(options.workspace_bytes)),

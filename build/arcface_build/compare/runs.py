@@ -30,15 +30,20 @@ def session_runner(onnx_path: Path, outputs: Sequence[str] | None = None) -> Any
 
 
 def plan_runner(plan: Path) -> Any:
-    """Polygraphy's TrtRunner on a plan.
+    """Polygraphy's TrtRunner on a plan that is what its manifest says, and signed where `storage.public_key` is set.
 
     Raises:
         Missing: TensorRT is not installed here.
+        PlanRefused: see `read_plan`.
     """
     _require_tensorrt(f"running {plan}")
-    from polygraphy.backend.trt import EngineFromPath, TrtRunner
+    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-    return TrtRunner(EngineFromPath(str(plan)), name=f"TensorRT {plan}")
+    from arcface_clients.config.sources import load_config
+    from arcface_clients.plans.read import read_plan
+
+    content = read_plan(plan, load_config().storage.public_key).content()
+    return TrtRunner(EngineFromBytes(content), name=f"TensorRT {plan}")
 
 
 def tensorrt_runner(onnx_path: Path, outputs: Sequence[str], batch: int) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.pipeline import Link, engine_arguments
+from arcface_clients.plans.read import read_manifest
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import EmbeddingConfig
@@ -61,12 +62,12 @@ def open_side(text: str, config: EmbeddingConfig) -> Iterator[Side]:
         else:
             from arcface_build.compare.runs import active, embed_with, plan_runner, session_runner
 
-            facts = _facts_beside(path)
             with active(session_runner(path) if suffix == ".onnx" else plan_runner(path)) as runner:
+                facts = _facts_beside(path)
                 yield Side(
                     label,
                     facts.get("precision", "fp32"),
-                    facts.get("contract_id"),
+                    facts.get("contract_id") or None,
                     lambda faces: embed_with(runner, faces),
                 )
     elif ":" in text:
@@ -75,8 +76,8 @@ def open_side(text: str, config: EmbeddingConfig) -> Iterator[Side]:
         scheme, _, rest = text.rpartition("://")
         address, _, served_name = rest.partition("/")
         url = f"{scheme}://{address}" if scheme else address
-        options = {"timeout_s": config.triton.timeout_s, **config.triton.access_to(url)}
-        with TritonEmbedder(url, served_name or config.triton.model, **options) as embedder:
+        model, access = served_name or config.triton.model, config.triton.access_to(url)
+        with TritonEmbedder(url, model, timeout_s=config.triton.timeout_s, **access) as embedder:
             served = embedder.ensure_ready()
             yield Side(f"{served.name} at {url}", served.precision or "fp32", served.contract_id, embedder.encode)
     else:
@@ -129,7 +130,10 @@ def _is_serving(path: Path) -> bool:
 
 
 def _facts_beside(path: Path) -> dict[str, str]:
-    """Precision and contract id from the JSON beside a variant or a plan, or from the manifest of its folder."""
+    """Precision and contract id from a plan's manifest, or from the JSON beside a variant or in its folder."""
+    if path.suffix.lower() in PLANS:
+        manifest = read_manifest(path)
+        return {"precision": manifest.spec.precision, "contract_id": manifest.contract_id or ""}
     for candidate in (path.with_suffix(".json"), path.with_name("manifest.json"), path.parent.parent / "manifest.json"):
         if candidate.is_file():
             facts = json.loads(candidate.read_text())

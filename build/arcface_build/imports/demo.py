@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -168,10 +168,10 @@ class _Net:
         shape = (channels, self.value.shape[1] // group, kernel, kernel)
         weight = self._rng.normal(0, math.sqrt(2 / (1 + 0.25**2) / fan_in), shape).astype(np.float32)
         pad = kernel // 2 if padded else 0
-        attributes = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [pad] * 4, "group": group}
+        sizes: dict[str, Any] = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [pad] * 4}
         session = self._conv_session(kernel, stride, pad, group)
         self.value = session.run(None, {"x": self.value, "w": weight})[0]
-        self._append("Conv", {"weight": weight}, **attributes)
+        self._append("Conv", {"weight": weight}, **sizes, group=group)
         self._done += 1
         if self._progress:
             self._progress(self._done, self._convolutions)
@@ -241,7 +241,7 @@ class _Net:
         return model
 
     def _append(
-        self, op: str, weights: dict[str, np.ndarray], extra_inputs: list[str] | None = None, **attributes: object
+        self, op: str, weights: dict[str, np.ndarray], extra_inputs: list[str] | None = None, **attributes: Any
     ) -> None:
         from onnx import helper, numpy_helper
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SOURCE_FILE = "source.onnx"
 SERVING_FILE = "serving.onnx"
 CPU_FILE = "serving_cpu.onnx"
-CONVERSION = 2  # raise it when the steps give another graph: earlier imports are then done again
+CONVERSION = 3  # raise it when the steps give another graph: earlier imports are then done again
 TOOLS = ("arcface-triton", "onnx", "onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu", "insightface", "numpy")
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -76,7 +76,8 @@ def import_model(
         expected = reference_embeddings(reference, faces, partial(progress, "reference"))
         dim = check_width(expected.shape[1], label)
         progress("convert", 0, 1)
-        serving, steps = to_serving(repaired.model, preprocessing, dim)
+        contract = contract_id(source.sha256, preprocessing, dim)
+        serving, steps = to_serving(repaired.model, preprocessing, dim, contract)
         _save_checked(serving, temporary / SERVING_FILE)
         opset = opset_of(serving)
         for_cpu = blocked_layout(serving)
@@ -95,7 +96,7 @@ def import_model(
             flavour=flavour.to_json(),
             preprocessing={**preprocessing.to_json(), "why": why},
             dim=dim,
-            contract_id=contract_id(source.sha256, preprocessing, dim),
+            contract_id=contract,
             steps=[step.to_json() for step in (repaired, *steps)],
             serving={**_described(temporary / SERVING_FILE), "opset": opset, "conversion": CONVERSION},
             proof=proofs[SERVING_FILE].to_json(),
@@ -130,12 +131,14 @@ def _cpu_told(file: Path, why: str, proof: Proof) -> dict[str, Any]:
     return {**_described(file), "why": why, **proved}
 
 
-def to_serving(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int) -> tuple[onnx.ModelProto, list[Step]]:
+def to_serving(
+    model: onnx.ModelProto, preprocessing: Preprocessing, dim: int, contract: str
+) -> tuple[onnx.ModelProto, list[Step]]:
     """Run the graph steps in their order; returns the serving model and what each step did."""
     steps = [upgrade_opset(model)]
     for step in (fold_constants, dynamic_batch, fold_batchnorm):
         steps.append(step(steps[-1].model))
-    steps.append(serving_form(steps[-1].model, preprocessing, dim))
+    steps.append(serving_form(steps[-1].model, preprocessing, dim, contract))
     return steps[-1].model, steps
 
 
@@ -146,9 +149,9 @@ def decide_preprocessing(source: Source, flavour: Flavour, stated: Preprocessing
         SourceRefused: the file cannot tell.
         WrongUse: the user's word would normalise twice.
     """
-    if stated is None and source.preprocessing is None:
-        return guess_preprocessing(flavour, source.path.name)
     chosen, why = (stated, "stated by the caller") if stated else (source.preprocessing, source.note)
+    if chosen is None:
+        return guess_preprocessing(flavour, source.path.name)
     if normalises_inside(flavour) and (any(chosen.mean) or set(chosen.std) != {1.0}):
         raise WrongUse(
             f"{source.path.name} normalises inside its graph: expected --mean 0 --std 1, got mean {list(chosen.mean)}, "

@@ -64,7 +64,7 @@ class Reference:
         except ImportError as exc:
             if isinstance(exc.__cause__, KeyboardInterrupt):
                 raise  # Ctrl-C during the import is no missing package
-            self._arcface = None
+            self._arcface: Any = None
             self.name, self.why = "onnxruntime", f"InsightFace cannot be imported ({exc}); preprocessing as stated"
             return
         self._arcface = ArcFaceONNX(model_file=str(source), session=self._session)

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -128,25 +128,30 @@ def _run_child(folder: Path, timeout_s: float, on_phase: OnPhase) -> None:
     with (folder / "stderr.log").open("w") as log:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
     late = threading.Event()
-    timer = threading.Timer(timeout_s, lambda: (late.set(), child.kill()))
+
+    def stop() -> None:
+        late.set()
+        child.kill()
+
+    timer = threading.Timer(timeout_s, stop)
     timer.start()
-    error = ""
+    error, said_lines = "", cast("IO[str]", child.stdout)  # a pipe was asked for
     try:
-        for line in child.stdout:
-            said = json.loads(line)
-            if "error" in said:
-                error = said["error"]
+        for line in said_lines:
+            told = json.loads(line)
+            if "error" in told:
+                error = told["error"]
             else:
-                on_phase(said["phase"], said["step"], said["steps"])
+                on_phase(told["phase"], told["step"], told["steps"])
         code = child.wait()
     finally:
         timer.cancel()
         child.kill()
         child.wait()
-        child.stdout.close()
+        said_lines.close()
     if code != 0:
-        log = (folder / "stderr.log").read_text(errors="replace")
-        raise child_error(code, error, log, timeout_s if late.is_set() else None)
+        said = (folder / "stderr.log").read_text(errors="replace")
+        raise child_error(code, error, said, timeout_s if late.is_set() else None)
 
 
 def child_error(code: int, error: str, log: str, timeout_s: float | None = None) -> ArcFaceError:
@@ -198,7 +203,7 @@ def _measured(
     manifest = PlanManifest(
         spec=spec,
         sha256=file_sha256(folder / "plan"),
-        bytes=(folder / "plan").stat().st_size,
+        size_bytes=(folder / "plan").stat().st_size,
         gpu={"name": gpu.name, "driver": gpu.driver, "cuda": gpu.cuda, "memory_bytes": gpu.memory_bytes},
         build={"seconds": seconds, "peak_vram_bytes": peak, "created": now_utc(), "tools": tools},
         precision_proof={**counts.to_json(), "onnx": dict(typed.layers)},

@@ -7,32 +7,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arcface_build.errors import PlanNotFound
+from arcface_build.plans.seen import SeenPlans
 from arcface_build.plans.store import PlanStore
 from arcface_build.store import open_store
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import WrongUse
 from arcface_clients.extras import require
-from arcface_clients.plans.manifest import PlanManifest, check_content, load_manifest, manifest_path
-from arcface_clients.plans.signing import check_signature
+from arcface_clients.plans.manifest import PlanManifest
+from arcface_clients.plans.read import read_plan
 
 
 @dataclass(frozen=True)
 class Places:
-    """The cache folder, the store (None: there is none), and the configuration that they came from."""
+    """The cache in its folder, the store (None: there is none), and the configuration that they came from."""
 
     cache: PlanStore
     store: PlanStore | None
     config: EmbeddingConfig
+    folder: Path
 
     @property
     def timing_caches(self) -> Path:
         """TensorRT's timing caches; a dot folder, so no object of the cache."""
-        return self.cache.objects.folder / ".timing"
+        return self.folder / ".timing"
 
     @property
     def refused(self) -> Path:
         """Plans that failed their proof, beside their reports."""
-        return self.cache.objects.folder / ".refused"
+        return self.folder / ".refused"
 
     def need_store(self) -> PlanStore:
         """The store.
@@ -74,10 +76,12 @@ def open_places(
             max_attempts=storage.retries + 1,
             read_timeout_s=storage.timeout_s,
         )
-    return Places(PlanStore(open_store(str(folder)), key), PlanStore(remote, key) if remote else None, config)
+    cached = PlanStore(open_store(str(folder)), key)
+    stored = PlanStore(remote, key, SeenPlans(folder / ".seen")) if remote else None
+    return Places(cached, stored, config, folder)
 
 
-def find_plan(places: Places, name: str) -> tuple[PlanManifest, Path | None, str]:
+def plan_by_name(places: Places, name: str) -> tuple[PlanManifest, Path | None, str]:
     """A plan by file (the plan or its .json), by key or by name: its manifest, its file if local, and where it is.
 
     Raises:
@@ -87,10 +91,7 @@ def find_plan(places: Places, name: str) -> tuple[PlanManifest, Path | None, str
     path = Path(name)
     if path.is_file():
         plan = path.with_suffix("") if path.suffix == ".json" else path
-        manifest = load_manifest(manifest_path(plan))
-        check_content(plan, manifest, str(plan))
-        check_signature(manifest, places.cache.public_key, str(plan))
-        return manifest, plan, str(plan)
+        return read_plan(plan, places.cache.public_key).manifest, plan, str(plan)
     for where, plans in places.all():
         try:
             manifest = plans.resolve(name)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcface_build.repository.versions import versions
-from arcface_clients.errors import Missing
+from arcface_build.serving.served_plans import ServedPlans
+from arcface_clients.errors import Missing, PlanRefused
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import Fallback
@@ -21,22 +20,27 @@ class Choice:
     reason: str
 
 
-def choose_backend(asked: str, gpu_sm: str | None, plan_sms: set[str], onnx: bool, reference: bool) -> Choice:
+def choose_backend(asked: str, gpu_sm: str | None, plans: ServedPlans, onnx: bool, reference: bool) -> Choice:
     """Pick tensorrt, onnx or reference.
 
     Args:
         asked: auto, or one of the three.
         gpu_sm: SM of this host's GPU ("8.6"), None where there is none.
-        plan_sms: SMs for which verified plans stand in arcface_trt.
+        plans: what stands in arcface_trt, read and checked.
         onnx: whether arcface_onnx holds weights.
         reference: whether arcface_reference holds weights and InsightFace is installed.
 
     Raises:
         Missing: what was asked for is not there, or nothing is.
+        PlanRefused: tensorrt was asked for, and the plan for this GPU may not be used.
     """
-    there = {"tensorrt": gpu_sm is not None and gpu_sm in plan_sms, "onnx": onnx, "reference": reference}
-    plans = ", ".join(sorted(plan_sms)) or "none"
-    why_no_plan = f"no GPU here (plans: {plans})" if gpu_sm is None else f"no plan for SM {gpu_sm} (plans: {plans})"
+    there = {"tensorrt": gpu_sm is not None and gpu_sm in plans.good, "onnx": onnx, "reference": reference}
+    have = ", ".join(sorted(plans.good, key=float)) or "none"
+    why_no_plan = f"no GPU here (plans: {have})" if gpu_sm is None else f"no plan for SM {gpu_sm} (plans: {have})"
+    if gpu_sm is not None and gpu_sm in plans.refused:
+        why_no_plan = plans.refused[gpu_sm]
+        if asked == "tensorrt":
+            raise PlanRefused(f"cannot serve tensorrt: {why_no_plan}")
     if asked != "auto":
         if there[asked]:
             return Choice(asked, "asked for")
@@ -63,12 +67,3 @@ def order_of_backends(first: str, fallback: Fallback) -> list[str]:
     served_as = {"onnx": "onnx", "insightface": "reference"}
     following = [served_as[name] for name in fallback.chain if name in served_as] if fallback.enabled else []
     return list(dict.fromkeys([first, *following]))
-
-
-def plan_sms(repository: Path) -> set[str]:
-    """SMs ("8.6") of the plans that stand in the newest version of arcface_trt."""
-    have = versions(repository / "arcface_trt")
-    if not have:
-        return set()
-    names = (p.stem.removeprefix("sm") for p in (repository / "arcface_trt" / str(have[-1])).glob("sm*.plan"))
-    return {f"{name[:-1]}.{name[-1]}" for name in names}

@@ -22,8 +22,9 @@ from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.bring_in import bring_in
 from arcface_build.repository.versions import versions
 from arcface_build.serving.binary import find_tritonserver
-from arcface_build.serving.choose import Choice, choose_backend, order_of_backends, plan_sms
+from arcface_build.serving.choose import Choice, choose_backend, order_of_backends
 from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess, reason_of_end
+from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
 from arcface_build.serving.variant import take_best_variant
 from arcface_clients.checks.parity import ParityReport, measure_parity
 from arcface_clients.config.schema import EmbeddingConfig
@@ -170,8 +171,7 @@ def _prepare(asked: ServeRequest, config: EmbeddingConfig, audience: Audience) -
         if not (repository / "arcface_onnx" / "configs" / "tuned.pbtxt").is_file():
             raise Missing("arcface_onnx has no configs/tuned.pbtxt for the weights that it serves. Next: arcface tune")
         backend = "onnx"
-    choice = choose_backend(
-        backend, gpu_sm(), plan_sms(repository), bool(versions(repository / "arcface_onnx")), has_reference
-    )
+    plans = served_plans(repository, config.storage.public_key, tensorrt_of_server())
+    choice = choose_backend(backend, gpu_sm(), plans, bool(versions(repository / "arcface_onnx")), has_reference)
     wanted = asked.reference and config.validation.run_on_startup
     return choice, wanted and has_reference and choice.backend != "reference"

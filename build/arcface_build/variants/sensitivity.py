@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from arcface_build.graph.embedding_only import embedding_only
 from arcface_clients.engines.runtimes import open_session
 from arcface_clients.evidence.drift import compare_embeddings
 
@@ -37,6 +38,7 @@ def measure_sensitivities(
         progress: called with (layers done, all).
     """
     layers = list(layers)
+    model = embedding_only(model)
     output = model.graph.output[0].name
     starts = _start_before_each(model)
     wanted = sorted({starts[layer] for layer in layers} - {model.graph.input[0].name})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arcface_clients.bulk.job import Job, Plan, embed_unit
+from arcface_clients.bulk.job import Job, JobSpec, embed_unit
 from arcface_clients.bulk.units import unit_size
 from arcface_clients.errors import DependencyMissing
 
@@ -52,7 +52,7 @@ def run_on_ray(
         return
     done = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         _Worker,
-        fn_constructor_args=(str(job.folder), job.plan, make_engine, list(urls), turn),
+        fn_constructor_args=(str(job.folder), job.spec, make_engine, list(urls), turn),
         batch_size=1,
         concurrency=actors,
         num_cpus=1,
@@ -77,19 +77,19 @@ class _Worker:
     """A Ray Data actor: one engine, one detector, one unit at a time."""
 
     def __init__(
-        self, folder: str, plan: Plan, make_engine: Callable[[str], EmbeddingEngine], urls: list[str], turn: Any
+        self, folder: str, spec: JobSpec, make_engine: Callable[[str], EmbeddingEngine], urls: list[str], turn: Any
     ) -> None:
         import ray
 
-        self._folder, self._plan = Path(folder), plan
+        self._folder, self._spec = Path(folder), spec
         self._engine = make_engine(urls[ray.get(turn.take.remote())])
-        self._detector = plan.open_detector()
+        self._detector = spec.open_detector()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         counts: dict[str, list[int]] = {"items": [], "rows": [], "refused": []}
         for number, text in zip(batch["number"], batch["unit"], strict=True):
             unit = json.loads(str(text))
-            rows, refused = embed_unit(self._folder, int(number), unit, self._engine, self._plan, self._detector)
+            rows, refused = embed_unit(self._folder, int(number), unit, self._engine, self._spec, self._detector)
             for name, value in (("items", unit_size(unit)), ("rows", rows), ("refused", refused)):
                 counts[name].append(value)
         return counts

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, FaceArray, FloatArray
 from arcface_clients.contract import FACE_SHAPE, Preprocessing
 from arcface_clients.engines.devices import CPU
 from arcface_clients.engines.in_process import LocalEngine, unit_rows
@@ -84,20 +84,21 @@ class InsightFaceEngine(LocalEngine):
         options.log_severity_level = 3
         try:
             session = ort.InferenceSession(str(file), options, providers=[CPU])
-            net = ArcFaceONNX(model_file=str(file), session=session)
         except Exception as exc:
             raise ConfigError(f"{file}: InsightFace cannot load it: {str(exc).partition(chr(10))[0]}") from exc
-        if len(net.input_shape) != 4 or list(net.input_shape[1:]) != [3, *FACE_SHAPE[:2]]:
+        shape = session.get_inputs()[0].shape
+        if len(shape) != 4 or list(shape[1:]) != [3, *FACE_SHAPE[:2]]:
             raise ConfigError(
-                f"{file}: expected a source ONNX with input [N,3,112,112], got {net.input_shape}. The reference runs "
+                f"{file}: expected a source ONNX with input [N,3,112,112], got {shape}. The reference runs "
                 "the file that was imported, not the serving ONNX: models/NAME/source.onnx"
             )
+        net = ArcFaceONNX(model_file=str(file), session=session)
         guess = Preprocessing(mean=(net.input_mean,) * 3, std=(net.input_std,) * 3)
         stated = self._stated or (folder.preprocessing if folder.manifest else guess)
         self._guess_fits = stated == guess
         if not self._guess_fits:
-            net.input_mean = np.float32(stated.mean).reshape(1, 3, 1, 1)
-            net.input_std = np.float32(stated.std).reshape(1, 3, 1, 1)
+            net.input_mean = np.asarray(stated.mean, np.float32).reshape(1, 3, 1, 1)
+            net.input_std = np.asarray(stated.std, np.float32).reshape(1, 3, 1, 1)
         self._color = stated.color
         self._one_by_one = net.input_shape[0] == 1
         width = net.output_shape[-1]
@@ -112,7 +113,7 @@ class InsightFaceEngine(LocalEngine):
             "precision": self.precision,
         }
 
-    def _run(self, faces: Array) -> Array:
+    def _run(self, faces: FaceArray) -> FloatArray:
         net = self._net
         if net is None:
             raise InferenceFailed("insightface: the engine was closed while it was encoding.")
@@ -123,11 +124,11 @@ class InsightFaceEngine(LocalEngine):
             raise InferenceFailed(f"insightface: {str(exc).partition(chr(10))[0]} (batch {len(faces)})") from exc
         return unit_rows(np.concatenate(rows))
 
-    def _features(self, net: Any, faces: Array) -> Array:
+    def _features(self, net: Any, faces: FaceArray) -> Array:
         if self._guess_fits:
-            return net.get_feat(list(faces))
+            return np.asarray(net.get_feat(list(faces)))
         ordered = faces[..., ::-1] if self._color == "rgb" else faces
-        return net.forward(ordered.transpose(0, 3, 1, 2).astype(np.float32))
+        return np.asarray(net.forward(ordered.transpose(0, 3, 1, 2).astype(np.float32)))
 
     def _unload(self) -> None:
         self._net = None

@@ -32,7 +32,8 @@ class ModelFolder:
     @property
     def source_sha256(self) -> str | None:
         """Digest of the source ONNX; None where there is no manifest."""
-        return self.manifest.get("source", {}).get("sha256")
+        sha256: str | None = self.manifest.get("source", {}).get("sha256")
+        return sha256
 
     def serving(self, precision: str = "fp32") -> Path:
         """The ONNX file of a precision; bf16 is computed from the fp32 file, fp16 has one file for every target.

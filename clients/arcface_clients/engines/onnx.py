@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import FaceArray, FloatArray
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.devices import CPU, canonical_device, choose_provider, device_index
 from arcface_clients.engines.in_process import LocalEngine
@@ -138,12 +138,13 @@ class OnnxEngine(LocalEngine):
             return {"device_id": str(device_index(self.device))}
         return {}
 
-    def _run(self, faces: Array) -> Array:
+    def _run(self, faces: FaceArray) -> FloatArray:
         session = self._session
         if session is None:
             raise InferenceFailed("onnx: the engine was closed while it was encoding.")
         try:
-            return session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces})[0]
+            rows: FloatArray = session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces})[0]
+            return rows
         except Exception as exc:
             raise InferenceFailed(f"onnx: {_first_line(exc)} (batch {len(faces)}, {self.taken['file']})") from exc
 
@@ -156,12 +157,12 @@ def _check_contract(session: Any, file: Path) -> int | None:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     found = [(item.name, item.type, item.shape) for item in (*inputs, *outputs)]
     names = ([item.name for item in inputs], [item.name for item in outputs])
-    if names != ([FACE_INPUT], [EMBEDDING_OUTPUT]) or inputs[0].type != "tensor(uint8)":
+    if names[0] != [FACE_INPUT] or EMBEDDING_OUTPUT not in names[1] or inputs[0].type != "tensor(uint8)":
         raise ConfigError(
             f"{file}: not a serving ONNX: expected face uint8 [N,112,112,3] and embedding float32 [N,D], got {found}. "
             f"Make one of it: arcface import {file}"
         )
-    width = outputs[0].shape[-1]
+    width = outputs[names[1].index(EMBEDDING_OUTPUT)].shape[-1]
     return width if isinstance(width, int) else None
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from arcface_clients.errors import WrongUse
@@ -35,6 +35,7 @@ class BuilderOptions:
 
     def __post_init__(self) -> None:
         """Refuse what no builder takes."""
+        _check_types(self, (int, bool, bool, bool, int | None))
         if self.workspace_bytes < 1 << 20:
             raise WrongUse(
                 f"workspace is {self.workspace_bytes} bytes: expected at least 1 MB. "
@@ -64,8 +65,9 @@ class PlanSpec:
 
     def __post_init__(self) -> None:
         """Normalise the SM; refuse what cannot be built."""
+        _check_types(self, (str, str, str, object, str, int, int, int, BuilderOptions))
         object.__setattr__(self, "sm", parse_sm(self.sm))
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.model):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.model):
             raise WrongUse(f"model name is {self.model!r}: expected letters, digits, '.', '_' and '-' only.")
         if not re.fullmatch(r"[0-9a-f]{64}", self.onnx_sha256):
             raise WrongUse(f"onnx_sha256 is {self.onnx_sha256!r}: expected 64 hexadecimal digits.")
@@ -105,6 +107,18 @@ class PlanSpec:
             return cls(**{**data, "options": BuilderOptions(**data["options"])})
         except (TypeError, KeyError) as exc:
             raise WrongUse(f"not a plan spec: {exc}.") from exc
+
+
+def _check_types(value: Any, kinds: tuple[Any, ...]) -> None:
+    """Refuse fields of another type: specs come from JSON that anybody may have written.
+
+    Raises:
+        WrongUse: the first such field; True is no number here.
+    """
+    for one, kind in zip(fields(value), kinds, strict=True):
+        got = getattr(value, one.name)
+        if not isinstance(got, kind) or (isinstance(got, bool) and kind is not bool):
+            raise WrongUse(f"{one.name} is {got!r}: expected {getattr(kind, '__name__', kind)}.")
 
 
 def parse_sm(text: str | float) -> str:

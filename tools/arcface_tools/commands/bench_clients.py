@@ -1,10 +1,12 @@
-"""`scripts/bench clients`: our client on every way beside the bare runtime; memory of streams and of bulk jobs."""
+"""`scripts/bench clients`: our client over each transport beside the bare runtime; memory of streams and bulk jobs."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,7 +17,7 @@ from arcface_build.commands.options.output import hand_over, json_option, report
 EPILOG = """\b
 Examples:
   scripts/bench clients                              gRPC and shared memory against the bare session, batch 32
-  scripts/bench clients --way grpc-shm --way grpc-cudashm --way grpc-gpufaces   on a GPU host: regions on the GPU
+  scripts/bench clients --transport grpc-cudashm --transport grpc-gpufaces       on a GPU host: regions on the GPU
   scripts/bench clients --quick --in-flight 1 --in-flight 2 --in-flight 4 --in-flight 8
   scripts/bench clients --stream 1000000             peak memory while a million generated faces go through
   scripts/bench clients --restarts 10000             every face answered once though the server is killed twice
@@ -27,8 +29,8 @@ Examples:
 @click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Faces a request.")
 @click.option(
-    "--way",
-    "ways",
+    "--transport",
+    "transports",
     multiple=True,
     default=("grpc", "grpc-shm"),
     show_default=True,
@@ -46,7 +48,7 @@ Examples:
 def command(
     model_repository: Path | None,
     batch: int,
-    ways: tuple[str, ...],
+    transports: tuple[str, ...],
     in_flight: tuple[int, ...],
     rounds: int,
     sample_s: float,
@@ -67,7 +69,7 @@ def command(
     from arcface_tools import bulk as bulk_job
     from arcface_tools import clients
 
-    instead = [
+    instead: list[tuple[str, int | None, Callable[[int], dict[str, Any]]]] = [
         ("stream", stream, clients.stream_memory),
         ("restarts", requests, clients.restarts),
         ("bulk", bulk, bulk_job.run),
@@ -82,16 +84,16 @@ def command(
         hand_over(result, lambda: json.dumps(measured, indent=2), as_json, report)
         return
     if quick:
-        with terminal.round_bar(len(ways) * len(in_flight) * (rounds + 1)) as advance:
+        with terminal.round_bar(len(transports) * len(in_flight) * (rounds + 1)) as advance:
             result = clients.run_quick(
-                in_flight, ways, batch=batch, rounds=rounds, sample_s=sample_s, on_sample=advance
+                in_flight, transports, batch=batch, rounds=rounds, sample_s=sample_s, on_sample=advance
             )
     else:
         repository = find_repository(model_repository)
         with (
             tempfile.TemporaryDirectory(prefix="arcface-bench-") as folder,
             own_server(repository, ("arcface_onnx",), "onnx", Path(folder)) as target,
-            terminal.round_bar((len(ways) * len(in_flight) + 1) * (rounds + 1)) as advance,
+            terminal.round_bar((len(transports) * len(in_flight) + 1) * (rounds + 1)) as advance,
         ):
             result = clients.run(
                 served_file(repository, "arcface_onnx", "model.onnx"),
@@ -100,7 +102,7 @@ def command(
                 server_pid=target.pid,
                 batch=batch,
                 in_flight=in_flight,
-                ways=ways,
+                transports=transports,
                 rounds=rounds,
                 sample_s=sample_s,
                 on_sample=advance,

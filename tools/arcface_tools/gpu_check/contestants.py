@@ -34,7 +34,8 @@ def measure(embed: Embed, faces: np.ndarray, batch: int, seconds: float, callers
         embed(part)
 
     def caller(_: int) -> list[float]:
-        times, end = [], time.perf_counter() + seconds
+        times: list[float] = []
+        end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times) < 10:
             start = time.perf_counter()
             embed(part)
@@ -125,13 +126,15 @@ def served_plan(plan: Path, sm: str, folder: Path) -> Iterator[tuple[Embed, Any]
     from arcface_build.serving.binary import find_tritonserver
     from arcface_build.serving.process import TritonProcess, free_ports
     from arcface_clients import TritonEmbedder
+    from arcface_clients.plans.manifest import manifest_path
     from arcface_clients.plans.spec import sm_tag
 
     repository = folder / "repository"
     model = repository / "arcface_trt"
     (model / "1").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(find_repository() / "arcface_trt" / "config.pbtxt", model / "config.pbtxt")
-    shutil.copyfile(plan, model / "1" / f"{sm_tag(sm)}.plan")
+    for source in (plan, manifest_path(plan)):
+        shutil.copyfile(source, model / "1" / source.name.replace(plan.name, f"{sm_tag(sm)}.plan"))
     log = folder / "tritonserver.log"
     with TritonProcess(find_tritonserver(), repository, ["arcface_trt"], log_path=log, ports=free_ports()) as server:
         server.wait_ready(90)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from arcface_clients.errors import ArcFaceError, Missing
 from arcface_clients.evidence.drift import DRIFT_LIMITS, compare_embeddings
 from arcface_clients.faces.check import to_gpu
 from arcface_clients.faces.synthetic import synthetic_faces
-from arcface_clients.plans.manifest import PlanManifest, now_utc
+from arcface_clients.plans.manifest import PlanManifest, now_utc, write_manifest
 from arcface_clients.plans.spec import BuilderOptions, PlanSpec
 from arcface_tools.gpu_check.contestants import measure, onnxruntime_cuda, plan_runner, served_plan, torch_baseline
 from arcface_tools.gpu_check.report import to_markdown
@@ -119,19 +120,17 @@ def _run(check: Check, models: dict[str, str], sm: str, version: str) -> None:
     """The most telling things first: fp16 of every model, its baselines, then the other precisions."""
     for model, source in models.items():
         check.report["models"][model] = {"plans": {}}
-        check.step(f"import {model}", 20, lambda m=model, s=source: _import(check, m, s))
+        check.step(f"import {model}", 20, partial(_import, check, model, source))
     for precision in PRECISIONS:
         for model in models:
             if precision != "fp32":
-                check.step(f"{precision} variant of {model}", 30, lambda m=model, p=precision: _quantize(check, m, p))
+                check.step(f"{precision} variant of {model}", 30, partial(_quantize, check, model, precision))
             needs = 60 if precision == "fp16" else 45
-            check.step(
-                f"{precision} plan of {model}", needs, lambda m=model, p=precision: _plan(check, m, p, sm, version)
-            )
+            check.step(f"{precision} plan of {model}", needs, partial(_plan, check, model, precision, sm, version))
         if precision == "fp16":
             for model in models:
-                check.step(f"ONNX Runtime CUDA on {model}", 15, lambda m=model: _onnxruntime(check, m))
-                check.step(f"PyTorch on {model}", 25, lambda m=model: _torch(check, m))
+                check.step(f"ONNX Runtime CUDA on {model}", 15, partial(_onnxruntime, check, model))
+                check.step(f"PyTorch on {model}", 25, partial(_torch, check, model))
 
 
 def _arcface(check: Check, *arguments: str) -> None:
@@ -166,7 +165,8 @@ def _plan(check: Check, model: str, precision: str, sm: str, version: str) -> No
     typed = read_typed_onnx(source.onnx)
     options = BuilderOptions(external_tactics=check.external_tactics)
     spec = PlanSpec(source.name, typed.sha256, precision, sm, version, 1, 32, 64, options)
-    entry = check.report["models"][model]["plans"][precision] = {}
+    entry: dict[str, Any] = {}
+    check.report["models"][model]["plans"][precision] = entry
     reference = source.embed(check.faces)
     # The gate is judged below: a plan that drifts is still worth measuring, and the report says that it drifts.
     proof = Proof(check.faces, reference, dict.fromkeys(DRIFT_LIMITS, 2.0))
@@ -179,6 +179,7 @@ def _plan(check: Check, model: str, precision: str, sm: str, version: str) -> No
     except ArcFaceError as exc:
         entry["refused"] = str(exc)
         raise
+    write_manifest(plan, manifest)
     entry |= _facts(manifest)
     with plan_runner(plan) as embed:
         entry["in_process"] = [measure(embed, check.faces, batch, check.seconds) for batch in check.batches]
@@ -188,12 +189,12 @@ def _plan(check: Check, model: str, precision: str, sm: str, version: str) -> No
 
 
 def _facts(manifest: PlanManifest) -> dict[str, Any]:
-    drift, precision = dict(manifest.drift), manifest.spec.precision
+    drift, precision = dict(manifest.drift or {}), manifest.spec.precision
     limit = DRIFT_LIMITS[precision]
     return {
         "build_seconds": manifest.build["seconds"],
         "peak_vram_bytes": manifest.build["peak_vram_bytes"],
-        "plan_bytes": manifest.bytes,
+        "plan_bytes": manifest.size_bytes,
         "layers": manifest.precision_proof["compute"],
         "layers_onnx": manifest.precision_proof["onnx"],
         "drift": {**drift, "limit": limit},
@@ -217,8 +218,8 @@ def _cuda_shared_memory(check: Check, served: dict[str, Any], url: str, referenc
     """The same requests with faces of the host, and with faces on the GPU, in regions on the GPU."""
     with TritonEmbedder(url, model="arcface_trt", shared_memory="cuda") as client:
         client.ensure_ready()
-        if client.way.memory != "cuda":
-            raise Missing(client.way.reason)
+        if client.shared_memory.kind != "cuda":
+            raise Missing(client.shared_memory.reason)
         served["cuda_drift"] = compare_embeddings(reference, client.encode(to_gpu(check.faces))).to_json()
         there = {batch: to_gpu(np.resize(check.faces, (batch, *FACE_SHAPE))) for batch in check.batches}
         ways = {"cuda_rows": client.encode, "gpu_faces_rows": lambda part: client.encode(there[len(part)])}

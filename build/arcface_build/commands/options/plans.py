@@ -58,7 +58,7 @@ def summary(manifest: PlanManifest) -> dict[str, Any]:
         "sm": spec.sm,
         "tensorrt": spec.tensorrt,
         "batch": f"{spec.min_batch}/{spec.opt_batch}/{spec.max_batch}",
-        "size": megabytes(manifest.bytes),
+        "size": megabytes(manifest.size_bytes),
         "max drift": f"{drift['max_drift']:.1e}" if drift else "not measured",
         "signed": "yes" if manifest.signature else "no",
         "key": manifest.key[:12],
