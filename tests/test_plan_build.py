@@ -27,11 +27,13 @@ from arcface_build.plans.float_weights import float_weights
 from arcface_build.plans.inspect import check_precision, count_precisions, layer_precision
 from arcface_build.plans.source import PlanSource
 from arcface_build.plans.typed import check_buildable, read_typed_onnx
+from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import ArcFaceError, Missing, PlanRefused, WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.plans.manifest import PlanManifest
 from arcface_clients.plans.read import check_content
 from arcface_clients.plans.spec import BuilderOptions, PlanSpec
+from tiny_model import write_manifest
 from tiny_onnx import DIM, tiny_onnx, write_tiny
 
 TESTS = Path(__file__).resolve().parent
@@ -353,21 +355,7 @@ def plan_build(
     folder = tmp_path / "models" / "tiny"
     write_tiny(folder / "serving.onnx")
     write_tiny(folder / "variants" / "fp16-tensorrt.onnx", "fp16")
-    names = [
-        "name",
-        "created",
-        "source",
-        "flavour",
-        "preprocessing",
-        "dim",
-        "contract_id",
-        "steps",
-        "serving",
-        "proof",
-        "tools",
-    ]
-    manifest = {"format": 1, **dict.fromkeys(names), "name": "tiny", "dim": DIM, "contract_id": "c" * 64}
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "serving": {"file": "serving.onnx"}}))
+    write_manifest(folder, "5" * 64, Preprocessing(), DIM, contract_id="c" * 64)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", "from arcface_build.cli import main; main()", "plan", "build", *arguments]

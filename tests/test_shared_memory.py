@@ -103,12 +103,12 @@ def test_region_of_a_living_process_is_never_stale() -> None:
 
 
 def test_lost_request_keeps_its_region_to_itself(odd_server, known) -> None:
-    with TritonEmbedder(odd_server.grpc_url, "slow", timeout_s=0.3) as embedder:
+    with TritonEmbedder(odd_server.grpc_url, "slow", timeout_s=1) as embedder:
         embedder.ensure_ready()
         before = known()
         with pytest.raises(DeadlineExceeded):
             embedder.encode(np.full((1, 112, 112, 3), 255, np.uint8))
-        time.sleep(1)
+        time.sleep(2)
         embedder.encode(FACES)
         (fresh,) = known() - before
         (lost,) = [slot for slot in embedder._session.regions.pool._all if slot.doubtful]

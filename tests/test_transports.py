@@ -93,9 +93,9 @@ def test_rows_that_are_no_unit_embeddings_are_refused(odd_server, protocol, shar
 
 @each_transport
 def test_late_answer_is_an_error_and_harms_no_later_one(odd_server, truth, protocol, shared_memory) -> None:
-    with TritonEmbedder(url(odd_server, protocol), "slow", shared_memory=shared_memory, timeout_s=0.3) as embedder:
+    with TritonEmbedder(url(odd_server, protocol), "slow", shared_memory=shared_memory, timeout_s=1) as embedder:
         embedder.ensure_ready()
-        with pytest.raises(DeadlineExceeded, match=r"no answer from 'slow' at .* within 0.3 s. Raise timeout_s"):
+        with pytest.raises(DeadlineExceeded, match=r"no answer from 'slow' at .* within 1 s. Raise timeout_s"):
             embedder.encode(MARKED)
         for _ in range(20):  # while the server still works on the lost one, and writes its answer somewhere
             try:
@@ -118,7 +118,7 @@ def test_cancelled_task_cancels_its_request_and_the_client_lives_on(odd_server, 
             started = time.monotonic()
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(embedder.encode(MARKED), 0.2)
-            assert time.monotonic() - started < 0.9  # the answer takes 1 s
+            assert time.monotonic() - started < 1.8  # the answer takes 2 s
             return await embedder.encode(FACES)
 
     np.testing.assert_allclose(asyncio.run(work()), truth, atol=1e-6)
@@ -142,7 +142,7 @@ def test_close_ends_requests_under_way(odd_server, protocol, shared_memory) -> N
     started = time.monotonic()
     embedder.close()
     thread.join(5)
-    assert time.monotonic() - started < 0.7
+    assert time.monotonic() - started < 1.7  # the answer takes 2 s
     assert [type(exc) for exc in raised] == [ClientUnusable]
 
 

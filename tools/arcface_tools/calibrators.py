@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from arcface_build.imports.manifest import load_manifest
 from arcface_build.variants.calibrate import collect_histograms, conv_inputs, least_error_range
 from arcface_build.variants.eval_set import load_faces
 from arcface_build.variants.gate import embed_all
 from arcface_build.variants.int8 import Range, quantizable_layers, quantize_convolutions
 from arcface_build.variants.make import CALIBRATION_FACES, load_named
 from arcface_clients.contract import FACE_INPUT
+from arcface_clients.engines.import_manifest import read_import_manifest
 from arcface_clients.engines.runtimes import open_session
 from arcface_clients.evidence.drift import compare_embeddings
 
@@ -44,7 +44,7 @@ class _Reader:
 
 def run(model_dir: Path, source: str = "synthetic", eval_faces: int = 64) -> dict[str, Any]:
     """Drift of int8 by each way to choose ranges, all layers but the first quantised, on ONNX Runtime."""
-    path = model_dir / load_manifest(model_dir).serving["file"]
+    path = model_dir / read_import_manifest(model_dir).serving["file"]
     model = load_named(path)
     faces = load_faces(source, eval_faces)
     calibration = load_faces(source, CALIBRATION_FACES, seed=1).faces

@@ -15,6 +15,7 @@ from arcface_build.bench.perf_analyzer import Load, PerfAnalyzer
 from arcface_build.bench.server import Target
 from arcface_build.bench.triton_statistics import read_statistics, server_split
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import Missing
 
 
@@ -51,10 +52,9 @@ def bare_session(onnx: Path, faces_bgr_u8: np.ndarray, batch: int, threads: int 
         raise Missing(f"no serving ONNX at {onnx}. Next: arcface import demo, or name one: arcface bench --onnx FILE")
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+    session = open_session(
+        onnx, threads=threads, settings={"session.intra_op.allow_spinning": "1" if spinning else "0"}
+    )
     variant = in_process(
         f"bare b{batch}", lambda faces: session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces}), faces_bgr_u8, batch
     )
@@ -77,9 +77,7 @@ def insightface_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequen
         from insightface.model_zoo.arcface_onnx import ArcFaceONNX
     except ImportError as exc:
         raise Missing(f"InsightFace is not installed ({exc}). Next: pip install --no-deps insightface") from exc
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+    session = open_session(source, threads=0, settings={})
     model = ArcFaceONNX(model_file=str(source), session=session)
     fixed = session.get_inputs()[0].shape[0]
     allowed = [batch for batch in batches if not isinstance(fixed, int) or batch == fixed]
@@ -104,7 +102,8 @@ def served(program: PerfAnalyzer, load: Load, target: Target, input_data: Path) 
     def sample(seconds: float) -> Work:
         nonlocal requests_per_s
         before = read_statistics(target.http_url, target.access)
-        work = program.measure(load, url, input_data, math.ceil(requests_per_s * seconds), access=target.options())
+        count = math.ceil(requests_per_s * seconds)
+        work = program.measure(load, url, input_data, count, requests_per_s, access=target.options())
         work.details["server"] = server_split(before, read_statistics(target.http_url, target.access))
         requests_per_s = work.faces_per_s / load.batch
         return work

@@ -40,6 +40,10 @@ PROTOCOLS: dict[str, tuple[str, ...]] = {
 _MOST_EXPORT_BYTES = 120e6
 _TEXT_BYTES_OF_FACE, _TEXT_BYTES_OF_EMBEDDING = 150e3, 10.5e3
 _FEWEST_GENERATIONS = 3
+# It has been seen to hang on a loaded machine: a sample that takes so much longer than it should is begun once more.
+START_S = 30.0
+_SLOWEST_FACES_PER_S = 1.0  # where no rate was measured yet; a large network on one old core
+_PATIENCE = 10.0  # times the duration that the measured rate lets expect
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class PerfAnalyzer:
         url: str,
         input_data: Path,
         requests: int,
-        timeout_s: float = 600.0,
+        requests_per_s: float = 0.0,
         access: Sequence[str] = (),
     ) -> Work:
         """Send `requests` requests in a closed loop and time them from their own timestamps.
@@ -95,11 +99,11 @@ class PerfAnalyzer:
             url: host:port of the protocol that the load names.
             input_data: file that `write_input_data` wrote.
             requests: how many at least; made a whole number of generations, and bounded by `Load.most_requests`.
-            timeout_s: after which the run is ended.
+            requests_per_s: rate of an earlier sample, 0 where there is none; says when a run is taken for hung.
             access: perf_analyzer's own options for headers and TLS (`access_options`).
 
         Raises:
-            ArcFaceError: it failed, or a request did; the message carries perf_analyzer's own.
+            ArcFaceError: it failed, a request did, or it hung twice; the message carries perf_analyzer's own.
         """
         generations = max(_FEWEST_GENERATIONS, -(-min(requests, load.most_requests()) // load.concurrency)) + 1
         count = generations * load.concurrency
@@ -108,7 +112,7 @@ class PerfAnalyzer:
             line = [str(self.path), "-m", load.model, "-u", url, *PROTOCOLS[load.protocol], "-b", str(load.batch)]
             line += ["--concurrency-range", f"{load.concurrency}:{load.concurrency}:1", "--request-count", str(count)]
             line += ["--input-data", str(input_data), "--profile-export-file", str(export), *access]
-            answer = self._run(line, timeout_s)
+            answer = self._run_patiently(line, deadline_s(count, load.batch, requests_per_s), export)
             if answer.returncode or not export.is_file():
                 raise ArcFaceError(f"perf_analyzer failed on {load.name} at {url}: {_reason(answer)}")
             starts, ends = _timestamps(export)
@@ -118,13 +122,29 @@ class PerfAnalyzer:
             )
         return work_from_timestamps(starts, ends, load.batch, load.concurrency)
 
+    def _run_patiently(self, line: Sequence[str], timeout_s: float, export: Path) -> subprocess.CompletedProcess[str]:
+        try:
+            return self._run(line, timeout_s)
+        except subprocess.TimeoutExpired:
+            export.unlink(missing_ok=True)
+        try:
+            return self._run(line, timeout_s)
+        except subprocess.TimeoutExpired as exc:
+            raise ArcFaceError(
+                f"perf_analyzer hung: twice it did not finish within {timeout_s:.0f} s. "
+                "Is the server alive (curl http://HOST:8000/v2/health/ready)? Ask for a smaller batch."
+            ) from exc
+
     def check(self) -> None:
         """Start it once.
 
         Raises:
             Missing: one of its libraries is not on this host; the message names the package.
         """
-        answer = self._run([str(self.path), "--version"], 20)
+        try:
+            answer = self._run([str(self.path), "--version"], START_S)
+        except subprocess.TimeoutExpired as exc:
+            raise Missing(f"{self.path} does not start: no answer to --version within {START_S:.0f} s.") from exc
         said = answer.stdout + answer.stderr
         library = re.search(r"loading shared libraries: (\S+?):|version `(\S+?)' not found", said)
         if library:
@@ -141,15 +161,15 @@ class PerfAnalyzer:
 
     def _run(self, line: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, **self.environment}
-        try:
-            return subprocess.run(
-                line, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace"
-            )
-        except subprocess.TimeoutExpired as exc:
-            raise ArcFaceError(
-                f"perf_analyzer did not finish within {timeout_s:g} s. "
-                "Is the server alive (curl http://HOST:8000/v2/health/ready)? Ask for a smaller batch."
-            ) from exc
+        return subprocess.run(
+            line, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace"
+        )
+
+
+def deadline_s(requests: int, batch: int, requests_per_s: float = 0.0) -> float:
+    """Seconds after which a run of so many requests is taken for hung."""
+    expected_s = requests / requests_per_s * _PATIENCE if requests_per_s else requests * batch / _SLOWEST_FACES_PER_S
+    return START_S + expected_s
 
 
 def access_options(access: Access, encrypted: bool) -> list[str]:

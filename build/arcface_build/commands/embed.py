@@ -79,9 +79,9 @@ def command(
     if output.suffix == ".parquet":
         require("pyarrow", *(("ray",) if engine == "ray" else ()), purpose=f"writing {output.name}")
     if detect:
-        from arcface_clients.faces.detect import find_model
+        from arcface_clients.faces.detect import find_detector
 
-        detector = find_model(detector)
+        detector = find_detector(detector)
     elif detector is not None and not os.environ.get("ARCFACE_DETECTOR"):
         raise WrongUse("--detector is for photos: add --detect")
     found_by = detector if detect else None

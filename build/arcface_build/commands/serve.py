@@ -17,7 +17,7 @@ from arcface_build.commands.options.settings import settings
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from arcface_build.serving.choose import Choice
+    from arcface_build.serving.choose import BackendChoice
     from arcface_build.serving.process import TritonProcess
     from arcface_clients.checks.parity import ParityReport
 
@@ -128,7 +128,7 @@ class Shell:
         """What will serve, and why."""
         _say(line, self._as_json)
 
-    def proved(self, server: TritonProcess, choice: Choice, report: ParityReport, with_reference: bool) -> None:
+    def proved(self, server: TritonProcess, choice: BackendChoice, report: ParityReport, with_reference: bool) -> None:
         """The table of backends, or the one JSON document."""
         from arcface_clients.checks.parity import render_table
 

@@ -11,7 +11,7 @@ from arcface_build.compare.comparison import Comparison, Faces, compare_sides
 from arcface_build.compare.comparison import explain as explain_drift
 from arcface_build.compare.faces import faces_of, pairs_of
 from arcface_build.compare.layers import compare_layers
-from arcface_build.compare.reference import find_source
+from arcface_build.compare.reference import source_beside
 from arcface_build.compare.sides import open_side
 from arcface_clients.config.schema import EmbeddingConfig, LocalModel
 from arcface_clients.engines.model_folder import find_model
@@ -64,7 +64,7 @@ def compare(
             asked.threshold,
             {name: (target.target, target.warn) for name in TARGETS for target in [getattr(targets, name)]},
         )
-        network = asked.source or find_source(a, b) or _source_of_engines(config.local, a, b)
+        network = asked.source or source_beside(a, b) or _source_of_engines(config.local, a, b)
         wanted = not result.report["gate"]["passed"] if asked.explain is None else asked.explain
         if network is not None and wanted:
             explain_drift(result, side_b, faces, network)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from arcface_clients.engines.model_folder import folder_of, sidecar_of
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.pipeline import Link, engine_arguments
@@ -130,14 +130,14 @@ def _is_serving(path: Path) -> bool:
 
 
 def _facts_beside(path: Path) -> dict[str, str]:
-    """Precision and contract id from a plan's manifest, or from the JSON beside a variant or in its folder."""
+    """Precision and contract id of a variant, a plan or an import, where a file beside it says."""
+    told: dict[str, str | None]
     if path.suffix.lower() in PLANS:
-        manifest = read_manifest(path)
-        return {"precision": manifest.spec.precision, "contract_id": manifest.contract_id or ""}
-    for candidate in (path.with_suffix(".json"), path.with_name("manifest.json"), path.parent.parent / "manifest.json"):
-        if candidate.is_file():
-            facts = json.loads(candidate.read_text())
-            found = {key: facts[key] for key in ("precision", "contract_id") if isinstance(facts.get(key), str)}
-            if found:
-                return found
-    return {}
+        plan = read_manifest(path)
+        told = {"precision": plan.spec.precision, "contract_id": plan.contract_id}
+    else:
+        manifest, sidecar = folder_of(path).manifest, sidecar_of(path) or {}
+        told = {"precision": sidecar.get("precision"), "contract_id": sidecar.get("contract_id")}
+        if manifest:
+            told = {key: value or getattr(manifest, key) for key, value in told.items()}
+    return {key: value for key, value in told.items() if isinstance(value, str)}

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arcface_clients.contract import FACE_SIZE, Preprocessing
+from arcface_clients.engines.runtimes import Session, open_session
 from arcface_clients.errors import WrongUse
 from arcface_clients.faces import synthetic
 from arcface_clients.faces.synthetic import synthetic_faces
 
 if TYPE_CHECKING:
     import onnx
-    import onnxruntime
 
 OPSET = 17
 DIM = 512
@@ -148,7 +148,7 @@ class _Net:
         self._rng = np.random.default_rng([seed, 112])
         self._nodes: list[onnx.NodeProto] = []
         self._weights: list[onnx.TensorProto] = []
-        self._sessions: dict[tuple[int, ...], onnxruntime.InferenceSession] = {}
+        self._sessions: dict[tuple[int, ...], Session] = {}
         self._convolutions, self._done, self._progress = convolutions, 0, progress
 
     def mark(self) -> tuple[str, np.ndarray]:
@@ -253,9 +253,8 @@ class _Net:
         self._nodes.append(helper.make_node(op, inputs, [f"{node}.out"], name=node, **attributes))
         self.name = f"{node}.out"
 
-    def _conv_session(self, kernel: int, stride: int, pad: int, group: int) -> onnxruntime.InferenceSession:
+    def _conv_session(self, kernel: int, stride: int, pad: int, group: int) -> Session:
         """One convolution with its weights as an input, so that a handful of sessions serves a whole network."""
-        import onnxruntime
         from onnx import TensorProto, helper
 
         key = (kernel, stride, pad, group)
@@ -266,9 +265,7 @@ class _Net:
             values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * 4) for n in ("x", "w", "y")]
             graph = helper.make_graph([node], "conv", values[:2], values[2:])
             model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
-            self._sessions[key] = onnxruntime.InferenceSession(
-                model.SerializeToString(), providers=["CPUExecutionProvider"]
-            )
+            self._sessions[key] = open_session(model, threads=0, settings={})
         return self._sessions[key]
 
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arcface_build.imports.importing import check_name, existing_import, import_model
-from arcface_build.imports.manifest import Manifest
 from arcface_build.imports.proof_faces import drawn_faces, read_faces
 from arcface_build.imports.source import CACHE, known_models, resolve, with_file
 from arcface_clients.contract import Preprocessing
+from arcface_clients.engines.import_manifest import ImportManifest
 
 
 @dataclass(frozen=True)
 class Imported:
     """What stands in `folder` now; `reused`: it did before. `variants_gone`: variants were of another serving ONNX."""
 
-    manifest: Manifest
+    manifest: ImportManifest
     folder: Path
     reused: bool
     variants_gone: bool

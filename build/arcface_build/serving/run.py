@@ -22,7 +22,7 @@ from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.bring_in import bring_in
 from arcface_build.repository.versions import versions
 from arcface_build.serving.binary import find_tritonserver
-from arcface_build.serving.choose import Choice, choose_backend, order_of_backends
+from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
 from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess, reason_of_end
 from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
 from arcface_build.serving.variant import take_best_variant
@@ -58,7 +58,7 @@ class Audience(Protocol):
     def chosen(self, line: str) -> None:
         """What will serve, and why; a line."""
 
-    def proved(self, server: TritonProcess, choice: Choice, report: ParityReport, with_reference: bool) -> None:
+    def proved(self, server: TritonProcess, choice: BackendChoice, report: ParityReport, with_reference: bool) -> None:
         """Every loaded backend beside the reference."""
 
     def failed(self, report: ParityReport, instead: str | None) -> None:
@@ -122,7 +122,7 @@ def serve(asked: ServeRequest, config: EmbeddingConfig, audience: Audience, inte
             server.wait_ready(asked.ready_timeout_s)
             limits = config.comparison.max_drift.model_dump()
             report = measure_parity(server.grpc_url, asked.faces_bgr_u8, limits=limits)
-            audience.proved(server, Choice(name, choice.reason), report, with_reference)
+            audience.proved(server, BackendChoice(name, choice.reason), report, with_reference)
             if asked.once:
                 return report.passed
             if report.passed or name == "reference":
@@ -158,7 +158,7 @@ def log_path(repository: Path, http_port: int) -> Path:
     return Path(tempfile.gettempdir()) / f"arcface-{os.getuid()}" / name
 
 
-def _prepare(asked: ServeRequest, config: EmbeddingConfig, audience: Audience) -> tuple[Choice, bool]:
+def _prepare(asked: ServeRequest, config: EmbeddingConfig, audience: Audience) -> tuple[BackendChoice, bool]:
     """Weights where there are none, then the backend choice and whether InsightFace is loaded beside it."""
     repository, backend = asked.repository, asked.backend
     if asked.demo and not versions(repository / "arcface_onnx") and not versions(repository / "arcface_trt"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arcface_clients.arrays import Array, FaceArray, FloatArray
+from arcface_clients.arrays import FaceArray, FloatArray
 from arcface_clients.errors import ConfigError, InferenceFailed
 from arcface_clients.faces.check import FacesLike, check_faces
 
@@ -103,10 +103,3 @@ class LocalEngine(ABC):
     @abstractmethod
     def _unload(self) -> None:
         """Drop what `_load` made."""
-
-
-def unit_rows(features: Array) -> FloatArray:
-    """Rows divided by their L2 norm, as float32; a zero row becomes NaN and is reported by `encode`."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        rows: FloatArray = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
-        return rows

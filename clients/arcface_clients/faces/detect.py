@@ -70,7 +70,7 @@ class FaceDetector:
                 f"expected min_score in (0, 1), min_size of at least 1 and max_side of at least 32, "
                 f"got {min_score}, {min_size} and {max_side}."
             )
-        self.model = find_model(model)
+        self.model = find_detector(model)
         self.min_score, self.min_size, self.max_side, self.refine = min_score, min_size, max_side, refine
         self._of_thread = threading.local()
         self._network()
@@ -156,7 +156,7 @@ class FaceDetector:
         return kept
 
 
-def find_model(model: Path | str | None = None) -> Path:
+def find_detector(model: Path | str | None = None) -> Path:
     """The detector's file: as given, $ARCFACE_DETECTOR, or in the cache folder.
 
     Raises:
