@@ -199,7 +199,7 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0, access: Acc
         address.target, ssl=address.tls, **{name: str(file) for name, file in files.items() if file}
     ) as client:
         try:
-            if not client.is_model_ready(COUNTING, headers, client_timeout=timeout_s):
+            if not client.is_model_ready(COUNTING, headers=headers, client_timeout=timeout_s):
                 return False
             for start in range(0, len(faces), COUNTED_AT_ONCE):
                 part = np.ascontiguousarray(faces[start : start + COUNTED_AT_ONCE])
