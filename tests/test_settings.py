@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,17 @@ from arcface_clients.config.schema import EmbeddingConfig, Storage, _Section
 from arcface_clients.config.sources import flatten, leaf_keys, load_config
 from arcface_clients.errors import ArcFaceError
 from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.gpu.cards import Gpu
 from arcface_clients.pipeline import Link, engine_arguments, get_embedding_backend
 from arcface_clients.plans.manifest import manifest_path
+from arcface_clients.triton.address import Tls
+from arcface_clients.triton.options import ClientOptions
 from conftest import REPO, copy_repository
 from plan_samples import SPEC, write_plan
 from tiny_nets import tiny_net
 
 SHIPPED = dict(flatten(yaml.safe_load((REPO / "config" / "embedding.yaml").read_text())))
+CARD = Gpu(0, "NVIDIA A10", "8.6", "550.54.15", 24 << 30, 0)
 NOBODY = "127.0.0.1:9"  # where no server answers
 
 
@@ -43,14 +48,16 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[EmbeddingConfig], set
         read: set[str] = set()
         prefix: dict[int, str] = {}
 
-        def walk(section: _Section, start: str) -> None:
+        def walk(section: object, start: str) -> None:
             prefix[id(section)] = start
-            for name, value in section.__dict__.items():
-                if isinstance(value, _Section):
+            for name, value in vars(section).items():
+                if isinstance(value, (_Section, ClientOptions, Tls)):
                     walk(value, f"{start}{name}.")
 
         walk(config, "")
         get, dump = _Section.__getattribute__, _Section.model_dump
+        for kind in (ClientOptions, Tls):  # sections, too, though no models: what makes a client is what is configured
+            monkeypatch.setattr(kind, "__getattribute__", recording_get_of(kind, prefix, read))
 
         def recording_get(self: _Section, name: str) -> Any:
             if name in type(self).model_fields and id(self) in prefix:
@@ -68,6 +75,18 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[EmbeddingConfig], set
         return read
 
     return record
+
+
+def recording_get_of(kind: type, prefix: dict[int, str], read: set[str]) -> Callable[[Any, str], Any]:
+    """`__getattribute__` of a frozen dataclass that notes which fields are read; its whole __dict__ is all of them."""
+    get, names = object.__getattribute__, [field.name for field in fields(kind)]
+
+    def recording_get(self: Any, name: str) -> Any:
+        if id(self) in prefix and (name in names or name == "__dict__"):
+            read.update(prefix[id(self)] + part for part in (names if name == "__dict__" else [name]))
+        return get(self, name)
+
+    return recording_get
 
 
 @pytest.fixture
@@ -110,7 +129,7 @@ def test_every_key_is_read_by_a_command_or_an_engine(elsewhere, monkeypatch, rec
         run(line)
     with suppress(ArcFaceError):
         get_embedding_backend(config=config).close()
-    spec_of(PlanRequest("tiny", Path("models")), config, "tiny", "ab" * 32, "8.6", "10.3.0")
+    spec_of(PlanRequest("tiny", Path("models")), config, "tiny", "ab" * 32, CARD, "10.3.0")
     keys = set(leaf_keys(EmbeddingConfig))
     assert keys == {key for key in SHIPPED if not key.startswith("triton.headers.")}, "the file names every key"
     assert keys - read == BY_A_BUILD, f"nobody reads {sorted(keys - read - BY_A_BUILD)}"
@@ -126,7 +145,7 @@ COMMANDS_OF = {
     "compare a.npz b.npz": ["comparison.max_drift.int8", "comparison.mean_cosine", "comparison.l2_mean"],
     f"matrix --reference {NOBODY}/arcface x": [*SERVER_KEYS, "local.models_dir", "local.model"],
     "compare onnx insightface": ["local.threads", "local.serving_onnx", "batch.max", "device", "precision"],
-    f"bench --url {NOBODY} --no-bare": SERVER_KEYS[:3],
+    f"bench --url {NOBODY} --no-bare": [*SERVER_KEYS[:2], "triton.tls"],
     "bench": ["local.model_repository", "storage.cache"],
     "tune": ["local.model_repository", "storage.cache"],
     "embed crops.npz -o out.npz": [*SERVER_KEYS, "triton.model", "triton.timeout_s"],

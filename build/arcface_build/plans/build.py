@@ -107,7 +107,7 @@ def build_plan(
         manifest, counts, drift = _measured(folder, typed, spec, gpu, vram.peak_bytes, proof, contract_id)
         try:
             check_precision(counts, spec.precision, typed.layers)
-            _check_drift(drift, spec.precision, manifest.drift["limit"])
+            _check_drift(drift, spec.precision, (proof.max_drift or DRIFT_LIMITS)[spec.precision])
         except ArcFaceError as exc:
             if refused is None:
                 raise
