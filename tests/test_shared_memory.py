@@ -103,7 +103,7 @@ def test_region_of_a_living_process_is_never_stale() -> None:
 
 
 def test_lost_request_keeps_its_region_to_itself(odd_server, known) -> None:
-    with TritonEmbedder(odd_server.grpc_url, "slow", timeout_s=1) as embedder:
+    with TritonEmbedder(odd_server.grpc_url, "slow", timeout_s=1.5) as embedder:
         embedder.ensure_ready()
         before = known()
         with pytest.raises(DeadlineExceeded):

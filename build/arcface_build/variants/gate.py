@@ -104,11 +104,10 @@ def refusal(name: str, precision: str, verdict: Verdict) -> str:
             f"{verdict.drift.max_drift / verdict.limit:.1f} × the {verdict.limit:g} that are allowed, on "
             f"{verdict.faces_over} of {verdict.drift.faces} faces; worst: {worst}."
         )
-    before = verdict.accuracy_reference
-    if verdict.accuracy is not None and before is not None and abs(verdict.accuracy - before) > verdict.accuracy_limit:
+    if verdict.accuracy is not None and abs(verdict.accuracy - verdict.accuracy_reference) > verdict.accuracy_limit:
         lines.append(
             f"{precision} of {name} refused in {verdict.runtime}: verification accuracy {verdict.accuracy:.2%} against "
-            f"{before:.2%} in fp32, allowed ±{verdict.accuracy_limit:.2%}."
+            f"{verdict.accuracy_reference:.2%} in fp32, allowed ±{verdict.accuracy_limit:.2%}."
         )
     if not lines:
         lines.append(f"{precision} of {name} refused in {verdict.runtime}: it answers NaN or zeros.")

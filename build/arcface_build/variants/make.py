@@ -149,8 +149,8 @@ def _start(
     """The recipe before any search: calibrated, with what has to be kept in any case."""
     unknown = set(wish.keep) - {n.name for n in serving.graph.node}
     if unknown:
-        layers = ", ".join(quantizable_layers(serving))
-        raise WrongUse(f"--keep names no node: {', '.join(sorted(unknown))}. Layers: {layers}")
+        names = ", ".join(quantizable_layers(serving))
+        raise WrongUse(f"--keep names no node: {', '.join(sorted(unknown))}. Layers: {names}")
     if wish.calibration or wish.eval_source == "synthetic":
         calibration = load_faces(wish.calibration or "synthetic", CALIBRATION_FACES, seed=1)
     else:

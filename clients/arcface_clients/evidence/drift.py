@@ -178,8 +178,7 @@ def run_embedding_regression_tests(
 def _embed(side: Any, faces: Array) -> Array:
     if isinstance(side, np.ndarray):
         return side
-    embeddings: Array = side.encode(faces) if hasattr(side, "encode") else side(faces)
-    return embeddings
+    return side.encode(faces) if hasattr(side, "encode") else side(faces)
 
 
 def _same_shape(reference: Array, candidate: Array) -> tuple[Array, Array]:
