@@ -27,11 +27,14 @@ from arcface_clients.errors import ArcFaceError
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.pipeline import Link, engine_arguments, get_embedding_backend
 from arcface_clients.plans.manifest import manifest_path
+from arcface_clients.triton.address import Tls
+from arcface_clients.triton.options import ClientOptions
 from conftest import REPO, copy_repository
 from plan_samples import SPEC, write_plan
 from tiny_nets import tiny_net
 
 SHIPPED = dict(flatten(yaml.safe_load((REPO / "config" / "embedding.yaml").read_text())))
+SECTIONS = (_Section, ClientOptions, Tls)
 NOBODY = "127.0.0.1:9"  # where no server answers
 
 
@@ -43,27 +46,32 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[EmbeddingConfig], set
         read: set[str] = set()
         prefix: dict[int, str] = {}
 
-        def walk(section: _Section, start: str) -> None:
+        def walk(section: object, start: str) -> None:
             prefix[id(section)] = start
-            for name, value in section.__dict__.items():
-                if isinstance(value, _Section):
+            for name, value in vars(section).items():
+                if isinstance(value, SECTIONS):
                     walk(value, f"{start}{name}.")
 
-        walk(config, "")
-        get, dump = _Section.__getattribute__, _Section.model_dump
+        def recording(get: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+            def got(self: Any, name: str) -> Any:
+                if id(self) in prefix:
+                    names = get(self, "__dict__")
+                    whole = name == "__dict__" and not isinstance(self, _Section)  # handed on as keyword arguments
+                    read.update(prefix[id(self)] + key for key in names if whole or key == name)
+                return get(self, name)
 
-        def recording_get(self: _Section, name: str) -> Any:
-            if name in type(self).model_fields and id(self) in prefix:
-                read.add(prefix[id(self)] + name)
-            return get(self, name)
+            return got
+
+        dump = _Section.model_dump
 
         def recording_dump(self: _Section, **options: Any) -> dict[str, Any]:
-            values = dump(self, **options)
             if id(self) in prefix:
                 read.update(prefix[id(self)] + key for key in leaf_keys(type(self)))
-            return values
+            return dump(self, **options)
 
-        monkeypatch.setattr(_Section, "__getattribute__", recording_get)
+        walk(config, "")
+        for kind in SECTIONS:
+            monkeypatch.setattr(kind, "__getattribute__", recording(kind.__getattribute__))
         monkeypatch.setattr(_Section, "model_dump", recording_dump)
         return read
 
@@ -126,7 +134,7 @@ COMMANDS_OF = {
     "compare a.npz b.npz": ["comparison.max_drift.int8", "comparison.mean_cosine", "comparison.l2_mean"],
     f"matrix --reference {NOBODY}/arcface x": [*SERVER_KEYS, "local.models_dir", "local.model"],
     "compare onnx insightface": ["local.threads", "local.serving_onnx", "batch.max", "device", "precision"],
-    f"bench --url {NOBODY} --no-bare": SERVER_KEYS[:3],
+    f"bench --url {NOBODY} --no-bare": ["triton.url", "triton.headers", "triton.tls"],
     "bench": ["local.model_repository", "storage.cache"],
     "tune": ["local.model_repository", "storage.cache"],
     "embed crops.npz -o out.npz": [*SERVER_KEYS, "triton.model", "triton.timeout_s"],
@@ -237,7 +245,6 @@ def test_the_statistics_of_a_benchmark_are_asked_for_with_the_key(listening):
 
 def test_perf_analyzer_is_told_headers_and_tls_files():
     from arcface_build.bench.server import running_server
-    from arcface_clients.triton.address import Tls
 
     here = str(Path(__file__))
     target = running_server("grpcs://host:8001", None, {"headers": {"x-key": "secret"}, "tls": Tls(ca_file=here)})
