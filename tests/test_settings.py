@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from tiny_nets import tiny_net
 
 SHIPPED = dict(flatten(yaml.safe_load((REPO / "config" / "embedding.yaml").read_text())))
 CARD = Gpu(0, "NVIDIA A10", "8.6", "550.54.15", 24 << 30, 0)
+SECTIONS = (_Section, ClientOptions, Tls)
 NOBODY = "127.0.0.1:9"  # where no server answers
 
 
@@ -51,42 +51,33 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[EmbeddingConfig], set
         def walk(section: object, start: str) -> None:
             prefix[id(section)] = start
             for name, value in vars(section).items():
-                if isinstance(value, (_Section, ClientOptions, Tls)):
+                if isinstance(value, SECTIONS):
                     walk(value, f"{start}{name}.")
 
-        walk(config, "")
-        get, dump = _Section.__getattribute__, _Section.model_dump
-        for kind in (ClientOptions, Tls):  # sections, too, though no models: what makes a client is what is configured
-            monkeypatch.setattr(kind, "__getattribute__", recording_get_of(kind, prefix, read))
+        def recording(get: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+            def got(self: Any, name: str) -> Any:
+                if id(self) in prefix:
+                    names = get(self, "__dict__")
+                    whole = name == "__dict__" and not isinstance(self, _Section)  # handed on as keyword arguments
+                    read.update(prefix[id(self)] + key for key in names if whole or key == name)
+                return get(self, name)
 
-        def recording_get(self: _Section, name: str) -> Any:
-            if name in type(self).model_fields and id(self) in prefix:
-                read.add(prefix[id(self)] + name)
-            return get(self, name)
+            return got
+
+        dump = _Section.model_dump
 
         def recording_dump(self: _Section, **options: Any) -> dict[str, Any]:
-            values = dump(self, **options)
             if id(self) in prefix:
                 read.update(prefix[id(self)] + key for key in leaf_keys(type(self)))
-            return values
+            return dump(self, **options)
 
-        monkeypatch.setattr(_Section, "__getattribute__", recording_get)
+        walk(config, "")
+        for kind in SECTIONS:
+            monkeypatch.setattr(kind, "__getattribute__", recording(kind.__getattribute__))
         monkeypatch.setattr(_Section, "model_dump", recording_dump)
         return read
 
     return record
-
-
-def recording_get_of(kind: type, prefix: dict[int, str], read: set[str]) -> Callable[[Any, str], Any]:
-    """`__getattribute__` of a frozen dataclass that notes which fields are read; its whole __dict__ is all of them."""
-    get, names = object.__getattribute__, [field.name for field in fields(kind)]
-
-    def recording_get(self: Any, name: str) -> Any:
-        if id(self) in prefix and (name in names or name == "__dict__"):
-            read.update(prefix[id(self)] + part for part in (names if name == "__dict__" else [name]))
-        return get(self, name)
-
-    return recording_get
 
 
 @pytest.fixture
@@ -145,7 +136,7 @@ COMMANDS_OF = {
     "compare a.npz b.npz": ["comparison.max_drift.int8", "comparison.mean_cosine", "comparison.l2_mean"],
     f"matrix --reference {NOBODY}/arcface x": [*SERVER_KEYS, "local.models_dir", "local.model"],
     "compare onnx insightface": ["local.threads", "local.serving_onnx", "batch.max", "device", "precision"],
-    f"bench --url {NOBODY} --no-bare": [*SERVER_KEYS[:2], "triton.tls"],
+    f"bench --url {NOBODY} --no-bare": ["triton.url", "triton.headers", "triton.tls"],
     "bench": ["local.model_repository", "storage.cache"],
     "tune": ["local.model_repository", "storage.cache"],
     "embed crops.npz -o out.npz": [*SERVER_KEYS, "triton.model", "triton.timeout_s"],
@@ -256,7 +247,6 @@ def test_the_statistics_of_a_benchmark_are_asked_for_with_the_key(listening):
 
 def test_perf_analyzer_is_told_headers_and_tls_files():
     from arcface_build.bench.server import running_server
-    from arcface_clients.triton.address import Tls
 
     here = str(Path(__file__))
     target = running_server("grpcs://host:8001", None, {"headers": {"x-key": "secret"}, "tls": Tls(ca_file=here)})
