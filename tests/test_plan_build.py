@@ -279,7 +279,7 @@ def test_builder_options_reach_the_builder(fake_host: Callable[..., None], tmp_p
      ("oom", Missing, r"^the GPU's memory did not suffice: .*OutOfMemory.*--workspace 512MB"),
      ("error", PlanRefused, r"^TensorRT built no plan: .*no kernel for Conv_7"),
      ("fp32", PlanRefused, r"^the plan was to be fp16 and holds 2 fp32"),
-     ("drift", ProofFailed, r"^the fp16 plan drifts by .* expected at most 0\.001")],
+     ("drift", ProofFailed, r"^the fp16 plan is refused: drift .* × the 0\.001 that fp16 may show")],
 )  # fmt: skip
 def test_a_build_that_fails_is_named_and_leaves_nothing_behind(
     fake_host: Callable[..., None],
@@ -306,7 +306,7 @@ def test_a_plan_that_fails_its_proof_is_kept_beside_its_report_where_asked(
     assert sorted(p.name for p in (tmp_path / "refused").iterdir()) == [
         "tiny-fp16-sm86.plan.json.refused", "tiny-fp16-sm86.plan.refused"]  # fmt: skip
     report = json.loads((tmp_path / "refused" / "tiny-fp16-sm86.plan.json.refused").read_text())
-    assert report["why"].startswith("the fp16 plan drifts by")
+    assert report["why"].startswith("the fp16 plan is refused: drift")
     assert report["precision_proof"]["compute"] == {"fp16": 2}
 
 

@@ -20,6 +20,7 @@ FACE_INPUT = "face"
 EMBEDDING_OUTPUT = "embedding"
 FACE_SIZE = 112
 FACE_SHAPE = (FACE_SIZE, FACE_SIZE, 3)
+UNIT_TOLERANCE = 1e-3  # on the squared norm: int8 and fp16 graphs normalise in float32 and stay well inside
 FACE_BYTES = FACE_SIZE * FACE_SIZE * 3  # 37,632 on the wire
 
 

@@ -45,18 +45,19 @@ def command(
     from arcface_build.repository.versions import find_repository
     from arcface_clients.config.sources import load_config
 
-    repository, keep = find_repository(model_repository), load_config().versions_kept
+    repository, settings = find_repository(model_repository), load_config()
+    keep, limits = settings.versions_kept, settings.comparison.max_drift.model_dump()
     model_dir, reason = models_dir / name, None
     if plans:
-        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep)}
+        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, limits)}
     else:
         choice = None
         if variant == "auto":
             from arcface_build.variants.choose import choose
 
-            choice = choose(model_dir)
+            choice = choose(model_dir, limits)
             reason = choice.reason
-        installed = assemble(model_dir, repository, choice, keep)
+        installed = assemble(model_dir, repository, choice, keep, limits)
     if as_json:
         click.echo(json.dumps({"installed": installed, "reason": reason}))
         return

@@ -71,6 +71,7 @@ def command(
     from arcface_build.imports.proof_faces import drawn_faces, read_faces
     from arcface_build.imports.source import known_models, resolve, with_file
     from arcface_build.repository.versions import find_repository
+    from arcface_clients.config.sources import load_config
 
     stated = _stated(color, mean, std)
     repository = None if no_assemble else find_repository(model_repository)  # before the work, not after it
@@ -90,7 +91,8 @@ def command(
         if manifest is None:
             found = with_file(found, lambda done, total: progress("build the demo network", done, total))
             crops, faces_from = read_faces(faces) if faces else drawn_faces()
-            manifest = import_model(found, folder, crops, faces_from, stated=stated, progress=progress)
+            limits = load_config().comparison.max_drift.model_dump()
+            manifest = import_model(found, folder, crops, faces_from, stated=stated, limits=limits, progress=progress)
     if had_variants and not (folder / "variants").is_dir():
         click.echo(f"the serving ONNX is another one now: {folder}/variants were of the old one and are gone", err=True)
     installed = None

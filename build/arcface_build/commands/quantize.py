@@ -67,8 +67,10 @@ def command(
             task = bars.add_task(title, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
-        limit = getattr(load_config().comparison.max_drift, precision) if max_drift is None else max_drift
-        wish = Wish(precision, target, eval_source, eval_faces, calibration, limit, search, keep, recipe)
+        limits = load_config().comparison.max_drift.model_dump()
+        if max_drift is not None:
+            limits[precision] = max_drift
+        wish = Wish(precision, target, eval_source, eval_faces, calibration, limits, search, keep, recipe)
         sidecar, _ = make_variant(models_dir / name, wish, stage)
     if as_json:
         click.echo(json.dumps(sidecar, indent=2))

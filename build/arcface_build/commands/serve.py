@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -102,6 +103,7 @@ def command(
     ports = Ports(http_port, grpc_port, metrics_port)
     ports.check_free(host)  # before any work
     settings = load_config()
+    limits = settings.comparison.max_drift.model_dump()
     faces = _faces(faces_from, settings.validation.eval_set_size)
     choice, with_reference = _prepare(repository, backend, demo, reference and settings.validation.run_on_startup)
     binary = find_tritonserver()
@@ -123,7 +125,7 @@ def command(
         )
         with server:
             server.wait_ready(ready_timeout_s)
-            report = _prove(server, Choice(name, choice.reason), faces, with_reference, as_json)
+            report = _prove(server, Choice(name, choice.reason), faces, with_reference, as_json, limits)
             if once:
                 return 0 if report.passed else 1
             if report.passed or name == "reference":
@@ -201,11 +203,12 @@ def _prove(
     faces: np.ndarray,
     with_reference: bool,
     as_json: bool,
+    limits: Mapping[str, float],
 ) -> ParityReport:
     """Embed a few faces through every loaded backend and print the table."""
     from arcface_clients.checks.parity import measure_parity, render_table
 
-    report = measure_parity(server.grpc_url, faces)
+    report = measure_parity(server.grpc_url, faces, limits=limits)
     if as_json:
         urls = {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}
         told = {"backend": choice.backend, "reason": choice.reason, "urls": urls, "parity": report.to_json()}

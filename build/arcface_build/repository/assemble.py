@@ -7,7 +7,7 @@ this CPU); plans with their manifests give arcface_trt.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from arcface_build.errors import ProofFailed
 from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.versions import install, served_folder, served_manifest
 from arcface_clients.errors import Missing, PlanRefused
-from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.evidence.gate import judge_record, judge_sidecar
 
 if TYPE_CHECKING:
     from arcface_build.variants.choose import Choice
@@ -24,7 +24,11 @@ KEPT_VERSIONS = 3
 
 
 def assemble(
-    model_dir: Path, repository: Path, variant: Choice | None = None, keep: int = KEPT_VERSIONS
+    model_dir: Path,
+    repository: Path,
+    variant: Choice | None = None,
+    keep: int = KEPT_VERSIONS,
+    limits: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """Install an imported model; `variant` is what arcface_onnx serves instead of the fp32 serving ONNX.
 
@@ -33,13 +37,14 @@ def assemble(
         repository: the model repository.
         variant: a choice of `arcface_build.variants.choose.choose`, whose gates were passed.
         keep: versions that stay for a rollback.
+        limits: largest drift by precision; None takes comparison.max_drift of the configuration.
 
     Returns:
         Model name → version number that now serves these weights.
 
     Raises:
         Missing: the folder holds no imported model.
-        ProofFailed: the variant's sidecar does not say that its gate was passed.
+        ProofFailed: the variant's sidecar does not show that it passes its gate in the chosen runtime.
     """
     imported = _imported(model_dir)
     manifest = dict(imported)
@@ -47,8 +52,13 @@ def assemble(
     if imported.get("cpu") and gpu_sm() is None:  # the same network in the form that ONNX Runtime's CPU kernels like
         weights = model_dir / imported["cpu"]["file"]
     if variant is not None and variant.precision != "fp32":
-        if not (variant.sidecar or {}).get("passed"):
-            raise ProofFailed(f"{variant.file} of {imported['name']} has not passed its gate. Next: arcface quantize")
+        verdict = judge_sidecar(variant.sidecar or {}, _configured(limits)).get(variant.runtime)
+        if verdict is None or not verdict.passed:
+            why = verdict.why if verdict else f"it was never judged in {variant.runtime}"
+            raise ProofFailed(
+                f"{variant.file} of {imported['name']} has not passed its gate: {why}. "
+                f"Next: arcface quantize {imported['name']} --precision {variant.precision}"
+            )
         weights, extra = model_dir / variant.file, variant.accelerator_pbtxt()
         told = {key: value for key, value in variant.to_json().items() if key != "reason"}
         manifest |= {"precision": variant.precision, "variant": told}
@@ -64,10 +74,17 @@ def assemble(
     }
 
 
-def assemble_plans(model_dir: Path, plans: Sequence[Path], repository: Path, keep: int = KEPT_VERSIONS) -> int:
+def assemble_plans(
+    model_dir: Path,
+    plans: Sequence[Path],
+    repository: Path,
+    keep: int = KEPT_VERSIONS,
+    limits: Mapping[str, float] | None = None,
+) -> int:
     """Install plans (each with its manifest beside it) as one new version of arcface_trt.
 
     Plans of other SMs that the version before held stay, where they are of the same contract and precision.
+    `limits`: largest drift by precision; None takes comparison.max_drift of the configuration.
 
     Returns:
         The version number.
@@ -81,11 +98,13 @@ def assemble_plans(model_dir: Path, plans: Sequence[Path], repository: Path, kee
     imported = _imported(model_dir)
     files: dict[str, Path] = {}
     entries: dict[str, Any] = {}
-    precisions = set()
+    precisions, limits = set(), _configured(limits)
     for plan in plans:
         manifest = load_manifest(manifest_path(plan))
         check_content(plan, manifest, str(plan))
-        _check_gate(plan, manifest.spec.precision, manifest.drift)
+        verdict = judge_record(manifest.drift, manifest.spec.precision, limits)
+        if not verdict.passed:
+            raise PlanRefused(f"{plan.name} is refused: {verdict.why}. Build it again: arcface plan build")
         if manifest.contract_id != imported["contract_id"]:
             raise PlanRefused(
                 f"{plan.name} is of contract {str(manifest.contract_id)[:12]}…, expected that of {imported['name']}, "
@@ -100,7 +119,11 @@ def assemble_plans(model_dir: Path, plans: Sequence[Path], repository: Path, kee
     precision = precisions.pop()
     before = served_manifest(repository, "arcface_trt") or {}
     if (before.get("contract_id"), before.get("precision")) == (imported["contract_id"], precision):
-        kept = {name: entry for name, entry in before["plans"].items() if name not in entries}
+        kept = {
+            name: entry
+            for name, entry in before["plans"].items()
+            if name not in entries and judge_record(entry.get("drift"), precision, limits).passed
+        }
         folder = served_folder(repository, "arcface_trt")
         files |= {name: folder / name for name in kept}
         entries |= kept
@@ -109,15 +132,12 @@ def assemble_plans(model_dir: Path, plans: Sequence[Path], repository: Path, kee
     return install(repository, "arcface_trt", files, manifest_out, keep=keep)
 
 
-def _check_gate(plan: Path, precision: str, drift: Any) -> None:
-    """A plan whose drift was not measured, or is above its limit, is refused."""
-    limit = DRIFT_LIMITS[precision]
-    if drift is None:
-        raise PlanRefused(f"the drift of {plan.name} was never measured. Build it again: arcface plan build")
-    if not drift["max_drift"] <= limit:  # also catches NaN
-        raise PlanRefused(
-            f"{plan.name} drifts by {drift['max_drift']:.2g}, expected at most {limit:g} for {precision}."
-        )
+def _configured(limits: Mapping[str, float] | None) -> Mapping[str, float]:
+    if limits is not None:
+        return limits
+    from arcface_clients.config.sources import load_config
+
+    return load_config().comparison.max_drift.model_dump()
 
 
 def _imported(model_dir: Path) -> dict[str, Any]:

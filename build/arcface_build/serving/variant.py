@@ -31,6 +31,8 @@ def take_best_variant(repository: Path, models_dir: Path) -> str:
         return f"{installed}: {model_dir} does not hold this model"
     if not os.access(repository, os.W_OK):
         return f"{installed}: {repository} may not be written"
-    choice = choose(model_dir)
-    assemble(model_dir, repository, choice, load_config().versions_kept)
+    settings = load_config()
+    limits = settings.comparison.max_drift.model_dump()
+    choice = choose(model_dir, limits)
+    assemble(model_dir, repository, choice, settings.versions_kept, limits)
     return choice.reason

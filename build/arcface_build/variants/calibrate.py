@@ -7,12 +7,13 @@ onnxruntime.quantization has min/max, percentile and entropy, which lose more (d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from arcface_build.imports.proof import OnCount
 from arcface_clients.engines.runtimes import open_session
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ BINS = 4096
 BATCH = 8
 _SHARES = np.concatenate([np.geomspace(0.05, 0.4, 12), np.linspace(0.42, 1, 30)])  # of the range seen
 LEVELS = {"cpu": (0, 255), "tensorrt": (-127, 127)}
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def conv_inputs(model: onnx.ModelProto) -> list[str]:
 
 
 def collect_histograms(
-    model: onnx.ModelProto, tensors: Iterable[str], faces: np.ndarray, progress: Progress | None = None
+    model: onnx.ModelProto, tensors: Iterable[str], faces: np.ndarray, progress: OnCount | None = None
 ) -> dict[str, Histogram]:
     """Histograms of `tensors` over `faces` (uint8 (N,112,112,3) BGR); two passes: first the ends, then the counts."""
     names = list(tensors)

@@ -7,15 +7,14 @@ through ONNX Runtime's OpenVINO provider, with that inference precision for what
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arcface_build.variants.sidecar import read_sidecar
 from arcface_clients.engines.runtimes import cpu_flags, cpu_name, has_bf16, has_int8, has_openvino
-
-if TYPE_CHECKING:
-    pass
+from arcface_clients.evidence.gate import judge_sidecar
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Choice:
 
 def choose(
     model_dir: Path,
-    max_drift: float | None = None,
+    limits: Mapping[str, float] | None = None,
     flags: frozenset[str] | None = None,
     openvino: bool | None = None,
     cpu: str | None = None,
@@ -55,7 +54,7 @@ def choose(
 
     Args:
         model_dir: models/NAME/.
-        max_drift: a stricter limit than the gates' own (1 − cosine per face), if the caller has one.
+        limits: largest drift by precision; None keeps to the limits that the variants were judged by.
         flags: instruction sets; default: this CPU's.
         openvino: whether the provider is there; default: looked up.
         cpu: name of the CPU, for the measured order; default: this one's.
@@ -67,7 +66,7 @@ def choose(
     passed_over: list[str] = []
     for precision in ("int8", "bf16"):
         sidecar = read_sidecar(model_dir, precision, "cpu")
-        runtime, why_not = _gated_runtime(precision, sidecar, max_drift, flags, openvino)
+        runtime, why_not = _gated_runtime(precision, sidecar, limits, flags, openvino)
         if runtime is None or sidecar is None:
             passed_over.append(f"{precision}: {why_not}")
             continue
@@ -85,7 +84,11 @@ def choose(
 
 
 def _gated_runtime(
-    precision: str, sidecar: dict[str, Any] | None, max_drift: float | None, flags: frozenset[str], openvino: bool
+    precision: str,
+    sidecar: dict[str, Any] | None,
+    limits: Mapping[str, float] | None,
+    flags: frozenset[str],
+    openvino: bool,
 ) -> tuple[str | None, str]:
     """The runtime in which a variant may be served on such a CPU, or None and why not."""
     if not openvino:
@@ -99,13 +102,12 @@ def _gated_runtime(
     runtimes = [r for r in ("openvino-bf16", "openvino-fp32") if r == "openvino-fp32" or has_bf16(flags)]
     if precision == "bf16":
         runtimes = ["openvino-bf16"]
-    drifts = {gate["runtime"]: gate["drift"]["max_drift"] for gate in sidecar["gates"] if gate["passed"]}
-    runtime = next((r for r in runtimes if r in drifts), None)
-    if runtime is None:
+    verdicts = judge_sidecar(sidecar, limits)
+    judged = [r for r in runtimes if r in verdicts]
+    if not judged:
         return None, f"not gated in a runtime of this CPU ({', '.join(runtimes)})"
-    if max_drift is not None and drifts[runtime] > max_drift:
-        return None, f"drift {drifts[runtime]:.2g} is above {max_drift:g}"
-    return runtime, ""
+    runtime = next((r for r in judged if verdicts[r].passed), None)
+    return runtime, "" if runtime else verdicts[judged[0]].why
 
 
 def speeds_file(model_dir: Path) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,10 @@ import numpy as np
 
 from arcface_build.errors import ProofFailed
 from arcface_build.imports.manifest import Manifest, load_manifest
+from arcface_build.imports.proof import OnCount
 from arcface_build.variants.calibrate import LEVELS, collect_histograms, conv_inputs, least_error_range
 from arcface_build.variants.eval_set import FaceSet, load_faces
-from arcface_build.variants.gate import Progress, Verdict, embed_all, judge, refusal
+from arcface_build.variants.gate import VariantVerdict, embed_all, judge_variant
 from arcface_build.variants.int8 import make_coarse, quantizable_layers
 from arcface_build.variants.recipe import Recipe, load_recipe
 from arcface_build.variants.search import SearchResult, layer_work, smallest_passing_set
@@ -32,7 +33,7 @@ TARGETS = {"fp16": ("tensorrt",), "bf16": ("cpu",), "int8": ("cpu", "tensorrt")}
 CALIBRATION_FACES = 64
 OVERFLOW_FACES = 16
 PROBE_FACES = 8
-Stage = Callable[[str], Progress]
+Stage = Callable[[str], OnCount]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Wish:
         target: cpu or tensorrt.
         eval_source, eval_faces: faces to judge by (`eval_set.load_faces`) and at most how many.
         calibration: faces to calibrate on; default: a draw from the eval set, or other drawn faces where that is drawn.
-        limit: largest drift (1 − cosine) a face may show.
+        limits: largest drift (1 − cosine) a face may show, by precision.
         search: look for layers to keep where the variant as asked for fails.
         keep: names of layers that stay in higher precision in any case.
         recipe: replay this file instead of calibrating and searching.
@@ -55,7 +56,7 @@ class Wish:
     eval_source: str = "synthetic"
     eval_faces: int = 400
     calibration: str | None = None
-    limit: float | None = None
+    limits: Mapping[str, float] = field(default_factory=lambda: DRIFT_LIMITS)
     search: bool = True
     keep: tuple[str, ...] = ()
     recipe: Path | None = None
@@ -85,7 +86,7 @@ def make_variant(
     trial = _Trial(
         name=manifest.name,
         precision=wish.precision,
-        limit=DRIFT_LIMITS[wish.precision] if wish.limit is None else wish.limit,
+        limits=wish.limits,
         runtimes=tuple(runtimes),
         reference=_reference(model_dir, serving_path, manifest, faces, stage),
         faces=faces,
@@ -110,7 +111,8 @@ def make_variant(
     sidecar, path = write_variant(model_dir, manifest, wish.precision, target, model, recipe, verdicts, faces)
     if not sidecar["passed"]:
         raise ProofFailed(
-            f"{refusal(manifest.name, wish.precision, verdicts[0])} {_advice(recipe)}. "
+            f"{wish.precision} of {manifest.name} refused in {verdicts[0].runtime}: {verdicts[0].why}. "
+            f"{_advice(recipe)}. "
             f"Kept beside its report, never served: {path}"
         )
     return sidecar, path
@@ -122,25 +124,25 @@ class _Trial:
 
     name: str
     precision: str
-    limit: float
+    limits: Mapping[str, float]
     runtimes: tuple[str, ...]
     reference: np.ndarray
     faces: FaceSet
     stage: Stage
 
-    def judge(self, model: Path | onnx.ModelProto, runtime: str, title: str) -> Verdict:
+    def judge(self, model: Path | onnx.ModelProto, runtime: str, title: str) -> VariantVerdict:
         embeddings = embed_all(open_session(model, runtime), self.faces.faces, self.stage(title))
         label = f"{runtime} with float16 rounding" if self.precision == "fp16" else runtime
-        return judge(label, self.precision, self.limit, self.reference, embeddings, self.faces)
+        return judge_variant(label, self.precision, self.limits, self.reference, embeddings, self.faces)
 
-    def judge_everywhere(self, model: Path | onnx.ModelProto, title: str) -> Verdict:
+    def judge_everywhere(self, model: Path | onnx.ModelProto, title: str) -> VariantVerdict:
         """The first verdict that is no, else the one with the most drift: a variant may be served in each runtime."""
         verdicts = []
         for runtime in self.runtimes:
             verdicts.append(self.judge(model, runtime, title if len(self.runtimes) == 1 else f"{title}: {runtime}"))
             if not verdicts[-1].passed:
                 return verdicts[-1]
-        return max(verdicts, key=lambda verdict: verdict.drift.max_drift)
+        return max(verdicts, key=lambda verdict: verdict.max_drift)
 
 
 def _start(
@@ -183,7 +185,7 @@ def _search(serving: onnx.ModelProto, start: Recipe, trial: _Trial, picture: Pat
         else:
             part.CopyFrom(rounded_as_float16(part, keep=set(body_nodes(part)) - set(groups[layer])))
 
-    def attempt(keep: Sequence[str]) -> Verdict:
+    def attempt(keep: Sequence[str]) -> VariantVerdict:
         if tuple(keep) == start.keep:
             return first
         candidate = replace(start, keep=nodes_of(keep)).stand_in(serving)
@@ -206,7 +208,7 @@ def _draw(path: Path, trial: _Trial, start: Recipe, result: SearchResult, sensit
     from arcface_build.variants.plot import draw_search
 
     title = f"{trial.name}: {start.precision} for {start.target}, {len(trial.faces.faces)} faces"
-    draw_search(path, title, result, sensitivity, trial.limit, start.keep)
+    draw_search(path, title, result, sensitivity, trial.limits[start.precision], start.keep)
 
 
 def _advice(recipe: Recipe | None) -> str:

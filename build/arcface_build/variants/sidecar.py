@@ -20,7 +20,7 @@ from arcface_build.imports.importing import tool_versions
 from arcface_build.imports.manifest import Manifest
 from arcface_build.imports.source import file_digest
 from arcface_build.variants.eval_set import FaceSet
-from arcface_build.variants.gate import Verdict
+from arcface_build.variants.gate import VariantVerdict
 from arcface_build.variants.recipe import Recipe
 from arcface_clients.atomic import new_file, write_json
 from arcface_clients.errors import WrongUse
@@ -65,7 +65,7 @@ def write_variant(
     target: str,
     model: onnx.ModelProto | None,
     recipe: Recipe | None,
-    verdicts: Sequence[Verdict],
+    verdicts: Sequence[VariantVerdict],
     faces: FaceSet,
 ) -> tuple[dict[str, Any], Path]:
     """Write model and sidecar, as .refused where the first verdict (of the runtime that it is for) is no.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcface_clients.errors import Missing, ModelMissing, WrongUse
+from arcface_clients.evidence.gate import judge_sidecar
 
 if TYPE_CHECKING:
     import onnx
@@ -157,4 +158,4 @@ def gated_runtimes(sidecar: Mapping[str, Any] | None) -> list[str] | None:
     """Runtimes whose gate a variant passed; None where there is no sidecar."""
     if sidecar is None:
         return None
-    return [gate["runtime"] for gate in sidecar.get("gates", []) if gate.get("passed")]
+    return [runtime for runtime, verdict in judge_sidecar(sidecar).items() if verdict.passed]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from arcface_clients.arrays import Array
-from arcface_clients.contract import FACE_SHAPE
+from arcface_clients.contract import FACE_SHAPE, UNIT_TOLERANCE
 from arcface_clients.errors import (
     ArcFaceError,
     ConfigError,
@@ -39,7 +39,6 @@ from arcface_clients.triton.served import ServedModel, next_step, served_model
 
 MAX_ENSEMBLE_DEPTH = 8
 RECHECK_AFTER_S = 1.0  # a server that was not asked for longer may have been restarted with another model
-UNIT_TOLERANCE = 1e-3  # on the squared norm: int8 and fp16 graphs normalise in float32 and stay well inside
 MAX_DOUBTFUL = 16  # regions that late answers may still be written to; beyond, the wire is kinder to /dev/shm
 
 
