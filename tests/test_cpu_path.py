@@ -26,7 +26,8 @@ def model_dir(folder: Path, **drifts: dict[str, float]) -> Path:
     (folder / "variants" / "int8-cpu.onnx").touch()
     for precision, by_runtime in drifts.items():
         gates = [
-            {"runtime": r, "passed": d < 1, "limit": 0.01, "drift": {"max_drift": d}} for r, d in by_runtime.items()
+            {"runtime": r, "passed": d < 1, "limit": 0.01, "drift": {"max_drift": d}, "judged_on": "held back"}
+            for r, d in by_runtime.items()
         ]
         file = "serving.onnx" if precision == "bf16" else "variants/int8-cpu.onnx"
         sidecar = {"format": 1, "file": file, "gates": gates, "precision": precision, "passed": True}

@@ -284,7 +284,7 @@ def test_int8_variant_runs_as_its_sidecar_says(tmp_path, faces):
     (folder / "serving.onnx").rename(folder / "variants" / "int8-cpu.onnx")
     (folder / "serving.onnx").touch()
     sidecar = folder / "variants" / "int8-cpu.json"
-    gate = {"runtime": "onnxruntime", "passed": True, "limit": 0.01, "drift": {"max_drift": 0.009}}
+    gate = {"runtime": "onnxruntime", "passed": True, "limit": 0.01, "drift": {"max_drift": 0.009}, "judged_on": "all"}
     sidecar.write_text(json.dumps({"precision": "int8", "passed": True, "gates": [gate]}))
     with engine("onnx", tmp_path, precision="int8") as got:
         assert got.encode(faces).shape == (9, 64)

@@ -143,7 +143,8 @@ def at_assembly_of_a_plan(folder: Path, candidate: np.ndarray, monkeypatch) -> N
 
 def at_assembly_of_a_variant(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
     model_dir = write_model(folder / "models" / "tiny")
-    gate = {"runtime": "onnxruntime", "passed": True, "limit": 2.0, "drift": record_of(candidate)}
+    gate = {"runtime": "onnxruntime", "passed": True, "limit": 2.0, "judged_on": "held back"}
+    gate["drift"] = record_of(candidate)
     sidecar = {"precision": "int8", "passed": True, "gates": [gate]}
     choice = Choice("serving.onnx", "int8", "onnxruntime", "", sidecar)
     assemble(model_dir, copy_repository(folder), choice, limits=LIMITS)

@@ -187,7 +187,7 @@ def test_int8_without_search_is_refused_by_how_much_on_which_faces_and_kept_asid
         make_variant(model_dir, wish)
     message = str(refused.value)
     assert "int8 of" in message
-    assert "× the 0.02 that int8 may show, on 24 of 24 faces; worst: synthetic 0:" in message
+    assert "× the 0.02 that int8 may show, on 12 of 12 faces; worst: synthetic 0:" in message
     assert "Try --search, which finds the layers to keep. Kept beside its report, never served: " in message
     folder = model_dir / "variants"
     assert (folder / "int8-tensorrt.onnx.refused").is_file()

@@ -7,7 +7,7 @@ onnxruntime.quantization has min/max, percentile and entropy, which lose more (d
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,27 @@ def collect_histograms(
             if progress:
                 progress(done, total)
     return {name: Histogram(*ends[name], counts[name]) for name in names}
+
+
+def clipped_shares(
+    model: onnx.ModelProto,
+    ranges: Mapping[str, tuple[float, float]],
+    faces: np.ndarray,
+    progress: OnCount | None = None,
+) -> dict[str, float]:
+    """For each tensor of `ranges` the share of its values, over these faces, that its range cuts off (0..1)."""
+    names = list(ranges)
+    session = _session_with_outputs(model, names)
+    cut, seen = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    for start in range(0, len(faces), BATCH):
+        batch = faces[start : start + BATCH]
+        for name, value in zip(names, session.run(names, {session.get_inputs()[0].name: batch}), strict=True):
+            low, high = ranges[name]
+            cut[name] += int(np.count_nonzero(value < low) + np.count_nonzero(value > high))
+            seen[name] += value.size
+        if progress:
+            progress(min(start + BATCH, len(faces)), len(faces))
+    return {name: cut[name] / seen[name] for name in names}
 
 
 def least_error_range(histogram: Histogram, target: str) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,23 +24,38 @@ if TYPE_CHECKING:
     import onnxruntime
 
 ACCURACY_LIMITS = {"fp32": 0.001, "fp16": 0.001, "bf16": 0.001, "int8": 0.005}
+HELD_BACK, ALL = "held back", "all"
+CLIPPED_LIMIT = 0.001  # of a tensor's values; measured in docs/variants.md
 BATCH = 8
 _ROUNDING = 1e-9  # two of 72 decisions are 2/72, however the division comes out
 
 
 @dataclass(frozen=True)
 class VariantVerdict:
-    """One variant in one runtime; `decisions` is None where identities are unknown or a row is unusable."""
+    """One variant in one runtime.
+
+    Attributes:
+        runtime: where it was computed.
+        gate: the gate's verdict on its drift.
+        decisions: None where identities are unknown or a row is unusable.
+        accuracy_limit: how far verification accuracy may change.
+        judged_on: which faces decided: `HELD_BACK`, `ALL` (nothing was fitted to any), or where others came from.
+        searched: the verdict on the faces that it was fitted to; None where it was fitted to none.
+        clipped: int8 only: tensor → share of its values on the judged faces that its range cuts off.
+    """
 
     runtime: str
     gate: GateVerdict
     decisions: ChangedDecisions | None
     accuracy_limit: float
+    judged_on: str = ALL
+    searched: GateVerdict | None = None
+    clipped: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def why(self) -> str:
         """Words for a refusal, without a full stop; empty where it passed."""
-        return "; ".join(filter(None, (self.gate.why, self._changed_accuracy())))
+        return "; ".join(filter(None, (self.gate.why, self._changed_accuracy(), self._clips())))
 
     @property
     def passed(self) -> bool:
@@ -72,7 +87,22 @@ class VariantVerdict:
             "accuracy_limit": self.accuracy_limit,
             "changed_decisions": told.changed if told else None,
             "pairs": told.pairs if told else None,
+            "judged_on": self.judged_on,
+            "searched": _brief(self.searched) if self.searched else None,
+            "clipped": {"limit": CLIPPED_LIMIT, "worst": max(self.clipped.values()), "by_tensor": dict(self.clipped)}
+            if self.clipped
+            else None,
         }
+
+    def _clips(self) -> str:
+        over = {name: share for name, share in self.clipped.items() if not share <= CLIPPED_LIMIT}
+        if not over:
+            return ""
+        worst = max(over, key=lambda name: over[name])
+        return (
+            f"ranges cut off more than {CLIPPED_LIMIT:.2%} of the values of {len(over)} of {len(self.clipped)} tensors "
+            f"({over[worst]:.2%} of {worst}): the calibration faces are unlike these"
+        )
 
     def _changed_accuracy(self) -> str:
         told = self.decisions
@@ -82,6 +112,11 @@ class VariantVerdict:
             f"verification accuracy {told.accuracy_candidate:.2%} against {told.accuracy_reference:.2%} in fp32, "
             f"allowed ±{self.accuracy_limit:.2%}"
         )
+
+
+def _brief(verdict: GateVerdict) -> dict[str, Any]:
+    mean = 1 - verdict.report.mean_cosine if verdict.report else None
+    return {"faces": verdict.faces, "limit": verdict.limit, "max_drift": verdict.max_drift, "mean_drift": mean}
 
 
 def embed_all(

@@ -19,6 +19,7 @@ from arcface_clients.contract import UNIT_TOLERANCE
 from arcface_clients.errors import ConfigError, GateFailed
 from arcface_clients.evidence.drift import DRIFT_LIMITS, DriftReport, compare_embeddings, cosine_per_face
 
+_FITTED = "it was judged by the faces that it was fitted to. Judge it on others: arcface quantize {} --verify FACES"
 _NAMED = 5  # worst faces that a refusal names
 _ROUNDING = 1e-5  # a cosine may come out above 1 by less than this
 
@@ -122,6 +123,9 @@ def judge_record(record: object, precision: str, limits: Mapping[str, float]) ->
 def judge_sidecar(sidecar: Mapping[str, Any], limits: Mapping[str, float] | None = None) -> dict[str, GateVerdict]:
     """Judge a variant by its sidecar, runtime by runtime: it may be served only where its verdict here has passed.
 
+    Sidecars once told the drift on the very faces that ranges and layers were chosen by. Such a variant is not served
+    until it is judged on others; bf16, of which nothing is fitted, is.
+
     Args:
         sidecar: what `arcface quantize` wrote beside the variant.
         limits: largest drift by precision; None applies the limit that it was judged by.
@@ -135,6 +139,8 @@ def judge_sidecar(sidecar: Mapping[str, Any], limits: Mapping[str, float] | None
             verdict = judge_record(gate.get("drift"), precision, limits)
         if verdict.passed and not (gate.get("passed") is True and sidecar.get("passed") is True):
             verdict = replace(verdict, why=gate.get("why") or "its gate refused it")
+        if verdict.passed and precision != "bf16" and "judged_on" not in gate:
+            verdict = replace(verdict, why=_FITTED.format(sidecar.get("name", "NAME")))
         verdicts[gate["runtime"]] = verdict
     return verdicts
 
