@@ -158,7 +158,7 @@ def judge_variant(
 def _decisions(reference: np.ndarray, candidate: np.ndarray, identities: np.ndarray) -> ChangedDecisions | None:
     """What changes for all genuine pairs and as many impostors; None where there are not both."""
     try:
-        pairs = pairs_from_identities(identities)
+        pairs = pairs_from_identities(identities.tolist())
     except InvalidFaces:
         return None
     threshold = best_threshold(pair_scores(reference, pairs), pairs.same)

@@ -130,9 +130,11 @@ def _written(
     """Sidecar and path of what passed; ProofFailed for what did not, which is written as .refused."""
     told = {
         "eval": {**judged.to_json(), "mean_grey": light(judged)},
-        "searched": parts and {**parts.searched.to_json(), "mean_grey": light(parts.searched), "parted": parts.how},
+        "searched": {**parts.searched.to_json(), "mean_grey": light(parts.searched), "parted": parts.how}
+        if parts
+        else None,
         "margin": wish.margin if parts else None,
-        "warnings": likeness(manifest.name, parts and parts.searched, judged),
+        "warnings": likeness(manifest.name, parts.searched if parts else None, judged),
     }
     sidecar, path = write_variant(model_dir, manifest, wish.precision, target, model, recipe, verdicts, told)
     if not sidecar["passed"]:
@@ -162,8 +164,8 @@ def _start(
     """The recipe before any search: calibrated, with what has to be kept in any case."""
     unknown = set(wish.keep) - {n.name for n in serving.graph.node}
     if unknown:
-        names = ", ".join(quantizable_layers(serving))
-        raise WrongUse(f"--keep names no node: {', '.join(sorted(unknown))}. Layers: {names}")
+        layers = ", ".join(quantizable_layers(serving))
+        raise WrongUse(f"--keep names no node: {', '.join(sorted(unknown))}. Layers: {layers}")
     start = Recipe(wish.precision, target, manifest.serving["sha256"], wish.keep, calibration=calibration.to_json())
     if wish.precision == "fp16":
         names = body_nodes(serving)

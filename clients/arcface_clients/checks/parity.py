@@ -221,7 +221,7 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0) -> bool:
 
 def render_table(report: ParityReport) -> str:
     """The report as a table for a terminal or a log, at most 100 columns wide where names are ours."""
-    lines = [("backend", "faces/s", "mean cosine", "min cosine", "gate")]
+    lines: list[tuple[str, ...]] = [("backend", "faces/s", "mean cosine", "min cosine", "gate")]
     for row in report.rows:
         lines.append((row.model, f"{row.faces_per_s:.1f}", _cosine(row.mean_cosine), _cosine(row.min_cosine), row.gate))
     widths = [max(len(line[i]) for line in lines) for i in range(5)]

@@ -266,7 +266,7 @@ def identities_from_paths(names: Sequence[str]) -> Array:
     return np.array([Path(name).parent.name for name in names])
 
 
-def _resampled(scores: Array, pairs: Pairs, resamples: int, seed: int) -> list[tuple]:
+def _resampled(scores: Array, pairs: Pairs, resamples: int, seed: int) -> list[tuple[Array, Array, Array]]:
     """(far, tar, threshold) curves of bootstrap samples."""
     rng = np.random.default_rng(seed)
     order = np.argsort(-scores, kind="stable")

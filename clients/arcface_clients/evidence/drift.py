@@ -83,7 +83,8 @@ def cosine_per_face(reference: Array, candidate: Array) -> Array:
     bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
     if bad.size:
         raise InvalidFaces(f"{bad.size} of {len(a)} embeddings are zero or hold NaN, first at row {bad[0]}.")
-    return np.einsum("nd,nd->n", a, b) / norms
+    cosine: Array = np.einsum("nd,nd->n", a, b) / norms
+    return cosine
 
 
 def compare_embeddings(
