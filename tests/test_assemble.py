@@ -44,8 +44,10 @@ def plan(folder, contract, sm="8.6", precision="fp16", drift=1e-4, seed=0, **opt
     return path
 
 
-def gated(passed: bool) -> dict:
-    return {"gates": [{"runtime": "openvino-bf16", "passed": passed}]}
+def judged(precision, drift, runtime="openvino-bf16", passed=True):
+    """What a sidecar says of a variant."""
+    gates = [{"runtime": runtime, "passed": passed, "limit": 0.01, "drift": {"max_drift": drift}}]
+    return {"format": 1, "precision": precision, "passed": passed, "gates": gates}
 
 
 def overlay(repository, model) -> str:
@@ -59,7 +61,7 @@ def test_an_imported_model_is_installed_with_its_reference(model_dir, repository
 
 
 def test_a_variant_brings_its_precision_and_its_accelerator(model_dir, repository):
-    choice = VariantChoice("serving.onnx", "bf16", "openvino-bf16", "fastest", gated(True))
+    choice = VariantChoice("serving.onnx", "bf16", "openvino-bf16", "fastest", judged("bf16", 8e-4))
     assemble(model_dir, repository, choice)
     told = overlay(repository, "arcface_onnx")
     assert 'key: "precision" value: { string_value: "bf16" }' in told
@@ -71,7 +73,7 @@ def test_going_back_from_a_variant_takes_its_accelerator_away(model_dir, reposit
     from arcface_build.repository.versions import roll_back
 
     assemble(model_dir, repository)
-    assemble(model_dir, repository, VariantChoice("serving.onnx", "bf16", "openvino-bf16", "", gated(True)))
+    assemble(model_dir, repository, VariantChoice("serving.onnx", "bf16", "openvino-bf16", "", judged("bf16", 8e-4)))
     assert roll_back(repository, "arcface_onnx") == (2, 1)
     assert "openvino" not in overlay(repository, "arcface_onnx")
 
@@ -80,7 +82,7 @@ def test_serve_does_not_bring_back_what_was_rolled_back(model_dir, repository):
     from arcface_build.repository.versions import roll_back
 
     assemble(model_dir, repository)
-    assemble(model_dir, repository, VariantChoice("serving.onnx", "bf16", "openvino-bf16", "", gated(True)))
+    assemble(model_dir, repository, VariantChoice("serving.onnx", "bf16", "openvino-bf16", "", judged("bf16", 8e-4)))
     roll_back(repository, "arcface_onnx")
     before = served_manifest(repository)
     said = take_best_variant(repository, model_dir.parent, 3)
@@ -123,10 +125,9 @@ def test_serve_asks_for_the_gate_of_what_it_leaves_installed(model_dir, reposito
 
 
 def test_a_variant_that_was_refused_is_not_installed(model_dir, repository):
-    choice = VariantChoice("variants/int8-cpu.onnx", "int8", "openvino-bf16", "", gated(False))
+    choice = VariantChoice("variants/int8-cpu.onnx", "int8", "openvino-bf16", "", judged("int8", 0.03, passed=False))
     with pytest.raises(
-        ProofFailed,
-        match=r"variants/int8-cpu\.onnx of tiny is not served: int8 passed its gate in no runtime, .*: arcface q",
+        ProofFailed, match=r"variants/int8-cpu\.onnx of tiny has not passed its gate: drift 0\.03, 3\.0 × the 0\.01"
     ):
         assemble(model_dir, repository, choice)
     assert versions(repository / "arcface_onnx") == []
@@ -190,9 +191,9 @@ def test_a_plan_of_another_contract_is_refused(model_dir, repository, tmp_path):
 @pytest.mark.parametrize(
     ("drift", "message"),
     [
-        (None, r"the drift of tiny-fp16-sm86\.plan was never measured\. Build it again"),
-        (0.002, r"tiny-fp16-sm86\.plan drifts by 0\.002, expected at most 0\.001 for fp16"),
-        (float("nan"), r"tiny-fp16-sm86\.plan drifts by nan, expected at most 0\.001 for fp16"),
+        (None, r"tiny-fp16-sm86\.plan is refused: its drift was never measured\. Build it again"),
+        (0.002, r"tiny-fp16-sm86\.plan is refused: drift 0\.002, 2\.0 × the 0\.001 that fp16 may show"),
+        (float("nan"), r"tiny-fp16-sm86\.plan is refused: its record states a drift of nan, expected a number"),
     ],
 )
 def test_a_plan_that_has_not_passed_its_gate_is_refused(model_dir, repository, tmp_path, drift, message):

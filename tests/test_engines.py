@@ -374,11 +374,12 @@ def test_int8_variant_runs_as_its_sidecar_says(tmp_path, faces):
     (folder / "serving.onnx").rename(folder / "variants" / "int8-cpu.onnx")
     (folder / "serving.onnx").touch()
     sidecar = folder / "variants" / "int8-cpu.json"
-    sidecar.write_text(json.dumps({"gates": [{"runtime": "onnxruntime", "passed": True}]}))
+    gate = {"runtime": "onnxruntime", "passed": True, "limit": 0.01, "drift": {"max_drift": 0.009}, "judged_on": "all"}
+    sidecar.write_text(json.dumps({"precision": "int8", "passed": True, "gates": [gate]}))
     with engine("onnx", tmp_path, precision="int8") as got:
         assert got.encode(faces).shape == (9, 64)
         assert (got.taken["runtime"], got.contract_id is not None) == ("onnxruntime", True)
-    sidecar.write_text(json.dumps({"gates": [{"runtime": "onnxruntime", "passed": False}]}))
+    sidecar.write_text(json.dumps({"precision": "int8", "passed": True, "gates": [{**gate, "passed": False}]}))
     with pytest.raises(ModelMissing, match="passed its gate in no runtime, this host has onnxruntime"):
         engine("onnx", tmp_path, precision="int8").ensure_ready()
 

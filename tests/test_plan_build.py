@@ -335,7 +335,7 @@ def test_a_plan_for_all_cards_of_an_sm_is_asked_of_the_builder(
      ("oom", Missing, r"^the GPU's memory did not suffice: .*OutOfMemory.*--workspace 512MB"),
      ("error", PlanRefused, r"^TensorRT built no plan: .*no kernel for Conv_7"),
      ("fp32", PlanRefused, r"^the plan was to be fp16 and holds 2 fp32"),
-     ("drift", ProofFailed, r"^the fp16 plan drifts by .* expected at most 0\.001")],
+     ("drift", ProofFailed, r"^the fp16 plan is refused: drift .* × the 0\.001 that fp16 may show")],
 )  # fmt: skip
 def test_a_build_that_fails_is_named_and_leaves_nothing_behind(
     fake_host: Callable[..., None],
@@ -364,7 +364,7 @@ def test_a_plan_that_fails_its_proof_is_kept_beside_its_report_where_asked(
         "tiny-fp16-sm86.plan.refused"]  # fmt: skip
     assert json.loads((tmp_path / "refused" / "tiny-fp16-sm86.plan.inspector.json").read_text())["Layers"]
     report = json.loads((tmp_path / "refused" / "tiny-fp16-sm86.plan.json.refused").read_text())
-    assert report["why"].startswith("the fp16 plan drifts by")
+    assert report["why"].startswith("the fp16 plan is refused: drift")
     assert report["precision_proof"]["compute"] == {"fp16": 2}
 
 

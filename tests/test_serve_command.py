@@ -263,6 +263,14 @@ def test_broken_weights_are_reported_with_the_models_own_reason(triton_binary, o
     )
 
 
+def test_a_stricter_limit_in_the_configuration_acts_in_the_startup_check(triton_binary, own_repository, monkeypatch):
+    monkeypatch.setenv("ARCFACE_COMPARISON__MAX_DRIFT__FP32", "1e-17")
+    process = serve(own_repository, "--once")
+    table, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert "FAILED (fp32: drift" in table
+
+
 def test_a_backend_that_drifts_is_replaced_by_the_reference_and_loudly(triton_binary, tmp_path):
     repository = copy_repository(tmp_path)
     assemble(write_model(tmp_path / "models" / "drifting", error=0.5), repository)

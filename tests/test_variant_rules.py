@@ -9,7 +9,7 @@ import pytest
 
 from arcface_build.imports.proof_faces import read_faces
 from arcface_build.variants.eval_set import FaceSet, load_faces
-from arcface_build.variants.gate import judge, refusal
+from arcface_build.variants.gate import judge_variant
 from arcface_build.variants.int8 import quantize_convolutions
 from arcface_build.variants.recipe import load_recipe
 from arcface_build.variants.search import order_to_keep, smallest_passing_set
@@ -25,7 +25,9 @@ FACES = FaceSet("t", np.zeros((4, 1), np.uint8), ["one", "two", "three", "four"]
 def verdict_of(drift: float, limit: float):
     angle = np.arccos(1 - drift)
     reference = np.tile([1.0, 0.0], (4, 1))
-    return judge("onnxruntime", "int8", limit, reference, np.tile([np.cos(angle), np.sin(angle)], (4, 1)), FACES)
+    return judge_variant(
+        "onnxruntime", "int8", {"int8": limit}, reference, np.tile([np.cos(angle), np.sin(angle)], (4, 1)), FACES
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,19 +81,19 @@ def test_gate_is_on_the_worst_face(drift, passed):
     reference = np.eye(4)
     candidate = np.eye(4)
     candidate[2] = [0, np.sqrt(1 - (1 - drift) ** 2), 1 - drift, 0]
-    verdict = judge("onnxruntime", "int8", 0.01, reference, candidate, FACES)
+    verdict = judge_variant("onnxruntime", "int8", {"int8": 0.01}, reference, candidate, FACES)
     assert verdict.passed is passed
-    assert verdict.worst[0]["name"] == "three"
-    assert verdict.faces_over == (0 if passed else 1)
+    assert verdict.gate.report.worst_faces[0].name == "three"
+    assert verdict.gate.faces_over == (0 if passed else 1)
 
 
 def test_embeddings_with_nan_or_zero_rows_are_refused():
     for bad in (np.nan, 0.0):
         candidate = np.eye(4)
         candidate[1] = bad
-        verdict = judge("onnxruntime", "int8", 0.01, np.eye(4), candidate, FACES)
+        verdict = judge_variant("onnxruntime", "int8", {"int8": 0.01}, np.eye(4), candidate, FACES)
         assert not verdict.passed
-        assert verdict.worst[0]["name"] == "two"
+        assert verdict.gate.report.worst_faces[0].name == "two"
 
 
 def test_changed_verification_accuracy_is_refused_though_no_face_drifts_far():
@@ -103,19 +105,18 @@ def test_changed_verification_accuracy_is_refused_though_no_face_drifts_far():
     before = np.concatenate([views, views + 10])
     after = before + np.where((np.arange(16) < 8) & (np.arange(16) % 2 == 0), 8, 0)  # half of the first's move near
     people = FaceSet("t", np.zeros((16, 1), np.uint8), [str(i) for i in range(16)], np.repeat(["a", "b"], 8))
-    verdict = judge("onnxruntime", "int8", 0.05, at(*before), at(*after), people)
-    assert verdict.drift.max_drift < 0.05
-    assert verdict.accuracy_reference == 1.0
-    assert verdict.accuracy < 0.9
+    verdict = judge_variant("onnxruntime", "int8", {"int8": 0.05}, at(*before), at(*after), people)
+    assert verdict.max_drift < 0.05
+    assert verdict.decisions.accuracy_reference == 1.0
+    assert verdict.decisions.accuracy_candidate < 0.9
     assert not verdict.passed
-    assert "against 100.00% in fp32, allowed ±1.79%." in refusal("x", "int8", verdict)
+    assert "against 100.00% in fp32, allowed ±1.79%" in verdict.why
 
 
 def test_refusal_tells_by_how_much_and_which_faces():
-    text = refusal("r18", "int8", verdict_of(0.025, 0.01))
-    assert text == (
-        "int8 of r18 refused in onnxruntime: drift 0.025, 2.5 × the 0.01 that are allowed, on 4 of 4 faces; "
-        "worst: one (0.025), two (0.025), three (0.025), four (0.025)."
+    assert verdict_of(0.025, 0.01).why == (
+        "drift 0.025, 2.5 × the 0.01 that int8 may show, on 4 of 4 faces; "
+        "worst: one (0.025), two (0.025), three (0.025), four (0.025)"
     )
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from arcface_build.bench.contestants import in_process
 from arcface_build.bench.interleaved import Variant
 from arcface_build.errors import ProofFailed
-from arcface_build.imports.proof import MIN_COSINE
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.errors import Missing
-from arcface_clients.evidence.drift import cosine_per_face
+from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.evidence.gate import judge_embeddings
 
 PROOF_FACES = 8
 
@@ -71,10 +71,10 @@ def proved_network(source: Path, faces_bgr_u8: np.ndarray) -> Callable[[np.ndarr
             embed = eager_network(folder, torch.float32, "cpu")
         except NotImplementedError as exc:
             raise Missing(f"{source.name} cannot run in PyTorch: {exc}. Next: arcface bench without --pytorch") from exc
-    cosine = cosine_per_face(expected, embed(faces_bgr_u8))
-    if not cosine.min() >= MIN_COSINE:
+    verdict = judge_embeddings(expected, embed(faces_bgr_u8), "fp32", DRIFT_LIMITS)
+    if not verdict.passed:
         raise ProofFailed(
-            f"{source.name} in PyTorch differs from ONNX Runtime: expected cosine ≥ {MIN_COSINE}, got "
-            f"{cosine.min():.7f} on {len(cosine)} faces. It is not timed: arcface bench without --pytorch"
+            f"{source.name} in PyTorch differs from ONNX Runtime: {verdict.why}. "
+            "It is not timed: arcface bench without --pytorch"
         )
     return embed

@@ -99,7 +99,7 @@ def run(
 
 
 def speeds(result: dict[str, Any]) -> dict[str, Any]:
-    """What `cpu_path.choose` reads: ratio of each precision at the smallest batch, and on which CPU."""
+    """What `variants.choose.choose` reads: ratio of each precision at the smallest batch, and on which CPU."""
     batch = min(row["batch"] for row in result["variants"])
     ratio = {
         row["name"].split()[0]: row["ratio"]["median"]

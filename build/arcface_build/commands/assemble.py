@@ -48,13 +48,14 @@ def command(
     from arcface_build.variants.choose import choose
 
     repository, config = repository_at(model_repository), settings()
-    keep = config.versions_kept
+    keep, limits = config.versions_kept, config.comparison.max_drift.model_dump()
     model_dir, choice = models_dir / name, None
     if plans:
-        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, config.storage.public_key)}
+        key = config.storage.public_key
+        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, limits, key)}
     else:
-        choice = choose(model_dir) if variant == "auto" else None
-        installed = assemble(model_dir, repository, choice, keep)
+        choice = choose(model_dir, limits) if variant == "auto" else None
+        installed = assemble(model_dir, repository, choice, keep, limits)
     reason = choice.reason if choice else None
     lines = [f"{model}: version {version} is {name}" for model, version in installed.items()]
     lines += [f"because: {reason}"] if reason else []

@@ -13,7 +13,7 @@ from arcface_build.compare.sides import Side
 from arcface_clients.errors import ContractMismatch, WrongUse
 from arcface_clients.evidence.accuracy import Pairs, changed_decisions, measure_accuracy
 from arcface_clients.evidence.diagnose import Finding, diagnose
-from arcface_clients.evidence.drift import TARGETS, DriftReport, Verdict, compare_embeddings, judge
+from arcface_clients.evidence.drift import TARGETS, DriftReport, TargetCheck, check_targets, compare_embeddings
 
 FORMAT = 1
 
@@ -43,7 +43,7 @@ class Comparison:
 
     report: dict[str, Any]
     drift: DriftReport
-    verdicts: list[Verdict]
+    verdicts: list[TargetCheck]
     reference: np.ndarray
     candidate: np.ndarray
 
@@ -80,7 +80,7 @@ def compare_sides(
     check_contracts(a, b)
     reference, candidate = embeddings_of(a, faces), embeddings_of(b, faces)
     drift = compare_embeddings(reference, candidate, [_key(name) for name in faces.names] if faces.names else None)
-    verdicts = judge(drift, targets)
+    verdicts = check_targets(drift, targets)
     gate = drift.max_drift <= max_drift
     report: dict[str, Any] = {
         "format": FORMAT,

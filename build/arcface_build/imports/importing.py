@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
@@ -30,6 +30,7 @@ from arcface_clients.atomic import new_folder, write_json
 from arcface_clients.contract import Preprocessing, contract_id
 from arcface_clients.engines.import_manifest import IMPORT_MANIFEST, ImportManifest, read_import_manifest
 from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.evidence.drift import DRIFT_LIMITS
 
 if TYPE_CHECKING:
     import onnx
@@ -39,7 +40,7 @@ SERVING_FILE = "serving.onnx"
 CPU_FILE = "serving_cpu.onnx"
 CONVERSION = 3  # raise it when the steps give another graph: earlier imports are then done again
 TOOLS = ("arcface-triton", "onnx", "onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu", "insightface", "numpy")
-Progress = Callable[[str, int, int], None]  # (what, done, total)
+OnStep = Callable[[str, int, int], None]  # (what, done, total)
 
 
 def import_model(
@@ -49,7 +50,8 @@ def import_model(
     faces_from: str,
     *,
     stated: Preprocessing | None = None,
-    progress: Progress = lambda what, done, total: None,
+    limits: Mapping[str, float] = DRIFT_LIMITS,
+    progress: OnStep = lambda what, done, total: None,
 ) -> ImportManifest:
     """Convert, prove and write; `folder` appears (or is replaced) whole, or is left as it was.
 
@@ -59,6 +61,7 @@ def import_model(
         faces: uint8 (N,112,112,3) BGR to prove on.
         faces_from: where they come from, for the manifest.
         stated: the user's word on preprocessing; it wins over everything.
+        limits: largest drift by precision; the proof applies that of fp32.
         progress: told what is being done.
 
     Raises:
@@ -86,7 +89,9 @@ def import_model(
         del serving, model, for_cpu.model.graph.initializer[:], repaired.model.graph.initializer[:]
 
         proofs = {
-            file: prove(temporary / file, faces, expected, reference, faces_from, partial(progress, f"prove {file}"))
+            file: prove(
+                temporary / file, faces, expected, reference, faces_from, partial(progress, f"prove {file}"), limits
+            )
             for file in ((SERVING_FILE, CPU_FILE) if for_cpu.changed else (SERVING_FILE,))
         }
         manifest = ImportManifest(

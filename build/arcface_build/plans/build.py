@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -29,7 +29,8 @@ from arcface_build.plans.inspect import PrecisionProof, check_precision, count_p
 from arcface_build.plans.typed import TypedOnnx, check_buildable
 from arcface_clients.atomic import copy_file, write_json
 from arcface_clients.errors import ArcFaceError, Missing, PlanRefused
-from arcface_clients.evidence.drift import DRIFT_LIMITS, DriftReport, compare_embeddings
+from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.evidence.gate import GateVerdict, judge_embeddings
 from arcface_clients.plans.manifest import PlanManifest, file_sha256, now_utc
 from arcface_clients.plans.spec import PlanSpec
 
@@ -43,7 +44,7 @@ class Proof:
 
     faces: np.ndarray
     reference: np.ndarray
-    max_drift: Mapping[str, float] | None = None  # by precision; None: arcface_clients.evidence.drift.DRIFT_LIMITS
+    limits: Mapping[str, float] = field(default_factory=lambda: DRIFT_LIMITS)  # largest drift by precision
 
 
 def tensorrt_version() -> str:
@@ -84,7 +85,7 @@ def build_plan(
         WrongUse: the ONNX does not fit the spec.
         Missing: no GPU, no TensorRT, or out of memory.
         PlanRefused: TensorRT failed, or the plan is not of the asked precision.
-        ProofFailed: drift above the limit.
+        ProofFailed: the gate refuses its embeddings.
     """
     check_buildable(typed, spec.precision, spec.tensorrt)
     gpu = find_gpus()[0]
@@ -104,10 +105,14 @@ def build_plan(
                 raise
             copy_file(folder / "stderr.log", refused / f"{spec.file_name}.log")
             raise type(exc)(f"{exc} All that it said: {refused / f'{spec.file_name}.log'}") from exc
-        manifest, counts, drift = _measured(folder, typed, spec, gpu, vram.peak_bytes, proof, contract_id)
+        manifest, counts, verdict = _measured(folder, typed, spec, gpu, vram.peak_bytes, proof, contract_id)
         try:
             check_precision(counts, spec.precision, typed.layers)
-            _check_drift(drift, spec.precision, (proof.max_drift or DRIFT_LIMITS)[spec.precision])
+            if not verdict.passed:
+                raise ProofFailed(
+                    f"the {spec.precision} plan is refused: {verdict.why}. Keep more layers in a higher precision: "
+                    "arcface quantize."
+                )
         except ArcFaceError as exc:
             if refused is None:
                 raise
@@ -196,8 +201,8 @@ def _last_errors(log: str) -> str:
 
 def _measured(
     folder: Path, typed: TypedOnnx, spec: PlanSpec, gpu: Gpu, peak: int | None, proof: Proof, contract: str | None
-) -> tuple[PlanManifest, PrecisionProof, DriftReport]:
-    """What the child left, as a manifest that tells its precision and its drift, not judged yet."""
+) -> tuple[PlanManifest, PrecisionProof, GateVerdict]:
+    """What the child left, as a manifest, what computes in which precision, and the gate's verdict on it."""
     import polygraphy
 
     import arcface_clients
@@ -206,8 +211,7 @@ def _measured(
     if result["tensorrt"] != spec.tensorrt:
         raise PlanRefused(f"TensorRT {result['tensorrt']} built this, asked for {spec.tensorrt}.")
     counts = count_precisions((folder / "inspector.json").read_text())
-    drift = compare_embeddings(proof.reference, np.load(folder / "embeddings.npy"))
-    limit = (proof.max_drift or DRIFT_LIMITS)[spec.precision]
+    verdict = judge_embeddings(proof.reference, np.load(folder / "embeddings.npy"), spec.precision, proof.limits)
     tools = {"arcface-triton": arcface_clients.__version__, "polygraphy": polygraphy.__version__}
     seconds = round(result["seconds"], 3)
     manifest = PlanManifest(
@@ -217,20 +221,11 @@ def _measured(
         gpu={"name": gpu.name, "driver": gpu.driver, "cuda": gpu.cuda, "memory_bytes": gpu.memory_bytes},
         build={"seconds": seconds, "peak_vram_bytes": peak, "created": now_utc(), "tools": tools},
         precision_proof={**counts.to_json(), "onnx": dict(typed.layers)},
-        drift={**drift.to_json(), "limit": limit},
+        drift={**verdict.report.to_json(), "limit": verdict.limit} if verdict.report else None,
         contract_id=contract,
         dim=typed.dim,
     )
-    return manifest, counts, drift
-
-
-def _check_drift(drift: DriftReport, precision: str, limit: float) -> None:
-    if not drift.max_drift <= limit:
-        raise ProofFailed(
-            f"the {precision} plan drifts by {drift.max_drift:.2e} at face {drift.worst_face} of {drift.faces}: "
-            f"expected at most {limit:g} (mean cosine {drift.mean_cosine:.6f}). Keep more layers in a higher "
-            "precision: arcface quantize."
-        )
+    return manifest, counts, verdict
 
 
 class _VramWatch:

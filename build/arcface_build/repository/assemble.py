@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from arcface_build.errors import ProofFailed
 from arcface_build.plans.gpu import gpu_sm
@@ -18,7 +18,7 @@ from arcface_build.repository.versions import install, served_folder, served_man
 from arcface_clients.engines.import_manifest import read_import_manifest
 from arcface_clients.engines.runtimes import gated_runtimes, runtime_for
 from arcface_clients.errors import PlanRefused
-from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.evidence.gate import judge_record, judge_sidecar
 from arcface_clients.plans.fit import misfit
 from arcface_clients.plans.manifest import file_sha256, manifest_path
 from arcface_clients.plans.read import Plan, read_plan
@@ -32,7 +32,11 @@ _log = logging.getLogger(__name__)
 
 
 def assemble(
-    model_dir: Path, repository: Path, variant: VariantChoice | None = None, keep: int = KEPT_VERSIONS
+    model_dir: Path,
+    repository: Path,
+    variant: VariantChoice | None = None,
+    keep: int = KEPT_VERSIONS,
+    limits: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """Install an imported model; `variant` is what arcface_onnx serves instead of the fp32 serving ONNX.
 
@@ -41,13 +45,14 @@ def assemble(
         repository: the model repository.
         variant: a choice of `arcface_build.variants.choose.choose`, whose gates were passed.
         keep: versions that stay for a rollback.
+        limits: largest drift by precision; None takes comparison.max_drift of the configuration.
 
     Returns:
         Model name → version number that now serves these weights.
 
     Raises:
         Missing: the folder holds no imported model.
-        ProofFailed: the variant's sidecar does not say that it passed its gate in the runtime that was chosen.
+        ProofFailed: the variant's sidecar does not show that it passes its gate in the chosen runtime.
     """
     imported = read_import_manifest(model_dir)
     manifest = imported.to_json()
@@ -55,7 +60,16 @@ def assemble(
     if imported.cpu and gpu_sm() is None:  # the same network in the form that ONNX Runtime's CPU kernels like
         weights = model_dir / imported.cpu["file"]
     if variant is not None and variant.precision != "fp32":
-        runtime, why_not = runtime_for(variant.precision, gated_runtimes(variant.sidecar) or [], [variant.runtime])
+        verdict = judge_sidecar(variant.sidecar or {}, _configured(limits)).get(variant.runtime)
+        if verdict is None or not verdict.passed:
+            why = verdict.why if verdict else f"it was never judged in {variant.runtime}"
+            raise ProofFailed(
+                f"{variant.file} of {imported.name} has not passed its gate: {why}. "
+                f"Next: arcface quantize {imported.name} --precision {variant.precision}"
+            )
+        runtime, why_not = runtime_for(
+            variant.precision, gated_runtimes(variant.sidecar, _configured(limits)) or [], [variant.runtime]
+        )
         if runtime is None:
             raise ProofFailed(f"{variant.file} of {imported.name} is not served: {why_not}. Next: arcface quantize")
         weights, extra = model_dir / variant.file, variant.accelerator_pbtxt()
@@ -78,6 +92,7 @@ def assemble_plans(
     plans: Sequence[Path],
     repository: Path,
     keep: int = KEPT_VERSIONS,
+    limits: Mapping[str, float] | None = None,
     public_key: Path | None = None,
 ) -> int:
     """Install plans, each with its manifest beside it, as one new version of arcface_trt.
@@ -90,6 +105,7 @@ def assemble_plans(
         plans: plan files.
         repository: the model repository.
         keep: versions that stay for a rollback.
+        limits: largest drift by precision; None takes comparison.max_drift of the configuration.
         public_key: PEM; where given, plans that its private key has not signed are refused.
 
     Returns:
@@ -101,9 +117,12 @@ def assemble_plans(
         Missing: a file is not there.
     """
     imported = read_import_manifest(model_dir)
+    limits = _configured(limits)
     given = [read_plan(path, public_key) for path in plans]
     for plan in given:
-        _check_gate(plan.path, plan.manifest.spec.precision, plan.manifest.drift)
+        verdict = judge_record(plan.manifest.drift, plan.manifest.spec.precision, limits)
+        if not verdict.passed:
+            raise PlanRefused(f"{plan.path.name} is refused: {verdict.why}. Build it again: arcface plan build")
         if plan.manifest.contract_id != imported.contract_id:
             raise PlanRefused(
                 f"{plan.path.name} is of contract {str(plan.manifest.contract_id)[:12]}…, expected that of "
@@ -114,7 +133,7 @@ def assemble_plans(
     if len(precisions) != 1:
         raise PlanRefused(f"one version serves one precision, got plans of {', '.join(sorted(precisions)) or 'none'}.")
     precision = precisions.pop()
-    before = _plans_before(repository, imported.contract_id, precision, public_key)
+    before = _plans_before(repository, imported.contract_id, precision, public_key, limits)
     chosen = _by_sm(given, before, _mapped_sms(repository / "arcface_trt" / "config.pbtxt"))
     files: dict[str, Path] = {}
     for sm, plan in chosen.items():
@@ -130,7 +149,9 @@ def assemble_plans(
     return install(repository, "arcface_trt", files, manifest, keep=keep)
 
 
-def _plans_before(repository: Path, contract_id: str, precision: str, public_key: Path | None) -> dict[str, Plan]:
+def _plans_before(
+    repository: Path, contract_id: str, precision: str, public_key: Path | None, limits: Mapping[str, float]
+) -> dict[str, Plan]:
     """SM → plan of the version that is served now, where it is of this contract and precision and still good."""
     have = served_manifest(repository, "arcface_trt") or {}
     if (have.get("contract_id"), have.get("precision")) != (contract_id, precision):
@@ -138,7 +159,11 @@ def _plans_before(repository: Path, contract_id: str, precision: str, public_key
     kept = {}
     for path in served_folder(repository, "arcface_trt").glob("sm*.plan"):
         try:
-            kept[parse_sm(path.stem)] = read_plan(path, public_key)
+            plan = read_plan(path, public_key)
+            verdict = judge_record(plan.manifest.drift, precision, limits)
+            if not verdict.passed:
+                raise PlanRefused(f"{path}: {verdict.why}")
+            kept[parse_sm(path.stem)] = plan
         except PlanRefused as exc:
             _log.error("not kept in the new version of arcface_trt: %s", exc)
     return kept
@@ -160,12 +185,9 @@ def _mapped_sms(config: Path) -> list[str]:
     return re.findall(r'key:\s*"(\d+\.\d)"\s*value:\s*"sm\d+\.plan"', config.read_text())
 
 
-def _check_gate(plan: Path, precision: str, drift: Any) -> None:
-    """A plan whose drift was not measured, or is above its limit, is refused."""
-    limit = DRIFT_LIMITS[precision]
-    if drift is None:
-        raise PlanRefused(f"the drift of {plan.name} was never measured. Build it again: arcface plan build")
-    if not drift["max_drift"] <= limit:  # also catches NaN
-        raise PlanRefused(
-            f"{plan.name} drifts by {drift['max_drift']:.2g}, expected at most {limit:g} for {precision}."
-        )
+def _configured(limits: Mapping[str, float] | None) -> Mapping[str, float]:
+    if limits is not None:
+        return limits
+    from arcface_clients.config.sources import load_config
+
+    return load_config().comparison.max_drift.model_dump()

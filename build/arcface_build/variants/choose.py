@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from arcface_clients.engines.runtimes import (
     cpu_flags,
     cpu_name,
     cpu_runtimes,
-    gated_runtimes,
     has_int8,
     has_openvino,
     runtime_for,
 )
+from arcface_clients.evidence.gate import judge_sidecar
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class VariantChoice:
 
 def choose(
     model_dir: Path,
-    max_drift: float | None = None,
+    limits: Mapping[str, float] | None = None,
     flags: frozenset[str] | None = None,
     openvino: bool | None = None,
     cpu: str | None = None,
@@ -56,7 +57,7 @@ def choose(
 
     Args:
         model_dir: models/NAME/.
-        max_drift: a stricter limit than the gates' own (1 − cosine per face), if the caller has one.
+        limits: largest drift by precision; None keeps to the limits that the variants were judged by.
         flags: instruction sets; default: this CPU's.
         openvino: whether the provider is there; default: looked up.
         cpu: name of the CPU, for the measured order; default: this one's.
@@ -68,7 +69,7 @@ def choose(
     passed_over: list[str] = []
     for precision in ("int8", "bf16"):
         sidecar = read_sidecar(model_dir, precision, "cpu")
-        runtime, why_not = _worth_serving(precision, sidecar, max_drift, flags, openvino, precision in speeds)
+        runtime, why_not = _worth_serving(precision, sidecar, limits, flags, openvino, precision in speeds)
         if runtime is None or sidecar is None:
             passed_over.append(f"{precision}: {why_not}")
             continue
@@ -88,7 +89,7 @@ def choose(
 def _worth_serving(
     precision: str,
     sidecar: dict[str, Any] | None,
-    max_drift: float | None,
+    limits: Mapping[str, float] | None,
     flags: frozenset[str],
     openvino: bool,
     measured: bool,
@@ -96,15 +97,16 @@ def _worth_serving(
     """The runtime that a variant may be served in and gains by, or None and why not."""
     if sidecar is None:
         return None, "none that passed its gate (arcface quantize makes one)"
-    runtime, why_not = runtime_for(precision, gated_runtimes(sidecar) or [], cpu_runtimes(flags, openvino))
+    verdicts, here = judge_sidecar(sidecar, limits), cpu_runtimes(flags, openvino)
+    passed = [runtime for runtime, verdict in verdicts.items() if verdict.passed]
+    runtime, why_not = runtime_for(precision, passed, here)
     if runtime is None:
-        return None, why_not
+        refused = (verdicts[one].why for one in here if one in verdicts and not verdicts[one].passed)
+        return None, next(refused, why_not)
     if precision == "int8" and not has_int8(flags):
         return None, "no 8-bit dot product (avx512_vnni, avx_vnni, amx_int8) on this CPU"
     if runtime == "onnxruntime" and not measured:
         return None, "ONNX Runtime's own kernels compute what it leaves in float, and nobody measured a gain here"
-    if max_drift is not None and _drift(sidecar, runtime) > max_drift:
-        return None, f"drift {_drift(sidecar, runtime):.2g} is above {max_drift:g}"
     return runtime, ""
 
 

@@ -145,6 +145,7 @@ class Comparison(_Section):
     min_cosine: Target = Target(target=0.990, warn=0.980)
     l2_mean: Target = Target(target=0.05, warn=0.10)
     max_drift: MaxDrift = MaxDrift()
+    margin: float = Field(default=0.5, gt=0, le=1)
 
     @model_validator(mode="after")
     def _directions(self) -> Comparison:

@@ -42,6 +42,11 @@ class ModelFolder:
         """
         name = self.path.name
         variant = {"fp16": "fp16-tensorrt", "int8": "int8-cpu"}.get(precision)
+        if precision == "bf16" and self._refused("bf16-cpu"):
+            raise ModelMissing(
+                f"bf16 of model {name} was refused by its gate; why stands in {self.path / 'variants'}"
+                f"/bf16-cpu.json.refused. Judge it again: arcface quantize {name} --precision bf16"
+            )
         if variant is None:
             file, command = self.path / "serving.onnx", f"arcface import SOURCE --name {name}"
         else:
@@ -55,6 +60,11 @@ class ModelFolder:
                 f"{', '.join(there) or 'none'}). Make it: {command}"
             )
         return file
+
+    def _refused(self, variant: str) -> bool:
+        """Whether the last word on a variant that has no file of its own was a refusal."""
+        sidecar = self.path / "variants" / f"{variant}.json"
+        return not sidecar.exists() and sidecar.with_name(f"{sidecar.name}.refused").exists()
 
     def source(self) -> Path:
         """The ONNX that was imported, which the reference runs.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 from arcface_clients.arrays import Array
 from arcface_clients.engines.devices import CPU, CUDA, OPENVINO, TENSORRT, wheels_with
 from arcface_clients.errors import ArcFaceError, ConfigError, DependencyMissing, WrongUse
+from arcface_clients.evidence.gate import judge_sidecar
 
 if TYPE_CHECKING:
     import onnx
@@ -225,8 +226,8 @@ def runtime_for(precision: str, gated: Collection[str] | None, here: Sequence[st
     return runtime, ""
 
 
-def gated_runtimes(sidecar: Mapping[str, Any] | None) -> list[str] | None:
-    """Runtimes whose gate a variant passed; None where there is no sidecar."""
+def gated_runtimes(sidecar: Mapping[str, Any] | None, limits: Mapping[str, float] | None = None) -> list[str] | None:
+    """Runtimes whose gate a variant passes; None where there is no sidecar. `limits`: see `judge_sidecar`."""
     if sidecar is None:
         return None
-    return [str(gate["runtime"]) for gate in sidecar.get("gates", []) if gate.get("passed") is True]
+    return [runtime for runtime, verdict in judge_sidecar(sidecar, limits).items() if verdict.passed]

@@ -36,6 +36,7 @@ from arcface_clients.atomic import new_file, write_json
 from arcface_clients.contract import FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, Missing
 from arcface_clients.evidence.drift import DRIFT_LIMITS, compare_embeddings
+from arcface_clients.evidence.gate import judge_record
 from arcface_clients.faces.check import to_gpu
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.plans.manifest import PlanManifest, now_utc, write_manifest
@@ -285,7 +286,7 @@ def _facts(manifest: PlanManifest) -> dict[str, Any]:
         "layers": manifest.precision_proof["compute"],
         "layers_onnx": manifest.precision_proof["onnx"],
         "drift": {**drift, "limit": limit},
-        "passes_gate": drift["max_drift"] <= limit,
+        "passes_gate": judge_record(drift, precision, DRIFT_LIMITS).passed,
     }
 
 
