@@ -21,7 +21,7 @@ Next: apt-get install python3 python3-venv, or name one: ARCFACE_PYTHON=/path/to
 # One ONNX Runtime, never two: three packages share its import name.
 onnxruntime_package() {
   if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    echo onnxruntime-gpu
+    echo 'onnxruntime-gpu[cuda,cudnn]' # the extras bring the libraries that the provider does not start without
   elif [ "$(uname -sm)" = "Linux x86_64" ]; then
     echo onnxruntime-openvino # the CPU provider of the plain package, plus OpenVINO's bf16 and int8
   else

@@ -110,13 +110,12 @@ def copy_repository(folder: Path) -> Path:
     return target
 
 
-def import_into(repository: Path, source: str, *options: str) -> Path:
-    """Import a source as a user would; returns the models folder beside the repository."""
-    from arcface_build.commands.import_ import command
+def import_into(repository: Path, source: str) -> Path:
+    """Import a source and install it; returns the models folder beside the repository."""
+    from arcface_build.repository.bring_in import bring_in
 
     models = repository.parent / "models"
-    arguments = [source, "--models-dir", str(models), "--model-repository", str(repository), *options]
-    command.main(arguments, standalone_mode=False)
+    bring_in(source, models, repository, versions_kept=3)
     return models
 
 

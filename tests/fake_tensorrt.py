@@ -3,8 +3,8 @@
 A fixture puts it on a process's path as `tensorrt`, so everything around TensorRT is real: Polygraphy, the child
 process, tritonserver. Environment: FAKE_SM (86); FAKE_TRT_VERSION (8.6.0, 10.3.0, 11.0.0: each lacks what that version
 lacks); FAKE_TRT_FAULT: driver (none), crash, oom, error, slow, fp32 (kernels of another precision than asked), drift
-(wrong numbers), poison (a black face fails the whole run). The tests that use it run on the real TensorRT behind the
-marker `gpu`.
+(wrong numbers), poison (a black face fails the whole run), nograph (no CUDA graphs). The tests that use it run on the
+real TensorRT behind the marker `gpu`.
 """
 
 from __future__ import annotations
@@ -314,17 +314,24 @@ class IExecutionContext:
         return True
 
     def execute_async_v3(self, stream: int) -> int:
-        raw = ctypes.string_at(self.addresses["face"], int(np.prod(self.shape)))
-        faces = np.frombuffer(raw, np.uint8).reshape(self.shape)
+        if _Cudart.capturing is not None:
+            shape, addresses = self.shape, dict(self.addresses)
+            _Cudart.capturing.append(lambda: self._run(shape, addresses))
+            return True
+        return self._run(self.shape, self.addresses)
+
+    def _run(self, shape: tuple[int, ...], addresses: dict[str, int]) -> int:
+        raw = ctypes.string_at(addresses["face"], int(np.prod(shape)))
+        faces = np.frombuffer(raw, np.uint8).reshape(shape)
         if FAULT == "poison" and (faces == 0).all(axis=(1, 2, 3)).any():
             return False
         result = np.ascontiguousarray(self.engine.session.run(["embedding"], {"face": faces})[0], np.float32)
         if FAULT == "drift":
             result = np.roll(result, 1, axis=1)
         if self.allocator is not None:
-            self.addresses["embedding"] = self.allocator.reallocate_output("embedding", 0, result.nbytes, 256)
+            addresses["embedding"] = self.allocator.reallocate_output("embedding", 0, result.nbytes, 256)
             self.allocator.notify_shape("embedding", result.shape)
-        ctypes.memmove(self.addresses["embedding"], result.ctypes.data, result.nbytes)
+        ctypes.memmove(addresses["embedding"], result.ctypes.data, result.nbytes)
         return True
 
 
@@ -357,8 +364,55 @@ class _Inspector:
 class _Cudart:
     """The CUDA runtime's functions that are called by name, on the memory of this host."""
 
+    capturing: list | None = None  # runs that a graph records instead of doing them
+
     def __init__(self) -> None:
         self.kept: dict[int, object] = {}
+        self.graphs: dict[int, list] = {}
+        self.times: dict[int, float] = {}
+
+    def cudaStreamBeginCapture(self, stream: object, mode: object) -> int:
+        if FAULT == "nograph":
+            return 900  # cudaErrorStreamCaptureUnsupported
+        _Cudart.capturing = []
+        return 0
+
+    def cudaStreamEndCapture(self, stream: object, graph: object) -> int:
+        graph._obj.value = len(self.graphs) + 1
+        self.graphs[graph._obj.value], _Cudart.capturing = _Cudart.capturing or [], None
+        return 0
+
+    def cudaGraphInstantiateWithFlags(self, executable: object, graph: object, flags: object) -> int:
+        executable._obj.value = graph.value
+        return 0
+
+    def cudaGraphDestroy(self, graph: object) -> int:
+        return 0
+
+    def cudaGraphExecDestroy(self, graph: object) -> int:
+        return 0 if self.graphs.pop(graph.value, None) else 1
+
+    def cudaGraphLaunch(self, graph: object, stream: object) -> int:
+        return 0 if all(run() for run in self.graphs[graph.value]) else 1
+
+    def cudaGetLastError(self) -> int:
+        return 0
+
+    def cudaEventCreate(self, event: object) -> int:
+        event._obj.value = len(self.times) + 1
+        self.times[event._obj.value] = 0.0
+        return 0
+
+    def cudaEventRecord(self, event: object, stream: object) -> int:
+        self.times[event.value] = time.perf_counter()
+        return 0
+
+    def cudaEventElapsedTime(self, ms: object, first: object, second: object) -> int:
+        ms._obj.value = (self.times[second.value] - self.times[first.value]) * 1e3
+        return 0
+
+    def cudaEventDestroy(self, event: object) -> int:
+        return 0
 
     def __getattr__(self, name: str) -> object:
         raise AttributeError(f"the fake CUDA runtime has no {name}")

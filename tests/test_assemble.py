@@ -9,7 +9,8 @@ import pytest
 from arcface_build.errors import ProofFailed
 from arcface_build.repository.assemble import assemble, assemble_plans
 from arcface_build.repository.versions import served_folder, served_manifest, versions
-from arcface_build.variants.choose import Choice
+from arcface_build.serving.variant import check_installed, take_best_variant
+from arcface_build.variants.choose import VariantChoice
 from arcface_clients.errors import Missing, PlanRefused
 from arcface_clients.plans.manifest import write_manifest
 from arcface_clients.plans.read import read_plan
@@ -43,6 +44,10 @@ def plan(folder, contract, sm="8.6", precision="fp16", drift=1e-4, seed=0, **opt
     return path
 
 
+def gated(passed: bool) -> dict:
+    return {"gates": [{"runtime": "openvino-bf16", "passed": passed}]}
+
+
 def overlay(repository, model) -> str:
     return (repository / model / "configs" / "onnx.pbtxt").read_text()
 
@@ -54,7 +59,7 @@ def test_an_imported_model_is_installed_with_its_reference(model_dir, repository
 
 
 def test_a_variant_brings_its_precision_and_its_accelerator(model_dir, repository):
-    choice = Choice("serving.onnx", "bf16", "openvino-bf16", "fastest", {"passed": True})
+    choice = VariantChoice("serving.onnx", "bf16", "openvino-bf16", "fastest", gated(True))
     assemble(model_dir, repository, choice)
     told = overlay(repository, "arcface_onnx")
     assert 'key: "precision" value: { string_value: "bf16" }' in told
@@ -66,30 +71,62 @@ def test_going_back_from_a_variant_takes_its_accelerator_away(model_dir, reposit
     from arcface_build.repository.versions import roll_back
 
     assemble(model_dir, repository)
-    assemble(model_dir, repository, Choice("serving.onnx", "bf16", "openvino-bf16", "", {"passed": True}))
+    assemble(model_dir, repository, VariantChoice("serving.onnx", "bf16", "openvino-bf16", "", gated(True)))
     assert roll_back(repository, "arcface_onnx") == (2, 1)
     assert "openvino" not in overlay(repository, "arcface_onnx")
 
 
 def test_serve_does_not_bring_back_what_was_rolled_back(model_dir, repository):
     from arcface_build.repository.versions import roll_back
-    from arcface_build.serving.variant import take_best_variant
 
     assemble(model_dir, repository)
-    assemble(model_dir, repository, Choice("serving.onnx", "bf16", "openvino-bf16", "", {"passed": True}))
+    assemble(model_dir, repository, VariantChoice("serving.onnx", "bf16", "openvino-bf16", "", gated(True)))
     roll_back(repository, "arcface_onnx")
     before = served_manifest(repository)
-    said = take_best_variant(repository, model_dir.parent)
+    said = take_best_variant(repository, model_dir.parent, 3)
     name = before["name"]
     assert said == f"fp32 as installed: arcface rollback went back to it (another one: arcface assemble {name})"
     assert served_manifest(repository) == before
     assert assemble(model_dir, repository)["arcface_onnx"] == 1, "the same weights are no new version"
 
 
+@pytest.mark.parametrize(
+    ("runtime", "gated_in", "here", "why_not"),
+    [
+        ("openvino-bf16", ["openvino-bf16"], ("openvino-bf16", "openvino-fp32", "onnxruntime"), None),
+        ("openvino-bf16", ["openvino-bf16"], ("openvino-fp32", "onnxruntime"), "it is set up for openvino-bf16, this"),
+        ("openvino-fp32", ["openvino-bf16"], ("openvino-fp32", "onnxruntime"), "int8 passed its gate in openvino-bf16"),
+        ("openvino-fp32", ["openvino-fp32"], ("onnxruntime",), "set up for openvino-fp32, this host has onnxruntime"),
+        ("onnxruntime", [], ("onnxruntime",), "int8 passed its gate in no runtime, this host has onnxruntime"),
+        ("onnxruntime", ["onnxruntime"], ("onnxruntime",), None),
+    ],
+)
+def test_what_another_host_installed_is_served_only_where_it_passed_its_gate(runtime, gated_in, here, why_not):
+    sidecar = {"gates": [{"runtime": one, "passed": True} for one in gated_in]}
+    served = {"name": "tiny", "variant": {"precision": "int8", "runtime": runtime, "sidecar": sidecar}}
+    if why_not is None:
+        check_installed(served, here)
+    else:
+        with pytest.raises(Missing, match=f"may not run on this host: .*{why_not}.* Next: arcface assemble tiny"):
+            check_installed(served, here)
+
+
+def test_fp32_is_served_on_every_host():
+    check_installed({"name": "tiny"}, ("onnxruntime",))
+
+
+def test_serve_asks_for_the_gate_of_what_it_leaves_installed(model_dir, repository, tmp_path):
+    sidecar = {"gates": [{"runtime": "openvino-fp8", "passed": True}]}
+    assemble(model_dir, repository, VariantChoice("serving.onnx", "int8", "openvino-fp8", "", sidecar))
+    with pytest.raises(Missing, match="arcface_onnx holds int8 of tiny, which may not run on this host: it is set up"):
+        take_best_variant(repository, tmp_path / "no models here", versions_kept=3)
+
+
 def test_a_variant_that_was_refused_is_not_installed(model_dir, repository):
-    choice = Choice("variants/int8-cpu.onnx", "int8", "openvino-bf16", "", {"passed": False})
+    choice = VariantChoice("variants/int8-cpu.onnx", "int8", "openvino-bf16", "", gated(False))
     with pytest.raises(
-        ProofFailed, match=r"variants/int8-cpu\.onnx of tiny has not passed its gate\. Next: arcface quant"
+        ProofFailed,
+        match=r"variants/int8-cpu\.onnx of tiny is not served: int8 passed its gate in no runtime, .*: arcface q",
     ):
         assemble(model_dir, repository, choice)
     assert versions(repository / "arcface_onnx") == []

@@ -333,7 +333,12 @@ def test_two_ray_workers_write_the_same_file(sources: Path, tmp_path: Path, monk
         ray.shutdown()
     assert sum(done) == 44
     assert {path.name for path in tmp_path.glob("used-*")} == {"used-first", "used-second"}
-    assert pq.read_table(tmp_path / "ray.parquet").equals(pq.read_table(tmp_path / "local.parquet"))
+    by_ray, by_one = rows_of(tmp_path / "ray.parquet"), rows_of(tmp_path / "local.parquet")
+    assert list(by_ray) == list(by_one)
+    assert pq.read_schema(tmp_path / "ray.parquet").equals(pq.read_schema(tmp_path / "local.parquet"))
+    for path, (identity, embedding) in by_ray.items():
+        assert identity == by_one[path][0]
+        np.testing.assert_allclose(embedding, by_one[path][1], atol=1e-5)  # batches differ, and so does their sum
     assert {(tmp_path / name).exists() for name in ("ray.parquet.bad.jsonl", "local.parquet.bad.jsonl")} == {True}
 
 
@@ -420,3 +425,16 @@ def test_the_command_runs_on_ray_against_a_real_server(server, sources: Path, tm
     summary = json.loads(done.stdout)
     assert (summary["faces"], summary["refused"]) == (41, 3)
     assert len(rows_of(output)) == 41
+
+
+def test_a_ray_that_is_not_there_is_one_sentence_with_the_next_command(
+    server, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'arcface-triton[ray]'")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # one that runs on this host: none does
+    options = ["--engine", "ray", "--url", server.grpc_url]
+    done = arcface_embed(sources / "stored.npz", "-o", tmp_path / "out.parquet", *options)
+    assert done.returncode == 3
+    assert "Ray at auto cannot be reached: " in done.stderr
+    assert "Next: ray start --head, or leave out --engine ray; what is done is kept" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -59,7 +59,7 @@ def compare(*arguments: object) -> Result:
 def test_insightface_and_onnx_runtime_agree_with_accuracy_and_no_changed_decision(model, people):
     result = compare(
         "insightface", "onnx", "--models-dir", model.parent, "--model", model.name,
-        "--faces", people, "--identities", "--json", "-",
+        "--faces", people, "--identities", "--json",
     )  # fmt: skip
     report = json.loads(result.stdout)
     assert result.return_value == 0
@@ -79,7 +79,7 @@ def test_a_server_is_compared_with_the_file_that_it_serves(model, server, people
 def test_the_layer_that_was_changed_by_one_percent_is_named(model, perturbed, people):
     changed, tensor = perturbed
     result = compare(
-        model / "serving.onnx", changed, "--faces", people, "--layers", "--json", "-",
+        model / "serving.onnx", changed, "--faces", people, "--layers", "--json",
         "--source", model / "source.onnx", "--explain",
     )  # fmt: skip
     report = json.loads(result.stdout)

@@ -41,9 +41,17 @@ BOTH = {"int8": {"openvino-bf16": 0.009, "openvino-fp32": 0.008}, "bf16": {"open
         (BOTH, SAPPHIRE, True, None, "int8", "openvino-bf16", "int8 passed its gate (drift 0.009)"),
         (BOTH, CASCADE, True, None, "int8", "openvino-fp32", "int8 passed its gate (drift 0.008)"),
         (BOTH, SAPPHIRE, True, 0.001, "bf16", "openvino-bf16", "not int8: drift 0.009 is above 0.001"),
-        (BOTH, CASCADE, True, 0.001, "fp32", "openvino-fp32", "not bf16: no bf16 instructions"),
+        (BOTH, CASCADE, True, 0.001, "fp32", "openvino-fp32", "not bf16: bf16 needs OpenVINO and a CPU"),
         (BOTH, HASWELL, True, None, "fp32", "openvino-fp32", "not int8: no 8-bit dot product"),
-        (BOTH, SAPPHIRE, False, None, "fp32", "onnxruntime", "no OpenVINO provider"),
+        (
+            BOTH,
+            SAPPHIRE,
+            False,
+            None,
+            "fp32",
+            "onnxruntime",
+            "passed its gate in openvino-bf16, openvino-fp32, this host has onnxruntime",
+        ),
         ({}, SAPPHIRE, True, None, "fp32", "openvino-fp32", "not int8: none that passed its gate"),
         (
             {"int8": {"openvino-bf16": 2.0, "openvino-fp32": 0.008}},
@@ -54,7 +62,16 @@ BOTH = {"int8": {"openvino-bf16": 0.009, "openvino-fp32": 0.008}, "bf16": {"open
             "openvino-fp32",
             "int8 passed its gate (drift 0.008)",
         ),
-        ({"int8": {"openvino-bf16": 0.009}}, CASCADE, True, None, "fp32", "openvino-fp32", "not int8: not gated in"),
+        ({"int8": {"onnxruntime": 0.008}}, SAPPHIRE, False, None, "fp32", "onnxruntime", "nobody measured a gain here"),
+        (
+            {"int8": {"openvino-bf16": 0.009}},
+            CASCADE,
+            True,
+            None,
+            "fp32",
+            "openvino-fp32",
+            "not int8: int8 passed its gate in openvino-bf16, this",
+        ),
     ],
 )
 def test_fastest_variant_that_passed_and_that_this_cpu_has(

@@ -29,11 +29,13 @@ from arcface_build.plans.inspect import check_precision, count_precisions, layer
 from arcface_build.plans.loaders import pin_precisions
 from arcface_build.plans.source import PlanSource
 from arcface_build.plans.typed import check_buildable, read_typed_onnx
+from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import ArcFaceError, Missing, PlanRefused, WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.plans.manifest import PlanManifest
 from arcface_clients.plans.read import check_content
 from arcface_clients.plans.spec import BuilderOptions, PlanSpec
+from tiny_model import write_manifest
 from tiny_onnx import DIM, tiny_onnx, write_tiny
 
 TESTS = Path(__file__).resolve().parent
@@ -420,26 +422,12 @@ def plan_build(
     folder = tmp_path / "models" / "tiny"
     write_tiny(folder / "serving.onnx")
     write_tiny(folder / "variants" / "fp16-tensorrt.onnx", "fp16")
-    names = [
-        "name",
-        "created",
-        "source",
-        "flavour",
-        "preprocessing",
-        "dim",
-        "contract_id",
-        "steps",
-        "serving",
-        "proof",
-        "tools",
-    ]
-    manifest = {"format": 1, **dict.fromkeys(names), "name": "tiny", "dim": DIM, "contract_id": "c" * 64}
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "serving": {"file": "serving.onnx"}}))
+    write_manifest(folder, "5" * 64, Preprocessing(), DIM, contract_id="c" * 64)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", "from arcface_build.cli import main; main()", "plan", "build", *arguments]
         path = os.pathsep.join(filter(None, sys.path))
-        places = {"ARCFACE_PLAN_CACHE": str(tmp_path / "cache"), "ARCFACE_PLAN_STORE": str(tmp_path / "store")}
+        places = {"ARCFACE_STORAGE__PLANS": str(tmp_path / "cache"), "ARCFACE_PLAN_STORE": str(tmp_path / "store")}
         environment = {**os.environ, "PYTHONPATH": path, **places}
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
 
@@ -490,7 +478,7 @@ def test_ctrl_c_stops_the_child_and_leaves_nothing(
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "ARCFACE_PLAN_CACHE": str(tmp_path / "cache"),
+        "ARCFACE_STORAGE__PLANS": str(tmp_path / "cache"),
     }
     command = [sys.executable, "-c", code, "plan", "build", "tiny", "--precision", "fp16"]
     process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)

@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.errors import ProofFailed
 from arcface_build.graph.embedding_only import embedding_only
-from arcface_build.imports.manifest import load_manifest
 from arcface_build.variants.calibrate import Histogram, conv_inputs, least_error_range, on_grid
 from arcface_build.variants.eval_set import load_faces
 from arcface_build.variants.int8 import make_coarse, quantizable_layers, quantize_convolutions
@@ -22,6 +21,7 @@ from arcface_build.variants.make import Wish, make_variant
 from arcface_build.variants.sensitivity import cut_tensors, measure_sensitivities, part_from
 from arcface_build.variants.typed import body_nodes, largest_values, overflowing, rounded_as_float16, to_float16
 from arcface_clients.contract import contract_prefix
+from arcface_clients.engines.import_manifest import read_import_manifest
 from arcface_clients.engines.runtimes import cpu_flags, has_bf16, has_openvino, open_session
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.evidence.drift import compare_embeddings
@@ -60,7 +60,7 @@ def test_fp16_variant_has_half_weights_in_the_body_and_float32_at_both_ends(mode
     assert variant.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
     assert (model_dir / sidecar["file"]).stat().st_size < 0.6 * (model_dir / "serving.onnx").stat().st_size
     assert 0 < sidecar["gates"][0]["drift"]["max_drift"] < 1e-3
-    assert sidecar["contract_id"] == load_manifest(model_dir).contract_id
+    assert sidecar["contract_id"] == read_import_manifest(model_dir).contract_id
     assert json.loads(path.read_text()) == json.loads(json.dumps(sidecar))
 
 
@@ -294,7 +294,7 @@ def test_variants_run_on_plain_onnxruntime(model_dir):
         session = onnxruntime.InferenceSession(str(variant), providers=["CPUExecutionProvider"])
         embeddings, norms, contracts = session.run(None, {"face": synthetic_faces(3)})
         assert norms.shape == (3, 1) and (norms > 0).all(), variant.name
-        assert {contract_prefix(row) for row in contracts} == {load_manifest(model_dir).contract_id[:32]}
+        assert {contract_prefix(row) for row in contracts} == {read_import_manifest(model_dir).contract_id[:32]}
         assert np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5), variant.name
 
 

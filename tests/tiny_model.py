@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.graph.serving import serving_form
 from arcface_clients.contract import Preprocessing, contract_id
+from arcface_clients.engines.import_manifest import ImportManifest
 
 
 def write_model(
@@ -39,16 +40,26 @@ def write_model(
     contract = contract_id(digest, preprocessing, dim)
     drifting = _model(_network("input.1", "output"), noisy, _source_io(dim, fixed_batch=False))
     onnx.save(serving_form(drifting, preprocessing, dim, contract).model, folder / "serving.onnx")
-    manifest = {
-        "format": 1,
-        "name": folder.name,
-        "source": {"sha256": digest},
-        "preprocessing": preprocessing.to_json(),
-        "dim": dim,
-        "contract_id": contract,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, digest, preprocessing, dim)
     return folder
+
+
+def write_manifest(folder: Path, digest: str, preprocessing: Preprocessing, dim: int, /, **changed: object) -> None:
+    """models/NAME/manifest.json as `arcface import` writes it, with what nobody reads left empty."""
+    manifest = ImportManifest(
+        name=folder.name,
+        created="2025-01-01T00:00:00+00:00",
+        source={"sha256": digest},
+        flavour={},
+        preprocessing=preprocessing.to_json(),
+        dim=dim,
+        contract_id=contract_id(digest, preprocessing, dim),
+        steps=[],
+        serving={"file": "serving.onnx"},
+        proof={},
+        tools={},
+    )
+    (folder / "manifest.json").write_text(json.dumps({**manifest.to_json(), **changed}))
 
 
 def _network(start: str, end: str) -> list[onnx.NodeProto]:

@@ -29,6 +29,7 @@ CONTRACT_OUTPUT = "contract"
 OUTPUTS = (EMBEDDING_OUTPUT, NORM_OUTPUT, CONTRACT_OUTPUT)
 FACE_SIZE = 112
 FACE_SHAPE = (FACE_SIZE, FACE_SIZE, 3)
+UNIT_TOLERANCE = 1e-3  # on the squared norm: int8 and fp16 graphs normalise in float32 and stay well inside
 FACE_BYTES = FACE_SIZE * FACE_SIZE * 3  # 37,632 on the wire
 
 
@@ -67,7 +68,7 @@ class Preprocessing:
     def apply(self, faces_bgr_u8: Array) -> Array:
         """Network input from faces: uint8 (N,112,112,3) BGR → float32 (N,3,112,112), network order and range."""
         ordered = faces_bgr_u8[..., ::-1] if self.color == "rgb" else faces_bgr_u8
-        blob = (ordered.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
+        blob = (ordered.astype(np.float32) - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(blob.transpose(0, 3, 1, 2))
 
 

@@ -92,11 +92,9 @@ def backend_chain(
 
 def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
     """What the configuration says to the constructor of an engine; {} for engines that are not ours."""
-    local, triton = settings.local, settings.triton
+    local = settings.local
     if link.engine == "triton":
-        from arcface_clients.triton.address import Tls
-
-        return {**triton.model_dump(), "tls": Tls(**triton.tls.model_dump())}
+        return dict(vars(settings.triton))
     if link.engine == "onnx":
         return {
             "file": local.serving_onnx,
@@ -114,7 +112,7 @@ def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
             "precision": link.precision,
             "model": local.model,
             "model_repository": local.model_repository,
-            "cache": settings.storage.cache,
+            "cache": settings.storage.plan_folder,
             "public_key": settings.storage.public_key,
             "max_batch": settings.batch.max,
         }

@@ -6,6 +6,7 @@ import click
 
 from arcface_build.cli import run
 from arcface_build.lazy_group import LazyGroup
+from arcface_build.terminal import quiet_option
 
 COMMANDS = {  # name -> (module under arcface_tools.commands, one line for --help)
     "bench-clients": ("bench_clients", "Measure our client on every transport beside the bare runtime."),
@@ -19,6 +20,7 @@ COMMANDS = {  # name -> (module under arcface_tools.commands, one line for --hel
     cls=LazyGroup,
     package="arcface_tools.commands",
     table=COMMANDS,
+    common=(quiet_option,),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 def cli() -> None:

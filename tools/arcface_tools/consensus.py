@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from arcface_clients.arrays import unit_rows
 from arcface_clients.errors import WrongUse
 from arcface_clients.faces.images import load_faces
 from arcface_clients.people.cache import EmbeddingCache
 from arcface_clients.people.consensus import ACCEPT_DISTANCE, MAX_DISTANCE, REJECT_DISTANCE, calibrate, find_consensus
 from arcface_clients.people.persons import people_in
-from arcface_clients.people.vectors import cosine_distance, cosine_distances, unit_rows
+from arcface_clients.people.vectors import cosine_distance, cosine_distances
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine

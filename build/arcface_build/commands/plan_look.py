@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from arcface_build.commands.plan_options import json_option, megabytes, place_options, summary, table
+from arcface_build import terminal
+from arcface_build.commands.options.output import hand_over, json_option
+from arcface_build.commands.options.plans import megabytes, place_options, summary, table
 
 if TYPE_CHECKING:
     from arcface_build.plans.places import Places
@@ -25,19 +27,12 @@ if TYPE_CHECKING:
 def list_(places: Places, model: str | None, as_json: bool) -> None:
     """List the plans of the cache and the store."""
     found, refused = _collect(places, model)
-    if as_json:
-        rows = [{"where": sorted(where), **manifest.to_json()} for manifest, where in found]
-        click.echo(json.dumps({"plans": rows, "refused": refused}, indent=2))
-        return
     rows = [{**summary(manifest), "where": "+".join(sorted(where))} for manifest, where in found]
-    if rows:
-        click.echo(table(list(rows[0]), [list(row.values()) for row in rows]))
-    else:
-        click.echo(
-            f"no plans in {' or '.join(plans.url for _, plans in places.all())}. Build one: arcface plan build NAME"
-        )
-    for why in refused:
-        click.echo(f"refused: {why}", err=True)
+    nothing = f"no plans in {' or '.join(plans.url for _, plans in places.all())}. Build one: arcface plan build NAME"
+    plans = [{"where": sorted(where), **manifest.to_json()} for manifest, where in found]
+    hand_over({"plans": plans, "refused": refused}, lambda: _table_of(rows) if rows else nothing, as_json)
+    for why in [] if as_json else refused:
+        terminal.complaint(f"refused: {why}")
 
 
 @click.command(epilog="\b\nExamples:\n  arcface plan show r50-fp16-sm86.plan\n  arcface plan show 9363ac3dd29e --json")
@@ -49,11 +44,11 @@ def show(places: Places, plan: str, as_json: bool) -> None:
     from arcface_build.plans.places import plan_by_name
 
     manifest, _, where = plan_by_name(places, plan)
-    if as_json:
-        click.echo(json.dumps({"where": where, **manifest.to_json()}, indent=2))
-        return
-    click.echo(f"{manifest.spec.file_name}   in {where}")
-    click.echo(table(("", ""), _lines(manifest)))
+
+    def told() -> str:
+        return f"{manifest.spec.file_name}   in {where}\n{table(('', ''), _lines(manifest))}"
+
+    hand_over({"where": where, **manifest.to_json()}, told, as_json)
 
 
 @click.command(
@@ -96,12 +91,12 @@ def matrix(places: Places, model: str | None, gpus: Path, as_json: bool) -> None
                             "state": "+".join(where) if where else "MISSING" if precision in wanted else "-",
                         }
                     )
-    if as_json:
-        click.echo(json.dumps(cells, indent=2))
-    elif cells:
-        click.echo(table(list(cells[0]), [list(cell.values()) for cell in cells]))
-    else:
-        click.echo("no plans anywhere: name a model to see what it needs: arcface plan matrix --model NAME")
+    nothing = "no plans anywhere: name a model to see what it needs: arcface plan matrix --model NAME"
+    hand_over(cells, lambda: _table_of(cells) if cells else nothing, as_json)
+
+
+def _table_of(rows: Sequence[dict[str, Any]]) -> str:
+    return table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _collect(places: Places, model: str | None) -> tuple[list[tuple[PlanManifest, set[str]]], list[str]]:

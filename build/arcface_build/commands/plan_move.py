@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from arcface_build.commands.plan_options import byte_progress, json_option, megabytes, place_options
+from arcface_build import terminal
+from arcface_build.commands.options.numbers import NOT_NEGATIVE
+from arcface_build.commands.options.output import hand_over, json_option
+from arcface_build.commands.options.plans import megabytes, place_options
 
 if TYPE_CHECKING:
     from arcface_build.plans.places import Places
@@ -48,7 +50,7 @@ def push(
         manifest, path, _ = plan_by_name(here, name)
         assert path is not None  # nothing else than files of this host was asked
         manifest = sign(manifest, sign_key) if sign_key else manifest
-        with byte_progress(f"push {manifest.spec.file_name}", manifest.size_bytes) as progress:
+        with terminal.byte_bar(f"push {manifest.spec.file_name}", manifest.size_bytes) as progress:
             put = store.put(path, manifest, progress, replace=replace)
         same = put.manifest.sha256 == manifest.sha256
         state = "pushed" if put.created else "was there" if same else "the store keeps another build of this key"
@@ -100,7 +102,7 @@ def pull(
     for manifest in wanted:
         row = {"plan": manifest.spec.file_name, "key": manifest.key}
         try:
-            with byte_progress(f"pull {manifest.spec.file_name}", manifest.size_bytes) as progress:
+            with terminal.byte_bar(f"pull {manifest.spec.file_name}", manifest.size_bytes) as progress:
                 if output is not None:
                     path, state = store.pull(manifest, output, progress), "pulled"
                 else:
@@ -159,7 +161,11 @@ def verify(places: Places, plans: tuple[str, ...], as_json: bool) -> int:
     "--keep-tensorrt", "versions", multiple=True, help="Remove plans of every other TensorRT version; repeatable."
 )
 @click.option(
-    "--min-age-h", default=1.0, show_default=True, help="Leave leftovers alone that are younger: uploads under way."
+    "--min-age-h",
+    type=NOT_NEGATIVE,
+    default=1.0,
+    show_default=True,
+    help="Leave leftovers alone that are younger: uploads under way.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @place_options
@@ -205,14 +211,12 @@ def _old_temporaries(folder: Path, before_s: float) -> list[Path]:
 
 
 def _say_refused(_: str, exc: ArcFaceError) -> None:
-    click.echo(f"refused: {exc}", err=True)
+    terminal.complaint(f"refused: {exc}")
 
 
 def _report(rows: list[dict[str, Any]], as_json: bool, nothing: str) -> None:
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        click.echo(f"{row['plan']}: {row['state']}" + "".join(f"  {row[k]}" for k in ("where", "path") if k in row))
-    if not rows:
-        click.echo(nothing)
+    lines = [
+        f"{row['plan']}: {row['state']}" + "".join(f"  {row[key]}" for key in ("where", "path") if key in row)
+        for row in rows
+    ]
+    hand_over(rows, lambda: "\n".join(lines) or nothing, as_json)

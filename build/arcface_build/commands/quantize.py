@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from arcface_build import terminal
+from arcface_build.commands.options.folders import models_dir_option
+from arcface_build.commands.options.numbers import DRIFT
+from arcface_build.commands.options.output import hand_over, json_option
+from arcface_build.commands.options.settings import settings
 
 EPILOG = """\b
 Examples:
@@ -28,7 +33,7 @@ Exit codes: 0 passed, 1 refused by the gate, 2 wrong use, 3 something needed is 
 @click.option("--calibration", help="Ranges from: FOLDER, .npz or synthetic. Default: a draw from --eval.")
 @click.option(
     "--max-drift",
-    type=click.FloatRange(0, 2),
+    type=DRIFT,
     help="Limit of 1 − cosine per face; default: comparison.max_drift of the configuration.",
 )
 @click.option("--search/--no-search", default=True, help="Find the layers to keep where the plain variant fails.")
@@ -36,8 +41,8 @@ Exit codes: 0 passed, 1 refused by the gate, 2 wrong use, 3 something needed is 
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="Replay a recipe or a sidecar: no calibration, no search."
 )
-@click.option("--models-dir", type=click.Path(path_type=Path), default=Path("models"))
-@click.option("--json", "as_json", is_flag=True, help="Print the sidecar.")
+@models_dir_option
+@json_option
 def command(
     name: str,
     precision: str,
@@ -53,43 +58,35 @@ def command(
     as_json: bool,
 ) -> None:
     """Make a variant of an imported model and let it through only if its drift is within the gate."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from arcface_build.variants.make import Wish, make_variant
-    from arcface_clients.config.sources import load_config
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    limit = getattr(settings().comparison.max_drift, precision) if max_drift is None else max_drift
+    wish = Wish(precision, target, eval_source, eval_faces, calibration, limit, search, keep, recipe)
+    with terminal.item_bars() as bars:
 
         def stage(title: str) -> Callable[[int, int], None]:
             task = bars.add_task(title, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
-        limit = getattr(load_config().comparison.max_drift, precision) if max_drift is None else max_drift
-        wish = Wish(precision, target, eval_source, eval_faces, calibration, limit, search, keep, recipe)
         sidecar, _ = make_variant(models_dir / name, wish, stage)
-    if as_json:
-        click.echo(json.dumps(sidecar, indent=2))
-    else:
-        _print(models_dir / name, sidecar)
+    hand_over(sidecar, lambda: _told(models_dir / name, sidecar), as_json)
 
 
-def _print(model_dir: Path, sidecar: dict[str, Any]) -> None:
-    click.echo(f"{sidecar['precision']} of {sidecar['name']}: {model_dir / sidecar['file']}")
+def _told(model_dir: Path, sidecar: dict[str, Any]) -> str:
+    lines = [f"{sidecar['precision']} of {sidecar['name']}: {model_dir / sidecar['file']}"]
     for gate in sidecar["gates"]:
         drift = gate["drift"]
         line = f"  {'passed' if gate['passed'] else 'REFUSED'} in {gate['runtime']}: worst of {drift['faces']} faces"
         line += f" {drift['max_drift']:.3g} of {gate['limit']:g} allowed, mean {1 - drift['mean_cosine']:.3g}"
         if gate["accuracy"] is not None:
             line += f"; accuracy {gate['accuracy']:.2%}, fp32 {gate['accuracy_reference']:.2%}"
-        click.echo(line)
+        lines.append(line)
     recipe = sidecar["recipe"]
     if recipe and recipe["keep"]:
-        click.echo(f"  kept in higher precision ({len(recipe['keep'])}): {', '.join(recipe['keep'])}")
+        lines.append(f"  kept in higher precision ({len(recipe['keep'])}): {', '.join(recipe['keep'])}")
     plot = model_dir / "variants" / f"{sidecar['precision']}-{sidecar['target']}.search.png"
     if recipe and recipe["search"] and plot.is_file():  # a replay has the search's record and no plot of its own
-        click.echo(f"  search: {plot}")
+        lines.append(f"  search: {plot}")
     if sidecar["eval"]["origin"] == "synthetic":
-        click.echo("  judged by drawn faces: for a verdict on real ones give --eval FOLDER")
+        lines.append("  judged by drawn faces: for a verdict on real ones give --eval FOLDER")
+    return "\n".join(lines)

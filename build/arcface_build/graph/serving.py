@@ -83,7 +83,7 @@ def _front(graph: onnx.GraphProto, source: str, preprocessing: Preprocessing, ga
     for op, values, neutral in (("Sub", preprocessing.mean, 0.0), ("Div", preprocessing.std, 1.0)):
         if set(values) == {neutral}:
             continue
-        number = np.float32(values[::-1] if backwards else values)
+        number = np.asarray(values[::-1] if backwards else values, np.float32)
         number = number[:1] if len(set(values)) == 1 else number.reshape(1, 3, 1, 1)
         label = "face_centred" if op == "Sub" else "face_scaled"
         nodes.append(
@@ -99,7 +99,7 @@ def _back(graph: onnx.GraphProto, opset: int) -> list[onnx.NodeProto]:
 
     index = GraphIndex(graph)
     raw = graph.output[0].name
-    floor = index.add_constant("smallest_norm", np.float32([SMALLEST_NORM]))
+    floor = index.add_constant("smallest_norm", np.asarray([SMALLEST_NORM], np.float32))
     if opset >= 18:  # ReduceL2 takes its axes as an input from opset 18 on
         axes = index.add_constant("embedding_axis", np.array([1], np.int64))
         norm = make_node("ReduceL2", ["embedding_raw", axes], [NORM_OUTPUT], keepdims=1, name="embedding_norm")

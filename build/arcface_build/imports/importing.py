@@ -23,12 +23,12 @@ from arcface_build.graph.repair_source import repair_source
 from arcface_build.graph.serving import serving_form
 from arcface_build.graph.upgrade_opset import opset_of, upgrade_opset
 from arcface_build.imports.flavour import Flavour, check_width, flavour_of, guess_preprocessing, normalises_inside
-from arcface_build.imports.manifest import FILE, Manifest, load_manifest
 from arcface_build.imports.onnx_file import external_files, read_source
 from arcface_build.imports.proof import Proof, Reference, prove, reference_embeddings
 from arcface_build.imports.source import Source, file_digest
 from arcface_clients.atomic import new_folder, write_json
 from arcface_clients.contract import Preprocessing, contract_id
+from arcface_clients.engines.import_manifest import IMPORT_MANIFEST, ImportManifest, read_import_manifest
 from arcface_clients.errors import Missing, WrongUse
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def import_model(
     *,
     stated: Preprocessing | None = None,
     progress: Progress = lambda what, done, total: None,
-) -> Manifest:
+) -> ImportManifest:
     """Convert, prove and write; `folder` appears (or is replaced) whole, or is left as it was.
 
     Args:
@@ -89,7 +89,7 @@ def import_model(
             file: prove(temporary / file, faces, expected, reference, faces_from, partial(progress, f"prove {file}"))
             for file in ((SERVING_FILE, CPU_FILE) if for_cpu.changed else (SERVING_FILE,))
         }
-        manifest = Manifest(
+        manifest = ImportManifest(
             name=folder.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             source=_source_told(source, copy),
@@ -103,7 +103,7 @@ def import_model(
             tools=tool_versions(),
             cpu=_cpu_told(temporary / CPU_FILE, for_cpu.why, proofs[CPU_FILE]) if for_cpu.changed else None,
         )
-        write_json(temporary / FILE, manifest.to_json())
+        write_json(temporary / IMPORT_MANIFEST, manifest.to_json())
         _keep_variants(folder, temporary, manifest)
     return manifest
 
@@ -149,9 +149,9 @@ def decide_preprocessing(source: Source, flavour: Flavour, stated: Preprocessing
         SourceRefused: the file cannot tell.
         WrongUse: the user's word would normalise twice.
     """
-    if stated is None and source.preprocessing is None:
-        return guess_preprocessing(flavour, source.path.name)
     chosen, why = (stated, "stated by the caller") if stated else (source.preprocessing, source.note)
+    if chosen is None:
+        return guess_preprocessing(flavour, source.path.name)
     if normalises_inside(flavour) and (any(chosen.mean) or set(chosen.std) != {1.0}):
         raise WrongUse(
             f"{source.path.name} normalises inside its graph: expected --mean 0 --std 1, got mean {list(chosen.mean)}, "
@@ -160,15 +160,15 @@ def decide_preprocessing(source: Source, flavour: Flavour, stated: Preprocessing
     return chosen, why
 
 
-def existing_import(folder: Path, source: Source, stated: Preprocessing | None) -> Manifest | None:
+def existing_import(folder: Path, source: Source, stated: Preprocessing | None) -> ImportManifest | None:
     """The manifest of an earlier import of the same source by the same version, where its files are still whole.
 
     A demo is the same where its recipe is: it need not be built to know.
     """
-    if not (folder / FILE).is_file():
+    if not (folder / IMPORT_MANIFEST).is_file():
         return None
     try:
-        manifest = load_manifest(folder)
+        manifest = read_import_manifest(folder)
         same = (
             manifest.source.get("recipe", "") == source.recipe
             and (bool(source.recipe) or manifest.source["sha256"] == source.sha256)
@@ -208,10 +208,10 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
-def _keep_variants(old: Path, new: Path, manifest: Manifest) -> None:
+def _keep_variants(old: Path, new: Path, manifest: ImportManifest) -> None:
     """Variants (hours of search, perhaps) outlive a new import that gives the same serving ONNX; others are stale."""
     try:
-        same = load_manifest(old).serving["sha256"] == manifest.serving["sha256"]
+        same = read_import_manifest(old).serving["sha256"] == manifest.serving["sha256"]
     except (Missing, WrongUse, KeyError):
         return
     if same and (old / "variants").is_dir():

@@ -19,7 +19,7 @@ from arcface_clients.errors import Missing
 
 def insightface_home(given: Path | None = None) -> Path:
     """InsightFace's root: the given one, else INSIGHTFACE_HOME, else ~/.insightface."""
-    return (given or Path(os.environ.get("INSIGHTFACE_HOME", "~/.insightface"))).expanduser()
+    return (given or Path(os.environ.get("INSIGHTFACE_HOME") or "~/.insightface")).expanduser()
 
 
 def find_recognition(

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from arcface_build.errors import ProofFailed, SourceRefused
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, Preprocessing
+from arcface_clients.engines.runtimes import first_line, open_session
 from arcface_clients.evidence.drift import cosine_per_face
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 MIN_COSINE = 0.99999
 MAX_ROW_DIFFERENCE = 1e-5
@@ -57,14 +55,14 @@ class Reference:
         """
         self._preprocessing = preprocessing
         self.label = label or source.name
-        self._session = open_session(source, self.label)
+        self._session = open_session(source, threads=0, settings={}, label=self.label, refused=SourceRefused)
         self._input = self._session.get_inputs()[0].name
         try:
             from insightface.model_zoo.arcface_onnx import ArcFaceONNX
         except ImportError as exc:
             if isinstance(exc.__cause__, KeyboardInterrupt):
                 raise  # Ctrl-C during the import is no missing package
-            self._arcface = None
+            self._arcface: Any = None
             self.name, self.why = "onnxruntime", f"InsightFace cannot be imported ({exc}); preprocessing as stated"
             return
         self._arcface = ArcFaceONNX(model_file=str(source), session=self._session)
@@ -88,24 +86,6 @@ class Reference:
         return np.asarray(self._session.run(None, {self._input: self._preprocessing.apply(face[None])})[0]).reshape(-1)
 
 
-def open_session(path: Path, label: str) -> onnxruntime.InferenceSession:
-    """A session on the CPU provider that keeps stderr clean.
-
-    Raises:
-        SourceRefused: ONNX Runtime refuses the graph.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it would log is raised, too
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as exc:  # pybind raises a class an error code, without a common root
-        raise SourceRefused(
-            f"{label}: ONNX Runtime cannot load the graph: {_first_line(exc)}. Export it again."
-        ) from exc
-
-
 def reference_embeddings(reference: Reference, faces: np.ndarray, progress: Progress | None = None) -> np.ndarray:
     """Raw embeddings (N,D) of the reference for faces uint8 (N,112,112,3) BGR.
 
@@ -116,9 +96,9 @@ def reference_embeddings(reference: Reference, faces: np.ndarray, progress: Prog
     for face in faces:
         try:
             rows.append(reference.embed(face))
-        except Exception as exc:  # see open_session
+        except Exception as exc:  # pybind raises a class an error code
             raise SourceRefused(
-                f"{reference.label}: ONNX Runtime cannot run it on a 112×112 crop: {_first_line(exc)}. "
+                f"{reference.label}: ONNX Runtime cannot run it on a 112×112 crop: {first_line(exc)}. "
                 "Export it for 112×112."
             ) from exc
         if progress:
@@ -150,7 +130,7 @@ def prove(
     Raises:
         ProofFailed: a face's cosine is below `MIN_COSINE`, or a batch row departs from the single run.
     """
-    session = open_session(serving, serving.name)
+    session = open_session(serving, threads=0, settings={}, label=serving.name, refused=SourceRefused)
     hostile = hostile_batches(faces)
     total = len(faces) + sum(len(batch) for batch in hostile) * 2
     done = 0
@@ -159,8 +139,8 @@ def prove(
         nonlocal done
         try:
             answer = session.run([EMBEDDING_OUTPUT], {FACE_INPUT: batch})[0]
-        except Exception as exc:  # see open_session
-            raise ProofFailed(f"the serving model cannot run a batch of {len(batch)}: {_first_line(exc)}.") from exc
+        except Exception as exc:  # pybind raises a class an error code
+            raise ProofFailed(f"the serving model cannot run a batch of {len(batch)}: {first_line(exc)}.") from exc
         done += len(batch)
         if progress:
             progress(done, total)
@@ -221,8 +201,3 @@ def between_faces(embeddings: np.ndarray) -> float:
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     count = len(unit)
     return float((np.square(unit.sum(axis=0)).sum() - count) / (count * (count - 1))) if count > 1 else 0.0
-
-
-def _first_line(exc: Exception) -> str:
-    text = str(exc).strip().splitlines()
-    return text[0].rstrip(".") if text else type(exc).__name__

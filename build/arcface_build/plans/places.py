@@ -11,8 +11,8 @@ from arcface_build.plans.seen import SeenPlans
 from arcface_build.plans.store import PlanStore
 from arcface_build.store import open_store
 from arcface_clients.config.schema import EmbeddingConfig
-from arcface_clients.config.sources import load_config
 from arcface_clients.errors import WrongUse
+from arcface_clients.extras import require
 from arcface_clients.plans.manifest import PlanManifest
 from arcface_clients.plans.read import read_plan
 
@@ -57,16 +57,17 @@ class Places:
 
 
 def open_places(
-    config_file: Path | None = None, store: str | None = None, cache: Path | None = None, public_key: Path | None = None
+    config: EmbeddingConfig, store: str | None = None, cache: Path | None = None, public_key: Path | None = None
 ) -> Places:
     """The configured places; an option that is given wins over the configuration. Nothing is contacted yet."""
-    config = load_config(config_file)
     storage = config.storage
     key = public_key or storage.public_key
     url = store or (f"s3://{storage.bucket}/{storage.prefix}" if storage.type == "s3" else None)
-    folder = (cache or storage.cache / "plans").expanduser()
+    folder = cache.expanduser() if cache else storage.plan_folder
     remote = None
     if url is not None:
+        if url.startswith("s3://"):
+            require("boto3", purpose=f"the plan store {url}")
         remote = open_store(
             url,
             endpoint_url=storage.endpoint,

@@ -6,7 +6,6 @@ this CPU); plans with their manifests give arcface_trt.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from arcface_build.errors import ProofFailed
 from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.versions import install, served_folder, served_manifest
-from arcface_clients.errors import Missing, PlanRefused
+from arcface_clients.engines.import_manifest import read_import_manifest
+from arcface_clients.engines.runtimes import gated_runtimes, runtime_for
+from arcface_clients.errors import PlanRefused
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.plans.fit import misfit
 from arcface_clients.plans.manifest import file_sha256, manifest_path
@@ -24,14 +25,14 @@ from arcface_clients.plans.read import Plan, read_plan
 from arcface_clients.plans.spec import parse_sm, sm_tag
 
 if TYPE_CHECKING:
-    from arcface_build.variants.choose import Choice
+    from arcface_build.variants.choose import VariantChoice
 
 KEPT_VERSIONS = 3
 _log = logging.getLogger(__name__)
 
 
 def assemble(
-    model_dir: Path, repository: Path, variant: Choice | None = None, keep: int = KEPT_VERSIONS
+    model_dir: Path, repository: Path, variant: VariantChoice | None = None, keep: int = KEPT_VERSIONS
 ) -> dict[str, int]:
     """Install an imported model; `variant` is what arcface_onnx serves instead of the fp32 serving ONNX.
 
@@ -46,16 +47,17 @@ def assemble(
 
     Raises:
         Missing: the folder holds no imported model.
-        ProofFailed: the variant's sidecar does not say that its gate was passed.
+        ProofFailed: the variant's sidecar does not say that it passed its gate in the runtime that was chosen.
     """
-    imported = _imported(model_dir)
-    manifest = dict(imported)
+    imported = read_import_manifest(model_dir)
+    manifest = imported.to_json()
     weights, extra = model_dir / "serving.onnx", ""
-    if imported.get("cpu") and gpu_sm() is None:  # the same network in the form that ONNX Runtime's CPU kernels like
-        weights = model_dir / imported["cpu"]["file"]
+    if imported.cpu and gpu_sm() is None:  # the same network in the form that ONNX Runtime's CPU kernels like
+        weights = model_dir / imported.cpu["file"]
     if variant is not None and variant.precision != "fp32":
-        if not (variant.sidecar or {}).get("passed"):
-            raise ProofFailed(f"{variant.file} of {imported['name']} has not passed its gate. Next: arcface quantize")
+        runtime, why_not = runtime_for(variant.precision, gated_runtimes(variant.sidecar) or [], [variant.runtime])
+        if runtime is None:
+            raise ProofFailed(f"{variant.file} of {imported.name} is not served: {why_not}. Next: arcface quantize")
         weights, extra = model_dir / variant.file, variant.accelerator_pbtxt()
         told = {key: value for key, value in variant.to_json().items() if key != "reason"}
         manifest |= {"precision": variant.precision, "variant": told}
@@ -63,7 +65,7 @@ def assemble(
     return {
         # The reference first: a version of arcface_onnx never stands there without what proves it.
         "arcface_reference": install(
-            repository, "arcface_reference", {"source.onnx": model_dir / "source.onnx"}, imported, keep=keep
+            repository, "arcface_reference", {"source.onnx": model_dir / "source.onnx"}, imported.to_json(), keep=keep
         ),
         "arcface_onnx": install(
             repository, "arcface_onnx", {"model.onnx": weights}, manifest, overlay=extra, keep=keep
@@ -98,26 +100,27 @@ def assemble_plans(
             gate.
         Missing: a file is not there.
     """
-    imported = _imported(model_dir)
+    imported = read_import_manifest(model_dir)
     given = [read_plan(path, public_key) for path in plans]
     for plan in given:
         _check_gate(plan.path, plan.manifest.spec.precision, plan.manifest.drift)
-        if plan.manifest.contract_id != imported["contract_id"]:
+        if plan.manifest.contract_id != imported.contract_id:
             raise PlanRefused(
                 f"{plan.path.name} is of contract {str(plan.manifest.contract_id)[:12]}…, expected that of "
-                f"{imported['name']}, {imported['contract_id'][:12]}…. Its embeddings could not be compared. "
-                f"Build it from this model: arcface plan build {imported['name']}"
+                f"{imported.name}, {imported.contract_id[:12]}…. Its embeddings could not be compared. "
+                f"Build it from this model: arcface plan build {imported.name}"
             )
     precisions = {plan.manifest.spec.precision for plan in given}
     if len(precisions) != 1:
         raise PlanRefused(f"one version serves one precision, got plans of {', '.join(sorted(precisions)) or 'none'}.")
     precision = precisions.pop()
-    before = _plans_before(repository, imported["contract_id"], precision, public_key)
+    before = _plans_before(repository, imported.contract_id, precision, public_key)
     chosen = _by_sm(given, before, _mapped_sms(repository / "arcface_trt" / "config.pbtxt"))
     files: dict[str, Path] = {}
     for sm, plan in chosen.items():
         files |= {f"{sm_tag(sm)}.plan": plan.path, f"{sm_tag(sm)}.plan.json": manifest_path(plan.path)}
-    manifest = {key: imported[key] for key in ("name", "source", "preprocessing", "dim", "contract_id")}
+    told = imported.to_json()
+    manifest = {key: told[key] for key in ("name", "source", "preprocessing", "dim", "contract_id")}
     # Whole manifests lie beside the plans. The digests of both make the same plans no new version, and others one.
     entries = {
         f"{sm_tag(sm)}.plan": {"sha256": plan.manifest.sha256, "manifest_sha256": file_sha256(manifest_path(plan.path))}
@@ -166,10 +169,3 @@ def _check_gate(plan: Path, precision: str, drift: Any) -> None:
         raise PlanRefused(
             f"{plan.name} drifts by {drift['max_drift']:.2g}, expected at most {limit:g} for {precision}."
         )
-
-
-def _imported(model_dir: Path) -> dict[str, Any]:
-    path = model_dir / "manifest.json"
-    if not path.is_file():
-        raise Missing(f"no imported model in {model_dir}: expected manifest.json there. Next: arcface import SOURCE")
-    return json.loads(path.read_text())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ DEMO = "demo"  # source.kind of random weights
 LEAVES = ("arcface_onnx", "arcface_trt", REFERENCE)  # the models that hold weights
 
 
-def find_repository(given: Path | None = None) -> Path:
-    """The model repository: the given folder, else `model_repository` here or in a folder above.
+def find_repository(given: Path | None = None, configured: Path = Path("model_repository")) -> Path:
+    """The model repository: the given folder, else the configured one, here or in a folder above where it is relative.
 
     Raises:
         Missing: there is none.
@@ -38,11 +38,16 @@ def find_repository(given: Path | None = None) -> Path:
             raise Missing(f"{given} is not our model repository: it has no arcface/config.pbtxt.")
         return given.resolve()
     for folder in (Path.cwd(), *Path.cwd().parents):
-        if (folder / "model_repository" / "arcface" / "config.pbtxt").is_file():
-            return folder / "model_repository"
+        if (folder / configured / "arcface" / "config.pbtxt").is_file():
+            return folder / configured
+    where = (
+        f"model repository at {configured}"
+        if configured.is_absolute()
+        else f"{configured}/ in {Path.cwd()} or above it"
+    )
     raise Missing(
-        f"no model_repository/ in {Path.cwd()} or above it. "
-        "Run from a checkout of arcface-triton, or name it: --model-repository FOLDER"
+        f"no {where}. Run from a checkout of arcface-triton, or name the model repository: --model-repository FOLDER, "
+        "or local.model_repository in config/embedding.yaml"
     )
 
 
@@ -230,6 +235,23 @@ def roll_back(repository: Path, model: str) -> tuple[int, int]:
         _remove(folder / str(have[-1]))
         write_overlays(repository)
     return have[-1], have[-2]
+
+
+def roll_back_served(repository: Path, models: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
+    """Roll back each of `models`; without any, arcface_onnx, and the reference where it stands for another source then.
+
+    Returns:
+        Model → (removed, now served).
+
+    Raises:
+        WrongUse: there is no version before.
+    """
+    done = {model: roll_back(repository, model) for model in models or ("arcface_onnx",)}
+    if not models:
+        serving, reference = (served_manifest(repository, m) for m in ("arcface_onnx", "arcface_reference"))
+        if serving and reference and serving["contract_id"] != reference["contract_id"]:
+            done["arcface_reference"] = roll_back(repository, "arcface_reference")
+    return done
 
 
 def _remove(version: Path) -> None:

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """A value for --model-config-name and why it was taken."""
 
     backend: str
     reason: str
 
 
-def choose_backend(asked: str, gpu_sm: str | None, plans: ServedPlans, onnx: bool, reference: bool) -> Choice:
+def choose_backend(asked: str, gpu_sm: str | None, plans: ServedPlans, onnx: bool, reference: bool) -> BackendChoice:
     """Pick tensorrt, onnx or reference.
 
     Args:
@@ -43,7 +43,7 @@ def choose_backend(asked: str, gpu_sm: str | None, plans: ServedPlans, onnx: boo
             raise PlanRefused(f"cannot serve tensorrt: {why_no_plan}")
     if asked != "auto":
         if there[asked]:
-            return Choice(asked, "asked for")
+            return BackendChoice(asked, "asked for")
         reasons = {
             "tensorrt": f"{why_no_plan}. Next: arcface plan build --precision fp16, on such a GPU",
             "onnx": "arcface_onnx has no weights. Next: arcface import demo, or arcface import YOUR.onnx",
@@ -52,11 +52,11 @@ def choose_backend(asked: str, gpu_sm: str | None, plans: ServedPlans, onnx: boo
         }
         raise Missing(f"cannot serve {asked}: {reasons[asked]}")
     if there["tensorrt"]:
-        return Choice("tensorrt", f"GPU of SM {gpu_sm} and a verified plan for it")
+        return BackendChoice("tensorrt", f"GPU of SM {gpu_sm} and a verified plan for it")
     if there["onnx"]:
-        return Choice("onnx", why_no_plan)
+        return BackendChoice("onnx", why_no_plan)
     if there["reference"]:
-        return Choice("reference", f"{why_no_plan}, and arcface_onnx has no weights")
+        return BackendChoice("reference", f"{why_no_plan}, and arcface_onnx has no weights")
     raise Missing(
         "no weights in the model repository. Next: arcface import demo (for trying), or arcface import YOUR.onnx"
     )

@@ -73,7 +73,7 @@ def check_plans(settings: EmbeddingConfig) -> Check:
             gpus[0].sm,
             settings.precision,
             model_repository=settings.local.model_repository,
-            cache=settings.storage.cache,
+            cache=settings.storage.plan_folder,
             model=settings.local.model,
             tensorrt=tensorrt,
             public_key=key,

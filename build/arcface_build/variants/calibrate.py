@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arcface_clients.engines.runtimes import open_session
+from arcface_clients.engines.runtimes import Session, open_session
 
 if TYPE_CHECKING:
     import onnx
-    import onnxruntime
 
 BINS = 4096
 BATCH = 8
@@ -107,7 +106,7 @@ def on_grid(values: np.ndarray, low: float, high: float, target: str) -> np.ndar
     return (np.clip(np.rint(values / scale) + zero, lowest, highest) - zero) * scale
 
 
-def _session_with_outputs(model: onnx.ModelProto, names: list[str]) -> onnxruntime.InferenceSession:
+def _session_with_outputs(model: onnx.ModelProto, names: list[str]) -> Session:
     import onnx
 
     watched = onnx.ModelProto()

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from arcface_build.variants.eval_set import FaceSet
+from arcface_clients.engines.runtimes import Session
 from arcface_clients.evidence.drift import DriftReport, compare_embeddings, cosine_per_face
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 ACCURACY_LIMITS = {"fp32": 0.001, "fp16": 0.001, "bf16": 0.001, "int8": 0.005}
 BATCH = 8
@@ -53,9 +51,7 @@ class Verdict:
         return 1 - self.drift.mean_cosine
 
 
-def embed_all(
-    session: onnxruntime.InferenceSession, faces: np.ndarray, progress: Progress | None = None, batch: int = BATCH
-) -> np.ndarray:
+def embed_all(session: Session, faces: np.ndarray, progress: Progress | None = None, batch: int = BATCH) -> np.ndarray:
     """Embeddings (N,D) float32 of faces uint8 (N,112,112,3), batch by batch."""
     name, parts = session.get_inputs()[0].name, []
     for start in range(0, len(faces), batch):
@@ -108,10 +104,11 @@ def refusal(name: str, precision: str, verdict: Verdict) -> str:
             f"{verdict.drift.max_drift / verdict.limit:.1f} × the {verdict.limit:g} that are allowed, on "
             f"{verdict.faces_over} of {verdict.drift.faces} faces; worst: {worst}."
         )
-    if verdict.accuracy is not None and abs(verdict.accuracy - verdict.accuracy_reference) > verdict.accuracy_limit:
+    before = verdict.accuracy_reference
+    if verdict.accuracy is not None and before is not None and abs(verdict.accuracy - before) > verdict.accuracy_limit:
         lines.append(
             f"{precision} of {name} refused in {verdict.runtime}: verification accuracy {verdict.accuracy:.2%} against "
-            f"{verdict.accuracy_reference:.2%} in fp32, allowed ±{verdict.accuracy_limit:.2%}."
+            f"{before:.2%} in fp32, allowed ±{verdict.accuracy_limit:.2%}."
         )
     if not lines:
         lines.append(f"{precision} of {name} refused in {verdict.runtime}: it answers NaN or zeros.")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arcface_build.errors import ProofFailed
-from arcface_build.imports.manifest import Manifest, load_manifest
 from arcface_build.variants.calibrate import LEVELS, collect_histograms, conv_inputs, least_error_range
 from arcface_build.variants.eval_set import FaceSet, load_faces
 from arcface_build.variants.gate import Progress, Verdict, embed_all, judge, refusal
@@ -21,6 +20,7 @@ from arcface_build.variants.sensitivity import measure_sensitivities
 from arcface_build.variants.sidecar import variants_folder, write_variant
 from arcface_build.variants.typed import body_nodes, largest_values, overflowing, rounded_as_float16, with_followers
 from arcface_clients.atomic import new_file
+from arcface_clients.engines.import_manifest import ImportManifest, read_import_manifest
 from arcface_clients.engines.runtimes import cpu_flags, fast_runtime, has_bf16, has_openvino, open_session
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.evidence.drift import DRIFT_LIMITS
@@ -75,7 +75,7 @@ def make_variant(
         ProofFailed: it does not pass its gate; it is kept as .refused beside its report.
         Missing, WrongUse: no such model, no faces, a combination that does not exist.
     """
-    manifest = load_manifest(model_dir)
+    manifest = read_import_manifest(model_dir)
     target = _check(wish, manifest)
     serving_path = model_dir / manifest.serving["file"]
     if not serving_path.is_file():
@@ -144,13 +144,13 @@ class _Trial:
 
 
 def _start(
-    wish: Wish, target: str, serving: onnx.ModelProto, manifest: Manifest, faces: FaceSet, stage: Stage
+    wish: Wish, target: str, serving: onnx.ModelProto, manifest: ImportManifest, faces: FaceSet, stage: Stage
 ) -> Recipe:
     """The recipe before any search: calibrated, with what has to be kept in any case."""
     unknown = set(wish.keep) - {n.name for n in serving.graph.node}
     if unknown:
-        names = ", ".join(quantizable_layers(serving))
-        raise WrongUse(f"--keep names no node: {', '.join(sorted(unknown))}. Layers: {names}")
+        layers = ", ".join(quantizable_layers(serving))
+        raise WrongUse(f"--keep names no node: {', '.join(sorted(unknown))}. Layers: {layers}")
     if wish.calibration or wish.eval_source == "synthetic":
         calibration = load_faces(wish.calibration or "synthetic", CALIBRATION_FACES, seed=1)
     else:
@@ -217,7 +217,7 @@ def _advice(recipe: Recipe | None) -> str:
     return "No set of layers passes: try --calibration with crops like yours, or a precision with more bits"
 
 
-def _check(wish: Wish, manifest: Manifest) -> str:
+def _check(wish: Wish, manifest: ImportManifest) -> str:
     """The target, after refusing what cannot work."""
     target = wish.target or TARGETS[wish.precision][0]
     if target not in TARGETS[wish.precision]:
@@ -252,7 +252,7 @@ def _runtimes(precision: str, target: str) -> list[str]:
     return [fast, "openvino-fp32"] if fast == "openvino-bf16" else [fast]
 
 
-def _reference(model_dir: Path, serving: Path, manifest: Manifest, faces: FaceSet, stage: Stage) -> np.ndarray:
+def _reference(model_dir: Path, serving: Path, manifest: ImportManifest, faces: FaceSet, stage: Stage) -> np.ndarray:
     """Embeddings of the fp32 serving ONNX in ONNX Runtime; kept, because every variant is judged by the same ones."""
     name = f"reference-{manifest.serving['sha256'][:12]}-{faces.sha256[:12]}.npy"
     kept = variants_folder(model_dir) / name

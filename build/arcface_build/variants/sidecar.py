@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcface_build.imports.importing import tool_versions
-from arcface_build.imports.manifest import Manifest
 from arcface_build.imports.source import file_digest
 from arcface_build.variants.eval_set import FaceSet
 from arcface_build.variants.gate import Verdict
 from arcface_build.variants.recipe import Recipe
 from arcface_clients.atomic import new_file, write_json
+from arcface_clients.engines.import_manifest import ImportManifest
 from arcface_clients.errors import WrongUse
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def read_sidecar(model_dir: Path, precision: str, target: str) -> dict[str, Any]
 
 def write_variant(
     model_dir: Path,
-    manifest: Manifest,
+    manifest: ImportManifest,
     precision: str,
     target: str,
     model: onnx.ModelProto | None,

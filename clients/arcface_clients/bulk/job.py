@@ -279,4 +279,4 @@ def _stream(engine: Any, faces: Iterator[Array]) -> Iterator[Array]:
 
 
 def _digest(item: Item) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(item.face)).digest()
+    return hashlib.sha256(np.ascontiguousarray(item.face).data).digest()

@@ -7,6 +7,7 @@ one process, or the other way round.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def run_on_ray(
         advance: told how many items are done.
 
     Raises:
-        DependencyMissing: Ray is not installed.
+        DependencyMissing: Ray is not installed, cannot be reached or does not start.
         Exception: what Ray raises for a failed actor, with ours as its cause. The job can be gone on with.
     """
     try:
@@ -45,7 +46,7 @@ def run_on_ray(
     except ImportError as exc:
         raise DependencyMissing(f"--engine ray needs Ray Data ({exc}): pip install 'arcface-triton[ray]'") from exc
     if not ray.is_initialized():
-        ray.init(num_cpus=max(actors, 1) + 1, include_dashboard=False, log_to_driver=False)
+        _connect(ray, actors)
     turn = ray.remote(num_cpus=0)(_Turn).remote(len(urls))
     units = [{"number": number, "unit": json.dumps(unit)} for number, unit in job.pending()]
     if not units:
@@ -59,6 +60,25 @@ def run_on_ray(
     )
     for row in done.iter_rows():
         advance(int(row["items"]))
+
+
+def _connect(ray: Any, actors: int) -> None:
+    """Connect to the Ray of $RAY_ADDRESS, else start one; a busy host is given more time than Ray gives it."""
+    address = os.environ.get("RAY_ADDRESS")
+    own = {} if address else {"num_cpus": max(actors, 1) + 1, "include_dashboard": False}
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
+    for attempts_left in (1, 0):
+        try:
+            ray.init(log_to_driver=False, **own)
+            return
+        except Exception as exc:  # Ray raises a plain Exception where it did not start in its own 30 s
+            ray.shutdown()
+            if address or not attempts_left:
+                what = f"Ray at {address} cannot be reached" if address else "Ray does not start on this host"
+                raise DependencyMissing(
+                    f"{what}: {str(exc).rstrip('. ')}. Next: ray start --head, or leave out --engine ray; "
+                    "what is done is kept"
+                ) from exc
 
 
 class _Turn:

@@ -71,7 +71,7 @@ def count_rows(kind: str, path: str) -> int:
             return array.count
     with _open_parquet(path) as file:
         _face_column(file, path)
-        return file.metadata.num_rows
+        return int(file.metadata.num_rows)
 
 
 @dataclass
@@ -82,7 +82,7 @@ class _Array:
     container: zipfile.ZipFile | None
     count: int
     item_bytes: int
-    dtype: np.dtype
+    dtype: np.dtype[Any]
 
     def __enter__(self) -> _Array:
         return self
@@ -105,8 +105,9 @@ def _open_array(path: str) -> _Array:
             file: IO[bytes] = container.open(names[0])
         else:
             file = Path(path).open("rb")  # noqa: SIM115  closed by _Array
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        npy: Any = np.lib.format  # NumPy has no types for it
+        version = npy.read_magic(file)
+        header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = header(file)
     except (ValueError, EOFError, zipfile.BadZipFile) as exc:
         if container:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from arcface_clients.errors import (
 )
 from arcface_clients.evidence.drift import DRIFT_LIMITS, compare_embeddings
 from arcface_clients.faces.check import check_faces
-from arcface_clients.triton.address import Address
+from arcface_clients.triton.address import Access, Address, Tls
 from arcface_clients.triton.embedder import TritonEmbedder
 
 REFERENCE = "arcface_reference"
@@ -96,7 +96,9 @@ def measure_parity(
     models: Sequence[str] = MODELS,
     *,
     faces_from: str | Path | None = None,
+    limits: Mapping[str, float] = DRIFT_LIMITS,
     timeout_s: float = 120.0,
+    access: Access | None = None,
     progress: Callable[[str], None] = lambda model: None,
 ) -> ParityReport:
     """Embed faces with every model that is loaded, and compare with the reference where that is loaded.
@@ -106,7 +108,9 @@ def measure_parity(
         faces: uint8 (N,112,112,3) BGR, N ≥ 1; without them `faces_from` is read, else 32 drawn faces are taken.
         models: what to ask for; those that are not loaded are skipped, with the reason in the report.
         faces_from: folder, file, glob or .npz of crops.
+        limits: largest 1 − cosine by precision (`comparison.max_drift`).
         timeout_s: longest wait for one request.
+        access: headers, TLS files and compression of the server.
         progress: called with each model's name before it is asked.
 
     The gate of a row is that of its served precision (parameter `precision` of the leaf model, fp32 when absent).
@@ -126,7 +130,9 @@ def measure_parity(
     contract: str | None = None
     for model in sorted(models, key=lambda name: name != REFERENCE):
         progress(model)
-        with TritonEmbedder(url, model, timeout_s=timeout_s, retry_for_s=0, expected_contract=contract) as embedder:
+        with TritonEmbedder(
+            url, model, timeout_s=timeout_s, retry_for_s=0, expected_contract=contract, **(access or {})
+        ) as embedder:
             try:
                 served = embedder.ensure_ready()
             except ModelNotReady as exc:
@@ -141,7 +147,7 @@ def measure_parity(
         contract = contract or served.contract_id
         drift = compare_embeddings(reference, embeddings) if reference is not None else None
         precision = served.precision or "fp32"
-        limit = _limit(model, precision)
+        limit = _limit(model, precision, limits)
         rows.append(
             BackendParity(
                 model=model,
@@ -159,13 +165,14 @@ def measure_parity(
     return ParityReport(url=url, faces=len(faces), contract_id=contract, rows=tuple(rows), skipped=skipped)
 
 
-def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0) -> bool:
+def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0, access: Access | None = None) -> bool:
     """Have the server compare faces with its reference and count their drift in its own metrics (`arcface_drift`).
 
     Args:
         url: the server's gRPC address.
         faces: uint8 (N,112,112,3) BGR.
         timeout_s: longest wait for one request.
+        access: headers and TLS files of the server.
 
     Returns:
         Whether it did: False where `arcface_parity` is not loaded.
@@ -181,15 +188,24 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0) -> bool:
     if address.protocol != "grpc":
         raise ConfigError(f"drift is counted over gRPC only; got {url}. Give the gRPC port: --url grpc://HOST:8001")
     # Not by a TritonEmbedder: it asks for `embedding` alone, and Triton leaves out the steps that nobody asked for.
-    with triton.InferenceServerClient(address.target, ssl=address.tls) as client:
+    access = access or {}
+    tls, headers = access.get("tls") or Tls(), access.get("headers", {})
+    files = {
+        "root_certificates": tls.ca_file,
+        "private_key": tls.key_file,
+        "certificate_chain": tls.cert_file,
+    }
+    with triton.InferenceServerClient(
+        address.target, ssl=address.tls, **{name: str(file) for name, file in files.items() if file}
+    ) as client:
         try:
-            if not client.is_model_ready(COUNTING, client_timeout=timeout_s):
+            if not client.is_model_ready(COUNTING, headers=headers, client_timeout=timeout_s):
                 return False
             for start in range(0, len(faces), COUNTED_AT_ONCE):
                 part = np.ascontiguousarray(faces[start : start + COUNTED_AT_ONCE])
                 tensor = triton.InferInput(FACE_INPUT, part.shape, "UINT8")
                 tensor.set_data_from_numpy(part)
-                client.infer(COUNTING, [tensor], client_timeout=timeout_s)
+                client.infer(COUNTING, [tensor], headers=headers, client_timeout=timeout_s)
         except triton.InferenceServerException as exc:
             kind = ServerUnreachable if "UNAVAILABLE" in str(exc.status()) else InferenceFailed
             raise kind(f"{COUNTING!r} at {address} answered {exc.status()}: {exc.message()}") from exc
@@ -198,7 +214,7 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0) -> bool:
 
 def render_table(report: ParityReport) -> str:
     """The report as a table for a terminal or a log, at most 100 columns wide where names are ours."""
-    lines = [("backend", "faces/s", "mean cosine", "min cosine", "gate")]
+    lines: list[tuple[str, ...]] = [("backend", "faces/s", "mean cosine", "min cosine", "gate")]
     for row in report.rows:
         lines.append((row.model, f"{row.faces_per_s:.1f}", _cosine(row.mean_cosine), _cosine(row.min_cosine), row.gate))
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
@@ -221,10 +237,10 @@ def _faces(faces: Array | None, faces_from: str | Path | None) -> Array:
     return synthetic_faces(32)
 
 
-def _limit(model: str, precision: str) -> float | None:
-    if precision not in DRIFT_LIMITS:
-        raise ConfigError(f"{model!r} states precision {precision!r}; expected one of {', '.join(DRIFT_LIMITS)}.")
-    return None if model == REFERENCE else DRIFT_LIMITS[precision]
+def _limit(model: str, precision: str, limits: Mapping[str, float]) -> float | None:
+    if precision not in limits:
+        raise ConfigError(f"{model!r} states precision {precision!r}; expected one of {', '.join(limits)}.")
+    return None if model == REFERENCE else limits[precision]
 
 
 def _cosine(value: float | None) -> str:

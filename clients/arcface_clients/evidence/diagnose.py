@@ -312,7 +312,8 @@ def warp(faces: Array, scale: float, dx: float, dy: float) -> Array:
         low = np.minimum(source.astype(int), FACE_SIZE - 2)
         part = (source - low).astype(np.float32)
         part = part.reshape(-1, *[1] * (values.ndim - axis - 1))
-        return values.take(low, axis) * (1 - part) + values.take(low + 1, axis) * part
+        between: Array = values.take(low, axis) * (1 - part) + values.take(low + 1, axis) * part
+        return between
 
     moved = along(along(faces.astype(np.float32), 1, dy), 2, dx)
     return np.rint(moved).astype(np.uint8)
@@ -320,7 +321,8 @@ def warp(faces: Array, scale: float, dx: float, dy: float) -> Array:
 
 def _unit(embeddings: Sequence[Sequence[float]] | Array) -> Array:
     array = np.asarray(embeddings, np.float64)
-    return array / np.linalg.norm(array, axis=1, keepdims=True)
+    unit: Array = array / np.linalg.norm(array, axis=1, keepdims=True)
+    return unit
 
 
 def _written(values: Array) -> str:

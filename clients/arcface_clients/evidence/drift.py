@@ -83,7 +83,8 @@ def cosine_per_face(reference: Array, candidate: Array) -> Array:
     bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
     if bad.size:
         raise InvalidFaces(f"{bad.size} of {len(a)} embeddings are zero or hold NaN, first at row {bad[0]}.")
-    return np.einsum("nd,nd->n", a, b) / norms
+    cosines: Array = np.einsum("nd,nd->n", a, b) / norms
+    return cosines
 
 
 def compare_embeddings(
@@ -177,7 +178,8 @@ def run_embedding_regression_tests(
 def _embed(side: Any, faces: Array) -> Array:
     if isinstance(side, np.ndarray):
         return side
-    return side.encode(faces) if hasattr(side, "encode") else side(faces)
+    embeddings: Array = side.encode(faces) if hasattr(side, "encode") else side(faces)
+    return embeddings
 
 
 def _same_shape(reference: Array, candidate: Array) -> tuple[Array, Array]:

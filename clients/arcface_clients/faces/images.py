@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, FaceArray
 from arcface_clients.contract import FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces
 from arcface_clients.faces.check import check_faces
@@ -24,7 +26,7 @@ class Crop:
     """One face that was asked for: its name, and either the crop uint8 (112,112,3) BGR or why there is none."""
 
     name: str  # path, or path[index] for a row of an array file
-    face: Array | None
+    face: FaceArray | None
     refused: str = ""
 
 
@@ -88,12 +90,23 @@ def read_crops(files: Iterable[str]) -> Iterator[Crop]:
             yield Crop(name, None, _reason(exc))
 
 
-def load_faces(sources: Iterable[str | Path]) -> tuple[Array, list[str], list[Crop]]:
+def load_faces(sources: Iterable[str | Path]) -> tuple[FaceArray, list[str], list[Crop]]:
     """All crops at once: faces uint8 (N,112,112,3) BGR, their N names, and what was refused."""
-    crops = list(read_crops(find_files(sources)))
-    good = [crop for crop in crops if crop.face is not None]
-    faces = np.stack([crop.face for crop in good]) if good else np.empty((0, *FACE_SHAPE), np.uint8)
-    return faces, [crop.name for crop in good], [crop for crop in crops if crop.face is None]
+    return stacked(read_crops(find_files(sources)))
+
+
+def stacked(crops: Iterable[Crop]) -> tuple[FaceArray, list[str], list[Crop]]:
+    """The faces uint8 (N,112,112,3) of all crops, their N names, and the crops without one."""
+    faces: list[FaceArray] = []
+    names: list[str] = []
+    refused: list[Crop] = []
+    for crop in crops:
+        if crop.face is None:
+            refused.append(crop)
+        else:
+            faces.append(crop.face)
+            names.append(crop.name)
+    return np.stack(faces) if faces else np.empty((0, *FACE_SHAPE), np.uint8), names, refused
 
 
 def read_face(path: str | Path) -> Array:
@@ -153,15 +166,8 @@ def read_array(path: str | Path) -> Array:
             return check_faces(loaded[names[0]])
     except InvalidFaces:
         raise
-    except (ValueError, EOFError, *_damaged()) as exc:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
         raise InvalidFaces(f"not a NumPy file, or cut off ({exc})") from exc
-
-
-def _damaged() -> tuple[type[Exception], ...]:
-    from zipfile import BadZipFile
-    from zlib import error as BadDeflate
-
-    return BadZipFile, BadDeflate
 
 
 def _reason(exc: Exception) -> str:

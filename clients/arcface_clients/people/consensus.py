@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, unit_rows
 from arcface_clients.errors import ConfigError, InvalidEmbeddings
-from arcface_clients.people.vectors import cosine_distances, unit_pair, unit_rows
+from arcface_clients.people.vectors import cosine_distances, unit_pair
 
 # Distances of a face to the mean of a person's other faces, read off 50 LFW people with MobileFaceNet: where own and
 # foreign faces overlap. `scripts/consensus-demo` prints how many lie on the wrong side of each; `calibrate` finds
