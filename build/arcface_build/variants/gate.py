@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from arcface_build.variants.eval_set import FaceSet
-from arcface_clients.engines.runtimes import Session
+from arcface_clients.engines.runtimes import OnnxSession
 from arcface_clients.evidence.drift import DriftReport, compare_embeddings, cosine_per_face
 
 ACCURACY_LIMITS = {"fp32": 0.001, "fp16": 0.001, "bf16": 0.001, "int8": 0.005}
@@ -51,7 +51,9 @@ class Verdict:
         return 1 - self.drift.mean_cosine
 
 
-def embed_all(session: Session, faces: np.ndarray, progress: Progress | None = None, batch: int = BATCH) -> np.ndarray:
+def embed_all(
+    session: OnnxSession, faces: np.ndarray, progress: Progress | None = None, batch: int = BATCH
+) -> np.ndarray:
     """Embeddings (N,D) float32 of faces uint8 (N,112,112,3), batch by batch."""
     name, parts = session.get_inputs()[0].name, []
     for start in range(0, len(faces), batch):
