@@ -22,7 +22,7 @@ from arcface_build.imports.demo import build_demo
 from arcface_build.imports.importing import to_serving
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines.runtimes import (
-    Session,
+    OnnxSession,
     available_cores,
     cpu_flags,
     cpu_name,
@@ -77,7 +77,7 @@ def measure(arch: str) -> dict:
     return found
 
 
-def _times(session: Session, faces: np.ndarray) -> tuple[float, float]:
+def _times(session: OnnxSession, faces: np.ndarray) -> tuple[float, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     session.run(None, {"face": faces})
     return time.process_time() - cpu, time.perf_counter() - wall

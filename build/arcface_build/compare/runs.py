@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
-from arcface_clients.engines.runtimes import Session, open_session
+from arcface_clients.engines.runtimes import OnnxSession, open_session
 from arcface_clients.errors import Missing, WrongUse
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def session_runner(onnx_path: Path, outputs: Sequence[str] | None = None) -> Any
     from polygraphy.backend.onnx import BytesFromOnnx, ModifyOutputs, OnnxFromPath
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
-    def session() -> Session:
+    def session() -> OnnxSession:
         if outputs is None:
             return open_session(onnx_path)
         watched: bytes = BytesFromOnnx(ModifyOutputs(OnnxFromPath(str(onnx_path)), outputs=list(outputs)))()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arcface_clients.contract import FACE_SIZE, Preprocessing
-from arcface_clients.engines.runtimes import Session, open_session
+from arcface_clients.engines.runtimes import OnnxSession, open_session
 from arcface_clients.errors import WrongUse
 from arcface_clients.faces import synthetic
 from arcface_clients.faces.synthetic import synthetic_faces
@@ -148,7 +148,7 @@ class _Net:
         self._rng = np.random.default_rng([seed, 112])
         self._nodes: list[onnx.NodeProto] = []
         self._weights: list[onnx.TensorProto] = []
-        self._sessions: dict[tuple[int, ...], Session] = {}
+        self._sessions: dict[tuple[int, ...], OnnxSession] = {}
         self._convolutions, self._done, self._progress = convolutions, 0, progress
 
     def mark(self) -> tuple[str, np.ndarray]:
@@ -253,7 +253,7 @@ class _Net:
         self._nodes.append(helper.make_node(op, inputs, [f"{node}.out"], name=node, **attributes))
         self.name = f"{node}.out"
 
-    def _conv_session(self, kernel: int, stride: int, pad: int, group: int) -> Session:
+    def _conv_session(self, kernel: int, stride: int, pad: int, group: int) -> OnnxSession:
         """One convolution with its weights as an input, so that a handful of sessions serves a whole network."""
         from onnx import TensorProto, helper
 

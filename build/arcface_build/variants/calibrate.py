@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arcface_build.imports.proof import OnCount
-from arcface_clients.engines.runtimes import Session, open_session
+from arcface_clients.engines.runtimes import OnnxSession, open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -127,7 +127,7 @@ def on_grid(values: np.ndarray, low: float, high: float, target: str) -> np.ndar
     return (np.clip(np.rint(values / scale) + zero, lowest, highest) - zero) * scale
 
 
-def _session_with_outputs(model: onnx.ModelProto, names: list[str]) -> Session:
+def _session_with_outputs(model: onnx.ModelProto, names: list[str]) -> OnnxSession:
     import onnx
 
     watched = onnx.ModelProto()

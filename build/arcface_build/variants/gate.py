@@ -10,7 +10,7 @@ import numpy as np
 
 from arcface_build.imports.proof import OnCount
 from arcface_build.variants.eval_set import FaceSet
-from arcface_clients.engines.runtimes import Session
+from arcface_clients.engines.runtimes import OnnxSession
 from arcface_clients.errors import InvalidFaces
 from arcface_clients.evidence.accuracy import (
     ChangedDecisions,
@@ -117,7 +117,9 @@ def _brief(verdict: GateVerdict) -> dict[str, Any]:
     return {"faces": verdict.faces, "limit": verdict.limit, "max_drift": verdict.max_drift, "mean_drift": mean}
 
 
-def embed_all(session: Session, faces: np.ndarray, progress: OnCount | None = None, batch: int = BATCH) -> np.ndarray:
+def embed_all(
+    session: OnnxSession, faces: np.ndarray, progress: OnCount | None = None, batch: int = BATCH
+) -> np.ndarray:
     """Embeddings (N,D) float32 of faces uint8 (N,112,112,3), batch by batch."""
     name, parts = session.get_inputs()[0].name, []
     for start in range(0, len(faces), batch):

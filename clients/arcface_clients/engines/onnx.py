@@ -20,8 +20,8 @@ from arcface_clients.engines.in_process import LocalEngine
 from arcface_clients.engines.model_folder import ModelFolder, find_model, folder_of, sidecar_of
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.engines.runtimes import (
+    OnnxSession,
     Provider,
-    Session,
     available_cores,
     cpu_flags,
     cpu_runtimes,
@@ -72,7 +72,7 @@ class OnnxEngine(LocalEngine):
         self._file = Path(file).expanduser() if file is not None else None
         self._models_dir, self._model = models_dir, model
         self._threads = threads or available_cores()
-        self._session: Session | None = None
+        self._session: OnnxSession | None = None
 
     @property
     def contract_id(self) -> str | None:
@@ -173,7 +173,7 @@ class OnnxEngine(LocalEngine):
         self._session = None
 
 
-def _check_contract(session: Session, file: Path) -> int | None:
+def _check_contract(session: OnnxSession, file: Path) -> int | None:
     """The width that the file states, after a look at its tensor contract."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     found = [(item.name, item.type, item.shape) for item in (*inputs, *outputs)]

@@ -33,7 +33,7 @@ _HINTS = {"openvino-fp32": "f32", "openvino-bf16": "bf16"}
 _GRAPH_FAULTS = ("InvalidArgument", "InvalidGraph", "InvalidProtobuf", "ModelLoadCanceled", "NoModel", "NoSuchFile")
 
 
-class Session(Protocol):
+class OnnxSession(Protocol):
     """What we use of an `onnxruntime.InferenceSession`, which has no types of its own."""
 
     def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Array]) -> list[Array]:
@@ -94,7 +94,7 @@ def open_session(
     settings: Mapping[str, str] = NO_IDLE_SPINNING,
     label: str | None = None,
     refused: type[ArcFaceError] = ConfigError,
-) -> Session:
+) -> OnnxSession:
     """An ONNX Runtime session that is proved to run where it was asked to; everything here opens its sessions by it.
 
     Args:
@@ -132,7 +132,7 @@ def open_session(
     else:
         source = model if isinstance(model, bytes) else model.SerializeToString()
     try:
-        session: Session = onnxruntime.InferenceSession(source, options, providers=list(providers))
+        session: OnnxSession = onnxruntime.InferenceSession(source, options, providers=list(providers))
     except Exception as exc:  # pybind raises a class an error code, without a common root
         if expected != CPU and type(exc).__name__ not in _GRAPH_FAULTS:
             raise DependencyMissing(f"{expected} was asked for and did not start: {first_line(exc)}{said}") from exc
