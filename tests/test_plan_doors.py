@@ -303,7 +303,7 @@ for plan in plans:
                 with EngineRegistry.get("tensorrt", plan=plan, public_key=public_key) as engine:
                     engine.ensure_ready()
             else:
-                plan_runner(Path(plan))
+                plan_runner(Path(plan), Path(public_key))
             print("loaded", said)
         except ArcFaceError as exc:
             print(type(exc).__name__, said, exc)

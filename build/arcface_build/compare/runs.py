@@ -33,8 +33,8 @@ def session_runner(onnx_path: Path, outputs: Sequence[str] | None = None) -> Any
     return OnnxrtRunner(session, name=f"ONNX Runtime {onnx_path}")
 
 
-def plan_runner(plan: Path) -> Any:
-    """Polygraphy's TrtRunner on a plan that is what its manifest says, and signed where `storage.public_key` is set.
+def plan_runner(plan: Path, public_key: Path | None) -> Any:
+    """Polygraphy's TrtRunner on a plan that is what its manifest says, and signed where a public key is given.
 
     Raises:
         Missing: TensorRT is not installed here.
@@ -43,10 +43,9 @@ def plan_runner(plan: Path) -> Any:
     _require_tensorrt(f"running {plan}")
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-    from arcface_clients.config.sources import load_config
     from arcface_clients.plans.read import read_plan
 
-    content = read_plan(plan, load_config().storage.public_key).content()
+    content = read_plan(plan, public_key).content()
     return TrtRunner(EngineFromBytes(content), name=f"TensorRT {plan}")
 
 

@@ -62,7 +62,8 @@ def open_side(text: str, config: EmbeddingConfig) -> Iterator[Side]:
         else:
             from arcface_build.compare.runs import active, embed_with, plan_runner, session_runner
 
-            with active(session_runner(path) if suffix == ".onnx" else plan_runner(path)) as runner:
+            run = session_runner(path) if suffix == ".onnx" else plan_runner(path, config.storage.public_key)
+            with active(run) as runner:
                 facts = _facts_beside(path)
                 yield Side(
                     label,
