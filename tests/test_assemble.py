@@ -46,7 +46,9 @@ def plan(folder, contract, sm="8.6", precision="fp16", drift=1e-4, seed=0, **opt
 
 def judged(precision, drift, runtime="openvino-bf16", passed=True):
     """What a sidecar says of a variant."""
-    gates = [{"runtime": runtime, "passed": passed, "limit": 0.01, "drift": {"max_drift": drift}}]
+    gates = [
+        {"runtime": runtime, "passed": passed, "limit": 0.01, "drift": {"max_drift": drift}, "judged_on": "others"}
+    ]
     return {"format": 1, "precision": precision, "passed": passed, "gates": gates}
 
 
@@ -104,7 +106,8 @@ def test_serve_does_not_bring_back_what_was_rolled_back(model_dir, repository):
     ],
 )
 def test_what_another_host_installed_is_served_only_where_it_passed_its_gate(runtime, gated_in, here, why_not):
-    sidecar = {"gates": [{"runtime": one, "passed": True} for one in gated_in]}
+    gates = [gate for one in gated_in for gate in judged("int8", 0.005, one)["gates"]]
+    sidecar = {"precision": "int8", "passed": True, "gates": gates}
     served = {"name": "tiny", "variant": {"precision": "int8", "runtime": runtime, "sidecar": sidecar}}
     if why_not is None:
         check_installed(served, here)
@@ -118,7 +121,7 @@ def test_fp32_is_served_on_every_host():
 
 
 def test_serve_asks_for_the_gate_of_what_it_leaves_installed(model_dir, repository, tmp_path):
-    sidecar = {"gates": [{"runtime": "openvino-fp8", "passed": True}]}
+    sidecar = judged("int8", 0.005, "openvino-fp8")
     assemble(model_dir, repository, VariantChoice("serving.onnx", "int8", "openvino-fp8", "", sidecar))
     with pytest.raises(Missing, match="arcface_onnx holds int8 of tiny, which may not run on this host: it is set up"):
         take_best_variant(repository, tmp_path / "no models here", versions_kept=3)

@@ -337,13 +337,20 @@ def test_a_cpu_has_the_runtimes_of_its_instructions(flags, openvino, expected):
     assert cpu_runtimes(frozenset(flags), openvino) == expected
 
 
+PASSED = {"passed": True, "limit": 0.01, "drift": {"max_drift": 0.005, "faces": 9}, "judged_on": "others"}
+
+
+def sidecar_of_int8(*gates: dict) -> dict:
+    return {"precision": "int8", "passed": True, "gates": list(gates)}
+
+
 @pytest.mark.parametrize(
     ("sidecar", "expected"),
     [
         (None, None),
         ({}, []),
-        ({"gates": [{"runtime": ORT, "passed": False}]}, []),
-        ({"gates": [{"runtime": ORT, "passed": True, "held_back": {"drift": 1}}, {"runtime": FP32}], "more": 1}, [ORT]),
+        (sidecar_of_int8({**PASSED, "runtime": ORT, "passed": False}), []),
+        (sidecar_of_int8({**PASSED, "runtime": ORT, "more": 1}, {**PASSED, "runtime": FP32, "passed": False}), [ORT]),
     ],
 )
 def test_gates_are_read_whatever_else_a_sidecar_holds(sidecar, expected):
@@ -356,7 +363,7 @@ def test_bf16_that_its_gate_refused_is_not_run(tmp_path):
     folder = write_model(tmp_path / "tiny")
     (folder / "variants").mkdir()
     (folder / "variants" / "bf16-cpu.json.refused").touch()
-    with pytest.raises(ModelMissing, match="bf16 passed its gate in no runtime"):
+    with pytest.raises(ModelMissing, match="bf16 of model tiny was refused by its gate"):
         engine("onnx", tmp_path, device="openvino", precision="bf16").ensure_ready()
 
 

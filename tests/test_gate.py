@@ -17,7 +17,7 @@ from arcface_build.errors import ProofFailed
 from arcface_build.imports.proof import prove
 from arcface_build.plans import build as plan_build
 from arcface_build.repository.assemble import assemble, assemble_plans
-from arcface_build.variants.choose import Choice
+from arcface_build.variants.choose import VariantChoice
 from arcface_build.variants.eval_set import FaceSet
 from arcface_build.variants.gate import judge_variant
 from arcface_clients.checks import parity
@@ -146,7 +146,7 @@ def at_assembly_of_a_variant(folder: Path, candidate: np.ndarray, monkeypatch) -
     gate = {"runtime": "onnxruntime", "passed": True, "limit": 2.0, "judged_on": "held back"}
     gate["drift"] = record_of(candidate)
     sidecar = {"precision": "int8", "passed": True, "gates": [gate]}
-    choice = Choice("serving.onnx", "int8", "onnxruntime", "", sidecar)
+    choice = VariantChoice("serving.onnx", "int8", "onnxruntime", "", sidecar)
     assemble(model_dir, copy_repository(folder), choice, limits=LIMITS)
 
 

@@ -116,7 +116,14 @@ def test_every_key_is_read_by_a_command_or_an_engine(elsewhere, monkeypatch, rec
         with suppress(ArcFaceError):
             with_backend = config.model_copy(update={"backend": backend})
             get_embedding_backend(config=with_backend).close()
-    for line in ("plan list", "assemble absent", "compare a.npz b.npz", "doctor", "plan build absent"):
+    for line in (
+        "plan list",
+        "assemble absent",
+        "quantize absent --precision int8",
+        "compare a.npz b.npz",
+        "doctor",
+        "plan build absent",
+    ):
         run(line)
     with suppress(ArcFaceError):
         get_embedding_backend(config=config).close()
@@ -150,7 +157,7 @@ COMMANDS_OF = {
         "local.model_repository",
         "validation.eval_set_size",
     ],
-    "quantize absent --precision int8": ["local.models_dir", "comparison.max_drift.int8"],
+    "quantize absent --precision int8": ["local.models_dir", "comparison.max_drift.int8", "comparison.margin"],
     "bench-variants absent": ["local.models_dir"],
     "plan build absent": ["local.models_dir", "storage.plans", "storage.type"],
     "plan list": ["storage.plans", "storage.cache", "storage.type", "storage.public_key"],
