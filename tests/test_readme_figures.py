@@ -14,8 +14,6 @@ from conftest import REPO
 SPREAD = re.compile(r"(?P<median>\d+\.\d+)(?: ms| ×)? \((?P<low>\d+\.\d+)–(?P<high>\d+\.\d+)\)")
 NUMBER = re.compile(r"(?<![\w.,/])(?P<inverse>1/)?(?P<number>\d[\d,]*(?:\.\d+)?)(?P<unit> %| µs)?")
 NOT_FIGURES = ("samples", "samples_ms", "host", "server", "rounds")  # one sample of many is no figure of the report
-# Written before their commands recorded the host; what README says of them is counts and ratios.
-WITHOUT_HOST = {"docs/measured/consensus-lfw.json"}
 
 
 def _rows() -> list[tuple[str, str, tuple[str, ...]]]:
@@ -89,8 +87,7 @@ def test_each_figure_of_readme_stands_in_its_report(what: str, figures: str, rep
     assert not re.search(r"\b[A-Z]{4,}\b", re.sub(r"HTTP|JSON", "", figures)), f"a placeholder: {figures}"
     read = [json.loads((REPO / path).read_text()) for path in reports]
     for path, report in zip(reports, read, strict=True):
-        if path not in WITHOUT_HOST:
-            assert report.get("cpu") or report["host"]["cpu"], f"{path} does not say where it was measured"
+        assert report.get("cpu") or report["host"]["cpu"], f"{path} does not say where it was measured"
     if re.search(r"\d", figures):
         assert not (absent := _absent(figures, read)), f"{what}: {', '.join(reports)} holds no {', '.join(absent)}"
     else:

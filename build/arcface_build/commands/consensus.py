@@ -77,7 +77,8 @@ def command(
     """Find for each person who most of the photos show, and which photos show somebody else.
 
     FOLDER_OF_PERSONS holds one folder of aligned 112×112 crops (with --detect: of photos) a person. The output names
-    each person's references, outliers with their distance, what could not be read, and the consensus embedding.
+    each person's references, outliers with their distance, what could not be read, and the consensus embedding. A
+    person whose photos show no clear majority is undecided, and the groups that they form are listed.
     """
     import json
 
@@ -99,7 +100,7 @@ def command(
         "output": str(output),
         "people": len(records),
         "agreed": len(records) - len(undecided),
-        "outliers": sum(len(record["outliers"]) for record in records.values() if record["agreed"]),
+        "outliers": sum(len(record["outliers"]) for record in records.values()),
         "refused": sum(len(record["refused"]) for record in records.values()),
         "undecided": undecided,
     }
@@ -111,6 +112,8 @@ def command(
             click.echo(f"not read: {refused['path']}: {refused['reason']}", err=True)
         if not record["agreed"]:
             click.echo(f"undecided: {name}: {record['reason']}")
+            for number, group in enumerate(record["groups"], start=1):
+                click.echo(f"  group {number}, {len(group)} faces: {', '.join(group)}")
             continue
         for outlier in record["outliers"]:
             click.echo(f"outlier: {outlier['path']}: distance {outlier['distance']:.3f}")
