@@ -38,6 +38,7 @@ Examples:
 @click.option("--tensorrt", is_flag=True, help="With --layers: build B with TensorRT.")
 @click.option("--source", type=click.Path(path_type=Path, exists=True), help="Source ONNX to explain the drift with.")
 @click.option("--explain/--no-explain", default=None, help="Look for the fault; default: when the gate fails.")
+@click.option("--across-contracts", is_flag=True, help="Compare though A and B are known to be different models.")
 @click.option("--models-dir", type=click.Path(path_type=Path), default=Path("models"), help="Imported models.")
 @click.option("--model", help="Which of them engines take; default: the only one.")
 @click.option("--json", "json_to", type=click.Path(path_type=Path), help="Write the report; - prints it.")
@@ -56,6 +57,7 @@ def command(
     tensorrt: bool,
     source: Path | None,
     explain: bool | None,
+    across_contracts: bool,
     models_dir: Path,
     model: str | None,
     json_to: Path | None,
@@ -65,7 +67,7 @@ def command(
 
     Exit code 1: a face drifted beyond --max-drift, or a figure is beyond its warning.
     """
-    from arcface_build.compare.comparison import compare_sides
+    from arcface_build.compare.comparison import ACROSS_CONTRACTS, compare_sides
     from arcface_build.compare.comparison import explain as explain_drift
     from arcface_build.compare.reference import find_source
     from arcface_build.compare.sides import open_side
@@ -86,12 +88,15 @@ def command(
             pairs_of(pairs_from, identities, faces),
             threshold,
             {name: (target.target, target.warn) for name in TARGETS for target in [getattr(targets, name)]},
+            across_contracts,
         )
         network = source or find_source(a, b) or _source_of_engines(models_dir, model, a, b)
-        if network is not None and (explain or (explain is None and not result.report["gate"]["passed"])):
+        if explain or (explain is None and not result.report["gate"]["passed"]):
             explain_drift(result, side_b, faces, network)
     if layers:
         result.report["layers"] = _layers(a, b, faces, layer_tolerance, tensorrt)
+    if result.report["across_contracts"]:
+        click.echo(f"WARNING: {ACROSS_CONTRACTS}", err=True)
     if json_to and str(json_to) != "-":
         write_json(json_to, result.report)
     if html_to:
@@ -125,6 +130,8 @@ def render(report: dict[str, Any]) -> str:
     if report["accuracy"]:
         lines += _accuracy_lines(report["accuracy"])
     lines += [f"finding     {finding['fault']}: {finding['sentence']}" for finding in report["findings"]]
+    if report["not_explained"]:
+        lines.append(f"explanation {report['not_explained']}")
     if report["layers"]:
         lines.append(f"layers      {report['layers']['told']}")
     return "\n".join(lines)
@@ -183,7 +190,7 @@ def pairs_of(path: Path | None, identities: bool, faces: Faces) -> Pairs | None:
         raise WrongUse("accuracy needs named faces: add --faces FOLDER, with a folder for each person.")
     if path is not None:
         return pairs_from_csv(path, faces.names)
-    return pairs_from_identities(identities_from_paths(faces.names))
+    return pairs_from_identities(identities_from_paths(faces.names).tolist())
 
 
 def _layers(a: str, b: str, faces: Faces, tolerance: float, tensorrt: bool) -> dict[str, Any]:
