@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,19 +249,9 @@ def served_file(repository: Path | None, model: str, name: str) -> Path:
 
 def faces_of(sources: tuple[str, ...], batch: int) -> np.ndarray:
     """Crops from files, else drawn ones: at least one batch."""
-    from arcface_clients.errors import WrongUse
-    from arcface_clients.faces.synthetic import synthetic_faces
+    from arcface_clients.faces.images import load_or_draw
 
-    if not sources:
-        return synthetic_faces(max(64, batch))
-    from arcface_clients.faces.images import load_faces
-
-    faces, _, refused = load_faces(sources)
-    for crop in refused:
-        click.echo(f"not read: {crop.name}: {crop.refused}", err=True)
-    if not len(faces):
-        raise WrongUse(f"no face could be read from {' '.join(sources)}: expected aligned 112×112 crops.")
-    return faces[: max(256, batch)]
+    return load_or_draw(sources, max(64, batch), partial(click.echo, err=True))[0][: max(256, batch)]
 
 
 @contextlib.contextmanager

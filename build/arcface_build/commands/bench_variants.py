@@ -43,7 +43,7 @@ def command(
 
     from arcface_build.bench.variants import run, speeds, table
     from arcface_build.variants.choose import speeds_file
-    from arcface_build.variants.eval_set import load_faces
+    from arcface_build.variants.eval_set import evaluation_faces
     from arcface_clients.atomic import write_json
 
     console = Console(stderr=True)
@@ -54,7 +54,7 @@ def command(
             threads=threads,
             rounds=rounds,
             sample_s=sample_s,
-            faces=load_faces(faces_from, 64),
+            faces=evaluation_faces(faces_from, 64),
             insightface=insightface,
             on_sample=lambda variant, number: (
                 console.print(f"round {number}: {variant}", style="dim") if console.is_terminal else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,24 +160,14 @@ def _accuracy_lines(accuracy: dict[str, Any]) -> list[str]:
 def faces_of(sources: tuple[str, ...], sides: Sequence[Side]) -> Faces:
     """Named crops; else those that saved embeddings name, where they are still there; else drawn ones."""
     from arcface_build.compare.comparison import Faces, names_of
-    from arcface_clients.errors import WrongUse
-    from arcface_clients.faces.synthetic import synthetic_faces
+    from arcface_clients.faces.images import load_or_draw
 
     names = names_of(sides)
     wanted = sources or (names if names and all(Path(name).is_file() for name in names) else ())
-    if wanted:
-        from arcface_clients.faces.images import load_faces
-
-        pixels, read, refused = load_faces(wanted)
-        for crop in refused:
-            click.echo(f"not read: {crop.name}: {crop.refused}", err=True)
-        if not len(pixels):
-            raise WrongUse(f"no face could be read from {' '.join(wanted[:3])}: expected aligned 112×112 crops.")
-        return Faces(pixels, tuple(read))
     saved = next((side.saved for side in sides if side.saved is not None), None)
-    if saved is not None:
+    if saved is not None and not wanted:
         return Faces(None, names or tuple(f"row {i}" for i in range(len(saved))))
-    return Faces(synthetic_faces(64), None)
+    return Faces(*load_or_draw(wanted, 64, partial(click.echo, err=True)))
 
 
 def pairs_of(path: Path | None, identities: bool, faces: Faces) -> Pairs | None:

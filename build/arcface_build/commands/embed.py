@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,11 @@ from arcface_build.commands.item_progress import item_progress
 from arcface_build.commands.server_option import access_to, urls_option
 from arcface_clients.atomic import new_file
 from arcface_clients.errors import WrongUse
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from arcface_clients.faces.images import Found
 
 EPILOG = """\b
 Examples:
@@ -68,6 +74,7 @@ def command(
 
     What cannot be read is listed with the reason and left out. A .npz holds `paths`, `embeddings` float32 (N,D) of
     unit length, `contract_id` and `model`; a .parquet the columns path, identity, embedding, contract_id and digest.
+    With --detect both hold where each face was found, in pixels of the upright photo (docs/people.md).
     """
     if output.suffix not in (".npz", ".parquet"):
         raise WrongUse(
@@ -110,6 +117,7 @@ def _embed_to_npz(
     files = find_files(sources)
     names: list[str] = []
     refused: list[Crop] = []
+    found: list[Found] = []
     with (
         TritonEmbedder(url, model, timeout_s=timeout_s, **access_to(url)) as embedder,
         item_progress() as progress,
@@ -134,6 +142,8 @@ def _embed_to_npz(
                     refused.append(crop)
                 else:
                     names.append(crop.name)
+                    if crop.found is not None:
+                        found.append(crop.found)
                     yield crop.face
 
         rows = list(embedder.encode_stream(readable()))  # files are read while the server works
@@ -158,6 +168,7 @@ def _embed_to_npz(
             embeddings=embeddings,
             contract_id=np.array(served.contract_id or ""),
             model=np.array(model),
+            **_places(found) if detector else {},
         )
     summary = {
         "output": str(output),
@@ -173,3 +184,14 @@ def _embed_to_npz(
         left_out = f", {len(refused)} not read" if refused else ""
         click.echo(f"{output}: {len(names)} embeddings of {dim} numbers from {model}{left_out}")
     return 0
+
+
+def _places(found: Sequence[Found]) -> dict[str, np.ndarray]:
+    """Scores (N,), boxes (N,4) and landmarks (N,5,2), float32, in pixels of the upright photo."""
+    import numpy as np
+
+    return {
+        "scores": np.array([each.score for each in found], np.float32),
+        "boxes": np.array([each.box for each in found], np.float32),
+        "landmarks": np.array([each.landmarks for each in found], np.float32),
+    }

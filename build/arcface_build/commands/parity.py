@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import click
 
@@ -36,22 +37,15 @@ def command(url: str, sources: tuple[str, ...], limit: int, timeout_s: float, co
     from rich.console import Console
 
     from arcface_clients.checks.parity import COUNTING, count_drift, measure_parity, render_table
-    from arcface_clients.faces.synthetic import synthetic_faces
+    from arcface_clients.faces.images import load_or_draw
 
     errors = Console(stderr=True, soft_wrap=True)
-    faces = None
-    if sources:
-        from arcface_clients.faces.images import load_faces
-
-        faces, _, refused = load_faces(sources)
-        faces = faces[:limit]
-        for crop in refused:
-            click.echo(f"not read: {crop.name}: {crop.refused}", err=True)
+    faces = load_or_draw(sources, 32, partial(click.echo, err=True))[0][:limit]
     with errors.status("") as status:
         report = measure_parity(
             url, faces, timeout_s=timeout_s, progress=lambda model: status.update(f"asking {model} …")
         )
-        counted = count and count_drift(url, synthetic_faces(32) if faces is None else faces, timeout_s=timeout_s)
+        counted = count and count_drift(url, faces, timeout_s=timeout_s)
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:

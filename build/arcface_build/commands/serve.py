@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -94,6 +95,7 @@ def command(
     from arcface_build.serving.variant import take_best_variant
     from arcface_clients.config.sources import load_config
     from arcface_clients.errors import GateFailed
+    from arcface_clients.faces.images import load_or_draw
 
     interrupt = Interrupt()
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
@@ -102,7 +104,8 @@ def command(
     ports = Ports(http_port, grpc_port, metrics_port)
     ports.check_free(host)  # before any work
     settings = load_config()
-    faces = _faces(faces_from, settings.validation.eval_set_size)
+    said = partial(click.echo, err=True)
+    faces, _ = load_or_draw([faces_from] if faces_from else [], settings.validation.eval_set_size, said)
     choice, with_reference = _prepare(repository, backend, demo, reference and settings.validation.run_on_startup)
     binary = find_tritonserver()
     _say(f"tritonserver {binary.origin}\nbackend {choice.backend}: {choice.reason}", as_json)
@@ -163,27 +166,6 @@ def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple
         asked, gpu_sm(), plan_sms(repository), bool(versions(repository / "arcface_onnx")), has_reference
     )
     return choice, reference and has_reference and choice.backend != "reference"
-
-
-def _faces(faces_from: Path | None, count: int) -> np.ndarray:
-    """What the table is made of: uint8 (N,112,112,3) BGR, N ≥ 1.
-
-    Raises:
-        InvalidFaces: there is not one face in `faces_from`.
-    """
-    from arcface_clients.faces.synthetic import synthetic_faces
-
-    if faces_from is None:
-        return synthetic_faces(count)
-    from arcface_clients.errors import InvalidFaces
-    from arcface_clients.faces.images import load_faces
-
-    faces, _, refused = load_faces([faces_from])
-    for crop in refused:
-        click.echo(f"not read: {crop.name}: {crop.refused}", err=True)
-    if not len(faces):
-        raise InvalidFaces(f"no faces in {faces_from}: expected aligned crops of 112×112 pixels, or .npz of them.")
-    return faces
 
 
 def _log_path(repository: Path, http_port: int) -> Path:

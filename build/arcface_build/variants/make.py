@@ -12,7 +12,7 @@ import numpy as np
 from arcface_build.errors import ProofFailed
 from arcface_build.imports.manifest import Manifest, load_manifest
 from arcface_build.variants.calibrate import LEVELS, collect_histograms, conv_inputs, least_error_range
-from arcface_build.variants.eval_set import FaceSet, load_faces
+from arcface_build.variants.eval_set import FaceSet, evaluation_faces
 from arcface_build.variants.gate import Progress, Verdict, embed_all, judge, refusal
 from arcface_build.variants.int8 import make_coarse, quantizable_layers
 from arcface_build.variants.recipe import Recipe, load_recipe
@@ -42,7 +42,7 @@ class Wish:
     Attributes:
         precision: fp16, bf16 or int8.
         target: cpu or tensorrt.
-        eval_source, eval_faces: faces to judge by (`eval_set.load_faces`) and at most how many.
+        eval_source, eval_faces: faces to judge by (`eval_set.evaluation_faces`) and at most how many.
         calibration: faces to calibrate on; default: a draw from the eval set, or other drawn faces where that is drawn.
         limit: largest drift (1 − cosine) a face may show.
         search: look for layers to keep where the variant as asked for fails.
@@ -80,7 +80,7 @@ def make_variant(
     serving_path = model_dir / manifest.serving["file"]
     if not serving_path.is_file():
         raise Missing(f"{serving_path} is gone, though its manifest names it. Next: arcface import SOURCE --force")
-    faces = load_faces(wish.eval_source, wish.eval_faces)
+    faces = evaluation_faces(wish.eval_source, wish.eval_faces)
     runtimes = _runtimes(wish.precision, target)
     trial = _Trial(
         name=manifest.name,
@@ -152,7 +152,7 @@ def _start(
         names = ", ".join(quantizable_layers(serving))
         raise WrongUse(f"--keep names no node: {', '.join(sorted(unknown))}. Layers: {names}")
     if wish.calibration or wish.eval_source == "synthetic":
-        calibration = load_faces(wish.calibration or "synthetic", CALIBRATION_FACES, seed=1)
+        calibration = evaluation_faces(wish.calibration or "synthetic", CALIBRATION_FACES, seed=1)
     else:
         calibration = faces.sample(CALIBRATION_FACES, seed=1)
     start = Recipe(wish.precision, target, manifest.serving["sha256"], wish.keep, calibration=calibration.to_json())

@@ -41,4 +41,4 @@ def align_face(image_bgr: Array, landmarks: Array) -> Array:
     """The face uint8 (112,112,3) BGR from an image uint8 (H,W,3) BGR: InsightFace's `norm_crop`, black outside."""
     import cv2
 
-    return cv2.warpAffine(image_bgr, similarity_to_template(landmarks), (FACE_SIZE, FACE_SIZE), borderValue=0.0)
+    return np.asarray(cv2.warpAffine(image_bgr, similarity_to_template(landmarks), (FACE_SIZE, FACE_SIZE)))

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from arcface_clients.arrays import Array
-from arcface_clients.contract import FACE_SHAPE
 from arcface_clients.errors import ConfigError, DependencyMissing, InvalidFaces
 from arcface_clients.faces.align import align_face
-from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, find_files
+from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, Found, find_files, gather
 from arcface_clients.faces.photos import read_photo
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ class FaceDetector:
         network = self._network()
         network.setInputSize((image.shape[1], image.shape[0]))
         rows = network.detect(image)[1]
-        return np.empty((0, 15), np.float32) if rows is None else rows[np.isfinite(rows).all(axis=1)]
+        return np.empty((0, 15), np.float32) if rows is None else np.asarray(rows[np.isfinite(rows).all(axis=1)])
 
     def _network(self) -> cv2.FaceDetectorYN:
         import cv2
@@ -150,7 +149,8 @@ class FaceDetector:
                     f"expected {MODEL_NAME} from {SOURCE}"
                 ) from exc
             self._of_thread.network = network
-        return self._of_thread.network
+        kept: cv2.FaceDetectorYN = self._of_thread.network
+        return kept
 
 
 def find_model(model: Path | str | None = None) -> Path:
@@ -188,12 +188,9 @@ def detect_crops(files: Iterable[str], detector: FaceDetector) -> Iterator[Crop]
             yield Crop(name, None, exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc))
             continue
         for index, found in enumerate(faces):
-            yield Crop(f"{name}[{index}]", found.face)
+            yield Crop(f"{name}[{index}]", found.face, found=Found(found.score, found.box, found.landmarks))
 
 
 def load_detected(sources: Iterable[str | Path], detector: FaceDetector) -> tuple[Array, list[str], list[Crop]]:
     """All faces of all images at once: uint8 (N,112,112,3) BGR, their N names, and what was refused."""
-    crops = list(detect_crops(find_files(sources), detector))
-    good = [crop for crop in crops if crop.face is not None]
-    faces = np.stack([crop.face for crop in good]) if good else np.empty((0, *FACE_SHAPE), np.uint8)
-    return faces, [crop.name for crop in good], [crop for crop in crops if crop.face is None]
+    return gather(detect_crops(find_files(sources), detector))

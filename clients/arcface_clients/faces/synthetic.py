@@ -44,7 +44,7 @@ def _draw(rng: np.random.Generator) -> Array:
         image[:] = image * (1 - mask[..., None]) + mask[..., None] * color
 
     def ellipse(cx: float, cy: float, rx: float, ry: float, soft: float = 0.15) -> Array:
-        return np.clip((1 - np.hypot((x - cx) / rx, (y - cy) / ry)) / soft + 0.5, 0, 1)
+        return np.asarray(np.clip((1 - np.hypot((x - cx) / rx, (y - cy) / ry)) / soft + 0.5, 0, 1))
 
     skin = np.array([90, 120, 170]) * rng.uniform(0.5, 1.35) + rng.normal(0, 12, 3)
     hair = rng.uniform(10, 110) * np.array([0.8, 0.9, 1.0]) + rng.normal(0, 8, 3)
@@ -61,7 +61,7 @@ def _draw(rng: np.random.Generator) -> Array:
     blend(ellipse(56, 92.3, rng.uniform(10, 18), rng.uniform(2.5, 7)), np.array([80, 70, 160]) * rng.uniform(0.6, 1.3))
     light = 1 + rng.uniform(-0.35, 0.35) * (x - 56) / 56 + rng.uniform(-0.25, 0.25) * (y - 56) / 56
     image = image * light[..., None] + _texture(rng, amplitude=14) + rng.normal(0, 3, image.shape)
-    return image.clip(0, 255).astype(np.uint8)
+    return np.asarray(image.clip(0, 255).astype(np.uint8))
 
 
 def _texture(rng: np.random.Generator, amplitude: float) -> Array:
@@ -72,4 +72,4 @@ def _texture(rng: np.random.Generator, amplitude: float) -> Array:
     part = (grid - low)[:, None]
     rows = coarse[low] * (1 - part[..., None]) + coarse[low + 1] * part[..., None]
     field = rows[:, low] * (1 - part) + rows[:, low + 1] * part
-    return field * amplitude
+    return np.asarray(field * amplitude)
