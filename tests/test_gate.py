@@ -21,6 +21,7 @@ from arcface_build.variants.choose import VariantChoice
 from arcface_build.variants.eval_set import FaceSet
 from arcface_build.variants.gate import judge_variant
 from arcface_clients.checks import parity
+from arcface_clients.contract import Preprocessing
 from arcface_clients.engines import EngineRegistry
 from arcface_clients.engines.validation import StoredReference, validate_engine
 from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed, InferenceFailed, PlanRefused
@@ -36,6 +37,7 @@ LIMITS = dict.fromkeys(("fp32", "fp16", "bf16", "int8"), LIMIT)
 DIM = 8
 FACES = np.broadcast_to(np.arange(0, 80, 20, dtype=np.uint8)[:, None, None, None], (4, 112, 112, 3)).copy()
 REFERENCE = np.eye(4, DIM, dtype=np.float32)
+from tiny_model import write_manifest
 
 
 def drifted(drift: float) -> np.ndarray:
@@ -93,7 +95,7 @@ def in_a_regression_test(folder: Path, candidate: np.ndarray, monkeypatch) -> No
 
 def at_startup(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
     file = table_model(folder / "serving.onnx", candidate)
-    (folder / "manifest.json").write_text(json.dumps({"contract_id": "c" * 64}))
+    write_manifest(folder, "0" * 64, Preprocessing(), DIM, contract_id="c" * 64)
     engine = EngineRegistry.get("onnx", file=file, device="cpu", threads=1)
     validate_engine(engine, StoredReference(FACES, REFERENCE, "c" * 64, "a file"), "int8", LIMITS, "onnx")
 
