@@ -127,7 +127,7 @@ def test_two_contracts_are_compared_where_that_is_asked_for_and_it_is_said_every
     rows = np.eye(3, dtype=np.float32)
     np.savez(tmp_path / "a.npz", embeddings=rows, contract_id="a" * 64)
     np.savez(tmp_path / "b.npz", embeddings=rows, contract_id="b" * 64)
-    options = ("--across-contracts", "--json", tmp_path / "r.json", "--html", tmp_path / "r.html")
+    options = ("--across-contracts", "--report", tmp_path / "r.json", "--html", tmp_path / "r.html")
     result = compare(tmp_path / "a.npz", tmp_path / "b.npz", *options)
     assert "WARNING: A and B are of two contracts" in result.stderr
     assert json.loads((tmp_path / "r.json").read_text())["across_contracts"] is True
@@ -155,7 +155,7 @@ def test_lengths_and_coarser_numbers_are_found_in_saved_embeddings_alone(tmp_pat
     np.save(tmp_path / "a.npy", rows)
     np.save(tmp_path / "long.npy", 3 * rows)
     np.save(tmp_path / "coarse.npy", rows + 0.012 * rng.normal(size=rows.shape))
-    report = json.loads(compare(tmp_path / "a.npy", tmp_path / "long.npy", "--no-explain", "--json", "-").stdout)
+    report = json.loads(compare(tmp_path / "a.npy", tmp_path / "long.npy", "--no-explain", "--json").stdout)
     assert [finding["fault"] for finding in report["findings"]] == ["not L2-normalised"]
     assert report["not_explained"] is None
     assert "same network, coarser numbers" in compare(tmp_path / "a.npy", tmp_path / "coarse.npy").stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arcface_clients.bulk.units import plan_units
+from arcface_clients.bulk.units import iter_units
 from arcface_clients.errors import WrongUse
 from arcface_clients.faces.images import find_files, load_faces, load_or_draw
 from arcface_clients.faces.synthetic import synthetic_faces
@@ -46,7 +46,7 @@ def test_links_to_folders_are_followed_loops_and_pipes_are_not(folder: Path, tmp
     os.mkfifo(linked / "pipe.png")
     expected = [str(linked / "person" / name) for name in ("10.PNG", "2.png")]
     assert find_files([linked]) == expected
-    assert [item[0] for unit in plan_units([linked], 100) for item in unit["items"]] == expected
+    assert [item[0] for unit in iter_units([linked], 100) for item in unit["items"]] == expected
 
 
 def test_everything_in_a_folder_that_is_an_image_is_read_or_listed(folder: Path) -> None:
@@ -67,7 +67,7 @@ def test_everything_in_a_folder_that_is_an_image_is_read_or_listed(folder: Path)
     reasons = {Path(crop.name).name: crop.refused for crop in refused}
     assert list(reasons) == ["f.heic", "g.png"]
     assert reasons["g.png"] == "No such file or directory"
-    assert next(unit["items"] for unit in plan_units([folder], 100))[-1][0] == str(folder / "no_suffix")
+    assert next(unit["items"] for unit in iter_units([folder], 100))[-1][0] == str(folder / "no_suffix")
 
 
 @pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
