@@ -30,14 +30,13 @@ from arcface_clients.evidence.gate import judge_embeddings, judge_record, run_em
 from arcface_clients.plans.manifest import manifest_bytes, manifest_path
 from conftest import copy_repository
 from plan_samples import spec, write_plan
-from tiny_model import write_model
+from tiny_model import write_manifest, write_model
 
 LIMIT = 0.01
 LIMITS = dict.fromkeys(("fp32", "fp16", "bf16", "int8"), LIMIT)
 DIM = 8
 FACES = np.broadcast_to(np.arange(0, 80, 20, dtype=np.uint8)[:, None, None, None], (4, 112, 112, 3)).copy()
 REFERENCE = np.eye(4, DIM, dtype=np.float32)
-from tiny_model import write_manifest
 
 
 def drifted(drift: float) -> np.ndarray:
