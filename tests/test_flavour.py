@@ -11,11 +11,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.errors import SourceRefused
-from arcface_build.imports.flavour import flavour_of, guess_preprocessing
+from arcface_build.imports.flavour import flavour_of
 from arcface_build.imports.importing import import_model
 from arcface_build.imports.onnx_file import read_source
 from arcface_build.imports.source import known_models, resolve
-from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import ArcFaceError, Missing
 from arcface_clients.faces.synthetic import synthetic_faces
 from tiny_nets import tiny_net
@@ -307,19 +306,3 @@ def test_what_the_file_is(flavour: dict, expected: tuple) -> None:
     found = flavour_of(tiny_net(**flavour), "net.onnx")
     assert (found.layout, found.batch, found.opset, found.insightface_says_inside, found.prelu_slopes) == expected
     assert found.dim == 512
-
-
-@pytest.mark.parametrize(
-    ("inside", "low", "high"),
-    [
-        ("mxnet", -127.5 / 128, 127.5 / 128),
-        ("pytorch", -0.485 / 0.229, (1 - 0.406) / 0.225),
-        ("computed", -1, 1),
-    ],
-)
-def test_the_map_inside_the_graph_is_read_from_its_constants(inside: str, low: float, high: float) -> None:
-    found = flavour_of(tiny_net(inside=inside), "net.onnx")
-    ends = np.array(found.shift), np.array(found.shift) + 255 * np.array(found.scale)
-    assert ends[0].min() == pytest.approx(low, abs=1e-6)
-    assert ends[1].max() == pytest.approx(high, abs=1e-6)
-    assert guess_preprocessing(found, "net.onnx")[0] == Preprocessing("rgb", (0, 0, 0), (1, 1, 1))

@@ -8,11 +8,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import WrongUse
+
+if TYPE_CHECKING:
+    from arcface_build.imports.preprocessing import Stated
 
 
 @click.command("import", context_settings={"auto_envvar_prefix": "ARCFACE_IMPORT"})
@@ -104,19 +108,22 @@ def command(
     _report(manifest, folder, reused, installed)
 
 
-def _stated(color: str | None, mean: str | None, std: str | None) -> Preprocessing | None:
-    """What the user says about preprocessing; a part that is not said is InsightFace's."""
-    if color is None and mean is None and std is None:
-        return None
+def _stated(color: str | None, mean: str | None, std: str | None) -> Stated:
+    """What the user says about preprocessing, part by part."""
+    from arcface_build.imports.preprocessing import Stated
+
     if (mean is None) != (std is None):
         raise WrongUse("--mean and --std belong together: expected both, got one.")
-    means, stds = _three("--mean", mean or "127.5"), _three("--std", std or "127.5")
+    if mean is None or std is None:
+        return Stated(color)
+    means, stds = _three("--mean", mean), _three("--std", std)
     if 0 < max(means) <= 1 and max(stds) <= 1:
         raise WrongUse(f"--mean {mean} --std {std} look like units of 0..1: expected 0..255. Multiply both by 255.")
     try:
-        return Preprocessing(color or "rgb", means, stds)
+        Preprocessing("rgb", means, stds)
     except ValueError as exc:
         raise WrongUse(f"--mean, --std: {exc}.") from exc
+    return Stated(color, means, stds)
 
 
 def _three(option: str, text: str) -> tuple[float, float, float]:
@@ -126,7 +133,8 @@ def _three(option: str, text: str) -> tuple[float, float, float]:
         numbers = []
     if len(numbers) not in (1, 3):
         raise WrongUse(f"{option} is {text!r}: expected one number or three with commas, as 123.675,116.28,103.53.")
-    return tuple(numbers * 3 if len(numbers) == 1 else numbers)
+    first, second, third = numbers * 3 if len(numbers) == 1 else numbers
+    return first, second, third
 
 
 @contextmanager
@@ -149,6 +157,7 @@ def _report(manifest, folder: Path, reused: bool, installed: dict[str, int] | No
         click.secho(source["note"], fg="yellow", bold=True)
     click.echo(f"{manifest.name}: {source['file']} ({source['sha256'][:12]}…), licence {source['licence']}")
     click.echo(f"  preprocessing  {wants['color']}, mean {wants['mean']}, std {wants['std']} ({wants['why']})")
+    click.echo(f"  network sees   {_network(wants.get('network'))}")
     for step in manifest.steps:
         if step["changed"]:
             click.echo(f"  {step['step']:<14} {step['why']}")
@@ -164,3 +173,10 @@ def _report(manifest, folder: Path, reused: bool, installed: dict[str, int] | No
     )
     if installed:
         click.echo("served from: " + ", ".join(f"{model}/{version}" for model, version in installed.items()))
+
+
+def _network(seen: dict[str, Any] | None) -> str:
+    """What the network sees of the pixels, in words."""
+    if seen is None:
+        return "something else than a map of each channel by itself; stated by the caller, not measured"
+    return f"{seen['color']}, (x − {seen['mean']}) / {seen['std']}: outside and inside the graph together"

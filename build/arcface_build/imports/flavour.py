@@ -11,7 +11,7 @@ from arcface_build.errors import SourceRefused
 from arcface_build.graph.index import GraphIndex, attribute, shapes
 from arcface_build.graph.upgrade_opset import opset_of
 from arcface_build.imports.onnx_file import IMPORT_ITSELF
-from arcface_clients.contract import FACE_SIZE, Preprocessing
+from arcface_clients.contract import FACE_SIZE
 
 if TYPE_CHECKING:
     import onnx
@@ -30,7 +30,7 @@ OTHER_SIZES = {
 
 @dataclass(frozen=True)
 class Flavour:
-    """What stands in the file; `scale` and `shift` are the affine map (per channel) that the graph applies to pixels.
+    """What stands in the file.
 
     `insightface_says_inside` is InsightFace's own rule: a node named Sub… (or _minus…) and one named Mul… (_mul…)
     among the first eight (insightface.model_zoo.arcface_onnx).
@@ -43,8 +43,6 @@ class Flavour:
     producer: str
     nodes: int
     dim: int | None
-    scale: list[float]
-    shift: list[float]
     insightface_says_inside: bool
     prelu_slopes: str
     batchnorms: int
@@ -67,7 +65,6 @@ def flavour_of(model: onnx.ModelProto, file: str) -> Flavour:
     _check_training(model.graph, file)
     _check_weights(index, file)
     shape = face.type.tensor_type.shape.dim
-    scale, shift = affine_at_input(index, face.name)
     names = [node.name for node in model.graph.node[:8]]
     return Flavour(
         input=face.name,
@@ -77,73 +74,11 @@ def flavour_of(model: onnx.ModelProto, file: str) -> Flavour:
         producer=f"{model.producer_name} {model.producer_version}".strip() or "unknown",
         nodes=len(model.graph.node),
         dim=dim,
-        scale=scale,
-        shift=shift,
         insightface_says_inside=any(name.startswith(("Sub", "_minus")) for name in names)
         and any(name.startswith(("Mul", "_mul")) for name in names),
         prelu_slopes=_slopes(index),
         batchnorms=sum(node.op_type == "BatchNormalization" for node in model.graph.node),
     )
-
-
-def guess_preprocessing(flavour: Flavour, file: str) -> tuple[Preprocessing, str]:
-    """What the network wants, and from what that was read.
-
-    Raises:
-        SourceRefused: the file contradicts itself; the caller has to say it.
-    """
-    ends = np.array([flavour.shift, np.add(flavour.shift, np.multiply(flavour.scale, 255))])
-    plain = flavour.scale == [1.0] * 3 and flavour.shift == [0.0] * 3
-    ask = "Say what it wants: --color rgb --mean 127.5 --std 127.5 (in 0..255 units)."
-    if plain and flavour.insightface_says_inside:
-        raise SourceRefused(
-            f"{file}: cannot tell the preprocessing: InsightFace reads 'inside the graph' from node names, but no "
-            f"constant is subtracted from or multiplied with the input. {ask}"
-        )
-    if plain:
-        return Preprocessing(), "InsightFace's rule for a graph without normalisation; --mean, --std, --color override"
-    if np.abs(ends).max() > 4 or np.ptp(ends, axis=0).min() < 0.5:
-        raise SourceRefused(
-            f"{file}: cannot tell the preprocessing: the graph maps pixels 0..255 to "
-            f"{ends.min():g}..{ends.max():g}, expected about −1..1 or no change. {ask}"
-        )
-    inside = Preprocessing("rgb", (0, 0, 0), (1, 1, 1))
-    return inside, f"the graph itself maps pixels 0..255 to {ends.min():.4g}..{ends.max():.4g}"
-
-
-def normalises_inside(flavour: Flavour) -> bool:
-    """Whether the graph maps raw pixels into the range that networks are trained on."""
-    ends = np.array([flavour.shift, np.add(flavour.shift, np.multiply(flavour.scale, 255))])
-    return bool(np.abs(ends).max() <= 4)
-
-
-def affine_at_input(index: GraphIndex, face: str) -> tuple[list[float], list[float]]:
-    """(scale, shift) per channel of the Sub, Add, Mul and Div with constants that the input goes through first."""
-    scale, shift = np.ones(3), np.zeros(3)
-    name = face
-    while (node := index.only_user(name)) is not None:
-        if node.op_type in ("Identity", "Transpose"):
-            name = node.output[0]
-            continue
-        if node.op_type not in ("Sub", "Add", "Mul", "Div"):
-            break
-        first = index.constant(node.input[0])
-        value = first if first is not None else index.constant(node.input[1])
-        if value is None or value.size not in (1, 3):
-            break
-        number = value.astype(np.float64).reshape(-1)
-        if node.op_type == "Div" and first is not None:
-            break
-        if node.op_type == "Mul":
-            scale, shift = scale * number, shift * number
-        elif node.op_type == "Div":
-            scale, shift = scale / number, shift / number
-        elif node.op_type == "Add":
-            shift = shift + number
-        else:
-            scale, shift = (-scale, number - shift) if first is not None else (scale, shift - number)
-        name = node.output[0]
-    return [float(v) for v in np.broadcast_to(scale, 3)], [float(v) for v in np.broadcast_to(shift, 3)]
 
 
 def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]:

@@ -22,9 +22,11 @@ from arcface_build.graph.fold_constants import fold_constants
 from arcface_build.graph.repair_source import repair_source
 from arcface_build.graph.serving import serving_form
 from arcface_build.graph.upgrade_opset import opset_of, upgrade_opset
-from arcface_build.imports.flavour import Flavour, check_width, flavour_of, guess_preprocessing, normalises_inside
+from arcface_build.imports.flavour import check_width, flavour_of
+from arcface_build.imports.front import Front
 from arcface_build.imports.manifest import FILE, Manifest, load_manifest
 from arcface_build.imports.onnx_file import external_files, read_source
+from arcface_build.imports.preprocessing import Stated, decide_preprocessing
 from arcface_build.imports.proof import Proof, Reference, prove, reference_embeddings
 from arcface_build.imports.source import Source, file_digest
 from arcface_clients.atomic import new_folder, write_json
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 SOURCE_FILE = "source.onnx"
 SERVING_FILE = "serving.onnx"
 CPU_FILE = "serving_cpu.onnx"
-CONVERSION = 2  # raise it when the steps give another graph: earlier imports are then done again
+CONVERSION = 3  # raise it when the steps give another graph: earlier imports are then done again
 TOOLS = ("arcface-triton", "onnx", "onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu", "insightface", "numpy")
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -48,7 +50,7 @@ def import_model(
     faces: np.ndarray,
     faces_from: str,
     *,
-    stated: Preprocessing | None = None,
+    stated: Stated | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
     """Convert, prove and write; `folder` appears (or is replaced) whole, or is left as it was.
@@ -58,7 +60,7 @@ def import_model(
         folder: models/NAME.
         faces: uint8 (N,112,112,3) BGR to prove on.
         faces_from: where they come from, for the manifest.
-        stated: the user's word on preprocessing; it wins over everything.
+        stated: the user's word on preprocessing; each part of it wins over everything.
         progress: told what is being done.
 
     Raises:
@@ -68,9 +70,16 @@ def import_model(
     progress("read", 0, 1)
     model = read_source(source.path)
     flavour = flavour_of(model, label)
-    preprocessing, why = decide_preprocessing(source, flavour, stated)
     with new_folder(folder) as temporary:
         repaired = repair_source(model)
+        decision = decide_preprocessing(
+            Front(repaired.model),
+            label,
+            stated,
+            known=(source.preprocessing, source.note) if source.preprocessing else None,
+            says_inside=flavour.insightface_says_inside,
+        )
+        preprocessing = decision.fed
         copy = _keep_source(source, repaired, temporary / SOURCE_FILE)
         reference = Reference(temporary / SOURCE_FILE, preprocessing, label)
         expected = reference_embeddings(reference, faces, partial(progress, "reference"))
@@ -93,7 +102,7 @@ def import_model(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             source=_source_told(source, copy),
             flavour=flavour.to_json(),
-            preprocessing={**preprocessing.to_json(), "why": why},
+            preprocessing=decision.to_json(),
             dim=dim,
             contract_id=contract_id(source.sha256, preprocessing, dim),
             steps=[step.to_json() for step in (repaired, *steps)],
@@ -139,31 +148,14 @@ def to_serving(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int) -
     return steps[-1].model, steps
 
 
-def decide_preprocessing(source: Source, flavour: Flavour, stated: Preprocessing | None) -> tuple[Preprocessing, str]:
-    """The user's word, else config/models.yaml's, else the file's own; with the reason.
-
-    Raises:
-        SourceRefused: the file cannot tell.
-        WrongUse: the user's word would normalise twice.
-    """
-    if stated is None and source.preprocessing is None:
-        return guess_preprocessing(flavour, source.path.name)
-    chosen, why = (stated, "stated by the caller") if stated else (source.preprocessing, source.note)
-    if normalises_inside(flavour) and (any(chosen.mean) or set(chosen.std) != {1.0}):
-        raise WrongUse(
-            f"{source.path.name} normalises inside its graph: expected --mean 0 --std 1, got mean {list(chosen.mean)}, "
-            f"std {list(chosen.std)}; it would be done twice."
-        )
-    return chosen, why
-
-
-def existing_import(folder: Path, source: Source, stated: Preprocessing | None) -> Manifest | None:
+def existing_import(folder: Path, source: Source, stated: Stated | None) -> Manifest | None:
     """The manifest of an earlier import of the same source by the same version, where its files are still whole.
 
-    A demo is the same where its recipe is: it need not be built to know.
+    The word on preprocessing has to be the same, too. A demo is the same where its recipe is: it need not be built to know.
     """
     if not (folder / FILE).is_file():
         return None
+    said = (stated or Stated()).to_json()
     try:
         manifest = load_manifest(folder)
         same = (
@@ -171,9 +163,8 @@ def existing_import(folder: Path, source: Source, stated: Preprocessing | None) 
             and (bool(source.recipe) or manifest.source["sha256"] == source.sha256)
             and manifest.tools == tool_versions()
             and manifest.serving["conversion"] == CONVERSION
-            and (stated is None or manifest.wants() == stated)
-            and (source.preprocessing is None or stated is not None or manifest.wants() == source.preprocessing)
-            and (stated is not None or manifest.preprocessing["why"] != "stated by the caller")
+            and manifest.preprocessing["stated"] == said
+            and (bool(said) or source.preprocessing in (None, manifest.wants()))
             and all(
                 file_digest(folder / part["file"]) == part["sha256"]
                 for part in (manifest.serving, manifest.source["copy"], manifest.cpu)
