@@ -14,6 +14,7 @@ from arcface_build.errors import SourceRefused
 from arcface_build.imports.flavour import flavour_of
 from arcface_build.imports.importing import import_model
 from arcface_build.imports.onnx_file import read_source
+from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
 from arcface_clients.errors import ArcFaceError, Missing
 from arcface_clients.faces.synthetic import synthetic_faces
@@ -266,7 +267,7 @@ def test_each_file_that_is_no_arcface_model_is_refused_in_one_sentence(what: str
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SourceRefused) as caught:
         source = resolve(str(path), given, known=known_models())
-        import_model(source, models / "net", synthetic_faces(2), "drawn")
+        import_model(source, models / "net", ProofFaces(synthetic_faces(2), "drawn"))
     assert str(caught.value) == message
     assert sorted(p for p in tmp_path.rglob("*") if p != models) == before
 
@@ -274,7 +275,9 @@ def test_each_file_that_is_no_arcface_model_is_refused_in_one_sentence(what: str
 def test_a_graph_that_onnx_runtime_cannot_load_is_refused_with_its_reason(tmp_path: Path) -> None:
     path = changed(unknown_operator)(tmp_path)
     with pytest.raises(SourceRefused, match=r"^net\.onnx: ONNX Runtime cannot load the graph: .*Frobnicate.*"):
-        import_model(resolve(str(path), tmp_path, known=known_models()), tmp_path / "m", synthetic_faces(2), "drawn")
+        import_model(
+            resolve(str(path), tmp_path, known=known_models()), tmp_path / "m", ProofFaces(synthetic_faces(2), "drawn")
+        )
     assert not (tmp_path / "m").exists()
 
 

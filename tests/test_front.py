@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from arcface_build.errors import SourceRefused
 from arcface_build.imports import front as measured
 from arcface_build.imports.importing import import_model
 from arcface_build.imports.preprocessing import decide_preprocessing
+from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
 from arcface_clients.contract import Preprocessing
 from arcface_clients.faces.synthetic import synthetic_faces
@@ -49,10 +51,10 @@ def test_each_form_gives_the_intended_embedding_or_the_question(
     source = resolve(str(path), tmp_path, known=known_models())
     if form.asked:
         with pytest.raises(SourceRefused, match=r"^net\.onnx: cannot tell the preprocessing: .*--color") as caught:
-            import_model(source, tmp_path / "models" / "net", FACES, "drawn")
+            import_model(source, tmp_path / "models" / "net", ProofFaces(FACES, "drawn"))
         assert form.asked in str(caught.value)
         return
-    manifest = import_model(source, tmp_path / "models" / "net", FACES, "drawn")
+    manifest = import_model(source, tmp_path / "models" / "net", ProofFaces(FACES, "drawn"))
     serving = onnxruntime.InferenceSession(
         str(tmp_path / "models/net/serving.onnx"), providers=["CPUExecutionProvider"]
     )
@@ -62,6 +64,12 @@ def test_each_form_gives_the_intended_embedding_or_the_question(
     assert network["color"] == form.meant.color
     np.testing.assert_allclose(network["mean"], form.meant.mean, atol=0.1)
     np.testing.assert_allclose(network["std"], form.meant.std, atol=0.1)
+
+
+def test_the_documentation_lists_each_form_and_what_becomes_of_it() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "import.md").read_text()
+    listed = dict(re.findall(r"^\| (.+?) \| (asks|(?:rgb|bgr), mean .+?) \|$", page, re.MULTILINE))
+    assert {what: told == "asks" for what, told in listed.items()} == {form.what: bool(form.asked) for form in FORMS}
 
 
 STEPS = (

@@ -15,6 +15,7 @@ from arcface_build.errors import ProofFailed, SourceRefused
 from arcface_build.imports.importing import existing_import, import_model
 from arcface_build.imports.manifest import Manifest, load_manifest
 from arcface_build.imports.preprocessing import Stated
+from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
 from arcface_clients.contract import Preprocessing, contract_id
 from arcface_clients.errors import Missing, WrongUse
@@ -60,7 +61,7 @@ def save(model: onnx.ModelProto, path: Path) -> Path:
 def run_import(path: Path, faces: np.ndarray, stated: Stated | None = None) -> Manifest:
     folder = path.parent / "models" / path.stem
     source = resolve(str(path), path.parent, known=known_models())
-    return import_model(source, folder, faces, "drawn", stated=stated)
+    return import_model(source, folder, ProofFaces(faces, "drawn"), stated=stated)
 
 
 def assert_reference_answers_for_what_it_says(path: Path) -> None:
@@ -235,7 +236,7 @@ def test_the_real_mobilefacenet_is_known_by_its_digest_and_equal_on_real_faces(
     assets: Path, lfw_faces: np.ndarray, tmp_path: Path
 ) -> None:
     source = resolve(str(assets / "models" / "MobileFaceNet.onnx"), tmp_path, known=known_models())
-    manifest = import_model(source, tmp_path / "models" / "m", lfw_faces[::4], "lfw")
+    manifest = import_model(source, tmp_path / "models" / "m", ProofFaces(lfw_faces[::4], "lfw"))
     assert source.name == "mobilefacenet" and manifest.source["licence"] == "Apache-2.0"
     assert manifest.wants() == Preprocessing("rgb", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
     assert manifest.proof["faces"] == 100 and manifest.proof["min_cosine"] >= 0.99999

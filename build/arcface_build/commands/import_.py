@@ -93,10 +93,14 @@ def command(
         reused = manifest is not None
         if manifest is None:
             found = with_file(found, lambda done, total: progress("build the demo network", done, total))
-            crops, faces_from = read_faces(faces) if faces else drawn_faces()
-            manifest = import_model(found, folder, crops, faces_from, stated=stated, progress=progress)
+            crops = read_faces(faces) if faces else drawn_faces()
+            manifest = import_model(found, folder, crops, stated=stated, progress=progress)
     if had_variants and not (folder / "variants").is_dir():
         click.echo(f"the serving ONNX is another one now: {folder}/variants were of the old one and are gone", err=True)
+    if (look := manifest.preprocessing["look"]) and look["warning"]:
+        click.secho(
+            f"preprocessing may be wrong: {look['warning']}. Another: --color, --mean, --std", fg="yellow", err=True
+        )
     installed = None
     if repository is not None:
         from arcface_build.repository.assemble import assemble

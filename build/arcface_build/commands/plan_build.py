@@ -162,7 +162,7 @@ def build(
 def _faces(path: Path | None) -> np.ndarray:
     from arcface_build.imports.proof_faces import drawn_faces, read_faces
 
-    return (read_faces(path) if path else drawn_faces())[0]
+    return (read_faces(path) if path else drawn_faces()).faces
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arcface_build.graph.index import GraphIndex, captured
+from arcface_build.graph.cut_out import ancestors, cut_out
+from arcface_build.graph.index import GraphIndex
 from arcface_clients.arrays import Array
 from arcface_clients.contract import FACE_SIZE, Preprocessing
 
@@ -74,9 +75,9 @@ class Front:
         index = GraphIndex(model.graph)
         self._face = index.inputs()[0]
         self.borders = _borders(index, self._face.name)
-        nodes = _ancestors(index, self.borders)
+        nodes = ancestors(index, self.borders)
         self.ops = [node.op_type for node in nodes if node.op_type != "Constant"]
-        self._cut = _cut_out(model, index, self._face, nodes, self.borders)
+        self._cut = cut_out(model, index, self.borders)
         self._session: Any = None
         kinds = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
         casts = {item.i for node in nodes for item in node.attribute if node.op_type == "Cast" and item.name == "to"}
@@ -158,36 +159,6 @@ def _dims(index: GraphIndex, name: str) -> list[int]:
         return list(index.initializers[name].dims)
     value = index.constant(name) if name else None
     return [] if value is None else list(value.shape)
-
-
-def _ancestors(index: GraphIndex, names: list[str]) -> list[onnx.NodeProto]:
-    """The nodes that these tensors depend on, in the graph's order."""
-    needed, todo = set(names), list(names)
-    while todo:
-        node = index.maker.get(todo.pop())
-        if node is not None:
-            new = {*node.input, *captured(node)} - needed
-            needed |= new
-            todo.extend(new)
-    return [node for node in index.graph.node if needed.intersection(node.output)]
-
-
-def _cut_out(
-    model: onnx.ModelProto, index: GraphIndex, face: onnx.ValueInfoProto, nodes: list[onnx.NodeProto], ends: list[str]
-) -> onnx.ModelProto:
-    """These nodes and their weights as a model of their own; the runtime finds the types of its outputs."""
-    import onnx
-
-    cut = onnx.ModelProto(ir_version=max(4, model.ir_version))
-    cut.opset_import.extend(model.opset_import)
-    cut.functions.extend(model.functions)
-    cut.graph.name = "front"
-    cut.graph.node.extend(nodes)
-    cut.graph.input.append(face)
-    cut.graph.output.extend(onnx.ValueInfoProto(name=name) for name in ends)
-    read = {name for node in nodes for name in (*node.input, *captured(node))}
-    cut.graph.initializer.extend(index.initializers[name] for name in read if name in index.initializers)
-    return cut
 
 
 def _pixels() -> Array:

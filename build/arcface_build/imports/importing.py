@@ -11,8 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from arcface_build.errors import SourceRefused
 from arcface_build.graph import Step
 from arcface_build.graph.blocked_layout import blocked_layout
@@ -28,6 +26,8 @@ from arcface_build.imports.manifest import FILE, Manifest, load_manifest
 from arcface_build.imports.onnx_file import external_files, read_source
 from arcface_build.imports.preprocessing import Stated, decide_preprocessing
 from arcface_build.imports.proof import Proof, Reference, prove, reference_embeddings
+from arcface_build.imports.proof_faces import ProofFaces
+from arcface_build.imports.second_look import second_look
 from arcface_build.imports.source import Source, file_digest
 from arcface_clients.atomic import new_folder, write_json
 from arcface_clients.contract import Preprocessing, contract_id
@@ -47,8 +47,7 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 def import_model(
     source: Source,
     folder: Path,
-    faces: np.ndarray,
-    faces_from: str,
+    faces: ProofFaces,
     *,
     stated: Stated | None = None,
     progress: Progress = lambda what, done, total: None,
@@ -58,8 +57,7 @@ def import_model(
     Args:
         source: what `arcface_build.imports.source.resolve` gave, its file there (`sources.with_file`).
         folder: models/NAME.
-        faces: uint8 (N,112,112,3) BGR to prove on.
-        faces_from: where they come from, for the manifest.
+        faces: to prove on.
         stated: the user's word on preprocessing; each part of it wins over everything.
         progress: told what is being done.
 
@@ -82,8 +80,12 @@ def import_model(
         preprocessing = decision.fed
         copy = _keep_source(source, repaired, temporary / SOURCE_FILE)
         reference = Reference(temporary / SOURCE_FILE, preprocessing, label)
-        expected = reference_embeddings(reference, faces, partial(progress, "reference"))
+        expected = reference_embeddings(reference, faces.faces, partial(progress, "reference"))
         dim = check_width(expected.shape[1], label)
+        look = None
+        if source.preprocessing is None:
+            progress("look again", 0, 1)
+            look = second_look(repaired.model, preprocessing, faces)
         progress("convert", 0, 1)
         serving, steps = to_serving(repaired.model, preprocessing, dim)
         _save_checked(serving, temporary / SERVING_FILE)
@@ -94,7 +96,14 @@ def import_model(
         del serving, model, for_cpu.model.graph.initializer[:], repaired.model.graph.initializer[:]
 
         proofs = {
-            file: prove(temporary / file, faces, expected, reference, faces_from, partial(progress, f"prove {file}"))
+            file: prove(
+                temporary / file,
+                faces.faces,
+                expected,
+                reference,
+                faces.origin,
+                partial(progress, f"prove {file}"),
+            )
             for file in ((SERVING_FILE, CPU_FILE) if for_cpu.changed else (SERVING_FILE,))
         }
         manifest = Manifest(
@@ -102,7 +111,7 @@ def import_model(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             source=_source_told(source, copy),
             flavour=flavour.to_json(),
-            preprocessing=decision.to_json(),
+            preprocessing={**decision.to_json(), "look": look.to_json() if look else None},
             dim=dim,
             contract_id=contract_id(source.sha256, preprocessing, dim),
             steps=[step.to_json() for step in (repaired, *steps)],
@@ -151,7 +160,7 @@ def to_serving(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int) -
 def existing_import(folder: Path, source: Source, stated: Stated | None) -> Manifest | None:
     """The manifest of an earlier import of the same source by the same version, where its files are still whole.
 
-    The word on preprocessing has to be the same, too. A demo is the same where its recipe is: it need not be built to know.
+    The word on preprocessing has to be the same, too. A demo is the same where its recipe is: it need not be built.
     """
     if not (folder / FILE).is_file():
         return None
