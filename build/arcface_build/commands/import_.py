@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import WrongUse
 
 if TYPE_CHECKING:
+    from arcface_build.imports.child import Job
+    from arcface_build.imports.manifest import Manifest
     from arcface_build.imports.preprocessing import Stated
 
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--color", type=click.Choice(["rgb", "bgr"]), help="Channel order that the network wants.")
 @click.option("--mean", help="One number or three (123.675,116.28,103.53), 0..255 units, in --color's order.")
 @click.option("--std", help="One number or three, as --mean.")
+@click.option("--output", help="The output that is the embedding, where several can be.")
 @click.option(
     "--faces",
     type=click.Path(exists=True, path_type=Path),
@@ -39,6 +43,14 @@ if TYPE_CHECKING:
 @click.option("--models-dir", type=click.Path(path_type=Path), default=Path("models"), show_default=True)
 @click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
 @click.option("--no-assemble", is_flag=True, help="Only write models/NAME/, leave the model repository alone.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1800,
+    show_default=True,
+    metavar="SECONDS",
+    help="End an import that takes longer.",
+)
 @click.option("--force", is_flag=True, help="Import again although nothing has changed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(
@@ -47,12 +59,14 @@ def command(
     color: str | None,
     mean: str | None,
     std: str | None,
+    output: str | None,
     faces: Path | None,
     accept_license: bool,
     insightface_root: Path | None,
     models_dir: Path,
     model_repository: Path | None,
     no_assemble: bool,
+    timeout: float,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -71,30 +85,24 @@ def command(
     Nothing is written unless the result equals InsightFace's: cosine ≥ 0.99999 on every face, and each row of a batch
     equal to its single run.
     """
-    from arcface_build.imports.importing import check_name, existing_import, import_model
-    from arcface_build.imports.proof_faces import drawn_faces, read_faces
-    from arcface_build.imports.source import known_models, resolve, with_file
+    from arcface_build.imports.child import Job
     from arcface_build.repository.versions import find_repository
 
     stated = _stated(color, mean, std)
     repository = None if no_assemble else find_repository(model_repository)  # before the work, not after it
-    with tempfile.TemporaryDirectory(prefix="arcface-import-") as workspace, _progress() as progress:
-        found = resolve(
-            source,
-            Path(workspace),
-            known=known_models(),
-            accept_licence=accept_license,
-            insightface_root=insightface_root,
-            say=lambda line: click.echo(line, err=True),
-        )
-        folder = models_dir / check_name(name or found.name)
-        had_variants = (folder / "variants").is_dir()
-        manifest = None if force else existing_import(folder, found, stated)
-        reused = manifest is not None
-        if manifest is None:
-            found = with_file(found, lambda done, total: progress("build the demo network", done, total))
-            crops = read_faces(faces) if faces else drawn_faces()
-            manifest = import_model(found, folder, crops, stated=stated, progress=progress)
+    job = Job(
+        source=source,
+        models_dir=str(models_dir),
+        scratch="",
+        name=name,
+        stated=stated.to_json(),
+        output=output,
+        faces=str(faces) if faces else None,
+        accept_licence=accept_license,
+        insightface_root=str(insightface_root) if insightface_root else None,
+        force=force,
+    )
+    manifest, folder, reused, had_variants = _import(job, timeout)
     if had_variants and not (folder / "variants").is_dir():
         click.echo(f"the serving ONNX is another one now: {folder}/variants were of the old one and are gone", err=True)
     if (look := manifest.preprocessing["look"]) and look["warning"]:
@@ -110,6 +118,25 @@ def command(
         click.echo(json.dumps(manifest.to_json(), indent=2))
         return
     _report(manifest, folder, reused, installed)
+
+
+def _import(job: Job, timeout_s: float) -> tuple[Manifest, Path, bool, bool]:
+    """(manifest, its folder, whether it was there already, whether the folder had variants): made aside, then moved."""
+    from arcface_build.imports.child import run_child
+    from arcface_build.imports.manifest import Manifest
+    from arcface_clients.atomic import new_folder
+
+    models_dir = Path(job.models_dir)
+    models_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".import-", dir=models_dir) as scratch, _progress() as progress:
+        done = run_child(replace(job, scratch=scratch), timeout_s, progress, lambda line: click.echo(line, err=True))
+        folder = models_dir / done.name
+        had_variants = (folder / "variants").is_dir()
+        if done.made:
+            with new_folder(folder) as whole:
+                for part in Path(done.made).iterdir():
+                    part.rename(whole / part.name)
+    return Manifest(**done.manifest), folder, not done.made, had_variants
 
 
 def _stated(color: str | None, mean: str | None, std: str | None) -> Stated:
@@ -154,7 +181,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
-def _report(manifest, folder: Path, reused: bool, installed: dict[str, int] | None) -> None:
+def _report(manifest: Manifest, folder: Path, reused: bool, installed: dict[str, int] | None) -> None:
     """What was found, done and proved, in a few lines on stdout."""
     source, proof, wants = manifest.source, manifest.proof, manifest.preprocessing
     if source["kind"] == "demo":

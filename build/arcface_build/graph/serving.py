@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SMALLEST_NORM = 1e-6  # a zero embedding stays zero instead of NaN; representable in fp16
 BATCH = "N"
+SERVING_NAME = "arcface_serving"  # of the graph: by this an import knows its own product
 
 
 def serving_form(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int) -> Step:
@@ -41,7 +42,7 @@ def serving_form(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int)
     del graph.input[:], graph.output[:], graph.value_info[:]
     graph.input.append(onnx.helper.make_tensor_value_info(FACE_INPUT, onnx.TensorProto.UINT8, [BATCH, *FACE_SHAPE]))
     graph.output.append(onnx.helper.make_tensor_value_info(EMBEDDING_OUTPUT, onnx.TensorProto.FLOAT, [BATCH, dim]))
-    graph.name = "arcface_serving"
+    graph.name = SERVING_NAME
     drop_unused(graph)
     order = "none needed" if preprocessing.color == "bgr" else "first Conv's weights" if turned else "Gather"
     return Step("serving_form", model, True, f"uint8 BGR in, unit rows out; channel order: {order}")

@@ -9,8 +9,10 @@ import numpy as np
 
 from arcface_build.errors import SourceRefused
 from arcface_build.graph.index import GraphIndex, attribute, shapes
+from arcface_build.graph.serving import SERVING_NAME
 from arcface_build.graph.upgrade_opset import opset_of
 from arcface_build.imports.onnx_file import IMPORT_ITSELF
+from arcface_build.imports.outputs import is_width
 from arcface_clients.contract import FACE_SIZE
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ OTHER_SIZES = {
 }
 
 
+FLOAT16 = 10  # onnx.TensorProto's numbers
+INPUT_TYPES = {1: "float32", FLOAT16: "float16", 11: "float64", 2: "uint8"}
+
+
 @dataclass(frozen=True)
 class Flavour:
     """What stands in the file.
@@ -37,7 +43,10 @@ class Flavour:
     """
 
     input: str
+    input_type: str
     layout: str
+    output: str
+    float16: bool
     batch: int | str
     opset: int
     producer: str
@@ -58,6 +67,7 @@ def flavour_of(model: onnx.ModelProto, file: str) -> Flavour:
     Raises:
         SourceRefused: it cannot be a face recognition model for 112×112 crops; `file` names it in the message.
     """
+    _check_trained_form(model, file)
     index = GraphIndex(model.graph)
     known = shapes(model)
     face, layout = _face_input(index, file)
@@ -68,6 +78,9 @@ def flavour_of(model: onnx.ModelProto, file: str) -> Flavour:
     names = [node.name for node in model.graph.node[:8]]
     return Flavour(
         input=face.name,
+        input_type=INPUT_TYPES[face.type.tensor_type.elem_type],
+        output=model.graph.output[0].name,
+        float16=any(tensor.data_type == FLOAT16 for tensor in model.graph.initializer),
         layout=layout,
         batch=shape[0].dim_value if shape[0].dim_value > 0 else shape[0].dim_param or "unnamed",
         opset=opset_of(model),
@@ -79,6 +92,27 @@ def flavour_of(model: onnx.ModelProto, file: str) -> Flavour:
         prelu_slopes=_slopes(index),
         batchnorms=sum(node.op_type == "BatchNormalization" for node in model.graph.node),
     )
+
+
+def _check_trained_form(model: onnx.ModelProto, file: str) -> None:
+    """A file that was made for one runtime, from the file that should be imported."""
+    ops = {node.op_type for node in model.graph.node}
+    domains = {node.domain for node in model.graph.node}
+    quantised = ops & {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger"}
+    if model.graph.name == SERVING_NAME:
+        raise SourceRefused(
+            f"{file} is a serving ONNX that an import made: expected its source. Import the source.onnx beside it."
+        )
+    if quantised:
+        raise SourceRefused(
+            f"{file} is quantised already ({', '.join(sorted(quantised))}): expected the float file that it was made "
+            "from. Import that; int8 is made from it: arcface quantize"
+        )
+    if "com.microsoft.nchwc" in domains:
+        raise SourceRefused(
+            f"{file} was optimised by ONNX Runtime for one CPU (com.microsoft.nchwc): expected the file that it was "
+            "made from. Import that."
+        )
 
 
 def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]:
@@ -93,14 +127,9 @@ def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]
     kind = face.type.tensor_type.elem_type
     shape = [dim.dim_value if dim.dim_value > 0 else None for dim in face.type.tensor_type.shape.dim]
     shown = "×".join(str(size or "?") for size in shape) or "no shape"
-    if kind == onnx.TensorProto.UINT8:
-        raise SourceRefused(
-            f"{file} takes uint8, so preprocessing is inside it already: expected the float32 source of a model. "
-            "Import the file that it was made from."
-        )
-    if kind != onnx.TensorProto.FLOAT:
+    if kind not in INPUT_TYPES:
         got = onnx.TensorProto.DataType.Name(kind).lower()
-        raise SourceRefused(f"{file} takes {got}: expected float32. Export it in float32; variants are made from that.")
+        raise SourceRefused(f"{file} takes {got}: expected float32, float16, float64 or uint8. Export it in float32.")
     if len(shape) != 4 or 3 not in (shape[1] or 3, shape[3] or 3):
         raise SourceRefused(f"{file} takes {shown}: expected one RGB image, N×3×112×112. {IMPORT_ITSELF}.")
     layout = "NHWC" if shape[3] == 3 and shape[1] != 3 else "NCHW"
@@ -115,11 +144,6 @@ def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]
 def _embedding(index: GraphIndex, known: dict[str, list], model: onnx.ModelProto, file: str) -> int | None:
     """The width of the one output where the file tells it, checked."""
     outputs = model.graph.output
-    if len(outputs) != 1:
-        what = "a face detector" if len(outputs) >= 5 else "no recognition model, or one with its training head"
-        raise SourceRefused(
-            f"{file} has {len(outputs)} outputs, so it is {what}: expected one embedding. {IMPORT_ITSELF}."
-        )
     shape = known.get(outputs[0].name)
     maker = index.maker.get(outputs[0].name)
     if maker is not None and maker.op_type in ("Softmax", "LogSoftmax", "Sigmoid", "ArgMax"):
@@ -128,18 +152,19 @@ def _embedding(index: GraphIndex, known: dict[str, list], model: onnx.ModelProto
         )
     if shape is None or not isinstance(shape[-1], int):
         return _gemm_width(index, maker)
-    width = [size for size in shape[1:] if size != 1]
-    if len(shape) not in (2, 4) or len(width) != 1:
+    width = [size for size in shape[1:] if size != 1] if len(shape) > 1 else shape
+    if len(shape) not in (1, 2, 4) or len(width) != 1:
         shown = "×".join(str(size or "?") for size in shape)
         raise SourceRefused(f"{file} gives {shown}: expected an embedding, N×D. {IMPORT_ITSELF}.")
     return check_width(width[0], file)
 
 
 def check_width(dim: int, file: str) -> int:
-    """D, refused where no recognition model has it: landmark, age and class counts are not multiples of 32."""
-    if dim < 64 or dim > 4096 or dim % 32:
+    """D, refused where no recognition model has it."""
+    if not is_width(dim):
+        head = " (a training head's classes?)" if dim > 4096 else ""
         raise SourceRefused(
-            f"{file} gives {dim} numbers a face: expected an embedding of 128, 256 or 512. {IMPORT_ITSELF}."
+            f"{file} gives {dim} numbers a face{head}: expected an embedding of 128, 256 or 512. {IMPORT_ITSELF}."
         )
     return dim
 

@@ -13,6 +13,7 @@ from typing import Any
 from arcface_build.errors import LicenceNotAccepted, SourceRefused
 from arcface_build.imports.flavour import flavour_of
 from arcface_build.imports.onnx_file import read_source
+from arcface_build.imports.outputs import keep_embedding
 from arcface_clients.atomic import new_folder
 from arcface_clients.errors import Missing
 
@@ -57,7 +58,9 @@ def recognition_in(folder: Path) -> Path:
 def _is_recognition(path: Path) -> bool:
     """Whether the file passes the checks of an import; what it is called does not matter."""
     try:
-        flavour_of(read_source(path), path.name)
+        model = read_source(path)
+        keep_embedding(model, path.name)
+        flavour_of(model, path.name)
     except SourceRefused:
         return False
     return True

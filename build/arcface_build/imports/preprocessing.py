@@ -6,6 +6,7 @@ import asks instead of choosing: a wrong choice gives embeddings that look right
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -37,6 +38,12 @@ class Stated:
     def to_json(self) -> dict[str, Any]:
         """A JSON object of the parts that were said."""
         return {key: list(value) if key != "color" else value for key, value in asdict(self).items() if value}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Stated:
+        """The inverse of `to_json`."""
+        mean, std = (tuple(data[key]) if key in data else None for key in ("mean", "std"))
+        return cls(data.get("color"), mean, std)
 
 
 @dataclass(frozen=True)
