@@ -122,9 +122,7 @@ def _error(told: dict[str, Any], code: int, source: str, timeout_s: float | None
     refused = arcface_build.errors.SourceRefused
     file = Path(source).name
     if timeout_s is not None:
-        return refused(
-            f"{file} was not imported within {timeout_s:g} s and was stopped. Give it more: --timeout"
-        )
+        return refused(f"{file} was not imported within {timeout_s:g} s and was stopped. Give it more: --timeout")
     if told.get("error") == "OSError":
         return OSError(told["message"])
     for module in (arcface_build.errors, arcface_clients.errors):

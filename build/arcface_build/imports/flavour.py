@@ -196,7 +196,13 @@ def _check_weights(index: GraphIndex, file: str) -> None:
     for tensor in index.graph.initializer:
         if tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE):
             continue
-        value = onnx.numpy_helper.to_array(tensor)
+        try:
+            value = onnx.numpy_helper.to_array(tensor)
+        except ValueError as exc:
+            shown = "×".join(map(str, tensor.dims))
+            raise SourceRefused(
+                f"{file}: weight {tensor.name} is damaged: expected {shown} numbers, got others. Download it again."
+            ) from exc
         floats += value.size
         if not np.isfinite(value).all():
             bad = int((~np.isfinite(value)).sum())

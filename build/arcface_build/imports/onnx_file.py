@@ -56,6 +56,12 @@ def read_source(path: Path) -> onnx.ModelProto:
         onnx.load_external_data_for_model(model, str(path.parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as exc:
         wanted = sorted({_location(tensor) for tensor in model.graph.initializer if tensor.external_data})
+        for name in wanted:
+            if _is_odd(path.parent / name):
+                raise SourceRefused(
+                    f"{path.name} keeps its weights in {name}, which is a link or no file: expected a plain file "
+                    "beside it. Copy it there."
+                ) from exc
         raise SourceRefused(
             f"{path.name} keeps its weights in another file: expected {', '.join(wanted)} beside it. "
             "Copy it into the same folder."
@@ -101,6 +107,11 @@ def external_files(path: Path) -> list[Path]:
     model = onnx.load(str(path), load_external_data=False)
     names = {_location(tensor) for tensor in model.graph.initializer if tensor.external_data}
     return [path.parent / name for name in sorted(names)]
+
+
+def _is_odd(path: Path) -> bool:
+    """Whether something is there that is no plain file with one name: through a link a file could reach any other."""
+    return path.is_symlink() or (path.exists() and (not path.is_file() or path.stat().st_nlink > 1))
 
 
 def _not_onnx(path: Path, head: bytes) -> str:
