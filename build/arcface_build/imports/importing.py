@@ -89,12 +89,12 @@ def import_model(
             whole_pixels=flavour.input_type == "uint8",
         )
         preprocessing = decision.fed
-        copy = _keep_source(source, repaired, temporary / SOURCE_FILE, whole=outputs == 1)
+        copy = _keep_source(source, repaired, temporary / SOURCE_FILE, whole=outputs == 1 and not source.checkpoint)
         reference = Reference(temporary / SOURCE_FILE, preprocessing, label)
         expected = reference_embeddings(reference, faces.faces, partial(progress, "reference"))
         dim = check_width(expected.shape[1], label)
         as_given = None
-        if not copy["exact"]:
+        if not copy["exact"] and not source.checkpoint:
             as_given = check_as_given(source.path, flavour, preprocessing, faces.faces, expected)
         look = None
         if source.preprocessing is None:
@@ -143,7 +143,12 @@ def _identity(source: Source, output: str | None) -> str:
 
 def _source_told(source: Source, copy: dict[str, Any], output: str | None) -> dict[str, Any]:
     """What the manifest says of the source."""
-    told = {"sha256": source.sha256, "file": source.path.name, "kind": source.kind, "licence": source.licence}
+    told = {
+        "sha256": source.sha256,
+        "file": (source.checkpoint or source.path).name,
+        "kind": source.kind,
+        "licence": source.licence,
+    }
     told |= {"url": source.url, "note": source.note}
     told |= {"output": output} if output else {}
     return told | ({"recipe": source.recipe} if source.recipe else {}) | {"copy": copy}
