@@ -132,8 +132,6 @@ def tensor_pickle(size: int, stride: int, count: int = 4) -> bytes:
     """A pickle of one tensor of `size` numbers, `stride` apart, in a storage of `count`."""
     name = b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
     storage = name + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK" + bytes([count])
-        [count]
-    )
     shape = b"tQK\x00K" + bytes([size]) + b"\x85K" + bytes([stride]) + b"\x85\x89NtR."
     return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n" + storage + shape
 

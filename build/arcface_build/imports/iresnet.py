@@ -16,13 +16,7 @@ from arcface_clients.contract import FACE_SIZE
 if TYPE_CHECKING:
     import onnx
 
-DEPTHS = {
-    (2, 2, 2, 2): "r18",
-    (3, 4, 6, 3): "r34",
-    (3, 4, 14, 3): "r50",
-    (3, 13, 30, 3): "r100",
-    (6, 26, 60, 6): "r200",
-}
+DEPTHS: dict[tuple[int, ...], str] = {
     (2, 2, 2, 2): "r18",
     (3, 4, 6, 3): "r34",
     (3, 4, 14, 3): "r50",
@@ -41,10 +35,8 @@ def iresnet(tensors: dict[str, Array], file: str) -> tuple[onnx.ModelProto, str]
         SourceRefused: these are not all and only the tensors of an IResNet; `file` names the checkpoint.
     """
     left = {name for name in tensors if not name.endswith("num_batches_tracked")}
-    stages = tuple(
-        len({match[1] for name in left if (match := re.match(rf"layer{stage}\.(\d+)\.", name))})
-        for stage in (1, 2, 3, 4)
-    )
+    numbers = [{name.split(".")[1] for name in left if name.startswith(f"layer{stage}.")} for stage in (1, 2, 3, 4)]
+    stages = tuple(len(found) for found in numbers)
     head = [name for name in left if name.startswith(("weight", "kernel", "head.", "loss.", "softmax"))]
     if not all(stages):
         what = f"the classification head ({', '.join(sorted(head)[:3])})" if head else "another network"
