@@ -209,7 +209,7 @@ FORMS = [
     Form("Cast to float32", lambda: Front().cast(TensorProto.FLOAT), USUAL),
     Form("Cast to float16 and back", lambda: Front().cast(10).cast(1), USUAL),
     Form("NHWC, Transpose", lambda: Front(nhwc=True).transpose(0, 3, 1, 2), USUAL),
-    Form("Pad (zeros)", lambda: Front().one("Pad", "pads8"), USUAL),
+    Form("Pad by nothing", lambda: Front().one("Pad", "pads8"), USUAL),
     Form("Reshape to itself", lambda: Front().reshape(-1, 3, 112, 112), USUAL),
     # Normalisation inside, in each way it is written.
     Form("Sub, Div", usual, USUAL),
@@ -258,7 +258,7 @@ FORMS = [
         lambda: Front().transpose(0, 2, 3, 1).transpose(0, 3, 1, 2).sub(127.5).div(127.5),
         USUAL,
     ),
-    Form("Pad, Sub, Div", lambda: usual().one("Pad", "pads8"), USUAL),
+    Form("Sub, Div, Pad by nothing", lambda: usual().one("Pad", "pads8"), USUAL),
     Form("a BatchNormalization that normalises pixels", lambda: Front().batch_norm(127.5, 127.5), USUAL),
     Form("BatchNormalization with scale and bias", lambda: Front().batch_norm(0, 255, scale=2, bias=-1), USUAL),
     Form("ImageNet as a BatchNormalization", lambda: Front().batch_norm(IMAGENET.mean, IMAGENET.std), IMAGENET),

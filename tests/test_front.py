@@ -66,6 +66,36 @@ def test_each_form_gives_the_intended_embedding_or_the_question(
     np.testing.assert_allclose(network["std"], form.meant.std, atol=0.1)
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("border", [1, 3, -2])
+def test_a_border_that_is_added_or_cut_does_not_hide_the_map(border: int, before: bool) -> None:
+    written = Front()
+    pads = written.ints(0, 0, border, border, 0, 0, border, 0)
+    if before:
+        written.one("Pad", pads)
+    written.sub(127.5).div(127.5)
+    if not before:
+        written.one("Pad", pads)
+    seen = measured.Front(written.model()).pixel_map()
+    assert seen.channels == (0, 1, 2)
+    np.testing.assert_allclose(seen.ends, [[-1] * 3, [1] * 3], atol=1e-4)
+
+
+def test_two_branches_that_see_pixels_differently_are_asked_about() -> None:
+    written = Front().sub(127.5).div(127.5)
+    model = written.model()
+    first = next(node for node in model.graph.node if node.op_type == "Conv")
+    second = helper.make_node("Conv", ["pixels", first.input[1]], ["beside"], pads=[1] * 4, strides=[2, 2])
+    users = [node for node in model.graph.node if first.output[0] in node.input]
+    model.graph.node.insert(list(model.graph.node).index(first) + 1, second)
+    both = helper.make_node("Add", [first.output[0], "beside"], ["both"])
+    model.graph.node.insert(list(model.graph.node).index(first) + 2, both)
+    for node in users:
+        node.input[:] = ["both" if name == first.output[0] else name for name in node.input]
+    with pytest.raises(SourceRefused, match="no map of each channel by itself"):
+        decide_preprocessing(measured.Front(model), "net.onnx")
+
+
 def test_the_documentation_lists_each_form_and_what_becomes_of_it() -> None:
     page = (Path(__file__).parent.parent / "docs" / "import.md").read_text()
     listed = dict(re.findall(r"^\| (.+?) \| (asks|(?:rgb|bgr), mean .+?) \|$", page, re.MULTILINE))

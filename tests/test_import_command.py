@@ -23,6 +23,7 @@ from arcface_build.imports.source import known_models, resolve
 from arcface_build.plans.gpu import gpu_sm
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import copy_repository
+from test_checkpoint import state_dict, write_safetensors
 from tiny_nets import tiny_net
 
 # Warnings are errors, but for one of protobuf 4.25 about itself, on Python 3.12.
@@ -172,3 +173,12 @@ def test_own_crops_prove_it(assets: Path, workplace: Path) -> None:
     answer = arcface_import(workplace, "net.onnx", "--no-assemble", "--faces", crops, "--json")
     proof = json.loads(answer.stdout)["proof"]
     assert (proof["faces"], proof["faces_from"]) == (400, "aligned112")
+
+
+def test_a_checkpoint_is_imported_by_the_command(workplace: Path) -> None:
+    write_safetensors(workplace / "backbone.safetensors", state_dict((2, 2, 2, 2), dim=128))
+    answer = arcface_import(workplace, "backbone.safetensors", "--no-assemble")
+    assert answer.returncode == 0, answer.stderr
+    assert "backbone: backbone.safetensors (" in answer.stdout
+    assert "written: models/backbone (128-d, opset 17)" in answer.stdout
+    assert [p.name for p in (workplace / "models").iterdir()] == ["backbone"]

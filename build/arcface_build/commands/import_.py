@@ -72,14 +72,16 @@ def command(
 ) -> None:
     """Turn an ArcFace ONNX into a proved serving ONNX and put it into the model repository.
 
-    SOURCE is an ONNX file, a name from config/models.yaml (mobilefacenet), an InsightFace pack (buffalo_l, buffalo_s,
-    antelopev2) or a demo network with random weights (demo, demo-r18, demo-r34, demo-r50, demo-r100).
+    SOURCE is an ONNX file, a checkpoint of an arcface_torch IResNet (.pth, .safetensors), a folder or zip with a pack,
+    a name from config/models.yaml (mobilefacenet), an InsightFace pack (buffalo_l, buffalo_s, antelopev2) or a demo
+    network with random weights (demo, demo-r18, demo-r34, demo-r50, demo-r100).
 
     \b
     Examples:
       arcface import demo
       arcface import buffalo_l --accept-license
       arcface import my_r50.onnx --name r50
+      arcface import backbone.pth --name r100
       arcface import other.onnx --color bgr --mean 127.5 --std 128
 
     Nothing is written unless the result equals InsightFace's: cosine ≥ 0.99999 on every face, and each row of a batch
