@@ -11,7 +11,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from arcface_build.errors import SourceRefused
+from arcface_build.errors import ProofFailed, SourceRefused
+from arcface_build.graph import Step
+from arcface_build.graph.repair_source import repair_source
 from arcface_build.imports import importing
 from arcface_build.imports.importing import import_model
 from arcface_build.imports.manifest import Manifest
@@ -125,6 +127,22 @@ def test_each_type_and_shape_gives_the_embedding_of_the_plain_network(what: str,
     assert manifest.source["copy"]["exact"] is False
     as_given = manifest.source["copy"]["min_cosine_to_file"]
     assert as_given is None if "float64" in what else as_given >= 0.999  # ONNX Runtime has no PRelu in float64
+
+
+def test_a_repair_that_makes_another_network_fails_against_the_file_as_it_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: onnx.ModelProto) -> Step:
+        step = repair_source(model)
+        tensor = next(t for t in model.graph.initializer if t.name == "fc_b")
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(0.5), "fc_b"))
+        return step
+
+    monkeypatch.setattr(importing, "repair_source", broken)
+    path = tmp_path / "net.onnx"
+    onnx.save(in_type(tiny_net(), HALF, keep_io=False), str(path))
+    with pytest.raises(ProofFailed, match=r"differs from the file as it came: expected cosine ≥ 0\.999, got 0\."):
+        run_import(path)
 
 
 def two_embeddings() -> onnx.ModelProto:

@@ -108,9 +108,7 @@ def command(
     if had_variants and not (folder / "variants").is_dir():
         click.echo(f"the serving ONNX is another one now: {folder}/variants were of the old one and are gone", err=True)
     if (look := manifest.preprocessing["look"]) and look["warning"]:
-        click.secho(
-            f"preprocessing may be wrong: {look['warning']}. Another: --color, --mean, --std", fg="yellow", err=True
-        )
+        click.secho(f"preprocessing may be wrong: {look['warning']}. See --color, --mean, --std", fg="yellow", err=True)
     installed = None
     if repository is not None:
         from arcface_build.repository.assemble import assemble

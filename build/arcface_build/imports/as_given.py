@@ -8,6 +8,7 @@ import numpy as np
 
 from arcface_build.errors import ProofFailed
 from arcface_build.imports.flavour import Flavour
+from arcface_build.imports.quiet_session import quiet_session
 from arcface_clients.arrays import Array
 from arcface_clients.contract import Preprocessing
 from arcface_clients.evidence.drift import cosine_per_face
@@ -30,13 +31,9 @@ def check_as_given(path: Path, flavour: Flavour, fed: Preprocessing, faces: Arra
     Raises:
         ProofFailed: the repaired copy is another network.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
     rows = []
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = quiet_session(path)
         for face in faces[:FACES]:
             blob = fed.apply(face[None]).astype(DTYPES.get(flavour.input_type, np.float32))
             blob = blob.transpose(0, 2, 3, 1) if flavour.layout == "NHWC" else blob

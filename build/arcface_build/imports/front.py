@@ -15,6 +15,7 @@ import numpy as np
 
 from arcface_build.graph.cut_out import ancestors, cut_out
 from arcface_build.graph.index import GraphIndex
+from arcface_build.imports.quiet_session import quiet_session
 from arcface_clients.arrays import Array
 from arcface_clients.contract import FACE_SIZE, Preprocessing
 
@@ -102,16 +103,10 @@ class Front:
     def _run(self, blob: Array) -> list[Array]:
         """Each border tensor for float64 (K,3,112,112), face by face (a fixed batch is filled with copies)."""
         import onnx
-        import onnxruntime
 
         if not self.ops:
             return [blob]
-        if self._session is None:
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 4
-            self._session = onnxruntime.InferenceSession(
-                self._cut.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+        self._session = self._session or quiet_session(self._cut)
         tensor = self._face.type.tensor_type
         dims = [dim.dim_value for dim in tensor.shape.dim]
         blob = blob.astype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))

@@ -32,7 +32,8 @@ STORAGES = {
 }
 SAFETENSORS = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": BFLOAT16, "I64": "<i8", "I32": "<i4"}
 LARGEST_HEADER = 100_000_000
-HOLDERS = ("state_dict", "model", "model_state_dict", "backbone", "net")  # what training scripts wrap weights in
+# What training scripts wrap weights in, arcface_torch's first.
+HOLDERS = ("state_dict_backbone", "state_dict", "model", "model_state_dict", "backbone", "net")
 
 
 def read_tensors(path: Path) -> dict[str, Array]:
