@@ -21,15 +21,15 @@ Next: apt-get install python3 python3-venv, or name one: ARCFACE_PYTHON=/path/to
 # One ONNX Runtime, never two: three packages share its import name.
 onnxruntime_package() {
   if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    echo onnxruntime-gpu
+    echo 'onnxruntime-gpu[cuda,cudnn]' # the extras bring the libraries that the provider does not start without
   elif [ "$(uname -sm)" = "Linux x86_64" ]; then
-    echo onnxruntime-openvino # the CPU provider of the plain package, and OpenVINO's bf16 and int8 beside it
+    echo onnxruntime-openvino # the CPU provider of the plain package, plus OpenVINO's bf16 and int8
   else
     echo onnxruntime
   fi
 }
 
-install_system_packages() { # only what is missing; as root with apt, else it is named
+install_system_packages() { # only what is missing; installed as root with apt, otherwise named
   local package missing=()
   for package in "$@"; do
     dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
@@ -85,7 +85,7 @@ prepare_environment() {
     echo "installing arcface-triton[$extras] into .venv (first run: one or two minutes)" >&2
     .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]" "$(onnxruntime_package)" ||
       fail 3 "installing failed; the lines above say why. Next: check the network, then run $0 again"
-    # Without its requirements: it asks for a second ONNX Runtime and for an OpenCV that needs a display library.
+    # Without its requirements: it wants a second ONNX Runtime, and an OpenCV that needs a display library.
     .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps insightface ||
       fail 3 "installing insightface failed; the lines above say why. Next: check the network, then run $0 again"
     touch "$stamp"

@@ -41,6 +41,23 @@ def lfw_faces(assets: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
+def lfw_embeddings(assets: Path, lfw_faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(embeddings float32 (400,128) by MobileFaceNet, as it gives them; names (400,)) of the LFW crops."""
+    import onnxruntime
+
+    from arcface_clients.contract import Preprocessing
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    model = assets / "models" / "MobileFaceNet.onnx"
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    imagenet = Preprocessing("rgb", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+    rows = [session.run(None, {"input0": blob[None]})[0] for blob in imagenet.apply(lfw_faces)]
+    names = [row.split(",")[1] for row in (assets / "faces" / "index.csv").read_text().splitlines()[1:]]
+    return np.concatenate(rows), np.array(names)
+
+
+@pytest.fixture(scope="session")
 def triton_binary() -> TritonBinary:
     """The tritonserver of this host; skips the test, visibly, where there is none."""
     try:
@@ -102,7 +119,7 @@ def odd_server(triton_binary: TritonBinary, tmp_path_factory: pytest.TempPathFac
 
 def copy_repository(folder: Path) -> Path:
     """folder/model_repository: what git holds of ours, no weights."""
-    ignored = shutil.ignore_patterns("*.onnx", "*.plan", "manifest.json", "[2-9]", "__pycache__")
+    ignored = shutil.ignore_patterns("*.onnx", "*.plan", "*.plan.json", "manifest.json", "[2-9]", "__pycache__")
     target = folder / "model_repository"
     shutil.copytree(REPO / "model_repository", target, ignore=ignored)
     for leaf in ("arcface_onnx", "arcface_trt", "arcface_reference"):
@@ -110,13 +127,12 @@ def copy_repository(folder: Path) -> Path:
     return target
 
 
-def import_into(repository: Path, source: str, *options: str) -> Path:
-    """Import a source as a user would; returns the models folder beside the repository."""
-    from arcface_build.commands.import_ import command
+def import_into(repository: Path, source: str) -> Path:
+    """Import a source and install it; returns the models folder beside the repository."""
+    from arcface_build.repository.bring_in import bring_in
 
     models = repository.parent / "models"
-    arguments = [source, "--models-dir", str(models), "--model-repository", str(repository), *options]
-    command.main(arguments, standalone_mode=False)
+    bring_in(source, models, repository, versions_kept=3)
     return models
 
 

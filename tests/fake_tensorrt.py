@@ -2,8 +2,9 @@
 
 A fixture puts it on a process's path as `tensorrt`, so everything around TensorRT is real: Polygraphy, the child
 process, tritonserver. Environment: FAKE_SM (86); FAKE_TRT_VERSION (8.6.0, 10.3.0, 11.0.0: each lacks what that version
-lacks); FAKE_TRT_FAULT: crash, oom, error, slow, fp32 (kernels of another precision than asked), drift (wrong numbers),
-poison (a black face fails the whole run). The tests that use it run on the real TensorRT behind the marker `gpu`.
+lacks); FAKE_TRT_FAULT: driver (none), crash, oom, error, slow, fp32 (kernels of another precision than asked), drift
+(wrong numbers), poison (a black face fails the whole run), nograph (no CUDA graphs). The tests that use it run on the
+real TensorRT behind the marker `gpu`.
 """
 
 from __future__ import annotations
@@ -40,15 +41,18 @@ float32, float16, int8, int32, uint8, int64 = (
 bool = DataType.BOOL
 if MAJOR >= 10:
     bfloat16 = DataType.BF16
-    NetworkDefinitionCreationFlag = _enum("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH STRONGLY_TYPED")
+    _FLAGS = "STRONGLY_TYPED" if MAJOR >= 11 else "EXPLICIT_BATCH STRONGLY_TYPED"
+    NetworkDefinitionCreationFlag = _enum("NetworkDefinitionCreationFlag", _FLAGS)
 else:
     NetworkDefinitionCreationFlag = _enum("NetworkDefinitionCreationFlag", "EXPLICIT_BATCH")
 _OLD_FLAGS = "FP16 INT8 OBEY_PRECISION_CONSTRAINTS PREFER_PRECISION_CONSTRAINTS"
 BuilderFlag = _enum("BuilderFlag", ("" if MAJOR >= 11 else _OLD_FLAGS + " ") + "TF32 REFIT")
 MemoryPoolType = _enum("MemoryPoolType", "WORKSPACE DLA_MANAGED_SRAM")
-TacticSource = _enum("TacticSource", "CUBLAS CUBLAS_LT CUDNN EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS")
+_EXTERNAL = "" if MAJOR >= 11 else "CUBLAS CUBLAS_LT CUDNN "
+TacticSource = _enum("TacticSource", _EXTERNAL + "EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS")
 ProfilingVerbosity = _enum("ProfilingVerbosity", "LAYER_NAMES_ONLY NONE DETAILED")
-HardwareCompatibilityLevel = _enum("HardwareCompatibilityLevel", "NONE AMPERE_PLUS")
+_SAME = " SAME_COMPUTE_CAPABILITY" if tuple(map(int, __version__.split(".")[:2])) >= (10, 9) else ""
+HardwareCompatibilityLevel = _enum("HardwareCompatibilityLevel", "NONE AMPERE_PLUS" + _SAME)
 PreviewFeature, DeviceType = _enum("PreviewFeature", "X"), _enum("DeviceType", "GPU DLA")
 LayerType = _enum("LayerType", "CONVOLUTION CONSTANT SHUFFLE SHAPE CAST QUANTIZE DEQUANTIZE OTHER")
 TensorIOMode, TensorFormat = _enum("TensorIOMode", "NONE INPUT OUTPUT"), _enum("TensorFormat", "LINEAR HWC CHW16")
@@ -204,7 +208,8 @@ class Builder:
 
     def create_network(self, flags: int = 0) -> _Network:
         network = _Network()
-        network.strongly_typed = MAJOR >= 11 or flags & (1 << 1) > 0
+        asked = MAJOR >= 10 and flags & (1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED) > 0
+        network.strongly_typed = MAJOR >= 11 or asked
         return network
 
     def create_builder_config(self) -> _Config:
@@ -213,7 +218,7 @@ class Builder:
     def create_optimization_profile(self) -> _Profile:
         return _Profile()
 
-    def build_serialized_network(self, network: _Network, config: _Config) -> bytes | None:
+    def build_serialized_network(self, network: _Network, config: _Config) -> memoryview | None:
         if FAULT == "slow":
             time.sleep(60)
         if FAULT in ("oom", "error"):
@@ -230,8 +235,10 @@ class Builder:
         flags = [flag.name for flag in config.flags]
         plan = {"version": __version__, "onnx": network.model.SerializeToString(), "pins": pins, "flags": flags}
         plan |= {"profile": dict(config.profiles[0]), "typed": network.strongly_typed, "sources": config.sources}
+        level = getattr(config, "hardware_compatibility_level", None)
+        plan |= {"level": level.name if level is not None else ""}
         plan |= {"verbosity": config.profiling_verbosity.name, "workspace": config.limits[MemoryPoolType.WORKSPACE]}
-        return pickle.dumps(plan)
+        return memoryview(pickle.dumps(plan))  # as IHostMemory: a buffer with nbytes, and no bytes
 
 
 class Runtime:
@@ -307,17 +314,24 @@ class IExecutionContext:
         return True
 
     def execute_async_v3(self, stream: int) -> int:
-        raw = ctypes.string_at(self.addresses["face"], int(np.prod(self.shape)))
-        faces = np.frombuffer(raw, np.uint8).reshape(self.shape)
+        if _Cudart.capturing is not None:
+            shape, addresses = self.shape, dict(self.addresses)
+            _Cudart.capturing.append(lambda: self._run(shape, addresses))
+            return True
+        return self._run(self.shape, self.addresses)
+
+    def _run(self, shape: tuple[int, ...], addresses: dict[str, int]) -> int:
+        raw = ctypes.string_at(addresses["face"], int(np.prod(shape)))
+        faces = np.frombuffer(raw, np.uint8).reshape(shape)
         if FAULT == "poison" and (faces == 0).all(axis=(1, 2, 3)).any():
             return False
         result = np.ascontiguousarray(self.engine.session.run(["embedding"], {"face": faces})[0], np.float32)
         if FAULT == "drift":
             result = np.roll(result, 1, axis=1)
         if self.allocator is not None:
-            self.addresses["embedding"] = self.allocator.reallocate_output("embedding", 0, result.nbytes, 256)
+            addresses["embedding"] = self.allocator.reallocate_output("embedding", 0, result.nbytes, 256)
             self.allocator.notify_shape("embedding", result.shape)
-        ctypes.memmove(self.addresses["embedding"], result.ctypes.data, result.nbytes)
+        ctypes.memmove(addresses["embedding"], result.ctypes.data, result.nbytes)
         return True
 
 
@@ -350,13 +364,63 @@ class _Inspector:
 class _Cudart:
     """The CUDA runtime's functions that are called by name, on the memory of this host."""
 
+    capturing: list | None = None  # runs that a graph records instead of doing them
+
     def __init__(self) -> None:
         self.kept: dict[int, object] = {}
+        self.graphs: dict[int, list] = {}
+        self.times: dict[int, float] = {}
+
+    def cudaStreamBeginCapture(self, stream: object, mode: object) -> int:
+        if FAULT == "nograph":
+            return 900  # cudaErrorStreamCaptureUnsupported
+        _Cudart.capturing = []
+        return 0
+
+    def cudaStreamEndCapture(self, stream: object, graph: object) -> int:
+        graph._obj.value = len(self.graphs) + 1
+        self.graphs[graph._obj.value], _Cudart.capturing = _Cudart.capturing or [], None
+        return 0
+
+    def cudaGraphInstantiateWithFlags(self, executable: object, graph: object, flags: object) -> int:
+        executable._obj.value = graph.value
+        return 0
+
+    def cudaGraphDestroy(self, graph: object) -> int:
+        return 0
+
+    def cudaGraphExecDestroy(self, graph: object) -> int:
+        return 0 if self.graphs.pop(graph.value, None) else 1
+
+    def cudaGraphLaunch(self, graph: object, stream: object) -> int:
+        return 0 if all(run() for run in self.graphs[graph.value]) else 1
+
+    def cudaGetLastError(self) -> int:
+        return 0
+
+    def cudaEventCreate(self, event: object) -> int:
+        event._obj.value = len(self.times) + 1
+        self.times[event._obj.value] = 0.0
+        return 0
+
+    def cudaEventRecord(self, event: object, stream: object) -> int:
+        self.times[event.value] = time.perf_counter()
+        return 0
+
+    def cudaEventElapsedTime(self, ms: object, first: object, second: object) -> int:
+        ms._obj.value = (self.times[second.value] - self.times[first.value]) * 1e3
+        return 0
+
+    def cudaEventDestroy(self, event: object) -> int:
+        return 0
 
     def __getattr__(self, name: str) -> object:
         raise AttributeError(f"the fake CUDA runtime has no {name}")
 
     def cudaGetDeviceCount(self, count: object) -> int:
+        if FAULT == "driver":
+            print("[W] Unable to determine GPU memory usage: CUDA driver version is insufficient", file=sys.stderr)
+            return 35
         count._obj.value = 1
         return 0
 

@@ -15,13 +15,15 @@ class Faults:
     """What goes wrong next. Counts go down as faults happen; 0 means healthy.
 
     cuts: connections reset once `after_bytes` of an answer have passed. flips: one byte of an answer changed there.
-    busy: requests answered with 503 SlowDown. stalls: connections on which nothing is ever answered.
+    busy: requests answered with 503 SlowDown. stalls: connections on which nothing is ever answered. greeting_s: how
+    long each new connection waits for its first byte, as on a busy server.
     """
 
     cuts: int = 0
     flips: int = 0
     busy: int = 0
     stalls: int = 0
+    greeting_s: float = 0.0
     after_bytes: int = 100_000
 
 
@@ -61,6 +63,7 @@ class FaultProxy:
 
     def _serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client, socket.create_connection(self.target) as server:
+            time.sleep(self.faults.greeting_s)
             if self._take("stalls"):
                 client.recv(1 << 16)
                 threading.Event().wait(30)

@@ -23,7 +23,7 @@ class TritonPythonModel:
         for request in requests:
             faces = pb_utils.get_input_tensor_by_name(request, "face").as_numpy()
             if self.name == "slow" and faces[0, 0, 0].min() == 255:  # only a marked face is slow
-                time.sleep(1.0)
+                time.sleep(2.0)
             if self.name == "failing":
                 error = pb_utils.TritonError("the network gave up on purpose")
                 answers.append(pb_utils.InferenceResponse(output_tensors=[], error=error))

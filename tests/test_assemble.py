@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from arcface_build.errors import ProofFailed
 from arcface_build.repository.assemble import assemble, assemble_plans
 from arcface_build.repository.versions import served_folder, served_manifest, versions
-from arcface_build.variants.choose import Choice
+from arcface_build.serving.variant import check_installed, take_best_variant
+from arcface_build.variants.choose import VariantChoice
 from arcface_clients.errors import Missing, PlanRefused
-from arcface_clients.plans.manifest import manifest_bytes, manifest_path
+from arcface_clients.plans.manifest import write_manifest
+from arcface_clients.plans.read import read_plan
+from arcface_clients.plans.signing import sign
+from arcface_clients.plans.spec import BuilderOptions
 from conftest import copy_repository
 from plan_samples import spec, write_plan
 from tiny_model import write_model
@@ -32,13 +35,21 @@ def contract_of(model_dir) -> str:
     return json.loads((model_dir / "manifest.json").read_text())["contract_id"]
 
 
-def plan(folder, contract, sm="8.6", precision="fp16", drift=1e-4, seed=0):
+def plan(folder, contract, sm="8.6", precision="fp16", drift=1e-4, seed=0, **options):
     """A plan of random bytes with a manifest of this contract and drift."""
-    of = spec(sm=sm, precision=precision)
-    path = folder / of.file_name
-    manifest = replace(write_plan(path, of, seed=seed), contract_id=contract, drift=drift and {"max_drift": drift})
-    manifest_path(path).write_bytes(manifest_bytes(manifest))
+    of = spec(sm=sm, precision=precision, options=BuilderOptions(**options))
+    path = folder / f"{seed}{of.options.hardware_compatible}" / of.file_name
+    manifest = write_plan(path, of, seed=seed, contract_id=contract, drift=drift and {"max_drift": drift})
+    write_manifest(path, manifest)
     return path
+
+
+def judged(precision, drift, runtime="openvino-bf16", passed=True):
+    """What a sidecar says of a variant."""
+    gates = [
+        {"runtime": runtime, "passed": passed, "limit": 0.01, "drift": {"max_drift": drift}, "judged_on": "others"}
+    ]
+    return {"format": 1, "precision": precision, "passed": passed, "gates": gates}
 
 
 def overlay(repository, model) -> str:
@@ -52,7 +63,7 @@ def test_an_imported_model_is_installed_with_its_reference(model_dir, repository
 
 
 def test_a_variant_brings_its_precision_and_its_accelerator(model_dir, repository):
-    choice = Choice("serving.onnx", "bf16", "openvino-bf16", "fastest", {"passed": True})
+    choice = VariantChoice("serving.onnx", "bf16", "openvino-bf16", "fastest", judged("bf16", 8e-4))
     assemble(model_dir, repository, choice)
     told = overlay(repository, "arcface_onnx")
     assert 'key: "precision" value: { string_value: "bf16" }' in told
@@ -64,30 +75,62 @@ def test_going_back_from_a_variant_takes_its_accelerator_away(model_dir, reposit
     from arcface_build.repository.versions import roll_back
 
     assemble(model_dir, repository)
-    assemble(model_dir, repository, Choice("serving.onnx", "bf16", "openvino-bf16", "", {"passed": True}))
+    assemble(model_dir, repository, VariantChoice("serving.onnx", "bf16", "openvino-bf16", "", judged("bf16", 8e-4)))
     assert roll_back(repository, "arcface_onnx") == (2, 1)
     assert "openvino" not in overlay(repository, "arcface_onnx")
 
 
 def test_serve_does_not_bring_back_what_was_rolled_back(model_dir, repository):
     from arcface_build.repository.versions import roll_back
-    from arcface_build.serving.variant import take_best_variant
 
     assemble(model_dir, repository)
-    assemble(model_dir, repository, Choice("serving.onnx", "bf16", "openvino-bf16", "", {"passed": True}))
+    assemble(model_dir, repository, VariantChoice("serving.onnx", "bf16", "openvino-bf16", "", judged("bf16", 8e-4)))
     roll_back(repository, "arcface_onnx")
     before = served_manifest(repository)
-    said = take_best_variant(repository, model_dir.parent)
+    said = take_best_variant(repository, model_dir.parent, 3)
     name = before["name"]
     assert said == f"fp32 as installed: arcface rollback went back to it (another one: arcface assemble {name})"
     assert served_manifest(repository) == before
     assert assemble(model_dir, repository)["arcface_onnx"] == 1, "the same weights are no new version"
 
 
+@pytest.mark.parametrize(
+    ("runtime", "gated_in", "here", "why_not"),
+    [
+        ("openvino-bf16", ["openvino-bf16"], ("openvino-bf16", "openvino-fp32", "onnxruntime"), None),
+        ("openvino-bf16", ["openvino-bf16"], ("openvino-fp32", "onnxruntime"), "it is set up for openvino-bf16, this"),
+        ("openvino-fp32", ["openvino-bf16"], ("openvino-fp32", "onnxruntime"), "int8 passed its gate in openvino-bf16"),
+        ("openvino-fp32", ["openvino-fp32"], ("onnxruntime",), "set up for openvino-fp32, this host has onnxruntime"),
+        ("onnxruntime", [], ("onnxruntime",), "int8 passed its gate in no runtime, this host has onnxruntime"),
+        ("onnxruntime", ["onnxruntime"], ("onnxruntime",), None),
+    ],
+)
+def test_what_another_host_installed_is_served_only_where_it_passed_its_gate(runtime, gated_in, here, why_not):
+    gates = [gate for one in gated_in for gate in judged("int8", 0.005, one)["gates"]]
+    sidecar = {"precision": "int8", "passed": True, "gates": gates}
+    served = {"name": "tiny", "variant": {"precision": "int8", "runtime": runtime, "sidecar": sidecar}}
+    if why_not is None:
+        check_installed(served, here)
+    else:
+        with pytest.raises(Missing, match=f"may not run on this host: .*{why_not}.* Next: arcface assemble tiny"):
+            check_installed(served, here)
+
+
+def test_fp32_is_served_on_every_host():
+    check_installed({"name": "tiny"}, ("onnxruntime",))
+
+
+def test_serve_asks_for_the_gate_of_what_it_leaves_installed(model_dir, repository, tmp_path):
+    sidecar = judged("int8", 0.005, "openvino-fp8")
+    assemble(model_dir, repository, VariantChoice("serving.onnx", "int8", "openvino-fp8", "", sidecar))
+    with pytest.raises(Missing, match="arcface_onnx holds int8 of tiny, which may not run on this host: it is set up"):
+        take_best_variant(repository, tmp_path / "no models here", versions_kept=3)
+
+
 def test_a_variant_that_was_refused_is_not_installed(model_dir, repository):
-    choice = Choice("variants/int8-cpu.onnx", "int8", "openvino-bf16", "", {"passed": False})
+    choice = VariantChoice("variants/int8-cpu.onnx", "int8", "openvino-bf16", "", judged("int8", 0.03, passed=False))
     with pytest.raises(
-        ProofFailed, match=r"variants/int8-cpu\.onnx of tiny has not passed its gate\. Next: arcface quant"
+        ProofFailed, match=r"variants/int8-cpu\.onnx of tiny has not passed its gate: drift 0\.03, 3\.0 × the 0\.01"
     ):
         assemble(model_dir, repository, choice)
     assert versions(repository / "arcface_onnx") == []
@@ -104,6 +147,45 @@ def test_plans_become_one_version_named_by_sm_and_others_of_the_contract_stay(mo
     assert 'key: "precision" value: { string_value: "fp16" }' in overlay(repository, "arcface_trt")
 
 
+def built_for(repository) -> dict[str, str]:
+    """File name in arcface_trt → SM that this plan was built for; each is what its manifest says."""
+    folder = served_folder(repository, "arcface_trt")
+    return {path.name: read_plan(path).manifest.spec.sm for path in sorted(folder.glob("*.plan"))}
+
+
+def test_a_hardware_compatible_plan_stands_in_for_every_mapped_sm_from_8_0_on(model_dir, repository, tmp_path):
+    contract = contract_of(model_dir)
+    anywhere, own = plan(tmp_path, contract, hardware_compatible=True), plan(tmp_path, contract, "9.0", seed=1)
+    assemble_plans(model_dir, [anywhere, own], repository)
+    assert built_for(repository) == {
+        "sm100.plan": "8.6", "sm120.plan": "8.6", "sm80.plan": "8.6", "sm86.plan": "8.6", "sm89.plan": "8.6",
+        "sm90.plan": "9.0",
+    }  # fmt: skip
+    assemble_plans(model_dir, [plan(tmp_path, contract, "8.9", seed=2)], repository)
+    assert built_for(repository)["sm89.plan"] == "8.9"
+    assert built_for(repository)["sm80.plan"] == "8.6"
+
+
+def test_the_same_plans_again_are_no_new_version_and_a_new_signature_is_one(model_dir, repository, tmp_path, keys):
+    path = plan(tmp_path, contract_of(model_dir))
+    assert assemble_plans(model_dir, [path], repository) == assemble_plans(model_dir, [path], repository) == 1
+    write_manifest(path, sign(read_plan(path).manifest, keys["ours"] / "private.pem"))
+    assert assemble_plans(model_dir, [path], repository) == 2
+    assert read_plan(served_folder(repository, "arcface_trt") / "sm86.plan", keys["ours"] / "public.pem")
+
+
+def test_a_plan_that_was_changed_in_the_repository_is_not_carried_into_the_next_version(
+    model_dir, repository, tmp_path, caplog
+):
+    contract = contract_of(model_dir)
+    assemble_plans(model_dir, [plan(tmp_path, contract, "8.6")], repository)
+    served = served_folder(repository, "arcface_trt") / "sm86.plan"
+    served.write_bytes(served.read_bytes()[:-1])
+    assemble_plans(model_dir, [plan(tmp_path, contract, "9.0")], repository)
+    assert built_for(repository) == {"sm90.plan": "9.0"}
+    assert "not kept in the new version of arcface_trt: plan" in caplog.text
+
+
 def test_a_plan_of_another_contract_is_refused(model_dir, repository, tmp_path):
     with pytest.raises(PlanRefused, match=r"tiny-fp16-sm86\.plan is of contract ffffffffffff…, expected that of tiny"):
         assemble_plans(model_dir, [plan(tmp_path, "f" * 64)], repository)
@@ -112,9 +194,9 @@ def test_a_plan_of_another_contract_is_refused(model_dir, repository, tmp_path):
 @pytest.mark.parametrize(
     ("drift", "message"),
     [
-        (None, r"the drift of tiny-fp16-sm86\.plan was never measured\. Build it again"),
-        (0.002, r"tiny-fp16-sm86\.plan drifts by 0\.002, expected at most 0\.001 for fp16"),
-        (float("nan"), r"tiny-fp16-sm86\.plan drifts by nan, expected at most 0\.001 for fp16"),
+        (None, r"tiny-fp16-sm86\.plan is refused: its drift was never measured\. Build it again"),
+        (0.002, r"tiny-fp16-sm86\.plan is refused: drift 0\.002, 2\.0 × the 0\.001 that fp16 may show"),
+        (float("nan"), r"tiny-fp16-sm86\.plan is refused: its record states a drift of nan, expected a number"),
     ],
 )
 def test_a_plan_that_has_not_passed_its_gate_is_refused(model_dir, repository, tmp_path, drift, message):

@@ -14,7 +14,7 @@ from arcface_clients.config.sources import load_config
 from arcface_clients.errors import BackendUnavailable, ConfigError, ContractMismatch, InvalidFaces
 from arcface_clients.evidence.drift import compare_embeddings
 from arcface_clients.faces.synthetic import synthetic_faces
-from arcface_clients.pipeline import Link, plan_chain
+from arcface_clients.pipeline import Link, backend_chain
 from tiny_model import write_model
 
 FACES = synthetic_faces(5)
@@ -141,7 +141,7 @@ def link(engine, device="auto", precision="fp16", label=None):
     ],
 )
 def test_chain_follows_backend_device_and_what_may_use_the_cpu(backend, device, fallback, allow_cpu, expected):
-    assert list(plan_chain(backend, device, "fp16", fallback, allow_cpu)) == expected
+    assert list(backend_chain(backend, device, "fp16", fallback, allow_cpu)) == expected
 
 
 def test_real_server_is_switched_to_and_away_by_one_line(server, demo_repository, settings):

@@ -11,26 +11,26 @@ from arcface_tools import bulk
 from arcface_tools.clients import restarts, run, run_quick, stream_memory
 
 
-def test_every_way_is_measured_against_a_running_server(odd_server) -> None:
+def test_every_transport_is_measured_against_a_running_server(odd_server) -> None:
     result = run(
         None, odd_server.grpc_url, odd_server.http_url, model="good", batch=8, in_flight=(2,), rounds=1, sample_s=0.05
     )
     rows = {row["name"]: row for row in result["variants"]}
-    assert list(rows) == [f"client {way} in flight 2" for way in ("grpc", "grpc-shm", "http", "http-shm")]
+    assert list(rows) == [f"client {transport} in flight 2" for transport in ("grpc", "grpc-shm", "http", "http-shm")]
     assert all(row["faces_per_s"]["median"] > 0 for row in rows.values())
     assert "system shared memory" in str(rows["client grpc-shm in flight 2"])
 
 
-def test_a_way_over_the_gpu_is_never_measured_as_another_one(odd_server) -> None:
+def test_a_transport_over_the_gpu_is_never_measured_as_another_one(odd_server) -> None:
     if shutil.which("nvidia-smi"):
         pytest.skip("this host has a GPU")
-    with pytest.raises(Missing, match=r"grpc-cudashm cannot be measured: .* is not possible: .*Next: --way grpc "):
-        run(None, odd_server.grpc_url, odd_server.http_url, model="good", ways=("grpc-cudashm",), rounds=1)
+    with pytest.raises(Missing, match=r"grpc-cudashm cannot be measured: .* is not possible: .*Next: --transport "):
+        run(None, odd_server.grpc_url, odd_server.http_url, model="good", transports=("grpc-cudashm",), rounds=1)
 
 
-def test_a_way_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(WrongUse, match="no way is called 'smoke': expected one of grpc, grpc-shm, http"):
-        run(None, "localhost:1", "localhost:1", ways=("smoke",))
+def test_a_transport_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(WrongUse, match="no transport is called 'smoke': expected one of grpc, grpc-shm, http"):
+        run(None, "localhost:1", "localhost:1", transports=("smoke",))
 
 
 def test_requests_in_flight_are_compared_on_a_model_that_costs_nothing() -> None:

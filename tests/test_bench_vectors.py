@@ -1,4 +1,4 @@
-"""The evidence for vectors runs, small, and its table says what was measured."""
+"""The evidence for vectors runs, small, and its table holds what was measured."""
 
 from __future__ import annotations
 
@@ -18,5 +18,4 @@ def test_vector_figures_are_measured_side_by_side() -> None:
     }
     assert 20 < report["nearest"]["process_mb"] < 500
     printed = table(report)
-    for line in ("16 faces, 120 distances (64-d)", "3,000 rows, top 10 (64-d)", "gallery of 2,000 (64-d)"):
-        assert line in printed
+    assert all(way in printed for part in ("pairs_16", "square_1000", "nearest") for way in report[part]["ways"])

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from arcface_clients import TritonEmbedder
-from arcface_clients.bulk.job import Job, Plan, run_local
+from arcface_clients.bulk.job import Job, JobSpec, run_local
 from arcface_clients.bulk.parts import bad_path, read_embeddings
 from arcface_clients.bulk.read import read_unit
-from arcface_clients.bulk.units import plan_units, unit_size
+from arcface_clients.bulk.units import iter_units, unit_size
 from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
 from people import CONTRACT, PixelEngine
@@ -68,8 +68,8 @@ def run(
     output: Path, sources: Sequence[str | Path], engine: PixelEngine | None = None, workers: int = 2, unit_rows: int = 4
 ) -> tuple[int, int]:
     engine = engine or PixelEngine(DIM)
-    plan = Plan(tuple(map(str, sources)), engine.contract_id, DIM, unit_rows)
-    with Job(output, plan) as job:
+    spec = JobSpec(tuple(map(str, sources)), engine.contract_id, DIM, unit_rows)
+    with Job(output, spec) as job:
         run_local(job, [engine] * workers)
         return job.finish()
 
@@ -159,7 +159,7 @@ def test_a_file_that_breaks_in_the_middle_costs_only_its_rest(faces: np.ndarray,
     np.save(tmp_path / "whole.npy", faces)
     whole = (tmp_path / "whole.npy").read_bytes()
     (tmp_path / "broken.npy").write_bytes(whole[: len(whole) - 10 * 37_632 - 5])
-    units = list(plan_units([tmp_path / "broken.npy"], 8))
+    units = list(iter_units([tmp_path / "broken.npy"], 8))
     assert [unit_size(unit) for unit in units] == [8, 8, 8, 6]
     items = [item for unit in units for item in read_unit(unit)]
     assert len(items) == 30
@@ -173,13 +173,13 @@ def test_a_job_that_was_killed_is_gone_on_with_and_no_row_is_lost_or_double(tmp_
     script = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from people import PixelEngine\n"
-        "from arcface_clients.bulk.job import Job, Plan, run_local\n"
+        "from arcface_clients.bulk.job import Job, JobSpec, run_local\n"
         "class Slow(PixelEngine):\n"
         "    def encode(self, faces):\n"
         "        time.sleep(0.02)\n"
         "        return super().encode(faces)\n"
         "engine = Slow(64)\n"
-        "with Job(sys.argv[3], Plan((sys.argv[2],), engine.contract_id, 64, 10)) as job:\n"
+        "with Job(sys.argv[3], JobSpec((sys.argv[2],), engine.contract_id, 64, 10)) as job:\n"
         "    run_local(job, [engine])\n"
         "    print(job.finish(), engine.faces_seen)\n"
     )
@@ -229,29 +229,42 @@ def test_a_server_that_dies_stops_all_workers_and_the_job_is_gone_on_with(source
 
 
 def test_another_model_other_sources_or_a_second_process_are_refused(sources: Path, tmp_path: Path) -> None:
-    plan = Plan((str(sources / "plain.npy"),), CONTRACT, DIM, 4)
-    with Job(tmp_path / "out.parquet", plan), pytest.raises(ConfigError, match="another process is writing"):
-        Job(tmp_path / "out.parquet", plan)
+    spec = JobSpec((str(sources / "plain.npy"),), CONTRACT, DIM, 4)
+    with Job(tmp_path / "out.parquet", spec), pytest.raises(ConfigError, match="another process is writing"):
+        Job(tmp_path / "out.parquet", spec)
     with pytest.raises(ContractMismatch, match=r"expected one model for all rows\. Start over: --force"):
-        Job(tmp_path / "out.parquet", Plan(plan.sources, "d" * 64, DIM, 4))
+        Job(tmp_path / "out.parquet", JobSpec(spec.sources, "d" * 64, DIM, 4))
     with pytest.raises(ConfigError, match="was begun with other sources, unit_rows"):
-        Job(tmp_path / "out.parquet", Plan((str(sources),), CONTRACT, DIM, 5))
-    with Job(tmp_path / "out.parquet", plan) as job, pytest.raises(ContractMismatch, match="behind all URLs"):
+        Job(tmp_path / "out.parquet", JobSpec((str(sources),), CONTRACT, DIM, 5))
+    with Job(tmp_path / "out.parquet", spec) as job, pytest.raises(ContractMismatch, match="behind all URLs"):
         run_local(job, [PixelEngine(DIM), PixelEngine(DIM, contract_id="e" * 64)])
-    with Job(tmp_path / "out.parquet", Plan((str(sources),), CONTRACT, DIM, 5), start_over=True) as job:
+    with Job(tmp_path / "out.parquet", JobSpec((str(sources),), CONTRACT, DIM, 5), start_over=True) as job:
         assert job.units > 0
 
 
-@pytest.mark.parametrize("text", ["", "garbage", "[]", '{"plan": {}}', '{"plan": {}, "units": 1, "items": 1}'])
+@pytest.mark.parametrize("text", ["", "garbage", "[]", '{"spec": {}}', '{"spec": {}, "units": 1, "items": 1}'])
 def test_a_damaged_unfinished_run_is_named_and_started_over_with_force(
     sources: Path, tmp_path: Path, text: str
 ) -> None:
-    plan = Plan((str(sources / "plain.npy"),), CONTRACT, DIM, 4)
-    Job(tmp_path / "out.parquet", plan).close()
-    (tmp_path / "out.parquet.parts" / "plan.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"plan\.json is damaged .*Start over: --force"):
-        Job(tmp_path / "out.parquet", plan)
-    Job(tmp_path / "out.parquet", plan, start_over=True).close()
+    spec = JobSpec((str(sources / "plain.npy"),), CONTRACT, DIM, 4)
+    Job(tmp_path / "out.parquet", spec).close()
+    (tmp_path / "out.parquet.parts" / "job.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"job\.json is damaged .*Start over: --force"):
+        Job(tmp_path / "out.parquet", spec)
+    Job(tmp_path / "out.parquet", spec, start_over=True).close()
+
+
+def test_an_unfinished_run_under_the_former_file_name_is_gone_on_with(sources: Path, tmp_path: Path) -> None:
+    spec = JobSpec((str(sources / "plain.npy"),), CONTRACT, DIM, 4)
+    Job(tmp_path / "out.parquet", spec).close()
+    now = tmp_path / "out.parquet.parts" / "job.json"
+    begun = json.loads(now.read_text())
+    now.with_name("plan.json").write_text(json.dumps({"plan": begun.pop("spec"), **begun}))
+    now.unlink()
+    with Job(tmp_path / "out.parquet", spec) as job:
+        assert job.units == begun["units"] > 0
+    with pytest.raises(ConfigError, match="was begun with other unit_rows"):
+        Job(tmp_path / "out.parquet", JobSpec(spec.sources, CONTRACT, DIM, 5))
 
 
 def test_numbers_as_names_and_identities_become_text(faces: np.ndarray, tmp_path: Path) -> None:
@@ -282,19 +295,19 @@ def test_workers_share_the_units(tmp_path: Path) -> None:
 
     engines = [Meeting(DIM), Meeting(DIM)]
     done: list[int] = []
-    with Job(tmp_path / "out.parquet", Plan((str(tmp_path / "faces.npy"),), CONTRACT, DIM, 5)) as job:
+    with Job(tmp_path / "out.parquet", JobSpec((str(tmp_path / "faces.npy"),), CONTRACT, DIM, 5)) as job:
         run_local(job, engines, done.append)
         assert job.finish() == (40, 0)
     assert sum(done) == 40
     assert sum(map(sum, (engine.calls for engine in engines))) == 40
 
 
-def test_planning_a_large_tree_holds_no_list_of_it(tmp_path: Path) -> None:
+def test_listing_the_units_of_a_large_tree_holds_no_list_of_it(tmp_path: Path) -> None:
     for person in range(20):
         (tmp_path / f"{person:02}").mkdir()
         for i in range(5):
             (tmp_path / f"{person:02}" / f"{i}.jpg").touch()
-    units = plan_units([tmp_path], 7)
+    units = iter_units([tmp_path], 7)
     first = next(units)
     assert [identity for _, identity, _ in first["items"]] == ["00"] * 5 + ["01"] * 2
     assert sum(map(unit_size, units)) == 93
@@ -310,17 +323,22 @@ def test_two_ray_workers_write_the_same_file(sources: Path, tmp_path: Path, monk
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     engine = PixelEngine(DIM)
     run(tmp_path / "local.parquet", [sources / "crops", sources / "stored.npz"])
-    plan = Plan((str(sources / "crops"), str(sources / "stored.npz")), engine.contract_id, DIM, 4)
+    spec = JobSpec((str(sources / "crops"), str(sources / "stored.npz")), engine.contract_id, DIM, 4)
     done: list[int] = []
     try:
-        with Job(tmp_path / "ray.parquet", plan) as job:
+        with Job(tmp_path / "ray.parquet", spec) as job:
             run_on_ray(job, partial(engine_of, tmp_path), ["first", "second"], actors=2, advance=done.append)
             assert job.finish() == (41, 3)
     finally:
         ray.shutdown()
     assert sum(done) == 44
     assert {path.name for path in tmp_path.glob("used-*")} == {"used-first", "used-second"}
-    assert pq.read_table(tmp_path / "ray.parquet").equals(pq.read_table(tmp_path / "local.parquet"))
+    by_ray, by_one = rows_of(tmp_path / "ray.parquet"), rows_of(tmp_path / "local.parquet")
+    assert list(by_ray) == list(by_one)
+    assert pq.read_schema(tmp_path / "ray.parquet").equals(pq.read_schema(tmp_path / "local.parquet"))
+    for path, (identity, embedding) in by_ray.items():
+        assert identity == by_one[path][0]
+        np.testing.assert_allclose(embedding, by_one[path][1], atol=1e-5)  # batches differ, and so does their sum
     assert {(tmp_path / name).exists() for name in ("ray.parquet.bad.jsonl", "local.parquet.bad.jsonl")} == {True}
 
 
@@ -365,6 +383,14 @@ def test_the_command_finds_the_faces_of_photos(server, assets: Path, tmp_path: P
         assert len(rows) >= 8
         assert {path.rsplit("[", 1)[0] for path in rows} == {str(path) for path in person.iterdir()}
         assert np.abs(saved["embeddings"] - np.stack([row for _, row in rows.values()])).max() < 1e-4
+        table = pq.read_table(tmp_path / "out.parquet")
+        for column, name in (("score", "scores"), ("box", "boxes"), ("landmarks", "landmarks")):
+            values = np.array(table[column].to_pylist(), np.float32)
+            assert np.array_equal(values, saved[name].reshape(values.shape))
+        assert saved["landmarks"].shape == (len(rows), 5, 2)
+        corner, size = saved["boxes"][:, None, :2], saved["boxes"][:, None, 2:]
+        assert ((saved["landmarks"] > corner - 5) & (saved["landmarks"] < corner + size + 5)).all()
+        assert ((saved["scores"] >= 0.7) & (saved["scores"] <= 1)).all()
 
 
 @pytest.mark.parametrize(
@@ -407,3 +433,16 @@ def test_the_command_runs_on_ray_against_a_real_server(server, sources: Path, tm
     summary = json.loads(done.stdout)
     assert (summary["faces"], summary["refused"]) == (41, 3)
     assert len(rows_of(output)) == 41
+
+
+def test_a_ray_that_is_not_there_is_one_sentence_with_the_next_command(
+    server, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'arcface-triton[ray]'")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # one that runs on this host: none does
+    options = ["--engine", "ray", "--url", server.grpc_url]
+    done = arcface_embed(sources / "stored.npz", "-o", tmp_path / "out.parquet", *options)
+    assert done.returncode == 3
+    assert "Ray at auto cannot be reached: " in done.stderr
+    assert "Next: ray start --head, or leave out --engine ray; what is done is kept" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 
 from arcface_build.serving.choose import choose_backend, order_of_backends
+from arcface_build.serving.served_plans import ServedPlans
 from arcface_clients.config.schema import Fallback
-from arcface_clients.errors import Missing
+from arcface_clients.errors import Missing, PlanRefused
+
+
+def good(sms: set[str]) -> ServedPlans:
+    return ServedPlans(frozenset(sms), {})
 
 
 @pytest.mark.parametrize(
@@ -20,7 +25,7 @@ from arcface_clients.errors import Missing
     ],
 )
 def test_auto_takes_the_best_that_is_there_and_says_why(gpu, plans, onnx, reference, backend, reason):
-    choice = choose_backend("auto", gpu, plans, onnx, reference)
+    choice = choose_backend("auto", gpu, good(plans), onnx, reference)
     assert (choice.backend, choice.reason) == (backend, reason)
 
 
@@ -41,13 +46,13 @@ def test_auto_takes_the_best_that_is_there_and_says_why(gpu, plans, onnx, refere
 )
 def test_what_is_not_there_is_refused_with_the_next_command(asked, gpu, plans, message):
     with pytest.raises(Missing) as caught:
-        choose_backend(asked, gpu, plans, onnx=False, reference=False)
+        choose_backend(asked, gpu, good(plans), onnx=False, reference=False)
     assert str(caught.value).startswith(message)
     assert caught.value.exit_code == 3
 
 
 def test_a_backend_that_was_asked_for_is_never_replaced_by_a_better_one():
-    assert choose_backend("reference", "8.6", {"8.6"}, onnx=True, reference=True).backend == "reference"
+    assert choose_backend("reference", "8.6", good({"8.6"}), onnx=True, reference=True).backend == "reference"
 
 
 @pytest.mark.parametrize(
@@ -61,3 +66,12 @@ def test_a_backend_that_was_asked_for_is_never_replaced_by_a_better_one():
 )
 def test_what_is_served_after_a_failed_validation_comes_from_the_configuration(first, chain, enabled, order):
     assert order_of_backends(first, Fallback(chain=chain, enabled=enabled)) == order
+
+
+def test_a_refused_plan_is_not_served_and_the_reason_is_said():
+    plans = ServedPlans(frozenset({"9.0"}), {"8.6": "plan sm86.plan is corrupted"})
+    choice = choose_backend("auto", "8.6", plans, onnx=True, reference=True)
+    assert (choice.backend, choice.reason) == ("onnx", "plan sm86.plan is corrupted")
+    with pytest.raises(PlanRefused, match=r"^cannot serve tensorrt: plan sm86\.plan is corrupted$"):
+        choose_backend("tensorrt", "8.6", plans, onnx=True, reference=True)
+    assert choose_backend("auto", "9.0", plans, onnx=True, reference=True).backend == "tensorrt"

@@ -7,23 +7,13 @@ import signal
 import subprocess
 import sys
 
-import click
-import pytest
-
-from arcface_build.cli import COMMANDS, cli
+from arcface_build.cli import COMMANDS
 from conftest import REPO
 
 
 def arcface(*arguments: str) -> subprocess.CompletedProcess[str]:
     code = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_subcommand_has_help_with_an_example(name):
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None
-    assert f"arcface {name}" in f"{command.help}{command.epilog}", f"`arcface {name} --help` shows no example"
 
 
 def test_ctrl_c_while_python_imports_shows_no_traceback():
@@ -45,7 +35,7 @@ arcface_build.program.main()
 def test_an_unknown_subcommand_is_wrong_use():
     answer = arcface("servve")
     assert answer.returncode == 2
-    assert "No such command 'servve'" in answer.stderr
+    assert "no such command 'servve': did you mean 'serve'?" in answer.stderr
 
 
 def test_an_error_is_one_line_with_its_class_and_exit_code(tmp_path):
@@ -68,3 +58,10 @@ def test_readme_names_every_subcommand_and_no_other():
     named = set(re.findall(r"\barcface ([a-z][a-z-]*)", (REPO / "README.md").read_text()))
     assert named <= set(COMMANDS), f"README names subcommands that do not exist: {named - set(COMMANDS)}"
     assert named >= set(COMMANDS), f"README does not mention: {set(COMMANDS) - named}"
+
+
+def test_readme_names_every_subcommand_of_plan():
+    from arcface_build.commands.plan import COMMANDS as PLAN_COMMANDS
+
+    (line,) = re.findall(r"^    arcface plan .*: (.*)$", (REPO / "README.md").read_text(), re.MULTILINE)
+    assert set(line.split(", ")) == set(PLAN_COMMANDS)

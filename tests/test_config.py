@@ -101,7 +101,7 @@ def test_caller_wins_over_environment_and_file(write):
         (
             "storage: {bukket: a}",
             "FILE: storage.bukket: no such key. Did you mean storage.bucket? Allowed in storage: type, bucket, prefix, "
-            "cache, endpoint, region, path_style, retries, timeout_s, public_key.",
+            "cache, plans, endpoint, region, path_style, retries, timeout_s, public_key.",
         ),
         (
             "bakend: onnx",
@@ -135,13 +135,13 @@ def test_caller_wins_over_environment_and_file(write):
         ("storage: {type: s3}", "FILE: storage: type is s3: expected a bucket name in storage.bucket, got none."),
         (
             "storage: s3",
-            "FILE: storage: got 's3'; expected keys under it. Allowed in storage: type, bucket, prefix, cache, "
+            "FILE: storage: got 's3'; expected keys under it. Allowed in storage: type, bucket, prefix, cache, plans, "
             "endpoint, region, path_style, retries, timeout_s, public_key.",
         ),
-        ("triton: {timeout_s: -1}", "FILE: triton.timeout_s: got -1; input should be greater than 0."),
+        ("triton: {timeout_s: -1}", "FILE: triton.timeout_s: got -1.0; expected more than 0."),
         (
             "triton: {tls: {cert_file: a.pem}}",
-            "FILE: triton.tls: expected cert_file and key_file together, got one of them.",
+            "FILE: triton.tls: mutual TLS needs both cert_file and key_file; got only one of them.",
         ),
         (
             "comparison: {min_cosine: {target: 0.9, warn: 0.95}}",

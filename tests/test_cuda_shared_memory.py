@@ -96,7 +96,7 @@ def test_faces_on_a_gpu_reach_the_server_without_touching_the_host(cuda, server,
     with TritonEmbedder(server.url, in_flight=3) as embedder:
         embedder.encode(there[:1])  # chooses the way, with one black face from the host
         assert (
-            str(embedder.gpu_way) == "CUDA shared memory: the server opened a region of ours on GPU 0, and "
+            str(embedder.gpu_shared_memory) == "CUDA shared memory: the server opened a region of ours on GPU 0, and "
             "embedded a face in it"
         )
         cuda.counts()
@@ -115,7 +115,7 @@ def test_asyncio_does_the_same(cuda, server) -> None:
     async def work() -> list[np.ndarray]:
         async with AsyncTritonEmbedder(server.url) as embedder:
             many = await asyncio.gather(*(embedder.encode(there[i:]) for i in range(len(FACES))))
-            assert embedder.gpu_way and embedder.gpu_way.memory == "cuda"
+            assert embedder.gpu_shared_memory and embedder.gpu_shared_memory.kind == "cuda"
             streamed = [rows async for rows in embedder.encode_stream([there[:3], FACES[3], there[4:]])]
             return [*many, np.concatenate([streamed[0], streamed[1][None], streamed[2]])]
 
@@ -129,8 +129,8 @@ def test_cuda_can_be_asked_for_and_then_takes_host_faces_too(cuda, server) -> No
     with TritonEmbedder(server.url, shared_memory="cuda") as embedder:
         np.testing.assert_allclose(embedder.encode(FACES), projected(FACES), atol=1e-6)
         np.testing.assert_allclose(embedder.encode(to_gpu(FACES)), projected(FACES), atol=1e-6)
-        assert embedder.way.memory == "cuda"
-        assert embedder.gpu_way is embedder.way
+        assert embedder.shared_memory.kind == "cuda"
+        assert embedder.gpu_shared_memory is embedder.shared_memory
     assert server.wire_requests == 0
 
 
@@ -138,7 +138,7 @@ def test_faces_go_through_a_region_on_their_own_gpu(cuda, server) -> None:
     with TritonEmbedder(server.url) as embedder:
         for device in (0, 1, 0):
             np.testing.assert_allclose(embedder.encode(to_gpu(FACES, device)), projected(FACES), atol=1e-6)
-        assert {slot.device for slot in embedder._session.pool._all} == {0, 1}
+        assert {slot.device for slot in embedder._session.regions.pool._all} == {0, 1}
 
 
 def test_a_stream_may_mix_host_and_gpu_and_keeps_the_order(cuda, server) -> None:
@@ -156,7 +156,7 @@ def test_a_restarted_server_is_told_of_the_regions_again(cuda, server) -> None:
         embedder.encode(there)
         server.forget()
         np.testing.assert_allclose(embedder.encode(there), projected(FACES), atol=1e-6)
-        assert embedder.gpu_way.memory == "cuda"
+        assert embedder.gpu_shared_memory.kind == "cuda"
 
 
 def test_memory_of_a_lost_request_is_neither_used_again_nor_freed_while_the_server_has_it(cuda, server) -> None:
@@ -168,7 +168,7 @@ def test_memory_of_a_lost_request_is_neither_used_again_nor_freed_while_the_serv
             embedder.encode(there)
         server.fault = None
         np.testing.assert_allclose(embedder.encode(there), projected(FACES[:1]), atol=1e-6)
-        (lost,) = [slot for slot in embedder._session.pool._all if slot.doubtful]
+        (lost,) = [slot for slot in embedder._session.regions.pool._all if slot.doubtful]
         time.sleep(0.5)  # its answer comes, late, into a region that nobody else uses
         np.testing.assert_allclose(lost.rows(1), projected(FACES[:1]), atol=1e-6)
     assert set(server.regions) == {lost.name}
@@ -192,7 +192,7 @@ def test_memory_of_a_lost_request_is_freed_when_the_server_has_forgotten_it(cuda
         server.fault = None
         server.forget()
         embedder.encode(there)
-        assert not any(slot.doubtful for slot in embedder._session.pool._all)
+        assert not any(slot.doubtful for slot in embedder._session.regions.pool._all)
 
 
 def test_what_a_dead_process_left_at_the_server_is_removed_by_the_next_client(cuda, server) -> None:
@@ -252,8 +252,10 @@ def test_where_cuda_is_not_possible_the_next_way_is_taken_and_says_why(
         monkeypatch.setenv(variable, value)
     with TritonEmbedder(server.url, shared_memory="cuda") as embedder:
         np.testing.assert_allclose(embedder.encode(FACES), projected(FACES), atol=1e-6)
-        assert embedder.way.memory is None
-        assert re.search(f"; CUDA shared memory was asked for and is not possible: {why}", embedder.way.reason)
+        assert embedder.shared_memory.kind is None
+        assert re.search(
+            f"; CUDA shared memory was asked for and is not possible: {why}", embedder.shared_memory.reason
+        )
     assert "is not possible" in caplog.text
     assert server.wire_requests == 2
 
@@ -263,13 +265,13 @@ def test_regions_that_run_out_later_send_faces_over_the_wire(cuda, server) -> No
     with TritonEmbedder(server.url) as embedder:
         embedder.encode(there)
         server.forget()
-        embedder._session.pool.take(MAX_BATCH, WIDTH, 0)  # the only one there is
+        embedder._session.regions.pool.take(MAX_BATCH, WIDTH, 0)  # the only one there is
         cuda.room(1000)
         np.testing.assert_allclose(embedder.encode(there), projected(FACES[:2]), atol=1e-6)
-        assert "copied to the host first: no more room in memory on GPU 0" in str(embedder.gpu_way)
-        for slot in embedder._session.pool._all:
+        assert "copied to the host first: no more room in memory on GPU 0" in str(embedder.gpu_shared_memory)
+        for slot in embedder._session.regions.pool._all:
             slot.registered_with = None
-            embedder._session.pool.give(slot)
+            embedder._session.regions.pool.give(slot)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +286,7 @@ def test_faces_on_a_gpu_are_copied_to_the_host_where_cuda_is_not_the_way(cuda, s
     server = FakeGpuServer(cuda, kind)
     with TritonEmbedder(server.url, shared_memory=shared_memory) as embedder:
         np.testing.assert_allclose(embedder.encode(to_gpu(FACES)), projected(FACES), atol=1e-6)
-        assert str(embedder.gpu_way) == f"the wire: faces on the GPU are copied to the host first: {why}"
+        assert str(embedder.gpu_shared_memory) == f"the wire: faces on the GPU are copied to the host first: {why}"
     server.stop()
     assert server.regions == {}
 
@@ -295,12 +297,14 @@ def test_real_server_without_a_gpu_refuses_our_region_and_gets_system_memory(cud
     with TritonEmbedder(address, "good", shared_memory="cuda") as embedder:
         np.testing.assert_allclose(embedder.encode(FACES), projected(FACES), atol=1e-5)
         np.testing.assert_allclose(embedder.encode(to_gpu(FACES)), projected(FACES), atol=1e-5)
-        assert str(embedder.way).startswith(
+        assert str(embedder.shared_memory).startswith(
             "system shared memory: the server is on this host and opened a region of ours; CUDA shared memory was "
             "asked for and is not possible: the server cannot open a region of ours on GPU 0: "
         )
         # what Triton says when its own cudaIpcOpenMemHandle failed; a request that it cannot read has other words
-        assert "failed to register shared memory region: invalid args. It needs that GPU" in embedder.way.reason
+        assert (
+            "failed to register shared memory region: invalid args. It needs that GPU" in embedder.shared_memory.reason
+        )
 
 
 def test_dlpack_is_asked_to_wait_for_its_producer(cuda) -> None:
@@ -342,7 +346,7 @@ def test_every_engine_takes_faces_on_a_gpu(cuda, server) -> None:
         np.testing.assert_array_equal(fake.encode(there), fake.encode(FACES))
     with TritonEmbedder(server.url) as triton, FallbackEmbedder([("triton", lambda: triton)]) as chain:
         np.testing.assert_allclose(chain.encode(there), projected(FACES), atol=1e-6)
-        assert triton.gpu_way.memory == "cuda"  # the chain left them on the GPU
+        assert triton.gpu_shared_memory.kind == "cuda"  # the chain left them on the GPU
     assert check_faces(ByDlpack(over(there)[:0])).shape == (0, 112, 112, 3)
     with pytest.raises(InvalidFaces, match=r"a list of arrays on a GPU: expected one array, such as torch.stack"):
         check_faces([there, there])
@@ -370,9 +374,11 @@ def test_no_driver_and_no_such_gpu_are_told_apart(cuda, monkeypatch) -> None:
 
 
 def test_both_benches_measure_regions_on_the_gpu_with_faces_of_the_host_and_on_it(cuda, server) -> None:
-    ways = ("grpc-cudashm", "grpc-gpufaces")
-    result = run(None, server.url, "", model="arcface", batch=8, in_flight=(2,), ways=ways, rounds=1, sample_s=0.02)
-    assert [row["name"] for row in result["variants"]] == [f"client {way} in flight 2" for way in ways]
+    names = ("grpc-cudashm", "grpc-gpufaces")
+    result = run(
+        None, server.url, "", model="arcface", batch=8, in_flight=(2,), transports=names, rounds=1, sample_s=0.02
+    )
+    assert [row["name"] for row in result["variants"]] == [f"client {name} in flight 2" for name in names]
     check, served = SimpleNamespace(faces=FACES, batches=(1, 8), seconds=0.01), {}
     _cuda_shared_memory(check, served, server.url, projected(FACES))
     assert served["cuda_drift"]["max_drift"] < 1e-6
@@ -381,7 +387,7 @@ def test_both_benches_measure_regions_on_the_gpu_with_faces_of_the_host_and_on_i
 
 
 def test_shared_memory_of_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ConfigError, match="shared_memory is 'gpu'; expected 'auto', 'system', 'cuda' or False"):
+    with pytest.raises(ConfigError, match="shared_memory is 'gpu'; expected auto, system, cuda, true or false"):
         TritonEmbedder(shared_memory="gpu")
 
 
@@ -430,12 +436,12 @@ def test_the_same_on_a_real_gpu(odd_server) -> None:
     with TritonEmbedder(odd_server.grpc_url, "good", shared_memory="cuda", in_flight=3) as embedder:
         for faces in (there, np.concatenate([FACES] * 5)):
             np.testing.assert_allclose(embedder.encode(faces), projected(np.concatenate([FACES] * 5)), atol=1e-5)
-        assert embedder.way.memory == "cuda", embedder.way
-        names = {slot.name for slot in embedder._session.pool._all}
+        assert embedder.shared_memory.kind == "cuda", embedder.shared_memory
+        names = {slot.name for slot in embedder._session.regions.pool._all}
     assert not names & set(left_behind())
     with TritonEmbedder(f"http://{odd_server.http_url}", "good", shared_memory="cuda") as embedder:
         np.testing.assert_allclose(embedder.encode(there[:11]), projected(FACES), atol=1e-5)
-        assert embedder.way.memory == "cuda", embedder.way
+        assert embedder.shared_memory.kind == "cuda", embedder.shared_memory
 
 
 @pytest.mark.gpu(tensorrt=False)
@@ -447,5 +453,5 @@ def test_torch_tensors_on_a_real_gpu_are_read_in_place(odd_server) -> None:
         faces = torch.from_numpy(FACES).cuda(non_blocking=True).flip(-1).contiguous()
         with TritonEmbedder(odd_server.grpc_url, "good", shared_memory="cuda") as embedder:
             embeddings = embedder.encode(faces)
-            assert embedder.way.memory == "cuda", embedder.way
+            assert embedder.shared_memory.kind == "cuda", embedder.shared_memory
     np.testing.assert_allclose(embeddings, projected(np.ascontiguousarray(FACES[..., ::-1])), atol=1e-5)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from arcface_clients.errors import ConfigError, DependencyMissing, InvalidFaces
 from arcface_clients.faces.align import TEMPLATE, align_face, similarity_to_template
-from arcface_clients.faces.detect import MODEL_NAME, FaceDetector, detect_crops, find_model, load_detected
+from arcface_clients.faces.detect import MODEL_NAME, FaceDetector, detect_crops, find_detector, load_detected
 from arcface_clients.faces.photos import read_photo
 
 
@@ -169,10 +169,10 @@ def test_a_missing_detector_says_what_to_put_where(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("ARCFACE_DETECTOR", raising=False)
     with pytest.raises(DependencyMissing, match=r"no face detector at .*detectors/face_detection_yunet_2023mar\.onnx"):
-        find_model()
+        find_detector()
     monkeypatch.setenv("ARCFACE_DETECTOR", str(tmp_path / "mine.onnx"))
     with pytest.raises(DependencyMissing, match=r"mine\.onnx"):
-        find_model()
+        find_detector()
 
 
 def test_a_file_that_is_no_detector_and_a_wrong_image_are_refused(detector: FaceDetector, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from arcface_clients.errors import GateFailed, InvalidFaces
-from arcface_clients.evidence.drift import compare_embeddings, judge, run_embedding_regression_tests
+from arcface_clients.evidence.drift import check_targets, compare_embeddings
+from arcface_clients.evidence.gate import run_embedding_regression_tests
 
 
 def unit(rows: int, seed: int = 0, dim: int = 128) -> np.ndarray:
@@ -74,7 +75,7 @@ def test_length_shows_in_norms_and_l2_though_the_cosine_is_one():
 )
 def test_figures_are_met_missed_or_a_warning(drift, statuses):
     reference = unit(20)
-    verdicts = judge(compare_embeddings(reference, drifted(reference, drift)))
+    verdicts = check_targets(compare_embeddings(reference, drifted(reference, drift)))
     assert [v.status for v in verdicts] == statuses
 
 
@@ -86,5 +87,6 @@ def test_regression_names_the_faces_beyond_max_drift():
     with pytest.raises(GateFailed) as caught:
         run_embedding_regression_tests(np.zeros(0), reference, candidate, 0.001, [f"{i}.jpg" for i in range(5)])
     assert str(caught.value) == (
-        "drift 2.00e-03 on 5 faces, expected at most 0.001: 2.jpg (2.00e-03). What differs: arcface compare A B"
+        "drift 0.002, 2.0 × the 0.001 that the candidate may show, on 1 of 5 faces; worst: 2.jpg (0.002). "
+        "What differs: arcface compare A B"
     )

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -14,10 +13,16 @@ import pytest
 
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines import EmbeddingEngine, EngineRegistry
-from arcface_clients.engines.devices import canonical_device, choose_provider
+from arcface_clients.engines.devices import canonical_device, order_of_providers
 from arcface_clients.engines.model_folder import find_model
-from arcface_clients.engines.onnx import cpu_has_bf16
-from arcface_clients.engines.runtimes import cpu_runtime
+from arcface_clients.engines.runtimes import (
+    cpu_flags,
+    cpu_runtimes,
+    gated_runtimes,
+    has_bf16,
+    has_openvino,
+    runtime_for,
+)
 from arcface_clients.errors import BackendUnavailable, ConfigError, DependencyMissing, InvalidFaces, ModelMissing
 from arcface_clients.evidence.drift import compare_embeddings
 from arcface_clients.faces.synthetic import synthetic_faces
@@ -160,17 +165,10 @@ def test_openvino_is_taken_in_the_precision_asked_for(precision, limit, models, 
         drift = compare_embeddings(plain.encode(faces), got.encode(faces)).max_drift
         assert drift < limit
         assert got.taken["provider"] == VINO
-        if precision == "bf16" and cpu_has_bf16():
+        if precision == "bf16" and has_bf16(cpu_flags()):
             assert got.taken["precision"] == "bf16" and drift > 1e-9
-        if precision == "bf16" and not cpu_has_bf16():
+        if precision == "bf16" and not has_bf16(cpu_flags()):
             assert "this CPU has no bf16" in got.taken["reason"]
-
-
-def test_bf16_is_read_from_the_cpu_flags(tmp_path):
-    (tmp_path / "yes").write_text("flags : sse avx512_bf16 fma")
-    (tmp_path / "no").write_text("flags : sse avx2 fma")
-    assert cpu_has_bf16(tmp_path / "yes")
-    assert not cpu_has_bf16(tmp_path / "no") and not cpu_has_bf16(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(
@@ -195,9 +193,52 @@ def test_bf16_is_read_from_the_cpu_flags(tmp_path):
 def test_provider_follows_device_and_availability(device, available, needs, expected):
     if expected is None:
         with pytest.raises(DependencyMissing, match="this ONNX Runtime cannot run on device"):
-            choose_provider(device, available, needs)
+            order_of_providers(device, available, needs)
     else:
-        assert choose_provider(device, available, needs)[0] == expected
+        assert order_of_providers(device, available, needs)[0] == expected
+
+
+class OnnxRuntimeWithBrokenCuda:
+    """ONNX Runtime as onnxruntime-gpu is without cuDNN: the provider is listed, and its session is the CPU's."""
+
+    def __init__(self) -> None:
+        self.preloads = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(onnxruntime, name)
+
+    def get_available_providers(self) -> list[str]:
+        return [CUDA, CPU]
+
+    def preload_dlls(self) -> None:
+        self.preloads += 1
+        print("Failed to load libcudnn.so.9: cannot open shared object file")
+
+    def InferenceSession(self, source, options, providers):
+        return onnxruntime.InferenceSession(source, options, providers=[CPU])
+
+
+@pytest.fixture
+def broken_cuda(monkeypatch):
+    runtime = OnnxRuntimeWithBrokenCuda()
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    return runtime
+
+
+def test_auto_takes_the_next_provider_and_says_why(models, faces, broken_cuda, capsys, caplog):
+    with engine("onnx", models, device="auto") as got:
+        assert got.encode(faces).shape == (9, 64)
+        assert got.taken["provider"] == CPU
+    cause = "CUDAExecutionProvider and silently took CPUExecutionProvider"
+    assert cause in got.taken["reason"] and cause in caplog.text
+    assert "Failed to load libcudnn.so.9" in got.taken["reason"]
+    assert broken_cuda.preloads == 1
+    assert capsys.readouterr().out == "", "standard output may be JSON"
+
+
+def test_cuda_that_was_asked_for_by_name_is_never_replaced(models, broken_cuda):
+    with pytest.raises(DependencyMissing, match=r"CUDAExecutionProvider and silently took .*Failed to load libcudnn"):
+        engine("onnx", models, device="cuda").ensure_ready()
 
 
 @pytest.mark.parametrize(("text", "expected"), [("CUDA:1", "cuda:1"), ("mps", "coreml"), ("trt", "tensorrt")])
@@ -244,30 +285,86 @@ def test_missing_variant_names_the_command(models):
     )
 
 
+BF16, FP32, ORT = "openvino-bf16", "openvino-fp32", "onnxruntime"
+
+
 @pytest.mark.parametrize(
-    ("precision", "openvino", "bf16", "gated", "expected"),
+    ("precision", "gated", "here", "runtime", "why_not"),
     [
-        ("fp32", False, True, None, "onnxruntime"),
-        ("fp32", True, True, None, "openvino-fp32"),
-        ("fp16", True, True, ["onnxruntime"], "openvino-fp32"),
-        ("bf16", True, True, None, "openvino-bf16"),
-        ("bf16", True, False, None, "openvino-fp32"),
-        ("int8", True, True, None, "openvino-fp32"),
-        ("int8", True, True, ["openvino-bf16", "openvino-fp32"], "openvino-bf16"),
-        ("int8", True, True, ["openvino-fp32"], "openvino-fp32"),
-        ("int8", True, False, ["openvino-fp32"], "openvino-fp32"),
-        ("int8", True, False, ["openvino-bf16"], None),
-        ("int8", False, True, ["openvino-bf16"], None),
-        ("int8", False, True, ["onnxruntime"], "onnxruntime"),
-        ("int8", True, True, [], None),
+        ("fp32", None, [ORT], ORT, ""),
+        ("fp32", None, [BF16, FP32, ORT], FP32, ""),
+        ("fp32", [], [BF16, FP32], FP32, ""),
+        ("fp32", None, [BF16], None, "no runtime here computes fp32 in fp32"),
+        ("fp16", [ORT], [BF16, FP32, ORT], FP32, ""),
+        ("bf16", None, [BF16, FP32, ORT], BF16, ""),
+        ("bf16", [BF16], [BF16, FP32, ORT], BF16, ""),
+        ("bf16", [], [BF16, FP32], None, "bf16 passed its gate in no runtime, this host has openvino-bf16"),
+        ("bf16", [BF16], [FP32, ORT], None, "bf16 needs OpenVINO and a CPU with avx512_bf16 or amx_bf16"),
+        ("bf16", [BF16], [ORT], None, "bf16 needs OpenVINO and a CPU with avx512_bf16 or amx_bf16"),
+        ("int8", None, [BF16, FP32], FP32, ""),
+        ("int8", None, [ORT], ORT, ""),
+        ("int8", [BF16, FP32], [BF16, FP32, ORT], BF16, ""),
+        ("int8", [FP32], [BF16, FP32, ORT], FP32, ""),
+        ("int8", [ORT], [BF16, FP32, ORT], ORT, ""),
+        ("int8", [ORT], [ORT], ORT, ""),
+        ("int8", [BF16], [FP32, ORT], None, "int8 passed its gate in openvino-bf16, this host has openvino-fp32 and"),
+        (
+            "int8",
+            [BF16, FP32],
+            [ORT],
+            None,
+            "passed its gate in openvino-bf16, openvino-fp32, this host has onnxruntime",
+        ),
+        ("int8", [], [BF16, FP32, ORT], None, "int8 passed its gate in no runtime, this host has openvino-bf16 and"),
     ],
 )
-def test_a_variant_is_run_only_as_it_was_gated(precision, openvino, bf16, gated, expected):
-    if expected is None:
-        with pytest.raises(ModelMissing, match="passed its gate in"):
-            cpu_runtime(precision, openvino, bf16, gated, Path("int8-cpu.onnx"))
-    else:
-        assert cpu_runtime(precision, openvino, bf16, gated, Path("int8-cpu.onnx"))[0] == expected
+def test_a_variant_is_run_only_as_it_was_gated(precision, gated, here, runtime, why_not):
+    got, why = runtime_for(precision, gated, here)
+    assert got == runtime
+    assert why_not in why if why_not else why == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "openvino", "expected"),
+    [
+        ({"avx512_bf16"}, True, (BF16, FP32, ORT)),
+        ({"amx_bf16"}, True, (BF16, FP32, ORT)),
+        ({"avx2"}, True, (FP32, ORT)),
+        ({"avx512_bf16"}, False, (ORT,)),
+    ],
+)
+def test_a_cpu_has_the_runtimes_of_its_instructions(flags, openvino, expected):
+    assert cpu_runtimes(frozenset(flags), openvino) == expected
+
+
+PASSED = {"passed": True, "limit": 0.01, "drift": {"max_drift": 0.005, "faces": 9}, "judged_on": "others"}
+
+
+def sidecar_of_int8(*gates: dict) -> dict:
+    return {"precision": "int8", "passed": True, "gates": list(gates)}
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "expected"),
+    [
+        (None, None),
+        ({}, []),
+        (sidecar_of_int8({**PASSED, "runtime": ORT, "passed": False}), []),
+        (sidecar_of_int8({**PASSED, "runtime": ORT, "more": 1}, {**PASSED, "runtime": FP32, "passed": False}), [ORT]),
+    ],
+)
+def test_gates_are_read_whatever_else_a_sidecar_holds(sidecar, expected):
+    assert gated_runtimes(sidecar) == expected
+
+
+def test_bf16_that_its_gate_refused_is_not_run(tmp_path):
+    if not has_openvino() or not has_bf16(cpu_flags()):
+        pytest.skip("needs OpenVINO on a CPU with bf16")
+    folder = write_model(tmp_path / "tiny")
+    (folder / "variants").mkdir()
+    (folder / "variants" / "bf16-cpu.json.refused").touch()
+    with pytest.raises(ModelMissing, match="bf16 of model tiny was refused by its gate"):
+        engine("onnx", tmp_path, device="openvino", precision="bf16").ensure_ready()
 
 
 def test_refused_variant_is_named_as_refused(tmp_path):
@@ -284,11 +381,12 @@ def test_int8_variant_runs_as_its_sidecar_says(tmp_path, faces):
     (folder / "serving.onnx").rename(folder / "variants" / "int8-cpu.onnx")
     (folder / "serving.onnx").touch()
     sidecar = folder / "variants" / "int8-cpu.json"
-    sidecar.write_text(json.dumps({"gates": [{"runtime": "onnxruntime", "passed": True}]}))
+    gate = {"runtime": "onnxruntime", "passed": True, "limit": 0.01, "drift": {"max_drift": 0.009}, "judged_on": "all"}
+    sidecar.write_text(json.dumps({"precision": "int8", "passed": True, "gates": [gate]}))
     with engine("onnx", tmp_path, precision="int8") as got:
         assert got.encode(faces).shape == (9, 64)
         assert (got.taken["runtime"], got.contract_id is not None) == ("onnxruntime", True)
-    sidecar.write_text(json.dumps({"gates": [{"runtime": "onnxruntime", "passed": False}]}))
+    sidecar.write_text(json.dumps({"precision": "int8", "passed": True, "gates": [{**gate, "passed": False}]}))
     with pytest.raises(ModelMissing, match="passed its gate in no runtime, this host has onnxruntime"):
         engine("onnx", tmp_path, precision="int8").ensure_ready()
 
@@ -306,7 +404,7 @@ def test_serving_file_given_to_the_reference_is_refused(models):
 def test_truncated_file_is_refused(models, tmp_path):
     data = (models / "tiny" / "serving.onnx").read_bytes()
     (tmp_path / "cut.onnx").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ConfigError, match="ONNX Runtime cannot load it"):
+    with pytest.raises(ConfigError, match="ONNX Runtime cannot load the graph"):
         EngineRegistry.get("onnx", file=tmp_path / "cut.onnx", device="cpu").ensure_ready()
 
 

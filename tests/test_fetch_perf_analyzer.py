@@ -12,11 +12,14 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 FIND = """
-import sys
+import os, sys
+from functools import partial
+from pathlib import Path
 from arcface_build.bench.perf_analyzer import find_perf_analyzer
 from arcface_build.errors import Missing
 try:
-    print(find_perf_analyzer().path)
+    say = partial(print, file=sys.stderr)
+    print(find_perf_analyzer(Path(os.environ["CACHE"]), say).path)
 except Missing as exc:
     sys.exit(f"Missing: {exc}")
 """
@@ -57,7 +60,7 @@ def find(packages: Path, cache: Path, wheels: Path) -> subprocess.CompletedProce
         pytest.skip(f"{below} is not there, or has a perf_analyzer of its own")
     pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
     places = {"PATH": "/nonexistent", "PYTHONPATH": f"{REPO / 'clients'}:{REPO / 'build'}:{packages}"}
-    environment = {"HOME": str(cache.parent), "ARCFACE_STORAGE__CACHE": str(cache), **pip, **places}
+    environment = {"HOME": str(cache.parent), "CACHE": str(cache), **pip, **places}
     line = [str(below), "-S", "-c", FIND]
     return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=60, check=False)
 

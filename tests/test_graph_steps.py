@@ -21,6 +21,7 @@ from arcface_clients.contract import Preprocessing
 from tiny_nets import tiny_net
 
 RNG = np.random.default_rng(7)
+CONTRACT = "0123456789abcdef" * 4
 IMAGE = RNG.normal(0, 1, (3, 3, 112, 112)).astype(np.float32)
 
 
@@ -272,7 +273,7 @@ def test_the_channel_order_costs_a_node_only_where_no_convolution_can_take_it(
     faces = RNG.integers(0, 256, (2, 112, 112, 3)).astype(np.uint8)
     preprocessing = Preprocessing(color, (10, 20, 30), (4, 5, 6))
     raw = run(model, preprocessing.apply(faces))
-    step = serving_form(model, preprocessing, 512)
+    step = serving_form(model, preprocessing, 512, CONTRACT)
     assert step.why.endswith(f"channel order: {order}")
     assert ops(model, "Gather") == (order == "Gather")
     np.testing.assert_allclose(run(model, faces), raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=1e-6)
@@ -308,7 +309,7 @@ def test_prelu_without_one_slope_a_blocked_channel_stays(slopes: np.ndarray) -> 
 
 def test_a_zero_embedding_stays_zero_instead_of_nan() -> None:
     model = chain(("Mul", ["zero"], {}), ("Flatten", [], {}), x=["N", 3, 112, 112], zero=np.float32([0]))
-    serving_form(model, Preprocessing(), 3 * 112 * 112)
+    serving_form(model, Preprocessing(), 3 * 112 * 112, CONTRACT)
     assert not run(model, np.full((1, 112, 112, 3), 9, np.uint8)).any()
 
 

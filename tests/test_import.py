@@ -13,13 +13,15 @@ import pytest
 
 from arcface_build.errors import ProofFailed, SourceRefused
 from arcface_build.imports.importing import existing_import, import_model
-from arcface_build.imports.manifest import Manifest, load_manifest
 from arcface_build.imports.preprocessing import Stated
+from arcface_build.imports.proof import Reference, reference_embeddings
 from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
-from arcface_clients.contract import Preprocessing, contract_id
+from arcface_clients.contract import Preprocessing, contract_id, contract_prefix
+from arcface_clients.engines.import_manifest import ImportManifest, read_import_manifest
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
+from tiny_model import write_manifest
 from tiny_nets import tiny_net
 
 FLAVOURS = {
@@ -58,7 +60,7 @@ def save(model: onnx.ModelProto, path: Path) -> Path:
     return path
 
 
-def run_import(path: Path, faces: np.ndarray, stated: Stated | None = None) -> Manifest:
+def run_import(path: Path, faces: np.ndarray, stated: Stated | None = None) -> ImportManifest:
     folder = path.parent / "models" / path.stem
     source = resolve(str(path), path.parent, known=known_models())
     return import_model(source, folder, ProofFaces(faces, "drawn"), stated=stated)
@@ -80,15 +82,20 @@ def test_each_flavour_becomes_the_serving_form(name: str, tmp_path: Path, faces:
     manifest = run_import(save(tiny_net(**FLAVOURS[name]), tmp_path / "net.onnx"), faces, stated)
     folder = tmp_path / "models" / "net"
     session = onnxruntime.InferenceSession(str(folder / "serving.onnx"), providers=["CPUExecutionProvider"])
-    (face,), (embedding,) = session.get_inputs(), session.get_outputs()
+    (face,), (embedding, norm, contract) = session.get_inputs(), session.get_outputs()
     dim = FLAVOURS[name].get("dim", 512)
     assert (face.name, face.type, face.shape) == ("face", "tensor(uint8)", ["N", 112, 112, 3])
     assert (embedding.name, embedding.type, embedding.shape) == ("embedding", "tensor(float)", ["N", dim])
+    assert (norm.name, norm.type, norm.shape) == ("norm", "tensor(float)", ["N", 1])
+    assert (contract.name, contract.type, contract.shape) == ("contract", "tensor(int32)", ["N", 4])
     assert manifest.serving["opset"] >= 17
     assert manifest.proof["min_cosine"] >= 0.99999
     assert_reference_answers_for_what_it_says(folder / "source.onnx")
-    rows = session.run(None, {"face": faces[:5]})[0]
+    rows, norms, contracts = session.run(None, {"face": faces[:5]})
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    raw = reference_embeddings(Reference(folder / "source.onnx", manifest.wants()), faces[:5])
+    np.testing.assert_allclose(norms[:, 0], np.linalg.norm(raw, axis=1), rtol=1e-4)
+    assert {contract_prefix(row) for row in contracts} == {manifest.contract_id[:32]}
     files = ["manifest.json", "serving.onnx", "serving_cpu.onnx", "source.onnx"]
     assert sorted(p.name for p in folder.iterdir()) == files
     assert manifest.cpu["min_cosine"] >= 0.99999 and manifest.cpu["max_row_difference"] <= 1e-5
@@ -222,14 +229,42 @@ def test_a_manifest_that_cannot_be_used_says_why(tmp_path: Path, faces: np.ndarr
     run_import(save(tiny_net(), tmp_path / "net.onnx"), faces)
     file = tmp_path / "models/net/manifest.json"
     data = json.loads(file.read_text())
-    assert load_manifest(file.parent).to_json() == data
+    assert read_import_manifest(file.parent).to_json() == data
     file.write_text(json.dumps({**data, "format": 9}))
     with pytest.raises(WrongUse, match=r"has format 9: expected 1\. Import the model again: arcface import SOURCE\."):
-        load_manifest(file.parent)
+        read_import_manifest(file.parent)
     del data["dim"]
     file.write_text(json.dumps(data))
     with pytest.raises(WrongUse, match=r"lacks dim\."):
-        load_manifest(file.parent)
+        read_import_manifest(file.parent)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"source": None}, "a field that cannot be read (TypeError"),
+        ({"source": {}}, "a field that cannot be read (KeyError: 'sha256')"),
+        ({"source": {"sha256": 7}}, "an impossible value in source.sha256"),
+        ({"serving": {"file": None}}, "an impossible value in serving.file"),
+        ({"preprocessing": {"color": "grey", "mean": [0, 0, 0], "std": [1, 1, 1]}}, "(ValueError: color is 'grey'"),
+        ({"preprocessing": []}, "a field that cannot be read (TypeError"),
+        ({"dim": "512"}, "an impossible value in dim"),
+        ({"dim": True, "name": ""}, "an impossible value in name, contract_id, dim"),
+    ],
+)
+def test_a_damaged_field_is_named_before_anybody_reads_it(tmp_path: Path, damage: dict, message: str) -> None:
+    tmp_path.joinpath("tiny").mkdir()
+    write_manifest(tmp_path / "tiny", "5" * 64, Preprocessing(), 512, **damage)
+    with pytest.raises(WrongUse) as caught:
+        read_import_manifest(tmp_path / "tiny")
+    assert message in str(caught.value)
+    assert str(caught.value).endswith("Import the model again: arcface import SOURCE.")
+
+
+def test_keys_of_a_later_version_are_left_out(tmp_path: Path) -> None:
+    tmp_path.joinpath("tiny").mkdir()
+    write_manifest(tmp_path / "tiny", "5" * 64, Preprocessing(), 512, later="key")
+    assert read_import_manifest(tmp_path / "tiny").dim == 512
 
 
 def test_the_real_mobilefacenet_is_known_by_its_digest_and_equal_on_real_faces(
@@ -251,4 +286,4 @@ def test_a_missing_model_is_refused_with_those_that_are_there(tmp_path):
     with pytest.raises(
         Missing, match=r"no imported model in .*/demo: expected manifest.json there \(.* has demo-mobile\)"
     ):
-        load_manifest(tmp_path / "demo")
+        read_import_manifest(tmp_path / "demo")

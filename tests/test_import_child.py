@@ -185,7 +185,7 @@ def test_a_crash_of_the_child_is_one_sentence(
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setattr(child.sys, "executable", str(program))
-    job = Job("net.onnx", str(tmp_path / "models"), str(tmp_path))
+    job = Job("net.onnx", str(tmp_path / "models"), str(tmp_path), str(tmp_path))
     with pytest.raises(child.ArcFaceError) as caught:
         run_child(job, 10, lambda what, done, total: None, lambda line: None)
     assert str(caught.value) == message

@@ -101,7 +101,7 @@ WRONG = {
     "faces of another size": (
         ["net.onnx", "--faces", "pictures"],
         2,
-        "WrongUse: pictures/a.png is 90×100×3: expected an aligned 112×112 crop.",
+        "WrongUse: pictures/a.png is no crop: expected an aligned crop of 112×112 pixels, got 100×90. ",
     ),
     "a pack without licence": (
         ["buffalo_l", "--insightface-root", "none"],

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from arcface_build.imports.manifest import Manifest
 from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.errors import ProofFailed, SourceRefused
@@ -16,7 +17,6 @@ from arcface_build.graph import Step
 from arcface_build.graph.repair_source import repair_source
 from arcface_build.imports import importing
 from arcface_build.imports.importing import import_model
-from arcface_build.imports.manifest import Manifest
 from arcface_build.imports.preprocessing import Stated
 from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -101,6 +102,75 @@ def test_a_model_that_cannot_load_says_why_in_one_sentence(lookup, start_triton,
     change(lookup / "lookup")
     with pytest.raises(ServerFailed, match=message):
         start_triton(lookup, ["lookup"])
+
+
+INDEX = 'input [ { name: "index" data_type: TYPE_INT64 dims: [ 1 ] } ]\n'
+ROW = 'output [ { name: "row" data_type: TYPE_FP32 dims: [ 3 ] } ]\n'
+# What config.pbtxt adds to `lookup` → None where the native backend loads it, else why it does not. The rules are those
+# of its sources (release 24.10: CompareDimsSupported, ValidateInputs, ValidateOutputs, AutoCompleteMaxBatch).
+CONFIGS = {
+    "complete": (INDEX + ROW, None),
+    "inputs-left-out": (ROW, None),
+    "outputs-left-out": (INDEX, None),
+    "another-input": (INDEX.replace("index", "face"), "no input 'face': expected one of index"),
+    "another-output": (ROW.replace("row", "embedding"), "no output 'embedding': expected one of row"),
+    "one-input-more": (INDEX + INDEX.replace("index", "more"), r"states 2 inputs, .*lookup\.onnx has 1 \(index\)"),
+    "dtype-of-an-input": (INDEX.replace("INT64", "INT32"), "input 'index' is TYPE_INT64 in .* says TYPE_INT32"),
+    "dtype-of-an-output": (ROW.replace("FP32", "FP16"), "output 'row' is TYPE_FP32 in .* says TYPE_FP16"),
+    "width-of-an-input": (INDEX.replace("[ 1 ]", "[ 2 ]"), r"input 'index' has shape \[-1, 1\] .* says \[-1, 2\]"),
+    "open-input": (INDEX.replace("[ 1 ]", "[ -1 ]"), r"input 'index' has shape \[-1, 1\] .* says \[-1, -1\]"),
+    "width-of-an-output": (ROW.replace("[ 3 ]", "[ 4 ]"), r"output 'row' has shape \[-1, 3\] .* says \[-1, 4\]"),
+    "open-output": (ROW.replace("[ 3 ]", "[ -1 ]"), r"output 'row' has shape \[-1, 3\] .* says \[-1, -1\]"),
+    "rank-of-an-output": (ROW.replace("[ 3 ]", "[ 3, 1 ]"), r"output 'row' has shape \[-1, 3\] .* says \[-1, 3, 1\]"),
+    "execution-mode-2": (
+        'parameters { key: "execution_mode" value: { string_value: "2" } }',
+        "execution_mode is '2': expected 0",
+    ),
+    "execution-mode-1": ('parameters { key: "execution_mode" value: { string_value: "1" } }', None),
+    "graph-level-2": ("optimization { graph { level: 2 } }", None),
+}
+UNBATCHED_INDEX, UNBATCHED_ROW = INDEX.replace("[ 1 ]", "[ -1, 1 ]"), ROW.replace("[ 3 ]", "[ -1, 3 ]")
+UNBATCHED = {
+    "complete": (UNBATCHED_INDEX + UNBATCHED_ROW, None),
+    "open-input": (UNBATCHED_INDEX.replace("-1", "2") + UNBATCHED_ROW, None),  # the file leaves it open
+    "closed-output": (
+        UNBATCHED_INDEX + UNBATCHED_ROW.replace("-1", "2"),
+        r"output 'row' has shape \[-1, 3\] .* says \[2, 3\]",
+    ),
+    # Half a config is completed, and completing it makes the model a batched one.
+    "batch-in-the-dims": (
+        UNBATCHED_ROW,
+        r"output 'row' has shape \[-1, 3\] .* says \[-1, -1, 3\], the first for max",
+    ),
+    "nothing": ("", None),
+}
+
+
+def test_a_config_loads_exactly_where_the_native_backend_loads_it(lookup, start_triton):
+    expected = {}
+    for batch, configs in ((8, CONFIGS), (0, UNBATCHED)):
+        for name, (text, why_not) in configs.items():
+            model = f"{name}-{batch}"
+            expected[model] = why_not
+            folder = lookup / model
+            shutil.copytree(lookup / "lookup" / "1", folder / "1")
+            (folder / "config.pbtxt").write_text(
+                f'name: "{model}"\nbackend: "onnxruntime"\ndefault_model_filename: "lookup.onnx"\n'
+                f'max_batch_size: {batch}\nparameters {{ key: "intra_op_thread_count" '
+                f'value: {{ string_value: "1" }} }}\n{text}'
+            )
+    server = start_triton(lookup, ["lookup"])
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        for model, why_not in expected.items():
+            if why_not is None:
+                client.load_model(model)
+                assert client.is_model_ready(model), model
+            else:
+                with pytest.raises(triton.InferenceServerException, match=why_not):
+                    client.load_model(model)
+        completed = client.get_model_config("nothing-0").config
+    assert completed.max_batch_size == 4 and completed.HasField("dynamic_batching")
+    assert [list(tensor.dims) for tensor in (*completed.input, *completed.output)] == [[1], [3]]
 
 
 def append(folder: Path, text: str) -> None:

@@ -46,9 +46,11 @@ def test_without_a_reference_nothing_is_claimed(server) -> None:
 
 
 def test_drift_above_the_limit_fails_with_its_figure(report: ParityReport) -> None:
-    drifted = BackendParity("arcface_onnx", "arcface_onnx", "onnx", "fp32", 8.4, 0.99999, 0.9999, 3, 1e-5, False)
+    drifted = BackendParity(
+        "arcface_onnx", "arcface_onnx", "onnx", "fp32", 8.4, 0.99999, 0.9999, 3, 1e-5, "drift 0.0001, 10.0 × the limit"
+    )
     failed = replace(report, rows=(*report.rows[:1], drifted))
-    with pytest.raises(GateFailed, match=r"arcface_onnx FAILED \(fp32: drift 1.0e-04 > 1e-05\).*arcface compare"):
+    with pytest.raises(GateFailed, match=r"arcface_onnx FAILED \(fp32: drift 0.0001, 10.*arcface compare"):
         failed.require()
     assert not failed.passed
     assert "FAILED" in render_table(failed)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,16 @@ from arcface_build.errors import ProofFailed
 from arcface_build.plans.build import Proof, build_plan, child_error, timing_cache_path
 from arcface_build.plans.float_weights import float_weights
 from arcface_build.plans.inspect import check_precision, count_precisions, layer_precision
+from arcface_build.plans.loaders import pin_precisions
 from arcface_build.plans.source import PlanSource
 from arcface_build.plans.typed import check_buildable, read_typed_onnx
+from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import ArcFaceError, Missing, PlanRefused, WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
-from arcface_clients.plans.manifest import PlanManifest, check_content
+from arcface_clients.plans.manifest import PlanManifest
+from arcface_clients.plans.read import check_content
 from arcface_clients.plans.spec import BuilderOptions, PlanSpec
+from tiny_model import write_manifest
 from tiny_onnx import DIM, tiny_onnx, write_tiny
 
 TESTS = Path(__file__).resolve().parent
@@ -167,6 +172,47 @@ def test_convolutions_and_products_are_counted_and_hidden_subgraphs_named() -> N
     assert proof.all_layers["CaskConvolution"] == 3
 
 
+def test_kernels_that_compute_one_layer_of_the_onnx_count_once() -> None:
+    def product(name: str, source: str) -> dict[str, Any]:
+        return {"Name": name, "LayerType": "gemm", "Inputs": [{"Format/Datatype": "Float"}], "Metadata": source}
+
+    split = [product(f"fc_{half}", "[ONNX Layer: Gemm_69]") for half in (0, 1)]
+    proof = count_precisions({"Layers": [conv("Half", Metadata="[ONNX Layer: Conv_0]"), *split]})
+    assert proof.compute == {"fp16": 1, "fp32": 1}
+    check_precision(proof, "fp16", {"fp16": 1, "fp32": 1})
+    more = count_precisions({"Layers": [*split, product("other", "[ONNX Layer: Conv_1]"), product("x", "")]})
+    assert more.compute == {"fp32": 3}
+
+
+# As the parser of TensorRT 8.6 makes ReduceL2 and what stands around it: type, name, output, dtype.
+PARSED_BY_8_6 = (
+    ("CONVOLUTION", "Conv_0", "Conv_0.out", "fp16"),
+    ("ELEMENTWISE", "(Unnamed Layer* 10)", "(Unnamed Layer* 10)_output", "fp16"),
+    ("CONVOLUTION", "Conv_1", "Conv_1.out", "fp16"),
+    ("ELEMENTWISE", "(Unnamed Layer* 87)", "(Unnamed Layer* 87)_output", "fp32"),
+    ("REDUCE", "embedding_norm", "(Unnamed Layer* 88)_output", "fp32"),
+    ("UNARY", "embedding_norm_49", "embedding_norm", "fp32"),
+    ("CONSTANT", "smallest_norm", "(Unnamed Layer* 90)_output", "fp32"),
+    ("SHUFFLE", "(Unnamed Layer* 91)", "(Unnamed Layer* 91)_output", "fp32"),
+    ("ELEMENTWISE", "embedding_length", "embedding_length", "fp32"),
+)
+
+
+def test_the_unnamed_layer_that_squares_is_pinned_with_the_norm() -> None:
+    class Trt:
+        float32, float16 = "fp32", "fp16"
+        LayerType = SimpleNamespace(CONSTANT="CONSTANT", SHUFFLE="SHUFFLE", SHAPE="SHAPE", CAST="CAST")
+
+    def layer(kind: str, name: str, output: str, dtype: str) -> SimpleNamespace:
+        tensor = SimpleNamespace(name=output, dtype=dtype)
+        return SimpleNamespace(type=kind, name=name, num_outputs=1, get_output=lambda _: tensor, precision=None)
+
+    network = [layer(*row) for row in PARSED_BY_8_6]
+    pins = {"Conv_0": "fp16", "Conv_1": "fp16", "embedding_norm": "fp32", "embedding_length": "fp32"}
+    pin_precisions(Trt, network, pins)  # type: ignore[arg-type]
+    assert [one.precision for one in network] == ["fp16", None, "fp16", "fp32", "fp32", "fp32", None, None, "fp32"]
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"Layers": ["conv1", "conv2"]}', '{"Layers": 3}'])
 def test_what_proves_nothing_is_refused(text: str) -> None:
     with pytest.raises(PlanRefused, match=r"gave no layers|only the names of its layers"):
@@ -273,13 +319,23 @@ def test_builder_options_reach_the_builder(fake_host: Callable[..., None], tmp_p
     assert plan["flags"] == ["TF32"]
 
 
+def test_a_plan_for_all_cards_of_an_sm_is_asked_of_the_builder(
+    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray
+) -> None:
+    fake_host("10.9.0")
+    manifest = build(tmp_path, faces, "fp32", "10.9.0", options={"same_compute_capability": True})
+    plan = pickle.loads((tmp_path / "out" / manifest.spec.file_name).read_bytes())
+    assert plan["level"] == "SAME_COMPUTE_CAPABILITY"
+
+
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
-    [("crash", PlanRefused, r"^TensorRT crashed \(SIGABRT\)"),
+    [("driver", Missing, r"^TensorRT cannot run here: RuntimeError: CUDA shows no GPU \(error 35, 0 GPUs\)"),
+     ("crash", PlanRefused, r"^TensorRT crashed \(SIGABRT\)"),
      ("oom", Missing, r"^the GPU's memory did not suffice: .*OutOfMemory.*--workspace 512MB"),
      ("error", PlanRefused, r"^TensorRT built no plan: .*no kernel for Conv_7"),
      ("fp32", PlanRefused, r"^the plan was to be fp16 and holds 2 fp32"),
-     ("drift", ProofFailed, r"^the fp16 plan drifts by .* expected at most 0\.001")],
+     ("drift", ProofFailed, r"^the fp16 plan is refused: drift .* × the 0\.001 that fp16 may show")],
 )  # fmt: skip
 def test_a_build_that_fails_is_named_and_leaves_nothing_behind(
     fake_host: Callable[..., None],
@@ -304,10 +360,22 @@ def test_a_plan_that_fails_its_proof_is_kept_beside_its_report_where_asked(
         build(tmp_path, faces, refused=tmp_path / "refused")
     assert left(tmp_path) == []
     assert sorted(p.name for p in (tmp_path / "refused").iterdir()) == [
-        "tiny-fp16-sm86.plan.json.refused", "tiny-fp16-sm86.plan.refused"]  # fmt: skip
+        "tiny-fp16-sm86.plan.inspector.json", "tiny-fp16-sm86.plan.json.refused", "tiny-fp16-sm86.plan.log",
+        "tiny-fp16-sm86.plan.refused"]  # fmt: skip
+    assert json.loads((tmp_path / "refused" / "tiny-fp16-sm86.plan.inspector.json").read_text())["Layers"]
     report = json.loads((tmp_path / "refused" / "tiny-fp16-sm86.plan.json.refused").read_text())
-    assert report["why"].startswith("the fp16 plan drifts by")
+    assert report["why"].startswith("the fp16 plan is refused: drift")
     assert report["precision_proof"]["compute"] == {"fp16": 2}
+
+
+def test_the_log_of_a_build_that_failed_is_kept_where_asked(
+    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray
+) -> None:
+    fake_host(fault="error")
+    with pytest.raises(PlanRefused, match=r"All that it said: .*refused/tiny-fp16-sm86\.plan\.log$"):
+        build(tmp_path, faces, refused=tmp_path / "refused")
+    assert "no kernel for Conv_7" in (tmp_path / "refused" / "tiny-fp16-sm86.plan.log").read_text()
+    assert left(tmp_path) == []
 
 
 def test_a_build_that_takes_too_long_is_stopped(
@@ -323,6 +391,8 @@ def test_a_child_that_was_killed_or_never_started_is_told_apart() -> None:
     assert isinstance(child_error(-signal.SIGKILL, "", ""), Missing)
     assert "was killed" in str(child_error(-signal.SIGKILL, "", ""))
     assert "SIGSEGV" in str(child_error(-signal.SIGSEGV, "", "[E] 3: bad thing\n"))
+    warned = "[W] TensorRT was linked against cuDNN 8.9\n[W] CUDA initialization failure with error: 35\n"
+    assert "built no plan: [W] CUDA initialization failure with error: 35" in str(child_error(1, "TypeError", warned))
     missing = child_error(3, "ImportError: libcudart.so.12", "")
     assert isinstance(missing, Missing)
     assert "libcudart.so.12" in str(missing)
@@ -352,26 +422,12 @@ def plan_build(
     folder = tmp_path / "models" / "tiny"
     write_tiny(folder / "serving.onnx")
     write_tiny(folder / "variants" / "fp16-tensorrt.onnx", "fp16")
-    names = [
-        "name",
-        "created",
-        "source",
-        "flavour",
-        "preprocessing",
-        "dim",
-        "contract_id",
-        "steps",
-        "serving",
-        "proof",
-        "tools",
-    ]
-    manifest = {"format": 1, **dict.fromkeys(names), "name": "tiny", "dim": DIM, "contract_id": "c" * 64}
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "serving": {"file": "serving.onnx"}}))
+    write_manifest(folder, "5" * 64, Preprocessing(), DIM, contract_id="c" * 64)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", "from arcface_build.cli import main; main()", "plan", "build", *arguments]
         path = os.pathsep.join(filter(None, sys.path))
-        places = {"ARCFACE_PLAN_CACHE": str(tmp_path / "cache"), "ARCFACE_PLAN_STORE": str(tmp_path / "store")}
+        places = {"ARCFACE_STORAGE__PLANS": str(tmp_path / "cache"), "ARCFACE_PLAN_STORE": str(tmp_path / "store")}
         environment = {**os.environ, "PYTHONPATH": path, **places}
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
 
@@ -422,7 +478,7 @@ def test_ctrl_c_stops_the_child_and_leaves_nothing(
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "ARCFACE_PLAN_CACHE": str(tmp_path / "cache"),
+        "ARCFACE_STORAGE__PLANS": str(tmp_path / "cache"),
     }
     command = [sys.executable, "-c", code, "plan", "build", "tiny", "--precision", "fp16"]
     process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)

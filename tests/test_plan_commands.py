@@ -17,7 +17,7 @@ from arcface_build.plans.get_or_build import get_or_build
 from arcface_build.plans.store import PlanStore, manifest_name, plan_name
 from arcface_build.store import open_store
 from arcface_clients.plans.manifest import PlanManifest
-from arcface_clients.plans.spec import PlanSpec
+from arcface_clients.plans.spec import BuilderOptions, PlanSpec
 from plan_samples import SPEC, spec, write_plan
 
 REPO = Path(__file__).resolve().parent.parent
@@ -174,6 +174,69 @@ def test_matrix_says_what_is_there_and_what_is_missing(arcface: Arcface, cache: 
     assert arcface("matrix", "--gpus", tmp_path / "absent.yaml") == 3
 
 
+def test_matrix_counts_a_hardware_compatible_plan_for_every_sm_that_it_loads_on(
+    arcface: Arcface, cache: PlanStore, tmp_path: Path
+) -> None:
+    gpus = tmp_path / "gpus.yaml"
+    block = "{architecture: x, cards: [x], plans: [fp16]}"
+    gpus.write_text(f'sms: {{ "7.5": {block}, "8.6": {block}, "8.9": {block} }}')
+    built(cache, spec(options=BuilderOptions(hardware_compatible=True)))
+    cells = {c["sm"]: c["state"] for c in arcface.json("matrix", "--gpus", gpus)}
+    assert cells == {"7.5": "MISSING", "8.6": "cache", "8.9": "cache"}
+    arcface.places[1], arcface.places[3] = str(tmp_path / "new"), cache.url
+    assert [row["state"] for row in arcface.json("pull", "--sm", "8.9")] == ["pulled"]
+    assert arcface("pull", "--sm", "7.5") == 3
+
+
+def test_a_poisoned_manifest_in_the_store_costs_no_command_more_than_itself(
+    arcface: Arcface, cache: PlanStore, store: PlanStore, tmp_path: Path
+) -> None:
+    manifest, poison = built(cache), store.objects.folder / ("0" * 64) / "manifest.json"
+    assert arcface("push", "--all") == 0
+    poison.parent.mkdir()
+    poison.write_bytes(b"[" * 100_000)
+    assert arcface("list") == 0
+    assert "tiny-fp16-sm86.plan" in arcface.out and f"refused: {poison}" in arcface.err
+    arcface.places[1] = str(tmp_path / "new")
+    assert arcface("pull", "--sm", "8.6") == 0
+    assert "pulled" in arcface.out and f"refused: {poison}" in arcface.err
+    assert arcface("matrix", "--gpus", REPO / "config" / "gpus.yaml") == 0
+    assert arcface("verify") == 1
+    os.utime(poison, (1, 1))
+    assert [row["plan"] for row in arcface.json("gc")] == [f"{'0' * 64}/manifest.json"]
+    assert store.manifests() == [manifest]
+
+
+def test_pull_goes_on_after_a_damaged_plan_and_ends_with_exit_code_1(
+    arcface: Arcface, cache: PlanStore, store: PlanStore, tmp_path: Path
+) -> None:
+    bad, good = built(cache, spec(precision="fp32")), built(cache)
+    arcface("push", "--all")
+    store.local_path(bad).write_bytes(b"short")
+    arcface.places[1] = str(tmp_path / "new")
+    assert arcface("pull", "--sm", "8.6", "--json") == 1
+    states = {row["key"]: row["state"] for row in json.loads(arcface.out)}
+    assert states[good.key] == "pulled"
+    assert states[bad.key].startswith("REFUSED: plan ") and "is truncated" in states[bad.key]
+
+
+def test_replace_puts_a_signed_manifest_where_an_unsigned_one_was_and_an_older_one_is_noticed(
+    arcface: Arcface, cache: PlanStore, store: PlanStore, keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, sign_key = built(cache), ["--sign-key", keys["ours"] / "private.pem"]
+    trusted = ["--public-key", keys["ours"] / "public.pem"]
+    arcface("push", manifest.key)
+    assert arcface("pull", manifest.key, *trusted) == 1
+    assert arcface.json("push", manifest.key, "--replace", *sign_key)[0]["state"] == "pushed"
+    assert arcface("pull", manifest.key, *trusted) == 0
+    monkeypatch.setattr("arcface_clients.plans.signing.now_utc", lambda: "2020-01-01T00:00:00+00:00")
+    arcface("push", manifest.key, "--replace", *sign_key)
+    assert arcface("list", *trusted) == 0
+    assert "an older one was put back" in arcface.err
+    assert arcface("pull", manifest.key, *trusted) == 1
+    assert "was signed 2020-01-01T00:00:00+00:00, and this host has seen" in arcface.err
+
+
 def test_gc_removes_leftovers_and_other_versions_and_nothing_else(
     arcface: Arcface, cache: PlanStore, store: PlanStore
 ) -> None:
@@ -189,8 +252,8 @@ def test_gc_removes_leftovers_and_other_versions_and_nothing_else(
     assert [row["state"][:10] for row in arcface.json("gc")] == ["leftover, ", "unfinished"]
     assert arcface.json("gc") == []
     assert arcface("gc", "--keep-tensorrt", "10.3.0") == 0
-    assert cache.list() == store.list() == [kept]
-    assert [stored.name for stored in store.objects.list()] == sorted([manifest_name(kept), plan_name(kept)])
+    assert cache.manifests() == store.manifests() == [kept]
+    assert [stored.name for stored in store.objects.stored()] == sorted([manifest_name(kept), plan_name(kept)])
     assert arcface("gc", "--keep-tensorrt", "ten") == 2
     assert other.key not in arcface.out
 

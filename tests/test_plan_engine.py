@@ -2,116 +2,150 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from pathlib import Path
 
 import pytest
 
+from arcface_build.plans.store import PlanStore
+from arcface_build.repository.assemble import assemble_plans
+from arcface_build.store import open_store
 from arcface_clients.checks.diagnostics import gpus_here
 from arcface_clients.engines import EngineRegistry
-from arcface_clients.errors import ConfigError, DependencyMissing, ModelMissing
+from arcface_clients.errors import ConfigError, DependencyMissing, Missing, ModelMissing
 from arcface_clients.evidence.drift import compare_embeddings
 from arcface_clients.faces.synthetic import synthetic_faces
-from arcface_clients.plans.find import PlanFile, find_plan, read_plan
+from arcface_clients.plans.find import find_plan
+from arcface_clients.plans.manifest import manifest_path
+from arcface_clients.plans.read import Plan
+from arcface_clients.plans.spec import BuilderOptions, PlanSpec
+from conftest import copy_repository
+from plan_samples import SPEC, in_cache, spec
 from tiny_model import write_model
-
-
-def put_in_cache(cache: Path, name: str, sm: str, precision: str, tensorrt: str = "10.3.0") -> Path:
-    """A plan as the plan cache keeps it: KEY/SHA256/NAME.plan, KEY/manifest.json."""
-    content = f"{name} {sm} {precision} {tensorrt}".encode()
-    sha256 = hashlib.sha256(content).hexdigest()
-    file = f"{name}-{precision}-sm{sm.replace('.', '')}.plan"
-    key = hashlib.sha256(b"key" + content).hexdigest()
-    plan = cache / key / sha256 / file
-    plan.parent.mkdir(parents=True)
-    plan.write_bytes(content)
-    spec = {"model": name, "sm": sm, "precision": precision, "tensorrt": tensorrt}
-    manifest = {"file": file, "sha256": sha256, "spec": spec, "contract_id": "c" * 64}
-    (cache / key / "manifest.json").write_text(json.dumps(manifest))
-    return plan
 
 
 @pytest.fixture
 def find(tmp_path):
-    def find(sm: str, precision: str, **kwargs: str | None) -> PlanFile:
+    def find(sm: str, precision: str, **kwargs: str | None) -> Plan:
         return find_plan(sm, precision, model_repository=tmp_path / "repo", cache=tmp_path / "cache", **kwargs)
 
     return find
 
 
+@pytest.fixture
+def served(tmp_path):
+    """served(spec …): these plans assembled into arcface_trt; the contract id of their model."""
+    copy_repository(tmp_path).rename(tmp_path / "repo")
+    model = write_model(tmp_path / "models" / "tiny")
+    contract = json.loads((model / "manifest.json").read_text())["contract_id"]
+
+    def served(*specs: PlanSpec) -> str:
+        facts = {"contract_id": contract, "drift": {"max_drift": 0.0}}
+        plans = [in_cache(tmp_path / "another host", of, **facts).path for of in specs]
+        assemble_plans(model, plans, tmp_path / "repo")
+        return contract
+
+    return served
+
+
 def test_plan_of_this_sm_and_precision_is_found_in_the_cache(tmp_path, find):
     for sm in ("8.0", "8.6"):
         for precision in ("fp32", "fp16"):
-            put_in_cache(tmp_path / "cache", "r50", sm, precision)
-    plan = find("8.6", "fp16")
-    assert plan.path.name == "r50-fp16-sm86.plan"
-    assert (plan.precision, plan.contract_id) == ("fp16", "c" * 64)
+            in_cache(tmp_path / "cache" / "plans", spec(sm=sm, precision=precision), contract_id="c" * 64)
+    manifest = find("8.6", "fp16").manifest
+    assert manifest.spec == SPEC
+    assert manifest.contract_id == "c" * 64
 
 
 def test_plan_of_the_running_tensorrt_is_taken(tmp_path, find):
     for version in ("8.6.1", "10.3.0", "11.0.0"):
-        put_in_cache(tmp_path / "cache", "r50", "8.6", "fp16", version)
-    assert find("8.6", "fp16", tensorrt="10.3.0").manifest["spec"]["tensorrt"] == "10.3.0"
-    with pytest.raises(ModelMissing):
+        in_cache(tmp_path / "cache", spec(tensorrt=version))
+    assert find("8.6", "fp16", tensorrt="10.3.0").manifest.spec.tensorrt == "10.3.0"
+    with pytest.raises(Missing):
         find("8.6", "fp16", tensorrt="10.9.0")
 
 
-def test_assembled_plan_of_the_newest_version_goes_first(tmp_path, find):
-    put_in_cache(tmp_path / "cache", "r50", "8.6", "fp16")
-    for version in ("1", "2", "10"):
-        folder = tmp_path / "repo" / "arcface_trt" / version
-        folder.mkdir(parents=True)
-        (folder / "sm86.plan").write_bytes(b"plan")
-        (folder / "manifest.json").write_text(json.dumps({"contract_id": version, "precision": "fp16"}))
+def test_a_pulled_plan_lies_in_the_cache_beside_its_manifest(tmp_path, find):
+    plan = in_cache(tmp_path / "store")
+    PlanStore(open_store(str(tmp_path / "store"))).pull(plan.manifest, tmp_path / "cache")
+    assert find("8.6", "fp16").manifest == plan.manifest
+
+
+def test_assembled_plan_of_the_newest_version_goes_first(tmp_path, find, served):
+    in_cache(tmp_path / "cache")
+    served(SPEC)
+    contract = served(SPEC, spec(sm="9.0"))
     plan = find("8.6", "fp16")
-    assert (plan.path.parent.name, plan.contract_id, plan.precision) == ("10", "10", "fp16")
+    assert (plan.path.parent.name, plan.manifest.contract_id) == ("2", contract)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_plan_of_another_precision_is_never_taken_wherever_it_stands(tmp_path, find, served, precision):
+    served(SPEC)
+    with pytest.raises(Missing, match=f"no {precision} plan for SM 8.6 .*plans there: tiny-fp16-sm86"):
+        find("8.6", precision)
+    in_cache(tmp_path / "cache", spec(precision=precision))
+    assert find("8.6", precision).manifest.spec.precision == precision
+    assert find("8.6", "fp16").path.parent.parent.name == "arcface_trt"
+
+
+def test_a_hardware_compatible_plan_is_taken_where_there_is_none_of_this_sm(tmp_path, find):
+    in_cache(tmp_path / "cache", spec(options=BuilderOptions(hardware_compatible=True)))
+    assert find("8.9", "fp16").manifest.spec.sm == "8.6"
+    with pytest.raises(Missing):
+        find("7.5", "fp16")
+    in_cache(tmp_path / "cache", spec(sm="8.9", onnx_sha256="cd" * 32))
+    assert find("8.9", "fp16").manifest.spec.sm == "8.9"
+
+
+def test_a_plan_tuned_on_this_kind_of_card_goes_first_and_another_is_taken_with_a_warning(tmp_path, find, caplog):
+    a10, a40 = ("NVIDIA A10", "2026-01-01T00:00:00+00:00"), ("NVIDIA A40", "2026-02-01T00:00:00+00:00")
+    for card, created in (a10, a40):
+        in_cache(tmp_path / "cache", spec(gpu=card), build={"created": created})
+    assert find("8.6", "fp16").manifest.spec.gpu == "NVIDIA A40", "the newest, where the card is not asked"
+    assert find("8.6", "fp16", gpu="NVIDIA A10").manifest.spec.gpu == "NVIDIA A10"
+    assert not caplog.records
+    assert find("8.6", "fp16", gpu="NVIDIA RTX A6000").manifest.spec.gpu == "NVIDIA A40"
+    assert "was tuned on NVIDIA A40, this is NVIDIA RTX A6000" in caplog.text
+    every = spec(tensorrt="10.9.0", options=BuilderOptions(same_compute_capability=True))
+    in_cache(tmp_path / "cache", every)
+    assert find("8.6", "fp16", gpu="NVIDIA RTX A6000").manifest.spec == every
+
+
+def test_what_is_unfinished_or_refused_is_no_plan(tmp_path, find):
+    plan = in_cache(tmp_path / "cache")
+    for folder in (".refused", ".building"):
+        (tmp_path / "cache" / folder).mkdir()
+        plan.path.with_name(plan.path.name).rename(tmp_path / "cache" / folder / plan.path.name)
+        plan = in_cache(tmp_path / "cache") if folder == ".refused" else plan
+    with pytest.raises(Missing, match="plans there: none"):
+        find("8.6", "fp16")
+
+
+def test_of_several_the_one_that_was_signed_or_built_last_is_taken(tmp_path, find):
+    old = in_cache(tmp_path / "cache", spec(onnx_sha256="01" * 32), build={"created": "2026-01-01T00:00:00+00:00"})
+    new = in_cache(tmp_path / "cache", spec(onnx_sha256="02" * 32), build={"created": "2026-02-01T00:00:00+00:00"})
+    old.path.touch()
+    assert find("8.6", "fp16").manifest == new.manifest
+
+
+def test_a_damaged_manifest_in_the_cache_costs_its_own_plan_only(tmp_path, find, caplog):
+    good = in_cache(tmp_path / "cache")
+    bad = in_cache(tmp_path / "cache", spec(sm="9.0"))
+    manifest_path(bad.path).write_bytes(b"[" * 100_000)
+    assert find("8.6", "fp16").manifest == good.manifest
+    assert str(manifest_path(bad.path)) in caplog.text
 
 
 def test_missing_sm_lists_the_plans_that_exist(tmp_path, find):
-    put_in_cache(tmp_path / "cache", "r50", "8.0", "fp16")
-    put_in_cache(tmp_path / "cache", "r50", "9.0", "fp16")
-    with pytest.raises(ModelMissing) as caught:
+    for sm in ("8.0", "9.0"):
+        in_cache(tmp_path / "cache", spec(sm=sm))
+    with pytest.raises(Missing) as caught:
         find("8.9", "fp16")
     assert str(caught.value) == (
         f"no fp16 plan for SM 8.9 in {tmp_path}/repo/arcface_trt or {tmp_path}/cache "
-        "(plans there: r50-fp16-sm80, r50-fp16-sm90). "
+        "(plans there: tiny-fp16-sm80, tiny-fp16-sm90). "
         "Build one here: arcface plan build --precision fp16, or fetch one: arcface plan pull"
     )
-
-
-@pytest.mark.parametrize(
-    ("sm", "tensorrt", "expected"),
-    [
-        ("8.6", "10.3.0", None),
-        ("8.6", "10.3.0+cuda12", None),
-        ("8.6", "8.6.1", "was built with TensorRT 10.3.0, this is 8.6.1"),
-        ("8.9", "10.3.0", "was built for SM 8.6, this GPU is SM 8.9"),
-    ],
-)
-def test_plan_that_cannot_load_here_is_refused_before_it_is_loaded(tmp_path, sm, tensorrt, expected):
-    plan = read_plan(put_in_cache(tmp_path, "r50", "8.6", "fp16"))
-    if expected is None:
-        plan.check(sm, tensorrt)
-    else:
-        with pytest.raises(ModelMissing) as caught:
-            plan.check(sm, tensorrt)
-        assert expected in str(caught.value)
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"X" + data[1:]])
-def test_damaged_plan_is_refused(tmp_path, damage):
-    path = put_in_cache(tmp_path, "r50", "8.6", "fp16")
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ModelMissing, match="is truncated or changed: expected sha256"):
-        read_plan(path).check("8.6", "10.3.0")
-
-
-def test_manifest_of_another_file_is_not_believed(tmp_path):
-    plan = put_in_cache(tmp_path, "r50", "8.6", "fp16")
-    other = plan.with_name("r100-fp16-sm86.plan")
-    other.write_bytes(b"other")
-    assert read_plan(other).manifest == {}
 
 
 def test_named_plan_that_is_not_there_says_so(tmp_path):
@@ -134,18 +168,20 @@ def test_device_that_a_plan_cannot_run_on_is_wrong_use(device):
 @pytest.mark.gpu
 def test_plan_equals_onnx_runtime_on_a_gpu(tmp_path):
     """Builds an fp32 plan of a tiny model here, for batches up to 8."""
-    from polygraphy.backend.trt import CreateConfig, NetworkFromOnnxPath, Profile, engine_from_network, save_engine
+    from arcface_build.plans.build import Proof, build_plan, tensorrt_version
+    from arcface_build.plans.get_or_build import get_or_build
+    from arcface_build.plans.gpu import find_gpus
+    from arcface_build.plans.typed import read_typed_onnx
 
-    folder = write_model(tmp_path / "tiny")
-    profile = Profile().add("face", *((n, 112, 112, 3) for n in (1, 4, 8)))
-    network = NetworkFromOnnxPath(str(folder / "serving.onnx"))
-    plan = tmp_path / "tiny-fp32.plan"
-    save_engine(engine_from_network(network, CreateConfig(profiles=[profile])), str(plan))
-    with (
-        EngineRegistry.get("tensorrt", plan=plan, precision="fp32") as got,
-        EngineRegistry.get("onnx", file=folder / "serving.onnx", device="cpu") as expected,
-    ):
-        for count in (1, 5, 8, 20, 1):
-            faces = synthetic_faces(count)
-            assert compare_embeddings(expected.encode(faces), got.encode(faces)).max_drift < 1e-5
-        assert (got.max_batch, got.embedding_dim) == (8, 64)
+    serving = write_model(tmp_path / "tiny") / "serving.onnx"
+    typed, faces = read_typed_onnx(serving), synthetic_faces(20)
+    options = BuilderOptions(external_tactics=False)
+    wanted = PlanSpec("tiny", typed.sha256, "fp32", find_gpus()[0].sm, tensorrt_version(), 1, 4, 8, options)
+    with EngineRegistry.get("onnx", file=serving, device="cpu") as expected:
+        proof = Proof(faces, expected.encode(faces))
+        cache = PlanStore(open_store(str(tmp_path / "cache")))
+        get_or_build(wanted, cache, None, lambda of, target: build_plan(typed, of, target, proof))
+        with EngineRegistry.get("tensorrt", cache=tmp_path / "cache", precision="fp32") as got:
+            for count in (1, 5, 8, 20, 1):
+                assert compare_embeddings(expected.encode(faces[:count]), got.encode(faces[:count])).max_drift < 1e-5
+            assert (got.max_batch, got.embedding_dim) == (8, 64)

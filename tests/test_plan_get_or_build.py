@@ -108,7 +108,7 @@ def test_a_plan_that_is_not_there_says_what_is_nearest(
 
 def test_a_damaged_cache_is_replaced_from_the_store(cache: PlanStore, store: PlanStore) -> None:
     built = get_or_build(SPEC, cache, store, builder(), upload=True)
-    for damage in (b"", b"x" * built.manifest.bytes, built.path.read_bytes()[:-1]):
+    for damage in (b"", b"x" * built.manifest.size_bytes, built.path.read_bytes()[:-1]):
         built.path.write_bytes(damage)
         mended = get_or_build(SPEC, cache, store)
         assert mended.source == "store"
@@ -160,7 +160,7 @@ def test_the_host_that_loses_the_race_uses_its_own_build_and_says_so(
 
     mine = get_or_build(SPEC, cache, store, slow, upload=True)
     assert mine.notes[-1].startswith("store: another host published a plan of this key first")
-    assert store.list() == elsewhere.list() != cache.list()
+    assert store.manifests() == elsewhere.manifests() != cache.manifests()
 
 
 def test_only_signed_plans_where_a_public_key_is_configured(tmp_path: Path, keys: dict[str, Path]) -> None:
@@ -170,7 +170,7 @@ def test_only_signed_plans_where_a_public_key_is_configured(tmp_path: Path, keys
     with pytest.raises(WrongUse, match="a plan built here must be signed: add --sign-key"):
         get_or_build(SPEC, cache, store, builder())
     assert get_or_build(SPEC, cache, store, builder(), sign_key=private, upload=True).manifest.signature
-    unsigned = replace(store.list()[0], signature=None)
+    unsigned = replace(store.manifests()[0], signature=None)
     store.objects.delete(manifest_name(unsigned))
     PlanStore(store.objects).put(cache.local_path(unsigned), unsigned)
     with pytest.raises(PlanRefused, match="is unsigned"):
@@ -226,7 +226,7 @@ def test_a_builder_killed_in_the_middle_frees_the_key_and_leaves_no_plan(cache: 
         get_or_build(SPEC, cache, None, builder(), lock_timeout_s=0.1)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert cache.list() == []
+    assert cache.manifests() == []
     built = get_or_build(SPEC, cache, None, builder())
     assert built.source == "build"
     assert files(cache) == sorted([manifest_name(built.manifest), plan_name(built.manifest)])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from arcface_build.plans.choose import misfit
 from arcface_build.plans.gpu import find_gpus, load_gpus_yaml, parse_gpus
 from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.plans.fit import misfit
 from arcface_clients.plans.manifest import PlanManifest
 from arcface_clients.plans.spec import BuilderOptions, PlanSpec, parse_bytes, parse_sm, parse_version, sm_tag
 from plan_samples import SPEC, spec
@@ -106,10 +107,26 @@ def test_a_spec_that_cannot_be_built_is_refused(change: dict[str, object], messa
         spec(**change)
 
 
-@pytest.mark.parametrize("wrong", [{"workspace_bytes": 2}, {"optimization_level": 6}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"workspace_bytes": 2}, {"optimization_level": 6}, {"hardware_compatible": True, "same_compute_capability": True}],
+)
 def test_options_that_no_builder_takes_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(WrongUse, match=r"expected (at least 1 MB|0\.\.5)"):
+    with pytest.raises(WrongUse, match=r"expected (at least 1 MB|0\.\.5)|leave one out"):
         BuilderOptions(**wrong)
+
+
+def test_the_card_is_in_the_key_and_a_plan_for_all_cards_needs_tensorrt_10_9() -> None:
+    assert len({spec(gpu=name).key for name in (None, "NVIDIA A10", "NVIDIA A40")}) == 3
+    every_card = BuilderOptions(same_compute_capability=True)
+    assert PlanSpec.from_json(json.loads(json.dumps(spec(gpu="NVIDIA A10").to_json()))) == spec(gpu="NVIDIA A10")
+    assert spec(options=every_card, tensorrt="10.9.0").key != spec(tensorrt="10.9.0").key
+    with pytest.raises(WrongUse, match=r"TensorRT 10\.8\.0 tunes a plan for one card only: expected 10\.9"):
+        spec(options=every_card, tensorrt="10.8.0")
+
+
+def test_keys_from_before_cards_were_in_them_stay_what_they_were() -> None:
+    assert SPEC.key == "9363ac3dd29e834490955cc0a6857214eba9f51a58a997baefe98bbf0e438c29"
 
 
 def test_json_that_is_no_spec_is_refused() -> None:
@@ -118,32 +135,38 @@ def test_json_that_is_no_spec_is_refused() -> None:
 
 
 def manifest(**changes: object) -> PlanManifest:
-    return PlanManifest(spec=spec(**changes), sha256="0" * 64, bytes=1)
+    return PlanManifest(spec=spec(**changes), sha256="0" * 64, size_bytes=1, contract_id="c" * 64)
 
 
-HARDWARE = BuilderOptions(hardware_compatible=True)
+HARDWARE = {"options": BuilderOptions(hardware_compatible=True)}
 
 
 @pytest.mark.parametrize(
-    ("built", "sm", "tensorrt", "why"),
-    [({}, "8.6", "10.3.0", None),
-     ({}, "sm86", "10.3.0", None),
-     ({}, "8.9", "10.3.0", "built for SM 8.6, this GPU is SM 8.9"),
-     ({}, "8.0", "10.3.0", "built for SM 8.6, this GPU is SM 8.0"),
-     ({}, "8.6", "10.3.1", "built with TensorRT 10.3.0, this host has 10.3.1"),
-     ({}, "8.6", "11.0.0", "built with TensorRT 10.3.0, this host has 11.0.0"),
-     ({"options": HARDWARE}, "12.0", "10.3.0", None),
-     ({"options": HARDWARE}, "7.5", "10.3.0", "hardware-compatible from SM 8.0 on, this GPU is SM 7.5"),
-     ({"options": HARDWARE, "sm": "7.5"}, "8.6", "10.3.0", "hardware-compatible from SM 8.0 on, this GPU is SM 8.6"),
-     ({"options": HARDWARE}, "8.6", "10.4.0", "built with TensorRT 10.3.0, this host has 10.4.0")],
+    ("built", "sm", "tensorrt", "wanted", "why"),
+    [({}, "8.6", "10.3.0", {}, None),
+     ({}, "sm86", "10.3.0.26+cuda12", {"precision": "fp16", "model": "tiny", "contract_id": "c" * 64}, None),
+     ({}, None, None, {}, None),
+     ({}, "8.6", None, {}, None),
+     ({}, "8.9", "10.3.0", {}, "built for SM 8.6, this GPU is SM 8.9"),
+     ({}, "8.0", None, {}, "built for SM 8.6, this GPU is SM 8.0"),
+     ({}, "8.6", "10.3.1", {}, "built with TensorRT 10.3.0, this host has 10.3.1"),
+     ({}, "8.6", "11.0.0", {}, "built with TensorRT 10.3.0, this host has 11.0.0"),
+     ({}, "8.6", "8.6.1", {}, "built with TensorRT 10.3.0, this host has 8.6.1"),
+     ({"precision": "int8"}, "8.6", "10.3.0", {"precision": "fp32"}, "of precision int8, asked for fp32"),
+     ({}, "8.6", "10.3.0", {"precision": "fp32"}, "of precision fp16, asked for fp32"),
+     ({}, "8.6", "10.3.0", {"model": "r50"}, "a plan of tiny, asked for r50"),
+     ({}, "8.6", "10.3.0", {"contract_id": "d" * 64}, "of contract cccccccccccc…, asked for dddddddddddd…"),
+     (HARDWARE, "12.0", "10.3.0", {}, None),
+     (HARDWARE, "8.0", "10.3.0", {}, None),
+     (HARDWARE, "7.5", "10.3.0", {},
+      "hardware-compatible from SM 8.0 on, built for SM 8.6, this GPU is SM 7.5"),
+     ({**HARDWARE, "sm": "7.5"}, "8.6", "10.3.0", {},
+      "hardware-compatible from SM 8.0 on, built for SM 7.5, this GPU is SM 8.6"),
+     (HARDWARE, "8.9", "10.4.0", {}, "built with TensorRT 10.3.0, this host has 10.4.0"),
+     (HARDWARE, "8.9", "10.3.0", {"precision": "fp32"}, "of precision fp16, asked for fp32")],
 )  # fmt: skip
-def test_a_plan_fits_only_its_sm_and_its_tensorrt(built: dict, sm: str, tensorrt: str, why: str | None) -> None:
-    assert misfit(manifest(**built), sm, tensorrt) == why
-
-
-def test_without_a_known_tensorrt_only_the_sm_decides() -> None:
-    assert misfit(manifest(), "8.6") is None
-    assert misfit(manifest(), "9.0") == "built for SM 8.6, this GPU is SM 9.0"
+def test_which_plan_fits(built: dict, sm: str | None, tensorrt: str | None, wanted: dict, why: str | None) -> None:
+    assert misfit(manifest(**built), sm, tensorrt, **wanted) == why
 
 
 def test_nvidia_smi_is_read() -> None:

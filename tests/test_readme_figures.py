@@ -1,120 +1,146 @@
-"""README's table of measured figures: each stands in the report that its row names, rounded and not made up."""
+"""The pages of measured figures: each figure is the one its key names in its report; none is typed by hand."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from arcface_clients.errors import Missing
+from arcface_tools.measured_table import MEASURED, figure_text, key_text, page, read_row, sections, stale_pages
 from conftest import REPO
 
-SPREAD = re.compile(r"(?P<median>\d+\.\d+)(?: ms| ×)? \((?P<low>\d+\.\d+)–(?P<high>\d+\.\d+)\)")
-NUMBER = re.compile(r"(?<![\w.,/])(?P<inverse>1/)?(?P<number>\d[\d,]*(?:\.\d+)?)(?P<unit> %| µs)?")
-NOT_FIGURES = ("samples", "samples_ms", "host", "server", "rounds")  # one sample of many is no figure of the report
-# Written before their commands recorded the host; what README says of them is counts and ratios.
-WITHOUT_HOST = {"docs/measured/consensus-lfw.json"}
+ROWS: list[dict[str, Any]] = [
+    row for section in yaml.safe_load((MEASURED / "rows.yaml").read_text()) for row in section["rows"]
+]
+IDS = [row["report"] + ": " + row["what"][:40] for row in ROWS]
+WITHOUT_HOST: set[str] = set()
 
 
-def _rows() -> list[tuple[str, str, tuple[str, ...]]]:
-    """(what, figures, reports) of README's table under Measured; `the same` is the report of the row before."""
-    section = (REPO / "README.md").read_text().split("\n## Measured\n")[1].split("\n## ")[0]
-    rows: list[tuple[str, str, tuple[str, ...]]] = []
-    for line in section.splitlines()[2:]:
-        if line.startswith("|") and not line.startswith(("| what |", "|---")):
-            what, figures, _, report = (cell.strip() for cell in line.strip("|").split(" | "))
-            reports = tuple(re.findall(r"\]\(([^)]+)\)", report))
-            rows.append((what, figures, reports if report != "the same" else rows[-1][2]))
-    return rows
+def test_the_pages_are_what_the_reports_say_today() -> None:
+    stale = [str(path.relative_to(REPO)) for path in stale_pages()]
+    assert not stale, f"{stale}: run python -m arcface_tools measured-table"
 
 
-ROWS = _rows()
+def test_a_page_that_somebody_edited_by_hand_is_found(tmp_path: Path) -> None:
+    shutil.copytree(MEASURED, tmp_path / "docs" / "measured")
+    readme = tmp_path / "README.md"
+    readme.write_text((REPO / "README.md").read_text().replace("3.42 (3.38–3.54)", "3.52 (3.38–3.54)"))
+    assert set(stale_pages(tmp_path)) == {readme}
 
 
-def _objects(data: Any) -> Iterator[dict[str, Any]]:
-    """Every object of a report, outermost first."""
-    if isinstance(data, dict):
-        yield data
-        for key, value in data.items():
-            if key not in NOT_FIGURES:
-                yield from _objects(value)
-    elif isinstance(data, list):
-        for value in data:
-            yield from _objects(value)
+def test_a_report_that_was_measured_again_makes_the_pages_stale(tmp_path: Path) -> None:
+    measured = shutil.copytree(MEASURED, tmp_path / "docs" / "measured")
+    shutil.copyfile(REPO / "README.md", tmp_path / "README.md")
+    report = json.loads((measured / "restarts.json").read_text())
+    (measured / "restarts.json").write_text(json.dumps({**report, "wrong": 3}))
+    stale = stale_pages(tmp_path)
+    assert set(stale) == {measured / "README.md", tmp_path / "README.md"}
+    assert all("3 wrong" in text for text in stale.values())
 
 
-def _numbers(data: Any) -> list[float]:
-    """Every number of a report, and of each object the ratios between its numbers (memory of one way over another)."""
-    found: list[float] = []
-    for each in _objects(data):
-        own = [float(v) for v in each.values() if isinstance(v, int | float) and not isinstance(v, bool)]
-        found += own
-        if len(own) == 2:
-            found += [a / b for a, b in (own, own[::-1]) if b]
-    return found
+def test_readme_shows_five_rows() -> None:
+    assert sum(row.in_readme for _, rows in sections() for row in rows) == 5
 
 
-def _rounds_to(value: float, text: str) -> bool:
-    decimals = len(text.partition(".")[2])
-    return abs(value - float(text.replace(",", ""))) <= 0.5 * 10**-decimals * (1 + 1e-6)
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_no_figure_of_a_row_is_typed_by_hand(row: dict[str, Any]) -> None:
+    words = re.sub(r"\{\w+\}|`[^`]*`|\b1/", "", row["says"])
+    assert not re.findall(r"(?<!\w)\d[\d.,]*", words)
+    assert set(re.findall(r"\{(\w+)\}", row["what"] + row["says"])) == set(row["figures"])
 
 
-def _absent(figures: str, reports: list[Any]) -> list[str]:
-    """What the cell says and no report holds: spreads as a whole, then the numbers that are left."""
-    figures = re.sub(r"`[^`]*`", "", figures)
-    spreads = [each for report in reports for each in _objects(report) if {"median", "low", "high"} <= each.keys()]
-    absent = [
-        match[0]
-        for match in SPREAD.finditer(figures)
-        if not any(all(_rounds_to(each[key], text) for key, text in match.groupdict().items()) for each in spreads)
-    ]
-    numbers = [number for report in reports for number in _numbers(report)]
-    for match in NUMBER.finditer(SPREAD.sub("", figures)):
-        scale = {" %": 100, " µs": 1000, None: 1}[match["unit"]]  # reports hold shares and milliseconds
-        values = [1 / n for n in numbers if n] if match["inverse"] else [scale * n for n in numbers]
-        if not any(_rounds_to(value, match["number"]) for value in values):
-            absent.append(match[0])
-    return absent
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_the_command_of_a_row_exists(row: dict[str, Any]) -> None:
+    program, first = row["command"].split()[:2]
+    if program == "python":
+        module = row["command"].split()[2].replace(".", "/")
+        assert (REPO / "tools" / f"{module}.py").exists()
+    elif program == "arcface":
+        from arcface_build.cli import COMMANDS
 
-
-def test_the_table_of_figures_is_found() -> None:
-    assert len(ROWS) > 10
-
-
-@pytest.mark.parametrize(("what", "figures", "reports"), ROWS, ids=[row[0][:60] for row in ROWS])
-def test_each_figure_of_readme_stands_in_its_report(what: str, figures: str, reports: tuple[str, ...]) -> None:
-    assert reports, f"{what}: names no report"
-    assert not re.search(r"\b[A-Z]{4,}\b", re.sub(r"HTTP|JSON", "", figures)), f"a placeholder: {figures}"
-    read = [json.loads((REPO / path).read_text()) for path in reports]
-    for path, report in zip(reports, read, strict=True):
-        if path not in WITHOUT_HOST:
-            assert report.get("cpu") or report["host"]["cpu"], f"{path} does not say where it was measured"
-    if re.search(r"\d", figures):
-        assert not (absent := _absent(figures, read)), f"{what}: {', '.join(reports)} holds no {', '.join(absent)}"
+        assert first in COMMANDS
     else:
-        assert all(report["wrong"] == 0 for report in read), what
+        assert (REPO / program).exists()
+
+
+@pytest.mark.parametrize("report", sorted({row["report"] for row in ROWS} - WITHOUT_HOST))
+def test_a_report_says_where_it_was_measured(report: str) -> None:
+    data = json.loads((MEASURED / f"{report}.json").read_text())
+    assert data.get("cpu") or data["host"]["cpu"]
+
+
+def test_every_report_is_named_by_a_page() -> None:
+    pages = "".join(path.read_text() for path in (REPO / "docs").rglob("*.md"))
+    assert not [path.name for path in MEASURED.glob("*.json") if f"{path.stem}" not in pages]
+
+
+REPORT = {
+    "ratios": [
+        {"variant": "ours", "base": "bare", "median": 1.0183, "low": 0.9912, "high": 1.0601},
+        {"variant": "ours", "base": "theirs", "median": 2.0, "low": 1.9, "high": 2.1},
+    ],
+    "share": 0.005,
+    "again": 0.005,
+    "rounds": [1, 2, 7],
+}
 
 
 @pytest.mark.parametrize(
-    ("figures", "absent"),
+    ("figure", "text"),
     [
-        ("1.02 (0.99–1.06) `a b1`, 3.80", []),
-        ("1.02 × (0.99–1.06), r18 3.80", []),
-        ("1.02 (0.99–1.07)", ["1.02 (0.99–1.07)"]),
-        ("3.81", ["3.81"]),
-        ("0.5 %, 52 µs, 1/339", []),
-        ("0.6 %, 53 µs, 1/340", ["0.6 %", "53 µs", "1/340"]),
-        ("1,000 faces", []),
-        ("7", ["7"]),  # one sample of many
+        ({"key": ["ratios", {"variant": "ours", "base": "bare"}]}, "1.02 (0.99–1.06)"),
+        ({"key": ["ratios", {"base": "theirs"}, "median"], "as": "{:.1f} ×"}, "2.0 ×"),
+        ({"key": ["share"], "as": "{:.1f} %", "times": 100}, "0.5 %"),
+        ({"key": ["share"], "as": "1/{:.0f}", "inverse": True}, "1/200"),
+        ({"key": ["rounds", -1], "as": "{}"}, "7"),
     ],
 )
-def test_a_figure_that_no_report_holds_is_found(figures: str, absent: list[str]) -> None:
-    report = {
-        "ratios": [{"median": 1.0183, "low": 0.9912, "high": 1.0601, "count": 3}],
-        "mb": {"ours": 5.7739, "theirs": 1956.98},
-        "rest": {"a": 3.799, "share": 0.005, "ms": 0.05188, "faces": 1000},
-        "samples": [{"x": 7.0}],
+def test_a_figure_is_printed_by_its_format(figure: dict[str, Any], text: str) -> None:
+    assert figure_text(REPORT, figure) == text
+
+
+def test_a_figure_follows_its_own_key_and_no_other() -> None:
+    figure = {"key": ["share"], "as": "{:.3f}"}
+    assert figure_text({**REPORT, "again": 0.006}, figure) == "0.005"
+    assert figure_text({**REPORT, "share": 0.006}, figure) == "0.006"
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        (["ratios", {"base": "nobody"}, "median"], "0 entries, expected one, for [nobody] of ratios[nobody].median"),
+        (["ratios", {"variant": "ours"}], "2 entries, expected one"),
+        (["ratio"], "no 'ratio' on the way ratio"),
+        (["rounds", 3], "no 3 on the way rounds[3]"),
+        (["share", "median"], "no 'median' on the way share.median"),
+    ],
+)
+def test_a_key_that_the_report_lacks_is_refused_with_its_row(key: list[Any], says: str, tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_text(json.dumps(REPORT))
+    row = {
+        "what": "a row",
+        "says": "{x}",
+        "command": "c",
+        "report": "small",
+        "figures": {"x": {"key": key, "as": "{}"}},
     }
-    assert _absent(figures, [report]) == absent
+    with pytest.raises(Missing, match=r"small\.json does not hold 'x' of the row 'a row'") as caught:
+        read_row(row, tmp_path)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_a_line_of_the_page_names_its_command_its_report_and_every_key(row: dict[str, Any]) -> None:
+    what = read_row(row).what
+    line = next(line for line in page().splitlines() if line.startswith(f"| {what} |"))
+    assert f"`{row['command']}`" in line
+    for figure in row["figures"].values():
+        report = figure.get("report", row["report"])
+        assert f"[{report}]({report}.json)" in line
+        assert f"`{key_text(figure['key'])}`" in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 import subprocess
@@ -130,7 +131,8 @@ def test_the_comparison_shows_verdict_finding_curves_and_the_worst_faces(compare
 def test_the_matrix_shades_what_is_near_its_limit(matrix):
     assert "1 of 3 combinations are outside their limits: onnx int8 batch 12" in matrix
     shades = [float(s) for s in re.findall(r"rgba\(var\(--heat\), ([0-9.]+)\)", matrix)]
-    assert len(shades) == 6 and max(shades) == 0.55 and min(shades) < 0.2
+    assert len(shades) == 6
+    assert max(shades) > 2 * min(shades), "what is outside its limit looks like what is far inside"
 
 
 def test_the_benchmark_shows_overheads_and_says_when_it_is_not_reliable():
@@ -138,11 +140,18 @@ def test_the_benchmark_shows_overheads_and_says_when_it_is_not_reliable():
     assert "1.250 ms, +250 µs" in text
     assert "Not reliable" in text
     assert "<td>arcface_onnx</td>" in text and ">0.2000%</td>" in text
-    assert "Each point a number of callers" in text
-    head, first, _ = bench_csv(bench_result()).splitlines()
-    assert head.startswith("variant,where,faces_per_s,") and head.count(",") == first.count(",") == 15
-    name, ensemble = "arcface grpc b32 c1", "0.0400,0.0360,0.0440,0.002000"
-    assert first == f"{name},server,1.000,0.900,1.100,,10.000,12.000,15.000,0.500,20.000,1.0000,{ensemble}"
+
+
+def test_a_spreadsheet_reads_every_figure_under_its_name() -> None:
+    first, second = csv.DictReader(bench_csv(bench_result()).splitlines())
+    assert (first["variant"], second["variant"]) == ("arcface grpc b32 c1", "arcface grpc b32 c2")
+    figures = {key: float(value) for key, value in first.items() if key not in ("variant", "where") and value}
+    assert figures["faces_per_s"] == 1.0 and figures["ratio_to_bare"] == 1.0
+    assert second["ratio_to_bare"] == "", "only the first has a ratio"
+    assert (figures["p50_ms"], figures["p90_ms"], figures["p99_ms"]) == (10.0, 12.0, 15.0)
+    assert (figures["queue_ms"], figures["compute_ms"]) == (0.5, 20.0)
+    assert (figures["ensemble_added_ms"], figures["ensemble_share_of_compute"]) == (0.04, 0.002)
+    assert None not in first and None not in second, "a row is longer than the heading"
 
 
 @pytest.mark.parametrize(
@@ -169,8 +178,9 @@ def test_only_figures_are_set_right():
 
 def test_values_outside_an_axis_are_drawn_at_its_end():
     text = lines("t", [Series("s", [0.0, 2.0], [1e-12, 5.0])], Axis("x", 0, 1), Axis("y", 1e-3, 1, log=True))
-    points = re.search(r'<polyline points="([^"]+)"', text).group(1)
-    assert points == "58.0,254.0 468.0,12.0"
+    at_the_ends = lines("t", [Series("s", [0.0, 1.0], [1e-3, 1.0])], Axis("x", 0, 1), Axis("y", 1e-3, 1, log=True))
+    drawn, expected = (re.search(r'<polyline points="([^"]+)"', svg).group(1) for svg in (text, at_the_ends))
+    assert drawn == expected
 
 
 @pytest.mark.parametrize(("width", "paper"), [(360, False), (1100, False), (688, True)])  # 688: A4 less its margins

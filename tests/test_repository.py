@@ -53,6 +53,18 @@ def test_going_back_serves_the_version_before_with_its_contract_id(leaf):
         roll_back(repository, "arcface_onnx")
 
 
+def test_a_real_model_takes_demo_weights_out_of_the_way_of_a_rollback(leaf):
+    repository, files = leaf
+    for name in ("demo", "demo-r18"):
+        install(repository, "arcface_onnx", files, {**manifest(name), "source": {"sha256": "0" * 64, "kind": "demo"}})
+    assert versions(repository / "arcface_onnx") == [1, 2]
+    assert install(repository, "arcface_onnx", files, manifest("own")) == 3
+    with pytest.raises(WrongUse, match="arcface_onnx has 1 version"):
+        roll_back(repository, "arcface_onnx")
+    install(repository, "arcface_onnx", files, manifest("better"))
+    assert roll_back(repository, "arcface_onnx") == (4, 3)
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [("{", "cannot be read"), ("[]", "is no manifest of a version: it lacks contract_id, name, source")],

@@ -46,7 +46,7 @@ def test_streams_survive_two_restarts_with_every_face_answered_once_and_in_order
     done = threading.Event()
     wrong: list[str] = []
     seen = [0, 0, 0]
-    ways = [False, False, False]
+    through_memory = [False, False, False]
 
     def follow(number: int, url: str, shared_memory: bool) -> None:
         def source() -> Iterator[np.ndarray]:
@@ -62,7 +62,7 @@ def test_streams_survive_two_restarts_with_every_face_answered_once_and_in_order
                     wrong.append(f"{url} face {seen[number]}")
                     break
                 seen[number] += 1
-            ways[number] = embedder.way.shared_memory
+            through_memory[number] = embedder.shared_memory.kind is not None
 
     threads = [
         threading.Thread(target=follow, args=(i, url, shm))
@@ -83,7 +83,7 @@ def test_streams_survive_two_restarts_with_every_face_answered_once_and_in_order
         thread.join(30)
     assert wrong == []
     assert not any(thread.is_alive() for thread in threads)
-    assert ways == [True, False, False]  # shared memory is shared memory again
+    assert through_memory == [True, False, False]  # shared memory is shared memory again
     assert all(after > before for before, after in zip(answered[-1], seen, strict=True))
 
 
@@ -92,15 +92,15 @@ def test_server_that_comes_back_with_another_contract_is_refused(repository, sta
     server = start_triton(repository, ["good"], config_name="", ports=ports, extra=GUARD)
     with TritonEmbedder(server.grpc_url, "good") as embedder, TritonEmbedder(server.http_url, "good") as wrong_port:
         embedder.encode(FACES)
-        assert not embedder.way.shared_memory
-        assert "guards this with a key" in embedder.way.reason
+        assert embedder.shared_memory.kind is None
+        assert "guards this with a key" in embedder.shared_memory.reason
         keys = {"triton-grpc-protocol-admin-key": "secret"}
         with TritonEmbedder(server.grpc_url, "good", headers=keys, shared_memory=True) as guarded:
             guarded.encode(FACES)
-            assert guarded.way.shared_memory
+            assert guarded.shared_memory.kind is not None
         with TritonEmbedder(f"http://{server.http_url}", "good", headers={"admin-key": "secret"}) as guarded:
             guarded.encode(FACES)
-            assert guarded.way.shared_memory
+            assert guarded.shared_memory.kind is not None
         with (
             TritonEmbedder(server.grpc_url, "good", shared_memory=True) as demanding,
             pytest.raises(

@@ -16,17 +16,20 @@ from pathlib import Path
 
 import pytest
 
-from arcface_build.commands.serve import Interrupt, _serve
+from arcface_build.errors import ServerFailed
 from arcface_build.repository.assemble import assemble
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
 from arcface_build.serving.process import (
     _DIE_WITH_PARENT,
+    PortLock,
+    Ports,
     TritonProcess,
     arguments,
     free_ports,
     reason_in_log,
     reason_of_end,
 )
+from arcface_build.serving.run import Interrupt, wait_for_the_end
 from conftest import copy_repository
 from tiny_model import write_model
 
@@ -110,7 +113,7 @@ def test_a_signal_is_not_lost_where_python_drops_its_exception(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", lambda dropped: None)
     Finalised()  # the KeyboardInterrupt that is raised in there reaches nobody
     with pytest.raises(KeyboardInterrupt):
-        _serve(server, interrupt)
+        wait_for_the_end(server, interrupt)
 
 
 class Asleep:
@@ -219,7 +222,7 @@ def test_a_busy_port_is_named_before_any_work(demo_repository):
         ),
         (
             ("--faces", "no such folder"),
-            "InvalidFaces: no faces in no such folder: expected aligned crops of 112×112 pixels, or .npz of them.\n",
+            "WrongUse: no face could be read from no such folder: expected aligned 112×112 crops.\n",
         ),
     ],
 )
@@ -258,6 +261,14 @@ def test_broken_weights_are_reported_with_the_models_own_reason(triton_binary, o
     assert errors.startswith(
         "ServerFailed: tritonserver ended while starting with status 1: arcface_onnx: ONNX Runtime"
     )
+
+
+def test_a_stricter_limit_in_the_configuration_acts_in_the_startup_check(triton_binary, own_repository, monkeypatch):
+    monkeypatch.setenv("ARCFACE_COMPARISON__MAX_DRIFT__FP32", "1e-17")
+    process = serve(own_repository, "--once")
+    table, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert "FAILED (fp32: drift" in table
 
 
 def test_a_backend_that_drifts_is_replaced_by_the_reference_and_loudly(triton_binary, tmp_path):
@@ -327,3 +338,39 @@ def test_shared_memory_is_allowed_where_the_server_on_path_refuses_it_by_default
     binary = find_tritonserver()
     assert binary.options == options
     assert set(options) <= set(arguments(binary, "repository", ["arcface"], "onnx", free_ports(), "127.0.0.1"))
+
+
+def test_two_serves_of_one_moment_do_not_prove_each_others_server(triton_binary, own_repository, tmp_path):
+    other = Path(shutil.copytree(own_repository, tmp_path / "other" / "model_repository"))
+    ports = free_ports()
+    options = ["--http-port", str(ports.http), "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics)]
+    options += ["--once", "--json", "--no-reference"]
+    both = [serve(repository, *options) for repository in (own_repository, other)]
+    said = [process.communicate(timeout=180) for process in both]
+    states = sorted(process.returncode for process in both)
+    assert states in ([0, 3], [0, 0]), said  # [0, 0]: the machine was so slow that they followed each other
+    for process, (output, errors) in zip(both, said, strict=True):
+        if process.returncode == 3:
+            assert output == "" and "is in use on 127.0.0.1" in errors
+
+
+def test_a_server_that_was_there_first_is_not_taken_for_ours(triton_binary, own_repository, tmp_path, monkeypatch):
+    def process(name: str, ports: Ports) -> TritonProcess:
+        return TritonProcess(
+            triton_binary, own_repository, ["arcface_onnx"], ports=ports, log_path=tmp_path / f"{name}.log"
+        )
+
+    def no_lock(self: PortLock, ports: Ports, host: str) -> None:
+        self._sockets = []
+
+    with process("first", free_ports()) as first:
+        first.wait_ready()
+        # As if it had begun to listen after our look at the port, and were nobody who knows our lock.
+        monkeypatch.setattr(Ports, "check_free", lambda self, host: None)
+        monkeypatch.setattr("arcface_build.serving.process.PortLock.__init__", no_lock)
+        with (
+            process("second", Ports(first.ports.http, free_ports().grpc, free_ports().metrics)) as second,
+            pytest.raises(ServerFailed, match=r"tritonserver ended while starting .*[Ss]ocket"),
+        ):
+            second.wait_ready()
+        assert first.pid is not None

@@ -53,7 +53,10 @@ def test_regions_are_reused_and_gone_after_close(odd_server, known) -> None:
         for _ in range(5):
             embedder.encode(np.concatenate([FACES] * 6))
         ours = known() - before
-        assert str(embedder.way) == "system shared memory: the server is on this host and opened a region of ours"
+        assert (
+            str(embedder.shared_memory)
+            == "system shared memory: the server is on this host and opened a region of ours"
+        )
         assert 1 <= len(ours) <= 3  # two in flight and one being filled
         assert ours <= set(left_behind())
     assert set(left_behind()) & ours == set()
@@ -67,7 +70,9 @@ def test_forgotten_and_unclosed_clients_leave_nothing(odd_server, known) -> None
     ours = known() - before
     del embedder
     gc.collect()
-    done = in_process(odd_server, "embedder.encode(faces); print(*(s.name for s in embedder._session.pool._all))")
+    done = in_process(
+        odd_server, "embedder.encode(faces); print(*(s.name for s in embedder._session.regions.pool._all))"
+    )
     ours |= set(done.stdout.split())
     assert len(ours) == 2
     assert ours & (known() | set(left_behind())) == set()
@@ -98,15 +103,15 @@ def test_region_of_a_living_process_is_never_stale() -> None:
 
 
 def test_lost_request_keeps_its_region_to_itself(odd_server, known) -> None:
-    with TritonEmbedder(odd_server.grpc_url, "slow", timeout_s=0.3) as embedder:
+    with TritonEmbedder(odd_server.grpc_url, "slow", timeout_s=1.5) as embedder:
         embedder.ensure_ready()
         before = known()
         with pytest.raises(DeadlineExceeded):
             embedder.encode(np.full((1, 112, 112, 3), 255, np.uint8))
-        time.sleep(1)
+        time.sleep(2)
         embedder.encode(FACES)
         (fresh,) = known() - before
-        (lost,) = [slot for slot in embedder._session.pool._all if slot.doubtful]
+        (lost,) = [slot for slot in embedder._session.regions.pool._all if slot.doubtful]
         assert lost.name != fresh
         answer = lost.rows(1)  # it came, late, into a region that nobody else uses
         np.testing.assert_allclose(np.linalg.norm(answer), 1, atol=1e-4)
@@ -140,7 +145,7 @@ def test_full_shared_memory_falls_back_to_the_wire_and_says_so(odd_server) -> No
     done = in_process(
         odd_server,
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "print(embedder.encode(faces).shape, embedder.way)",
+        "print(embedder.encode(faces).shape, embedder.shared_memory)",
     )
     assert done.stdout.startswith("(2, 64) the wire: no shared memory on this host ([Errno 27] File too large)")
 
@@ -148,7 +153,7 @@ def test_full_shared_memory_falls_back_to_the_wire_and_says_so(odd_server) -> No
 def test_shared_memory_can_be_switched_off_and_demanded(odd_server) -> None:
     with TritonEmbedder(odd_server.grpc_url, "good", shared_memory=False) as embedder:
         embedder.encode(FACES)
-        assert str(embedder.way) == "the wire: shared memory is switched off"
+        assert str(embedder.shared_memory) == "the wire: shared memory is switched off"
 
 
 @pytest.mark.parametrize(

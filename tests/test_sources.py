@@ -181,21 +181,19 @@ def known_tiny(tmp_path: Path, address: str = "") -> tuple[KnownModels, Path]:
     return KnownModels(models={"tiny": entry}), path
 
 
-def test_a_known_model_is_fetched_once_and_checked(
-    tmp_path: Path, zoo: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ARCFACE_STORAGE__CACHE", str(tmp_path / "cache"))
+def test_a_known_model_is_fetched_once_and_checked(tmp_path: Path, zoo: dict[str, bytes]) -> None:
+    cache = tmp_path / "cache"
     known, path = known_tiny(tmp_path, zoo["address"].decode() + "tiny.onnx")
     with pytest.raises(LicenceNotAccepted, match=r"tiny \(Apache-2.0\) would be downloaded"):
-        resolve("tiny", tmp_path, known=known)
+        resolve("tiny", tmp_path, known=known, cache=cache)
     zoo["tiny.onnx"] = b"another file"
     with pytest.raises(SourceRefused, match=r"gave another file: expected sha256 [0-9a-f]{12}…, got [0-9a-f]{12}…"):
-        resolve("tiny", tmp_path, known=known, accept_licence=True)
-    assert list((tmp_path / "cache").iterdir()) == []
+        resolve("tiny", tmp_path, known=known, cache=cache, accept_licence=True)
+    assert list(cache.iterdir()) == []
     zoo["tiny.onnx"] = path.read_bytes()
-    assert resolve("tiny", tmp_path, known=known, accept_licence=True).preprocessing.color == "bgr"
+    assert resolve("tiny", tmp_path, known=known, cache=cache, accept_licence=True).preprocessing.color == "bgr"
     del zoo["tiny.onnx"]
-    assert resolve("tiny", tmp_path, known=known).path.read_bytes() == path.read_bytes()
+    assert resolve("tiny", tmp_path, known=known, cache=cache).path.read_bytes() == path.read_bytes()
 
 
 def test_an_unknown_name_lists_what_is_known(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,11 +10,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from arcface_build.errors import PlanNotFound, StoreUnreachable
+from arcface_build.plans.seen import SeenPlans
 from arcface_build.plans.store import PlanStore, manifest_name, plan_name
 from arcface_build.store import open_store
 from arcface_build.store.objects import ObjectStore
@@ -77,7 +80,7 @@ def manifest(plan: Path) -> PlanManifest:
 
 
 def names(store: ObjectStore) -> list[str]:
-    return [stored.name for stored in store.list()]
+    return [stored.name for stored in store.stored()]
 
 
 def files(folder: Path) -> list[str]:
@@ -97,24 +100,24 @@ def test_objects_come_back_as_they_were_put(objects: ObjectStore, tmp_path: Path
     assert target.read_bytes() == source.read_bytes()
     assert sum(moved) == 200_000
     assert objects.create("a/c", b"small")
-    assert objects.read("a/c") == b"small"
-    assert [(s.name, s.bytes) for s in objects.list("a/")] == [("a/b", 100_000), ("a/c", 5)]
-    assert all(abs(s.modified_s - time.time()) < 60 for s in objects.list())
+    assert objects.read("a/c", 1000) == b"small"
+    assert [(s.name, s.size_bytes) for s in objects.stored("a/")] == [("a/b", 100_000), ("a/c", 5)]
+    assert all(abs(s.modified_s - time.time()) < 60 for s in objects.stored())
     objects.delete("a/b")
     objects.delete("a/b")  # none of this name is no error
     assert names(objects) == ["a/c"]
 
 
 def test_what_is_not_there_is_none_and_not_an_error(objects: ObjectStore, tmp_path: Path) -> None:
-    assert objects.read("a/b") is None
+    assert objects.read("a/b", 1000) is None
     assert objects.download("a/b", tmp_path / "x") is False
-    assert objects.list("a/") == []
+    assert objects.stored("a/") == []
 
 
 def test_only_the_first_creation_counts(objects: ObjectStore) -> None:
     assert objects.create("k", b"first")
     assert not objects.create("k", b"second")
-    assert objects.read("k") == b"first"
+    assert objects.read("k", 1000) == b"first"
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/x", "http://host/x", "s3://", "s3:///prefix"])
@@ -126,7 +129,7 @@ def test_an_address_that_is_no_store_is_refused(url: str) -> None:
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x"])
 def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(WrongUse, match=r"expected a relative path without"):
-        open_store(str(tmp_path)).read(name)
+        open_store(str(tmp_path)).read(name, 1000)
 
 
 def test_environment_variables_choose_the_endpoint(
@@ -136,12 +139,12 @@ def test_environment_variables_choose_the_endpoint(
     assert open_store(bucket).create("k", b"1")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     with pytest.raises(StoreUnreachable, match=r"s3://plans/pre/fix at http://127\.0\.0\.1:9: could not read k"):
-        open_store(bucket, max_attempts=1).read("k")
+        open_store(bucket, max_attempts=1).read("k", 1000)
 
 
 def test_an_endpoint_that_is_no_url_is_refused(bucket: str) -> None:
     with pytest.raises(WrongUse, match=r"^S3 endpoint is 'minio:9000' .* expected a URL such as http://minio:9000\.$"):
-        open_store(bucket, endpoint_url="minio:9000").list()
+        open_store(bucket, endpoint_url="minio:9000").stored()
 
 
 # --- plans in a store ---
@@ -153,7 +156,7 @@ def test_a_plan_that_was_put_is_found_listed_pulled_and_deleted(
     store = PlanStore(objects)
     assert store.find(manifest.key) is None
     assert store.put(plan, manifest).created
-    assert store.list() == [manifest]
+    assert store.manifests() == [manifest]
     assert store.resolve(manifest.key[:8]) == store.resolve("tiny-fp16-sm86.plan") == manifest
     store.verify(manifest)
     pulled = store.pull(manifest, tmp_path / "pulled")
@@ -212,10 +215,150 @@ def test_a_damaged_manifest_stops_its_own_plan_only(
     objects.create(manifest_name(manifest), b"{")
     with pytest.raises(PlanRefused, match="is not a plan manifest"):
         store.find(manifest.key)
-    assert store.list(lambda key, exc: refused.append(key)) == [other]
+    assert store.manifests(lambda key, exc: refused.append(key)) == [other]
     assert refused == [manifest.key]
     assert [s.name for s in store.orphans(min_age_s=0)] == [manifest_name(manifest)]
     assert store.orphans() == []  # younger than an hour: it may be somebody's upload
+
+
+POISONED = {
+    "brackets": b"[" * 100_000,
+    "no UTF-8": b"\xff\xfe{\x00",
+    "wrong types": b'{"format": 1, "key": [], "file": {}, "spec": 1, "signature": []}',
+    "large": b" " * (3 << 20),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("poison", POISONED.values(), ids=POISONED)
+def test_a_poisoned_manifest_costs_its_own_plan_only(
+    objects: ObjectStore, plan: Path, manifest: PlanManifest, poison: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, key = PlanStore(objects), "0" * 64
+    store.put(plan, manifest)
+    objects.create(f"{key}/manifest.json", poison)
+    assert store.manifests() == [manifest]
+    assert f"{key}/manifest.json" in caplog.text
+    assert store.resolve("tiny-fp16-sm86.plan") == manifest
+    assert [s.name for s in store.orphans(min_age_s=0)] == [f"{key}/manifest.json"]
+    with pytest.raises(PlanRefused, match=f"{key}/manifest.json is "):
+        store.find(key)
+
+
+def test_a_signature_that_is_a_list_costs_its_own_plan_only(
+    objects: ObjectStore, manifest: PlanManifest, keys: dict[str, Path]
+) -> None:
+    objects.create(manifest_name(manifest), json.dumps({**manifest.to_json(), "signature": []}).encode())
+    refused: dict[str, Exception] = {}
+    assert PlanStore(objects, keys["ours"] / "public.pem").manifests(refused.__setitem__) == []
+    assert "signature of a type that no manifest has" in str(refused[manifest.key])
+
+
+@pytest.mark.parametrize("kind", ["manifest", "plan", "folder"])
+def test_a_link_out_of_a_folder_store_is_not_followed(
+    tmp_path: Path, plan: Path, manifest: PlanManifest, kind: str
+) -> None:
+    store, secret = PlanStore(open_store(str(tmp_path / "store"))), tmp_path / "elsewhere"
+    good = write_plan(tmp_path / "good.plan", of=spec(sm="9.0"))
+    store.put(tmp_path / "good.plan", good)
+    store.put(plan, manifest)
+    path = {
+        "manifest": store.local_path(manifest).parent.parent / "manifest.json",
+        "plan": store.local_path(manifest),
+        "folder": store.local_path(manifest).parent.parent,
+    }[kind]
+    path.rename(secret)
+    path.symlink_to(secret)
+    with pytest.raises(PlanRefused, match="is a link out of the store, to"):
+        store.verify(store.find(manifest.key) or manifest)
+    assert good in store.manifests(lambda *_: None)
+    store.verify(good)
+
+
+def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(tmp_path: Path, manifest: PlanManifest) -> None:
+    store = PlanStore(open_store(str(tmp_path / "store")))
+    (tmp_path / "store" / manifest.key).mkdir(parents=True)
+    os.mkfifo(tmp_path / "store" / manifest_name(manifest))
+    with pytest.raises(PlanRefused, match="is no file"):
+        store.find(manifest.key)
+    assert store.manifests() == []
+
+
+def test_what_is_under_no_key_or_of_a_later_format_is_not_ours_to_remove(
+    objects: ObjectStore, manifest: PlanManifest
+) -> None:
+    later = {**manifest.to_json(), "format": 2}
+    objects.create(manifest_name(manifest), json.dumps(later).encode())
+    objects.create(f"{manifest.key}/{'1' * 64}/x.plan", b"its plan")
+    objects.create("README.md", b"whose bucket this is")
+    objects.create("other/manifest.json", b"{}")
+    store = PlanStore(objects)
+    assert store.manifests() == []
+    assert store.orphans(min_age_s=0) == []
+
+
+# --- an older plan of the same key, put back ---
+
+
+def signed_at(
+    manifest: PlanManifest, hour: int, keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> PlanManifest:
+    monkeypatch.setattr("arcface_clients.plans.signing.now_utc", lambda: f"2026-01-01T{hour:02}:00:00+00:00")
+    return sign(manifest, keys["ours"] / "private.pem")
+
+
+def test_an_older_plan_put_back_is_noticed_by_who_has_seen_the_newer_one(
+    objects: ObjectStore, plan: Path, keys: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = write_plan(plan), write_plan(tmp_path / "second.plan", seed=1)
+    old, new = signed_at(first, 1, keys, monkeypatch), signed_at(second, 2, keys, monkeypatch)
+    public = keys["ours"] / "public.pem"
+    here = PlanStore(objects, public, SeenPlans(tmp_path / "seen"))
+    here.put(plan, old)
+    assert here.find(old.key) == old
+    here.put(tmp_path / "second.plan", new, replace=True)
+    assert here.find(old.key) == here.find(old.key) == new
+    PlanStore(objects, public).put(plan, old, replace=True)  # the attacker: an old plan, and its true signature
+    for again in (here, PlanStore(objects, public, SeenPlans(tmp_path / "seen"))):
+        with pytest.raises(PlanRefused, match=r"was signed 2026-01-01T01:.* has seen .* 2026-01-01T02:"):
+            again.find(old.key)
+        assert again.manifests() == []
+    fresh = PlanStore(objects, public, SeenPlans(tmp_path / "of a host that never asked"))
+    assert fresh.find(old.key) == old, "what a fresh host cannot know: SECURITY.md"
+    meant = signed_at(first, 3, keys, monkeypatch)
+    here.put(plan, meant, replace=True)
+    assert here.find(old.key) == meant, "an older build that is signed again is meant"
+
+
+def test_the_time_of_signing_is_under_the_signature(
+    objects: ObjectStore, plan: Path, manifest: PlanManifest, keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = signed_at(manifest, 1, keys, monkeypatch)
+    forged = replace(old, build={**old.build, "signed": "2027-01-01T00:00:00+00:00"})
+    PlanStore(objects).put(plan, forged)
+    with pytest.raises(PlanRefused, match="was changed after it was signed"):
+        PlanStore(objects, keys["ours"] / "public.pem").find(old.key)
+
+
+def test_without_a_public_key_nothing_is_remembered_because_a_time_is_anybodys_word(
+    objects: ObjectStore, plan: Path, manifest: PlanManifest, tmp_path: Path
+) -> None:
+    store = PlanStore(objects, None, SeenPlans(tmp_path / "seen"))
+    store.put(plan, manifest)
+    assert store.find(manifest.key) == manifest
+    assert not (tmp_path / "seen").exists()
+
+
+def test_a_damaged_memory_is_said_and_not_forgotten(
+    objects: ObjectStore, plan: Path, manifest: PlanManifest, keys: dict[str, Path], tmp_path: Path
+) -> None:
+    signed = sign(manifest, keys["ours"] / "private.pem")
+    store = PlanStore(objects, keys["ours"] / "public.pem", SeenPlans(tmp_path / "seen"))
+    store.put(plan, signed)
+    store.find(signed.key)
+    (tmp_path / "seen" / signed.key).write_text("yesterday")
+    with pytest.raises(PlanRefused, match=f"seen/{signed.key} cannot be read .* rm "):
+        store.find(signed.key)
 
 
 def test_a_manifest_under_a_foreign_key_is_refused(objects: ObjectStore, manifest: PlanManifest) -> None:
@@ -312,7 +455,7 @@ def test_an_upload_that_fails_publishes_nothing(
     with pytest.raises(StoreUnreachable, match="503"):
         remote.put(plan, manifest)
     network.faults = Faults()
-    assert remote.list() == []
+    assert remote.manifests() == []
     assert names(remote.objects) == []
 
 
@@ -326,7 +469,7 @@ def test_a_large_plan_goes_in_parts_and_comes_back_whole(remote: PlanStore, tmp_
 
 def test_a_bucket_that_is_missing_is_named(bucket: str, s3_server: str, plan: Path, manifest: PlanManifest) -> None:
     store = PlanStore(open_store("s3://elsewhere/pre", endpoint_url=s3_server))
-    for action in (store.list, lambda: store.find(manifest.key), lambda: store.objects.upload(plan, "x")):
+    for action in (store.manifests, lambda: store.find(manifest.key), lambda: store.objects.upload(plan, "x")):
         with pytest.raises(StoreUnreachable, match=r"there is no bucket 'elsewhere' .*aws s3 mb s3://elsewhere"):
             action()
 
@@ -336,7 +479,7 @@ def test_wrong_credentials_are_named(remote: PlanStore, s3_server: str, plan: Pa
 
     requests.post(f"{s3_server}/moto-api/reset-auth", data="0", timeout=5)  # from now on the server checks keys
     try:
-        for action in (remote.list, lambda: remote.find(manifest.key), lambda: remote.put(plan, manifest)):
+        for action in (remote.manifests, lambda: remote.find(manifest.key), lambda: remote.put(plan, manifest)):
             with pytest.raises(
                 StoreUnreachable, match=r"the credentials were refused \(InvalidAccessKeyId.*AWS_PROFILE"
             ):
@@ -350,10 +493,10 @@ def test_no_credentials_are_named(bucket: str, s3_server: str, monkeypatch: pyte
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(StoreUnreachable, match="no usable credentials"):
-        open_store(bucket, endpoint_url=s3_server).list()
+        open_store(bucket, endpoint_url=s3_server).stored()
     monkeypatch.setenv("AWS_PROFILE", "absent")
     with pytest.raises(StoreUnreachable, match=r"no usable credentials .*absent"):
-        open_store(bucket, endpoint_url=s3_server).list()
+        open_store(bucket, endpoint_url=s3_server).stored()
 
 
 # --- this host fails ---
@@ -390,7 +533,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # no file may grow past this
         remote, out = store(sys.argv[1]), Path(sys.argv[2])
         try:
-            remote.fetch(remote.list()[0], out / "x.plan")
+            remote.fetch(remote.manifests()[0], out / "x.plan")
         except Exception as exc:
             print(type(exc).__name__, exc)
     """
@@ -415,7 +558,7 @@ def test_a_download_killed_in_the_middle_leaves_no_plan_under_its_name(
         def stop(moved):
             print("moving", flush=True)
             import time; time.sleep(60)
-        remote.fetch(remote.list()[0], out / "x.plan", stop)
+        remote.fetch(remote.manifests()[0], out / "x.plan", stop)
     """
     process = run(code, bucket, tmp_path / "out", wait=False, AWS_ENDPOINT_URL=network.url)
     assert process.stdout.readline() == "moving\n"
@@ -448,6 +591,6 @@ def test_two_processes_that_upload_one_key_agree_on_one_plan(
     assert sorted(created for created, _ in answers) == ["False", "True"]
     assert answers[0][1] == answers[1][1]
     store = PlanStore(open_store(url, endpoint_url=s3_server))
-    (kept,) = store.list()
+    (kept,) = store.manifests()
     store.verify(kept)
     assert names(store.objects) == sorted([manifest_name(kept), plan_name(kept)])

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import numpy as np
 import pytest
 
-from arcface_clients import AsyncTritonEmbedder, FakeEmbedder, TritonEmbedder
+from arcface_clients import AsyncTritonEmbedder, TritonEmbedder
 from arcface_clients.errors import ConfigError, InvalidFaces
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.triton.streaming import Stream
@@ -97,7 +97,7 @@ def test_source_is_read_no_further_than_the_requests_in_flight(embedder) -> None
     answers = embedder.encode_stream(source(), batch_size=4)
     for given, _ in zip(range(1, 101), answers, strict=False):
         # full requests in flight, one being handed out, one being filled
-        assert taken - given < 4 * (embedder.in_flight + 2)
+        assert taken - given < 4 * (embedder.options.in_flight + 2)
     answers.close()
     np.testing.assert_allclose(embedder.encode(FACES), embedder.encode(FACES), atol=1e-6)
 
@@ -131,24 +131,3 @@ def test_any_cut_of_any_stream_comes_out_whole(shapes, size) -> None:
     ] + stream.finished()
     assert [a.shape for a in answers] == [(1,) if count is None else (count, 1) for count in shapes]
     assert [float(x) for answer in answers for x in np.ravel(answer)] == list(range(next(number)))
-
-
-def test_fake_has_the_manners_of_the_real_one() -> None:
-    with FakeEmbedder(64, max_batch_size=8) as fake:
-        rows = fake.encode(FACES)
-        np.testing.assert_array_equal(rows, np.concatenate([fake.encode(face) for face in FACES]))
-        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
-        assert np.abs(rows @ rows.T - np.eye(10)).max() < 0.6
-        assert [r.shape for r in fake.encode_stream(items())] == [(64,) if n is None else (n, 64) for n in SHAPES]
-        with pytest.raises(InvalidFaces):
-            fake.encode(np.zeros((1, 3, 112, 112), np.uint8))
-        assert fake.encode([]).shape == (0, 64)
-
-
-def test_fake_fails_as_it_is_told() -> None:
-    fake = FakeEmbedder(fails=[None, ConfigError("on purpose")])
-    first = fake.encode(FACES)
-    with pytest.raises(ConfigError, match="on purpose"):
-        fake.encode(FACES)
-    np.testing.assert_array_equal(fake.encode(FACES), first)
-    assert fake.calls == [10, 10, 10]

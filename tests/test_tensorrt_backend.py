@@ -5,6 +5,7 @@ TensorRT is tests/fake_tensorrt.py; without it, as on any CPU host, the server m
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import shutil
 import sys
@@ -20,6 +21,8 @@ import tritonclient.grpc as triton
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
 from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.plans.manifest import PlanManifest, write_manifest
+from plan_samples import spec
 from tiny_onnx import DIM, tiny_onnx, write_tiny
 
 REPO = Path(__file__).resolve().parent.parent
@@ -32,13 +35,21 @@ def fake_plan(version: str = "10.3.0", max_batch: int = 64) -> bytes:
     return pickle.dumps({"version": version, "onnx": tiny_onnx().SerializeToString(), "profile": profile})
 
 
+def put(model: Path, content: bytes, tensorrt: str = "10.3.0") -> None:
+    """A plan for SM 8.6 with its manifest, as `arcface assemble` puts them there."""
+    of = spec(tensorrt=tensorrt)
+    manifest = PlanManifest(of, hashlib.sha256(content).hexdigest(), len(content))
+    (model / "1" / "sm86.plan").write_bytes(content)
+    write_manifest(model / "1" / "sm86.plan", manifest)
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A repository with the shipped arcface_trt and a plan for SM 8.6."""
     target = tmp_path / "repository" / "arcface_trt"
     (target / "1").mkdir(parents=True)
     shutil.copyfile(REPO / "model_repository" / "arcface_trt" / "config.pbtxt", target / "config.pbtxt")
-    (target / "1" / "sm86.plan").write_bytes(fake_plan())
+    put(target, fake_plan())
     return target.parent
 
 
@@ -125,12 +136,20 @@ def test_requests_that_wait_together_are_one_run_and_a_bad_one_does_not_fail_its
          r"no plan for SM 6\.1 in cc_model_filenames \(mapped: .*8\.6.*\)\. Next, on this host: arcface plan build"),
         ({"FAKE_SM": "89"}, lambda m: (m / "1" / "sm86.plan").rename(m / "1" / "model.plan"),
          r"no plan sm89\.plan for SM 8\.9 in \S+ \(plans there: model\.plan\)\. Next, on an SM 8\.9 GPU"),
-        ({}, lambda m: (m / "1" / "sm86.plan").write_bytes(fake_plan("10.4.0")),
-         r"TensorRT 10\.3\.0 does not load sm86\.plan: it is damaged, or of another TensorRT version or GPU"),
-        ({}, lambda m: (m / "1" / "sm86.plan").write_bytes(fake_plan(max_batch=8)),
+        ({}, lambda m: put(m, fake_plan("10.4.0"), tensorrt="10.4.0"),
+         r"sm86\.plan was built with TensorRT 10\.4\.0, this server has 10\.3\.0\. Next: arcface plan build"),
+        ({}, lambda m: put(m, fake_plan("10.4.0")),
+         r"TensorRT 10\.3\.0 does not load sm86\.plan: it was built for another GPU"),
+        ({}, lambda m: (m / "1" / "sm86.plan").write_bytes(b"never unpickled"),
+         r"sm86\.plan is not the plan of its manifest \(sha256 \w{12} expected\): it was damaged or changed"),
+        ({}, lambda m: (m / "1" / "sm86.plan.json").unlink(),
+         r"sm86\.plan has no manifest that can be read in \S+sm86\.plan\.json \(FileNotFoundError"),
+        ({}, lambda m: (m / "1" / "sm86.plan.json").write_bytes(b"[" * 100_000), r"has no manifest that can be read"),
+        ({}, lambda m: put(m, fake_plan(max_batch=8)),
          r"max_batch_size is 64, the plan takes batches up to 8\. Next: lower max_batch_size"),
     ],
-    ids=["unmapped SM", "mapped and missing, no default", "another version", "too small a profile"],
+    ids=["unmapped SM", "mapped and missing, no default", "another version", "another GPU", "changed", "no manifest",
+         "a poisoned manifest", "too small a profile"],
 )  # fmt: skip
 def test_a_plan_that_does_not_fit_is_refused_by_name(
     repository: Path,
@@ -174,9 +193,9 @@ def test_a_real_plan_is_served_on_a_real_gpu(
     faces, sm = synthetic_faces(70), find_gpus()[0].sm
     typed = read_typed_onnx(write_tiny(tmp_path / "tiny.onnx"))
     options = BuilderOptions(external_tactics=False)
-    spec = PlanSpec("tiny", typed.sha256, "fp32", sm, tensorrt_version(), 1, 32, 64, options)
+    asked = PlanSpec("tiny", typed.sha256, "fp32", sm, tensorrt_version(), 1, 32, 64, options)
     plan = repository / "arcface_trt" / "1" / f"{sm_tag(sm)}.plan"
-    build_plan(typed, spec, plan, Proof(faces, reference(faces)))
+    write_manifest(plan, build_plan(typed, asked, plan, Proof(faces, reference(faces))))
     server = start_triton(repository, ["arcface_trt"])
     with triton.InferenceServerClient(server.grpc_url) as client:
         for count in (1, 2, 7, 64):

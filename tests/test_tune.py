@@ -14,7 +14,7 @@ import pytest
 from arcface_build.bench.interleaved import Spread
 from arcface_build.bench.tune import Duel, Settings, read_settings, search, with_settings, write_tuned
 from arcface_build.reports.tune_page import tune_page
-from arcface_build.repository.versions import write_overlays
+from arcface_build.repository.versions import install
 from arcface_build.serving.process import free_ports
 
 SHIPPED = Settings()
@@ -98,7 +98,8 @@ def test_a_tuned_config_is_served_with_its_ensembles_and_falls_with_the_weights(
     assert answer.returncode == 0, answer.stderr
     assert written[0].exists(), "serving what was tuned must not choose other weights first"
     manifest = json.loads(next((repository / "arcface_onnx").glob("*/manifest.json")).read_text())
-    write_overlays(repository / "arcface_onnx", manifest)
+    weights = next((repository / "arcface_onnx").glob("*/model.onnx"))
+    install(repository, "arcface_onnx", {"model.onnx": weights}, {**manifest, "precision": "bf16"})
     assert not written[0].exists(), "other weights must not be served with the contract of these"
     answer = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 3

@@ -38,7 +38,7 @@ def onnx(folder: Path):
 
 def test_engine_that_equals_the_reference_passes(tmp_path):
     folder = write_model(tmp_path / "good")
-    report = validate_engine(onnx(folder), reference(folder), 1e-5, "onnx")
+    report = validate_engine(onnx(folder), reference(folder), "fp32", {"fp32": 1e-5}, "onnx")
     assert (report.status, report.faces) == ("passed", 6)
     assert 0 <= report.max_drift < 1e-6
 
@@ -46,9 +46,9 @@ def test_engine_that_equals_the_reference_passes(tmp_path):
 def test_engine_that_drifts_is_refused_with_figures(tmp_path):
     folder = write_model(tmp_path / "bad", error=0.3)
     with pytest.raises(GateFailed) as caught:
-        validate_engine(onnx(folder), reference(folder), 1e-3, "onnx")
+        validate_engine(onnx(folder), reference(folder), "fp32", {"fp32": 1e-3}, "onnx")
     said = str(caught.value)
-    assert "is above the limit 0.001 on 6 faces" in said and "Look closer: arcface parity" in said
+    assert "× the 0.001 that fp32 may show, on 6 of 6 faces" in said and "Look closer: arcface parity" in said
 
 
 def test_wrong_channel_order_is_refused(tmp_path):
@@ -56,13 +56,13 @@ def test_wrong_channel_order_is_refused(tmp_path):
     swapped = write_model(tmp_path / "bgr", Preprocessing("bgr"))
     (folder / "serving.onnx").write_bytes((swapped / "serving.onnx").read_bytes())
     with pytest.raises(GateFailed):
-        validate_engine(onnx(folder), reference(folder), 1e-2, "onnx")
+        validate_engine(onnx(folder), reference(folder), "fp32", {"fp32": 1e-2}, "onnx")
 
 
 def test_another_models_reference_is_a_mismatch_not_a_drift(tmp_path):
     one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other", seed=1)
     with pytest.raises(ContractMismatch, match="they are two models"):
-        validate_engine(onnx(one), reference(other), 1e-3, "onnx")
+        validate_engine(onnx(one), reference(other), "fp32", {"fp32": 1e-3}, "onnx")
 
 
 def test_drift_of_an_engine_of_unknown_contract_is_not_fallen_back_from(tmp_path):
@@ -70,13 +70,13 @@ def test_drift_of_an_engine_of_unknown_contract_is_not_fallen_back_from(tmp_path
     expected = reference(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(ContractMismatch, match="so it may be another model"):
-        validate_engine(onnx(folder), expected, 1e-3, "onnx")
+        validate_engine(onnx(folder), expected, "fp32", {"fp32": 1e-3}, "onnx")
 
 
 def test_model_that_overflows_is_refused(tmp_path):
     folder = write_model(tmp_path / "nan", error=float("inf"))
     with pytest.raises(GateFailed, match="onnx cannot embed the 6 faces of its validation"):
-        validate_engine(onnx(folder), reference(folder), 1e-3, "onnx")
+        validate_engine(onnx(folder), reference(folder), "fp32", {"fp32": 1e-3}, "onnx")
 
 
 def test_refused_backend_is_replaced_by_the_fallback_loudly(tmp_path, caplog):
@@ -91,7 +91,7 @@ def test_refused_backend_is_replaced_by_the_fallback_loudly(tmp_path, caplog):
 
 def test_limit_is_that_of_the_precision(tmp_path):
     folder = write_model(tmp_path / "close", error=0.02)
-    drift = validate_engine(onnx(folder), reference(folder), 2.0, "onnx").max_drift
+    drift = validate_engine(onnx(folder), reference(folder), "fp32", {"fp32": 2.0}, "onnx").max_drift
     assert 1e-5 < drift < 1e-2
     with get_embedding_backend(config=config(folder)) as engine:
         engine.ensure_ready()
@@ -115,7 +115,7 @@ def test_stored_reference_needs_no_insightface(tmp_path):
     reference(folder).save(stored)
     (folder / "source.onnx").unlink()
     settings = config(folder, validation=Validation(reference=stored), fallback={"enabled": False})
-    with get_embedding_backend(config=settings) as engine, pytest.raises(GateFailed, match="on 6 faces"):
+    with get_embedding_backend(config=settings) as engine, pytest.raises(GateFailed, match="of 6 faces"):
         engine.encode(FACES)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from arcface_build.imports.proof_faces import read_faces
-from arcface_build.variants.eval_set import FaceSet, load_faces
-from arcface_build.variants.gate import judge, refusal
+from arcface_build.variants.eval_set import FaceSet, evaluation_faces
+from arcface_build.variants.gate import judge_variant
 from arcface_build.variants.int8 import quantize_convolutions
 from arcface_build.variants.recipe import load_recipe
 from arcface_build.variants.search import order_to_keep, smallest_passing_set
@@ -25,7 +25,9 @@ FACES = FaceSet("t", np.zeros((4, 1), np.uint8), ["one", "two", "three", "four"]
 def verdict_of(drift: float, limit: float):
     angle = np.arccos(1 - drift)
     reference = np.tile([1.0, 0.0], (4, 1))
-    return judge("onnxruntime", "int8", limit, reference, np.tile([np.cos(angle), np.sin(angle)], (4, 1)), FACES)
+    return judge_variant(
+        "onnxruntime", "int8", {"int8": limit}, reference, np.tile([np.cos(angle), np.sin(angle)], (4, 1)), FACES
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,19 +81,19 @@ def test_gate_is_on_the_worst_face(drift, passed):
     reference = np.eye(4)
     candidate = np.eye(4)
     candidate[2] = [0, np.sqrt(1 - (1 - drift) ** 2), 1 - drift, 0]
-    verdict = judge("onnxruntime", "int8", 0.01, reference, candidate, FACES)
+    verdict = judge_variant("onnxruntime", "int8", {"int8": 0.01}, reference, candidate, FACES)
     assert verdict.passed is passed
-    assert verdict.worst[0]["name"] == "three"
-    assert verdict.faces_over == (0 if passed else 1)
+    assert verdict.gate.report.worst_faces[0].name == "three"
+    assert verdict.gate.faces_over == (0 if passed else 1)
 
 
 def test_embeddings_with_nan_or_zero_rows_are_refused():
     for bad in (np.nan, 0.0):
         candidate = np.eye(4)
         candidate[1] = bad
-        verdict = judge("onnxruntime", "int8", 0.01, np.eye(4), candidate, FACES)
+        verdict = judge_variant("onnxruntime", "int8", {"int8": 0.01}, np.eye(4), candidate, FACES)
         assert not verdict.passed
-        assert verdict.worst[0]["name"] == "two"
+        assert verdict.gate.report.worst_faces[0].name == "two"
 
 
 def test_changed_verification_accuracy_is_refused_though_no_face_drifts_far():
@@ -103,19 +105,18 @@ def test_changed_verification_accuracy_is_refused_though_no_face_drifts_far():
     before = np.concatenate([views, views + 10])
     after = before + np.where((np.arange(16) < 8) & (np.arange(16) % 2 == 0), 8, 0)  # half of the first's move near
     people = FaceSet("t", np.zeros((16, 1), np.uint8), [str(i) for i in range(16)], np.repeat(["a", "b"], 8))
-    verdict = judge("onnxruntime", "int8", 0.05, at(*before), at(*after), people)
-    assert verdict.drift.max_drift < 0.05
-    assert verdict.accuracy_reference == 1.0
-    assert verdict.accuracy < 0.9
+    verdict = judge_variant("onnxruntime", "int8", {"int8": 0.05}, at(*before), at(*after), people)
+    assert verdict.max_drift < 0.05
+    assert verdict.decisions.accuracy_reference == 1.0
+    assert verdict.decisions.accuracy_candidate < 0.9
     assert not verdict.passed
-    assert "against 100.00% in fp32, allowed ±1.79%." in refusal("x", "int8", verdict)
+    assert "against 100.00% in fp32, allowed ±1.79%" in verdict.why
 
 
 def test_refusal_tells_by_how_much_and_which_faces():
-    text = refusal("r18", "int8", verdict_of(0.025, 0.01))
-    assert text == (
-        "int8 of r18 refused in onnxruntime: drift 0.025, 2.5 × the 0.01 that are allowed, on 4 of 4 faces; "
-        "worst: one (0.025), two (0.025), three (0.025), four (0.025)."
+    assert verdict_of(0.025, 0.01).why == (
+        "drift 0.025, 2.5 × the 0.01 that int8 may show, on 4 of 4 faces; "
+        "worst: one (0.025), two (0.025), three (0.025), four (0.025)"
     )
 
 
@@ -124,44 +125,46 @@ def test_folder_of_people_gives_identities_and_a_stable_digest(tmp_path):
     for i, face in enumerate(synthetic_faces(6)):
         (tmp_path / f"person{i % 3}").mkdir(exist_ok=True)
         cv2.imwrite(str(tmp_path / f"person{i % 3}" / f"{i}.png"), face)
-    found = load_faces(str(tmp_path), 100)
+    found = evaluation_faces(str(tmp_path), 100)
     assert list(found.identities) == ["person0", "person0", "person1", "person1", "person2", "person2"]
     assert found.faces.shape == (6, 112, 112, 3)
-    assert found.sha256 == load_faces(str(tmp_path), 100).sha256
-    assert len(load_faces(str(tmp_path), 4).faces) == 4
+    assert found.sha256 == evaluation_faces(str(tmp_path), 100).sha256
+    assert len(evaluation_faces(str(tmp_path), 4).faces) == 4
     cv2.imwrite(str(tmp_path / "person0" / "big.png"), np.zeros((250, 250, 3), np.uint8))
-    with pytest.raises(WrongUse, match=r"big.png is 250×250: expected aligned crops of 112×112"):
-        load_faces(str(tmp_path), 100)
+    with pytest.raises(WrongUse, match=r"big.png: expected an aligned crop of 112×112 pixels, got 250×250; expected"):
+        evaluation_faces(str(tmp_path), 100)
 
 
 def test_faces_that_are_not_there_or_not_faces_are_refused(tmp_path):
     with pytest.raises(Missing, match="no faces at nowhere: expected a folder"):
-        load_faces("nowhere", 4)
+        evaluation_faces("nowhere", 4)
     with pytest.raises(Missing, match="no pictures"):
-        load_faces(str(tmp_path), 4)
+        evaluation_faces(str(tmp_path), 4)
     np.savez(tmp_path / "x.npz", crops=np.zeros(3))
-    with pytest.raises(WrongUse, match=r"x.npz: expected an array `faces` in it, found: crops; expected an .npz with"):
-        load_faces(str(tmp_path / "x.npz"), 4)
+    with pytest.raises(
+        WrongUse, match=r"x.npz: expected an array `faces` in it, found: crops; expected .* an .npz with"
+    ):
+        evaluation_faces(str(tmp_path / "x.npz"), 4)
 
 
 @pytest.mark.parametrize("damage", DAMAGED_ARRAYS)
 def test_a_damaged_file_of_faces_is_refused_in_one_sentence(damage, tmp_path):
     path = write_damaged(tmp_path / "faces.npz", damage)
-    with pytest.raises(WrongUse, match=r"faces\.npz: .*expected an \.npz with `faces`"):
-        load_faces(str(path), 4)
-    with pytest.raises(WrongUse, match=r"faces\.npz is no \.npz of crops"):
+    with pytest.raises(WrongUse, match=r"faces\.npz: .*expected .* an \.npz with `faces`"):
+        evaluation_faces(str(path), 4)
+    with pytest.raises(WrongUse, match=r"faces\.npz is no crop: "):
         read_faces(path)
 
 
 @pytest.mark.parametrize("identities", [np.arange(1), np.zeros((2, 2)), np.array([None, None], object)])
 def test_identities_that_do_not_fit_the_faces_are_refused(identities, tmp_path):
     np.savez(tmp_path / "x.npz", faces=synthetic_faces(2), identities=identities)
-    with pytest.raises(WrongUse, match=r"expected an \.npz with `faces` .*, and perhaps `identities` \(N,\)"):
-        load_faces(str(tmp_path / "x.npz"), 4)
+    with pytest.raises(WrongUse, match=r"an \.npz with `faces` .*, and perhaps `identities` \(N,\)"):
+        evaluation_faces(str(tmp_path / "x.npz"), 4)
 
 
 def test_drawn_calibration_faces_are_not_those_that_judge():
-    judged, calibrated = load_faces("synthetic", 8), load_faces("synthetic", 8, seed=1)
+    judged, calibrated = evaluation_faces("synthetic", 8), evaluation_faces("synthetic", 8, seed=1)
     assert judged.sha256 != calibrated.sha256
     assert list(judged.identities) == [0, 0, 0, 0, 1, 1, 1, 1]
 

@@ -10,16 +10,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.errors import ProofFailed
-from arcface_build.imports.manifest import load_manifest
+from arcface_build.graph.embedding_only import embedding_only
 from arcface_build.variants.calibrate import Histogram, conv_inputs, least_error_range, on_grid
-from arcface_build.variants.eval_set import load_faces
+from arcface_build.variants.eval_set import evaluation_faces
 from arcface_build.variants.int8 import make_coarse, quantizable_layers, quantize_convolutions
 from arcface_build.variants.make import Wish, make_variant
 from arcface_build.variants.sensitivity import cut_tensors, measure_sensitivities, part_from
 from arcface_build.variants.typed import body_nodes, largest_values, overflowing, rounded_as_float16, to_float16
+from arcface_clients.contract import contract_prefix
+from arcface_clients.engines.import_manifest import read_import_manifest
 from arcface_clients.engines.runtimes import cpu_flags, has_bf16, has_openvino, open_session
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.evidence.drift import compare_embeddings
@@ -58,7 +61,7 @@ def test_fp16_variant_has_half_weights_in_the_body_and_float32_at_both_ends(mode
     assert variant.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
     assert (model_dir / sidecar["file"]).stat().st_size < 0.6 * (model_dir / "serving.onnx").stat().st_size
     assert 0 < sidecar["gates"][0]["drift"]["max_drift"] < 1e-3
-    assert sidecar["contract_id"] == load_manifest(model_dir).contract_id
+    assert sidecar["contract_id"] == read_import_manifest(model_dir).contract_id
     assert json.loads(path.read_text()) == json.loads(json.dumps(sidecar))
 
 
@@ -170,23 +173,24 @@ def test_sensitivity_by_parts_equals_the_whole_network(serving, ranges):
 
 def test_network_behind_a_cut_gives_the_same_embeddings(serving):
     faces = synthetic_faces(2, seed=9)
-    cuts = cut_tensors(serving)
+    network = embedding_only(serving)
+    cuts = cut_tensors(network)
     assert len(cuts) > 10
     watched = onnx.ModelProto()
-    watched.CopyFrom(serving)
+    watched.CopyFrom(network)
     middle = cuts[len(cuts) // 2]
     watched.graph.output.append(onnx.ValueInfoProto(name=middle))
     whole, value = open_session(watched).run(["embedding", middle], {"face": faces})
-    assert np.allclose(open_session(part_from(serving, middle)).run(None, {middle: value})[0], whole, atol=1e-6)
+    assert np.allclose(open_session(part_from(network, middle)).run(None, {middle: value})[0], whole, atol=1e-6)
 
 
 def test_int8_without_search_is_refused_by_how_much_on_which_faces_and_kept_aside(model_dir):
-    wish = Wish("int8", target="tensorrt", eval_faces=FACES, limit=0.02, search=False)
+    wish = Wish("int8", target="tensorrt", eval_faces=FACES, limits={"int8": 0.02}, search=False)
     with pytest.raises(ProofFailed) as refused:
         make_variant(model_dir, wish)
     message = str(refused.value)
     assert "int8 of" in message
-    assert "× the 0.02 that are allowed, on 24 of 24 faces; worst: synthetic 0:" in message
+    assert "× the 0.02 that int8 may show, on 12 of 12 faces; worst: synthetic 0:" in message
     assert "Try --search, which finds the layers to keep. Kept beside its report, never served: " in message
     folder = model_dir / "variants"
     assert (folder / "int8-tensorrt.onnx.refused").is_file()
@@ -196,7 +200,7 @@ def test_int8_without_search_is_refused_by_how_much_on_which_faces_and_kept_asid
 
 
 def test_search_turns_a_failing_int8_into_a_passing_one_whose_recipe_can_be_replayed(model_dir, tmp_path):
-    wish = Wish("int8", target="tensorrt", eval_faces=FACES, limit=0.03)
+    wish = Wish("int8", target="tensorrt", eval_faces=FACES, limits={"int8": 0.03})
     stages: list[str] = []
 
     def stage(title):
@@ -220,15 +224,19 @@ def test_search_turns_a_failing_int8_into_a_passing_one_whose_recipe_can_be_repl
     saved = tmp_path / "recipe.json"
     saved.write_text(json.dumps(recipe))
     (folder / "int8-tensorrt.onnx").unlink()
-    again, _ = make_variant(model_dir, Wish("int8", target="tensorrt", eval_faces=FACES, limit=0.03, recipe=saved))
+    again, _ = make_variant(
+        model_dir, Wish("int8", target="tensorrt", eval_faces=FACES, limits={"int8": 0.03}, recipe=saved)
+    )
     assert again["sha256"] == sidecar["sha256"]
 
-    for_cpu, _ = make_variant(model_dir, Wish("int8", target="cpu", eval_faces=FACES, limit=0.1, recipe=path))
+    for_cpu, _ = make_variant(
+        model_dir, Wish("int8", target="cpu", eval_faces=FACES, limits={"int8": 0.1}, recipe=path)
+    )
     assert for_cpu["recipe"]["calibration"] == recipe["calibration"]  # both targets from one calibration
 
 
 def test_search_works_for_fp16_too(model_dir):
-    sidecar, _ = make_variant(model_dir, Wish("fp16", eval_faces=8, limit=1.5e-5))
+    sidecar, _ = make_variant(model_dir, Wish("fp16", eval_faces=8, limits={"fp16": 1.5e-5}))
     assert not sidecar["recipe"]["search"]["attempts"][0]["passed"]
     assert sidecar["gates"][0]["drift"]["max_drift"] <= 1.5e-5
     assert types_of_weights(onnx.load(model_dir / sidecar["file"]), "Conv") == {TensorProto.FLOAT, TensorProto.FLOAT16}
@@ -244,7 +252,7 @@ def test_recipe_for_another_network_is_refused(model_dir, tmp_path):
 
 @pytest.mark.skipif(not has_openvino(), reason="ONNX Runtime without OpenVINO")
 def test_bf16_is_the_serving_onnx_computed_in_bf16_where_the_cpu_can(model_dir):
-    wish = Wish("bf16", eval_faces=FACES, limit=0.02)
+    wish = Wish("bf16", eval_faces=FACES, limits={"bf16": 0.02})
     if not has_bf16(cpu_flags()):
         with pytest.raises(Missing, match="this CPU has no bf16 instructions"):
             make_variant(model_dir, wish)
@@ -278,7 +286,7 @@ def test_int8_of_a_real_model_asks_for_real_crops(model_dir, tmp_path):
         make_variant(folder, Wish("int8", eval_faces=4))
     np.savez(tmp_path / "crops.npz", faces=synthetic_faces(6), identities=np.array(list("aabbcc")))
     with pytest.raises(ProofFailed):  # taken, calibrated, judged, and at this limit refused
-        make_variant(folder, Wish("int8", eval_source=str(tmp_path / "crops.npz"), limit=1e-9, search=False))
+        make_variant(folder, Wish("int8", eval_source=str(tmp_path / "crops.npz"), limits={"int8": 1e-9}, search=False))
 
 
 def test_missing_import_names_the_command(tmp_path):
@@ -289,7 +297,9 @@ def test_missing_import_names_the_command(tmp_path):
 def test_variants_run_on_plain_onnxruntime(model_dir):
     for variant in (model_dir / "variants").glob("*.onnx"):
         session = onnxruntime.InferenceSession(str(variant), providers=["CPUExecutionProvider"])
-        (embeddings,) = session.run(None, {"face": synthetic_faces(3)})
+        embeddings, norms, contracts = session.run(None, {"face": synthetic_faces(3)})
+        assert norms.shape == (3, 1) and (norms > 0).all(), variant.name
+        assert {contract_prefix(row) for row in contracts} == {read_import_manifest(model_dir).contract_id[:32]}
         assert np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5), variant.name
 
 
@@ -307,13 +317,25 @@ def test_command_prints_the_sidecar_and_refuses_with_exit_code_1(model_dir, caps
     assert "ProofFailed: fp16 of demo-mobile refused in onnxruntime with float16 rounding" in capsys.readouterr().err
 
 
+def test_a_stricter_limit_in_the_configuration_acts_in_quantize(model_dir, monkeypatch):
+    from arcface_build.commands.quantize import command
+
+    arguments = [model_dir.name, "--precision", "fp16", "--models-dir", str(model_dir.parent), "--eval-faces", "8"]
+    monkeypatch.setenv("ARCFACE_COMPARISON__MAX_DRIFT__FP16", "1e-12")
+    refused = CliRunner().invoke(command, [*arguments, "--no-search"], standalone_mode=False).exception
+    assert isinstance(refused, ProofFailed)
+    assert "× the 1e-12 that fp16 may show" in str(refused)
+
+
 @pytest.mark.skipif(not has_openvino(), reason="ONNX Runtime without OpenVINO")
 def test_benchmark_puts_drift_beside_the_speed_of_each_variant(model_dir, tmp_path):
     from arcface_build.bench.variants import run, speeds, table
 
     np.savez(tmp_path / "strangers.npz", faces=synthetic_faces(8))  # nobody knows who they are: drift alone counts
-    make_variant(model_dir, Wish("int8", eval_source=str(tmp_path / "strangers.npz"), limit=0.5, search=False))
-    result = run(model_dir, [2], rounds=1, sample_s=0, faces=load_faces("synthetic", 4))
+    make_variant(
+        model_dir, Wish("int8", eval_source=str(tmp_path / "strangers.npz"), limits={"int8": 0.5}, search=False)
+    )
+    result = run(model_dir, [2], rounds=1, sample_s=0, faces=evaluation_faces("synthetic", 4))
     rows = {row["name"]: row for row in result["variants"]}
     assert next(iter(rows)) == "bare b2"
     assert rows["fp32 openvino b2"]["drift"]["max_drift"] < 1e-5

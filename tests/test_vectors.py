@@ -7,10 +7,11 @@ import re
 import numpy as np
 import pytest
 
+from arcface_clients.arrays import unit_rows
 from arcface_clients.errors import InvalidEmbeddings
 from arcface_clients.people import neighbours
 from arcface_clients.people.neighbours import close_pairs, iter_close_pairs, nearest
-from arcface_clients.people.vectors import cosine_distance, cosine_distances, distance_blocks, unit_rows
+from arcface_clients.people.vectors import cosine_distance, cosine_distances, distance_blocks
 
 
 def slow_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:

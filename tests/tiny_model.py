@@ -10,7 +10,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from arcface_build.graph.serving import serving_form
 from arcface_clients.contract import Preprocessing, contract_id
+from arcface_clients.engines.import_manifest import ImportManifest
 
 
 def write_model(
@@ -34,18 +36,30 @@ def write_model(
     noisy = {
         name: value + error * rng.normal(0, 0.1, value.shape).astype(np.float32) for name, value in weights.items()
     }
-    onnx.save(_model(*_serving(preprocessing, noisy, dim)), folder / "serving.onnx")
     digest = hashlib.sha256((folder / "source.onnx").read_bytes()).hexdigest()
-    manifest = {
-        "format": 1,
-        "name": folder.name,
-        "source": {"sha256": digest},
-        "preprocessing": preprocessing.to_json(),
-        "dim": dim,
-        "contract_id": contract_id(digest, preprocessing, dim),
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    contract = contract_id(digest, preprocessing, dim)
+    drifting = _model(_network("input.1", "output"), noisy, _source_io(dim, fixed_batch=False))
+    onnx.save(serving_form(drifting, preprocessing, dim, contract).model, folder / "serving.onnx")
+    write_manifest(folder, digest, preprocessing, dim)
     return folder
+
+
+def write_manifest(folder: Path, digest: str, preprocessing: Preprocessing, dim: int, /, **changed: object) -> None:
+    """models/NAME/manifest.json as `arcface import` writes it, with what nobody reads left empty."""
+    manifest = ImportManifest(
+        name=folder.name,
+        created="2025-01-01T00:00:00+00:00",
+        source={"sha256": digest},
+        flavour={},
+        preprocessing=preprocessing.to_json(),
+        dim=dim,
+        contract_id=contract_id(digest, preprocessing, dim),
+        steps=[],
+        serving={"file": "serving.onnx"},
+        proof={},
+        tools={},
+    )
+    (folder / "manifest.json").write_text(json.dumps({**manifest.to_json(), **changed}))
 
 
 def _network(start: str, end: str) -> list[onnx.NodeProto]:
@@ -63,29 +77,6 @@ def _source_io(dim: int, fixed_batch: bool) -> tuple:
         helper.make_tensor_value_info("input.1", TensorProto.FLOAT, [batch, 3, 112, 112]),
         helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, dim]),
     )
-
-
-def _serving(preprocessing: Preprocessing, weights: dict, dim: int) -> tuple:
-    order = [2, 1, 0] if preprocessing.color == "rgb" else [0, 1, 2]
-    weights = {
-        **weights,
-        "order": np.array(order, np.int64),
-        "mean": np.float32(preprocessing.mean),
-        "std": np.float32(preprocessing.std),
-    }
-    nodes = [
-        helper.make_node("Cast", ["face"], ["pixels"], to=TensorProto.FLOAT),  # first, as TensorRT wants it
-        helper.make_node("Gather", ["pixels", "order"], ["ordered"], axis=3),
-        helper.make_node("Sub", ["ordered", "mean"], ["centred"]),
-        helper.make_node("Div", ["centred", "std"], ["scaled"]),
-        helper.make_node("Transpose", ["scaled"], ["nchw"], perm=[0, 3, 1, 2]),
-        *_network("nchw", "features_out"),
-        helper.make_node("ReduceL2", ["features_out"], ["norm"], axes=[1], keepdims=1),
-        helper.make_node("Div", ["features_out", "norm"], ["embedding"]),
-    ]
-    face = helper.make_tensor_value_info("face", TensorProto.UINT8, ["N", 112, 112, 3])
-    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", dim])
-    return nodes, weights, (face, embedding)
 
 
 def _model(nodes: list, weights: dict, ends: tuple) -> onnx.ModelProto:

@@ -10,6 +10,7 @@ polygraphy.cuda.
 """
 
 import ctypes
+import hashlib
 import json
 from pathlib import Path
 
@@ -248,15 +249,45 @@ def _plan_name(folder, config, device):
 def _load(folder, config, device):
     """The engine of the plan for this GPU."""
     path = folder / _plan_name(folder, config, device)
+    content = _checked(path)  # before TensorRT sees it: a plan is code, and runs with the rights of the server
     logger = trt.Logger(trt.Logger.WARNING)
     trt.init_libnvinfer_plugins(logger, "")
-    engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
+    engine = trt.Runtime(logger).deserialize_cuda_engine(content)
     if engine is None:
         raise pb_utils.TritonModelException(
-            f"TensorRT {trt.__version__} does not load {path.name}: it is damaged, or of another TensorRT version or "
-            "GPU. Next: arcface plan verify, or arcface plan build on this host"
+            f"TensorRT {trt.__version__} does not load {path.name}: it was built for another GPU. "
+            "Next: arcface plan build on this host"
         )
     return engine
+
+
+def _checked(path):
+    """The plan's bytes, where the manifest beside it has their digest and this TensorRT's version.
+
+    The manifest's signature is checked by `arcface serve` before the server starts, with the public key that it has.
+    """
+    manifest = path.with_name(path.name + ".json")
+    try:
+        with manifest.open("rb") as file:
+            said = json.loads(file.read(1 << 20))
+        sha256, version = str(said["sha256"]), str(said["spec"]["tensorrt"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
+        raise pb_utils.TritonModelException(
+            f"{path.name} has no manifest that can be read in {manifest} ({type(exc).__name__}: {exc}), so nothing "
+            "says what it is. Next: arcface assemble NAME --plan FILE"
+        ) from exc
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise pb_utils.TritonModelException(
+            f"{path.name} is not the plan of its manifest (sha256 {sha256[:12]} expected): it was damaged or changed. "
+            "Next: arcface assemble NAME --plan FILE, or arcface rollback --model arcface_trt"
+        )
+    if version.split("+")[0].split(".")[:3] != trt.__version__.split("+")[0].split(".")[:3]:
+        raise pb_utils.TritonModelException(
+            f"{path.name} was built with TensorRT {version}, this server has {trt.__version__}. "
+            "Next: arcface plan build on this host, or a server with that version"
+        )
+    return content
 
 
 def _max_batch(engine, model, configured):

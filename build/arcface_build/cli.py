@@ -1,19 +1,26 @@
 """The `arcface` command: subcommands are imported when called, an error becomes one line and an exit code.
 
-Exit codes: 0 good, 1 a gate failed, 2 wrong use, 3 something needed is missing, 130 interrupted.
+Exit codes: 0 good, 1 a gate failed, 2 wrong use, 3 something needed is missing, 130 interrupted; 141 where the reader
+of our output went away.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
+import warnings
 from typing import NoReturn
 
 import click
 
+from arcface_build.commands.options.settings import config_option
 from arcface_build.lazy_group import LazyGroup
+from arcface_build.old_command_lines import translated
+from arcface_build.terminal import notice, quiet_option
 from arcface_clients.errors import ArcFaceError
+from arcface_clients.extras import how_to_get
 
 COMMANDS = {  # name -> (module under arcface_build.commands, one line for --help)
     "import": ("import_", "Turn an ArcFace ONNX into a proved serving ONNX and put it into model_repository/."),
@@ -32,12 +39,27 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
     "plan": ("plan", "Build, prove, keep and move TensorRT plans: one for each kind of GPU."),
     "doctor": ("doctor", "Look at this host and the configuration; say what is wrong and how to mend it."),
 }
+NEEDS = {  # what a command cannot begin without; what only some options need is asked for where they are read
+    "import": ("onnx", "onnxruntime"),
+    "quantize": ("onnx", "onnxruntime"),
+    "bench-variants": ("onnx", "onnxruntime"),
+}
+GONE = {  # measurements of this project itself: not in the wheel
+    "bench-clients": "from a checkout it is scripts/bench clients.",
+    "bench-vectors": "from a checkout it is scripts/bench vectors.",
+    "consensus-demo": "from a checkout it is scripts/consensus-demo.",
+}
+CLOSED_PIPE = 128 + signal.SIGPIPE  # what a shell says of a program that a closed pipe ended
 
 
 @click.group(
     cls=LazyGroup,
     package="arcface_build.commands",
     table=COMMANDS,
+    common=(config_option, quiet_option),
+    needs=NEEDS,
+    gone=GONE,
+    params=[quiet_option()],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="arcface-triton", prog_name="arcface")
@@ -49,7 +71,14 @@ def cli() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `arcface`."""
+    """Run `arcface`, or what a command line of old means today."""
+    try:
+        argv, told = translated(sys.argv[1:] if argv is None else argv)
+    except ArcFaceError as exc:
+        click.echo(f"{type(exc).__name__}: {exc}", err=True)
+        sys.exit(exc.exit_code)
+    if told and not {"-q", "--quiet"}.intersection(argv):
+        click.echo(told, err=True)
     run(cli, "arcface", argv)
 
 
@@ -58,6 +87,7 @@ def run(group: click.Group, prog_name: str, argv: list[str] | None = None) -> No
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # arcface_build.program
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and systemd leave as little behind as Ctrl-C
+    _show_old_names_in_a_line()
     try:
         status = group.main(args=argv, prog_name=prog_name, standalone_mode=False)
     except click.ClickException as exc:
@@ -65,25 +95,55 @@ def run(group: click.Group, prog_name: str, argv: list[str] | None = None) -> No
         sys.exit(exc.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _interrupted()
+    except SystemExit as exc:
+        if _reader_went_away():  # click's own end of any broken pipe
+            sys.exit(CLOSED_PIPE)
+        if isinstance(exc.__context__, OSError):  # another one than stdout
+            _fail(f"{type(exc.__context__).__name__}: {exc.__context__}", 3)
+        raise
     except ImportError as exc:
         if isinstance(exc.__cause__, KeyboardInterrupt):  # Ctrl-C while pybind11 initialised an extension
             _interrupted()
-        raise
+        if os.environ.get("ARCFACE_TRACEBACK"):
+            raise
+        _fail(f"DependencyMissing: {exc}. Next: {how_to_get(exc.name or 'arcface-triton')}", 3)
     except ArcFaceError as exc:
         if os.environ.get("ARCFACE_TRACEBACK"):
             raise
-        click.echo(f"{type(exc).__name__}: {exc}", err=True)
-        sys.exit(exc.exit_code)
+        _fail(f"{type(exc).__name__}: {exc}", exc.exit_code)
     except OSError as exc:  # a full or read-only disk, a file that may not be read
         if os.environ.get("ARCFACE_TRACEBACK"):
             raise
-        click.echo(f"{type(exc).__name__}: {exc}. Next: look at the path, its permissions and the free space", err=True)
-        sys.exit(3)
+        _fail(f"{type(exc).__name__}: {exc}. Next: look at the path, its permissions and the free space", 3)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(sentence: str, status: int) -> NoReturn:
+    click.echo(sentence, err=True)
+    sys.exit(status)
 
 
 def _interrupted() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):  # a second one while Python ends: at once, and without a traceback
         signal.signal(number, signal.SIG_DFL)
-    click.echo("interrupted", err=True)
-    sys.exit(130)
+    _fail("interrupted", 130)
+
+
+def _reader_went_away() -> bool:
+    """Whether stdout is a pipe that nobody reads any more: `arcface … | head -1`."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _show_old_names_in_a_line() -> None:
+    """A key or variable of old is a FutureWarning to a program that imports us; to a shell it is a line."""
+    show = warnings.showwarning
+
+    def shown(message: Warning | str, category: type[Warning], *args: object, **kwargs: object) -> None:
+        if issubclass(category, FutureWarning) and "is an old name" in str(message):
+            notice(str(message))
+        else:
+            show(message, category, *args, **kwargs)  # type: ignore[arg-type]
+
+    warnings.showwarning = shown

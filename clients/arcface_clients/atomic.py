@@ -1,22 +1,34 @@
-"""Files and folders that appear under their name whole or not at all."""
+"""Files and folders that appear under their name whole or not at all, at whatever moment their writer is killed.
+
+Temporary names begin with a dot and hold the writer's process id: what a dead writer left is removed by the next one.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)\.[a-z0-9_]{8}")  # _prefix, and what tempfile adds
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
+
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; on a clean exit it is synced and renamed to `path`, on an error removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    _remove_leftovers_of(path)
+    handle, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -31,18 +43,20 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; on a clean exit it takes the place of `path`, on an error it is removed."""
+    """A temporary folder beside `path`; on a clean exit it takes the place of `path`, on an error it is removed.
+
+    A folder that is there already is exchanged with the new one in one step, where the file system can do that.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    _remove_leftovers_of(path)
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+            _exchange(temporary, path)
+        else:
+            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -57,3 +71,59 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a file's content, atomically."""
     with new_file(target) as temporary:
         shutil.copyfile(source, temporary)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files and folders in `folder` whose writers are dead."""
+    found = (
+        path
+        for path in sorted(folder.glob(".*"))
+        if (name := _TEMPORARY.fullmatch(path.name)) is not None and not Path("/proc", name["pid"]).exists()
+    )
+    return list(found)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder in one step for whoever looks at its name; what cannot be removed is left aside."""
+    aside = path.with_name(f"{_prefix(path)}removed_")
+    path.rename(aside)
+    discard(aside)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder bit by bit; what cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _remove_leftovers_of(path: Path) -> None:
+    for sibling in leftovers(path.parent):
+        if sibling.name.startswith(f".{path.name}."):
+            discard(sibling)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.{os.getpid()}."
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let two folders change places: renameat2(2) does it in one step; Python has no name for it."""
+    sys.audit("os.rename", str(new), str(old), -1, -1)
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # not glibc ≥ 2.28
+        code = errno.ENOSYS
+    else:
+        arguments = _AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE
+        code = ctypes.get_errno() if renameat2(*arguments) else 0
+    if code == 0:
+        return
+    if code not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        raise OSError(code, os.strerror(code), str(old))
+    aside = Path(tempfile.mkdtemp(prefix=_prefix(old), dir=old.parent))  # NFS, some overlays: two steps
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)

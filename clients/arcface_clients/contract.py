@@ -2,6 +2,11 @@
 
 Input  `face`       uint8   [N, 112, 112, 3]  BGR, aligned to the ArcFace template
 Output `embedding`  float32 [N, D]            unit L2 norm; D follows the model (128, 256 and 512 occur)
+Output `norm`       float32 [N, 1]            length of the embedding before normalisation: a measure of quality
+Output `contract`   int32   [N, 4]            the first 128 bits of the contract id, the same in each row: the weights
+                                              name themselves in every answer
+
+Who asks for `embedding` alone gets it alone.
 """
 
 from __future__ import annotations
@@ -13,13 +18,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from arcface_clients.arrays import Array
 
 FACE_INPUT = "face"
 EMBEDDING_OUTPUT = "embedding"
+NORM_OUTPUT = "norm"
+CONTRACT_OUTPUT = "contract"
+OUTPUTS = (EMBEDDING_OUTPUT, NORM_OUTPUT, CONTRACT_OUTPUT)
 FACE_SIZE = 112
 FACE_SHAPE = (FACE_SIZE, FACE_SIZE, 3)
+UNIT_TOLERANCE = 1e-3  # on the squared norm: int8 and fp16 graphs normalise in float32 and stay well inside
 FACE_BYTES = FACE_SIZE * FACE_SIZE * 3  # 37,632 on the wire
 
 
@@ -58,7 +68,7 @@ class Preprocessing:
     def apply(self, faces_bgr_u8: Array) -> Array:
         """Network input from faces: uint8 (N,112,112,3) BGR → float32 (N,3,112,112), network order and range."""
         ordered = faces_bgr_u8[..., ::-1] if self.color == "rgb" else faces_bgr_u8
-        blob = (ordered.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
+        blob = (ordered.astype(np.float32) - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(blob.transpose(0, 3, 1, 2))
 
 
@@ -66,3 +76,19 @@ def contract_id(source_sha256: str, preprocessing: Preprocessing, dim: int) -> s
     """Sha256 over (source ONNX digest, preprocessing, dimension); embeddings may be compared only where it is equal."""
     parts = {"source_sha256": source_sha256, "preprocessing": preprocessing.to_json(), "dim": int(dim)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def contract_words(contract: str) -> npt.NDArray[np.int32]:
+    """What a row of the output `contract` holds: the first 128 bits of a contract id as int32 (4,), big-endian words.
+
+    Raises:
+        ValueError: not a contract id (64 hexadecimal digits).
+    """
+    if len(contract) != 64:
+        raise ValueError(f"{contract!r} is no contract id: expected 64 hexadecimal digits")
+    return np.frombuffer(bytes.fromhex(contract)[:16], ">i4").astype(np.int32)
+
+
+def contract_prefix(row: npt.NDArray[np.int32]) -> str:
+    """The inverse: the first 32 hexadecimal digits of the contract id, from a row int32 (4,) of `contract`."""
+    return np.asarray(row, ">i4").tobytes().hex()

@@ -51,7 +51,12 @@ class WrongUse(ArcFaceError, ValueError):
 
 
 class ConfigError(WrongUse):
-    """A configuration key is unknown or its value impossible. Never falls back."""
+    """A configuration key is unknown or its value impossible; `key`: which, if it is one alone. Never falls back."""
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        """The message names the key as well."""
+        super().__init__(message)
+        self.key = key
 
 
 class ContractMismatch(ArcFaceError, ValueError):

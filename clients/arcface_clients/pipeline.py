@@ -52,7 +52,7 @@ def get_embedding_backend(
         ConfigError: an unknown engine, device or key, or an impossible value.
     """
     settings = _settings(backend_type, device, tensorrt_config, config)
-    links = plan_chain(
+    links = backend_chain(
         settings.backend,
         settings.device,
         settings.precision,
@@ -67,7 +67,7 @@ def get_embedding_backend(
     )
 
 
-def plan_chain(
+def backend_chain(
     backend: str, device: str, precision: str, fallback: tuple[str, ...], allow_cpu: bool
 ) -> tuple[Link, ...]:
     """Engines to ask, in order: the backend as asked for, then the fallbacks, ONNX Runtime among them in fp32.
@@ -92,11 +92,9 @@ def plan_chain(
 
 def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
     """What the configuration says to the constructor of an engine; {} for engines that are not ours."""
-    local, triton = settings.local, settings.triton
+    local = settings.local
     if link.engine == "triton":
-        from arcface_clients.triton.address import Tls
-
-        return {**triton.model_dump(), "tls": Tls(**triton.tls.model_dump())}
+        return dict(vars(settings.triton))
     if link.engine == "onnx":
         return {
             "file": local.serving_onnx,
@@ -114,7 +112,8 @@ def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
             "precision": link.precision,
             "model": local.model,
             "model_repository": local.model_repository,
-            "cache": settings.storage.cache,
+            "cache": settings.storage.plan_folder,
+            "public_key": settings.storage.public_key,
             "max_batch": settings.batch.max,
         }
     if link.engine == "insightface":

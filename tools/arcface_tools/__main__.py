@@ -6,11 +6,13 @@ import click
 
 from arcface_build.cli import run
 from arcface_build.lazy_group import LazyGroup
+from arcface_build.terminal import quiet_option
 
 COMMANDS = {  # name -> (module under arcface_tools.commands, one line for --help)
     "bench-clients": ("bench_clients", "Measure our client on every transport beside the bare runtime."),
     "bench-vectors": ("bench_vectors", "Measure distances, neighbours and gallery search beside the obvious ways."),
     "consensus-demo": ("consensus_demo", "Put strangers among people's faces and measure who is found, and how fast."),
+    "measured-table": ("measured_table", "Make the pages of measured figures from the reports."),
 }
 
 
@@ -18,6 +20,7 @@ COMMANDS = {  # name -> (module under arcface_tools.commands, one line for --hel
     cls=LazyGroup,
     package="arcface_tools.commands",
     table=COMMANDS,
+    common=(quiet_option,),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 def cli() -> None:

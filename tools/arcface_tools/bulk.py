@@ -33,9 +33,23 @@ class CopyingEngine:
 
     def encode(self, faces: np.ndarray) -> np.ndarray:
         """Rows float32 (N,dim) of unit length."""
-        faces = check_faces(faces)
-        rows = faces.reshape(len(faces), -1)[:, : self.embedding_dim].astype(np.float32) + 1
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        checked = check_faces(faces)
+        rows: np.ndarray = checked.reshape(len(checked), -1)[:, : self.embedding_dim].astype(np.float32) + 1
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows
+
+    def ensure_ready(self) -> None:
+        """Always ready."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def __enter__(self) -> CopyingEngine:
+        """The engine itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
 
 
 def run(count: int = 1_000_000, dim: int = 512, folder: Path | None = None) -> dict[str, Any]:
@@ -53,11 +67,11 @@ def job(source: str, output: str, dim: int) -> None:
     """What the process of its own does; prints JSON."""
     import time
 
-    from arcface_clients.bulk.job import Job, Plan, run_local
+    from arcface_clients.bulk.job import Job, JobSpec, run_local
 
     engine = CopyingEngine(dim)
     start = time.perf_counter()
-    with Job(output, Plan((source,), engine.contract_id, dim)) as held:
+    with Job(output, JobSpec((source,), engine.contract_id, dim)) as held:
         run_local(held, [engine])
         rows, refused = held.finish()
     seconds = time.perf_counter() - start

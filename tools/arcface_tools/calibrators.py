@@ -18,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from arcface_build.imports.manifest import load_manifest
 from arcface_build.variants.calibrate import collect_histograms, conv_inputs, least_error_range
-from arcface_build.variants.eval_set import load_faces
+from arcface_build.variants.eval_set import evaluation_faces
 from arcface_build.variants.gate import embed_all
 from arcface_build.variants.int8 import Range, quantizable_layers, quantize_convolutions
 from arcface_build.variants.make import CALIBRATION_FACES, load_named
 from arcface_clients.contract import FACE_INPUT
+from arcface_clients.engines.import_manifest import read_import_manifest
 from arcface_clients.engines.runtimes import open_session
 from arcface_clients.evidence.drift import compare_embeddings
 
-METHODS = {"min/max": ("MinMax", {}), "percentile": ("Percentile", {}), "entropy": ("Entropy", {})}
+METHODS = {"min/max": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}  # the library's names
 
 
 class _Reader:
@@ -44,10 +44,10 @@ class _Reader:
 
 def run(model_dir: Path, source: str = "synthetic", eval_faces: int = 64) -> dict[str, Any]:
     """Drift of int8 by each way to choose ranges, all layers but the first quantised, on ONNX Runtime."""
-    path = model_dir / load_manifest(model_dir).serving["file"]
+    path = model_dir / read_import_manifest(model_dir).serving["file"]
     model = load_named(path)
-    faces = load_faces(source, eval_faces)
-    calibration = load_faces(source, CALIBRATION_FACES, seed=1).faces
+    faces = evaluation_faces(source, eval_faces)
+    calibration = evaluation_faces(source, CALIBRATION_FACES, seed=1).faces
     reference = embed_all(open_session(model), faces.faces)
     keep = quantizable_layers(model)[:1]
     rows: dict[str, dict[str, Any]] = {}
@@ -68,18 +68,17 @@ def run(model_dir: Path, source: str = "synthetic", eval_faces: int = 64) -> dic
 def _library_ranges(path: Path, method: str, faces: np.ndarray) -> dict[str, Range]:
     from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
 
-    kind, options = METHODS[method]
     with tempfile.TemporaryDirectory() as folder:
         calibrator = create_calibrator(
             path,
             ["Conv"],
             augmented_model_path=f"{folder}/augmented.onnx",
-            calibrate_method=CalibrationMethod[kind],
-            extra_options=options,
+            calibrate_method=CalibrationMethod[METHODS[method]],
         )
         calibrator.collect_data(_Reader(faces))
         found = calibrator.compute_data()
-    return {name: tuple(float(np.ravel(end)[0]) for end in data.range_value) for name, data in found.items()}
+    ends = {name: [float(np.ravel(end)[0]) for end in data.range_value] for name, data in found.items()}
+    return {name: (low, high) for name, (low, high) in ends.items()}
 
 
 def _quantize_static(path: Path, faces: np.ndarray) -> Path:
@@ -92,5 +91,5 @@ def _quantize_static(path: Path, faces: np.ndarray) -> Path:
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):  # the library prints as it goes
-        found = run(Path(sys.argv[1]), *sys.argv[2:3])
+        found = run(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "synthetic")
     print(json.dumps(found, indent=2))

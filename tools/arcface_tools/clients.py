@@ -1,4 +1,4 @@
-"""What the client costs and survives: a served model and its ONNX in; ratios to the bare runtime, memory, restarts out.
+"""What the client costs and survives: throughput against the bare runtime, memory of streams, restarts of the server.
 
 The ratios are taken on real models. Memory and restarts are about the client, so they run against a server of their
 own with a model that does next to nothing, and each answer is checked against the face it belongs to.
@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from arcface_clients import TritonEmbedder
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.faces.check import Faces, to_gpu
 from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.triton.memory.choice import SharedMemoryOption
 
-WAYS = ("grpc", "grpc-shm", "http", "http-shm")
+TRANSPORTS = ("grpc", "grpc-shm", "http", "http-shm")
 # Through regions on the GPU: with faces of the host, and with faces that are on the GPU already.
-GPU_WAYS = ("grpc-cudashm", "grpc-gpufaces", "http-cudashm", "http-gpufaces")
+GPU_TRANSPORTS = ("grpc-cudashm", "grpc-gpufaces", "http-cudashm", "http-gpufaces")
 QUICK = "quick"  # the model that does next to nothing
 _QUICK_MODEL = """
 import numpy as np
@@ -70,13 +72,13 @@ def run(
     server_pid: int | None = None,
     batch: int = 32,
     in_flight: Sequence[int] = (2, 4),
-    ways: Sequence[str] = WAYS,
+    transports: Sequence[str] = TRANSPORTS,
     rounds: int = 5,
     sample_s: float = 10.0,
     threads: int = 0,
     on_sample: Callable[[str, int], None] = lambda name, round_: None,
 ) -> dict[str, Any]:
-    """Throughput of the client on every way to a running server, in turns with the bare session; as `arcface bench`.
+    """Throughput of the client over each transport, in turns with the bare session; as `arcface bench` tells it.
 
     Args:
         onnx: the serving ONNX that the server runs; None leaves the bare session out.
@@ -86,46 +88,56 @@ def run(
         server_pid: tritonserver's, when it runs on this host; its CPU time is then told.
         batch: faces in a request.
         in_flight: requests under way; each is a variant of its own.
-        ways: of `WAYS` and `GPU_WAYS`.
+        transports: of `TRANSPORTS` and `GPU_TRANSPORTS`.
         rounds: undisturbed rounds.
         sample_s: about how long one sample takes; several batches should fit.
         threads: of the bare session; 0 leaves ONNX Runtime's default.
         on_sample: called with the variant's name and the round.
 
     Raises:
-        Missing: one of `GPU_WAYS` was asked for, and the server does not open regions on a GPU.
-        WrongUse: a way that is none of them.
+        Missing: one of `GPU_TRANSPORTS` was asked for, and the server does not open regions on a GPU.
+        WrongUse: a transport that is none of them.
     """
-    if unknown := [way for way in ways if way not in (*WAYS, *GPU_WAYS)]:
-        raise WrongUse(f"no way is called {unknown[0]!r}: expected one of {', '.join((*WAYS, *GPU_WAYS))}.")
+    known = (*TRANSPORTS, *GPU_TRANSPORTS)
+    if unknown := [transport for transport in transports if transport not in known]:
+        raise WrongUse(f"no transport is called {unknown[0]!r}: expected one of {', '.join(known)}.")
     faces = synthetic_faces(4 * batch)
     urls = {"grpc": f"grpc://{grpc_url}", "http": f"http://{http_url}"}
     with contextlib.ExitStack() as stack:
         variants = [bare_session(onnx, faces, batch, threads)] if onnx else []
-        for way, count in itertools.product(ways, in_flight):
-            embedder = TritonEmbedder(urls[way[:4]], model, in_flight=count, shared_memory=_memory(way))
+        for transport, count in itertools.product(transports, in_flight):
+            embedder = TritonEmbedder(urls[transport[:4]], model, in_flight=count, shared_memory=_memory(transport))
             stack.enter_context(embedder).ensure_ready()
-            if way in GPU_WAYS and embedder.way.memory != "cuda":
-                raise Missing(f"{way} cannot be measured: {embedder.way.reason}. Next: --way grpc --way grpc-shm")
-            source = to_gpu(faces, embedder.served.gpu or 0) if way.endswith("gpufaces") else faces
-            variants.append(_streaming(f"client {way} in flight {count}", embedder, source, batch, server_pid))
+            if transport in GPU_TRANSPORTS and embedder.shared_memory.kind != "cuda":
+                why = embedder.shared_memory.reason
+                raise Missing(f"{transport} cannot be measured: {why}. Next: --transport grpc --transport grpc-shm")
+            source = to_gpu(faces, embedder.served.gpu or 0) if transport.endswith("gpufaces") else faces
+            variants.append(_streaming(f"client {transport} in flight {count}", embedder, source, batch, server_pid))
         samples = measure_in_turns(variants, rounds, sample_s, on_sample)
     return summarise(variants, samples, describe_host())
 
 
-def run_quick(in_flight: Sequence[int], ways: Sequence[str] = WAYS, **settings: Any) -> dict[str, Any]:
-    """`run` against the quick model, where the client and the way are all there is."""
-    with quick_server() as (start, _):
-        process = start()
-        return run(None, process.grpc_url, process.http_url, model=QUICK, in_flight=in_flight, ways=ways, **settings)
+def run_quick(in_flight: Sequence[int], transports: Sequence[str] = TRANSPORTS, **settings: Any) -> dict[str, Any]:
+    """`run` against the quick model, where the client and the transport are all there is."""
+    with quick_server() as server:
+        process = server.start()
+        return run(
+            None,
+            process.grpc_url,
+            process.http_url,
+            model=QUICK,
+            in_flight=in_flight,
+            transports=transports,
+            **settings,
+        )
 
 
-def stream_memory(count: int = 1_000_000, way: str = "grpc-shm") -> dict[str, Any]:
+def stream_memory(count: int = 1_000_000, transport: str = "grpc-shm") -> dict[str, Any]:
     """RSS of this process while a stream of `count` generated faces goes through the client, in MB of 10⁶ bytes."""
     faces = synthetic_faces(64)
-    with quick_server() as (start, _):
-        start()
-        with TritonEmbedder(_url(start.ports, way), QUICK, shared_memory=way.endswith("-shm")) as embedder:
+    with quick_server() as server:
+        server.start()
+        with TritonEmbedder(_url(server.ports, transport), QUICK, shared_memory=transport.endswith("-shm")) as embedder:
             embedder.encode(faces)
             before_mb, answered, started = _rss_mb(), 0, time.perf_counter()
             highest_mb = before_mb
@@ -135,7 +147,7 @@ def stream_memory(count: int = 1_000_000, way: str = "grpc-shm") -> dict[str, An
                     highest_mb = max(highest_mb, _rss_mb())
             seconds = time.perf_counter() - started
     return {
-        "way": way,
+        "transport": transport,
         "faces": answered,
         "faces_per_s": answered / seconds,
         "rss_before_mb": before_mb,
@@ -144,20 +156,20 @@ def stream_memory(count: int = 1_000_000, way: str = "grpc-shm") -> dict[str, An
     }
 
 
-def restarts(requests: int = 10_000, batch: int = 4, kills: int = 2, way: str = "grpc-shm") -> dict[str, Any]:
+def restarts(requests: int = 10_000, batch: int = 4, kills: int = 2, transport: str = "grpc-shm") -> dict[str, Any]:
     """`requests` requests of `batch` faces while the server is killed and restarted `kills` times.
 
     Raises:
         ProofFailed: a face was answered wrongly, twice, out of order or not at all.
     """
     faces = synthetic_faces(61)  # a prime: a lost or doubled batch shifts every later face
-    with quick_server() as (start, server):
-        start()
-        url, shared = _url(start.ports, way), way.endswith("-shm")
+    with quick_server() as server:
+        server.start()
+        url, shared = _url(server.ports, transport), transport.endswith("-shm")
         with TritonEmbedder(url, QUICK, shared_memory=False) as embedder:
             truth = np.concatenate([embedder.encode(face) for face in faces])
         seen, done = 0, threading.Event()
-        killer = threading.Thread(target=_kill_at, args=(start, server, lambda: seen, requests * batch, kills, done))
+        killer = threading.Thread(target=_kill_at, args=(server, lambda: seen, requests * batch, kills, done))
         with TritonEmbedder(url, QUICK, shared_memory=shared) as embedder:
             embedder.ensure_ready()
             killer.start()
@@ -171,56 +183,73 @@ def restarts(requests: int = 10_000, batch: int = 4, kills: int = 2, way: str = 
             finally:
                 done.set()
             seconds = time.perf_counter() - started
-            ways = str(embedder.way)
+            shared_memory = str(embedder.shared_memory)
         killer.join()
     if seen != requests * batch:
         raise ProofFailed(f"{seen} answers to {requests * batch} faces.")
-    return {"way": ways, "requests": requests, "faces": seen, "kills": server["kills"], "wrong": 0, "seconds": seconds}
+    return {
+        "shared_memory": shared_memory,
+        "requests": requests,
+        "faces": seen,
+        "kills": server.kills,
+        "wrong": 0,
+        "seconds": seconds,
+    }
+
+
+@dataclass
+class QuickServer:
+    """A tritonserver with the quick model, started again and again on the same ports."""
+
+    folder: Path
+    ports: Ports
+    process: TritonProcess | None = None
+    kills: int = 0
+
+    def start(self) -> TritonProcess:
+        """Start it and wait until it is ready."""
+        self.process = TritonProcess(
+            find_tritonserver(),
+            self.folder / "repository",
+            [QUICK],
+            config_name="",
+            log_path=self.folder / "tritonserver.log",
+            ports=self.ports,
+        ).start()
+        self.process.wait_ready()
+        return self.process
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        if self.process:
+            self.process.kill()
+            self.kills += 1
 
 
 @contextlib.contextmanager
-def quick_server() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A function that starts the quick server (again, on the same ports), and what runs now."""
+def quick_server() -> Iterator[QuickServer]:
+    """The quick server, not started yet; stopped at the end."""
     with tempfile.TemporaryDirectory(prefix="arcface-bench-") as name:
-        folder = Path(name)
-        version = folder / "repository" / QUICK / "1"
+        version = Path(name) / "repository" / QUICK / "1"
         version.mkdir(parents=True)
         (version / "model.py").write_text(_QUICK_MODEL)
         (version.parent / "config.pbtxt").write_text(_QUICK_CONFIG)
-        ports = free_ports()
-        now: dict[str, Any] = {"process": None, "kills": 0}
-
-        def start() -> TritonProcess:
-            now["process"] = TritonProcess(
-                find_tritonserver(),
-                folder / "repository",
-                [QUICK],
-                config_name="",
-                log_path=folder / "tritonserver.log",
-                ports=ports,
-            ).start()
-            now["process"].wait_ready()
-            return now["process"]
-
-        start.ports = ports
+        server = QuickServer(Path(name), free_ports())
         try:
-            yield start, now
+            yield server
         finally:
-            if now["process"]:
-                now["process"].stop()
+            if server.process:
+                server.process.stop()
 
 
-def _kill_at(
-    start: Any, now: dict[str, Any], seen: Callable[[], int], total: int, kills: int, done: threading.Event
-) -> None:
+def _kill_at(server: QuickServer, seen: Callable[[], int], total: int, kills: int, done: threading.Event) -> None:
     """Kill and restart the server when the stream has passed each of `kills` even parts of its way."""
     for number in range(1, kills + 1):
         while seen() < total * number / (kills + 1):
             if done.wait(0.01):
                 return
-        now["process"].kill()
-        now["kills"] += 1
-        start()
+        server.kill()
+        server.start()
     done.wait()  # a server that this thread started would end with it (PR_SET_PDEATHSIG)
 
 
@@ -231,7 +260,7 @@ def _streaming(name: str, embedder: TritonEmbedder, faces: Faces, batch: int, pi
     def sample(seconds: float) -> Work:
         started = time.perf_counter()
 
-        def source() -> Iterator[np.ndarray]:
+        def source() -> Iterator[Faces]:
             for number in itertools.count():
                 if number and time.perf_counter() - started > seconds:
                     return
@@ -240,16 +269,22 @@ def _streaming(name: str, embedder: TritonEmbedder, faces: Faces, batch: int, pi
         answered = sum(len(rows) for rows in embedder.encode_stream(source(), batch_size=batch))
         return Work(answered, time.perf_counter() - started)
 
-    about = {"batch": batch, "model": embedder.model, "in_flight": embedder.in_flight, "way": str(embedder.way)}
+    about = {
+        "batch": batch,
+        "model": embedder.options.model,
+        "in_flight": embedder.options.in_flight,
+        "shared_memory": str(embedder.shared_memory),
+    }
     return Variant(name, sample, "server" if pid else "process", (pid,) if pid else (), about)
 
 
-def _memory(way: str) -> bool | str:
-    return {"": False, "shm": True}.get(way.partition("-")[2], "cuda")
+def _memory(transport: str) -> SharedMemoryOption:
+    kinds: dict[str, SharedMemoryOption] = {"": False, "shm": True}
+    return kinds.get(transport.partition("-")[2], "cuda")
 
 
-def _url(ports: Ports, way: str) -> str:
-    return f"http://127.0.0.1:{ports.http}" if way.startswith("http") else f"grpc://127.0.0.1:{ports.grpc}"
+def _url(ports: Ports, transport: str) -> str:
+    return f"http://127.0.0.1:{ports.http}" if transport.startswith("http") else f"grpc://127.0.0.1:{ports.grpc}"
 
 
 def _rss_mb() -> float:

@@ -19,9 +19,10 @@ import numpy as np
 
 from arcface_build.bench.cpu_time import watch_cpu
 from arcface_build.bench.host import describe_host
+from arcface_clients.arrays import unit_rows
 from arcface_clients.people.gallery import Gallery
 from arcface_clients.people.neighbours import close_pairs, nearest
-from arcface_clients.people.vectors import cosine_distance, cosine_distances, unit_rows
+from arcface_clients.people.vectors import cosine_distance, cosine_distances
 
 CLOSE = 0.75  # between random 512-d rows almost nothing is this close: the cost of looking, not of listing
 _SHORTEST_TURN_S = 0.1

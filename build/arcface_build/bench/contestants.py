@@ -12,8 +12,10 @@ import numpy as np
 
 from arcface_build.bench.interleaved import Variant, Work
 from arcface_build.bench.perf_analyzer import Load, PerfAnalyzer
+from arcface_build.bench.server import Target
 from arcface_build.bench.triton_statistics import read_statistics, server_split
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import Missing
 
 
@@ -50,10 +52,9 @@ def bare_session(onnx: Path, faces_bgr_u8: np.ndarray, batch: int, threads: int 
         raise Missing(f"no serving ONNX at {onnx}. Next: arcface import demo, or name one: arcface bench --onnx FILE")
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    session = onnxruntime.InferenceSession(str(onnx), options, providers=["CPUExecutionProvider"])
+    session = open_session(
+        onnx, threads=threads, settings={"session.intra_op.allow_spinning": "1" if spinning else "0"}
+    )
     variant = in_process(
         f"bare b{batch}", lambda faces: session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces}), faces_bgr_u8, batch
     )
@@ -76,9 +77,7 @@ def insightface_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequen
         from insightface.model_zoo.arcface_onnx import ArcFaceONNX
     except ImportError as exc:
         raise Missing(f"InsightFace is not installed ({exc}). Next: pip install --no-deps insightface") from exc
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+    session = open_session(source, threads=0, settings={})
     model = ArcFaceONNX(model_file=str(source), session=session)
     fixed = session.get_inputs()[0].shape[0]
     allowed = [batch for batch in batches if not isinstance(fixed, int) or batch == fixed]
@@ -88,37 +87,28 @@ def insightface_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequen
     ]
 
 
-def served(
-    program: PerfAnalyzer,
-    load: Load,
-    *,
-    grpc_url: str,
-    http_url: str,
-    input_data: Path,
-    server_pid: int | None = None,
-) -> Variant:
+def served(program: PerfAnalyzer, load: Load, target: Target, input_data: Path) -> Variant:
     """A variant that perf_analyzer measures through the server; each sample carries the server's own split of its time.
 
     Args:
         program: what `find_perf_analyzer` found.
         load: model, protocol, batch, concurrency.
-        grpc_url: host:port; the load's protocol chooses between this and `http_url`.
-        http_url: host:port, also asked for the statistics.
+        target: the server; its CPU time is told where it runs on this host, its HTTP is asked for the statistics.
         input_data: file that `write_input_data` wrote.
-        server_pid: tritonserver's, when it runs on this host; its CPU time is then told.
     """
-    url = grpc_url if load.protocol.startswith("grpc") else http_url
+    url = target.url(load.protocol)
     requests_per_s = 0.0
 
     def sample(seconds: float) -> Work:
         nonlocal requests_per_s
-        before = read_statistics(http_url)
-        work = program.measure(load, url, input_data, math.ceil(requests_per_s * seconds))
-        work.details["server"] = server_split(before, read_statistics(http_url))
+        before = read_statistics(target.http_url, target.access)
+        count = math.ceil(requests_per_s * seconds)
+        work = program.measure(load, url, input_data, count, requests_per_s, access=target.options())
+        work.details["server"] = server_split(before, read_statistics(target.http_url, target.access))
         requests_per_s = work.faces_per_s / load.batch
         return work
 
-    pids = (server_pid,) if server_pid else ()
+    pids = (target.pid,) if target.pid else ()
     return Variant(load.name, sample, "server", pids, {**asdict(load), "url": url})
 
 

@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from arcface_build.imports.source import cache_folder
 from arcface_clients.atomic import new_folder
 from arcface_clients.errors import Missing
 
@@ -18,25 +17,26 @@ VERSION = "2.50.0"  # its binary runs on glibc 2.36; that of 2.60 needs 2.38, an
 _BY_HAND = f"The wheel that holds it (newer ones do not): pip install 'tritonclient[grpc,http]=={VERSION}'"
 
 
-def cached_perf_analyzer() -> Path:
+def cached_perf_analyzer(cache: Path) -> Path:
     """Where a fetched one is kept; it need not be there."""
-    return cache_folder() / f"perf_analyzer-{VERSION}" / "perf_analyzer"
+    return cache.expanduser() / f"perf_analyzer-{VERSION}" / "perf_analyzer"
 
 
-def fetch_perf_analyzer(say: Callable[[str], None], timeout_s: float = 300.0) -> Path:
+def fetch_perf_analyzer(cache: Path, say: Callable[[str], None], timeout_s: float = 300.0) -> Path:
     """Let this Python's pip download tritonclient's wheel, and take the one program out of it.
 
     pip's own settings hold (index, proxy, PIP_NO_INDEX, PIP_FIND_LINKS). Nothing is installed: the wheel goes away, and
     the program appears in the cache whole and executable, or not at all.
 
     Args:
+        cache: the folder of downloads.
         say: told before the download.
         timeout_s: for all of it.
 
     Raises:
         Missing: the wheel cannot be had, or holds no perf_analyzer.
     """
-    target = cached_perf_analyzer()
+    target = cached_perf_analyzer(cache)
     say(f"no perf_analyzer on this host: fetching tritonclient=={VERSION}, which holds it, into {target.parent}")
     with tempfile.TemporaryDirectory(prefix="perf_analyzer-wheel-") as name:
         line = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1"]

@@ -52,7 +52,7 @@ class Variant:
 class Sample:
     """One turn of one variant. `cpu_ms_per_face` is the CPU time of the process that computes: the server, or this."""
 
-    round: int
+    round_number: int
     faces_per_s: float
     cpu_ms_per_face: float | None  # None where the server is on another host
     foreign_share: float
@@ -114,7 +114,7 @@ def measure_in_turns(
                 work = variant.sample(sample_s)
             samples[variant.name].append(
                 Sample(
-                    round=number,
+                    round_number=number,
                     faces_per_s=work.faces_per_s,
                     cpu_ms_per_face=_cpu_ms_per_face(variant, cpu, work),
                     foreign_share=cpu.foreign_share,

@@ -12,10 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 
@@ -23,8 +22,10 @@ import numpy as np
 
 from arcface_build.bench.fetch_perf_analyzer import cached_perf_analyzer, fetch_perf_analyzer
 from arcface_build.bench.interleaved import Work
+from arcface_build.imports.source import CACHE
 from arcface_clients.contract import FACE_INPUT
 from arcface_clients.errors import ArcFaceError, Missing, WrongUse
+from arcface_clients.triton.address import Access, Tls
 
 # What --protocol may be → perf_analyzer's arguments; the first word tells which of the server's ports is used.
 PROTOCOLS: dict[str, tuple[str, ...]] = {
@@ -39,6 +40,10 @@ PROTOCOLS: dict[str, tuple[str, ...]] = {
 _MOST_EXPORT_BYTES = 120e6
 _TEXT_BYTES_OF_FACE, _TEXT_BYTES_OF_EMBEDDING = 150e3, 10.5e3
 _FEWEST_GENERATIONS = 3
+# It has been seen to hang on a loaded machine: a sample that takes so much longer than it should is begun once more.
+START_S = 30.0
+_SLOWEST_FACES_PER_S = 1.0  # where no rate was measured yet; a large network on one old core
+_PATIENCE = 10.0  # times the duration that the measured rate lets expect
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,15 @@ class PerfAnalyzer:
     path: Path
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def measure(self, load: Load, url: str, input_data: Path, requests: int, timeout_s: float = 600.0) -> Work:
+    def measure(
+        self,
+        load: Load,
+        url: str,
+        input_data: Path,
+        requests: int,
+        requests_per_s: float = 0.0,
+        access: Sequence[str] = (),
+    ) -> Work:
         """Send `requests` requests in a closed loop and time them from their own timestamps.
 
         perf_analyzer's printed throughput counts whole windows, which is wrong by a request in each: with two seconds
@@ -86,10 +99,11 @@ class PerfAnalyzer:
             url: host:port of the protocol that the load names.
             input_data: file that `write_input_data` wrote.
             requests: how many at least; made a whole number of generations, and bounded by `Load.most_requests`.
-            timeout_s: after which the run is ended.
+            requests_per_s: rate of an earlier sample, 0 where there is none; says when a run is taken for hung.
+            access: perf_analyzer's own options for headers and TLS (`access_options`).
 
         Raises:
-            ArcFaceError: it failed, or a request did; the message carries perf_analyzer's own.
+            ArcFaceError: it failed, a request did, or it hung twice; the message carries perf_analyzer's own.
         """
         generations = max(_FEWEST_GENERATIONS, -(-min(requests, load.most_requests()) // load.concurrency)) + 1
         count = generations * load.concurrency
@@ -97,8 +111,8 @@ class PerfAnalyzer:
             export = Path(folder) / "requests.json"  # an existing file would be refused
             line = [str(self.path), "-m", load.model, "-u", url, *PROTOCOLS[load.protocol], "-b", str(load.batch)]
             line += ["--concurrency-range", f"{load.concurrency}:{load.concurrency}:1", "--request-count", str(count)]
-            line += ["--input-data", str(input_data), "--profile-export-file", str(export)]
-            answer = self._run(line, timeout_s)
+            line += ["--input-data", str(input_data), "--profile-export-file", str(export), *access]
+            answer = self._run_patiently(line, deadline_s(count, load.batch, requests_per_s), export)
             if answer.returncode or not export.is_file():
                 raise ArcFaceError(f"perf_analyzer failed on {load.name} at {url}: {_reason(answer)}")
             starts, ends = _timestamps(export)
@@ -108,13 +122,29 @@ class PerfAnalyzer:
             )
         return work_from_timestamps(starts, ends, load.batch, load.concurrency)
 
+    def _run_patiently(self, line: Sequence[str], timeout_s: float, export: Path) -> subprocess.CompletedProcess[str]:
+        try:
+            return self._run(line, timeout_s)
+        except subprocess.TimeoutExpired:
+            export.unlink(missing_ok=True)
+        try:
+            return self._run(line, timeout_s)
+        except subprocess.TimeoutExpired as exc:
+            raise ArcFaceError(
+                f"perf_analyzer hung: twice it did not finish within {timeout_s:.0f} s. "
+                "Is the server alive (curl http://HOST:8000/v2/health/ready)? Ask for a smaller batch."
+            ) from exc
+
     def check(self) -> None:
         """Start it once.
 
         Raises:
             Missing: one of its libraries is not on this host; the message names the package.
         """
-        answer = self._run([str(self.path), "--version"], 20)
+        try:
+            answer = self._run([str(self.path), "--version"], START_S)
+        except subprocess.TimeoutExpired as exc:
+            raise Missing(f"{self.path} does not start: no answer to --version within {START_S:.0f} s.") from exc
         said = answer.stdout + answer.stderr
         library = re.search(r"loading shared libraries: (\S+?):|version `(\S+?)' not found", said)
         if library:
@@ -131,15 +161,34 @@ class PerfAnalyzer:
 
     def _run(self, line: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, **self.environment}
-        try:
-            return subprocess.run(
-                line, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace"
-            )
-        except subprocess.TimeoutExpired as exc:
-            raise ArcFaceError(
-                f"perf_analyzer did not finish within {timeout_s:g} s. "
-                "Is the server alive (curl http://HOST:8000/v2/health/ready)? Ask for a smaller batch."
-            ) from exc
+        return subprocess.run(
+            line, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False, errors="replace"
+        )
+
+
+def deadline_s(requests: int, batch: int, requests_per_s: float = 0.0) -> float:
+    """Seconds after which a run of so many requests is taken for hung."""
+    expected_s = requests / requests_per_s * _PATIENCE if requests_per_s else requests * batch / _SLOWEST_FACES_PER_S
+    return START_S + expected_s
+
+
+def access_options(access: Access, encrypted: bool) -> list[str]:
+    """perf_analyzer's options for the headers and TLS files of a server; who lists processes can read them."""
+    line = [word for name, value in access.get("headers", {}).items() for word in ("-H", f"{name}:{value}")]
+    tls = access.get("tls") or Tls()
+    if encrypted:
+        line += ["--ssl-grpc-use-ssl"]
+    files = {
+        "--ssl-grpc-root-certifications-file": tls.ca_file,
+        "--ssl-grpc-certificate-chain-file": tls.cert_file,
+        "--ssl-grpc-private-key-file": tls.key_file,
+        "--ssl-https-ca-certificates-file": tls.ca_file,
+        "--ssl-https-client-certificate-file": tls.cert_file,
+        "--ssl-https-private-key-file": tls.key_file,
+    }
+    for option, file in files.items():
+        line += [option, str(file)] if file else []
+    return line
 
 
 def work_from_timestamps(starts_ns: np.ndarray, ends_ns: np.ndarray, batch: int, concurrency: int) -> Work:
@@ -163,21 +212,21 @@ def write_input_data(faces_bgr_u8: np.ndarray, path: Path) -> Path:
     return path
 
 
-def find_perf_analyzer() -> PerfAnalyzer:
+def find_perf_analyzer(cache: Path = CACHE, say: Callable[[str], None] = lambda line: None) -> PerfAnalyzer:
     """The perf_analyzer on PATH, of this environment, or of the installed tritonclient wheel; else a fetched one.
 
-    It is fetched once, from the wheel that holds it, into the cache folder; stderr says so.
+    It is fetched once, from the wheel that holds it, into the folder `cache`; `say` is told.
 
     Raises:
         Missing: there is none, or one of its libraries is not on this host; the message names the package.
     """
-    path = _binary() or fetch_perf_analyzer(partial(print, file=sys.stderr))
+    path = _binary(cache) or fetch_perf_analyzer(cache, say)
     program = PerfAnalyzer(path, _library_environment())
     program.check()
     return program
 
 
-def _binary() -> Path | None:
+def _binary(cache: Path) -> Path | None:
     """PATH, then beside this Python, then where the wheel's record says, then what was fetched earlier."""
     candidates = [Path(sys.executable).with_name("perf_analyzer")]
     if on_path := shutil.which("perf_analyzer"):
@@ -185,7 +234,7 @@ def _binary() -> Path | None:
     with suppress(metadata.PackageNotFoundError):
         files = metadata.files("tritonclient") or []
         candidates += [Path(str(file.locate())).resolve() for file in files if file.name == "perf_analyzer"]
-    candidates.append(cached_perf_analyzer())
+    candidates.append(cached_perf_analyzer(cache))
     return next((path for path in candidates if os.access(path, os.X_OK)), None)
 
 

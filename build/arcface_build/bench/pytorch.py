@@ -11,10 +11,10 @@ import numpy as np
 from arcface_build.bench.contestants import in_process
 from arcface_build.bench.interleaved import Variant
 from arcface_build.errors import ProofFailed
-from arcface_build.imports.proof import MIN_COSINE
-from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, Preprocessing
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.errors import Missing
-from arcface_clients.evidence.drift import cosine_per_face
+from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.evidence.gate import judge_embeddings
 
 PROOF_FACES = 8
 
@@ -50,32 +50,31 @@ def proved_network(source: Path, faces_bgr_u8: np.ndarray) -> Callable[[np.ndarr
     It is made by the steps of an import from the source, whatever variant is served: PRelu stays PRelu, and each
     BatchNormalization that ONNX Runtime would fold is folded for PyTorch too, which can only make it faster.
     """
-    import json
-
     import torch
 
     from arcface_build.bench.torch_baseline import eager_network
     from arcface_build.bench.torch_export import export_graph
     from arcface_build.imports.importing import to_serving
     from arcface_build.imports.onnx_file import read_source
-    from arcface_build.imports.proof import open_session
+    from arcface_clients.engines.import_manifest import read_import_manifest
+    from arcface_clients.engines.runtimes import open_session
 
-    manifest = json.loads(source.with_name("manifest.json").read_text())
-    preprocessing = Preprocessing.from_json(manifest["preprocessing"])
+    manifest = read_import_manifest(source.parent)
     with tempfile.TemporaryDirectory(prefix="arcface-pytorch-") as name:
         folder = Path(name)
         onnx = folder / "serving.onnx"
-        onnx.write_bytes(to_serving(read_source(source), preprocessing, manifest["dim"])[0].SerializeToString())
-        expected = open_session(onnx, source.name).run([EMBEDDING_OUTPUT], {FACE_INPUT: faces_bgr_u8})[0]
+        serving, _ = to_serving(read_source(source), manifest.wants(), manifest.dim, manifest.contract_id)
+        onnx.write_bytes(serving.SerializeToString())
+        expected = open_session(onnx, label=source.name).run([EMBEDDING_OUTPUT], {FACE_INPUT: faces_bgr_u8})[0]
         export_graph(onnx, folder)
         try:
             embed = eager_network(folder, torch.float32, "cpu")
         except NotImplementedError as exc:
             raise Missing(f"{source.name} cannot run in PyTorch: {exc}. Next: arcface bench without --pytorch") from exc
-    cosine = cosine_per_face(expected, embed(faces_bgr_u8))
-    if not cosine.min() >= MIN_COSINE:
+    verdict = judge_embeddings(expected, embed(faces_bgr_u8), "fp32", DRIFT_LIMITS)
+    if not verdict.passed:
         raise ProofFailed(
-            f"{source.name} in PyTorch differs from ONNX Runtime: expected cosine ≥ {MIN_COSINE}, got "
-            f"{cosine.min():.7f} on {len(cosine)} faces. It is not timed: arcface bench without --pytorch"
+            f"{source.name} in PyTorch differs from ONNX Runtime: {verdict.why}. "
+            "It is not timed: arcface bench without --pytorch"
         )
     return embed

@@ -67,7 +67,7 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         WrongUse: the file is not a benchmark of this format.
     """
-    expected = "expected what arcface bench --json FILE wrote"
+    expected = "expected what arcface bench --report FILE wrote"
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError) as exc:
@@ -117,7 +117,7 @@ def _row(variant: Variant, samples: Sequence[Sample]) -> dict[str, Any]:
         "ensemble": _ensemble(variant, samples),
         "gpu": samples[-1].details.get("gpu"),  # None without a GPU
         "samples": [
-            {"round": s.round, "faces_per_s": s.faces_per_s, "foreign_share": round(s.foreign_share, 4)}
+            {"round": s.round_number, "faces_per_s": s.faces_per_s, "foreign_share": round(s.foreign_share, 4)}
             for s in samples
         ],
     }

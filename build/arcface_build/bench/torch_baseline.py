@@ -1,10 +1,13 @@
-"""The PyTorch baseline: an exported graph in, faces/s of eager PyTorch by precision and batch out. Run by any Python.
+"""The PyTorch baseline, run by any Python that has torch: its speed on an exported graph, in each way to run it.
 
     python torch_baseline.py FOLDER BATCHES SECONDS [DEVICE]
 
 FOLDER holds graph.json and weights.npz as `export_graph` writes them, faces.npy and reference.npy. This file imports
 nothing but numpy and torch, because the Python that has torch on a GPU host is seldom the one that has TensorRT. The
 network is walked node by node with torch.nn.functional, which is what a converted module does when it is called.
+
+It prints one JSON object a line, each as soon as it is known: the versions, the peak of a matrix product, then a line
+for each way to run the network. A baseline is the best of its kind, so every kind is run in both memory layouts.
 """
 
 import json
@@ -17,71 +20,151 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+WARM_UP_S = 0.5  # idle clocks are a fifth of busy ones
+GEMM_SIZE = 8192
+# (kind, dtype, TF32 allowed, channels last, compiled); PyTorch's default for float32 is TF32 in convolutions only.
+WAYS = [
+    ("fp32", torch.float32, False, False, False),
+    ("fp32", torch.float32, False, True, False),
+    ("tf32", torch.float32, True, False, False),
+    ("tf32", torch.float32, True, True, False),
+    ("fp16", torch.float16, True, False, False),
+    ("fp16", torch.float16, True, True, False),
+    ("tf32", torch.float32, True, True, True),  # compiling takes a minute: last
+    ("fp16", torch.float16, True, True, True),
+]
+
 
 def main(folder, batches, seconds, device="cuda"):
-    """Print one JSON object: versions, and per precision the cosine to the reference and the measured batches."""
+    """Print what was measured, a line each; a way that fails is a line with its error."""
     faces, reference = np.load(folder / "faces.npy"), np.load(folder / "reference.npy")
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    result = {"torch": torch.__version__, "cuda": torch.version.cuda, "device": device}
-    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
-        embed = eager_network(folder, dtype, device)
-        got = np.concatenate([embed(faces[i : i + 16]) for i in range(0, len(faces), 16)])
-        cosine = (got * reference).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(reference, axis=1)
-        rows = [_measure(embed, faces, batch, seconds) for batch in batches]
-        result[name] = {"min_cosine": float(cosine.min()), "batches": rows}
-    print(json.dumps(result))
+    _tell({"torch": torch.__version__, "cuda": torch.version.cuda, "device": device, "python": sys.executable})
+    if device == "cuda":
+        _tell({"gemm_tflops": {kind: _gemm_tflops(kind) for kind in ("fp32", "tf32", "fp16")}})
+    for kind, dtype, tf32, channels_last, compiled in WAYS:
+        if device != "cuda" and (tf32 or compiled):
+            continue  # the CPU is for tests: it has no TF32, and fp16 takes for ever
+        way = {"kind": kind, "layout": "NHWC" if channels_last else "NCHW", "compiled": compiled}
+        try:
+            _allow_tf32(tf32)
+            forward = device_network(folder, dtype, device, channels_last)
+            if compiled:
+                eager = forward
+                forward = torch.compile(lambda faces, eager=eager: eager(faces))
+            embed = partial(_from_host, forward, device)
+            got = np.concatenate([embed(faces[i : i + 16]) for i in range(0, len(faces) // 16 * 16 or len(faces), 16)])
+            expected = reference[: len(got)]
+            cosine = (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
+            rows = [_measure(embed, forward, faces, batch, seconds, device) for batch in batches]
+            _tell({**way, "min_cosine": float(cosine.min()), "batches": rows})
+        except NotImplementedError:
+            raise
+        except Exception as exc:  # the other ways are still worth measuring
+            _tell({**way, "error": f"{type(exc).__name__}: {exc}"[:400]})
 
 
-def eager_network(folder, dtype, device):
+def eager_network(folder, dtype, device, channels_last=True):
     """What FOLDER holds as a callable: uint8 (N,112,112,3) on the host to float32 (N,D) on the host.
 
     Raises NotImplementedError with the names of operators that are not in OPS.
     """
+    return partial(_from_host, device_network(folder, dtype, device, channels_last), device)
+
+
+def device_network(folder, dtype, device, channels_last=True):
+    """The same from a tensor on the device to a tensor on the device."""
     graph = json.loads((folder / "graph.json").read_text())
     unknown = sorted({node["op"] for node in graph["nodes"]} - set(OPS))
     if unknown:
         raise NotImplementedError(f"no eager form of {', '.join(unknown)}")
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     with np.load(folder / "weights.npz") as arrays:
-        weights = {key: _weight(arrays[key], dtype, device) for key in arrays.files}
+        weights = {key: _weight(arrays[key], dtype, device, layout) for key in arrays.files}
     needed = {graph["output"]}
     for node in reversed(graph["nodes"]):  # a tensor that nobody needs any more gives its memory to the next one
         node["frees"] = sorted(set(node["inputs"]) - needed - set(weights))
         needed.update(node["inputs"])
-    return partial(_run, graph, weights, dtype, device)
+    return partial(_run, graph, weights, dtype, layout)
 
 
-def _weight(array, dtype, device):
+def _tell(facts):
+    print(json.dumps(facts), flush=True)
+
+
+def _allow_tf32(allowed):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def _weight(array, dtype, device, layout):
     tensor = torch.from_numpy(array).to(device)
     tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+    return tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor
 
 
-def _measure(call, faces, batch, seconds):
+def _measure(embed, forward, faces, batch, seconds, device):
+    """Median of calls from host to host, and on a GPU of the network alone with everything there."""
     part = np.resize(faces, (batch, *faces.shape[1:]))
-    for _ in range(5):
-        call(part)
-    times, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 10:
-        start = time.perf_counter()
-        call(part)
-        times.append(time.perf_counter() - start)
+    _repeat(lambda i: embed(part), WARM_UP_S if device == "cuda" else 0)
+    times = _repeat(lambda i: embed(part), seconds)
     median = sorted(times)[len(times) // 2]
-    return {"batch": batch, "faces_per_s": batch / median, "median_ms": median * 1e3, "samples": len(times)}
+    row = {"batch": batch, "faces_per_s": batch / median, "median_ms": median * 1e3, "samples": len(times)}
+    if device == "cuda":
+        there = [torch.from_numpy(np.roll(part, i, axis=0).copy()).to(device) for i in range(4)]
+        row["device_ms"] = _events_ms(lambda i: forward(there[i % 4]), seconds)
+    return row
+
+
+def _repeat(call, seconds):
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        start = time.perf_counter()
+        call(len(times))
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _events_ms(call, seconds):
+    """Median milliseconds between CUDA events around 200 calls, or as many as fit into ten times `seconds`."""
+    _repeat(lambda i: (call(i), torch.cuda.synchronize()), WARM_UP_S)
+    marks, end = [torch.cuda.Event(enable_timing=True)], time.perf_counter() + 10 * seconds
+    marks[0].record()
+    while len(marks) <= 200 and time.perf_counter() < end:
+        call(len(marks))
+        marks.append(torch.cuda.Event(enable_timing=True))
+        marks[-1].record()
+    torch.cuda.synchronize()
+    between = sorted(marks[i].elapsed_time(marks[i + 1]) for i in range(len(marks) - 1))
+    return between[len(between) // 2]
+
+
+def _gemm_tflops(kind):
+    """TFLOP/s of a square matrix product: what this GPU reaches, not what its data sheet says."""
+    _allow_tf32(kind == "tf32")
+    dtype = torch.float16 if kind == "fp16" else torch.float32
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=dtype) for _ in range(2))
+    return 2 * GEMM_SIZE**3 / (_events_ms(lambda i: a @ b, 0.1) / 1e3) / 1e12
+
+
+def _from_host(forward, device, faces):
+    return forward(torch.from_numpy(faces).to(device)).cpu().numpy()
 
 
 @torch.inference_mode()
-def _run(graph, weights, dtype, device, faces):
-    """uint8 faces on the host to float32 embeddings on the host: the same work as a plan's call."""
+def _run(graph, weights, dtype, layout, faces):
+    """uint8 faces to float32 embeddings, both on the device."""
     values = dict(weights)
-    values[graph["input"]] = torch.from_numpy(faces).to(device)
+    values[graph["input"]] = faces
     for node in graph["nodes"]:
         inputs = [values.get(name) for name in node["inputs"]]
-        values[node["output"]] = OPS[node["op"]](node["attributes"], dtype, *inputs)
+        value = OPS[node["op"]](node["attributes"], dtype, *inputs)
+        if node["op"] == "Transpose" and value.dim() == 4:
+            value = value.contiguous(memory_format=layout)
+        values[node["output"]] = value
         del inputs
         for name in node["frees"]:
             values.pop(name, None)
-    return values[graph["output"]].float().cpu().numpy()
+    return values[graph["output"]].float()
 
 
 def _conv(a, dtype, x, w, b=None):
@@ -103,11 +186,6 @@ def _prelu(a, dtype, x, slope):
     return torch.where(x >= 0, x, x * slope)
 
 
-def _transpose(a, dtype, x):
-    y = x.permute(a["perm"])
-    return y.contiguous(memory_format=torch.channels_last) if y.dim() == 4 else y
-
-
 def _reduce_l2(a, dtype, x, axes=None):
     axes = a.get("axes") or [int(i) for i in axes]
     return torch.linalg.vector_norm(x.float(), dim=axes, keepdim=bool(a.get("keepdims", 1)))
@@ -115,7 +193,7 @@ def _reduce_l2(a, dtype, x, axes=None):
 
 OPS = {
     "Cast": lambda a, dtype, x: x.to({1: dtype, 10: dtype}.get(a["to"], torch.int64)),
-    "Transpose": _transpose,
+    "Transpose": lambda a, dtype, x: x.permute(a["perm"]),
     "Gather": lambda a, dtype, x, i: x.index_select(a.get("axis", 0), i),
     "Sub": lambda a, dtype, x, y: x - y,
     "Add": lambda a, dtype, x, y: x + y,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from arcface_build.graph.embedding_only import embedding_only
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 
 
@@ -15,11 +17,11 @@ def export_graph(onnx_path: Path, folder: Path) -> None:
     import onnx
     from onnx import numpy_helper
 
-    graph = onnx.load(str(onnx_path)).graph
+    graph = embedding_only(onnx.load(str(onnx_path))).graph
     weights = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     nodes = []
     for node in graph.node:
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        attributes = {a.name: _plain(onnx.helper.get_attribute_value(a)) for a in node.attribute}
         if node.op_type == "Constant":
             weights[node.output[0]] = numpy_helper.to_array(attributes["value"])
             continue
@@ -29,3 +31,10 @@ def export_graph(onnx_path: Path, folder: Path) -> None:
     facts = {"input": FACE_INPUT, "output": EMBEDDING_OUTPUT, "nodes": nodes}
     (folder / "graph.json").write_text(json.dumps(facts))
     np.savez(folder / "weights.npz", **{name: np.array(value) for name, value in weights.items()})
+
+
+def _plain(value: Any) -> Any:
+    """ONNX keeps strings as bytes, which JSON does not take."""
+    if isinstance(value, bytes):
+        return value.decode()
+    return [_plain(item) for item in value] if isinstance(value, list) else value

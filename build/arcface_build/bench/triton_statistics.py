@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import json
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
 from arcface_clients.errors import ServerUnreachable
+from arcface_clients.triton.address import Access, Tls
 
 _PARTS = ("queue", "compute_input", "compute_infer", "compute_output")
 
 
-def read_statistics(http_url: str, timeout_s: float = 10.0) -> dict[str, dict[str, Any]]:
-    """Counters since its start of every loaded model, by name; `http_url` is host:port.
+def read_statistics(http_url: str, access: Access | None = None, timeout_s: float = 10.0) -> dict[str, dict[str, Any]]:
+    """Counters since its start of every loaded model, by name; `http_url` is host:port, or begins with https://.
 
     Raises:
         ServerUnreachable: no answer there.
     """
+    access = access or {}
+    base = http_url if "://" in http_url else f"http://{http_url}"
+    request = urllib.request.Request(f"{base}/v2/models/stats", headers=access.get("headers", {}))
     try:
-        with urllib.request.urlopen(f"http://{http_url}/v2/models/stats", timeout=timeout_s) as answer:
+        context = _tls_context(access.get("tls") or Tls()) if base.startswith("https:") else None
+        with urllib.request.urlopen(request, timeout=timeout_s, context=context) as answer:
             models = json.load(answer)["model_stats"]
     except (urllib.error.URLError, OSError) as exc:
-        raise ServerUnreachable(f"no Triton answers at http://{http_url}: {exc}. Start one: arcface serve") from exc
+        raise ServerUnreachable(f"no Triton answers at {base}: {exc}. Start one: arcface serve") from exc
     return {model["name"]: model for model in models}
+
+
+def _tls_context(tls: Tls) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=tls.ca_file)
+    if tls.cert_file:
+        context.load_cert_chain(tls.cert_file, tls.key_file)
+    return context
 
 
 def server_split(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, float]]:

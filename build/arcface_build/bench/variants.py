@@ -16,14 +16,14 @@ from arcface_build.bench.contestants import in_process, insightface_sessions
 from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import Variant, measure_in_turns
 from arcface_build.bench.result import summarise
-from arcface_build.imports.manifest import load_manifest
-from arcface_build.variants.eval_set import FaceSet, load_faces
+from arcface_build.variants.eval_set import FaceSet, evaluation_faces
 from arcface_build.variants.gate import embed_all
 from arcface_build.variants.int8 import quantizable_layers
 from arcface_build.variants.make import load_named
 from arcface_build.variants.recipe import Recipe, load_recipe
 from arcface_build.variants.sidecar import read_sidecar
 from arcface_clients.contract import FACE_INPUT
+from arcface_clients.engines.import_manifest import read_import_manifest
 from arcface_clients.engines.runtimes import cpu_flags, cpu_name, has_bf16, has_openvino, open_session
 from arcface_clients.errors import WrongUse
 from arcface_clients.evidence.drift import compare_embeddings
@@ -72,7 +72,7 @@ def run(
         The benchmark's JSON (docs/reports.md) with kind "variants"; each variant has `ratio` (to ONNX Runtime fp32 of
         the same batch), `drift` on `faces`, and `gate` (its verdict on the eval set) where it has one.
     """
-    faces = faces or load_faces("synthetic", 64)
+    faces = faces or evaluation_faces("synthetic", 64)
     entrants = contestants(model_dir)
     reference: np.ndarray | None = None
     variants: list[Variant] = []
@@ -92,14 +92,14 @@ def run(
     samples = measure_in_turns(variants, rounds, sample_s, on_sample)
     result = summarise(variants, samples, describe_host())
     ratios = {row["variant"]: row for row in result["ratios"] if row["base"].startswith(BASE)}
-    result |= {"kind": "variants", "model": model_dir.name, "contract_id": load_manifest(model_dir).contract_id}
+    result |= {"kind": "variants", "model": model_dir.name, "contract_id": read_import_manifest(model_dir).contract_id}
     for row in result["variants"]:
         row |= facts.get(row["name"], {}) | {"ratio": ratios.get(row["name"])}
     return result
 
 
 def speeds(result: dict[str, Any]) -> dict[str, Any]:
-    """What `cpu_path.choose` reads: ratio of each precision at the smallest batch, and on which CPU."""
+    """What `variants.choose.choose` reads: ratio of each precision at the smallest batch, and on which CPU."""
     batch = min(row["batch"] for row in result["variants"])
     ratio = {
         row["name"].split()[0]: row["ratio"]["median"]
@@ -115,7 +115,7 @@ def contestants(model_dir: Path) -> list[Contestant]:
     Raises:
         WrongUse: the model has no int8 variant yet, and no bf16 one either.
     """
-    serving = model_dir / load_manifest(model_dir).serving["file"]
+    serving = model_dir / read_import_manifest(model_dir).serving["file"]
     found = [Contestant(BASE, serving, "onnxruntime")]
     if not has_openvino():
         return found
@@ -143,7 +143,8 @@ def every_layer(serving: Path, recipe: Recipe) -> onnx.ModelProto:
 
 def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of text, the heading first: variant, faces/s, ratio, drift on the faces sent, gate."""
-    rows = [("variant", "faces/s", "× ONNX Runtime fp32", "drift mean / worst", "layers kept", "gate on the eval set")]
+    head = ("variant", "faces/s", "× ONNX Runtime fp32", "drift mean / worst", "layers kept", "gate on the eval set")
+    rows: list[tuple[str, ...]] = [head]
     for row in result["variants"]:
         drift, gate, ratio = row.get("drift"), row.get("gate"), row.get("ratio")
         rows.append(

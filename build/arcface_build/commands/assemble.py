@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
+
+from arcface_build.commands.options.folders import model_repository_option, models_dir_option, repository_at
+from arcface_build.commands.options.output import hand_over, json_option
+from arcface_build.commands.options.settings import settings
 
 EPILOG = """\b
 Examples:
@@ -26,9 +29,9 @@ Examples:
     type=click.Path(path_type=Path),
     help="A plan, its manifest beside it; repeatable.",
 )
-@click.option("--models-dir", type=click.Path(path_type=Path), default=Path("models"), show_default=True)
-@click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was installed as JSON.")
+@models_dir_option
+@model_repository_option
+@json_option
 def command(
     name: str,
     variant: str,
@@ -42,25 +45,18 @@ def command(
     A running server takes the new version after `arcface serve` is started again, or on Triton's load request.
     """
     from arcface_build.repository.assemble import assemble, assemble_plans
-    from arcface_build.repository.versions import find_repository
-    from arcface_clients.config.sources import load_config
+    from arcface_build.variants.choose import choose
 
-    repository, keep = find_repository(model_repository), load_config().versions_kept
-    model_dir, reason = models_dir / name, None
+    repository, config = repository_at(model_repository), settings()
+    keep, limits = config.versions_kept, config.comparison.max_drift.model_dump()
+    model_dir, choice = models_dir / name, None
     if plans:
-        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep)}
+        key = config.storage.public_key
+        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, limits, key)}
     else:
-        choice = None
-        if variant == "auto":
-            from arcface_build.variants.choose import choose
-
-            choice = choose(model_dir)
-            reason = choice.reason
-        installed = assemble(model_dir, repository, choice, keep)
-    if as_json:
-        click.echo(json.dumps({"installed": installed, "reason": reason}))
-        return
-    for model, version in installed.items():
-        click.echo(f"{model}: version {version} is {name}")
-    if reason:
-        click.echo(f"because: {reason}")
+        choice = choose(model_dir, limits) if variant == "auto" else None
+        installed = assemble(model_dir, repository, choice, keep, limits)
+    reason = choice.reason if choice else None
+    lines = [f"{model}: version {version} is {name}" for model, version in installed.items()]
+    lines += [f"because: {reason}"] if reason else []
+    hand_over({"installed": installed, "reason": reason}, lambda: "\n".join(lines), as_json)

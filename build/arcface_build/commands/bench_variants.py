@@ -1,16 +1,22 @@
-"""`arcface bench-variants`: a model with variants in; a table of speed and drift out."""
+"""`arcface bench-variants`: speed and drift of a model's variants, measured in turns."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import click
+
+from arcface_build import terminal
+from arcface_build.commands.options.folders import models_dir_option
+from arcface_build.commands.options.numbers import NOT_NEGATIVE
+from arcface_build.commands.options.output import hand_over, json_option, report_option
+from arcface_build.commands.options.plans import table as columns
 
 EPILOG = """\b
 Examples:
   arcface bench-variants demo-r50                            fp32, bf16 and int8, batch 8 and 32, two threads
-  arcface bench-variants mymodel --faces crops/ --json variants.json
+  arcface bench-variants mymodel --faces crops/ --report variants.json
 """
 
 
@@ -19,56 +25,40 @@ Examples:
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(8, 32), help="Faces a call.")
 @click.option("--threads", default=2, type=click.IntRange(1), help="Threads of each session.")
 @click.option("--rounds", default=7, type=click.IntRange(1), help="Undisturbed rounds; each measures everything once.")
-@click.option("--sample-s", default=2.0, type=click.FloatRange(0), help="Seconds of one sample, about.")
+@click.option("--sample-s", default=2.0, type=NOT_NEGATIVE, help="Seconds of one sample, about.")
 @click.option("--faces", "faces_from", default="synthetic", help="FOLDER of crops, .npz, or synthetic.")
 @click.option("--insightface", is_flag=True, help="Also InsightFace in-process, one face a call.")
-@click.option("--models-dir", type=click.Path(path_type=Path), default=Path("models"))
-@click.option("--json", "json_to", type=click.Path(path_type=Path), help="Write the result here; - prints it.")
+@models_dir_option
+@json_option
+@report_option
 def command(
     name: str,
     batches: tuple[int, ...],
-    threads: int,
-    rounds: int,
-    sample_s: float,
     faces_from: str,
-    insightface: bool,
     models_dir: Path,
-    json_to: Path | None,
+    as_json: bool,
+    report: Path | None,
+    **how_long: Any,
 ) -> None:
     """Measure the variants of NAME in turns against ONNX Runtime fp32, with their drift beside the speed.
 
     The order is kept in models/NAME/variants/speed.json: `arcface assemble NAME --variant auto` follows it on this CPU.
     """
-    from rich.console import Console
-
     from arcface_build.bench.variants import run, speeds, table
     from arcface_build.variants.choose import speeds_file
-    from arcface_build.variants.eval_set import load_faces
+    from arcface_build.variants.eval_set import evaluation_faces
     from arcface_clients.atomic import write_json
 
-    console = Console(stderr=True)
-    with console.status("loading"):  # shows only on a terminal
+    with terminal.status_line("loading") as progress:
         result = run(
             models_dir / name,
             batches,
-            threads=threads,
-            rounds=rounds,
-            sample_s=sample_s,
-            faces=load_faces(faces_from, 64),
-            insightface=insightface,
-            on_sample=lambda variant, number: (
-                console.print(f"round {number}: {variant}", style="dim") if console.is_terminal else None
-            ),
+            faces=evaluation_faces(faces_from, 64),
+            on_sample=lambda variant, number: progress(f"round {number}: {variant}"),
+            **how_long,
         )
     write_json(speeds_file(models_dir / name), speeds(result))
-    if json_to == Path("-"):
-        click.echo(json.dumps(result, indent=2))
-        return
-    if json_to:
-        write_json(json_to, result)
-    rows = table(result)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    header, *rows = table(result)
+    hand_over(result, lambda: columns(header, rows), as_json, report)
     if result["rounds"]["disturbed"]:
-        click.echo("other processes took part of the cores in every round: measure again on a quiet machine", err=True)
+        terminal.complaint("other processes took part of the cores in every round: measure again on a quiet machine")

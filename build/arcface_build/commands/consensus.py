@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from arcface_build.commands.item_progress import item_progress
-from arcface_build.commands.server_option import access_to, url_option
+from arcface_build import terminal
+from arcface_build.commands.options.numbers import FiniteNumber
+from arcface_build.commands.options.output import NewFile, hand_over, json_option
+from arcface_build.commands.options.server import served_model_option, url_option
+from arcface_build.commands.options.settings import access_to
 from arcface_clients.atomic import write_json
 from arcface_clients.errors import WrongUse
 from arcface_clients.faces.images import load_faces
@@ -30,21 +33,19 @@ Ctrl-C keeps everybody who is finished in OUTPUT.partial; the same command goes 
 
 @click.command(epilog=EPILOG, context_settings={"show_default": True})
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER_OF_PERSONS")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .json to write."
-)
+@click.option("-o", "--output", type=NewFile(), required=True, help="The .json to write.")
 @url_option
-@click.option("--model", default="arcface", help="Served model.")
+@served_model_option
 @click.option(
     "--max-distance",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteNumber(0, 1, min_open=True),
     default=Limits.max_distance,
     help="From a face to the mean of the person's other faces (1 − cosine).",
 )
 @click.option("--min-support", type=click.IntRange(1), default=Limits.min_support, help="Faces that must agree.")
 @click.option(
     "--min-share",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FiniteNumber(0, 1, max_open=True),
     default=Limits.min_share,
     help="And be more than this share of all.",
 )
@@ -58,7 +59,7 @@ Ctrl-C keeps everybody who is finished in OUTPUT.partial; the same command goes 
 )
 @click.option("--cache", "cache_path", type=click.Path(path_type=Path, dir_okay=False), help="Embeddings kept here.")
 @click.option("--force", is_flag=True, help="Overwrite the output and start over.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@json_option
 def command(
     folder: Path,
     output: Path,
@@ -77,10 +78,9 @@ def command(
     """Find for each person who most of the photos show, and which photos show somebody else.
 
     FOLDER_OF_PERSONS holds one folder of aligned 112×112 crops (with --detect: of photos) a person. The output names
-    each person's references, outliers with their distance, what could not be read, and the consensus embedding.
+    each person's references, outliers with their distance, what could not be read, and the consensus embedding. A
+    person whose photos show no clear majority is undecided, and the groups that they form are listed.
     """
-    import json
-
     from arcface_clients import TritonEmbedder
 
     if output.exists() and not force:
@@ -99,26 +99,31 @@ def command(
         "output": str(output),
         "people": len(records),
         "agreed": len(records) - len(undecided),
-        "outliers": sum(len(record["outliers"]) for record in records.values() if record["agreed"]),
+        "outliers": sum(len(record["outliers"]) for record in records.values()),
         "refused": sum(len(record["refused"]) for record in records.values()),
         "undecided": undecided,
     }
-    if as_json:
-        click.echo(json.dumps(summary, indent=2))
-        return 0
-    for name, record in records.items():
-        for refused in record["refused"]:
-            click.echo(f"not read: {refused['path']}: {refused['reason']}", err=True)
-        if not record["agreed"]:
-            click.echo(f"undecided: {name}: {record['reason']}")
-            continue
-        for outlier in record["outliers"]:
-            click.echo(f"outlier: {outlier['path']}: distance {outlier['distance']:.3f}")
-    click.echo(
-        f"{output}: {summary['agreed']} of {summary['people']} people agreed, {summary['outliers']} outliers, "
-        f"{summary['refused']} files not read"
-    )
+    if not as_json:
+        for refused in (refused for record in records.values() for refused in record["refused"]):
+            terminal.complaint(f"not read: {refused['path']}: {refused['reason']}")
+    hand_over(summary, lambda: _told(records, summary), as_json)
     return 0
+
+
+def _told(records: dict[str, dict], summary: dict[str, Any]) -> str:
+    lines = []
+    for name, record in records.items():
+        if record["agreed"]:
+            lines += [f"outlier: {row['path']}: distance {row['distance']:.3f}" for row in record["outliers"]]
+        else:
+            lines.append(f"undecided: {name}: {record['reason']}")
+            for number, group in enumerate(record["groups"], start=1):
+                lines.append(f"  group {number}, {len(group)} faces: {', '.join(group)}")
+    lines.append(
+        f"{summary['output']}: {summary['agreed']} of {summary['people']} people agreed, "
+        f"{summary['outliers']} outliers, {summary['refused']} files not read"
+    )
+    return "\n".join(lines)
 
 
 def run(
@@ -150,8 +155,8 @@ def run(
         cache = stack.enter_context(EmbeddingCache(path=cache_path)) if cache_path else None
         left = journal.left(people)
         if len(left) < len(people):
-            click.echo(f"going on: {len(people) - len(left)} of {len(people)} people were finished before", err=True)
-        progress = stack.enter_context(item_progress())
+            terminal.notice(f"going on: {len(people) - len(left)} of {len(people)} people were finished before")
+        progress = stack.enter_context(terminal.item_bars())
         bar = progress.add_task("people", total=len(people), completed=len(people) - len(left))
         for record in consensus_of_people(left, engine, limits, workers=workers, cache=cache, load=load):
             journal.add(record)

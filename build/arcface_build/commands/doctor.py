@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from arcface_build.commands.options.output import hand_over, json_option
+from arcface_build.commands.options.settings import config_file, settings
 from arcface_clients.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,55 +30,56 @@ _MARKS = {"ok": ("ok      ", "green"), "absent": ("absent  ", "yellow"), "proble
 
 
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_DOCTOR", "show_default": True})
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: config/embedding.yaml.")
 @click.option("--measure", is_flag=True, help="Load the configured engine, validate it and time it.")
 @click.option("--faces", default=128, type=click.IntRange(1), help="Faces to time with --measure.")
 @click.option("--batch-size", default=32, type=click.IntRange(1), help="Faces in one call with --measure.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(config_path: Path | None, measure: bool, faces: int, batch_size: int, as_json: bool) -> int:
+@json_option
+def command(measure: bool, faces: int, batch_size: int, as_json: bool) -> int:
     """Look at driver, GPU, runtimes, server, plans, store and configuration; say what is wrong and how to mend it."""
     from arcface_build.serving.host_checks import build_checks
     from arcface_clients.checks.diagnostics import Check, client_checks
     from arcface_clients.config.schema import EmbeddingConfig
-    from arcface_clients.config.sources import config_file, load_config
+    from arcface_clients.config.sources import config_file as file_of
 
     try:
-        settings = load_config(config_path)
-        origin = config_file(config_path, os.environ) or "defaults (no config/embedding.yaml here)"
-        found = f"{origin}: backend {settings.backend}, precision {settings.precision}"
+        config = settings()
+        origin = file_of(config_file(), os.environ) or "defaults (no config/embedding.yaml here)"
+        found = f"{origin}: backend {config.backend}, precision {config.precision}"
         configuration = Check("configuration", "ok", found)
     except ConfigError as exc:
-        settings = EmbeddingConfig()
+        config = EmbeddingConfig()
         configuration = Check("configuration", "problem", str(exc), "docs/configuration.md lists every key")
-    checks = [configuration, *client_checks(settings), *build_checks(settings)]
+    checks = [configuration, *client_checks(config), *build_checks(config)]
     engine: dict[str, Any] | None = None
     if measure and configuration.status == "ok":
-        engine, check = _measured(settings, faces, batch_size)
+        engine, check = _measured(config, faces, batch_size)
         checks.append(check)
     problems = [check for check in checks if check.status == "problem"]
-    if as_json:
-        told = {
-            "ok": not problems,
-            "problems": [check.to_json() for check in problems],
-            "checks": [check.to_json() for check in checks],
-            "engine": engine,
-        }
-        click.echo(json.dumps(told, indent=2))
-    else:
-        for check in checks:
-            mark, color = _MARKS[check.status]
-            click.echo(f"{click.style(mark, fg=color)} {check.name:<14} {check.found}")
-            if check.fix and check.status != "ok":
-                click.echo(f"{'':<24}→ {check.fix}")
-        if engine:
-            click.echo(json.dumps(engine, indent=2))
-        click.echo("no problems" if not problems else f"{len(problems)} problem{'s' * (len(problems) != 1)}")
+    result = {
+        "ok": not problems,
+        "problems": [check.to_json() for check in problems],
+        "checks": [check.to_json() for check in checks],
+        "engine": engine,
+    }
+    hand_over(result, lambda: _told(checks, engine, len(problems)), as_json)
     if configuration.status == "problem":
         return 2
     return 3 if problems else 0
 
 
-def _measured(settings: EmbeddingConfig, faces: int, batch_size: int) -> tuple[dict[str, Any] | None, Check]:
+def _told(checks: Sequence[Check], engine: dict[str, Any] | None, problems: int) -> str:
+    lines = []
+    for check in checks:
+        mark, color = _MARKS[check.status]
+        lines.append(f"{click.style(mark, fg=color)} {check.name:<14} {check.found}")
+        if check.fix and check.status != "ok":
+            lines.append(f"{'':<24}→ {check.fix}")
+    if engine:
+        lines.append(json.dumps(engine, indent=2))
+    return "\n".join([*lines, f"{problems or 'no'} problem{'s' * (problems != 1)}"])
+
+
+def _measured(config: EmbeddingConfig, faces: int, batch_size: int) -> tuple[dict[str, Any] | None, Check]:
     """The diagnostics of the engine that answers, and how that went as a check."""
     from arcface_clients.checks.benchmark import benchmark_embedder
     from arcface_clients.checks.diagnostics import Check, engine_diagnostics
@@ -84,14 +87,14 @@ def _measured(settings: EmbeddingConfig, faces: int, batch_size: int) -> tuple[d
     from arcface_clients.pipeline import get_embedding_backend
 
     try:
-        with get_embedding_backend(config=settings) as backend:
+        with get_embedding_backend(config=config) as backend:
             backend.ensure_ready()
             figures = benchmark_embedder(backend, faces, batch_size)
-            engine = engine_diagnostics(backend, settings, figures)
+            engine = engine_diagnostics(backend, config, figures)
     except ArcFaceError as exc:
         return None, Check("engine", "problem", f"{type(exc).__name__}: {exc}", "see the checks above")
     found = f"{engine['backend']} answers: {figures.faces_per_s:.1f} faces/s at batch {batch_size}"
-    if engine["backend"] != settings.backend:
+    if engine["backend"] != config.backend:
         fix = "see the checks above; the fallback chain is in config/embedding.yaml"
-        return engine, Check("engine", "problem", f"{found}, not {settings.backend} ({engine['reason']})", fix)
+        return engine, Check("engine", "problem", f"{found}, not {config.backend} ({engine['reason']})", fix)
     return engine, Check("engine", "ok", found)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from arcface_build.commands.item_progress import item_progress
-from arcface_build.commands.server_option import access_to, urls_option
-from arcface_clients.atomic import new_file
+from arcface_build import terminal
+from arcface_build.commands.options.output import NewFile, hand_over, json_option
+from arcface_build.commands.options.server import served_model_option, timeout_option, urls_option
+from arcface_build.commands.options.settings import access_to
 from arcface_clients.errors import WrongUse
+from arcface_clients.extras import require
+
+if TYPE_CHECKING:
+    pass
 
 EPILOG = """\b
 Examples:
@@ -31,15 +36,13 @@ same command, what could not be read is listed in OUTPUT.bad.jsonl. With --engin
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=NewFile(),
     required=True,
     help="The .npz or .parquet to write.",
 )
 @urls_option
-@click.option("--model", default="arcface", help="Served model.")
-@click.option(
-    "--timeout-s", type=click.FloatRange(0, min_open=True), default=120.0, help="Longest wait for one request."
-)
+@served_model_option
+@timeout_option
 @click.option("--detect", is_flag=True, help="The sources are photos: find and align every face in them.")
 @click.option(
     "--detector",
@@ -50,7 +53,7 @@ same command, what could not be read is listed in OUTPUT.bad.jsonl. With --engin
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="Who does the work of a .parquet.")
 @click.option("--actors", type=click.IntRange(1), help="Ray actors.  [default: one a URL]")
 @click.option("--force", is_flag=True, help="Overwrite the output, start an unfinished one over.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@json_option
 def command(
     sources: tuple[str, ...],
     output: Path,
@@ -68,6 +71,7 @@ def command(
 
     What cannot be read is listed with the reason and left out. A .npz holds `paths`, `embeddings` float32 (N,D) of
     unit length, `contract_id` and `model`; a .parquet the columns path, identity, embedding, contract_id and digest.
+    With --detect both hold where each face was found, in pixels of the upright photo (docs/people.md).
     """
     if output.suffix not in (".npz", ".parquet"):
         raise WrongUse(
@@ -77,11 +81,13 @@ def command(
         raise WrongUse(f"{output} is there already. Choose another name, or overwrite it: --force")
     if output.suffix == ".npz" and (len(urls) > 1 or engine == "ray"):
         raise WrongUse(f"several servers and --engine ray write Parquet. Name the output {output.stem}.parquet")
+    if output.suffix == ".parquet":
+        require("pyarrow", *(("ray",) if engine == "ray" else ()), purpose=f"writing {output.name}")
     if detect:
-        from arcface_clients.faces.detect import find_model
+        from arcface_clients.faces.detect import find_detector
 
-        detector = find_model(detector)
-    elif detector is not None and "ARCFACE_DETECTOR" not in os.environ:
+        detector = find_detector(detector)
+    elif detector is not None and not os.environ.get("ARCFACE_DETECTOR"):
         raise WrongUse("--detector is for photos: add --detect")
     found_by = detector if detect else None
     if output.suffix == ".parquet":
@@ -100,76 +106,47 @@ def _embed_to_npz(
     detector: Path | None,
     as_json: bool,
 ) -> int:
-    import json
-
-    import numpy as np
-
     from arcface_clients import TritonEmbedder
-    from arcface_clients.faces.images import Crop, find_files, read_crops
+    from arcface_clients.bulk.npz import embed_to_npz
+    from arcface_clients.faces.images import find_files
 
-    files = find_files(sources)
-    names: list[str] = []
-    refused: list[Crop] = []
+    files, finder = find_files(sources), None
+    if detector:
+        from arcface_clients.faces.detect import FaceDetector
+
+        finder = FaceDetector(detector)
     with (
         TritonEmbedder(url, model, timeout_s=timeout_s, **access_to(url)) as embedder,
-        item_progress() as progress,
+        terminal.item_bars() as progress,
     ):
-        served = embedder.ensure_ready()
+        contract_id = embedder.ensure_ready().contract_id
         bar = progress.add_task("files", total=len(files))
-
-        def told() -> Iterator[str]:
-            for name in files:
-                yield name
-                progress.advance(bar)
-
-        crops = read_crops(told())
-        if detector:
-            from arcface_clients.faces.detect import FaceDetector, detect_crops
-
-            crops = detect_crops(told(), FaceDetector(detector))
-
-        def readable() -> Iterator[np.ndarray]:
-            for crop in crops:
-                if crop.face is None:
-                    refused.append(crop)
-                else:
-                    names.append(crop.name)
-                    yield crop.face
-
-        rows = list(embedder.encode_stream(readable()))  # files are read while the server works
-        dim = embedder.embedding_dim
-    for crop in refused:
-        click.echo(f"not read: {crop.name}: {crop.refused}", err=True)
-    if not names:
-        raise WrongUse(
-            f"no face could be read from {' '.join(sources)} ({len(files)} files found, {len(refused)} refused); "
-            + (
-                "expected photos that show a face."
-                if detector
-                else "expected aligned 112×112 crops; photos need --detect."
-            )
-            + " Nothing was written"
+        done = embed_to_npz(
+            files,
+            embedder,
+            output,
+            contract_id=contract_id,
+            model=model,
+            detector=finder,
+            on_file=lambda: progress.advance(bar),
         )
-    embeddings = np.stack(rows)
-    with new_file(output) as temporary, temporary.open("wb") as file:
-        np.savez(
-            file,
-            paths=np.array(names),
-            embeddings=embeddings,
-            contract_id=np.array(served.contract_id or ""),
-            model=np.array(model),
+    for crop in done.refused:
+        terminal.complaint(f"not read: {crop.name}: {crop.refused}")
+    if not done.faces:
+        expected = "photos that show a face" if detector else "aligned 112×112 crops; photos need --detect"
+        raise WrongUse(
+            f"no face could be read from {' '.join(sources)} ({len(files)} files found, {len(done.refused)} refused); "
+            f"expected {expected}. Nothing was written"
         )
     summary = {
         "output": str(output),
-        "faces": len(names),
-        "embedding_dim": dim,
-        "contract_id": served.contract_id,
+        "faces": done.faces,
+        "embedding_dim": done.embedding_dim,
+        "contract_id": contract_id,
         "model": model,
-        "refused": [{"path": crop.name, "reason": crop.refused} for crop in refused],
+        "refused": [{"path": crop.name, "reason": crop.refused} for crop in done.refused],
     }
-    if as_json:
-        click.echo(json.dumps(summary, indent=2))
-    else:
-        left_out = f", {len(refused)} not read" if refused else ""
-        click.echo(f"{output}: {len(names)} embeddings of {dim} numbers from {model}{left_out}")
+    left_out = f", {len(done.refused)} not read" if done.refused else ""
+    told = f"{output}: {done.faces} embeddings of {done.embedding_dim} numbers from {model}{left_out}"
+    hand_over(summary, lambda: told, as_json)
     return 0

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import click
-
-from arcface_build.commands.item_progress import item_progress
-from arcface_build.commands.server_option import access_to
+from arcface_build import terminal
+from arcface_build.commands.options.output import hand_over
+from arcface_build.commands.options.settings import access_to
 from arcface_clients import TritonEmbedder
-from arcface_clients.bulk.job import Job, Plan, run_local
+from arcface_clients.bulk.job import Job, JobSpec, run_local
 from arcface_clients.bulk.parts import bad_path
 from arcface_clients.errors import WrongUse
+from arcface_clients.triton.address import Access
 
 
 def embed_to_parquet(
@@ -40,22 +38,22 @@ def embed_to_parquet(
     with ExitStack() as stack:
         engines = [stack.enter_context(connect(url)) for url in urls]
         served = engines[0].ensure_ready()
-        plan = Plan(
+        spec = JobSpec(
             tuple(str(Path(source)) for source in sources),
             served.contract_id,
             engines[0].embedding_dim,
             detector=str(detector) if detector else None,
         )
-        job = stack.enter_context(Job(output, plan, start_over))
+        job = stack.enter_context(Job(output, spec, start_over))
         if not job.items:
             job.discard()
             raise WrongUse(f"nothing to embed in {' '.join(sources)}: expected images, .npz, .npy or Parquet files.")
-        progress = stack.enter_context(item_progress())
+        progress = stack.enter_context(terminal.item_bars())
         left = sum(1 for _ in job.pending())
         if left < job.units:
-            click.echo(f"going on: {job.units - left} of {job.units} units were finished before", err=True)
+            terminal.notice(f"going on: {job.units - left} of {job.units} units were finished before")
         bar = progress.add_task("faces", total=job.items)
-        progress.advance(bar, max(0, job.items - left * plan.unit_rows))
+        progress.advance(bar, max(0, job.items - left * spec.unit_rows))
         if engine == "ray":
             from arcface_clients.bulk.on_ray import run_on_ray
 
@@ -73,20 +71,18 @@ def embed_to_parquet(
     summary = {
         "output": str(output),
         "faces": rows,
-        "embedding_dim": plan.dim,
-        "contract_id": plan.contract_id,
+        "embedding_dim": spec.dim,
+        "contract_id": spec.contract_id,
         "model": model,
         "refused": refused,
         "refused_list": str(bad_path(output)) if refused else None,
     }
-    if as_json:
-        click.echo(json.dumps(summary, indent=2))
-    else:
-        left_out = f", {refused} not read: {bad_path(output)}" if refused else ""
-        click.echo(f"{output}: {rows} embeddings of {plan.dim} numbers from {model}{left_out}")
+    left_out = f", {refused} not read: {bad_path(output)}" if refused else ""
+    told = f"{output}: {rows} embeddings of {spec.dim} numbers from {model}{left_out}"
+    hand_over(summary, lambda: told, as_json)
     return 0
 
 
-def _connect(model: str, timeout_s: float, access: dict[str, dict[str, Any]], url: str) -> TritonEmbedder:
+def _connect(model: str, timeout_s: float, access: dict[str, Access], url: str) -> TritonEmbedder:
     """A module-level function, so that Ray can send it."""
     return TritonEmbedder(url, model, timeout_s=timeout_s, **access[url])

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from arcface_build import terminal
+from arcface_build.commands.options.folders import model_repository_option, models_dir_option, repository_at
+from arcface_build.commands.options.output import hand_over, json_option
+from arcface_build.commands.options.settings import settings
 from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import WrongUse
 
 if TYPE_CHECKING:
-    from arcface_build.imports.child import Job
-    from arcface_build.imports.manifest import Manifest
     from arcface_build.imports.preprocessing import Stated
+    from arcface_build.repository.bring_in import BroughtIn
 
 
 @click.command("import", context_settings={"auto_envvar_prefix": "ARCFACE_IMPORT"})
@@ -40,8 +38,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="InsightFace's root [INSIGHTFACE_HOME or ~/.insightface].",
 )
-@click.option("--models-dir", type=click.Path(path_type=Path), default=Path("models"), show_default=True)
-@click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
+@models_dir_option
+@model_repository_option
 @click.option("--no-assemble", is_flag=True, help="Only write models/NAME/, leave the model repository alone.")
 @click.option(
     "--timeout",
@@ -52,7 +50,7 @@ if TYPE_CHECKING:
     help="End an import that takes longer.",
 )
 @click.option("--force", is_flag=True, help="Import again although nothing has changed.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@json_option
 def command(
     source: str,
     name: str | None,
@@ -87,56 +85,37 @@ def command(
     Nothing is written unless the result equals InsightFace's: cosine ≥ 0.99999 on every face, and each row of a batch
     equal to its single run.
     """
-    from arcface_build.imports.child import Job
-    from arcface_build.repository.versions import find_repository
+    from arcface_build.repository.bring_in import bring_in
 
     stated = _stated(color, mean, std)
-    repository = None if no_assemble else find_repository(model_repository)  # before the work, not after it
-    job = Job(
-        source=source,
-        models_dir=str(models_dir),
-        scratch="",
-        name=name,
-        stated=stated.to_json(),
-        output=output,
-        faces=str(faces) if faces else None,
-        accept_licence=accept_license,
-        insightface_root=str(insightface_root) if insightface_root else None,
-        force=force,
-    )
-    manifest, folder, reused, had_variants = _import(job, timeout)
-    if had_variants and not (folder / "variants").is_dir():
-        click.echo(f"the serving ONNX is another one now: {folder}/variants were of the old one and are gone", err=True)
-    if (look := manifest.preprocessing["look"]) and look["warning"]:
-        click.secho(f"preprocessing may be wrong: {look['warning']}. See --color, --mean, --std", fg="yellow", err=True)
-    installed = None
-    if repository is not None:
-        from arcface_build.repository.assemble import assemble
-
-        installed = assemble(folder, repository)
-    if as_json:
-        click.echo(json.dumps(manifest.to_json(), indent=2))
-        return
-    _report(manifest, folder, reused, installed)
-
-
-def _import(job: Job, timeout_s: float) -> tuple[Manifest, Path, bool, bool]:
-    """(manifest, its folder, whether it was there already, whether the folder had variants): made aside, then moved."""
-    from arcface_build.imports.child import run_child
-    from arcface_build.imports.manifest import Manifest
-    from arcface_clients.atomic import new_folder
-
-    models_dir = Path(job.models_dir)
-    models_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".import-", dir=models_dir) as scratch, _progress() as progress:
-        done = run_child(replace(job, scratch=scratch), timeout_s, progress, lambda line: click.echo(line, err=True))
-        folder = models_dir / done.name
-        had_variants = (folder / "variants").is_dir()
-        if done.made:
-            with new_folder(folder) as whole:
-                for part in Path(done.made).iterdir():
-                    part.rename(whole / part.name)
-    return Manifest(**done.manifest), folder, not done.made, had_variants
+    repository = None if no_assemble else repository_at(model_repository)  # before the work, not after it
+    with terminal.phase_bar() as progress:
+        done = bring_in(
+            source,
+            models_dir,
+            repository,
+            settings().versions_kept,
+            name=name,
+            cache=settings().storage.cache,
+            stated=stated,
+            output=output,
+            faces=faces,
+            accept_licence=accept_license,
+            insightface_root=insightface_root,
+            force=force,
+            timeout_s=timeout,
+            say=terminal.notice,
+            progress=progress,
+        )
+    imported = done.imported
+    look = imported.manifest.preprocessing["look"]
+    if look and look["warning"]:
+        terminal.complaint(f"preprocessing may be wrong: {look['warning']}. See --color, --mean, --std")
+    if imported.variants_gone:
+        terminal.complaint(
+            f"the serving ONNX is another one now: {imported.folder}/variants were of the old one and are gone"
+        )
+    hand_over(imported.manifest.to_json(), lambda: _told(done), as_json)
 
 
 def _stated(color: str | None, mean: str | None, std: str | None) -> Stated:
@@ -162,48 +141,33 @@ def _three(option: str, text: str) -> tuple[float, float, float]:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (1, 3):
+    if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
         raise WrongUse(f"{option} is {text!r}: expected one number or three with commas, as 123.675,116.28,103.53.")
     first, second, third = numbers * 3 if len(numbers) == 1 else numbers
     return first, second, third
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr that shows what is being done; silent where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("import", total=1)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-
-
-def _report(manifest: Manifest, folder: Path, reused: bool, installed: dict[str, int] | None) -> None:
-    """What was found, done and proved, in a few lines on stdout."""
+def _told(done: BroughtIn) -> str:
+    """What was found, done and proved, in a few lines."""
+    manifest, folder = done.imported.manifest, done.imported.folder
     source, proof, wants = manifest.source, manifest.proof, manifest.preprocessing
-    if source["kind"] == "demo":
-        click.secho(source["note"], fg="yellow", bold=True)
-    click.echo(f"{manifest.name}: {source['file']} ({source['sha256'][:12]}…), licence {source['licence']}")
-    click.echo(f"  preprocessing  {wants['color']}, mean {wants['mean']}, std {wants['std']} ({wants['why']})")
-    click.echo(f"  network sees   {_network(wants.get('network'))}")
-    for step in manifest.steps:
-        if step["changed"]:
-            click.echo(f"  {step['step']:<14} {step['why']}")
-    click.echo(
+    lines = [click.style(source["note"], fg="yellow", bold=True)] if source["kind"] == "demo" else []
+    lines.append(f"{manifest.name}: {source['file']} ({source['sha256'][:12]}…), licence {source['licence']}")
+    lines.append(f"  preprocessing  {wants['color']}, mean {wants['mean']}, std {wants['std']} ({wants['why']})")
+    lines.append(f"  network sees   {_network(wants['network'])}")
+    lines += [f"  {step['step']:<14} {step['why']}" for step in manifest.steps if step["changed"]]
+    lines.append(
         f"  proof          {proof['faces']} faces ({proof['faces_from']}) against {proof['reference']}: "
         f"min cosine {proof['min_cosine']:.8f}, batch rows within {proof['max_row_difference']:.1e}"
     )
     if manifest.cpu:
-        click.echo(f"  for CPU        {manifest.cpu['why']}: min cosine {manifest.cpu['min_cosine']:.8f}")
-    click.echo(f"  contract id    {manifest.contract_id}")
-    click.echo(
-        f"{'unchanged' if reused else 'written'}: {folder} ({manifest.dim}-d, opset {manifest.serving['opset']})"
-    )
-    if installed:
-        click.echo("served from: " + ", ".join(f"{model}/{version}" for model, version in installed.items()))
+        lines.append(f"  for CPU        {manifest.cpu['why']}: min cosine {manifest.cpu['min_cosine']:.8f}")
+    lines.append(f"  contract id    {manifest.contract_id}")
+    state = "unchanged" if done.imported.reused else "written"
+    lines.append(f"{state}: {folder} ({manifest.dim}-d, opset {manifest.serving['opset']})")
+    if done.installed:
+        lines.append("served from: " + ", ".join(f"{model}/{version}" for model, version in done.installed.items()))
+    return "\n".join(lines)
 
 
 def _network(seen: dict[str, Any] | None) -> str:

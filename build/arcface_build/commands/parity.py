@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import click
 
-from arcface_build.commands.server_option import url_option
+from arcface_build import terminal
+from arcface_build.commands.options.output import hand_over, json_option, report_option
+from arcface_build.commands.options.server import timeout_option, url_option
+from arcface_build.commands.options.settings import access_to, settings
 
 EPILOG = """\b
 Examples:
@@ -23,42 +26,42 @@ Examples:
     "--faces", "sources", multiple=True, metavar="PATH", help="Folder, file, glob or .npz; default: drawn faces."
 )
 @click.option("--limit", type=click.IntRange(1), default=400, help="Take at most this many faces.")
-@click.option(
-    "--timeout-s", type=click.FloatRange(0, min_open=True), default=120.0, help="Longest wait for one request."
-)
+@timeout_option
 @click.option("--count", is_flag=True, help="Have the server count the drift in its own metrics too (arcface_drift).")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(url: str, sources: tuple[str, ...], limit: int, timeout_s: float, count: bool, as_json: bool) -> int:
+@json_option
+@report_option
+def command(
+    url: str,
+    sources: tuple[str, ...],
+    limit: int,
+    timeout_s: float,
+    count: bool,
+    as_json: bool,
+    report: Path | None,
+) -> int:
     """Compare every loaded backend with the reference, face by face.
 
     Exit code 1 when a backend's drift is above the limit of its precision, 3 when no reference is loaded.
     """
-    from rich.console import Console
-
     from arcface_clients.checks.parity import COUNTING, count_drift, measure_parity, render_table
-    from arcface_clients.faces.synthetic import synthetic_faces
+    from arcface_clients.faces.images import load_or_draw
 
-    errors = Console(stderr=True, soft_wrap=True)
-    faces = None
-    if sources:
-        from arcface_clients.faces.images import load_faces
-
-        faces, _, refused = load_faces(sources)
-        faces = faces[:limit]
-        for crop in refused:
-            click.echo(f"not read: {crop.name}: {crop.refused}", err=True)
-    with errors.status("") as status:
-        report = measure_parity(
-            url, faces, timeout_s=timeout_s, progress=lambda model: status.update(f"asking {model} …")
+    faces = load_or_draw(sources, 32, terminal.complaint)[0][:limit]
+    access, limits = access_to(url), settings().comparison.max_drift.model_dump()
+    with terminal.status_line() as progress:
+        result = measure_parity(
+            url,
+            faces,
+            limits=limits,
+            timeout_s=timeout_s,
+            access=access,
+            progress=lambda model: progress(f"asking {model} …"),
         )
-        counted = count and count_drift(url, synthetic_faces(32) if faces is None else faces, timeout_s=timeout_s)
-    if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2))
-    else:
-        click.echo(render_table(report))
-        for reason in report.skipped.values():
-            click.echo(f"not compared: {reason}", err=True)
+        counted = count and count_drift(url, faces, timeout_s=timeout_s, access=access)
+    hand_over(result.to_json(), lambda: render_table(result), as_json, report)
+    for reason in result.skipped.values():
+        terminal.notice(f"not compared: {reason}")
     if count and not counted:
-        click.echo(f"not counted: {COUNTING} is not loaded. Next: arcface serve (with the reference)", err=True)
-    report.require()
+        terminal.complaint(f"not counted: {COUNTING} is not loaded. Next: arcface serve (with the reference)")
+    result.require()
     return 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
+from arcface_build.commands.options.settings import config_option
 from arcface_build.lazy_group import LazyGroup
+from arcface_build.terminal import quiet_option
 
 COMMANDS = {  # name -> (place, one line for --help)
     "build": ("plan_build:build", "Build a plan for this host's GPU, or get it from the cache or the store."),
@@ -26,6 +28,14 @@ Examples:
 """
 
 
-@click.group(cls=LazyGroup, package="arcface_build.commands", table=COMMANDS, epilog=EPILOG)
+@click.group(
+    cls=LazyGroup,
+    package="arcface_build.commands",
+    table=COMMANDS,
+    common=(config_option, quiet_option),
+    needs={"build": ("onnx", "onnxruntime", "polygraphy", "filelock"), "pull": ("filelock",)},
+    gone={"info": "it is arcface plan show.", "upload": "it is arcface plan push."},
+    epilog=EPILOG,
+)
 def command() -> None:
     """TensorRT plans: build, prove, keep, find, move."""

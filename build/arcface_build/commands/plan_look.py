@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from arcface_build.commands.plan_options import json_option, megabytes, place_options, summary, table
+from arcface_build import terminal
+from arcface_build.commands.options.output import hand_over, json_option
+from arcface_build.commands.options.plans import megabytes, place_options, summary, table
 
 if TYPE_CHECKING:
     from arcface_build.plans.places import Places
@@ -25,19 +27,12 @@ if TYPE_CHECKING:
 def list_(places: Places, model: str | None, as_json: bool) -> None:
     """List the plans of the cache and the store."""
     found, refused = _collect(places, model)
-    if as_json:
-        rows = [{"where": sorted(where), **manifest.to_json()} for manifest, where in found]
-        click.echo(json.dumps({"plans": rows, "refused": refused}, indent=2))
-        return
     rows = [{**summary(manifest), "where": "+".join(sorted(where))} for manifest, where in found]
-    if rows:
-        click.echo(table(list(rows[0]), [list(row.values()) for row in rows]))
-    else:
-        click.echo(
-            f"no plans in {' or '.join(plans.url for _, plans in places.all())}. Build one: arcface plan build NAME"
-        )
-    for why in refused:
-        click.echo(f"refused: {why}", err=True)
+    nothing = f"no plans in {' or '.join(plans.url for _, plans in places.all())}. Build one: arcface plan build NAME"
+    plans = [{"where": sorted(where), **manifest.to_json()} for manifest, where in found]
+    hand_over({"plans": plans, "refused": refused}, lambda: _table_of(rows) if rows else nothing, as_json)
+    for why in [] if as_json else refused:
+        terminal.complaint(f"refused: {why}")
 
 
 @click.command(epilog="\b\nExamples:\n  arcface plan show r50-fp16-sm86.plan\n  arcface plan show 9363ac3dd29e --json")
@@ -46,14 +41,14 @@ def list_(places: Places, model: str | None, as_json: bool) -> None:
 @json_option
 def show(places: Places, plan: str, as_json: bool) -> None:
     """Show everything known about one plan: a file, a key (or its first digits), or a plan's name."""
-    from arcface_build.plans.places import find_plan
+    from arcface_build.plans.places import plan_by_name
 
-    manifest, _, where = find_plan(places, plan)
-    if as_json:
-        click.echo(json.dumps({"where": where, **manifest.to_json()}, indent=2))
-        return
-    click.echo(f"{manifest.spec.file_name}   in {where}")
-    click.echo(table(("", ""), _lines(manifest)))
+    manifest, _, where = plan_by_name(places, plan)
+
+    def told() -> str:
+        return f"{manifest.spec.file_name}   in {where}\n{table(('', ''), _lines(manifest))}"
+
+    hand_over({"where": where, **manifest.to_json()}, told, as_json)
 
 
 @click.command(
@@ -66,19 +61,26 @@ def show(places: Places, plan: str, as_json: bool) -> None:
 def matrix(places: Places, model: str | None, gpus: Path, as_json: bool) -> None:
     """SM × precision × TensorRT version: what there is and what is missing of what config/gpus.yaml wants."""
     from arcface_build.plans.gpu import load_gpus_yaml
+    from arcface_clients.plans.fit import misfit
 
     infos = load_gpus_yaml(gpus)
     found, _ = _collect(places, model)
-    have = {(m.spec.model, m.spec.sm, m.spec.precision, m.spec.tensorrt): sorted(where) for m, where in found}
+
+    def where_is(name: str, sm: str, precision: str, version: str) -> list[str]:
+        """The places that have a plan which loads on this SM, its own or a hardware-compatible one."""
+        fitting = (w for m, w in found if misfit(m, sm, version, precision=precision, model=name) is None)
+        return sorted(set().union(*fitting))
+
     models = sorted({m.spec.model for m, _ in found} | ({model} if model else set()))
     versions = sorted({m.spec.tensorrt for m, _ in found})
     cells = []
     for name in models:
         for sm in sorted({*infos, *(m.spec.sm for m, _ in found)}, key=float):
             wanted = set(infos[sm].plans) if sm in infos else set()
-            for precision in sorted(wanted | {p for m, s, p, _ in have if (m, s) == (name, sm)}):
+            built = {m.spec.precision for m, _ in found if (m.spec.model, m.spec.sm) == (name, sm)}
+            for precision in sorted(wanted | built):
                 for version in versions or ["any"]:
-                    where = have.get((name, sm, precision, version), [])
+                    where = where_is(name, sm, precision, version) if versions else []
                     cells.append(
                         {
                             "model": name,
@@ -89,12 +91,12 @@ def matrix(places: Places, model: str | None, gpus: Path, as_json: bool) -> None
                             "state": "+".join(where) if where else "MISSING" if precision in wanted else "-",
                         }
                     )
-    if as_json:
-        click.echo(json.dumps(cells, indent=2))
-    elif cells:
-        click.echo(table(list(cells[0]), [list(cell.values()) for cell in cells]))
-    else:
-        click.echo("no plans anywhere: name a model to see what it needs: arcface plan matrix --model NAME")
+    nothing = "no plans anywhere: name a model to see what it needs: arcface plan matrix --model NAME"
+    hand_over(cells, lambda: _table_of(cells) if cells else nothing, as_json)
+
+
+def _table_of(rows: Sequence[dict[str, Any]]) -> str:
+    return table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _collect(places: Places, model: str | None) -> tuple[list[tuple[PlanManifest, set[str]]], list[str]]:
@@ -106,7 +108,7 @@ def _collect(places: Places, model: str | None) -> tuple[list[tuple[PlanManifest
         refused.append(str(exc))
 
     for where, plans in places.all():
-        for manifest in plans.list(on_refused):
+        for manifest in plans.manifests(on_refused):
             if model is None or manifest.spec.model == model:
                 found.setdefault(manifest.key, (manifest, set()))[1].add(where)
     return list(found.values()), refused
@@ -118,7 +120,7 @@ def _lines(manifest: PlanManifest) -> list[tuple[str, Any]]:
     return [
         ("key", manifest.key),
         ("sha256", manifest.sha256),
-        ("size", megabytes(manifest.bytes)),
+        ("size", megabytes(manifest.size_bytes)),
         ("runs on", f"SM {spec.sm}{' and newer' if options.hardware_compatible else ''}, TensorRT {spec.tensorrt}"),
         ("batch", f"min {spec.min_batch}, opt {spec.opt_batch}, max {spec.max_batch}"),
         ("workspace", megabytes(options.workspace_bytes)),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from arcface_build.commands.plan_options import byte_progress, json_option, megabytes, place_options
+from arcface_build import terminal
+from arcface_build.commands.options.numbers import NOT_NEGATIVE
+from arcface_build.commands.options.output import hand_over, json_option
+from arcface_build.commands.options.plans import megabytes, place_options
 
 if TYPE_CHECKING:
     from arcface_build.plans.places import Places
-    from arcface_build.plans.store import PlanStore
+    from arcface_clients.errors import ArcFaceError
     from arcface_clients.plans.manifest import PlanManifest
 
 _PATH = click.Path(path_type=Path)
@@ -25,11 +27,14 @@ _PATH = click.Path(path_type=Path)
 @click.argument("plans", nargs=-1, metavar="[FILE_OR_KEY]...")
 @click.option("--all", "everything", is_flag=True, help="Every plan of the cache.")
 @click.option("--sign-key", type=_PATH, help="PEM, ed25519: sign the manifests first.")
+@click.option("--replace", is_flag=True, help="In the place of what the store has of the same key.")
 @place_options
 @json_option
-def push(places: Places, plans: tuple[str, ...], everything: bool, sign_key: Path | None, as_json: bool) -> None:
-    """Publish plans to the store; a key that the store has already is left as it is."""
-    from arcface_build.plans.places import Places, find_plan
+def push(
+    places: Places, plans: tuple[str, ...], everything: bool, sign_key: Path | None, replace: bool, as_json: bool
+) -> None:
+    """Publish plans to the store; without --replace a key that the store has already is left as it is."""
+    from arcface_build.plans.places import Places, plan_by_name
     from arcface_build.plans.store import PlanStore
     from arcface_clients.errors import WrongUse
     from arcface_clients.plans.signing import sign
@@ -38,13 +43,15 @@ def push(places: Places, plans: tuple[str, ...], everything: bool, sign_key: Pat
     if bool(plans) == everything:
         raise WrongUse("say what to push: files, keys or names, or --all. See them: arcface plan list")
     # From this host only; and what is about to be signed may be unsigned still.
-    here = Places(PlanStore(places.cache.objects, None if sign_key else places.cache.public_key), None, places.config)
+    public_key = None if sign_key else places.cache.public_key
+    here = Places(PlanStore(places.cache.objects, public_key), None, places.config, places.folder)
     done = []
-    for name in [manifest.key for manifest in here.cache.list()] if everything else plans:
-        manifest, path, _ = find_plan(here, name)
+    for name in [manifest.key for manifest in here.cache.manifests(_say_refused)] if everything else plans:
+        manifest, path, _ = plan_by_name(here, name)
+        assert path is not None  # nothing else than files of this host was asked
         manifest = sign(manifest, sign_key) if sign_key else manifest
-        with byte_progress(f"push {manifest.spec.file_name}", manifest.bytes) as progress:
-            put = store.put(path, manifest, progress)
+        with terminal.byte_bar(f"push {manifest.spec.file_name}", manifest.size_bytes) as progress:
+            put = store.put(path, manifest, progress, replace=replace)
         same = put.manifest.sha256 == manifest.sha256
         state = "pushed" if put.created else "was there" if same else "the store keeps another build of this key"
         if sign_key and put.manifest.signature != manifest.signature:
@@ -64,13 +71,16 @@ def push(places: Places, plans: tuple[str, ...], everything: bool, sign_key: Pat
 @json_option
 def pull(
     places: Places, plans: tuple[str, ...], sm: str | None, precision: str | None, output: Path | None, as_json: bool
-) -> None:
-    """Fetch plans from the store; each is verified before it gets its name."""
+) -> int:
+    """Fetch plans from the store; each is verified before it gets its name.
+
+    Exit code 1 if one is refused; the others are pulled all the same.
+    """
     from arcface_build.errors import PlanNotFound
-    from arcface_build.plans.choose import misfit
     from arcface_build.plans.get_or_build import get_or_build
     from arcface_build.plans.gpu import find_gpus
-    from arcface_clients.errors import WrongUse
+    from arcface_clients.errors import PlanRefused, WrongUse
+    from arcface_clients.plans.fit import misfit
     from arcface_clients.plans.spec import parse_sm
 
     store = places.need_store()
@@ -80,8 +90,8 @@ def pull(
         wanted = [store.resolve(name) for name in plans]
     else:
         sm = find_gpus()[0].sm if sm == "auto" else parse_sm(sm)
-        have = store.list(lambda _, exc: click.echo(f"refused: {exc}", err=True))
-        wanted = [m for m in have if misfit(m, sm) is None and precision in (None, m.spec.precision)]
+        have = store.manifests(_say_refused)
+        wanted = [m for m in have if misfit(m, sm, precision=precision) is None]
         if not wanted:
             found = ", ".join(sorted({m.spec.sm for m in have}, key=float)) or "none"
             raise PlanNotFound(
@@ -90,14 +100,19 @@ def pull(
             )
     done = []
     for manifest in wanted:
-        with byte_progress(f"pull {manifest.spec.file_name}", manifest.bytes) as progress:
-            if output is not None:
-                path, state = store.pull(manifest, output, progress), "pulled"
-            else:
-                obtained = get_or_build(manifest.spec, places.cache, store, progress=progress)
-                path, state = obtained.path, "pulled" if obtained.source == "store" else "was there"
-        done.append({"plan": manifest.spec.file_name, "key": manifest.key, "state": state, "path": str(path)})
+        row = {"plan": manifest.spec.file_name, "key": manifest.key}
+        try:
+            with terminal.byte_bar(f"pull {manifest.spec.file_name}", manifest.size_bytes) as progress:
+                if output is not None:
+                    path, state = store.pull(manifest, output, progress), "pulled"
+                else:
+                    obtained = get_or_build(manifest.spec, places.cache, store, progress=progress)
+                    path, state = obtained.path, "pulled" if obtained.source == "store" else "was there"
+            done.append({**row, "state": state, "path": str(path)})
+        except PlanRefused as exc:
+            done.append({**row, "state": f"REFUSED: {exc}"})
     _report(done, as_json, "nothing to pull")
+    return 1 if any(row["state"].startswith("REFUSED") for row in done) else 0
 
 
 @click.command(
@@ -112,7 +127,7 @@ def verify(places: Places, plans: tuple[str, ...], as_json: bool) -> int:
     Exit code 1 if one is refused.
     """
     from arcface_build.errors import PlanNotFound
-    from arcface_build.plans.places import find_plan
+    from arcface_build.plans.places import plan_by_name
     from arcface_clients.errors import PlanRefused
 
     done: list[dict[str, Any]] = []
@@ -128,11 +143,11 @@ def verify(places: Places, plans: tuple[str, ...], as_json: bool) -> int:
         check(
             name,
             "file" if Path(name).is_file() else "cache or store",
-            lambda n=name: _verify_one(places, find_plan(places, n)),
+            lambda n=name: _verify_one(places, plan_by_name(places, n)),
         )
     for where, store in [] if plans else places.all():
         refused: dict[str, Exception] = {}
-        for manifest in store.list(refused.__setitem__):
+        for manifest in store.manifests(refused.__setitem__):
             check(manifest.spec.file_name, where, lambda s=store, m=manifest: s.verify(m))
         done += [{"plan": key[:12], "where": where, "state": f"REFUSED: {exc}"} for key, exc in refused.items()]
     _report(done, as_json, "nothing to verify: there are no plans")
@@ -146,7 +161,11 @@ def verify(places: Places, plans: tuple[str, ...], as_json: bool) -> int:
     "--keep-tensorrt", "versions", multiple=True, help="Remove plans of every other TensorRT version; repeatable."
 )
 @click.option(
-    "--min-age-h", default=1.0, show_default=True, help="Leave leftovers alone that are younger: uploads under way."
+    "--min-age-h",
+    type=NOT_NEGATIVE,
+    default=1.0,
+    show_default=True,
+    help="Leave leftovers alone that are younger: uploads under way.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @place_options
@@ -159,16 +178,16 @@ def gc(places: Places, versions: tuple[str, ...], min_age_h: float, dry_run: boo
     done = []
     for where, plans in places.all():
         for stored in plans.orphans(min_age_h * 3600):
-            done.append({"plan": stored.name, "where": where, "state": f"leftover, {megabytes(stored.bytes)}"})
+            done.append({"plan": stored.name, "where": where, "state": f"leftover, {megabytes(stored.size_bytes)}"})
             if not dry_run:
                 plans.objects.delete(stored.name)
-        for manifest in plans.list(lambda *_: None) if kept else []:
+        for manifest in plans.manifests(lambda *_: None) if kept else []:
             if parse_version(manifest.spec.tensorrt) not in kept:
-                state = f"TensorRT {manifest.spec.tensorrt}, {megabytes(manifest.bytes)}"
+                state = f"TensorRT {manifest.spec.tensorrt}, {megabytes(manifest.size_bytes)}"
                 done.append({"plan": manifest.spec.file_name, "where": where, "state": state})
                 if not dry_run:
                     plans.delete(manifest.key)
-    for path in _old_temporaries(places.cache, time.time() - min_age_h * 3600):
+    for path in _old_temporaries(places.folder, time.time() - min_age_h * 3600):
         done.append({"plan": path.name, "where": "cache", "state": f"unfinished, {megabytes(path.stat().st_size)}"})
         if not dry_run:
             path.unlink(missing_ok=True)
@@ -176,27 +195,28 @@ def gc(places: Places, versions: tuple[str, ...], min_age_h: float, dry_run: boo
 
 
 def _verify_one(places: Places, found: tuple[PlanManifest, Path | None, str]) -> None:
-    from arcface_clients.plans.manifest import check_content
+    from arcface_clients.plans.read import read_plan
 
     manifest, path, _ = found
     if path is not None:
-        check_content(path, manifest, str(path))
+        read_plan(path, places.cache.public_key)
     else:
         places.need_store().verify(manifest)
 
 
-def _old_temporaries(cache: PlanStore, before_s: float) -> list[Path]:
+def _old_temporaries(folder: Path, before_s: float) -> list[Path]:
     """Temporary files of writers that were killed; locks and timing caches are kept."""
-    folder = cache.objects.folder
     files = [p for p in folder.glob("*/**/.*") if p.is_file() and not p.relative_to(folder).parts[0].startswith(".")]
     return [p for p in files if p.stat().st_mtime < before_s]
 
 
+def _say_refused(_: str, exc: ArcFaceError) -> None:
+    terminal.complaint(f"refused: {exc}")
+
+
 def _report(rows: list[dict[str, Any]], as_json: bool, nothing: str) -> None:
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        click.echo(f"{row['plan']}: {row['state']}" + "".join(f"  {row[k]}" for k in ("where", "path") if k in row))
-    if not rows:
-        click.echo(nothing)
+    lines = [
+        f"{row['plan']}: {row['state']}" + "".join(f"  {row[key]}" for key in ("where", "path") if key in row)
+        for row in rows
+    ]
+    hand_over(rows, lambda: "\n".join(lines) or nothing, as_json)

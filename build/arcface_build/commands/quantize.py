@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from arcface_build import terminal
+from arcface_build.commands.options.folders import models_dir_option
+from arcface_build.commands.options.numbers import DRIFT
+from arcface_build.commands.options.output import hand_over, json_option
+from arcface_build.commands.options.settings import settings
 
 EPILOG = """\b
 Examples:
@@ -15,6 +20,7 @@ Examples:
   arcface quantize mymodel --precision int8 --eval crops/       finds the layers to keep, if any; crops/PERSON/*.jpg
   arcface quantize mymodel --precision fp16 --eval crops/       typed ONNX for TensorRT
   arcface quantize mymodel --precision int8 --target tensorrt --recipe models/mymodel/variants/int8-cpu.json
+  arcface quantize mymodel --precision int8 --verify others/    judges what is there; what fails is set aside
 Exit codes: 0 passed, 1 refused by the gate, 2 wrong use, 3 something needed is missing.
 """
 
@@ -24,20 +30,28 @@ Exit codes: 0 passed, 1 refused by the gate, 2 wrong use, 3 something needed is 
 @click.option("--precision", required=True, type=click.Choice(["fp16", "bf16", "int8"]))
 @click.option("--target", type=click.Choice(["cpu", "tensorrt"]), help="Default: tensorrt for fp16, else cpu.")
 @click.option("--eval", "eval_source", default="synthetic", help="Judge by: FOLDER of crops, .npz, or synthetic.")
-@click.option("--eval-faces", default=400, type=click.IntRange(1), help="At most so many of them.")
-@click.option("--calibration", help="Ranges from: FOLDER, .npz or synthetic. Default: a draw from --eval.")
+@click.option(
+    "--eval-faces", default=400, type=click.IntRange(2), help="At most so many: half to search on, half to judge."
+)
+@click.option("--calibration", help="Ranges from: FOLDER, .npz or synthetic. Default: the first half of --eval.")
 @click.option(
     "--max-drift",
-    type=click.FloatRange(0, 2),
+    type=DRIFT,
     help="Limit of 1 − cosine per face; default: comparison.max_drift of the configuration.",
 )
-@click.option("--search/--no-search", default=True, help="Find the layers to keep where the plain variant fails.")
+@click.option(
+    "--margin",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="The search aims at this share of the limit; default: comparison.margin of the configuration.",
+)
+@click.option("--search/--no-search", default=True, help="Find the layers to keep where the plain variant misses it.")
 @click.option("--keep", multiple=True, help="A layer (node name) that stays in higher precision; may be repeated.")
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="Replay a recipe or a sidecar: no calibration, no search."
 )
-@click.option("--models-dir", type=click.Path(path_type=Path), default=Path("models"))
-@click.option("--json", "as_json", is_flag=True, help="Print the sidecar.")
+@click.option("--verify", metavar="FACES", help="Build nothing: judge the variant that is there on these faces.")
+@models_dir_option
+@json_option
 def command(
     name: str,
     precision: str,
@@ -46,50 +60,58 @@ def command(
     eval_faces: int,
     calibration: str | None,
     max_drift: float | None,
+    margin: float | None,
     search: bool,
     keep: tuple[str, ...],
     recipe: Path | None,
+    verify: str | None,
     models_dir: Path,
     as_json: bool,
 ) -> None:
     """Make a variant of an imported model and let it through only if its drift is within the gate."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from arcface_build.variants.make import TARGETS, Wish, make_variant
+    from arcface_build.variants.verify import verify_variant
 
-    from arcface_build.variants.make import Wish, make_variant
-    from arcface_clients.config.sources import load_config
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    comparison = settings().comparison
+    limits = comparison.max_drift.model_dump()
+    if max_drift is not None:
+        limits[precision] = max_drift
+    with terminal.item_bars() as bars:
 
         def stage(title: str) -> Callable[[int, int], None]:
             task = bars.add_task(title, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
-        limit = getattr(load_config().comparison.max_drift, precision) if max_drift is None else max_drift
-        wish = Wish(precision, target, eval_source, eval_faces, calibration, limit, search, keep, recipe)
-        sidecar, _ = make_variant(models_dir / name, wish, stage)
-    if as_json:
-        click.echo(json.dumps(sidecar, indent=2))
-    else:
-        _print(models_dir / name, sidecar)
+        if verify is not None:
+            where = target or TARGETS[precision][0]
+            sidecar = verify_variant(models_dir / name, precision, where, verify, eval_faces, limits, stage)
+        else:
+            aim = comparison.margin if margin is None else margin
+            wish = Wish(precision, target, eval_source, eval_faces, calibration, limits, aim, search, keep, recipe)
+            sidecar, _ = make_variant(models_dir / name, wish, stage)
+    hand_over(sidecar, lambda: _told(models_dir / name, sidecar), as_json)
 
 
-def _print(model_dir: Path, sidecar: dict[str, Any]) -> None:
-    click.echo(f"{sidecar['precision']} of {sidecar['name']}: {model_dir / sidecar['file']}")
+def _told(model_dir: Path, sidecar: dict[str, Any]) -> str:
+    lines = [f"{sidecar['precision']} of {sidecar['name']}: {model_dir / sidecar['file']}"]
     for gate in sidecar["gates"]:
         drift = gate["drift"]
         line = f"  {'passed' if gate['passed'] else 'REFUSED'} in {gate['runtime']}: worst of {drift['faces']} faces"
+        line += {"all": "", "held back": " held back"}.get(gate["judged_on"], f" of {gate['judged_on']}")
         line += f" {drift['max_drift']:.3g} of {gate['limit']:g} allowed, mean {1 - drift['mean_cosine']:.3g}"
         if gate["accuracy"] is not None:
             line += f"; accuracy {gate['accuracy']:.2%}, fp32 {gate['accuracy_reference']:.2%}"
-        click.echo(line)
+        lines.append(line)
+        if searched := gate["searched"]:
+            told = f"{searched['max_drift']:.3g}, aimed at {searched['limit']:g}"
+            lines.append(f"    on the {searched['faces']} faces that it was fitted to: {told}")
+        if clipped := gate["clipped"]:
+            lines.append(f"    ranges cut off at most {clipped['worst']:.3%} of a tensor's values")
     recipe = sidecar["recipe"]
     if recipe and recipe["keep"]:
-        click.echo(f"  kept in higher precision ({len(recipe['keep'])}): {', '.join(recipe['keep'])}")
+        lines.append(f"  kept in higher precision ({len(recipe['keep'])}): {', '.join(recipe['keep'])}")
     plot = model_dir / "variants" / f"{sidecar['precision']}-{sidecar['target']}.search.png"
     if recipe and recipe["search"] and plot.is_file():  # a replay has the search's record and no plot of its own
-        click.echo(f"  search: {plot}")
-    if sidecar["eval"]["origin"] == "synthetic":
-        click.echo("  judged by drawn faces: for a verdict on real ones give --eval FOLDER")
+        lines.append(f"  search: {plot}")
+    lines += [f"  warning: {warning}" for warning in sidecar.get("warnings", ())]
+    return "\n".join(lines)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import signal
-import sys
-import tempfile
-from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-if TYPE_CHECKING:
-    import numpy as np
+from arcface_build import terminal
+from arcface_build.commands.options.folders import model_repository_option, models_dir_option, repository_at
+from arcface_build.commands.options.numbers import POSITIVE
+from arcface_build.commands.options.output import hand_over, json_option
+from arcface_build.commands.options.settings import settings
 
-    from arcface_build.serving.choose import Choice
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from arcface_build.serving.choose import BackendChoice
     from arcface_build.serving.process import TritonProcess
     from arcface_clients.checks.parity import ParityReport
 
@@ -34,7 +33,8 @@ PORT = click.IntRange(1, 65535)
 
 
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_SERVE", "show_default": True})
-@click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
+@model_repository_option
+@models_dir_option
 @click.option(
     "--backend",
     "--model-config-name",
@@ -60,17 +60,18 @@ PORT = click.IntRange(1, 65535)
     "--faces", "faces_from", type=click.Path(path_type=Path), help="Crops for the table; default: drawn faces."
 )
 @click.option("--once", is_flag=True, help="Stop after the table; exit 1 when a gate fails.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@json_option
 @click.option(
     "--ready-timeout",
     "ready_timeout_s",
     default=300.0,
-    type=click.FloatRange(0, min_open=True),
+    type=POSITIVE,
     help="Seconds to wait for the models.",
 )
 @click.argument("triton_arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
     model_repository: Path | None,
+    models_dir: Path,
     backend: str,
     variant: str,
     host: str,
@@ -86,141 +87,76 @@ def command(
     triton_arguments: tuple[str, ...],
 ) -> int:
     """Start Triton on model_repository/, prove it with a few faces, keep serving until Ctrl-C or SIGTERM."""
-    from arcface_build.plans.gpu import gpu_sm
-    from arcface_build.repository.versions import find_repository
-    from arcface_build.serving.binary import find_tritonserver
-    from arcface_build.serving.choose import Choice, order_of_backends
-    from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess
-    from arcface_build.serving.variant import take_best_variant
-    from arcface_clients.config.sources import load_config
-    from arcface_clients.errors import GateFailed
+    from arcface_build.serving.process import Ports
+    from arcface_build.serving.run import Interrupt, ServeRequest, serve
 
     interrupt = Interrupt()
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
         signal.signal(number, interrupt)
-    repository = find_repository(model_repository)
-    ports = Ports(http_port, grpc_port, metrics_port)
-    ports.check_free(host)  # before any work
-    settings = load_config()
-    faces = _faces(faces_from, settings.validation.eval_set_size)
-    choice, with_reference = _prepare(repository, backend, demo, reference and settings.validation.run_on_startup)
-    binary = find_tritonserver()
-    _say(f"tritonserver {binary.origin}\nbackend {choice.backend}: {choice.reason}", as_json)
-    # Tuned for the installed weights: another variant would take the tuned settings away.
-    if choice.backend == "onnx" and variant == "auto" and backend != "tuned" and gpu_sm() is None:
-        _say(f"variant {take_best_variant(repository, repository.parent / 'models')}", as_json)
-    backends = order_of_backends(choice.backend, settings.fallback) if with_reference and not once else [choice.backend]
-    for position, name in enumerate(backends):
-        server = TritonProcess(
-            binary,
-            repository,
-            ["arcface", "arcface_parity"] if with_reference and name != "reference" else ["arcface"],
-            config_name="tuned" if backend == "tuned" and name == "onnx" else name,
-            ports=ports,
-            host=host,
-            log_path=_log_path(repository, http_port),
-            extra=(LATENCY_QUANTILES, *triton_arguments),
-        )
-        with server:
-            server.wait_ready(ready_timeout_s)
-            report = _prove(server, Choice(name, choice.reason), faces, with_reference, as_json)
-            if once:
-                return 0 if report.passed else 1
-            if report.passed or name == "reference":
-                with contextlib.suppress(KeyboardInterrupt):  # from here on it is how one ends it
-                    _say(_invitation(server), as_json)
-                    _serve(server, interrupt)
-                break
-            _complain(report, backends[position + 1 : position + 2])
-    else:
-        raise GateFailed(
-            "no backend passed its gate, nothing is served. See which faces: arcface compare; go back: arcface rollback"
-        )
-    _say("stopped: no process is left", as_json)
-    return 0
-
-
-def _prepare(repository: Path, asked: str, demo: bool, reference: bool) -> tuple[Choice, bool]:
-    """Weights where there are none, then the backend choice and whether InsightFace is loaded beside it."""
-    from arcface_build.plans.gpu import gpu_sm
-    from arcface_build.repository.versions import versions
-    from arcface_build.serving.choose import choose_backend, plan_sms
-    from arcface_clients.errors import Missing
-
-    if demo and not versions(repository / "arcface_onnx") and not versions(repository / "arcface_trt"):
-        from arcface_build.commands.import_ import command as import_command
-
-        click.echo("no weights in model_repository/: importing the demo network (NOT for recognition)", err=True)
-        folders = ["--models-dir", str(repository.parent / "models"), "--model-repository", str(repository)]
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table, or for one JSON object
-            import_command.main(["demo", *folders], standalone_mode=False)
-    has_reference = bool(versions(repository / "arcface_reference")) and find_spec("insightface") is not None
-    if asked == "tuned":
-        if not (repository / "arcface_onnx" / "configs" / "tuned.pbtxt").is_file():
-            raise Missing("arcface_onnx has no configs/tuned.pbtxt for the weights that it serves. Next: arcface tune")
-        asked = "onnx"
-    choice = choose_backend(
-        asked, gpu_sm(), plan_sms(repository), bool(versions(repository / "arcface_onnx")), has_reference
+    repository, config = repository_at(model_repository), settings()
+    asked = ServeRequest(
+        repository=repository,
+        models_dir=repository.parent / models_dir,  # beside it, where the configuration names no absolute folder
+        faces_bgr_u8=_faces(faces_from, config.validation.eval_set_size),
+        backend=backend,
+        variant=variant,
+        host=host,
+        ports=Ports(http_port, grpc_port, metrics_port),
+        demo=demo,
+        reference=reference,
+        once=once,
+        ready_timeout_s=ready_timeout_s,
+        extra=triton_arguments,
     )
-    return choice, reference and has_reference and choice.backend != "reference"
+    passed = serve(asked, config, Shell(as_json), interrupt)
+    if not once:
+        _say("stopped: no process is left", as_json)
+    return 0 if passed else 1
 
 
-def _faces(faces_from: Path | None, count: int) -> np.ndarray:
+class Shell:
+    """Who called `arcface serve`; with --json only the proof goes to stdout."""
+
+    notice = staticmethod(terminal.notice)
+    importing = staticmethod(terminal.phase_bar)
+
+    def __init__(self, as_json: bool) -> None:
+        """Nothing is said yet."""
+        self._as_json = as_json
+
+    def chosen(self, line: str) -> None:
+        """What will serve, and why."""
+        _say(line, self._as_json)
+
+    def proved(self, server: TritonProcess, choice: BackendChoice, report: ParityReport, with_reference: bool) -> None:
+        """The table of backends, or the one JSON document."""
+        from arcface_clients.checks.parity import render_table
+
+        urls = {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}
+        result = {"backend": choice.backend, "reason": choice.reason, "urls": urls, "parity": report.to_json()}
+        alone = "" if with_reference else "\nno reference is loaded: nothing was compared with InsightFace"
+        hand_over(result, lambda: render_table(report) + alone, self._as_json)
+
+    def failed(self, report: ParityReport, instead: str | None) -> None:
+        """In red: a backend is not served."""
+        failed = "; ".join(f"{row.model} {row.gate}" for row in report.rows if not row.passed)
+        following = f"serving {instead} instead" if instead else "no fallback is left"
+        terminal.complaint(click.style(f"VALIDATION FAILED: {failed}; {following}", fg="red", bold=True))
+
+    def serving(self, server: TritonProcess) -> None:
+        """How to use it and how to end it."""
+        _say(_invitation(server), self._as_json)
+
+
+def _faces(faces_from: Path | None, count: int) -> npt.NDArray[Any]:
     """What the table is made of: uint8 (N,112,112,3) BGR, N ≥ 1.
 
     Raises:
-        InvalidFaces: there is not one face in `faces_from`.
+        WrongUse: there is not one face in `faces_from`.
     """
-    from arcface_clients.faces.synthetic import synthetic_faces
+    from arcface_clients.faces.images import load_or_draw
 
-    if faces_from is None:
-        return synthetic_faces(count)
-    from arcface_clients.errors import InvalidFaces
-    from arcface_clients.faces.images import load_faces
-
-    faces, _, refused = load_faces([faces_from])
-    for crop in refused:
-        click.echo(f"not read: {crop.name}: {crop.refused}", err=True)
-    if not len(faces):
-        raise InvalidFaces(f"no faces in {faces_from}: expected aligned crops of 112×112 pixels, or .npz of them.")
-    return faces
-
-
-def _log_path(repository: Path, http_port: int) -> Path:
-    """Where tritonserver's output goes; each port its own, so that two servers of one repository keep theirs."""
-    folder = repository.parent / ".cache"
-    name = f"tritonserver-{http_port}.log"
-    if os.access(folder if folder.is_dir() else repository.parent, os.W_OK):
-        return folder / name
-    return Path(tempfile.gettempdir()) / f"arcface-{os.getuid()}" / name
-
-
-def _prove(
-    server: TritonProcess,
-    choice: Choice,
-    faces: np.ndarray,
-    with_reference: bool,
-    as_json: bool,
-) -> ParityReport:
-    """Embed a few faces through every loaded backend and print the table."""
-    from arcface_clients.checks.parity import measure_parity, render_table
-
-    report = measure_parity(server.grpc_url, faces)
-    if as_json:
-        urls = {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}
-        told = {"backend": choice.backend, "reason": choice.reason, "urls": urls, "parity": report.to_json()}
-        click.echo(json.dumps(told, indent=2))
-    else:
-        click.echo(render_table(report))
-        if not with_reference:
-            click.echo("no reference is loaded: nothing was compared with InsightFace")
-    return report
-
-
-def _complain(report: ParityReport, following: list[str]) -> None:
-    failed = "; ".join(f"{row.model} {row.gate}" for row in report.rows if not row.passed)
-    instead = f"serving {following[0]} instead" if following else "no fallback is left"
-    click.secho(f"VALIDATION FAILED: {failed}; {instead}", fg="red", bold=True, err=True)
+    return load_or_draw([faces_from] if faces_from else [], count, terminal.complaint)[0]
 
 
 def _invitation(server: TritonProcess) -> str:
@@ -237,32 +173,5 @@ try it:
 Ctrl-C stops it."""
 
 
-def _serve(server: TritonProcess, interrupt: Interrupt) -> NoReturn:
-    """Wait until the server ends by itself, which it should not, or until we are interrupted."""
-    from arcface_build.errors import ServerFailed
-    from arcface_build.serving.process import reason_of_end
-
-    while (status := server.wait(timeout_s=1.0)) is None:
-        if interrupt.came:
-            raise KeyboardInterrupt
-    raise ServerFailed(f"tritonserver ended by itself {reason_of_end(status, server.log_path)}")
-
-
 def _say(text: str, as_json: bool) -> None:
-    click.echo(text, err=as_json)
-
-
-class Interrupt:
-    """A signal handler that raises KeyboardInterrupt, and remembers it.
-
-    Python drops what is raised while it runs a finaliser (`__del__`): one SIGTERM in some thousand would be lost.
-    """
-
-    def __init__(self) -> None:
-        """No signal yet."""
-        self.came = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Called by Python between two instructions of the main thread."""
-        self.came = True
-        raise KeyboardInterrupt
+    (terminal.notice if as_json else click.echo)(text)

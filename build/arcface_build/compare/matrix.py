@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from arcface_build.compare.comparison import Faces, check_contracts
 from arcface_build.compare.sides import Side
+from arcface_clients.engines.model_folder import find_model
+from arcface_clients.errors import WrongUse
 from arcface_clients.evidence.accuracy import Pairs, changed_decisions, measure_accuracy
 from arcface_clients.evidence.drift import compare_embeddings, cosine_per_face
 
@@ -41,20 +44,22 @@ def parity_matrix(
         progress: called before each combination.
     """
     progress(f"{reference.label}, the reference")
-    expected = reference.encode(faces.pixels)
+    pixels = faces.pixels
+    if pixels is None:
+        raise WrongUse("a matrix embeds faces and there are none: name crops with --faces FOLDER.")
+    expected = _encoder(reference)(pixels)
     if pairs is not None and threshold is None:
         threshold = measure_accuracy(expected, pairs, resamples=0).fold_threshold
     rows: list[dict[str, Any]] = []
     for opened in open_candidates:
         with opened() as side:
             check_contracts(reference, side)
+            encode = _encoder(side)
             limit = limits.get(side.precision, limits["fp32"])
             alone: np.ndarray | None = None
             for batch in sorted({1, *batches}):
                 progress(f"{side.label} {side.precision}, batch {batch}")
-                got = np.concatenate(
-                    [side.encode(faces.pixels[i : i + batch]) for i in range(0, len(faces.pixels), batch)]
-                )
+                got = np.concatenate([encode(pixels[i : i + batch]) for i in range(0, len(pixels), batch)])
                 alone = got if alone is None else alone
                 rows.append(_row(side, batch, expected, got, alone, limit, pairs, threshold))
     return {
@@ -68,6 +73,14 @@ def parity_matrix(
         "rows": rows,
         "passed": all(row["passed"] for row in rows),
     }
+
+
+def _encoder(side: Side) -> Callable[[np.ndarray], np.ndarray]:
+    if side.encode is None:
+        raise WrongUse(
+            f"{side.label} holds saved embeddings: a matrix needs an engine, a server, an ONNX file or a plan."
+        )
+    return side.encode
 
 
 def _row(
@@ -99,3 +112,9 @@ def _row(
         "batch_difference_allowed": allowed,
         "passed": drift.max_drift <= limit and difference <= allowed,
     }
+
+
+def files_of(models_dir: Path, model: str | None) -> list[str]:
+    """The serving ONNX of an imported model and the variants that stand beside it; refused ones have another ending."""
+    folder = find_model(models_dir, model).path
+    return [str(folder / "serving.onnx"), *(str(path) for path in sorted((folder / "variants").glob("*.onnx")))]

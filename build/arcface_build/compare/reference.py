@@ -8,14 +8,13 @@ import numpy as np
 
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines.model_folder import folder_of
+from arcface_clients.engines.runtimes import open_session
 from arcface_clients.evidence.diagnose import Network
 
 
 def reference_network(source: Path) -> tuple[Network, Preprocessing]:
     """The network of an untouched source ONNX, and the preprocessing that the manifest beside it states."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+    session = open_session(source)
     tensor = session.get_inputs()[0]
     step = tensor.shape[0] if isinstance(tensor.shape[0], int) else 32
 
@@ -26,7 +25,7 @@ def reference_network(source: Path) -> tuple[Network, Preprocessing]:
     return network, folder_of(source).preprocessing
 
 
-def find_source(*texts: str) -> Path | None:
+def source_beside(*texts: str) -> Path | None:
     """The source ONNX beside one of the files that are compared (models/NAME/source.onnx), or None."""
     for text in texts:
         path = Path(text)

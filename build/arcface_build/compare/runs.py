@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
+from arcface_clients.engines.runtimes import OnnxSession, open_session
 from arcface_clients.errors import Missing, WrongUse
 
 if TYPE_CHECKING:
@@ -21,24 +22,31 @@ BATCH = 32
 def session_runner(onnx_path: Path, outputs: Sequence[str] | None = None) -> Any:
     """Polygraphy's OnnxrtRunner on the CPU; `outputs` marks these tensors of the graph as outputs."""
     from polygraphy.backend.onnx import BytesFromOnnx, ModifyOutputs, OnnxFromPath
-    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+    from polygraphy.backend.onnxrt import OnnxrtRunner
 
-    model: Any = str(onnx_path)
-    if outputs is not None:
-        model = BytesFromOnnx(ModifyOutputs(OnnxFromPath(str(onnx_path)), outputs=list(outputs)))
-    return OnnxrtRunner(SessionFromOnnx(model, providers=["CPUExecutionProvider"]), name=f"ONNX Runtime {onnx_path}")
+    def session() -> OnnxSession:
+        if outputs is None:
+            return open_session(onnx_path)
+        watched: bytes = BytesFromOnnx(ModifyOutputs(OnnxFromPath(str(onnx_path)), outputs=list(outputs)))()
+        return open_session(watched, label=str(onnx_path))
+
+    return OnnxrtRunner(session, name=f"ONNX Runtime {onnx_path}")
 
 
-def plan_runner(plan: Path) -> Any:
-    """Polygraphy's TrtRunner on a plan.
+def plan_runner(plan: Path, public_key: Path | None) -> Any:
+    """Polygraphy's TrtRunner on a plan that is what its manifest says, and signed where a public key is given.
 
     Raises:
         Missing: TensorRT is not installed here.
+        PlanRefused: see `read_plan`.
     """
     _require_tensorrt(f"running {plan}")
-    from polygraphy.backend.trt import EngineFromPath, TrtRunner
+    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-    return TrtRunner(EngineFromPath(str(plan)), name=f"TensorRT {plan}")
+    from arcface_clients.plans.read import read_plan
+
+    content = read_plan(plan, public_key).content()
+    return TrtRunner(EngineFromBytes(content), name=f"TensorRT {plan}")
 
 
 def tensorrt_runner(onnx_path: Path, outputs: Sequence[str], batch: int) -> Any:

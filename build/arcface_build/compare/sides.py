@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from arcface_clients.engines.model_folder import folder_of, sidecar_of
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.pipeline import Link, engine_arguments
+from arcface_clients.plans.read import read_manifest
+
+if TYPE_CHECKING:
+    from arcface_clients.config.schema import EmbeddingConfig
 
 SAVED = (".npz", ".npy")
 PLANS = (".plan", ".engine")
@@ -31,13 +37,12 @@ class Side:
 
 
 @contextmanager
-def open_side(text: str, models_dir: Path = Path("models"), model: str | None = None) -> Iterator[Side]:
+def open_side(text: str, config: EmbeddingConfig) -> Iterator[Side]:
     """Open one of: saved embeddings (.npz, .npy), an ONNX file, a plan, HOST:PORT[/MODEL], or ENGINE[@PRECISION].
 
     Args:
         text: what the user gave.
-        models_dir: where in-process engines look for imported models.
-        model: which of those; None takes the only one.
+        config: what in-process engines read, and how the configured server is spoken to.
 
     Raises:
         Missing: a file is not there.
@@ -57,12 +62,13 @@ def open_side(text: str, models_dir: Path = Path("models"), model: str | None = 
         else:
             from arcface_build.compare.runs import active, embed_with, plan_runner, session_runner
 
-            facts = _facts_beside(path)
-            with active(session_runner(path) if suffix == ".onnx" else plan_runner(path)) as runner:
+            run = session_runner(path) if suffix == ".onnx" else plan_runner(path, config.storage.public_key)
+            with active(run) as runner:
+                facts = _facts_beside(path)
                 yield Side(
                     label,
                     facts.get("precision", "fp32"),
-                    facts.get("contract_id"),
+                    facts.get("contract_id") or None,
                     lambda faces: embed_with(runner, faces),
                 )
     elif ":" in text:
@@ -71,15 +77,16 @@ def open_side(text: str, models_dir: Path = Path("models"), model: str | None = 
         scheme, _, rest = text.rpartition("://")
         address, _, served_name = rest.partition("/")
         url = f"{scheme}://{address}" if scheme else address
-        with TritonEmbedder(url, served_name or "arcface") as embedder:
+        model, access = served_name or config.triton.model, config.triton.access_to(url)
+        with TritonEmbedder(url, model, timeout_s=config.triton.timeout_s, **access) as embedder:
             served = embedder.ensure_ready()
             yield Side(f"{served.name} at {url}", served.precision or "fp32", served.contract_id, embedder.encode)
     else:
         if path.exists():
             raise WrongUse(f"{text} is neither {', '.join(SAVED)}, .onnx nor {', '.join(PLANS)}: cannot compare it.")
         name, _, precision = text.partition("@")
-        options = {"precision": precision} if precision else {}
-        with EngineRegistry.get(name, models_dir=models_dir, model=model, **options) as engine:
+        link = Link(EngineRegistry.canonical(name), config.device, precision or config.precision, name)
+        with EngineRegistry.get(link.engine, **engine_arguments(link, config)) as engine:
             engine.ensure_ready()
             yield Side(text, getattr(engine, "precision", "fp32"), engine.contract_id, engine.encode)
 
@@ -124,11 +131,14 @@ def _is_serving(path: Path) -> bool:
 
 
 def _facts_beside(path: Path) -> dict[str, str]:
-    """Precision and contract id from the JSON beside a variant or a plan, or from the manifest of its folder."""
-    for candidate in (path.with_suffix(".json"), path.with_name("manifest.json"), path.parent.parent / "manifest.json"):
-        if candidate.is_file():
-            facts = json.loads(candidate.read_text())
-            found = {key: facts[key] for key in ("precision", "contract_id") if isinstance(facts.get(key), str)}
-            if found:
-                return found
-    return {}
+    """Precision and contract id of a variant, a plan or an import, where a file beside it says."""
+    told: dict[str, str | None]
+    if path.suffix.lower() in PLANS:
+        plan = read_manifest(path)
+        told = {"precision": plan.spec.precision, "contract_id": plan.contract_id}
+    else:
+        manifest, sidecar = folder_of(path).manifest, sidecar_of(path) or {}
+        told = {"precision": sidecar.get("precision"), "contract_id": sidecar.get("contract_id")}
+        if manifest:
+            told = {key: value or getattr(manifest, key) for key, value in told.items()}
+    return {key: value for key, value in told.items() if isinstance(value, str)}

@@ -27,7 +27,7 @@ def dynamic_batch(model: onnx.ModelProto) -> Step:
     batch = declared_batch(face)
     baked = baked_reshapes(model)
     for node in baked:
-        shape = index.constant(node.input[1]).copy()
+        shape = np.array(index.constant(node.input[1]))
         shape[0] = 0  # "as in the input": unlike −1 it cannot mix faces
         node.input[1] = index.add_constant(f"{node.output[0]}_shape", shape.astype(np.int64))
     for value in (face, *graph.output):

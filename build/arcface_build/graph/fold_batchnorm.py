@@ -45,8 +45,8 @@ def fold_batchnorm(model: onnx.ModelProto) -> Step:
 
 def affine_of(index: GraphIndex, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray] | None:
     """(s, t) of y = s·x + t per channel, float64; None where a parameter is computed at run time."""
-    values = [index.constant(name) for name in node.input[1:5]]
-    if any(value is None for value in values):
+    values = [value for name in node.input[1:5] if (value := index.constant(name)) is not None]
+    if len(values) != 4:
         return None
     scale, bias, mean, variance = (value.astype(np.float64) for value in values)
     slope = scale / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
@@ -61,11 +61,10 @@ def _into_maker(
     if maker is None or index.only_user(node.input[0]) is not node:
         return False
     if maker.op_type in ("Flatten", "Reshape") and _flattens(index, known, maker):
-        if known.get(maker.input[0], [])[2:] != [1, 1] or index.only_user(maker.input[0]) is not maker:
+        flat = maker.input[0]
+        if known.get(flat, [])[2:] != [1, 1] or index.only_user(flat) is not maker or flat not in index.maker:
             return False
-        maker = index.maker.get(maker.input[0])
-        if maker is None:
-            return False
+        maker = index.maker[flat]
     weight = _weight(index, maker)
     if weight is None:
         return False
@@ -184,6 +183,6 @@ def _is_exact_before(conv: onnx.NodeProto, weight: np.ndarray, shift: np.ndarray
 def _flattens(index: GraphIndex, known: dict[str, list], node: onnx.NodeProto) -> bool:
     """Whether the node makes (N, C·H·W) of (N, C, H, W)."""
     if node.op_type == "Flatten":
-        return attribute(node, "axis", 1) == 1
+        return bool(attribute(node, "axis", 1) == 1)
     shape = index.constant(node.input[1])
     return shape is not None and shape.size == 2 and shape[0] in (0, -1)

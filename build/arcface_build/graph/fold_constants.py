@@ -17,7 +17,8 @@ def fold_constants(model: onnx.ModelProto) -> Step:
     """Turn Constant nodes and all that follows from constants alone into initializers; drop Identity and Dropout."""
     graph = model.graph
     index = GraphIndex(graph)
-    folded, dropped, gone = 0, 0, {}
+    folded, dropped = 0, 0
+    gone: dict[str, list[onnx.NodeProto]] = {}
     renamed: dict[str, str] = {}
     for node in graph.node:
         name = node.output[0]

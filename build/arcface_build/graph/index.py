@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class GraphIndex:
         if any(value is None for value in feeds.values()):
             return None
         try:
-            values = ReferenceEvaluator(node).run(None, feeds)
+            values: Any = ReferenceEvaluator(node).run(None, feeds)
         except Exception:  # an operator that the evaluator lacks is computed at run time
             return None
         return np.asarray(values[list(node.output).index(name)])
@@ -91,7 +91,7 @@ def _is_constant(node: onnx.NodeProto, constants: set[str]) -> bool:
     return known and not drawn and all(item.type != onnx.AttributeProto.GRAPH for item in node.attribute)
 
 
-def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:
+def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     """The value of a node's attribute, or `default` where it is not given."""
     import onnx
 

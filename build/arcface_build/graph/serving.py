@@ -1,6 +1,7 @@
 """Serving form: a network that eats float NCHW in, one from uint8 BGR crops to unit embeddings out.
 
-face uint8 [N,112,112,3] BGR → Cast → Transpose → (x − mean) / std → network → L2 → embedding float32 [N,D].
+face uint8 [N,112,112,3] BGR → Cast → Transpose → (x − mean) / std → network → L2 → embedding float32 [N,D], its
+length before that as norm float32 [N,1], and the contract id as contract int32 [N,4].
 The channel order costs nothing: the first convolution's weights are turned round. Mean and std stay two nodes of
 their own: folded into a padded convolution they would be wrong at the border, and weights 127 times smaller lose bits
 in fp16.
@@ -15,7 +16,16 @@ import numpy as np
 from arcface_build.graph import Step
 from arcface_build.graph.index import GraphIndex, attribute, drop_unused, reconnect
 from arcface_build.graph.upgrade_opset import opset_of
-from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, Preprocessing
+from arcface_clients.contract import (
+    CONTRACT_OUTPUT,
+    EMBEDDING_OUTPUT,
+    FACE_INPUT,
+    FACE_SHAPE,
+    NORM_OUTPUT,
+    OUTPUTS,
+    Preprocessing,
+    contract_words,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -23,10 +33,18 @@ if TYPE_CHECKING:
 SMALLEST_NORM = 1e-6  # a zero embedding stays zero instead of NaN; representable in fp16
 BATCH = "N"
 SERVING_NAME = "arcface_serving"  # of the graph: by this an import knows its own product
+_FIRST = (("starts", 0), ("ends", 1))  # Slice: the first of the dimensions
 
 
-def serving_form(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int) -> Step:
-    """Put preprocessing in front and the L2 normalisation behind; names and shapes of the tensor contract."""
+def serving_form(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int, contract: str) -> Step:
+    """Put preprocessing in front and the L2 normalisation behind; names and shapes of the tensor contract.
+
+    Args:
+        model: a network from float NCHW to raw embeddings; changed in place.
+        preprocessing: what it wants.
+        dim: D.
+        contract: the contract id that its answers are to carry.
+    """
     import onnx
 
     graph = model.graph
@@ -34,14 +52,17 @@ def serving_form(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int)
     source = GraphIndex(graph).inputs()[0].name
     turned = preprocessing.color == "bgr" or _turn_first_conv(graph, source)
     front = _front(graph, source, preprocessing, gather=not turned)
-    back = _back(graph, opset_of(model), dim)
+    back = [*_back(graph, opset_of(model)), *_name_itself(graph, contract)]
     body = onnx.GraphProto()
     body.node.extend([*front, *graph.node, *back])
     del graph.node[:]
     graph.node.extend(body.node)
     del graph.input[:], graph.output[:], graph.value_info[:]
     graph.input.append(onnx.helper.make_tensor_value_info(FACE_INPUT, onnx.TensorProto.UINT8, [BATCH, *FACE_SHAPE]))
-    graph.output.append(onnx.helper.make_tensor_value_info(EMBEDDING_OUTPUT, onnx.TensorProto.FLOAT, [BATCH, dim]))
+    kinds = {EMBEDDING_OUTPUT: (1, dim), NORM_OUTPUT: (1, 1), CONTRACT_OUTPUT: (6, 4)}  # FLOAT, FLOAT, INT32
+    for name in OUTPUTS:
+        kind, width = kinds[name]
+        graph.output.append(onnx.helper.make_tensor_value_info(name, kind, [BATCH, width]))
     graph.name = SERVING_NAME
     drop_unused(graph)
     order = "none needed" if preprocessing.color == "bgr" else "first Conv's weights" if turned else "Gather"
@@ -63,7 +84,7 @@ def _front(graph: onnx.GraphProto, source: str, preprocessing: Preprocessing, ga
     for op, values, neutral in (("Sub", preprocessing.mean, 0.0), ("Div", preprocessing.std, 1.0)):
         if set(values) == {neutral}:
             continue
-        number = np.float32(values[::-1] if backwards else values)
+        number = np.asarray(values[::-1] if backwards else values, np.float32)
         number = number[:1] if len(set(values)) == 1 else number.reshape(1, 3, 1, 1)
         label = "face_centred" if op == "Sub" else "face_scaled"
         nodes.append(
@@ -73,23 +94,42 @@ def _front(graph: onnx.GraphProto, source: str, preprocessing: Preprocessing, ga
     return nodes
 
 
-def _back(graph: onnx.GraphProto, opset: int, dim: int) -> list[onnx.NodeProto]:
+def _back(graph: onnx.GraphProto, opset: int) -> list[onnx.NodeProto]:
     """Nodes from the source's output to unit rows; Flatten also where it is [N,D,1,1]."""
     from onnx.helper import make_node
 
     index = GraphIndex(graph)
     raw = graph.output[0].name
-    floor = index.add_constant("smallest_norm", np.float32([SMALLEST_NORM]))
+    floor = index.add_constant("smallest_norm", np.asarray([SMALLEST_NORM], np.float32))
     if opset >= 18:  # ReduceL2 takes its axes as an input from opset 18 on
         axes = index.add_constant("embedding_axis", np.array([1], np.int64))
-        norm = make_node("ReduceL2", ["embedding_raw", axes], ["embedding_norm"], keepdims=1, name="embedding_norm")
+        norm = make_node("ReduceL2", ["embedding_raw", axes], [NORM_OUTPUT], keepdims=1, name="embedding_norm")
     else:
-        norm = make_node("ReduceL2", ["embedding_raw"], ["embedding_norm"], axes=[1], keepdims=1, name="embedding_norm")
+        norm = make_node("ReduceL2", ["embedding_raw"], [NORM_OUTPUT], axes=[1], keepdims=1, name="embedding_norm")
     return [
         make_node("Flatten", [raw], ["embedding_raw"], axis=1, name="embedding_raw"),
         norm,
-        make_node("Max", ["embedding_norm", floor], ["embedding_length"], name="embedding_length"),
+        make_node("Max", [NORM_OUTPUT, floor], ["embedding_length"], name="embedding_length"),
         make_node("Div", ["embedding_raw", "embedding_length"], [EMBEDDING_OUTPUT], name=EMBEDDING_OUTPUT),
+    ]
+
+
+def _name_itself(graph: onnx.GraphProto, contract: str) -> list[onnx.NodeProto]:
+    """Nodes that repeat the contract's words for each face.
+
+    The batch is read behind the Cast: TensorRT computes nothing in uint8, the shape of `face` included.
+    """
+    from onnx.helper import make_node
+
+    index = GraphIndex(graph)
+    words = index.add_constant("contract_words", contract_words(contract).reshape(1, 4))
+    first = [index.add_constant(f"contract_{name}", np.array([value], np.int64)) for name, value in _FIRST]
+    four = index.add_constant("contract_width", np.array([4], np.int64))
+    return [
+        make_node("Shape", ["face_float"], ["face_shape"], name="face_shape"),
+        make_node("Slice", ["face_shape", *first], ["face_count"], name="face_count"),
+        make_node("Concat", ["face_count", four], ["contract_shape"], axis=0, name="contract_shape"),
+        make_node("Expand", [words, "contract_shape"], [CONTRACT_OUTPUT], name=CONTRACT_OUTPUT),
     ]
 
 
@@ -120,8 +160,8 @@ def _turn_first_conv(graph: onnx.GraphProto, source: str) -> bool:
 def _free_names(graph: onnx.GraphProto) -> None:
     """Rename tensors of the source whose names the serving form needs."""
     index = GraphIndex(graph)
-    ours = {FACE_INPUT, EMBEDDING_OUTPUT, "face_float", "face_nchw", "face_rgb", "face_centred", "face_scaled"}
-    ours |= {"embedding_raw", "embedding_norm", "embedding_length"}
+    ours = {FACE_INPUT, *OUTPUTS, "face_float", "face_nchw", "face_rgb", "face_centred", "face_scaled"}
+    ours |= {"embedding_raw", "embedding_length", "face_shape", "face_count", "contract_shape"}
     renamed = {}
     for name in ours & ({*index.maker, *index.initializers} | {value.name for value in graph.input}):
         renamed[name] = f"source_{name}"

@@ -8,9 +8,9 @@ import numpy as np
 
 from arcface_build.errors import ProofFailed
 from arcface_build.imports.flavour import Flavour
-from arcface_build.imports.quiet_session import quiet_session
 from arcface_clients.arrays import Array
 from arcface_clients.contract import Preprocessing
+from arcface_clients.engines.runtimes import open_session
 from arcface_clients.evidence.drift import cosine_per_face
 
 MIN_COSINE = {"float16": 0.999}  # a float16 file rounds between its layers, its float32 form does not
@@ -33,7 +33,7 @@ def check_as_given(path: Path, flavour: Flavour, fed: Preprocessing, faces: Arra
     """
     rows = []
     try:
-        session = quiet_session(path)
+        session = open_session(path)
         for face in faces[:FACES]:
             blob = fed.apply(face[None]).astype(DTYPES.get(flavour.input_type, np.float32))
             blob = blob.transpose(0, 2, 3, 1) if flavour.layout == "NHWC" else blob

@@ -38,6 +38,7 @@ class Job:
     source: str
     models_dir: str
     scratch: str
+    cache: str
     name: str | None = None
     stated: dict[str, Any] | None = None
     output: str | None = None
@@ -193,6 +194,7 @@ def _work(job: Job, lines: IO[str]) -> Done:
         job.source,
         scratch,
         known=known_models(),
+        cache=Path(job.cache),
         accept_licence=job.accept_licence,
         insightface_root=Path(job.insightface_root) if job.insightface_root else None,
         say=lambda line: _tell(lines, say=line),

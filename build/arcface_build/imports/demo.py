@@ -10,18 +10,18 @@ import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from arcface_clients.contract import FACE_SIZE, Preprocessing
+from arcface_clients.engines.runtimes import OnnxSession, open_session
 from arcface_clients.errors import WrongUse
 from arcface_clients.faces import synthetic
 from arcface_clients.faces.synthetic import synthetic_faces
 
 if TYPE_CHECKING:
     import onnx
-    import onnxruntime
 
 OPSET = 17
 DIM = 512
@@ -148,7 +148,7 @@ class _Net:
         self._rng = np.random.default_rng([seed, 112])
         self._nodes: list[onnx.NodeProto] = []
         self._weights: list[onnx.TensorProto] = []
-        self._sessions: dict[tuple[int, ...], onnxruntime.InferenceSession] = {}
+        self._sessions: dict[tuple[int, ...], OnnxSession] = {}
         self._convolutions, self._done, self._progress = convolutions, 0, progress
 
     def mark(self) -> tuple[str, np.ndarray]:
@@ -168,10 +168,10 @@ class _Net:
         shape = (channels, self.value.shape[1] // group, kernel, kernel)
         weight = self._rng.normal(0, math.sqrt(2 / (1 + 0.25**2) / fan_in), shape).astype(np.float32)
         pad = kernel // 2 if padded else 0
-        attributes = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [pad] * 4, "group": group}
+        sizes: dict[str, Any] = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": [pad] * 4}
         session = self._conv_session(kernel, stride, pad, group)
         self.value = session.run(None, {"x": self.value, "w": weight})[0]
-        self._append("Conv", {"weight": weight}, **attributes)
+        self._append("Conv", {"weight": weight}, **sizes, group=group)
         self._done += 1
         if self._progress:
             self._progress(self._done, self._convolutions)
@@ -241,7 +241,7 @@ class _Net:
         return model
 
     def _append(
-        self, op: str, weights: dict[str, np.ndarray], extra_inputs: list[str] | None = None, **attributes: object
+        self, op: str, weights: dict[str, np.ndarray], extra_inputs: list[str] | None = None, **attributes: Any
     ) -> None:
         from onnx import helper, numpy_helper
 
@@ -253,9 +253,8 @@ class _Net:
         self._nodes.append(helper.make_node(op, inputs, [f"{node}.out"], name=node, **attributes))
         self.name = f"{node}.out"
 
-    def _conv_session(self, kernel: int, stride: int, pad: int, group: int) -> onnxruntime.InferenceSession:
+    def _conv_session(self, kernel: int, stride: int, pad: int, group: int) -> OnnxSession:
         """One convolution with its weights as an input, so that a handful of sessions serves a whole network."""
-        import onnxruntime
         from onnx import TensorProto, helper
 
         key = (kernel, stride, pad, group)
@@ -266,9 +265,7 @@ class _Net:
             values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * 4) for n in ("x", "w", "y")]
             graph = helper.make_graph([node], "conv", values[:2], values[2:])
             model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
-            self._sessions[key] = onnxruntime.InferenceSession(
-                model.SerializeToString(), providers=["CPUExecutionProvider"]
-            )
+            self._sessions[key] = open_session(model, threads=0, settings={})
         return self._sessions[key]
 
 

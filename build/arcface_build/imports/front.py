@@ -15,9 +15,9 @@ import numpy as np
 
 from arcface_build.graph.cut_out import ancestors, cut_out
 from arcface_build.graph.index import GraphIndex
-from arcface_build.imports.quiet_session import quiet_session
 from arcface_clients.arrays import Array
 from arcface_clients.contract import FACE_SIZE, Preprocessing
+from arcface_clients.engines.runtimes import open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -106,7 +106,7 @@ class Front:
 
         if not self.ops:
             return [blob]
-        self._session = self._session or quiet_session(self._cut)
+        self._session = self._session or open_session(self._cut)
         tensor = self._face.type.tensor_type
         dims = [dim.dim_value for dim in tensor.shape.dim]
         blob = blob.astype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
@@ -24,7 +24,6 @@ from arcface_build.graph.upgrade_opset import opset_of, upgrade_opset
 from arcface_build.imports.as_given import check_as_given
 from arcface_build.imports.flavour import check_width, flavour_of
 from arcface_build.imports.front import Front
-from arcface_build.imports.manifest import FILE, Manifest, load_manifest
 from arcface_build.imports.onnx_file import external_files, read_source
 from arcface_build.imports.outputs import keep_embedding
 from arcface_build.imports.preprocessing import Stated, decide_preprocessing
@@ -35,7 +34,9 @@ from arcface_build.imports.source import Source, file_digest
 from arcface_clients.arrays import Array
 from arcface_clients.atomic import new_folder, write_json
 from arcface_clients.contract import Preprocessing, contract_id
+from arcface_clients.engines.import_manifest import IMPORT_MANIFEST, ImportManifest, read_import_manifest
 from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.evidence.drift import DRIFT_LIMITS
 
 if TYPE_CHECKING:
     import onnx
@@ -43,9 +44,9 @@ if TYPE_CHECKING:
 SOURCE_FILE = "source.onnx"
 SERVING_FILE = "serving.onnx"
 CPU_FILE = "serving_cpu.onnx"
-CONVERSION = 3  # raise it when the steps give another graph: earlier imports are then done again
+CONVERSION = 4  # raise it when the steps give another graph: earlier imports are then done again
 TOOLS = ("arcface-triton", "onnx", "onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu", "insightface", "numpy")
-Progress = Callable[[str, int, int], None]  # (what, done, total)
+OnStep = Callable[[str, int, int], None]  # (what, done, total)
 
 
 def import_model(
@@ -56,8 +57,9 @@ def import_model(
     stated: Stated | None = None,
     output: str | None = None,
     variants_of: Path | None = None,
-    progress: Progress = lambda what, done, total: None,
-) -> Manifest:
+    limits: Mapping[str, float] = DRIFT_LIMITS,
+    progress: OnStep = lambda what, done, total: None,
+) -> ImportManifest:
     """Convert, prove and write; `folder` appears (or is replaced) whole, or is left as it was.
 
     Args:
@@ -67,6 +69,7 @@ def import_model(
         stated: the user's word on preprocessing; each part of it wins over everything.
         output: the name of the embedding, where the file has several outputs that can be one.
         variants_of: the folder of an earlier import whose variants may be kept; by default `folder`.
+        limits: largest drift by precision; the proof applies that of fp32.
         progress: told what is being done.
 
     Raises:
@@ -101,27 +104,30 @@ def import_model(
             progress("look again", 0, 1)
             look = second_look(repaired.model, preprocessing, faces)
         progress("convert", 0, 1)
-        serving, steps = to_serving(repaired.model, preprocessing, dim)
+        contract = contract_id(_identity(source, output if outputs > 1 else None), preprocessing, dim)
+        serving, steps = to_serving(repaired.model, preprocessing, dim, contract)
         _save_checked(serving, temporary / SERVING_FILE)
         opset = opset_of(serving)
-        prove_file = partial(_prove, faces=faces, expected=expected, reference=reference, progress=progress)
+        prove_file = partial(
+            _prove, faces=faces, expected=expected, reference=reference, limits=limits, progress=progress
+        )
         proof = prove_file(temporary / SERVING_FILE)
         cpu, cpu_step = _cpu_form(serving, temporary / CPU_FILE, prove_file)
-        manifest = Manifest(
+        manifest = ImportManifest(
             name=folder.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             source=_source_told(source, {**copy, "min_cosine_to_file": as_given}, output),
             flavour=flavour.to_json(),
             preprocessing={**decision.to_json(), "look": look.to_json() if look else None},
             dim=dim,
-            contract_id=contract_id(_identity(source, output if outputs > 1 else None), preprocessing, dim),
+            contract_id=contract,
             steps=[step.to_json() for step in (repaired, *steps, cpu_step)],
             serving={**_described(temporary / SERVING_FILE), "opset": opset, "conversion": CONVERSION},
             proof=proof.to_json(),
             tools=tool_versions(),
             cpu=cpu,
         )
-        write_json(temporary / FILE, manifest.to_json())
+        write_json(temporary / IMPORT_MANIFEST, manifest.to_json())
         _keep_variants(variants_of or folder, temporary, manifest)
     return manifest
 
@@ -154,8 +160,16 @@ def _source_told(source: Source, copy: dict[str, Any], output: str | None) -> di
     return told | ({"recipe": source.recipe} if source.recipe else {}) | {"copy": copy}
 
 
-def _prove(file: Path, faces: ProofFaces, expected: Array, reference: Reference, progress: Progress) -> Proof:
-    return prove(file, faces.faces, expected, reference, faces.origin, partial(progress, f"prove {file.name}"))
+def _prove(
+    file: Path,
+    faces: ProofFaces,
+    expected: Array,
+    reference: Reference,
+    limits: Mapping[str, float],
+    progress: OnStep,
+) -> Proof:
+    on_face = partial(progress, f"prove {file.name}")
+    return prove(file, faces.faces, expected, reference, faces.origin, on_face, limits)
 
 
 def _cpu_form(
@@ -180,25 +194,29 @@ def _cpu_form(
     return {**_described(file), "why": step.why, **proved}, step
 
 
-def to_serving(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int) -> tuple[onnx.ModelProto, list[Step]]:
+def to_serving(
+    model: onnx.ModelProto, preprocessing: Preprocessing, dim: int, contract: str
+) -> tuple[onnx.ModelProto, list[Step]]:
     """Run the graph steps in their order; returns the serving model and what each step did."""
     steps = [upgrade_opset(model)]
     for step in (fold_constants, dynamic_batch, fold_batchnorm):
         steps.append(step(steps[-1].model))
-    steps.append(serving_form(steps[-1].model, preprocessing, dim))
+    steps.append(serving_form(steps[-1].model, preprocessing, dim, contract))
     return steps[-1].model, steps
 
 
-def existing_import(folder: Path, source: Source, stated: Stated | None, output: str | None = None) -> Manifest | None:
+def existing_import(
+    folder: Path, source: Source, stated: Stated | None, output: str | None = None
+) -> ImportManifest | None:
     """The manifest of an earlier import of the same source by the same version, where its files are still whole.
 
     The word on preprocessing has to be the same, too. A demo is the same where its recipe is: it need not be built.
     """
-    if not (folder / FILE).is_file():
+    if not (folder / IMPORT_MANIFEST).is_file():
         return None
     said = (stated or Stated()).to_json()
     try:
-        manifest = load_manifest(folder)
+        manifest = read_import_manifest(folder)
         same = (
             manifest.source.get("recipe", "") == source.recipe
             and (bool(source.recipe) or manifest.source["sha256"] == source.sha256)
@@ -238,10 +256,10 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
-def _keep_variants(old: Path, new: Path, manifest: Manifest) -> None:
+def _keep_variants(old: Path, new: Path, manifest: ImportManifest) -> None:
     """Variants (hours of search, perhaps) outlive a new import that gives the same serving ONNX; others are stale."""
     try:
-        same = load_manifest(old).serving["sha256"] == manifest.serving["sha256"]
+        same = read_import_manifest(old).serving["sha256"] == manifest.serving["sha256"]
     except (Missing, WrongUse, KeyError):
         return
     if same and (old / "variants").is_dir():

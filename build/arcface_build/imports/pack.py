@@ -24,7 +24,7 @@ LARGEST_PACK = 4_000_000_000  # antelopev2 is 400 MB
 
 def insightface_home(given: Path | None = None) -> Path:
     """InsightFace's root: the given one, else INSIGHTFACE_HOME, else ~/.insightface."""
-    return (given or Path(os.environ.get("INSIGHTFACE_HOME", "~/.insightface"))).expanduser()
+    return (given or Path(os.environ.get("INSIGHTFACE_HOME") or "~/.insightface")).expanduser()
 
 
 def find_recognition(

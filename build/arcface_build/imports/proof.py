@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from arcface_build.errors import ProofFailed, SourceRefused
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, Preprocessing
-from arcface_clients.evidence.drift import cosine_per_face
+from arcface_clients.engines.runtimes import first_line, open_session
+from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.evidence.gate import judge_embeddings
 
-if TYPE_CHECKING:
-    import onnxruntime
-
-MIN_COSINE = 0.99999
 MAX_ROW_DIFFERENCE = 1e-5
 BATCHES = (1, 2, 7, 32)
 MIN_FACES = 64
-Progress = Callable[[int, int], None]
+OnCount = Callable[[int, int], None]
+"""Called with how many are done, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,14 @@ class Reference:
         """
         self._preprocessing = preprocessing
         self.label = label or source.name
-        self._session = open_session(source, self.label)
+        self._session = open_session(source, threads=0, settings={}, label=self.label, refused=SourceRefused)
         self._input = self._session.get_inputs()[0].name
         try:
             from insightface.model_zoo.arcface_onnx import ArcFaceONNX
         except ImportError as exc:
             if isinstance(exc.__cause__, KeyboardInterrupt):
                 raise  # Ctrl-C during the import is no missing package
-            self._arcface = None
+            self._arcface: Any = None
             self.name, self.why = "onnxruntime", f"InsightFace cannot be imported ({exc}); preprocessing as stated"
             return
         self._arcface = ArcFaceONNX(model_file=str(source), session=self._session)
@@ -88,25 +87,7 @@ class Reference:
         return np.asarray(self._session.run(None, {self._input: self._preprocessing.apply(face[None])})[0]).reshape(-1)
 
 
-def open_session(path: Path, label: str) -> onnxruntime.InferenceSession:
-    """A session on the CPU provider that keeps stderr clean.
-
-    Raises:
-        SourceRefused: ONNX Runtime refuses the graph.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it would log is raised, too
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as exc:  # pybind raises a class an error code, without a common root
-        raise SourceRefused(
-            f"{label}: ONNX Runtime cannot load the graph: {_first_line(exc)}. Export it again."
-        ) from exc
-
-
-def reference_embeddings(reference: Reference, faces: np.ndarray, progress: Progress | None = None) -> np.ndarray:
+def reference_embeddings(reference: Reference, faces: np.ndarray, progress: OnCount | None = None) -> np.ndarray:
     """Raw embeddings (N,D) of the reference for faces uint8 (N,112,112,3) BGR.
 
     Raises:
@@ -116,9 +97,9 @@ def reference_embeddings(reference: Reference, faces: np.ndarray, progress: Prog
     for face in faces:
         try:
             rows.append(reference.embed(face))
-        except Exception as exc:  # see open_session
+        except Exception as exc:  # pybind raises a class an error code
             raise SourceRefused(
-                f"{reference.label}: ONNX Runtime cannot run it on a 112×112 crop: {_first_line(exc)}. "
+                f"{reference.label}: ONNX Runtime cannot run it on a 112×112 crop: {first_line(exc)}. "
                 "Export it for 112×112."
             ) from exc
         if progress:
@@ -143,14 +124,15 @@ def prove(
     expected: np.ndarray,
     reference: Reference,
     faces_from: str,
-    progress: Progress | None = None,
+    progress: OnCount | None = None,
+    limits: Mapping[str, float] = DRIFT_LIMITS,
 ) -> Proof:
-    """Compare the serving model with the reference's embeddings, then batch rows with single runs.
+    """Compare batch rows of the serving model with single runs, then judge it by the gate for fp32.
 
     Raises:
-        ProofFailed: a face's cosine is below `MIN_COSINE`, or a batch row departs from the single run.
+        ProofFailed: a batch row departs from the single run, or the gate refuses it.
     """
-    session = open_session(serving, serving.name)
+    session = open_session(serving, threads=0, settings={}, label=serving.name, refused=SourceRefused)
     hostile = hostile_batches(faces)
     total = len(faces) + sum(len(batch) for batch in hostile) * 2
     done = 0
@@ -159,8 +141,8 @@ def prove(
         nonlocal done
         try:
             answer = session.run([EMBEDDING_OUTPUT], {FACE_INPUT: batch})[0]
-        except Exception as exc:  # see open_session
-            raise ProofFailed(f"the serving model cannot run a batch of {len(batch)}: {_first_line(exc)}.") from exc
+        except Exception as exc:  # pybind raises a class an error code
+            raise ProofFailed(f"the serving model cannot run a batch of {len(batch)}: {first_line(exc)}.") from exc
         done += len(batch)
         if progress:
             progress(done, total)
@@ -169,31 +151,27 @@ def prove(
     difference = 0.0
     for batch in hostile:
         rows, single = run(batch), np.concatenate([run(face[None]) for face in batch])
-        off = np.abs(rows - single).max(axis=1)
-        if not off.max() <= MAX_ROW_DIFFERENCE:  # NaN counts as a difference
+        # NaN in both is no difference: the gate refuses it below.
+        off = np.abs(np.nan_to_num(rows, nan=2.0) - np.nan_to_num(single, nan=2.0)).max(axis=1)
+        if not off.max() <= MAX_ROW_DIFFERENCE:
             raise ProofFailed(
-                f"faces of a batch change each other: row {int(np.nan_to_num(off, nan=np.inf).argmax())} of "
+                f"faces of a batch change each other: row {int(off.argmax())} of "
                 f"{len(batch)} differs from its single run by {off.max():.3g}, expected ≤ {MAX_ROW_DIFFERENCE:g}. "
                 "Export the model in inference mode with a dynamic batch."
             )
         difference = max(difference, float(off.max()))
     got = np.concatenate([run(faces[i : i + 32]) for i in range(0, len(faces), 32)])
-    if got.shape != expected.shape:
-        raise ProofFailed(f"the serving model gives {got.shape} for {len(faces)} faces: expected {expected.shape}.")
-    norms = np.linalg.norm(got, axis=1)
-    if not np.allclose(norms, 1, atol=1e-5):
-        raise ProofFailed(f"embeddings have norms {norms.min():g}..{norms.max():g}: expected 1.")
-    cosine = cosine_per_face(expected, got)
-    if not cosine.min() >= MIN_COSINE:
+    verdict = judge_embeddings(expected, got, "fp32", limits)
+    if verdict.report is None or not verdict.passed:
         raise ProofFailed(
-            f"the serving model differs from {reference.name}: expected cosine ≥ {MIN_COSINE}, got {cosine.min():.7f} "
-            f"on face {int(cosine.argmin())} of {len(faces)}. Nothing was written; please report the file's flavour."
+            f"the serving model differs from {reference.name}: {verdict.why}. Nothing was written; please report the "
+            "file's flavour."
         )
     return Proof(
         faces=len(faces),
         faces_from=faces_from,
-        min_cosine=float(cosine.min()),
-        mean_cosine=float(cosine.mean()),
+        min_cosine=verdict.report.min_cosine,
+        mean_cosine=verdict.report.mean_cosine,
         max_row_difference=difference,
         batches=list(BATCHES),
         between_faces=between_faces(expected),
@@ -221,8 +199,3 @@ def between_faces(embeddings: np.ndarray) -> float:
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     count = len(unit)
     return float((np.square(unit.sum(axis=0)).sum() - count) / (count * (count - 1))) if count > 1 else 0.0
-
-
-def _first_line(exc: Exception) -> str:
-    text = str(exc).strip().splitlines()
-    return text[0].rstrip(".") if text else type(exc).__name__

@@ -17,9 +17,9 @@ import numpy as np
 from arcface_build.graph.cut_out import cut_out
 from arcface_build.graph.index import GraphIndex, attribute
 from arcface_build.imports.proof_faces import ProofFaces
-from arcface_build.imports.quiet_session import quiet_session
 from arcface_clients.arrays import Array
 from arcface_clients.contract import Preprocessing
+from arcface_clients.engines.runtimes import open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -182,7 +182,7 @@ def _d_prime(cosine: Array, groups: list[list[int]], draw: Array) -> float:
 
 def _runner(model: onnx.ModelProto) -> Any:
     """Call with a blob (1,3,112,112): a dict of the outputs."""
-    session = quiet_session(model)
+    session = open_session(model)
     names = [value.name for value in session.get_outputs()]
     face = session.get_inputs()[0].name
     return lambda blob: dict(zip(names, session.run(None, {face: blob}), strict=True))

@@ -20,6 +20,7 @@ from arcface_clients.errors import Missing, WrongUse
 
 DEMOS = {"demo": "mobile", **{f"demo-{arch}": arch for arch in ARCHITECTURES}}
 Say = Callable[[str], None]
+CACHE = Path("~/.cache/arcface-triton")  # downloads, where nobody says otherwise (storage.cache)
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,12 @@ def resolve(
     workspace: Path,
     *,
     known: KnownModels,
+    cache: Path = CACHE,
     accept_licence: bool = False,
     insightface_root: Path | None = None,
     say: Say = lambda line: None,
 ) -> Source:
-    """The file that `text` means. Downloads go into their caches; a demo is to be built in `workspace` by `with_file`.
+    """The file that `text` means. Downloads go into `cache`, packs into InsightFace's; `with_file` makes a demo.
 
     Raises:
         Missing: no such file, or a download failed.
@@ -109,7 +111,7 @@ def resolve(
         )
     if text in known.models:
         entry = known.models[text]
-        return _known(_fetch(text, entry, accept_licence, say), text, entry)
+        return _known(_fetch(text, entry, cache, accept_licence, say), text, entry)
     if path.suffix == ".onnx" or len(path.parts) > 1:
         raise Missing(
             f"{text} is not there: expected an ONNX file. See what else can be imported: arcface import --help"
@@ -147,13 +149,6 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def cache_folder() -> Path:
-    """Where downloads of known models are kept: `storage.cache` of the configuration."""
-    from arcface_clients.config.sources import load_config
-
-    return load_config().storage.cache.expanduser()
-
-
 def _from_file(path: Path, known: KnownModels) -> Source:
     sha256 = file_digest(path)
     match = known.by_digest(sha256)
@@ -188,12 +183,12 @@ def _from_demo(arch: str, workspace: Path) -> Source:
     )
 
 
-def _fetch(name: str, entry: dict[str, Any], accept_licence: bool, say: Say) -> Path:
+def _fetch(name: str, entry: dict[str, Any], cache: Path, accept_licence: bool, say: Say) -> Path:
     """A known model from the cache or, once its licence is accepted, from its address; the digest decides."""
     import urllib.error
     import urllib.request
 
-    target = cache_folder() / f"{name}.onnx"
+    target = cache.expanduser() / f"{name}.onnx"
     if target.is_file() and file_digest(target) == entry["sha256"]:
         return target
     address = entry.get("download", "")

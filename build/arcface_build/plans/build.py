@@ -16,9 +16,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -29,7 +29,8 @@ from arcface_build.plans.inspect import PrecisionProof, check_precision, count_p
 from arcface_build.plans.typed import TypedOnnx, check_buildable
 from arcface_clients.atomic import copy_file, write_json
 from arcface_clients.errors import ArcFaceError, Missing, PlanRefused
-from arcface_clients.evidence.drift import DRIFT_LIMITS, DriftReport, compare_embeddings
+from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.evidence.gate import GateVerdict, judge_embeddings
 from arcface_clients.plans.manifest import PlanManifest, file_sha256, now_utc
 from arcface_clients.plans.spec import PlanSpec
 
@@ -43,7 +44,7 @@ class Proof:
 
     faces: np.ndarray
     reference: np.ndarray
-    max_drift: Mapping[str, float] | None = None  # by precision; None: arcface_clients.evidence.drift.DRIFT_LIMITS
+    limits: Mapping[str, float] = field(default_factory=lambda: DRIFT_LIMITS)  # largest drift by precision
 
 
 def tensorrt_version() -> str:
@@ -77,13 +78,14 @@ def build_plan(
     """Build, prove and write the plan `target`; on any failure `target` is not there and no temporary file is left.
 
     timing_caches: folder of TensorRT's timing caches, one per TensorRT version and GPU; None: no cache.
-    refused: folder that keeps a plan which failed its proof, as <name>.refused beside its report; None: not kept.
+    refused: folder that keeps what failed: the log of the build, and of a plan that failed its proof the plan, what the
+        engine inspector said of it, and its report; None: not kept.
 
     Raises:
         WrongUse: the ONNX does not fit the spec.
         Missing: no GPU, no TensorRT, or out of memory.
         PlanRefused: TensorRT failed, or the plan is not of the asked precision.
-        ProofFailed: drift above the limit.
+        ProofFailed: the gate refuses its embeddings.
     """
     check_buildable(typed, spec.precision, spec.tensorrt)
     gpu = find_gpus()[0]
@@ -95,17 +97,29 @@ def build_plan(
             shutil.copyfile(cache, folder / "timing.cache")
         (folder / "request.json").write_text(json.dumps({"spec": spec.to_json(), "onnx": str(typed.path.resolve())}))
         np.save(folder / "faces.npy", proof.faces)
-        with _VramWatch(gpu) as vram:
-            _run_child(folder, timeout_s, on_phase or (lambda *_: None))
-        manifest, counts, drift = _measured(folder, typed, spec, gpu, vram.peak_bytes, proof, contract_id)
+        try:
+            with _VramWatch(gpu) as vram:
+                _run_child(folder, timeout_s, on_phase or (lambda *_: None))
+        except ArcFaceError as exc:
+            if refused is None:
+                raise
+            copy_file(folder / "stderr.log", refused / f"{spec.file_name}.log")
+            raise type(exc)(f"{exc} All that it said: {refused / f'{spec.file_name}.log'}") from exc
+        manifest, counts, verdict = _measured(folder, typed, spec, gpu, vram.peak_bytes, proof, contract_id)
         try:
             check_precision(counts, spec.precision, typed.layers)
-            _check_drift(drift, spec.precision, manifest.drift["limit"])
+            if not verdict.passed:
+                raise ProofFailed(
+                    f"the {spec.precision} plan is refused: {verdict.why}. Keep more layers in a higher precision: "
+                    "arcface quantize."
+                )
         except ArcFaceError as exc:
             if refused is None:
                 raise
             kept = refused / f"{spec.file_name}.refused"
             copy_file(folder / "plan", kept)
+            copy_file(folder / "stderr.log", refused / f"{spec.file_name}.log")
+            copy_file(folder / "inspector.json", refused / f"{spec.file_name}.inspector.json")
             write_json(refused / f"{spec.file_name}.json.refused", {"why": str(exc), **manifest.to_json()})
             raise type(exc)(f"{exc} It is kept, with its report: {kept}") from exc
         if cache and (folder / "timing.cache").is_file():
@@ -125,28 +139,34 @@ def _run_child(folder: Path, timeout_s: float, on_phase: OnPhase) -> None:
     command = [sys.executable, "-m", "arcface_build.plans.build_child", str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts
+    environment.setdefault("CUDA_MODULE_LOADING", "LAZY")  # kernels that are never called stay out of the GPU's memory
     with (folder / "stderr.log").open("w") as log:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
     late = threading.Event()
-    timer = threading.Timer(timeout_s, lambda: (late.set(), child.kill()))
+
+    def stop() -> None:
+        late.set()
+        child.kill()
+
+    timer = threading.Timer(timeout_s, stop)
     timer.start()
-    error = ""
+    error, said_lines = "", cast("IO[str]", child.stdout)  # a pipe was asked for
     try:
-        for line in child.stdout:
-            said = json.loads(line)
-            if "error" in said:
-                error = said["error"]
+        for line in said_lines:
+            told = json.loads(line)
+            if "error" in told:
+                error = told["error"]
             else:
-                on_phase(said["phase"], said["step"], said["steps"])
+                on_phase(told["phase"], told["step"], told["steps"])
         code = child.wait()
     finally:
         timer.cancel()
         child.kill()
         child.wait()
-        child.stdout.close()
+        said_lines.close()
     if code != 0:
-        log = (folder / "stderr.log").read_text(errors="replace")
-        raise child_error(code, error, log, timeout_s if late.is_set() else None)
+        said = (folder / "stderr.log").read_text(errors="replace")
+        raise child_error(code, error, said, timeout_s if late.is_set() else None)
 
 
 def child_error(code: int, error: str, log: str, timeout_s: float | None = None) -> ArcFaceError:
@@ -175,14 +195,14 @@ def child_error(code: int, error: str, log: str, timeout_s: float | None = None)
 
 def _last_errors(log: str) -> str:
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in log.splitlines()]
-    errors = [line for line in lines if re.match(r"\[[EC!]|\[!\]|Error|.*Exception:", line)]
+    errors = [line for line in lines if re.match(r"\[[EC!]|\[!\]|\[W\].*CUDA|Error|.*Exception:", line)]
     return " | ".join(errors[-3:])[:600]
 
 
 def _measured(
     folder: Path, typed: TypedOnnx, spec: PlanSpec, gpu: Gpu, peak: int | None, proof: Proof, contract: str | None
-) -> tuple[PlanManifest, PrecisionProof, DriftReport]:
-    """What the child left, as a manifest that tells its precision and its drift, not judged yet."""
+) -> tuple[PlanManifest, PrecisionProof, GateVerdict]:
+    """What the child left, as a manifest, what computes in which precision, and the gate's verdict on it."""
     import polygraphy
 
     import arcface_clients
@@ -191,31 +211,21 @@ def _measured(
     if result["tensorrt"] != spec.tensorrt:
         raise PlanRefused(f"TensorRT {result['tensorrt']} built this, asked for {spec.tensorrt}.")
     counts = count_precisions((folder / "inspector.json").read_text())
-    drift = compare_embeddings(proof.reference, np.load(folder / "embeddings.npy"))
-    limit = (proof.max_drift or DRIFT_LIMITS)[spec.precision]
+    verdict = judge_embeddings(proof.reference, np.load(folder / "embeddings.npy"), spec.precision, proof.limits)
     tools = {"arcface-triton": arcface_clients.__version__, "polygraphy": polygraphy.__version__}
     seconds = round(result["seconds"], 3)
     manifest = PlanManifest(
         spec=spec,
         sha256=file_sha256(folder / "plan"),
-        bytes=(folder / "plan").stat().st_size,
+        size_bytes=(folder / "plan").stat().st_size,
         gpu={"name": gpu.name, "driver": gpu.driver, "cuda": gpu.cuda, "memory_bytes": gpu.memory_bytes},
         build={"seconds": seconds, "peak_vram_bytes": peak, "created": now_utc(), "tools": tools},
         precision_proof={**counts.to_json(), "onnx": dict(typed.layers)},
-        drift={**drift.to_json(), "limit": limit},
+        drift={**verdict.report.to_json(), "limit": verdict.limit} if verdict.report else None,
         contract_id=contract,
         dim=typed.dim,
     )
-    return manifest, counts, drift
-
-
-def _check_drift(drift: DriftReport, precision: str, limit: float) -> None:
-    if not drift.max_drift <= limit:
-        raise ProofFailed(
-            f"the {precision} plan drifts by {drift.max_drift:.2e} at face {drift.worst_face} of {drift.faces}: "
-            f"expected at most {limit:g} (mean cosine {drift.mean_cosine:.6f}). Keep more layers in a higher "
-            "precision: arcface quantize."
-        )
+    return manifest, counts, verdict
 
 
 class _VramWatch:

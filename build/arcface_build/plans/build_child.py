@@ -9,6 +9,7 @@ TensorRT and Polygraphy print goes to standard error. A crash here leaves the pa
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -33,9 +34,8 @@ def main(folder: Path) -> int:
 
     try:
         import tensorrt as trt
-        from polygraphy import cuda
 
-        cuda.wrapper()  # before minutes of building, not after them
+        _check_gpu()  # before minutes of building, not after them
     except Exception as exc:
         say(error=f"{type(exc).__name__}: {exc}")
         return EXIT_MISSING
@@ -45,6 +45,20 @@ def main(folder: Path) -> int:
         say(error=f"{type(exc).__name__}: {exc}")
         return EXIT_FAILED
     return 0
+
+
+def _check_gpu() -> None:
+    """Ask the CUDA runtime for a GPU: opening its library says nothing of the driver.
+
+    Raises:
+        RuntimeError: no driver, one that is too old, or no GPU that CUDA shows.
+    """
+    from polygraphy import cuda
+
+    count = ctypes.c_int()
+    status = cuda.wrapper().handle.cudaGetDeviceCount(ctypes.byref(count))
+    if status or not count.value:
+        raise RuntimeError(f"CUDA shows no GPU (error {status}, {count.value} GPUs)")
 
 
 def _build(folder: Path, trt: Any, say: Any) -> None:

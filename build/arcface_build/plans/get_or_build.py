@@ -12,7 +12,8 @@ from arcface_build.plans.store import PlanStore, manifest_name, nearest, plan_na
 from arcface_build.store.local import LocalStore, disk_error
 from arcface_build.store.objects import Progress
 from arcface_clients.errors import ArcFaceError, Missing, PlanRefused, WrongUse
-from arcface_clients.plans.manifest import PlanManifest, check_content, manifest_bytes
+from arcface_clients.plans.manifest import PlanManifest, manifest_bytes
+from arcface_clients.plans.read import read_plan
 from arcface_clients.plans.signing import sign
 from arcface_clients.plans.spec import PlanSpec
 
@@ -62,7 +63,7 @@ def get_or_build(
         notes: list[str] = []
         failures: list[ArcFaceError] = []
 
-        def tried(step: Callable[[], PlanManifest | None], name: str) -> PlanManifest | None:
+        def tried(step: Callable[[], PlanManifest | None], name: str, place: PlanStore) -> PlanManifest | None:
             try:
                 found = step()
             except (PlanRefused, Missing) as exc:
@@ -70,16 +71,15 @@ def get_or_build(
                 notes.append(f"{name}: {exc}")
                 return None
             if found is None:
-                notes.append(f"{name}: no plan of this key in {name} {(cache if name == 'cache' else store).url}")
+                notes.append(f"{name}: no plan of this key in {name} {place.url}")
             return found
 
         if read_cache:
-            manifest = tried(lambda: _from_cache(cache, spec), "cache")
+            manifest = tried(lambda: _from_cache(cache, spec), "cache", cache)
             if manifest:
                 return Obtained(cache.local_path(manifest), manifest, "cache", tuple(notes))
-            failures.clear()  # a damaged cache is replaced by what follows
         if store is not None and read_store:
-            manifest = tried(lambda: _from_store(cache, store, spec, progress), "store")
+            manifest = tried(lambda: _from_store(cache, store, spec, progress), "store", store)
             if manifest:
                 return Obtained(cache.local_path(manifest), manifest, "store", tuple(notes))
         if build is None:
@@ -99,9 +99,7 @@ def get_or_build(
 
 def _from_cache(cache: PlanStore, spec: PlanSpec) -> PlanManifest | None:
     manifest = cache.find(spec.key)
-    if manifest:
-        check_content(cache.local_path(manifest), manifest, str(cache.local_path(manifest)))
-    return manifest
+    return manifest and read_plan(cache.local_path(manifest), cache.public_key).manifest
 
 
 def _from_store(cache: PlanStore, store: PlanStore, spec: PlanSpec, progress: Progress | None) -> PlanManifest | None:
@@ -131,7 +129,7 @@ def _adopt(cache: PlanStore, manifest: PlanManifest) -> PlanManifest:
     """Make the plan that now lies in the cache the plan of its key there; the lock makes this ours alone."""
     cache.objects.delete(manifest_name(manifest))
     cache.objects.create(manifest_name(manifest), manifest_bytes(manifest))
-    for stored in cache.objects.list(f"{manifest.key}/"):
+    for stored in cache.objects.stored(f"{manifest.key}/"):
         if stored.name not in (manifest_name(manifest), plan_name(manifest)):
             cache.objects.delete(stored.name)
     return manifest
@@ -151,7 +149,7 @@ def _upload(cache: PlanStore, store: PlanStore, manifest: PlanManifest, progress
 
 def _not_found(spec: PlanSpec, cache: PlanStore, store: PlanStore | None) -> PlanNotFound:
     place = store or cache
-    have = nearest(spec, place.list(lambda *_: None))
+    have = nearest(spec, place.manifests(lambda *_: None))
     return PlanNotFound(
         f"no {spec.precision} plan of {spec.model} for SM {spec.sm} in {place.url} ({have}). "
         f"Build one on an SM {spec.sm} GPU: arcface plan build {spec.model} --precision {spec.precision}"

@@ -35,7 +35,8 @@ _NAMES = (  # the first that matches; bf16 before fp16 and fp32, whose names it 
 
 @dataclass(frozen=True)
 class PrecisionProof:
-    """Counts over the plan's layers. compute: convolutions and matrix products by precision, "unknown" included.
+    """Counts over the plan's layers. compute: convolutions and matrix products by precision, "unknown" included; those
+    that the plan's metadata traces to the same ONNX layers count once, because a product may be split into kernels.
 
     all_layers: every layer by LayerType. opaque: Myelin subgraphs of TensorRT 8.6, whose inside the inspector hides.
     """
@@ -65,6 +66,7 @@ def count_precisions(inspector: str | Mapping[str, Any]) -> PrecisionProof:
             "ProfilingVerbosity.DETAILED. Build it again: arcface plan build"
         )
     compute: Counter[str] = Counter()
+    counted: set[tuple[str, str]] = set()
     kinds: Counter[str] = Counter()
     opaque = 0
     for layer in layers:
@@ -75,7 +77,10 @@ def count_precisions(inspector: str | Mapping[str, Any]) -> PrecisionProof:
             or _COMPUTE.search(str(layer.get("ParameterType", "")))
             or _COMPUTE_KERNEL.search(str(layer.get("TacticName", "")))
         ):
-            compute[layer_precision(layer)] += 1
+            source, precision = str(layer.get("Metadata", "")), layer_precision(layer)
+            if not source or (source, precision) not in counted:  # several kernels may compute one layer of the ONNX
+                compute[precision] += 1
+            counted.add((source, precision))
         elif _OPAQUE.search(kind) or "ForeignNode" in str(layer.get("Name", "")):
             opaque += 1
     return PrecisionProof(dict(compute), dict(kinds), opaque)

@@ -62,6 +62,8 @@ def config_loader(
         arguments["tactic_sources"] = [source for name, source in members.items() if name not in _EXTERNAL_TACTICS]
     if options.hardware_compatible:
         arguments["hardware_compatibility_level"] = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.same_compute_capability:
+        arguments["hardware_compatibility_level"] = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
     if progress_monitor is not None:
         arguments["progress_monitor"] = progress_monitor
     if not strongly_typed(trt):
@@ -80,14 +82,20 @@ def pin_precisions(trt: ModuleType, network: Iterable[Any], pins: Mapping[str, s
     """Ask a weakly typed network to compute as the ONNX says.
 
     The parser names a layer after its ONNX node, with _N where a node makes several, and the last tensor of a node
-    after the node's output.
+    after the node's output. Some of them it leaves unnamed, before the named one (ReduceL2: the layer that squares,
+    which overflows in fp16): they go with the next named layer where that one is pinned to fp32.
     """
     kinds = {"fp32": trt.float32, "fp16": trt.float16}
     data_only = (trt.LayerType.CONSTANT, trt.LayerType.SHUFFLE, trt.LayerType.SHAPE, trt.LayerType.CAST)
-    for layer in network:
+    following = ""
+    for layer in reversed(list(network)):
         if not layer.num_outputs or layer.type in data_only or layer.get_output(0).dtype not in kinds.values():
             continue
         names = (layer.name, layer.get_output(0).name, re.sub(r"_\d+$", "", layer.name))
-        kind = next((pins[name] for name in names if name in pins), None)
+        kind = next((pins[name] for name in names if name in pins), "")
+        if layer.name.startswith("(Unnamed Layer*"):
+            kind = kind or (following if following == "fp32" and layer.get_output(0).dtype == trt.float32 else "")
+        else:
+            following = kind
         if kind:
             layer.precision = kinds[kind]

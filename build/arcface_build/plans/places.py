@@ -7,32 +7,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arcface_build.errors import PlanNotFound
+from arcface_build.plans.seen import SeenPlans
 from arcface_build.plans.store import PlanStore
 from arcface_build.store import open_store
 from arcface_clients.config.schema import EmbeddingConfig
-from arcface_clients.config.sources import load_config
 from arcface_clients.errors import WrongUse
-from arcface_clients.plans.manifest import PlanManifest, check_content, load_manifest, manifest_path
-from arcface_clients.plans.signing import check_signature
+from arcface_clients.extras import require
+from arcface_clients.plans.manifest import PlanManifest
+from arcface_clients.plans.read import read_plan
 
 
 @dataclass(frozen=True)
 class Places:
-    """The cache folder, the store (None: there is none), and the configuration that they came from."""
+    """The cache in its folder, the store (None: there is none), and the configuration that they came from."""
 
     cache: PlanStore
     store: PlanStore | None
     config: EmbeddingConfig
+    folder: Path
 
     @property
     def timing_caches(self) -> Path:
         """TensorRT's timing caches; a dot folder, so no object of the cache."""
-        return self.cache.objects.folder / ".timing"
+        return self.folder / ".timing"
 
     @property
     def refused(self) -> Path:
         """Plans that failed their proof, beside their reports."""
-        return self.cache.objects.folder / ".refused"
+        return self.folder / ".refused"
 
     def need_store(self) -> PlanStore:
         """The store.
@@ -55,16 +57,17 @@ class Places:
 
 
 def open_places(
-    config_file: Path | None = None, store: str | None = None, cache: Path | None = None, public_key: Path | None = None
+    config: EmbeddingConfig, store: str | None = None, cache: Path | None = None, public_key: Path | None = None
 ) -> Places:
     """The configured places; an option that is given wins over the configuration. Nothing is contacted yet."""
-    config = load_config(config_file)
     storage = config.storage
     key = public_key or storage.public_key
     url = store or (f"s3://{storage.bucket}/{storage.prefix}" if storage.type == "s3" else None)
-    folder = (cache or storage.cache / "plans").expanduser()
+    folder = cache.expanduser() if cache else storage.plan_folder
     remote = None
     if url is not None:
+        if url.startswith("s3://"):
+            require("boto3", purpose=f"the plan store {url}")
         remote = open_store(
             url,
             endpoint_url=storage.endpoint,
@@ -73,10 +76,12 @@ def open_places(
             max_attempts=storage.retries + 1,
             read_timeout_s=storage.timeout_s,
         )
-    return Places(PlanStore(open_store(str(folder)), key), PlanStore(remote, key) if remote else None, config)
+    cached = PlanStore(open_store(str(folder)), key)
+    stored = PlanStore(remote, key, SeenPlans(folder / ".seen")) if remote else None
+    return Places(cached, stored, config, folder)
 
 
-def find_plan(places: Places, name: str) -> tuple[PlanManifest, Path | None, str]:
+def plan_by_name(places: Places, name: str) -> tuple[PlanManifest, Path | None, str]:
     """A plan by file (the plan or its .json), by key or by name: its manifest, its file if local, and where it is.
 
     Raises:
@@ -86,10 +91,7 @@ def find_plan(places: Places, name: str) -> tuple[PlanManifest, Path | None, str
     path = Path(name)
     if path.is_file():
         plan = path.with_suffix("") if path.suffix == ".json" else path
-        manifest = load_manifest(manifest_path(plan))
-        check_content(plan, manifest, str(plan))
-        check_signature(manifest, places.cache.public_key, str(plan))
-        return manifest, plan, str(plan)
+        return read_plan(plan, places.cache.public_key).manifest, plan, str(plan)
     for where, plans in places.all():
         try:
             manifest = plans.resolve(name)

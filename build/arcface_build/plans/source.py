@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import Missing, WrongUse
 
 
@@ -21,16 +22,8 @@ class PlanSource:
     contract_id: str | None
 
     def embed(self, faces: np.ndarray, batch: int = 16) -> np.ndarray:
-        """The reference's embeddings of uint8 (N,112,112,3) BGR faces, by ONNX Runtime on the CPU: float32 (N,D).
-
-        Raises:
-            Missing: ONNX Runtime is not installed.
-        """
-        try:
-            import onnxruntime
-        except ImportError as exc:
-            raise Missing("drift is measured against ONNX Runtime: pip install onnxruntime") from exc
-        session = onnxruntime.InferenceSession(str(self.reference), providers=["CPUExecutionProvider"])
+        """The reference's embeddings of uint8 (N,112,112,3) BGR faces, by ONNX Runtime on the CPU: float32 (N,D)."""
+        session = open_session(self.reference)
         parts = [faces[i : i + batch] for i in range(0, len(faces), batch)]
         return np.concatenate([session.run([EMBEDDING_OUTPUT], {FACE_INPUT: part})[0] for part in parts])
 
@@ -42,7 +35,7 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
         Missing: the model is not imported, or has no variant of this precision (a refused one counts as none).
         WrongUse: an ONNX file without its reference.
     """
-    from arcface_build.imports.manifest import load_manifest
+    from arcface_clients.engines.import_manifest import read_import_manifest
 
     path = Path(model)
     if path.suffix == ".onnx":
@@ -55,7 +48,7 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
             )
         return PlanSource(path.stem, path, reference or path, None)
     folder = models_dir / model
-    manifest = load_manifest(folder)
+    manifest = read_import_manifest(folder)
     serving = folder / str(manifest.serving["file"])
     typed = serving if precision == "fp32" else folder / "variants" / f"{precision}-tensorrt.onnx"
     if not typed.is_file():

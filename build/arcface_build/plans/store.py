@@ -7,6 +7,7 @@ none, decides which of two uploads is the plan of this key. A plan without a man
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -15,15 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arcface_build.errors import PlanNotFound
+from arcface_build.plans.seen import SeenPlans
 from arcface_build.store.local import LocalStore, disk_error
 from arcface_build.store.objects import ObjectStore, Progress, Stored
 from arcface_clients.atomic import new_file
 from arcface_clients.errors import ArcFaceError, PlanRefused, WrongUse
-from arcface_clients.plans.manifest import PlanManifest, check_content, manifest_bytes, manifest_path, parse_manifest
+from arcface_clients.plans.manifest import (
+    MAX_BYTES,
+    LaterFormat,
+    PlanManifest,
+    is_digest,
+    manifest_bytes,
+    write_manifest,
+)
+from arcface_clients.plans.read import check_content, check_manifest
 from arcface_clients.plans.signing import check_signature
 from arcface_clients.plans.spec import PlanSpec
 
 _MANIFEST = "manifest.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,11 +46,15 @@ class Put:
 
 
 class PlanStore:
-    """Plans by key in one object store. With `public_key`, only manifests signed by its private key are accepted."""
+    """Plans by key in one object store. With `public_key`, only manifests signed by its private key are accepted.
 
-    def __init__(self, objects: ObjectStore, public_key: Path | None = None) -> None:
+    With `seen` as well, a plan that was signed before one that this host has seen of the same key is refused.
+    """
+
+    def __init__(self, objects: ObjectStore, public_key: Path | None = None, seen: SeenPlans | None = None) -> None:
         self.objects = objects
         self.public_key = public_key
+        self.seen = seen if public_key is not None else None  # unsigned, the time of a plan is anybody's word
 
     @property
     def url(self) -> str:
@@ -50,30 +65,32 @@ class PlanStore:
         """The manifest of a key, its signature checked, or None.
 
         Raises:
-            PlanRefused: it is damaged, of another key, or not signed as configured.
+            PlanRefused: it is damaged, of another key, not signed as configured, or older than one seen before.
             StoreUnreachable: the store did not answer.
         """
-        data = self.objects.read(f"{key}/{_MANIFEST}")
+        data = self.objects.read(f"{key}/{_MANIFEST}", MAX_BYTES + 1)
         if data is None:
             return None
         where = f"{self.url}/{key}/{_MANIFEST}"
-        manifest = parse_manifest(data, where)
-        if manifest.key != key:
-            raise PlanRefused(f"{where} is the manifest of key {manifest.key}. Delete it: arcface plan gc")
-        check_signature(manifest, self.public_key, where)
+        manifest = check_manifest(data, where, key, self.public_key)
+        if self.seen is not None:
+            self.seen.check(manifest, where)
         return manifest
 
-    def list(self, on_refused: Callable[[str, ArcFaceError], None] | None = None) -> list[PlanManifest]:
-        """All manifests, by model, precision, SM, version; a refused one goes to `on_refused(key, error)` or raises."""
-        keys = [stored.name.split("/")[0] for stored in self.objects.list() if stored.name.endswith(f"/{_MANIFEST}")]
+    def manifests(self, on_refused: Callable[[str, ArcFaceError], None] | None = None) -> list[PlanManifest]:
+        """All manifests, by model, precision, SM, version.
+
+        A refused one costs itself only: it goes to `on_refused(key, error)`, None: into the log as a warning.
+        """
+        tell = on_refused or (lambda key, exc: _log.warning("refused: %s", exc))
+        names = (stored.name.split("/") for stored in self.objects.stored())
+        keys = [parts[0] for parts in names if len(parts) == 2 and is_digest(parts[0]) and parts[1] == _MANIFEST]
 
         def find(key: str) -> PlanManifest | None:
             try:
                 return self.find(key)
             except PlanRefused as exc:
-                if on_refused is None:
-                    raise
-                on_refused(key, exc)
+                tell(key, exc)
                 return None
 
         with ThreadPoolExecutor(8) as pool:
@@ -88,7 +105,7 @@ class PlanStore:
             PlanRefused: there is one of this key, and it is refused.
         """
         refused: dict[str, ArcFaceError] = {}
-        plans = self.list(refused.__setitem__)
+        plans = self.manifests(refused.__setitem__)
         found = [m for m in plans if (len(name) >= 6 and m.key.startswith(name)) or m.spec.file_name == name]
         if len(found) == 1:
             return found[0]
@@ -118,8 +135,7 @@ class PlanStore:
     def pull(self, manifest: PlanManifest, folder: Path, progress: Progress | None = None) -> Path:
         """The plan as a file of `folder`, its manifest beside it; raises as `fetch` does."""
         plan = self.fetch(manifest, folder / manifest.spec.file_name, progress)
-        with new_file(manifest_path(plan)) as temporary:
-            temporary.write_bytes(manifest_bytes(manifest))
+        write_manifest(plan, manifest)
         return plan
 
     def verify(self, manifest: PlanManifest, progress: Progress | None = None) -> None:
@@ -140,8 +156,10 @@ class PlanStore:
                 if last:
                     raise
 
-    def put(self, plan: Path, manifest: PlanManifest, progress: Progress | None = None) -> Put:
-        """Publish a plan: the file first, then the manifest, only where this key has none.
+    def put(
+        self, plan: Path, manifest: PlanManifest, progress: Progress | None = None, *, replace: bool = False
+    ) -> Put:
+        """Publish a plan: the file first, then the manifest, only where this key has none, or with `replace`.
 
         Raises:
             PlanRefused: the file is not what the manifest says, or unsigned where a key is configured.
@@ -149,6 +167,10 @@ class PlanStore:
         """
         check_content(plan, manifest, str(plan))
         check_signature(manifest, self.public_key, str(plan))
+        if replace:
+            self.objects.upload(plan, plan_name(manifest), progress)
+            self.objects.delete(manifest_name(manifest))
+            return Put(self.objects.create(manifest_name(manifest), manifest_bytes(manifest)), manifest)
         there = self.find(manifest.key)
         if there is not None and there.sha256 != manifest.sha256:
             return Put(created=False, manifest=there)
@@ -166,18 +188,25 @@ class PlanStore:
     def delete(self, key: str) -> None:
         """Remove a plan: the manifest first, so that no reader finds a manifest without a plan for long."""
         self.objects.delete(f"{key}/{_MANIFEST}")
-        for stored in self.objects.list(f"{key}/"):
+        for stored in self.objects.stored(f"{key}/"):
             self.objects.delete(stored.name)
 
     def orphans(self, min_age_s: float = 3600.0) -> list[Stored]:
-        """Objects that no valid manifest speaks of: lost races, cut uploads, damaged manifests.
+        """Objects under a key that no valid manifest speaks of: lost races, cut uploads, damaged manifests.
 
-        Younger ones are left out: their upload may be under way.
+        Younger ones are left out: their upload may be under way. So is what lies under no key: it is not ours.
         """
-        stored = self.objects.list()
-        manifests = PlanStore(self.objects).list(lambda *_: None)  # an unsigned plan is somebody's, not an orphan
+        stored = [stored for stored in self.objects.stored() if _key_of(stored)]
+        later: set[str] = set()  # keys of a later format: somebody else's plans
+
+        def on_refused(key: str, exc: ArcFaceError) -> None:
+            if isinstance(exc, LaterFormat):
+                later.add(key)
+
+        manifests = PlanStore(self.objects).manifests(on_refused)  # an unsigned plan is somebody's, too
         known = {manifest_name(m) for m in manifests} | {plan_name(m) for m in manifests}
-        return [s for s in stored if s.name not in known and s.modified_s < time.time() - min_age_s]
+        old = [s for s in stored if s.modified_s < time.time() - min_age_s]
+        return [s for s in old if s.name not in known and _key_of(s) not in later]
 
     def local_path(self, manifest: PlanManifest) -> Path:
         """Where the plan lies as a file, for a store that is a folder.
@@ -188,6 +217,12 @@ class PlanStore:
         if not isinstance(self.objects, LocalStore):
             raise WrongUse(f"{self.url} is no folder: pull the plan first: arcface plan pull {manifest.key[:12]}")
         return self.objects.path(plan_name(manifest))
+
+
+def _key_of(stored: Stored) -> str | None:
+    """The key that an object lies under; None for what is no plan's."""
+    first = stored.name.partition("/")[0]
+    return first if is_digest(first) else None
 
 
 def plan_name(manifest: PlanManifest) -> str:
@@ -212,4 +247,6 @@ def nearest(spec: PlanSpec, manifests: Iterable[PlanManifest]) -> str:
     versions = sorted({s.tensorrt for s in same if s.sm == spec.sm})
     if spec.tensorrt not in versions:
         return f"found: TensorRT {', '.join(versions)}, asked for {spec.tensorrt}"
-    return "found: the same SM and TensorRT version with another ONNX, profile or builder options"
+    cards = sorted({s.gpu for s in same if s.gpu and (s.sm, s.tensorrt) == (spec.sm, spec.tensorrt)} - {spec.gpu})
+    tuned = f", tuned on {', '.join(cards)}" if cards else ""
+    return f"found: the same SM and TensorRT version with another ONNX, profile or builder options{tuned}"

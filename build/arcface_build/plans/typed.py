@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, OUTPUTS
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.plans.manifest import file_sha256
 from arcface_clients.plans.spec import parse_version
@@ -95,8 +95,9 @@ def check_interface(model: ModelProto, where: str) -> None:
             f"{where} is not serving ONNX: expected one input {FACE_INPUT}[N, 112, 112, 3], got {got or 'none'}. "
             "Make it: arcface import SOURCE"
         )
-    if [o.name for o in model.graph.output] != [EMBEDDING_OUTPUT]:
-        raise WrongUse(f"{where}: expected one output {EMBEDDING_OUTPUT}, got {[o.name for o in model.graph.output]}.")
+    outputs = [o.name for o in model.graph.output]
+    if EMBEDDING_OUTPUT not in outputs or not set(outputs) <= set(OUTPUTS):
+        raise WrongUse(f"{where}: expected the outputs {', '.join(OUTPUTS)}, got {', '.join(outputs) or 'none'}.")
     kind = inputs[0].type.tensor_type.elem_type
     if kind != TensorProto.UINT8:
         raise WrongUse(f"{where}: expected {FACE_INPUT} of type UINT8, got {TensorProto.DataType.Name(kind)}.")
@@ -159,7 +160,7 @@ def precision_pins(graph: GraphProto, types: Mapping[str, int]) -> dict[str, str
     precisions = layer_precisions(graph, types)
     if "fp16" not in precisions.values():
         return {}
-    pins = {}
+    pins: dict[str, str] = {}
     for node in graph.node:
         output = node.output[0]
         kind = precisions.get(output) or ("fp32" if _PRECISION_NAMES.get(types.get(output, 0)) == "fp32" else "")

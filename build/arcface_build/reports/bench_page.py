@@ -79,7 +79,7 @@ def bench_csv(result: dict[str, Any]) -> str:
 
 def _variants(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     head = ("variant", "faces/s", "p10–p90", "CPU ms/face", "p50 ms", "p99 ms", "queue ms", "compute ms", "faces/batch")
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for row in rows:
         speed, cpu, latency, leaf = row["faces_per_s"], row["cpu_ms_per_face"], row["latency_ms"], _leaf(row)
         cells.append(
@@ -100,7 +100,7 @@ def _variants(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[s
 
 def _ensembles(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """A line for each variant that asked an ensemble."""
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for row in rows:
         if cost := row.get("ensemble"):  # older results have none
             added, share = cost["added_ms"], cost["share_of_compute"]

@@ -56,7 +56,7 @@ def _map(rows: list[dict[str, Any]], cell: Any) -> str:
     body = [
         (
             " ".join(dict.fromkeys(side)),
-            [cell(found[(*side, batch)]) if (*side, batch) in found else ("—", None) for batch in batches],
+            [cell(found[key]) if (key := (*side, batch)) in found else ("—", None) for batch in batches],
         )
         for side in sides
     ]

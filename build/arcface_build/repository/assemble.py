@@ -6,25 +6,37 @@ this CPU); plans with their manifests give arcface_trt.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from arcface_build.errors import ProofFailed
 from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.versions import install, served_folder, served_manifest
-from arcface_clients.errors import Missing, PlanRefused
-from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.engines.import_manifest import read_import_manifest
+from arcface_clients.engines.runtimes import gated_runtimes, runtime_for
+from arcface_clients.errors import PlanRefused
+from arcface_clients.evidence.gate import judge_record, judge_sidecar
+from arcface_clients.plans.fit import misfit
+from arcface_clients.plans.manifest import file_sha256, manifest_path
+from arcface_clients.plans.read import Plan, read_plan
+from arcface_clients.plans.spec import parse_sm, sm_tag
 
 if TYPE_CHECKING:
-    from arcface_build.variants.choose import Choice
+    from arcface_build.variants.choose import VariantChoice
 
 KEPT_VERSIONS = 3
+_log = logging.getLogger(__name__)
 
 
 def assemble(
-    model_dir: Path, repository: Path, variant: Choice | None = None, keep: int = KEPT_VERSIONS
+    model_dir: Path,
+    repository: Path,
+    variant: VariantChoice | None = None,
+    keep: int = KEPT_VERSIONS,
+    limits: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
     """Install an imported model; `variant` is what arcface_onnx serves instead of the fp32 serving ONNX.
 
@@ -33,22 +45,33 @@ def assemble(
         repository: the model repository.
         variant: a choice of `arcface_build.variants.choose.choose`, whose gates were passed.
         keep: versions that stay for a rollback.
+        limits: largest drift by precision; None takes comparison.max_drift of the configuration.
 
     Returns:
         Model name → version number that now serves these weights.
 
     Raises:
         Missing: the folder holds no imported model.
-        ProofFailed: the variant's sidecar does not say that its gate was passed.
+        ProofFailed: the variant's sidecar does not show that it passes its gate in the chosen runtime.
     """
-    imported = _imported(model_dir)
-    manifest = dict(imported)
+    imported = read_import_manifest(model_dir)
+    manifest = imported.to_json()
     weights, extra = model_dir / "serving.onnx", ""
-    if imported.get("cpu") and gpu_sm() is None:  # the same network in the form that ONNX Runtime's CPU kernels like
-        weights = model_dir / imported["cpu"]["file"]
+    if imported.cpu and gpu_sm() is None:  # the same network in the form that ONNX Runtime's CPU kernels like
+        weights = model_dir / imported.cpu["file"]
     if variant is not None and variant.precision != "fp32":
-        if not (variant.sidecar or {}).get("passed"):
-            raise ProofFailed(f"{variant.file} of {imported['name']} has not passed its gate. Next: arcface quantize")
+        verdict = judge_sidecar(variant.sidecar or {}, _configured(limits)).get(variant.runtime)
+        if verdict is None or not verdict.passed:
+            why = verdict.why if verdict else f"it was never judged in {variant.runtime}"
+            raise ProofFailed(
+                f"{variant.file} of {imported.name} has not passed its gate: {why}. "
+                f"Next: arcface quantize {imported.name} --precision {variant.precision}"
+            )
+        runtime, why_not = runtime_for(
+            variant.precision, gated_runtimes(variant.sidecar, _configured(limits)) or [], [variant.runtime]
+        )
+        if runtime is None:
+            raise ProofFailed(f"{variant.file} of {imported.name} is not served: {why_not}. Next: arcface quantize")
         weights, extra = model_dir / variant.file, variant.accelerator_pbtxt()
         told = {key: value for key, value in variant.to_json().items() if key != "reason"}
         manifest |= {"precision": variant.precision, "variant": told}
@@ -56,7 +79,7 @@ def assemble(
     return {
         # The reference first: a version of arcface_onnx never stands there without what proves it.
         "arcface_reference": install(
-            repository, "arcface_reference", {"source.onnx": model_dir / "source.onnx"}, imported, keep=keep
+            repository, "arcface_reference", {"source.onnx": model_dir / "source.onnx"}, imported.to_json(), keep=keep
         ),
         "arcface_onnx": install(
             repository, "arcface_onnx", {"model.onnx": weights}, manifest, overlay=extra, keep=keep
@@ -64,64 +87,107 @@ def assemble(
     }
 
 
-def assemble_plans(model_dir: Path, plans: Sequence[Path], repository: Path, keep: int = KEPT_VERSIONS) -> int:
-    """Install plans (each with its manifest beside it) as one new version of arcface_trt.
+def assemble_plans(
+    model_dir: Path,
+    plans: Sequence[Path],
+    repository: Path,
+    keep: int = KEPT_VERSIONS,
+    limits: Mapping[str, float] | None = None,
+    public_key: Path | None = None,
+) -> int:
+    """Install plans, each with its manifest beside it, as one new version of arcface_trt.
 
-    Plans of other SMs that the version before held stay, where they are of the same contract and precision.
+    Plans of other SMs that the version before held stay, where they are of the same contract and precision. A
+    hardware-compatible plan stands in for every mapped SM from 8.0 on that has none of its own.
+
+    Args:
+        model_dir: models/NAME, whose contract the plans must be of.
+        plans: plan files.
+        repository: the model repository.
+        keep: versions that stay for a rollback.
+        limits: largest drift by precision; None takes comparison.max_drift of the configuration.
+        public_key: PEM; where given, plans that its private key has not signed are refused.
 
     Returns:
         The version number.
 
     Raises:
-        PlanRefused: a plan is not what its manifest says, of another contract or precision, or failed its gate.
+        PlanRefused: a plan is not what its manifest says, unsigned, of another contract or precision, or failed its
+            gate.
         Missing: a file is not there.
     """
-    from arcface_clients.plans.manifest import check_content, load_manifest, manifest_path
-
-    imported = _imported(model_dir)
-    files: dict[str, Path] = {}
-    entries: dict[str, Any] = {}
-    precisions = set()
-    for plan in plans:
-        manifest = load_manifest(manifest_path(plan))
-        check_content(plan, manifest, str(plan))
-        _check_gate(plan, manifest.spec.precision, manifest.drift)
-        if manifest.contract_id != imported["contract_id"]:
+    imported = read_import_manifest(model_dir)
+    limits = _configured(limits)
+    given = [read_plan(path, public_key) for path in plans]
+    for plan in given:
+        verdict = judge_record(plan.manifest.drift, plan.manifest.spec.precision, limits)
+        if not verdict.passed:
+            raise PlanRefused(f"{plan.path.name} is refused: {verdict.why}. Build it again: arcface plan build")
+        if plan.manifest.contract_id != imported.contract_id:
             raise PlanRefused(
-                f"{plan.name} is of contract {str(manifest.contract_id)[:12]}…, expected that of {imported['name']}, "
-                f"{imported['contract_id'][:12]}…. Its embeddings could not be compared. Build it from this model: "
-                f"arcface plan build {imported['name']}"
+                f"{plan.path.name} is of contract {str(plan.manifest.contract_id)[:12]}…, expected that of "
+                f"{imported.name}, {imported.contract_id[:12]}…. Its embeddings could not be compared. "
+                f"Build it from this model: arcface plan build {imported.name}"
             )
-        precisions.add(manifest.spec.precision)
-        name = f"sm{manifest.spec.sm.replace('.', '')}.plan"
-        files[name], entries[name] = plan, manifest.to_json()
+    precisions = {plan.manifest.spec.precision for plan in given}
     if len(precisions) != 1:
         raise PlanRefused(f"one version serves one precision, got plans of {', '.join(sorted(precisions)) or 'none'}.")
     precision = precisions.pop()
-    before = served_manifest(repository, "arcface_trt") or {}
-    if (before.get("contract_id"), before.get("precision")) == (imported["contract_id"], precision):
-        kept = {name: entry for name, entry in before["plans"].items() if name not in entries}
-        folder = served_folder(repository, "arcface_trt")
-        files |= {name: folder / name for name in kept}
-        entries |= kept
-    manifest_out = {key: imported[key] for key in ("name", "source", "preprocessing", "dim", "contract_id")}
-    manifest_out |= {"precision": precision, "plans": dict(sorted(entries.items()))}
-    return install(repository, "arcface_trt", files, manifest_out, keep=keep)
+    before = _plans_before(repository, imported.contract_id, precision, public_key, limits)
+    chosen = _by_sm(given, before, _mapped_sms(repository / "arcface_trt" / "config.pbtxt"))
+    files: dict[str, Path] = {}
+    for sm, plan in chosen.items():
+        files |= {f"{sm_tag(sm)}.plan": plan.path, f"{sm_tag(sm)}.plan.json": manifest_path(plan.path)}
+    told = imported.to_json()
+    manifest = {key: told[key] for key in ("name", "source", "preprocessing", "dim", "contract_id")}
+    # Whole manifests lie beside the plans. The digests of both make the same plans no new version, and others one.
+    entries = {
+        f"{sm_tag(sm)}.plan": {"sha256": plan.manifest.sha256, "manifest_sha256": file_sha256(manifest_path(plan.path))}
+        for sm, plan in chosen.items()
+    }
+    manifest |= {"precision": precision, "plans": entries}
+    return install(repository, "arcface_trt", files, manifest, keep=keep)
 
 
-def _check_gate(plan: Path, precision: str, drift: Any) -> None:
-    """A plan whose drift was not measured, or is above its limit, is refused."""
-    limit = DRIFT_LIMITS[precision]
-    if drift is None:
-        raise PlanRefused(f"the drift of {plan.name} was never measured. Build it again: arcface plan build")
-    if not drift["max_drift"] <= limit:  # also catches NaN
-        raise PlanRefused(
-            f"{plan.name} drifts by {drift['max_drift']:.2g}, expected at most {limit:g} for {precision}."
-        )
+def _plans_before(
+    repository: Path, contract_id: str, precision: str, public_key: Path | None, limits: Mapping[str, float]
+) -> dict[str, Plan]:
+    """SM → plan of the version that is served now, where it is of this contract and precision and still good."""
+    have = served_manifest(repository, "arcface_trt") or {}
+    if (have.get("contract_id"), have.get("precision")) != (contract_id, precision):
+        return {}
+    kept = {}
+    for path in served_folder(repository, "arcface_trt").glob("sm*.plan"):
+        try:
+            plan = read_plan(path, public_key)
+            verdict = judge_record(plan.manifest.drift, precision, limits)
+            if not verdict.passed:
+                raise PlanRefused(f"{path}: {verdict.why}")
+            kept[parse_sm(path.stem)] = plan
+        except PlanRefused as exc:
+            _log.error("not kept in the new version of arcface_trt: %s", exc)
+    return kept
 
 
-def _imported(model_dir: Path) -> dict[str, Any]:
-    path = model_dir / "manifest.json"
-    if not path.is_file():
-        raise Missing(f"no imported model in {model_dir}: expected manifest.json there. Next: arcface import SOURCE")
-    return json.loads(path.read_text())
+def _by_sm(given: Sequence[Plan], before: Mapping[str, Plan], mapped: Sequence[str]) -> dict[str, Plan]:
+    """SM → the plan that serves it: its own, the given before the kept; else a hardware-compatible one."""
+    chosen = {sm: plan for sm, plan in before.items() if plan.manifest.spec.sm == sm}
+    chosen |= {plan.manifest.spec.sm: plan for plan in given}
+    for plan in (*given, *before.values()):
+        for sm in mapped:
+            if sm not in chosen and misfit(plan.manifest, sm) is None:
+                chosen[sm] = plan
+    return dict(sorted(chosen.items(), key=lambda item: float(item[0])))
+
+
+def _mapped_sms(config: Path) -> list[str]:
+    """The SMs that the hand-written cc_model_filenames maps."""
+    return re.findall(r'key:\s*"(\d+\.\d)"\s*value:\s*"sm\d+\.plan"', config.read_text())
+
+
+def _configured(limits: Mapping[str, float] | None) -> Mapping[str, float]:
+    if limits is not None:
+        return limits
+    from arcface_clients.config.sources import load_config
+
+    return load_config().comparison.max_drift.model_dump()

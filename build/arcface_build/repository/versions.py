@@ -1,7 +1,10 @@
 """The model repository on disk: which versions a model has, and weights put into a new version whole or not at all.
 
-Weights live in numbered version folders; Triton serves the highest. What a version is (contract id, precision, source)
-stands in its manifest.json and, for clients to read from the server, as parameters in configs/<name>.pbtxt.
+Weights live in numbered version folders; the highest is served. What a version is (contract id, precision, source)
+stands in its manifest.json and, for clients to read from the server, as parameters in the overlays
+configs/NAME.pbtxt. A version appears by one rename, and its overlays after it. Each overlay pins the version that it
+describes: whoever is killed in between leaves a server that serves what it served, or refuses to start, but never new
+weights under an old contract id. `arcface_build.repository.mend` does the rest.
 """
 
 from __future__ import annotations
@@ -9,19 +12,23 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arcface_clients.atomic import new_file, new_folder, write_json
+from arcface_build.repository.lock import locked
+from arcface_clients.atomic import copy_file, new_file, new_folder, remove, write_json
 from arcface_clients.errors import Missing, WrongUse
 
 _AGAIN = "arcface rollback (the version before), or put the weights in anew: arcface import SOURCE"
 OVERLAYS = ("tensorrt", "onnx", "reference")  # what --model-config-name can be
+REFERENCE = "arcface_reference"
+DEMO = "demo"  # source.kind of random weights
+LEAVES = ("arcface_onnx", "arcface_trt", REFERENCE)  # the models that hold weights
 
 
-def find_repository(given: Path | None = None) -> Path:
-    """The model repository: the given folder, else `model_repository` here or in a folder above.
+def find_repository(given: Path | None = None, configured: Path = Path("model_repository")) -> Path:
+    """The model repository: the given folder, else the configured one, here or in a folder above where it is relative.
 
     Raises:
         Missing: there is none.
@@ -31,11 +38,16 @@ def find_repository(given: Path | None = None) -> Path:
             raise Missing(f"{given} is not our model repository: it has no arcface/config.pbtxt.")
         return given.resolve()
     for folder in (Path.cwd(), *Path.cwd().parents):
-        if (folder / "model_repository" / "arcface" / "config.pbtxt").is_file():
-            return folder / "model_repository"
+        if (folder / configured / "arcface" / "config.pbtxt").is_file():
+            return folder / configured
+    where = (
+        f"model repository at {configured}"
+        if configured.is_absolute()
+        else f"{configured}/ in {Path.cwd()} or above it"
+    )
     raise Missing(
-        f"no model_repository/ in {Path.cwd()} or above it. "
-        "Run from a checkout of arcface-triton, or name it: --model-repository FOLDER"
+        f"no {where}. Run from a checkout of arcface-triton, or name the model repository: --model-repository FOLDER, "
+        "or local.model_repository in config/embedding.yaml"
     )
 
 
@@ -44,14 +56,32 @@ def versions(model: Path) -> list[int]:
     return sorted(int(p.parent.name) for p in model.glob("*/manifest.json") if p.parent.name.isdecimal())
 
 
+def served_version(repository: Path, model: str = "arcface_onnx") -> int | None:
+    """The version that is to be served: the newest; of the reference the newest with the contract of what it proves.
+
+    None where there are no weights.
+
+    Raises:
+        Missing: a manifest cannot be read.
+    """
+    have = versions(repository / model)
+    if model != REFERENCE or len(have) < 2:
+        return have[-1] if have else None
+    with contextlib.suppress(Missing):  # then whoever needs that manifest says so
+        proved = [manifest["contract_id"] for leaf in LEAVES[:2] if (manifest := served_manifest(repository, leaf))]
+        fitting = [v for v in have if _manifest(repository / model / str(v))["contract_id"] in proved[:1]]
+        return fitting[-1] if fitting else have[-1]
+    return have[-1]
+
+
 def served_manifest(repository: Path, model: str = "arcface_onnx") -> dict[str, Any] | None:
     """The manifest of the version that Triton would serve, or None where there are no weights.
 
     Raises:
         Missing: it cannot be read.
     """
-    have = versions(repository / model)
-    return _manifest(repository / model / str(have[-1])) if have else None
+    version = served_version(repository, model)
+    return None if version is None else _manifest(repository / model / str(version))
 
 
 def _manifest(version: Path) -> dict[str, Any]:
@@ -72,10 +102,10 @@ def served_folder(repository: Path, model: str) -> Path:
     Raises:
         Missing: the model has no weights.
     """
-    have = versions(repository / model)
-    if not have:
+    version = served_version(repository, model)
+    if version is None:
         raise Missing(f"{model} has no weights in {repository}. Next: arcface import demo, or arcface import YOUR.onnx")
-    return repository / model / str(have[-1])
+    return repository / model / str(version)
 
 
 def install(
@@ -96,9 +126,32 @@ def install(
     Returns:
         The version number that now holds the files.
     """
-    folder = repository / model
-    have = versions(folder)
     manifest = {**manifest, "overlay": overlay} if overlay else dict(manifest)
+    with locked(repository):
+        version = _install(repository / model, files, manifest)
+        write_overlays(repository)
+        for old in _outlived(repository / model, manifest, keep):
+            _remove(repository / model / str(old))
+    return version
+
+
+def _outlived(folder: Path, manifest: Mapping[str, Any], keep: int) -> list[int]:
+    """Versions that go: all but the newest `keep`, and beside a real model those with demo weights."""
+    *before, _ = versions(folder)
+    old = before[: max(len(before) + 1 - keep, 0)]
+    if manifest["source"].get("kind") == DEMO:
+        return old
+    return [v for v in before if v in old or _is_demo(folder / str(v))]
+
+
+def _is_demo(version: Path) -> bool:
+    with contextlib.suppress(Missing):
+        return bool(_manifest(version)["source"].get("kind") == DEMO)
+    return False
+
+
+def _install(folder: Path, files: Mapping[str, Path], manifest: Mapping[str, Any]) -> int:
+    have = versions(folder)
     with contextlib.suppress(Missing):  # a manifest that cannot be read is another one
         if have and {k: v for k, v in _manifest(folder / str(have[-1])).items() if k != "held"} == manifest:
             return have[-1]
@@ -106,8 +159,7 @@ def install(
     target = folder / str(version)
     if version == 1:
         for name, source in files.items():
-            with new_file(target / name) as temporary:
-                shutil.copyfile(source, temporary)
+            copy_file(source, target / name)
         write_json(target / "manifest.json", manifest)
     else:
         with new_folder(target) as temporary:
@@ -116,14 +168,39 @@ def install(
             for name, source in files.items():
                 shutil.copyfile(source, temporary / name)
             write_json(temporary / "manifest.json", manifest)
-    write_overlays(folder, manifest)
-    for old in versions(folder)[:-keep]:
-        _remove(folder / str(old))
     return version
 
 
-def write_overlays(model: Path, manifest: Mapping[str, Any]) -> None:
-    """Write configs/{tensorrt,onnx,reference}.pbtxt: config.pbtxt plus parameters that say what the weights are."""
+def write_overlays(repository: Path) -> None:
+    """Write configs/{tensorrt,onnx,reference}.pbtxt of each leaf model, where they are not as they should be."""
+    for overlay, text in stale_overlays(repository).items():
+        # measured for other weights, and pinned to them
+        (overlay.parent / "tuned.pbtxt").unlink(missing_ok=True)
+        with new_file(overlay) as temporary:
+            temporary.write_text(text)
+
+
+def stale_overlays(repository: Path) -> dict[Path, str]:
+    """The overlays that do not describe the version that is to be served, and what they should say.
+
+    Raises:
+        Missing: a manifest cannot be read.
+    """
+    found = {}
+    for name in LEAVES:
+        version = served_version(repository, name)
+        if version is None:
+            continue
+        text = _overlay_text(repository / name, version)
+        for overlay in (repository / name / "configs" / f"{kind}.pbtxt" for kind in OVERLAYS):
+            if not overlay.is_file() or overlay.read_text() != text:
+                found[overlay] = text
+    return found
+
+
+def _overlay_text(model: Path, version: int) -> str:
+    """config.pbtxt, the version that is served, and parameters that say what its weights are."""
+    manifest = _manifest(model / str(version))
     parameters = {
         "contract_id": manifest["contract_id"],
         "precision": manifest.get("precision", "fp32"),
@@ -131,12 +208,11 @@ def write_overlays(model: Path, manifest: Mapping[str, Any]) -> None:
         "model_name": manifest["name"],
     }
     lines = "".join(f'parameters {{ key: "{k}" value: {{ string_value: "{v}" }} }}\n' for k, v in parameters.items())
-    base = (model / "config.pbtxt").read_text()
-    (model / "configs" / "tuned.pbtxt").unlink(missing_ok=True)  # measured for other weights, and states their contract
-    for name in OVERLAYS:
-        with new_file(model / "configs" / f"{name}.pbtxt") as temporary:
-            added = manifest.get("overlay", "") + lines
-            temporary.write_text(f"{base}\n# Written by the build; what the weights beside this want and are:\n{added}")
+    pin = f"version_policy: {{ specific {{ versions: [ {version} ] }} }}\n"
+    return (
+        f"{(model / 'config.pbtxt').read_text()}\n"
+        f"# Written by the build; what the weights beside this want and are:\n{manifest.get('overlay', '')}{pin}{lines}"
+    )
 
 
 def roll_back(repository: Path, model: str) -> tuple[int, int]:
@@ -148,24 +224,41 @@ def roll_back(repository: Path, model: str) -> tuple[int, int]:
         WrongUse: there is no version before.
     """
     folder = repository / model
-    have = versions(folder)
-    if len(have) < 2:
-        raise WrongUse(f"{model} has {len(have)} version{'s' * (len(have) != 1)}: expected at least two to go back.")
-    manifest = _manifest(folder / str(have[-2]))
-    write_json(folder / str(have[-2]) / "manifest.json", {**manifest, "held": True})
-    write_overlays(folder, manifest)
-    _remove(folder / str(have[-1]))
+    with locked(repository):
+        have = versions(folder)
+        if len(have) < 2:
+            raise WrongUse(
+                f"{model} has {len(have)} version{'s' * (len(have) != 1)}: expected at least two to go back."
+            )
+        manifest = _manifest(folder / str(have[-2]))
+        write_json(folder / str(have[-2]) / "manifest.json", {**manifest, "held": True})
+        _remove(folder / str(have[-1]))
+        write_overlays(repository)
     return have[-1], have[-2]
+
+
+def roll_back_served(repository: Path, models: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
+    """Roll back each of `models`; without any, arcface_onnx, and the reference where it stands for another source then.
+
+    Returns:
+        Model → (removed, now served).
+
+    Raises:
+        WrongUse: there is no version before.
+    """
+    done = {model: roll_back(repository, model) for model in models or ("arcface_onnx",)}
+    if not models:
+        serving, reference = (served_manifest(repository, m) for m in ("arcface_onnx", "arcface_reference"))
+        if serving and reference and serving["contract_id"] != reference["contract_id"]:
+            done["arcface_reference"] = roll_back(repository, "arcface_reference")
+    return done
 
 
 def _remove(version: Path) -> None:
     """Remove a version at once for Triton (one rename), then its files; what git holds of version 1 stays."""
-    if version.name == "1":
-        (version / "manifest.json").unlink()  # first: without it the folder is no version
-        for weights in [*version.glob("*.onnx"), *version.glob("*.plan")]:
-            weights.unlink()
+    if version.name != "1":
+        remove(version)
         return
-    doomed = version.with_name(f".{version.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    version.rename(doomed)
-    shutil.rmtree(doomed)
+    (version / "manifest.json").unlink()  # first: without it the folder is no version
+    for weights in [*version.glob("*.onnx"), *version.glob("*.plan"), *version.glob("*.plan.json")]:
+        weights.unlink()

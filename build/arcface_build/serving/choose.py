@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcface_build.repository.versions import versions
-from arcface_clients.errors import Missing
+from arcface_build.serving.served_plans import ServedPlans
+from arcface_clients.errors import Missing, PlanRefused
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import Fallback
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """A value for --model-config-name and why it was taken."""
 
     backend: str
     reason: str
 
 
-def choose_backend(asked: str, gpu_sm: str | None, plan_sms: set[str], onnx: bool, reference: bool) -> Choice:
+def choose_backend(asked: str, gpu_sm: str | None, plans: ServedPlans, onnx: bool, reference: bool) -> BackendChoice:
     """Pick tensorrt, onnx or reference.
 
     Args:
         asked: auto, or one of the three.
         gpu_sm: SM of this host's GPU ("8.6"), None where there is none.
-        plan_sms: SMs for which verified plans stand in arcface_trt.
+        plans: what stands in arcface_trt, read and checked.
         onnx: whether arcface_onnx holds weights.
         reference: whether arcface_reference holds weights and InsightFace is installed.
 
     Raises:
         Missing: what was asked for is not there, or nothing is.
+        PlanRefused: tensorrt was asked for, and the plan for this GPU may not be used.
     """
-    there = {"tensorrt": gpu_sm is not None and gpu_sm in plan_sms, "onnx": onnx, "reference": reference}
-    plans = ", ".join(sorted(plan_sms)) or "none"
-    why_no_plan = f"no GPU here (plans: {plans})" if gpu_sm is None else f"no plan for SM {gpu_sm} (plans: {plans})"
+    there = {"tensorrt": gpu_sm is not None and gpu_sm in plans.good, "onnx": onnx, "reference": reference}
+    have = ", ".join(sorted(plans.good, key=float)) or "none"
+    why_no_plan = f"no GPU here (plans: {have})" if gpu_sm is None else f"no plan for SM {gpu_sm} (plans: {have})"
+    if gpu_sm is not None and gpu_sm in plans.refused:
+        why_no_plan = plans.refused[gpu_sm]
+        if asked == "tensorrt":
+            raise PlanRefused(f"cannot serve tensorrt: {why_no_plan}")
     if asked != "auto":
         if there[asked]:
-            return Choice(asked, "asked for")
+            return BackendChoice(asked, "asked for")
         reasons = {
             "tensorrt": f"{why_no_plan}. Next: arcface plan build --precision fp16, on such a GPU",
             "onnx": "arcface_onnx has no weights. Next: arcface import demo, or arcface import YOUR.onnx",
@@ -48,11 +52,11 @@ def choose_backend(asked: str, gpu_sm: str | None, plan_sms: set[str], onnx: boo
         }
         raise Missing(f"cannot serve {asked}: {reasons[asked]}")
     if there["tensorrt"]:
-        return Choice("tensorrt", f"GPU of SM {gpu_sm} and a verified plan for it")
+        return BackendChoice("tensorrt", f"GPU of SM {gpu_sm} and a verified plan for it")
     if there["onnx"]:
-        return Choice("onnx", why_no_plan)
+        return BackendChoice("onnx", why_no_plan)
     if there["reference"]:
-        return Choice("reference", f"{why_no_plan}, and arcface_onnx has no weights")
+        return BackendChoice("reference", f"{why_no_plan}, and arcface_onnx has no weights")
     raise Missing(
         "no weights in the model repository. Next: arcface import demo (for trying), or arcface import YOUR.onnx"
     )
@@ -63,12 +67,3 @@ def order_of_backends(first: str, fallback: Fallback) -> list[str]:
     served_as = {"onnx": "onnx", "insightface": "reference"}
     following = [served_as[name] for name in fallback.chain if name in served_as] if fallback.enabled else []
     return list(dict.fromkeys([first, *following]))
-
-
-def plan_sms(repository: Path) -> set[str]:
-    """SMs ("8.6") of the plans that stand in the newest version of arcface_trt."""
-    have = versions(repository / "arcface_trt")
-    if not have:
-        return set()
-    names = (p.stem.removeprefix("sm") for p in (repository / "arcface_trt" / str(have[-1])).glob("sm*.plan"))
-    return {f"{name[:-1]}.{name[-1]}" for name in names}

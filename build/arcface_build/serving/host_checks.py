@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcface_clients.checks.diagnostics import Check, fact_and_fix, gpus_here, guarded
-from arcface_clients.errors import ArcFaceError, BackendUnavailable, Missing
+from arcface_clients.errors import ArcFaceError, Missing, PlanRefused
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import EmbeddingConfig
@@ -54,9 +54,15 @@ def check_weights(settings: EmbeddingConfig) -> Check:
 
 
 def check_plans(settings: EmbeddingConfig) -> Check:
-    """A plan for this GPU in the repository or the cache."""
+    """The plans in the repository are what they should be, and this GPU has one there or in the cache."""
+    from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
     from arcface_clients.plans.find import find_plan
 
+    key, tensorrt = settings.storage.public_key, tensorrt_of_server()
+    served = served_plans(settings.local.model_repository, key, tensorrt)
+    if served.refused:
+        fix = "arcface assemble NAME --plan FILE with a plan that is right, or go back: arcface rollback"
+        return Check("plans", "problem", " ".join(served.refused.values()), fix)
     gpus, _ = gpus_here()
     wanted = settings.backend == "tensorrt"
     if not gpus:
@@ -67,10 +73,14 @@ def check_plans(settings: EmbeddingConfig) -> Check:
             gpus[0].sm,
             settings.precision,
             model_repository=settings.local.model_repository,
-            cache=settings.storage.cache,
+            cache=settings.storage.plan_folder,
             model=settings.local.model,
+            tensorrt=tensorrt,
+            public_key=key,
         )
-    except BackendUnavailable as exc:
+    except PlanRefused as exc:
+        return Check("plans", "problem", *fact_and_fix(exc))
+    except Missing as exc:
         return Check("plans", "problem" if wanted else "absent", *fact_and_fix(exc))
     return Check("plans", "ok", f"{plan.path} for SM {gpus[0].sm}")
 
@@ -96,7 +106,7 @@ def check_store(settings: EmbeddingConfig) -> Check:
         "read_timeout_s": min(storage.timeout_s, 5.0),
     }
     try:
-        plans = open_store(url, **options).list()
+        plans = open_store(url, **options).stored()
     except ArcFaceError as exc:
         fact, fix = fact_and_fix(exc)
         return Check("store", "problem", fact, fix or "check storage.* and the AWS variables")

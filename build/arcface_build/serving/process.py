@@ -24,6 +24,7 @@ from types import TracebackType
 
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
+from arcface_build.serving.listener import pid_listening_on
 from arcface_clients.errors import WrongUse
 
 STOP_SECONDS = 15.0
@@ -48,6 +49,10 @@ class Ports:
     grpc: int = 8001
     metrics: int = 8002
 
+    def named(self) -> dict[str, int]:
+        """What each is for."""
+        return {"http": self.http, "grpc": self.grpc, "metrics": self.metrics}
+
     def check_free(self, host: str = "127.0.0.1") -> None:
         """Refuse before Triton does, with a message that names the port and the option.
 
@@ -55,7 +60,7 @@ class Ports:
             WrongUse: two of them are the same, or the host is none of this machine's addresses.
             ServerFailed: something listens on one of them, or this user may not.
         """
-        named = {"http": self.http, "grpc": self.grpc, "metrics": self.metrics}
+        named = self.named()
         if len(set(named.values())) < len(named):
             told = ", ".join(f"{name} {port}" for name, port in named.items())
             raise WrongUse(f"expected three different ports, got {told}. Next: arcface serve --help")
@@ -76,10 +81,45 @@ class Ports:
                         f"cannot listen on port {port} ({name}) of {host}: {exc.strerror}. "
                         f"Take another: arcface serve --{name}-port {port + 8000}"
                     ) from exc
-                raise ServerFailed(
-                    f"port {port} ({name}) is in use on {host}. Stop what listens there (ss -ltnp | grep {port}), "
-                    f"or take another: arcface serve --{name}-port {port + 10}"
-                ) from exc
+                raise ServerFailed(_in_use(name, port, host)) from exc
+
+
+class PortLock:
+    """Three ports kept for one server of this host, from before it starts until it has ended.
+
+    Between the look whether a port is free and the moment in which tritonserver listens on it, seconds pass: without
+    the lock a second `arcface serve` would start as well, and ask the first one's server whether it is ready. The lock
+    is a name in Linux's abstract socket namespace: it belongs to the network namespace, as ports do, and is gone with
+    its process.
+    """
+
+    def __init__(self, ports: Ports, host: str) -> None:
+        """Take it.
+
+        Raises:
+            ServerFailed: another server is starting on one of the ports.
+        """
+        self._sockets: list[socket.socket] = []
+        for name, port in ports.named().items():
+            lock = socket.socket(socket.AF_UNIX)
+            self._sockets.append(lock)
+            try:
+                lock.bind(f"\0arcface-port-{port}")
+            except OSError as exc:
+                self.release()
+                raise ServerFailed(_in_use(name, port, host)) from exc
+
+    def release(self) -> None:
+        """Give it back; once is enough."""
+        while self._sockets:
+            self._sockets.pop().close()
+
+
+def _in_use(name: str, port: int, host: str) -> str:
+    return (
+        f"port {port} ({name}) is in use on {host}. Stop what listens there (ss -ltnp | grep {port}), "
+        f"or take another: arcface serve --{name}-port {port + 10}"
+    )
 
 
 def free_ports() -> Ports:
@@ -139,8 +179,9 @@ class TritonProcess:
         self._binary, self._repository, self._extra = binary, repository, extra
         self._links: tempfile.TemporaryDirectory[str] | None = None
         self._regions = f"arcface_{uuid.uuid4().hex}_"  # how the names of its shared memory begin
-        self._environment = {**os.environ, **binary.environment, **(environment or {})}
+        self._environment = {"CUDA_MODULE_LOADING": "LAZY", **os.environ, **binary.environment, **(environment or {})}
         self._child: subprocess.Popen[bytes] | None = None
+        self._lock: PortLock | None = None
 
     @property
     def grpc_url(self) -> str:
@@ -168,6 +209,15 @@ class TritonProcess:
         Raises:
             ServerFailed: a port is taken, or the program cannot be executed.
         """
+        self._lock = PortLock(self.ports, self.host)
+        try:
+            self._launch()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _launch(self) -> None:
         self.ports.check_free(self.host)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(self._binary.path, os.X_OK):
@@ -189,7 +239,6 @@ class TritonProcess:
                 )
             except OSError as exc:
                 raise ServerFailed(f"cannot execute {self._binary.path}: {exc}") from exc
-        return self
 
     def wait_ready(self, timeout_s: float = 180.0) -> None:
         """Return when the server and all its models are ready.
@@ -208,8 +257,11 @@ class TritonProcess:
                 raise ServerFailed(f"tritonserver cannot load its models: {reason_in_log(self.log_path)}")
             try:
                 with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2):
+                    answering = pid_listening_on(self.ports.http)
+                if answering is None or os.getpgid(answering) == self._child.pid:  # None: /proc does not tell
                     return
-            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)  # another program's server; ours will say that it cannot listen, and end
+            except OSError:  # nobody answers yet, or ended meanwhile
                 time.sleep(0.1)
         self.stop()
         raise ServerFailed(f"tritonserver was not ready after {timeout_s:g} s. Its log: {self.log_path}")
@@ -246,6 +298,8 @@ class TritonProcess:
             child.wait()
             for region in Path("/dev/shm").glob(f"{self._regions}*"):
                 region.unlink(missing_ok=True)
+        if self._lock is not None:
+            self._lock.release()
         if self._links is not None:
             self._links.cleanup()
             self._links = None

@@ -2,35 +2,73 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from arcface_build.repository.versions import served_manifest
+from arcface_clients.engines.import_manifest import read_import_manifest
+from arcface_clients.engines.runtimes import cpu_flags, cpu_runtimes, gated_runtimes, has_openvino, runtime_for
+from arcface_clients.errors import Missing, WrongUse
 
 
-def take_best_variant(repository: Path, models_dir: Path) -> str:
+def take_best_variant(repository: Path, models_dir: Path, versions_kept: int) -> str:
     """Install what `arcface_build.variants.choose.choose` chooses for the model in arcface_onnx; returns what and why.
 
     The model stays the same one: where models_dir has no import of this contract, nothing is touched.
+
+    Raises:
+        Missing: what is installed stays, and it passed its gate in no runtime of this host.
     """
     from arcface_build.repository.assemble import assemble
     from arcface_build.variants.choose import choose
-    from arcface_clients.config.sources import load_config
 
     served = served_manifest(repository) or {}
     model_dir = models_dir / served.get("name", "")
-    installed = f"{served.get('precision', 'fp32')} as installed"
+    stays = _why_it_stays(served, model_dir, repository)
+    if stays:
+        check_installed(served, cpu_runtimes(cpu_flags(), has_openvino()))
+        return f"{served.get('precision', 'fp32')} as installed: {stays}"
+    choice = choose(model_dir)
+    assemble(model_dir, repository, choice, versions_kept)
+    return choice.reason
+
+
+def check_installed(served: Mapping[str, Any], here: tuple[str, ...]) -> None:
+    """Refuse a variant that was installed on another host and passed its gate in no runtime of this one.
+
+    Args:
+        served: manifest of the version that arcface_onnx serves.
+        here: runtimes of this host, the fastest first.
+
+    Raises:
+        Missing: it would be served ungated.
+    """
+    variant = served.get("variant")
+    if not variant:
+        return
+    runtime, why_not = None, f"it is set up for {variant['runtime']}, this host has {' and '.join(here)}"
+    if variant["runtime"] in here:
+        gated = gated_runtimes(variant.get("sidecar")) or []
+        runtime, why_not = runtime_for(variant["precision"], gated, [variant["runtime"]])
+    if runtime is None:
+        raise Missing(
+            f"arcface_onnx holds {variant['precision']} of {served['name']}, which may not run on this host: "
+            f"{why_not}. Next: arcface assemble {served['name']} (fp32), or arcface rollback"
+        )
+
+
+def _why_it_stays(served: Mapping[str, Any], model_dir: Path, repository: Path) -> str:
+    """Why the installed version is not replaced; empty where it may be."""
     if served.get("held"):
-        return f"{installed}: arcface rollback went back to it (another one: arcface assemble {served['name']})"
+        return f"arcface rollback went back to it (another one: arcface assemble {served['name']})"
     try:
-        here = json.loads((model_dir / "manifest.json").read_text())["contract_id"]
-    except (OSError, ValueError, LookupError, TypeError):  # none, or none that can be read
+        here = read_import_manifest(model_dir).contract_id
+    except (Missing, WrongUse):  # none, or none that can be read
         here = None
     if here is None or here != served["contract_id"]:
-        return f"{installed}: {model_dir} does not hold this model"
+        return f"{model_dir} does not hold this model"
     if not os.access(repository, os.W_OK):
-        return f"{installed}: {repository} may not be written"
-    choice = choose(model_dir)
-    assemble(model_dir, repository, choice, load_config().versions_kept)
-    return choice.reason
+        return f"{repository} may not be written"
+    return ""

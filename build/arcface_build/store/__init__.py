@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from arcface_build.store.objects import ObjectStore
 from arcface_clients.errors import WrongUse
 
 
-def open_store(url: str, **s3_options: object) -> ObjectStore:
+def open_store(url: str, **s3_options: Any) -> ObjectStore:
     """The store at `s3://bucket/prefix`, `file:///folder` or a folder's path; `s3_options` are fields of `S3Options`.
 
     Options that are None count as not given. Nothing is contacted and nothing created until the store is used.

@@ -14,7 +14,7 @@ from pathlib import Path
 from arcface_build.errors import StoreUnreachable
 from arcface_build.store.objects import Progress, Stored
 from arcface_clients.atomic import new_file
-from arcface_clients.errors import WrongUse
+from arcface_clients.errors import PlanRefused, WrongUse
 
 _BLOCK = 1 << 20
 
@@ -26,7 +26,7 @@ class LocalStore:
         self.folder = folder
         self.url = str(folder)
 
-    def list(self, prefix: str = "") -> list[Stored]:
+    def stored(self, prefix: str = "") -> list[Stored]:
         """Files whose names begin with `prefix`, sorted; an absent folder is an empty store."""
         found = []
         with _named(self.url):
@@ -40,11 +40,12 @@ class LocalStore:
                         found.append(Stored(relative.as_posix(), status.st_size, status.st_mtime))
         return sorted(found)
 
-    def read(self, name: str) -> bytes | None:
-        """The content of a file, or None."""
+    def read(self, name: str, limit_bytes: int) -> bytes | None:
+        """The beginning of a file, or None."""
         with _named(self.url):
             try:
-                return self.path(name).read_bytes()
+                with self._inside(name).open("rb") as file:
+                    return file.read(limit_bytes)
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
@@ -52,7 +53,7 @@ class LocalStore:
         """Copy a file out of the store."""
         with _named(self.url):
             try:
-                _copy(self.path(name), file, progress)
+                _copy(self._inside(name), file, progress)
             except (FileNotFoundError, NotADirectoryError):
                 return False
         return True
@@ -110,6 +111,21 @@ class LocalStore:
         if name.startswith("/") or ".." in name.split("/"):
             raise WrongUse(f"object name is {name!r}: expected a relative path without '..'.")
         return self.folder / name
+
+    def _inside(self, name: str) -> Path:
+        """The file of this name, where it is one and lies in the folder.
+
+        Raises:
+            PlanRefused: it is a link out of the store, or a pipe, a device, a folder.
+            FileNotFoundError: there is none.
+        """
+        path = self.path(name)
+        real = path.resolve()
+        if not real.is_relative_to(self.folder.resolve()):
+            raise PlanRefused(f"{path} is a link out of the store, to {real}. Delete it: rm {path}")
+        if real.exists() and not real.is_file():
+            raise PlanRefused(f"{path} is no file. Delete it.")
+        return real
 
 
 @contextmanager

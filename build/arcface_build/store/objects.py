@@ -11,10 +11,10 @@ Progress = Callable[[int], None]
 
 
 class Stored(NamedTuple):
-    """One object as `list` reports it: its name, size, and when it was written (seconds since 1970)."""
+    """One object as `stored` reports it: its name, size, and when it was written (seconds since 1970)."""
 
     name: str
-    bytes: int
+    size_bytes: int
     modified_s: float
 
 
@@ -23,11 +23,11 @@ class ObjectStore(Protocol):
 
     url: str
 
-    def list(self, prefix: str = "") -> list[Stored]:
+    def stored(self, prefix: str = "") -> list[Stored]:
         """Objects whose names begin with `prefix`, sorted by name."""
 
-    def read(self, name: str) -> bytes | None:
-        """A small object whole, or None where there is none of this name."""
+    def read(self, name: str, limit_bytes: int) -> bytes | None:
+        """The first `limit_bytes` of an object, or None where there is none of this name."""
 
     def download(self, name: str, file: Path, progress: Progress | None = None) -> bool:
         """Write an object into `file` (a temporary name of the caller); False where there is none of this name."""

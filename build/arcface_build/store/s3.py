@@ -6,6 +6,7 @@ AWS_PROFILE, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_REGI
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -53,7 +54,7 @@ class S3Store:
         self.options = options or S3Options()
         self.url = f"s3://{bucket}/{self.prefix}".rstrip("/")
 
-    def list(self, prefix: str = "") -> list[Stored]:
+    def stored(self, prefix: str = "") -> list[Stored]:
         """Objects whose names begin with `prefix`, sorted."""
         base = f"{self.prefix}/" if self.prefix else ""
         with self._errors("list"):
@@ -61,13 +62,14 @@ class S3Store:
             items = [item for page in pages for item in page.get("Contents", [])]
         return sorted(Stored(i["Key"][len(base) :], i["Size"], i["LastModified"].timestamp()) for i in items)
 
-    def read(self, name: str) -> bytes | None:
-        """A small object whole, or None; a connection cut in mid-answer is retried like any other failure."""
+    def read(self, name: str, limit_bytes: int) -> bytes | None:
+        """The beginning of an object, or None; a connection cut in mid-answer is retried like any other failure."""
         with self._errors(f"read {_short(name)}"):
             for attempt in range(self.options.max_attempts):
                 try:
                     answer = self._client.get_object(Bucket=self.bucket, Key=self._key(name))
-                    return answer["Body"].read()
+                    with contextlib.closing(answer["Body"]) as body:  # whole where it may be: only then is it verified
+                        return body.read(None if answer["ContentLength"] <= limit_bytes else limit_bytes)
                 except self._client.exceptions.NoSuchKey:
                     return None
                 except self._cut:  # boto3 retries a request, not the reading of its body
@@ -111,7 +113,7 @@ class S3Store:
                     return True
                 except self._client.exceptions.ClientError as exc:
                     if _code(exc) == "PreconditionFailed":
-                        return self.read(name) == data
+                        return self.read(name, len(data) + 1) == data
                     if _code(exc) != "ConditionalRequestConflict":  # somebody else's put is under way: ask again
                         raise
         raise StoreUnreachable(

@@ -7,23 +7,22 @@ onnxruntime.quantization has min/max, percentile and entropy, which lose more (d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arcface_clients.engines.runtimes import open_session
+from arcface_build.imports.proof import OnCount
+from arcface_clients.engines.runtimes import OnnxSession, open_session
 
 if TYPE_CHECKING:
     import onnx
-    import onnxruntime
 
 BINS = 4096
 BATCH = 8
 _SHARES = np.concatenate([np.geomspace(0.05, 0.4, 12), np.linspace(0.42, 1, 30)])  # of the range seen
 LEVELS = {"cpu": (0, 255), "tensorrt": (-127, 127)}
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def conv_inputs(model: onnx.ModelProto) -> list[str]:
 
 
 def collect_histograms(
-    model: onnx.ModelProto, tensors: Iterable[str], faces: np.ndarray, progress: Progress | None = None
+    model: onnx.ModelProto, tensors: Iterable[str], faces: np.ndarray, progress: OnCount | None = None
 ) -> dict[str, Histogram]:
     """Histograms of `tensors` over `faces` (uint8 (N,112,112,3) BGR); two passes: first the ends, then the counts."""
     names = list(tensors)
@@ -69,6 +68,27 @@ def collect_histograms(
             if progress:
                 progress(done, total)
     return {name: Histogram(*ends[name], counts[name]) for name in names}
+
+
+def clipped_shares(
+    model: onnx.ModelProto,
+    ranges: Mapping[str, tuple[float, float]],
+    faces: np.ndarray,
+    progress: OnCount | None = None,
+) -> dict[str, float]:
+    """For each tensor of `ranges` the share of its values, over these faces, that its range cuts off (0..1)."""
+    names = list(ranges)
+    session = _session_with_outputs(model, names)
+    cut, seen = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    for start in range(0, len(faces), BATCH):
+        batch = faces[start : start + BATCH]
+        for name, value in zip(names, session.run(names, {session.get_inputs()[0].name: batch}), strict=True):
+            low, high = ranges[name]
+            cut[name] += int(np.count_nonzero(value < low) + np.count_nonzero(value > high))
+            seen[name] += value.size
+        if progress:
+            progress(min(start + BATCH, len(faces)), len(faces))
+    return {name: cut[name] / seen[name] for name in names}
 
 
 def least_error_range(histogram: Histogram, target: str) -> tuple[float, float]:
@@ -107,7 +127,7 @@ def on_grid(values: np.ndarray, low: float, high: float, target: str) -> np.ndar
     return (np.clip(np.rint(values / scale) + zero, lowest, highest) - zero) * scale
 
 
-def _session_with_outputs(model: onnx.ModelProto, names: list[str]) -> onnxruntime.InferenceSession:
+def _session_with_outputs(model: onnx.ModelProto, names: list[str]) -> OnnxSession:
     import onnx
 
     watched = onnx.ModelProto()

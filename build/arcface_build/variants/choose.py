@@ -1,25 +1,27 @@
-"""The CPU fast path: a model folder in; the fastest variant that passed its gate on this CPU, with a reason, out.
-
-Runtimes are written as `onnxruntime` (ONNX Runtime's own kernels), `openvino-fp32` and `openvino-bf16` (the same file
-through ONNX Runtime's OpenVINO provider, with that inference precision for whatever the file leaves as float).
-"""
+"""The CPU fast path: the fastest variant of a model that passed its gate in a runtime of this CPU, and the reason."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arcface_build.variants.sidecar import read_sidecar
-from arcface_clients.engines.runtimes import cpu_flags, cpu_name, has_bf16, has_int8, has_openvino
-
-if TYPE_CHECKING:
-    pass
+from arcface_clients.engines.runtimes import (
+    cpu_flags,
+    cpu_name,
+    cpu_runtimes,
+    has_int8,
+    has_openvino,
+    runtime_for,
+)
+from arcface_clients.evidence.gate import judge_sidecar
 
 
 @dataclass(frozen=True)
-class Choice:
+class VariantChoice:
     """What to serve on this CPU: `file` is relative to the model folder; `reason` is one line for a person."""
 
     file: str
@@ -44,18 +46,18 @@ class Choice:
 
 def choose(
     model_dir: Path,
-    max_drift: float | None = None,
+    limits: Mapping[str, float] | None = None,
     flags: frozenset[str] | None = None,
     openvino: bool | None = None,
     cpu: str | None = None,
-) -> Choice:
+) -> VariantChoice:
     """The fastest variant that passed its gate in a runtime that this CPU has; fp32 serving ONNX where none did.
 
     The order is int8, bf16, fp32, unless `arcface bench-variants` has measured this model on this CPU: then its order.
 
     Args:
         model_dir: models/NAME/.
-        max_drift: a stricter limit than the gates' own (1 − cosine per face), if the caller has one.
+        limits: largest drift by precision; None keeps to the limits that the variants were judged by.
         flags: instruction sets; default: this CPU's.
         openvino: whether the provider is there; default: looked up.
         cpu: name of the CPU, for the measured order; default: this one's.
@@ -63,49 +65,53 @@ def choose(
     flags = cpu_flags() if flags is None else flags
     openvino = has_openvino() if openvino is None else openvino
     speeds = measured_speeds(model_dir, cpu_name() if cpu is None else cpu)
-    found: list[Choice] = []
+    found: list[VariantChoice] = []
     passed_over: list[str] = []
     for precision in ("int8", "bf16"):
         sidecar = read_sidecar(model_dir, precision, "cpu")
-        runtime, why_not = _gated_runtime(precision, sidecar, max_drift, flags, openvino)
+        runtime, why_not = _worth_serving(precision, sidecar, limits, flags, openvino, precision in speeds)
         if runtime is None or sidecar is None:
             passed_over.append(f"{precision}: {why_not}")
             continue
-        drift = next(g["drift"]["max_drift"] for g in sidecar["gates"] if g["runtime"] == runtime)
+        drift = _drift(sidecar, runtime)
         reason = f"{precision} passed its gate (drift {drift:.2g}) and this CPU has its instructions"
         if precision in speeds:
             reason += f"; measured here: {speeds[precision]:.2f} × ONNX Runtime fp32"
-        found.append(Choice(sidecar["file"], precision, runtime, reason, sidecar))
+        found.append(VariantChoice(sidecar["file"], precision, runtime, reason, sidecar))
     fp32 = "openvino-fp32" if openvino else "onnxruntime"
-    found.append(Choice("serving.onnx", "fp32", fp32, "fp32, which needs no gate of its own"))
+    found.append(VariantChoice("serving.onnx", "fp32", fp32, "fp32, which needs no gate of its own"))
     measured = [c for c in found if c.precision in speeds]
     best = max(measured, key=lambda c: speeds[c.precision]) if len(measured) == len(found) else found[0]
     passed_over += [f"{c.precision}: measured slower here" for c in found[: found.index(best)]]
     return replace(best, reason=best.reason + "".join(f"; not {why}" for why in passed_over))
 
 
-def _gated_runtime(
-    precision: str, sidecar: dict[str, Any] | None, max_drift: float | None, flags: frozenset[str], openvino: bool
+def _worth_serving(
+    precision: str,
+    sidecar: dict[str, Any] | None,
+    limits: Mapping[str, float] | None,
+    flags: frozenset[str],
+    openvino: bool,
+    measured: bool,
 ) -> tuple[str | None, str]:
-    """The runtime in which a variant may be served on such a CPU, or None and why not."""
-    if not openvino:
-        return None, "this ONNX Runtime has no OpenVINO provider"
-    if precision == "int8" and not has_int8(flags):
-        return None, "no 8-bit dot product (avx512_vnni, avx_vnni, amx_int8) on this CPU"
-    if precision == "bf16" and not has_bf16(flags):
-        return None, "no bf16 instructions (avx512_bf16, amx_bf16) on this CPU"
+    """The runtime that a variant may be served in and gains by, or None and why not."""
     if sidecar is None:
         return None, "none that passed its gate (arcface quantize makes one)"
-    runtimes = [r for r in ("openvino-bf16", "openvino-fp32") if r == "openvino-fp32" or has_bf16(flags)]
-    if precision == "bf16":
-        runtimes = ["openvino-bf16"]
-    drifts = {gate["runtime"]: gate["drift"]["max_drift"] for gate in sidecar["gates"] if gate["passed"]}
-    runtime = next((r for r in runtimes if r in drifts), None)
+    verdicts, here = judge_sidecar(sidecar, limits), cpu_runtimes(flags, openvino)
+    passed = [runtime for runtime, verdict in verdicts.items() if verdict.passed]
+    runtime, why_not = runtime_for(precision, passed, here)
     if runtime is None:
-        return None, f"not gated in a runtime of this CPU ({', '.join(runtimes)})"
-    if max_drift is not None and drifts[runtime] > max_drift:
-        return None, f"drift {drifts[runtime]:.2g} is above {max_drift:g}"
+        refused = (verdicts[one].why for one in here if one in verdicts and not verdicts[one].passed)
+        return None, next(refused, why_not)
+    if precision == "int8" and not has_int8(flags):
+        return None, "no 8-bit dot product (avx512_vnni, avx_vnni, amx_int8) on this CPU"
+    if runtime == "onnxruntime" and not measured:
+        return None, "ONNX Runtime's own kernels compute what it leaves in float, and nobody measured a gain here"
     return runtime, ""
+
+
+def _drift(sidecar: dict[str, Any], runtime: str) -> float:
+    return float(next(gate["drift"]["max_drift"] for gate in sidecar["gates"] if gate["runtime"] == runtime))
 
 
 def speeds_file(model_dir: Path) -> Path:

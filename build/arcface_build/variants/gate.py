@@ -1,60 +1,124 @@
-"""The gate: embeddings of the fp32 serving ONNX and of a variant in; a verdict, and words for a refusal, out."""
+"""The gate of a variant in one runtime: no face may drift too far, and the decisions on pairs of faces must stand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from arcface_build.imports.proof import OnCount
 from arcface_build.variants.eval_set import FaceSet
-from arcface_clients.evidence.drift import DriftReport, compare_embeddings, cosine_per_face
-
-if TYPE_CHECKING:
-    import onnxruntime
+from arcface_clients.engines.runtimes import OnnxSession
+from arcface_clients.errors import InvalidFaces
+from arcface_clients.evidence.accuracy import (
+    ChangedDecisions,
+    best_threshold,
+    changed_decisions,
+    pair_scores,
+    pairs_from_identities,
+)
+from arcface_clients.evidence.gate import GateVerdict, judge_embeddings
 
 ACCURACY_LIMITS = {"fp32": 0.001, "fp16": 0.001, "bf16": 0.001, "int8": 0.005}
+HELD_BACK, ALL = "held back", "all"
+CLIPPED_LIMIT = 0.001  # of a tensor's values; measured in docs/variants.md
 BATCH = 8
-WORST = 5
-Progress = Callable[[int, int], None]
+_ROUNDING = 1e-9  # two of 72 decisions are 2/72, however the division comes out
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One variant in one runtime against its limits; accuracies are None where identities are unknown."""
+class VariantVerdict:
+    """One variant in one runtime.
+
+    Attributes:
+        runtime: where it was computed.
+        gate: the gate's verdict on its drift.
+        decisions: None where identities are unknown or a row is unusable.
+        accuracy_limit: how far verification accuracy may change.
+        judged_on: which faces decided: `HELD_BACK`, `ALL` (nothing was fitted to any), or where others came from.
+        searched: the verdict on the faces that it was fitted to; None where it was fitted to none.
+        clipped: int8 only: tensor → share of its values on the judged faces that its range cuts off.
+    """
 
     runtime: str
-    limit: float
-    drift: DriftReport
-    faces_over: int
-    worst: list[dict[str, Any]]
-    accuracy_reference: float | None
-    accuracy: float | None
+    gate: GateVerdict
+    decisions: ChangedDecisions | None
     accuracy_limit: float
-    changed_decisions: int | None
-    pairs: int | None
-    passed: bool
+    judged_on: str = ALL
+    searched: GateVerdict | None = None
+    clipped: Mapping[str, float] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with the field names as keys."""
-        return asdict(self)
+    @property
+    def why(self) -> str:
+        """Words for a refusal, without a full stop; empty where it passed."""
+        return "; ".join(filter(None, (self.gate.why, self._changed_accuracy(), self._clips())))
 
-    def summary(self) -> str:
-        """One line: passed or by how much not."""
-        line = f"{self.runtime}: drift {self.drift.max_drift:.3g} of {self.limit:g} allowed, mean {self.mean_drift:.3g}"
-        if self.accuracy is not None and self.accuracy_reference is not None:
-            line += f", accuracy {self.accuracy:.2%} ({self.accuracy - self.accuracy_reference:+.2%})"
-        return f"{'passed' if self.passed else 'REFUSED'} in {line}"
+    @property
+    def passed(self) -> bool:
+        """Whether it may be served in this runtime."""
+        return not self.why
+
+    @property
+    def max_drift(self) -> float:
+        """1 − cosine of the worst face."""
+        return self.gate.max_drift
 
     @property
     def mean_drift(self) -> float:
         """1 − mean cosine."""
-        return 1 - self.drift.mean_cosine
+        return 1 - self.gate.report.mean_cosine if self.gate.report else float("nan")
+
+    def to_json(self) -> dict[str, Any]:
+        """What a sidecar records of it."""
+        told = self.decisions
+        return {
+            "runtime": self.runtime,
+            "passed": self.passed,
+            "why": self.why,
+            "limit": self.gate.limit,
+            "drift": self.gate.report.to_json() if self.gate.report else None,
+            "faces_over": self.gate.faces_over,
+            "accuracy_reference": told.accuracy_reference if told else None,
+            "accuracy": told.accuracy_candidate if told else None,
+            "accuracy_limit": self.accuracy_limit,
+            "changed_decisions": told.changed if told else None,
+            "pairs": told.pairs if told else None,
+            "judged_on": self.judged_on,
+            "searched": _brief(self.searched) if self.searched else None,
+            "clipped": {"limit": CLIPPED_LIMIT, "worst": max(self.clipped.values()), "by_tensor": dict(self.clipped)}
+            if self.clipped
+            else None,
+        }
+
+    def _clips(self) -> str:
+        over = {name: share for name, share in self.clipped.items() if not share <= CLIPPED_LIMIT}
+        if not over:
+            return ""
+        worst = max(over, key=lambda name: over[name])
+        return (
+            f"ranges cut off more than {CLIPPED_LIMIT:.2%} of the values of {len(over)} of {len(self.clipped)} tensors "
+            f"({over[worst]:.2%} of {worst}): the calibration faces are unlike these"
+        )
+
+    def _changed_accuracy(self) -> str:
+        told = self.decisions
+        if told is None or abs(told.accuracy_candidate - told.accuracy_reference) <= self.accuracy_limit + _ROUNDING:
+            return ""
+        return (
+            f"verification accuracy {told.accuracy_candidate:.2%} against {told.accuracy_reference:.2%} in fp32, "
+            f"allowed ±{self.accuracy_limit:.2%}"
+        )
+
+
+def _brief(verdict: GateVerdict) -> dict[str, Any]:
+    mean = 1 - verdict.report.mean_cosine if verdict.report else None
+    return {"faces": verdict.faces, "limit": verdict.limit, "max_drift": verdict.max_drift, "mean_drift": mean}
 
 
 def embed_all(
-    session: onnxruntime.InferenceSession, faces: np.ndarray, progress: Progress | None = None, batch: int = BATCH
+    session: OnnxSession, faces: np.ndarray, progress: OnCount | None = None, batch: int = BATCH
 ) -> np.ndarray:
     """Embeddings (N,D) float32 of faces uint8 (N,112,112,3), batch by batch."""
     name, parts = session.get_inputs()[0].name, []
@@ -65,72 +129,35 @@ def embed_all(
     return np.concatenate(parts)
 
 
-def judge(
-    runtime: str, precision: str, limit: float, reference: np.ndarray, candidate: np.ndarray, faces: FaceSet
-) -> Verdict:
+def judge_variant(
+    runtime: str,
+    precision: str,
+    limits: Mapping[str, float],
+    reference: np.ndarray,
+    candidate: np.ndarray,
+    faces: FaceSet,
+) -> VariantVerdict:
     """Verdict on `candidate` against `reference`, both (N,D) embeddings of `faces` in order; every face counts.
 
-    A variant passes when no face drifts by more than `limit` (1 − cosine) and, where identities are known, when
-    verification accuracy changes by no more than its limit (or by two decisions, where there are so few pairs that two
-    are more).
+    A variant passes when `evidence.gate` lets it through and, where identities are known, when verification accuracy at
+    the reference's best threshold (users keep theirs when a variant is swapped in) changes by no more than its limit,
+    or by two decisions, where there are so few pairs that two are more.
     """
+    gate = judge_embeddings(reference, candidate, precision, limits, faces.names)
+    decisions = None
+    if gate.report is not None and not gate.report.bad_rows and faces.identities is not None:
+        decisions = _decisions(reference, candidate, faces.identities)
     accuracy_limit = ACCURACY_LIMITS[precision]
-    finite = np.isfinite(candidate).all(axis=1) & (np.linalg.norm(candidate, axis=1) > 0)
-    usable = np.where(finite[:, None], candidate, -reference)  # NaN counts as the worst that can be
-    drift = compare_embeddings(reference, usable)
-    per_face = 1 - cosine_per_face(reference, usable)
-    worst = [
-        {"face": int(i), "name": faces.names[i], "drift": float(per_face[i])} for i in np.argsort(-per_face)[:WORST]
-    ]
-    before = after = changed = pairs = None
-    passed = bool(finite.all() and drift.max_drift <= limit)
-    if faces.identities is not None:
-        left, right, same = _pairs(faces.identities)
-        if same.any() and not same.all():
-            scores = [np.einsum("nd,nd->n", e[left], e[right]) for e in (reference, usable)]
-            threshold, before = _best_threshold(scores[0], same)
-            _, after = _best_threshold(scores[1], same)
-            changed = int(((scores[0] >= threshold) != (scores[1] >= threshold)).sum())
-            pairs = len(same)
-            accuracy_limit = max(accuracy_limit, 2 / pairs)
-            passed = passed and abs(after - before) <= accuracy_limit
-    over = int((per_face > limit).sum())
-    return Verdict(runtime, limit, drift, over, worst, before, after, accuracy_limit, changed, pairs, passed)
+    return VariantVerdict(
+        runtime, gate, decisions, max(accuracy_limit, 2 / decisions.pairs) if decisions else accuracy_limit
+    )
 
 
-def refusal(name: str, precision: str, verdict: Verdict) -> str:
-    """The message for a variant that failed: by how much, which faces, what to try."""
-    lines = []
-    if verdict.drift.max_drift > verdict.limit:
-        worst = ", ".join(f"{w['name']} ({w['drift']:.3g})" for w in verdict.worst)
-        lines.append(
-            f"{precision} of {name} refused in {verdict.runtime}: drift {verdict.drift.max_drift:.3g}, "
-            f"{verdict.drift.max_drift / verdict.limit:.1f} × the {verdict.limit:g} that are allowed, on "
-            f"{verdict.faces_over} of {verdict.drift.faces} faces; worst: {worst}."
-        )
-    if verdict.accuracy is not None and abs(verdict.accuracy - verdict.accuracy_reference) > verdict.accuracy_limit:
-        lines.append(
-            f"{precision} of {name} refused in {verdict.runtime}: verification accuracy {verdict.accuracy:.2%} against "
-            f"{verdict.accuracy_reference:.2%} in fp32, allowed ±{verdict.accuracy_limit:.2%}."
-        )
-    if not lines:
-        lines.append(f"{precision} of {name} refused in {verdict.runtime}: it answers NaN or zeros.")
-    return " ".join(lines)
-
-
-def _pairs(identities: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All genuine pairs and, seeded, as many impostor pairs: indices left, right and bool same."""
-    left, right = np.triu_indices(len(identities), 1)
-    same = identities[left] == identities[right]
-    genuine, impostor = np.flatnonzero(same), np.flatnonzero(~same)
-    impostor = np.random.default_rng(seed).permutation(impostor)[: len(genuine)]
-    chosen = np.concatenate([genuine, impostor])
-    return left[chosen], right[chosen], same[chosen]
-
-
-def _best_threshold(scores: np.ndarray, same: np.ndarray) -> tuple[float, float]:
-    """The cosine threshold with most right decisions, and their share."""
-    order = np.argsort(-scores, kind="stable")
-    right = np.cumsum(same[order]) + (~same).sum() - np.cumsum(~same[order])
-    best = int(np.argmax(right))
-    return float(scores[order[best]]), float(right[best] / len(same))
+def _decisions(reference: np.ndarray, candidate: np.ndarray, identities: np.ndarray) -> ChangedDecisions | None:
+    """What changes for all genuine pairs and as many impostors; None where there are not both."""
+    try:
+        pairs = pairs_from_identities(identities.tolist())
+    except InvalidFaces:
+        return None
+    threshold = best_threshold(pair_scores(reference, pairs), pairs.same)
+    return changed_decisions(reference, candidate, pairs, threshold)

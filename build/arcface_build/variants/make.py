@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from arcface_build.errors import ProofFailed
-from arcface_build.imports.manifest import Manifest, load_manifest
 from arcface_build.variants.calibrate import LEVELS, collect_histograms, conv_inputs, least_error_range
-from arcface_build.variants.eval_set import FaceSet, load_faces
-from arcface_build.variants.gate import Progress, Verdict, embed_all, judge, refusal
+from arcface_build.variants.eval_set import FaceSet, evaluation_faces
+from arcface_build.variants.gate import HELD_BACK, VariantVerdict
+from arcface_build.variants.held_back import Parts, light, likeness, part, without
 from arcface_build.variants.int8 import make_coarse, quantizable_layers
 from arcface_build.variants.recipe import Recipe, load_recipe
 from arcface_build.variants.search import SearchResult, layer_work, smallest_passing_set
 from arcface_build.variants.sensitivity import measure_sensitivities
 from arcface_build.variants.sidecar import variants_folder, write_variant
+from arcface_build.variants.trial import Stage, Trial, open_trial, runtimes_for, silent
 from arcface_build.variants.typed import body_nodes, largest_values, overflowing, rounded_as_float16, with_followers
-from arcface_clients.atomic import new_file
-from arcface_clients.engines.runtimes import cpu_flags, fast_runtime, has_bf16, has_openvino, open_session
+from arcface_clients.engines.import_manifest import ImportManifest, read_import_manifest
+from arcface_clients.engines.runtimes import cpu_flags, has_bf16, has_openvino
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 
@@ -30,9 +29,10 @@ if TYPE_CHECKING:
 
 TARGETS = {"fp16": ("tensorrt",), "bf16": ("cpu",), "int8": ("cpu", "tensorrt")}  # the first is the default
 CALIBRATION_FACES = 64
+MARGIN = 0.5
 OVERFLOW_FACES = 16
 PROBE_FACES = 8
-Stage = Callable[[str], Progress]
+_ALL_FACES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,12 @@ class Wish:
     Attributes:
         precision: fp16, bf16 or int8.
         target: cpu or tensorrt.
-        eval_source, eval_faces: faces to judge by (`eval_set.load_faces`) and at most how many.
-        calibration: faces to calibrate on; default: a draw from the eval set, or other drawn faces where that is drawn.
-        limit: largest drift (1 − cosine) a face may show.
-        search: look for layers to keep where the variant as asked for fails.
+        eval_source, eval_faces: faces (`eval_set.evaluation_faces`) and at most how many; one half is searched on, the
+            other judges.
+        calibration: faces to calibrate on; default: a draw from the first half, or other drawn faces where these are.
+        limits: largest drift (1 − cosine) a face may show, by precision.
+        margin: share of the limit that the search aims at, so that nothing passes by a hair.
+        search: look for layers to keep where the variant as asked for misses that aim.
         keep: names of layers that stay in higher precision in any case.
         recipe: replay this file instead of calibrating and searching.
     """
@@ -55,16 +57,17 @@ class Wish:
     eval_source: str = "synthetic"
     eval_faces: int = 400
     calibration: str | None = None
-    limit: float | None = None
+    limits: Mapping[str, float] = field(default_factory=lambda: DRIFT_LIMITS)
+    margin: float = MARGIN
     search: bool = True
     keep: tuple[str, ...] = ()
     recipe: Path | None = None
 
 
-def make_variant(
-    model_dir: Path, wish: Wish, stage: Stage = lambda title: lambda done, total: None
-) -> tuple[dict[str, Any], Path]:
+def make_variant(model_dir: Path, wish: Wish, stage: Stage = silent) -> tuple[dict[str, Any], Path]:
     """Make, judge and write one variant; returns its sidecar and where that stands.
+
+    What is fitted (ranges, the layers to keep) is fitted to one part of the faces and judged on the other.
 
     Args:
         model_dir: models/NAME/ as `arcface import` writes it.
@@ -75,86 +78,94 @@ def make_variant(
         ProofFailed: it does not pass its gate; it is kept as .refused beside its report.
         Missing, WrongUse: no such model, no faces, a combination that does not exist.
     """
-    manifest = load_manifest(model_dir)
+    manifest = read_import_manifest(model_dir)
     target = _check(wish, manifest)
     serving_path = model_dir / manifest.serving["file"]
     if not serving_path.is_file():
         raise Missing(f"{serving_path} is gone, though its manifest names it. Next: arcface import SOURCE --force")
-    faces = load_faces(wish.eval_source, wish.eval_faces)
-    runtimes = _runtimes(wish.precision, target)
-    trial = _Trial(
-        name=manifest.name,
-        precision=wish.precision,
-        limit=DRIFT_LIMITS[wish.precision] if wish.limit is None else wish.limit,
-        runtimes=tuple(runtimes),
-        reference=_reference(model_dir, serving_path, manifest, faces, stage),
-        faces=faces,
-        stage=stage,
-    )
-    recipe: Recipe | None = None
-    model: onnx.ModelProto | None = None
-    judged: onnx.ModelProto | Path = serving_path
-    if wish.precision != "bf16":
-        serving = load_named(serving_path)
-        if wish.recipe:
-            recipe = load_recipe(wish.recipe, wish.precision, target, manifest.serving["sha256"])
-        else:
-            recipe = _start(wish, target, serving, manifest, faces, stage)
-            if wish.search:
-                picture = variants_folder(model_dir) / f"{wish.precision}-{target}.search.png"
-                recipe = _search(serving, recipe, trial, picture)
-        model = recipe.apply(serving)
-        judged = model if recipe.precision == "int8" else recipe.stand_in(serving)
-        del serving  # r100: a quarter of a gigabyte that nothing below needs
-    verdicts = [trial.judge(judged, runtime, f"gate in {runtime}") for runtime in runtimes]
-    sidecar, path = write_variant(model_dir, manifest, wish.precision, target, model, recipe, verdicts, faces)
+    runtimes = runtimes_for(wish.precision, target)
+    if wish.precision == "bf16":  # nothing is fitted to any face: all of them judge
+        faces = evaluation_faces(wish.eval_source, wish.eval_faces)
+        gate = open_trial(model_dir, manifest, "bf16", wish.limits, faces, stage)
+        verdicts = [gate.judge(serving_path, runtime, f"gate in {runtime}") for runtime in runtimes]
+        return _written(model_dir, manifest, wish, target, None, None, verdicts, None, faces)
+    parts, calibration = _faces(wish)
+    search = open_trial(model_dir, manifest, wish.precision, wish.limits, parts.searched, stage).aiming_at(wish.margin)
+    gate = open_trial(model_dir, manifest, wish.precision, wish.limits, parts.held_back, stage)
+    serving = load_named(serving_path)
+    if wish.recipe:
+        recipe = load_recipe(wish.recipe, wish.precision, target, manifest.serving["sha256"])
+    else:
+        recipe = _start(wish, target, serving, manifest, calibration, stage)
+        if wish.search:
+            picture = variants_folder(model_dir) / f"{wish.precision}-{target}.search.png"
+            recipe = _search(manifest.name, serving, recipe, search, runtimes, picture)
+    model = recipe.apply(serving)
+    judged = model if recipe.precision == "int8" else recipe.stand_in(serving)
+    clipped = recipe.clipped(serving, parts.held_back.faces, stage("values cut off"))
+    del serving  # r100: a quarter of a gigabyte that nothing below needs
+    verdicts = [
+        replace(
+            gate.judge(judged, runtime, f"gate in {runtime}, faces held back"),
+            judged_on=HELD_BACK,
+            searched=search.judge(judged, runtime, f"gate in {runtime}, faces searched on").gate,
+            clipped=clipped,
+        )
+        for runtime in runtimes
+    ]
+    return _written(model_dir, manifest, wish, target, model, recipe, verdicts, parts, parts.held_back)
+
+
+def _written(
+    model_dir: Path,
+    manifest: ImportManifest,
+    wish: Wish,
+    target: str,
+    model: onnx.ModelProto | None,
+    recipe: Recipe | None,
+    verdicts: Sequence[VariantVerdict],
+    parts: Parts | None,
+    judged: FaceSet,
+) -> tuple[dict[str, Any], Path]:
+    """Sidecar and path of what passed; ProofFailed for what did not, which is written as .refused."""
+    told = {
+        "eval": {**judged.to_json(), "mean_grey": light(judged)},
+        "searched": {**parts.searched.to_json(), "mean_grey": light(parts.searched), "parted": parts.how}
+        if parts
+        else None,
+        "margin": wish.margin if parts else None,
+        "warnings": likeness(manifest.name, parts.searched if parts else None, judged),
+    }
+    sidecar, path = write_variant(model_dir, manifest, wish.precision, target, model, recipe, verdicts, told)
     if not sidecar["passed"]:
         raise ProofFailed(
-            f"{refusal(manifest.name, wish.precision, verdicts[0])} {_advice(recipe)}. "
-            f"Kept beside its report, never served: {path}"
+            f"{wish.precision} of {manifest.name} refused in {verdicts[0].runtime}: {verdicts[0].why}. "
+            f"{_advice(wish)}. Kept beside its report, never served: {path}"
         )
     return sidecar, path
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """What every candidate is judged by."""
-
-    name: str
-    precision: str
-    limit: float
-    runtimes: tuple[str, ...]
-    reference: np.ndarray
-    faces: FaceSet
-    stage: Stage
-
-    def judge(self, model: Path | onnx.ModelProto, runtime: str, title: str) -> Verdict:
-        embeddings = embed_all(open_session(model, runtime), self.faces.faces, self.stage(title))
-        label = f"{runtime} with float16 rounding" if self.precision == "fp16" else runtime
-        return judge(label, self.precision, self.limit, self.reference, embeddings, self.faces)
-
-    def judge_everywhere(self, model: Path | onnx.ModelProto, title: str) -> Verdict:
-        """The first verdict that is no, else the one with the most drift: a variant may be served in each runtime."""
-        verdicts = []
-        for runtime in self.runtimes:
-            verdicts.append(self.judge(model, runtime, title if len(self.runtimes) == 1 else f"{title}: {runtime}"))
-            if not verdicts[-1].passed:
-                return verdicts[-1]
-        return max(verdicts, key=lambda verdict: verdict.drift.max_drift)
+def _faces(wish: Wish) -> tuple[Parts, FaceSet]:
+    """The two parts, and the faces to calibrate on: none of them is among those that judge."""
+    drawn = wish.eval_source == "synthetic"
+    everything = evaluation_faces(wish.eval_source, wish.eval_faces if drawn else _ALL_FACES)
+    parts = part(everything, wish.eval_faces)
+    if wish.calibration is None and not drawn:
+        return parts, parts.searched.sample(CALIBRATION_FACES, seed=1)
+    if wish.calibration == wish.eval_source and not drawn:
+        return parts, parts.searched.sample(CALIBRATION_FACES, seed=1)
+    calibration = evaluation_faces(wish.calibration or "synthetic", CALIBRATION_FACES, seed=1)
+    return replace(parts, held_back=without(parts.held_back, calibration)), calibration
 
 
 def _start(
-    wish: Wish, target: str, serving: onnx.ModelProto, manifest: Manifest, faces: FaceSet, stage: Stage
+    wish: Wish, target: str, serving: onnx.ModelProto, manifest: ImportManifest, calibration: FaceSet, stage: Stage
 ) -> Recipe:
     """The recipe before any search: calibrated, with what has to be kept in any case."""
     unknown = set(wish.keep) - {n.name for n in serving.graph.node}
     if unknown:
-        names = ", ".join(quantizable_layers(serving))
-        raise WrongUse(f"--keep names no node: {', '.join(sorted(unknown))}. Layers: {names}")
-    if wish.calibration or wish.eval_source == "synthetic":
-        calibration = load_faces(wish.calibration or "synthetic", CALIBRATION_FACES, seed=1)
-    else:
-        calibration = faces.sample(CALIBRATION_FACES, seed=1)
+        layers = ", ".join(quantizable_layers(serving))
+        raise WrongUse(f"--keep names no node: {', '.join(sorted(unknown))}. Layers: {layers}")
     start = Recipe(wish.precision, target, manifest.serving["sha256"], wish.keep, calibration=calibration.to_json())
     if wish.precision == "fp16":
         names = body_nodes(serving)
@@ -166,9 +177,15 @@ def _start(
     return replace(start, keep=tuple(dict.fromkeys([*wish.keep, *quantizable_layers(serving)[:1]])), ranges=ranges)
 
 
-def _search(serving: onnx.ModelProto, start: Recipe, trial: _Trial, picture: Path) -> Recipe:
-    """The recipe that passes with the least kept; the start where that passes or nothing does. Draws what it tried."""
-    first = trial.judge_everywhere(start.stand_in(serving), "as asked for")
+def _search(
+    name: str, serving: onnx.ModelProto, start: Recipe, trial: Trial, runtimes: tuple[str, ...], picture: Path
+) -> Recipe:
+    """The recipe that reaches the aim of `trial` with the least kept; the start where that does. Draws what it tried.
+
+    Raises:
+        ProofFailed: no set of layers reaches it.
+    """
+    first = trial.judge_everywhere(start.stand_in(serving), runtimes, "as asked for")
     if first.passed:
         return start
     layers, int8 = quantizable_layers(serving), start.precision == "int8"
@@ -183,41 +200,54 @@ def _search(serving: onnx.ModelProto, start: Recipe, trial: _Trial, picture: Pat
         else:
             part.CopyFrom(rounded_as_float16(part, keep=set(body_nodes(part)) - set(groups[layer])))
 
-    def attempt(keep: Sequence[str]) -> Verdict:
+    def attempt(keep: Sequence[str]) -> VariantVerdict:
         if tuple(keep) == start.keep:
             return first
         candidate = replace(start, keep=nodes_of(keep)).stand_in(serving)
-        return trial.judge_everywhere(candidate, f"{len(keep)} of {len(layers)} layers kept")
+        return trial.judge_everywhere(candidate, runtimes, f"{len(keep)} of {len(layers)} layers kept")
 
     probes = trial.faces.sample(PROBE_FACES).faces
     progress = trial.stage("sensitivity of each layer")
     sensitivity = measure_sensitivities(serving, layers, coarsen, probes, progress)
     result = smallest_passing_set(sensitivity, layer_work(serving), attempt, start.keep)
-    _draw(picture, trial, start, result, sensitivity)
+    _draw(picture, name, trial, start, result, sensitivity)
+    if result.keep is None:
+        raise ProofFailed(_not_reached(name, start.precision, trial, result))
     record = {"sensitivity": sensitivity, **result.to_json()}
-    return replace(start, keep=start.keep if result.keep is None else nodes_of(result.keep), search=record)
+    return replace(start, keep=nodes_of(result.keep), search=record)
 
 
-def _draw(path: Path, trial: _Trial, start: Recipe, result: SearchResult, sensitivity: dict[str, float]) -> None:
+def _draw(
+    path: Path, name: str, trial: Trial, start: Recipe, result: SearchResult, sensitivity: dict[str, float]
+) -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
         return  # the recipe holds the same figures
     from arcface_build.variants.plot import draw_search
 
-    title = f"{trial.name}: {start.precision} for {start.target}, {len(trial.faces.faces)} faces"
-    draw_search(path, title, result, sensitivity, trial.limit, start.keep)
+    title = f"{name}: {start.precision} for {start.target}, {len(trial.faces.faces)} faces"
+    draw_search(path, title, result, sensitivity, trial.limits[start.precision], start.keep)
 
 
-def _advice(recipe: Recipe | None) -> str:
-    if recipe is None:
+def _advice(wish: Wish) -> str:
+    if wish.precision == "bf16":
         return "Serve fp32 instead, or try: --precision int8"
-    if recipe.search is None:
+    if not wish.search:
         return "Try --search, which finds the layers to keep"
-    return "No set of layers passes: try --calibration with crops like yours, or a precision with more bits"
+    return "Calibrate with faces like those (--calibration, --eval), or aim lower: --margin 0.25"
 
 
-def _check(wish: Wish, manifest: Manifest) -> str:
+def _not_reached(name: str, precision: str, trial: Trial, result: SearchResult) -> str:
+    best = min(result.attempts, key=lambda attempt: attempt.max_drift)
+    return (
+        f"no set of layers brings {precision} of {name} to drift {trial.limits[precision]:.3g} on the faces that are "
+        f"searched on (least: {best.max_drift:.3g}, {best.kept} layers kept). Nothing was written. Try a precision "
+        "with more bits, or aim nearer to the limit: --margin 0.9"
+    )
+
+
+def _check(wish: Wish, manifest: ImportManifest) -> str:
     """The target, after refusing what cannot work."""
     target = wish.target or TARGETS[wish.precision][0]
     if target not in TARGETS[wish.precision]:
@@ -240,28 +270,6 @@ def _check(wish: Wish, manifest: Manifest) -> str:
                 "and the gate would prove nothing. Run this on a CPU that has them, or try: --precision int8"
             )
     return target
-
-
-def _runtimes(precision: str, target: str) -> list[str]:
-    """Where a variant is judged: first the runtime that it is for, then others that may serve it on another CPU."""
-    if precision == "bf16":
-        return ["openvino-bf16"]
-    if target == "tensorrt":
-        return ["onnxruntime"]  # computes Q/DQ as written, whatever the signedness
-    fast = fast_runtime()
-    return [fast, "openvino-fp32"] if fast == "openvino-bf16" else [fast]
-
-
-def _reference(model_dir: Path, serving: Path, manifest: Manifest, faces: FaceSet, stage: Stage) -> np.ndarray:
-    """Embeddings of the fp32 serving ONNX in ONNX Runtime; kept, because every variant is judged by the same ones."""
-    name = f"reference-{manifest.serving['sha256'][:12]}-{faces.sha256[:12]}.npy"
-    kept = variants_folder(model_dir) / name
-    if kept.is_file():
-        return np.load(kept)
-    embeddings = embed_all(open_session(serving), faces.faces, stage("reference embeddings"))
-    with new_file(kept) as temporary, temporary.open("wb") as file:
-        np.save(file, embeddings)
-    return embeddings
 
 
 def load_named(path: Path) -> onnx.ModelProto:

@@ -7,7 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arcface_build.variants.int8 import quantize_convolutions
+import numpy as np
+
+from arcface_build.imports.proof import OnCount
+from arcface_build.variants.calibrate import clipped_shares
+from arcface_build.variants.int8 import quantizable_layers, quantize_convolutions
 from arcface_build.variants.typed import rounded_as_float16, to_float16
 from arcface_clients.errors import Missing, WrongUse
 
@@ -48,6 +52,15 @@ class Recipe:
     def stand_in(self, serving: onnx.ModelProto) -> onnx.ModelProto:
         """What is judged in its place: for fp16 a model that rounds as a GPU would, else the variant itself."""
         return rounded_as_float16(serving, self.keep) if self.precision == "fp16" else self.apply(serving)
+
+    def clipped(self, serving: onnx.ModelProto, faces: np.ndarray, progress: OnCount | None = None) -> dict[str, float]:
+        """Share of the values on these faces that the ranges cut off, by tensor that is read in 8 bits; int8 only."""
+        if self.precision != "int8":
+            return {}
+        quantized = set(quantizable_layers(serving)) - set(self.keep)
+        read = {n.input[0] for n in serving.graph.node if n.name in quantized}
+        ranges = {name: ends for name, ends in self.ranges[self.target].items() if name in read}
+        return clipped_shares(serving, ranges, faces, progress) if ranges else {}
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the field names as keys."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from arcface_build.variants.gate import Verdict
+from arcface_build.variants.gate import VariantVerdict
 
 if TYPE_CHECKING:
     import onnx
@@ -51,7 +51,7 @@ def order_to_keep(sensitivity: Mapping[str, float], work: Mapping[str, float]) -
 def smallest_passing_set(
     sensitivity: Mapping[str, float],
     work: Mapping[str, float],
-    attempt: Callable[[Sequence[str]], Verdict],
+    attempt: Callable[[Sequence[str]], VariantVerdict],
     always: Sequence[str] = (),
 ) -> SearchResult:
     """How many layers, in `order_to_keep`, have to stay in higher precision so that the variant passes its gate.
@@ -72,7 +72,7 @@ def smallest_passing_set(
     fails, passes, guess, scale = -1, None, 0, 1.0
     while len(attempts) < MAX_TRIES:
         verdict = attempt([*always, *order[:guess]])
-        drift = verdict.drift.max_drift
+        drift = verdict.max_drift
         attempts.append(Attempt(len(always) + guess, scale * left[guess], drift, verdict.mean_drift, verdict.passed))
         if verdict.passed:
             passes = guess
@@ -82,7 +82,7 @@ def smallest_passing_set(
             break
         if left[guess] > 0:
             scale = max(drift, 1e-12) / left[guess]
-        wanted = next((k for k, rest in enumerate(left) if scale * rest <= _AIM * verdict.limit), len(order))
+        wanted = next((k for k, rest in enumerate(left) if scale * rest <= _AIM * verdict.gate.limit), len(order))
         highest = len(order) if passes is None else passes - 1
         guess = min(max(wanted, fails + 1), highest)
     if passes is None:

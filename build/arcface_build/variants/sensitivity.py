@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from arcface_build.graph.embedding_only import embedding_only
+from arcface_build.imports.proof import OnCount
 from arcface_clients.engines.runtimes import open_session
 from arcface_clients.evidence.drift import compare_embeddings
 
 if TYPE_CHECKING:
     import onnx
-
-Progress = Callable[[int, int], None]
 
 
 def measure_sensitivities(
@@ -25,7 +25,7 @@ def measure_sensitivities(
     layers: Iterable[str],
     coarsen: Callable[[onnx.ModelProto, str], None],
     faces: np.ndarray,
-    progress: Progress | None = None,
+    progress: OnCount | None = None,
 ) -> dict[str, float]:
     """Mean drift (1 − cosine) of the embedding when one layer alone is coarse, for each layer.
 
@@ -37,6 +37,7 @@ def measure_sensitivities(
         progress: called with (layers done, all).
     """
     layers = list(layers)
+    model = embedding_only(model)
     output = model.graph.output[0].name
     starts = _start_before_each(model)
     wanted = sorted({starts[layer] for layer in layers} - {model.graph.input[0].name})

@@ -11,18 +11,17 @@ A bf16 variant is the serving ONNX itself, computed in bf16 by OpenVINO: it has 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcface_build.imports.importing import tool_versions
-from arcface_build.imports.manifest import Manifest
 from arcface_build.imports.source import file_digest
-from arcface_build.variants.eval_set import FaceSet
-from arcface_build.variants.gate import Verdict
+from arcface_build.variants.gate import VariantVerdict
 from arcface_build.variants.recipe import Recipe
 from arcface_clients.atomic import new_file, write_json
+from arcface_clients.engines.import_manifest import ImportManifest
 from arcface_clients.errors import WrongUse
 
 if TYPE_CHECKING:
@@ -58,15 +57,32 @@ def read_sidecar(model_dir: Path, precision: str, target: str) -> dict[str, Any]
     return sidecar
 
 
+def set_aside(model_dir: Path, sidecar: dict[str, Any]) -> Path:
+    """Rename a variant to .refused, its sidecar saying so; returns where that stands now.
+
+    The model goes first: whoever is killed in between leaves a sidecar that names a missing file, which every reader
+    refuses, and never a model without the sidecar that speaks against it.
+    """
+    folder, name = variants_folder(model_dir), f"{sidecar['precision']}-{sidecar['target']}"
+    refused = {**sidecar, "passed": False}
+    if sidecar["recipe"] is not None:  # bf16 has no file of its own
+        refused["file"] = f"{sidecar['file']}.refused"
+        (model_dir / sidecar["file"]).replace(model_dir / refused["file"])
+    path = folder / f"{name}.json.refused"
+    write_json(path, refused)
+    (folder / f"{name}.json").unlink()
+    return path
+
+
 def write_variant(
     model_dir: Path,
-    manifest: Manifest,
+    manifest: ImportManifest,
     precision: str,
     target: str,
     model: onnx.ModelProto | None,
     recipe: Recipe | None,
-    verdicts: Sequence[Verdict],
-    faces: FaceSet,
+    verdicts: Sequence[VariantVerdict],
+    told: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Path]:
     """Write model and sidecar, as .refused where the first verdict (of the runtime that it is for) is no.
 
@@ -77,7 +93,7 @@ def write_variant(
         model: the typed ONNX; None for bf16.
         recipe: how it was made; None for bf16.
         verdicts: one a runtime.
-        faces: what it was judged by.
+        told: what else the sidecar says: of the faces, the margin, warnings.
 
     Returns:
         The sidecar and where it stands.
@@ -105,7 +121,7 @@ def write_variant(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "passed": passed,
         "gates": [verdict.to_json() for verdict in verdicts],
-        "eval": faces.to_json(),
+        **told,
         "recipe": recipe.to_json() if recipe else None,
         "tools": tool_versions(),
     }

@@ -1,6 +1,6 @@
 """Sources and an output name in; the units that are still to do, and at the end one Parquet file, out.
 
-Beside OUTPUT.parquet lies OUTPUT.parquet.parts/ while the job is under way: units.jsonl (what to do), plan.json (with
+Beside OUTPUT.parquet lies OUTPUT.parquet.parts/ while the job is under way: units.jsonl (what to do), job.json (with
 what), part-N.parquet (unit N, done). A part has its name only when it is whole and synced, so a run that was killed
 at any moment is gone on with: no unit is missing, none is there twice.
 """
@@ -27,8 +27,9 @@ from arcface_clients.arrays import Array
 from arcface_clients.atomic import new_file
 from arcface_clients.bulk.parts import is_whole, merge_parts, part_path, schema, write_part
 from arcface_clients.bulk.read import Item, read_unit
-from arcface_clients.bulk.units import Unit, plan_units, unit_size
+from arcface_clients.bulk.units import Unit, iter_units, unit_size
 from arcface_clients.errors import ConfigError, ContractMismatch
+from arcface_clients.faces.images import Found
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
@@ -39,8 +40,8 @@ BATCH = 256
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What decides the rows of a job; a job that was begun with another plan is not gone on with."""
+class JobSpec:
+    """What decides the rows of a job; a job that was begun with another spec is not gone on with."""
 
     sources: tuple[str, ...]
     contract_id: str | None
@@ -50,7 +51,7 @@ class Plan:
     min_score: float = 0.7
 
     def open_detector(self) -> FaceDetector | None:
-        """The detector that the plan names."""
+        """The detector that the spec names."""
         if self.detector is None:
             return None
         from arcface_clients.faces.detect import FaceDetector
@@ -61,7 +62,7 @@ class Plan:
 class Job:
     """The folder of a job; one process at a time may hold it."""
 
-    def __init__(self, output: Path | str, plan: Plan, start_over: bool = False) -> None:
+    def __init__(self, output: Path | str, spec: JobSpec, start_over: bool = False) -> None:
         """Begin the job or go on with it.
 
         Raises:
@@ -70,7 +71,7 @@ class Job:
         """
         self.output = Path(output).absolute()
         self.folder = self.output.with_name(f"{self.output.name}.parts")
-        self.plan = plan
+        self.spec = spec
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         try:
@@ -90,13 +91,15 @@ class Job:
             raise
 
     def _begin(self) -> None:
-        file = self.folder / "plan.json"
-        mine = json.loads(json.dumps(asdict(self.plan)))
+        file, former = self.folder / "job.json", self.folder / "plan.json"  # its former name
+        file = former if former.exists() and not file.exists() else file
+        mine = json.loads(json.dumps(asdict(self.spec)))
         if file.exists():
             try:
                 begun = json.loads(file.read_text())
                 self.units, self.items = begun["units"], begun["items"]
-                of_contract = begun["plan"]["contract_id"]
+                theirs = begun["plan" if file == former else "spec"]
+                of_contract = theirs["contract_id"]
             except (ValueError, KeyError, TypeError) as exc:
                 raise ConfigError(
                     f"{file} is damaged ({exc}): expected what an unfinished run left. Start over: --force"
@@ -106,23 +109,23 @@ class Job:
                     f"{self.output} was begun with contract {of_contract}, the model that is served "
                     f"now has {mine['contract_id']}: expected one model for all rows. Start over: --force"
                 )
-            different = [key for key in mine if begun["plan"].get(key) != mine[key]]
+            different = [key for key in mine if theirs.get(key) != mine[key]]
             if different:
                 raise ConfigError(
                     f"{self.output} was begun with other {', '.join(different)}: expected "
-                    f"{[begun['plan'].get(key) for key in different]}, got {[mine[key] for key in different]}. "
+                    f"{[theirs.get(key) for key in different]}, got {[mine[key] for key in different]}. "
                     "Give the same, or start over: --force"
                 )
             return
         self._empty()
         self.units = self.items = 0
         with new_file(self.folder / "units.jsonl") as temporary, temporary.open("w") as lines:
-            for unit in plan_units(self.plan.sources, self.plan.unit_rows):
+            for unit in iter_units(self.spec.sources, self.spec.unit_rows):
                 lines.write(json.dumps(unit) + "\n")
                 self.units += 1
                 self.items += unit_size(unit)
         with new_file(file) as temporary:
-            temporary.write_text(json.dumps({"plan": mine, "units": self.units, "items": self.items}))
+            temporary.write_text(json.dumps({"spec": mine, "units": self.units, "items": self.items}))
 
     def _sweep(self) -> None:
         """Remove what a kill in the middle of writing left: temporary files of `new_file` for our names."""
@@ -147,7 +150,7 @@ class Job:
     def finish(self) -> tuple[int, int]:
         """Merge the parts into the output and remove the folder; returns rows and refusals."""
         parts = (part_path(self.folder, number) for number in range(self.units))
-        counts = merge_parts(parts, self.output, schema(self.plan.dim, self.plan.contract_id))
+        counts = merge_parts(parts, self.output, schema(self.spec.dim, self.spec.contract_id, bool(self.spec.detector)))
         self.discard()
         return counts
 
@@ -179,7 +182,7 @@ def embed_unit(
     number: int,
     unit: Unit,
     engine: EmbeddingEngine,
-    plan: Plan,
+    spec: JobSpec,
     detector: FaceDetector | None = None,
     advance: Callable[[int], object] = lambda count: None,
     stop: threading.Event | None = None,
@@ -187,19 +190,20 @@ def embed_unit(
     """Write the part of one unit; returns rows and refusals. Memory: two requests of faces, and the unit's rows.
 
     Raises:
-        ContractMismatch: the engine is of another contract than the plan.
+        ContractMismatch: the engine is of another contract than the spec.
         ArcFaceError: what the engine raises; nothing was written then.
         Stopped: `stop` was set.
     """
-    if engine.contract_id != plan.contract_id:
+    if engine.contract_id != spec.contract_id:
         raise ContractMismatch(
-            f"this job is of contract {plan.contract_id}, {engine!r} serves {engine.contract_id}: expected one model "
+            f"this job is of contract {spec.contract_id}, {engine!r} serves {engine.contract_id}: expected one model "
             "behind all URLs. Serve the same one everywhere: arcface serve"
         )
     names: list[str] = []
     identities: list[str | None] = []
     digests: list[bytes] = []
     refused: list[tuple[str, str]] = []
+    found: list[Found] = []
 
     def faces() -> Iterator[Array]:
         for item in read_unit(unit, detector):
@@ -211,6 +215,8 @@ def embed_unit(
             names.append(item.name)
             identities.append(item.identity)
             digests.append(_digest(item))
+            if item.found is not None:
+                found.append(item.found)
             yield item.face
 
     rows: list[Array] = []
@@ -218,8 +224,9 @@ def embed_unit(
         rows.append(row)
         advance(len(row))
     advance(unit_size(unit) - len(names))
-    embeddings = np.concatenate(rows) if rows else np.empty((0, plan.dim), np.float32)
-    write_part(part_path(folder, number), names, identities, embeddings, digests, refused, plan.contract_id)
+    embeddings = np.concatenate(rows) if rows else np.empty((0, spec.dim), np.float32)
+    where = found if spec.detector else None
+    write_part(part_path(folder, number), names, identities, embeddings, digests, refused, spec.contract_id, where)
     return len(names), len(refused)
 
 
@@ -233,13 +240,13 @@ def run_local(
     """
     free: SimpleQueue[tuple[EmbeddingEngine, FaceDetector | None]] = SimpleQueue()
     for engine in engines:
-        free.put((engine, job.plan.open_detector()))
+        free.put((engine, job.spec.open_detector()))
     stop = threading.Event()
 
     def work(number: int, unit: Unit) -> None:
         engine, detector = free.get()
         try:
-            embed_unit(job.folder, number, unit, engine, job.plan, detector, advance, stop)
+            embed_unit(job.folder, number, unit, engine, job.spec, detector, advance, stop)
         finally:
             free.put((engine, detector))
 
@@ -277,4 +284,4 @@ def _stream(engine: Any, faces: Iterator[Array]) -> Iterator[Array]:
 
 
 def _digest(item: Item) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(item.face)).digest()
+    return hashlib.sha256(np.ascontiguousarray(item.face).data).digest()

@@ -15,7 +15,7 @@ from arcface_clients.contract import FACE_BYTES, FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces
 from arcface_clients.faces.check import check_faces
 from arcface_clients.faces.detect import detect_crops
-from arcface_clients.faces.images import decode_face, read_crops
+from arcface_clients.faces.images import Found, decode_face, read_crops
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -34,6 +34,7 @@ class Item:
     identity: str | None
     face: Array | None
     refused: str = ""
+    found: Found | None = None  # where a detector found it
 
 
 def read_unit(unit: dict[str, Any], detector: FaceDetector | None = None) -> Iterator[Item]:
@@ -44,7 +45,7 @@ def read_unit(unit: dict[str, Any], detector: FaceDetector | None = None) -> Ite
                 yield Item(path, identity, None, reason)
                 continue
             for crop in detect_crops([path], detector) if detector else read_crops([path]):
-                yield Item(crop.name, identity, crop.face, crop.refused)
+                yield Item(crop.name, identity, crop.face, crop.refused, crop.found)
         return
     rows = _array_rows if unit["kind"] == "array" else _parquet_rows
     done = unit["start"]
@@ -71,7 +72,7 @@ def count_rows(kind: str, path: str) -> int:
             return array.count
     with _open_parquet(path) as file:
         _face_column(file, path)
-        return file.metadata.num_rows
+        return int(file.metadata.num_rows)
 
 
 @dataclass
@@ -82,7 +83,7 @@ class _Array:
     container: zipfile.ZipFile | None
     count: int
     item_bytes: int
-    dtype: np.dtype
+    dtype: np.dtype[Any]
 
     def __enter__(self) -> _Array:
         return self
@@ -105,8 +106,9 @@ def _open_array(path: str) -> _Array:
             file: IO[bytes] = container.open(names[0])
         else:
             file = Path(path).open("rb")  # noqa: SIM115  closed by _Array
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        npy: Any = np.lib.format  # NumPy has no types for it
+        version = npy.read_magic(file)
+        header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = header(file)
     except (ValueError, EOFError, zipfile.BadZipFile) as exc:
         if container:

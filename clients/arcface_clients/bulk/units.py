@@ -19,7 +19,7 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 Unit = dict[str, Any]
 
 
-def plan_units(sources: Iterable[str | Path], rows: int) -> Iterator[Unit]:
+def iter_units(sources: Iterable[str | Path], rows: int) -> Iterator[Unit]:
     """Units of up to `rows` faces, in a fixed order; memory is bounded by the largest folder's names.
 
     An array or Parquet file whose header cannot be read becomes one item with the reason.

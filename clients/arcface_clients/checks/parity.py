@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from arcface_clients.errors import (
     ModelNotReady,
     ServerUnreachable,
 )
-from arcface_clients.evidence.drift import DRIFT_LIMITS, compare_embeddings
+from arcface_clients.evidence.gate import judge_embeddings
 from arcface_clients.faces.check import check_faces
-from arcface_clients.triton.address import Address
+from arcface_clients.triton.address import Access, Address, Tls
 from arcface_clients.triton.embedder import TritonEmbedder
 
 REFERENCE = "arcface_reference"
@@ -44,17 +44,23 @@ class BackendParity:
     min_cosine: float | None
     worst_face: int | None
     limit: float | None  # largest drift that its precision may show; None for the reference itself
-    passed: bool
+    refused: str = ""  # the gate's words where it did not pass
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate lets it through, or had nothing to compare it with."""
+        return not self.refused
 
     @property
     def gate(self) -> str:
         """The verdict in words, with its figures."""
+        if self.refused:
+            return f"FAILED ({self.precision}: {self.refused})"
         if self.min_cosine is None:
             return "not compared"
         if self.limit is None:
             return "reference"
-        relation, verdict = ("≤", "passed") if self.passed else (">", "FAILED")
-        return f"{verdict} ({self.precision}: drift {1 - self.min_cosine:.1e} {relation} {self.limit:g})"
+        return f"passed ({self.precision}: drift {1 - self.min_cosine:.1e} ≤ {self.limit:g})"
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class ParityReport:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the field names as keys, and `passed`."""
-        return {**asdict(self), "passed": self.passed}
+        rows = [{**asdict(row), "passed": row.passed} for row in self.rows]
+        return {**asdict(self), "rows": rows, "passed": self.passed}
 
     def require(self) -> None:
         """Return when every gate passed.
@@ -95,8 +102,10 @@ def measure_parity(
     faces: Array | None = None,
     models: Sequence[str] = MODELS,
     *,
+    limits: Mapping[str, float] | None = None,
     faces_from: str | Path | None = None,
     timeout_s: float = 120.0,
+    access: Access | None = None,
     progress: Callable[[str], None] = lambda model: None,
 ) -> ParityReport:
     """Embed faces with every model that is loaded, and compare with the reference where that is loaded.
@@ -105,8 +114,10 @@ def measure_parity(
         url: the server.
         faces: uint8 (N,112,112,3) BGR, N ≥ 1; without them `faces_from` is read, else 32 drawn faces are taken.
         models: what to ask for; those that are not loaded are skipped, with the reason in the report.
+        limits: largest drift by precision; None takes comparison.max_drift of the configuration.
         faces_from: folder, file, glob or .npz of crops.
         timeout_s: longest wait for one request.
+        access: headers, TLS files and compression of the server.
         progress: called with each model's name before it is asked.
 
     The gate of a row is that of its served precision (parameter `precision` of the leaf model, fp32 when absent).
@@ -117,6 +128,10 @@ def measure_parity(
         ContractMismatch: a backend serves another contract than the reference.
         ConfigError: a backend states a precision that has no gate.
     """
+    if limits is None:
+        from arcface_clients.config.sources import load_config
+
+        limits = load_config().comparison.max_drift.model_dump()
     faces = check_faces(_faces(faces, faces_from))
     if not len(faces):
         raise InvalidFaces(f"no faces to compare{f' in {faces_from}' if faces_from else ''}: expected at least one.")
@@ -126,22 +141,34 @@ def measure_parity(
     contract: str | None = None
     for model in sorted(models, key=lambda name: name != REFERENCE):
         progress(model)
-        with TritonEmbedder(url, model, timeout_s=timeout_s, retry_for_s=0, expected_contract=contract) as embedder:
+        with TritonEmbedder(
+            url, model, timeout_s=timeout_s, retry_for_s=0, expected_contract=contract, **(access or {})
+        ) as embedder:
             try:
                 served = embedder.ensure_ready()
             except ModelNotReady as exc:
                 skipped[model] = str(exc)
                 continue
-            embedder.encode(faces[:1])  # the first request may allocate; it is not timed
-            started = time.perf_counter()
-            embeddings = embedder.encode(faces)
-            faces_per_s = len(faces) / (time.perf_counter() - started)
+            embeddings, broken, faces_per_s = None, "", 0.0
+            try:
+                embedder.encode(faces[:1])  # the first request may allocate; it is not timed
+                started = time.perf_counter()
+                embeddings = embedder.encode(faces)
+                faces_per_s = len(faces) / (time.perf_counter() - started)
+            except InferenceFailed as exc:  # NaN, another shape, rows that are not of unit length
+                if model == REFERENCE:
+                    raise
+                broken = str(exc)
         if model == REFERENCE:
             reference = embeddings
         contract = contract or served.contract_id
-        drift = compare_embeddings(reference, embeddings) if reference is not None else None
         precision = served.precision or "fp32"
-        limit = _limit(model, precision)
+        if precision not in limits:
+            raise ConfigError(f"{model!r} states precision {precision!r}; expected one of {', '.join(limits)}.")
+        verdict = None
+        if reference is not None and embeddings is not None:
+            verdict = judge_embeddings(reference, embeddings, precision, limits)
+        drift = verdict.report if verdict else None
         rows.append(
             BackendParity(
                 model=model,
@@ -152,20 +179,21 @@ def measure_parity(
                 mean_cosine=drift.mean_cosine if drift else None,
                 min_cosine=drift.min_cosine if drift else None,
                 worst_face=drift.worst_face if drift else None,
-                limit=limit,
-                passed=limit is None or drift is None or drift.max_drift <= limit,
+                limit=None if model == REFERENCE else limits[precision],
+                refused=verdict.why if verdict else broken,
             )
         )
     return ParityReport(url=url, faces=len(faces), contract_id=contract, rows=tuple(rows), skipped=skipped)
 
 
-def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0) -> bool:
+def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0, access: Access | None = None) -> bool:
     """Have the server compare faces with its reference and count their drift in its own metrics (`arcface_drift`).
 
     Args:
         url: the server's gRPC address.
         faces: uint8 (N,112,112,3) BGR.
         timeout_s: longest wait for one request.
+        access: headers and TLS files of the server.
 
     Returns:
         Whether it did: False where `arcface_parity` is not loaded.
@@ -181,15 +209,24 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0) -> bool:
     if address.protocol != "grpc":
         raise ConfigError(f"drift is counted over gRPC only; got {url}. Give the gRPC port: --url grpc://HOST:8001")
     # Not by a TritonEmbedder: it asks for `embedding` alone, and Triton leaves out the steps that nobody asked for.
-    with triton.InferenceServerClient(address.target, ssl=address.tls) as client:
+    access = access or {}
+    tls, headers = access.get("tls") or Tls(), access.get("headers", {})
+    files = {
+        "root_certificates": tls.ca_file,
+        "private_key": tls.key_file,
+        "certificate_chain": tls.cert_file,
+    }
+    with triton.InferenceServerClient(
+        address.target, ssl=address.tls, **{name: str(file) for name, file in files.items() if file}
+    ) as client:
         try:
-            if not client.is_model_ready(COUNTING, client_timeout=timeout_s):
+            if not client.is_model_ready(COUNTING, headers=headers, client_timeout=timeout_s):
                 return False
             for start in range(0, len(faces), COUNTED_AT_ONCE):
                 part = np.ascontiguousarray(faces[start : start + COUNTED_AT_ONCE])
                 tensor = triton.InferInput(FACE_INPUT, part.shape, "UINT8")
                 tensor.set_data_from_numpy(part)
-                client.infer(COUNTING, [tensor], client_timeout=timeout_s)
+                client.infer(COUNTING, [tensor], headers=headers, client_timeout=timeout_s)
         except triton.InferenceServerException as exc:
             kind = ServerUnreachable if "UNAVAILABLE" in str(exc.status()) else InferenceFailed
             raise kind(f"{COUNTING!r} at {address} answered {exc.status()}: {exc.message()}") from exc
@@ -198,7 +235,7 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0) -> bool:
 
 def render_table(report: ParityReport) -> str:
     """The report as a table for a terminal or a log, at most 100 columns wide where names are ours."""
-    lines = [("backend", "faces/s", "mean cosine", "min cosine", "gate")]
+    lines: list[tuple[str, ...]] = [("backend", "faces/s", "mean cosine", "min cosine", "gate")]
     for row in report.rows:
         lines.append((row.model, f"{row.faces_per_s:.1f}", _cosine(row.mean_cosine), _cosine(row.min_cosine), row.gate))
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
@@ -219,12 +256,6 @@ def _faces(faces: Array | None, faces_from: str | Path | None) -> Array:
     from arcface_clients.faces.synthetic import synthetic_faces
 
     return synthetic_faces(32)
-
-
-def _limit(model: str, precision: str) -> float | None:
-    if precision not in DRIFT_LIMITS:
-        raise ConfigError(f"{model!r} states precision {precision!r}; expected one of {', '.join(DRIFT_LIMITS)}.")
-    return None if model == REFERENCE else DRIFT_LIMITS[precision]
 
 
 def _cosine(value: float | None) -> str:

@@ -62,7 +62,11 @@ OLD_NAMES: dict[str, Callable[[Any], dict[str, Any]]] = {
     **{f"{section}.{key}": to for section in ("tensorrt", "arcface_tensorrt") for key, to in _IN_SECTION.items()},
 }
 
-OLD_VARIABLES = {"ARCFACE_URL": "ARCFACE_TRITON__URL", "ARCFACE_CACHE": "ARCFACE_STORAGE__CACHE"}
+OLD_VARIABLES = {
+    "ARCFACE_URL": "ARCFACE_TRITON__URL",
+    "ARCFACE_CACHE": "ARCFACE_STORAGE__CACHE",
+    "ARCFACE_PLAN_CACHE": "ARCFACE_STORAGE__PLANS",
+}
 
 
 def renamed_variables(environ: Mapping[str, str]) -> dict[str, str]:

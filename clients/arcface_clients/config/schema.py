@@ -1,4 +1,4 @@
-"""Configuration: config/embedding.yaml, environment variables and arguments in; one checked `EmbeddingConfig` out.
+"""Every key of the configuration, with its type, its limits and its default.
 
 Order, the later wins: defaults, the file, environment variables (ARCFACE_ + the dotted key in capitals, "." as "__"),
 overrides passed by the caller.
@@ -7,13 +7,19 @@ overrides passed by the caller.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.triton.memory.choice import shared_memory_option
+from arcface_clients.triton.options import ClientOptions
+
+if TYPE_CHECKING:
+    pass
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB|M)\s*", re.IGNORECASE)
@@ -34,7 +40,9 @@ def workspace_bytes(text: object) -> int:
 class _Section(BaseModel):
     """A group of keys: unknown ones are refused, values do not change after the check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class LocalModel(_Section):
@@ -45,15 +53,15 @@ class LocalModel(_Section):
     serving_onnx: Path | None = None
     plan: Path | None = None
     model_repository: Path = Path("model_repository")
-    threads: int = Field(0, ge=0)
+    threads: int = Field(default=0, ge=0)
 
 
 class Batch(_Section):
     """Batch sizes: the profile of a plan, and `max` is where in-process engines split."""
 
-    min: int = Field(1, ge=1)
-    opt: int = Field(32, ge=1)
-    max: int = Field(64, ge=1)
+    min: int = Field(default=1, ge=1)
+    opt: int = Field(default=32, ge=1)
+    max: int = Field(default=64, ge=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> Batch:
@@ -69,12 +77,18 @@ class Storage(_Section):
     bucket: str | None = None
     prefix: str = "plans"
     cache: Path = Path("~/.cache/arcface-triton")
+    plans: Path | None = None
     endpoint: str | None = None
     region: str | None = None
     path_style: bool | None = None
-    retries: int = Field(4, ge=0)
-    timeout_s: float = Field(30.0, gt=0)
+    retries: int = Field(default=4, ge=0)
+    timeout_s: float = Field(default=30.0, gt=0)
     public_key: Path | None = None
+
+    @property
+    def plan_folder(self) -> Path:
+        """Where this host keeps its plans, for whoever builds, moves or loads them."""
+        return (self.plans or self.cache / "plans").expanduser()
 
     @model_validator(mode="after")
     def _bucket_for_s3(self) -> Storage:
@@ -90,8 +104,8 @@ class Fallback(_Section):
     chain: tuple[str, ...] = ("onnx", "insightface")
     build_locally: bool = True
     allow_cpu: bool = True
-    retry_after_s: float = Field(5.0, gt=0)
-    retry_after_max_s: float = Field(300.0, gt=0)
+    retry_after_s: float = Field(default=5.0, gt=0)
+    retry_after_max_s: float = Field(default=300.0, gt=0)
 
     @field_validator("chain", mode="before")
     @classmethod
@@ -104,7 +118,7 @@ class Validation(_Section):
     """The check of an engine against the reference when it is loaded."""
 
     run_on_startup: bool = True
-    eval_set_size: int = Field(16, ge=1, le=10_000)
+    eval_set_size: int = Field(default=16, ge=1, le=10_000)
     reference: Path | None = None
 
 
@@ -118,10 +132,10 @@ class Target(_Section):
 class MaxDrift(_Section):
     """Largest 1 − cosine a face may show, by precision (defaults: `evidence.drift.DRIFT_LIMITS`)."""
 
-    fp32: float = Field(DRIFT_LIMITS["fp32"], gt=0, le=2)
-    fp16: float = Field(DRIFT_LIMITS["fp16"], gt=0, le=2)
-    bf16: float = Field(DRIFT_LIMITS["bf16"], gt=0, le=2)
-    int8: float = Field(DRIFT_LIMITS["int8"], gt=0, le=2)
+    fp32: float = Field(default=DRIFT_LIMITS["fp32"], gt=0, le=2)
+    fp16: float = Field(default=DRIFT_LIMITS["fp16"], gt=0, le=2)
+    bf16: float = Field(default=DRIFT_LIMITS["bf16"], gt=0, le=2)
+    int8: float = Field(default=DRIFT_LIMITS["int8"], gt=0, le=2)
 
 
 class Comparison(_Section):
@@ -131,6 +145,7 @@ class Comparison(_Section):
     min_cosine: Target = Target(target=0.990, warn=0.980)
     l2_mean: Target = Target(target=0.05, warn=0.10)
     max_drift: MaxDrift = MaxDrift()
+    margin: float = Field(default=0.5, gt=0, le=1)
 
     @model_validator(mode="after")
     def _directions(self) -> Comparison:
@@ -142,41 +157,11 @@ class Comparison(_Section):
         return self
 
 
-class Tls(_Section):
-    """PEM files: the authority that is trusted, and for mutual TLS the client's certificate and key."""
-
-    ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
-
-    @model_validator(mode="after")
-    def _pair(self) -> Tls:
-        if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError("expected cert_file and key_file together, got one of them")
-        return self
-
-
-class Triton(_Section):
-    """Where the server is and how it is called."""
-
-    url: str = Field("localhost:8001", min_length=1)
-    model: str = Field("arcface", min_length=1)
-    timeout_s: float = Field(120.0, gt=0)
-    retry_for_s: float = Field(5.0, ge=0)
-    in_flight: int = Field(4, ge=1, le=256)
-    expected_contract: str | None = None
-    shared_memory: bool | Literal["auto", "system", "cuda"] | None = "auto"
-    compression: Literal["gzip", "deflate"] | None = None
-    headers: dict[str, str] = {}
-    tls: Tls = Tls()
-
-    @field_validator("shared_memory", mode="before")
-    @classmethod
-    def _kind_or_switch(cls, value: object) -> object:
-        kind = str(value).lower()
-        if value is not None and kind not in ("auto", "system", "cuda", "true", "false"):
-            raise ValueError("expected auto, system, cuda, true or false")
-        return value if value is None else {"true": True, "false": False}.get(kind, kind)
+def _shared_memory_text(section: object) -> object:
+    """`shared_memory` as the environment writes it, before its type is looked at."""
+    if isinstance(section, Mapping) and "shared_memory" in section:
+        return {**section, "shared_memory": shared_memory_option(section["shared_memory"])}
+    return section
 
 
 class EmbeddingConfig(_Section):
@@ -187,9 +172,9 @@ class EmbeddingConfig(_Section):
     precision: Precision = "fp32"
     batch: Batch = Batch()
     workspace: Annotated[int, BeforeValidator(workspace_bytes), Field(ge=2**20)] = 2**30
-    versions_kept: int = Field(3, ge=1)
+    versions_kept: int = Field(default=3, ge=1)
     local: LocalModel = LocalModel()
-    triton: Triton = Triton()
+    triton: Annotated[ClientOptions, BeforeValidator(_shared_memory_text)] = ClientOptions()
     storage: Storage = Storage()
     fallback: Fallback = Fallback()
     validation: Validation = Validation()

@@ -1,4 +1,4 @@
-"""YAML, environment and overrides in; checked values, or one message that names every fault and its place, out."""
+"""Reads the configuration from a file, the environment and the caller; one message names every fault and its place."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -61,6 +61,7 @@ def load_config(
 def layers(path: str | Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]) -> Layers:
     """File, environment and overrides on top of each other, old names already replaced."""
     found = Layers()
+    environ = {name: text for name, text in environ.items() if text.strip()}  # an empty variable is one that is not set
     file = config_file(path, environ)
     if file is not None:
         found.add(renamed(dict(flatten(read_yaml(file))), str(file)), str(file))
@@ -138,12 +139,12 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield dotted, value
 
 
-def leaf_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a configuration model, in its order."""
-    for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from leaf_keys(info.annotation, f"{prefix}{name}.")
-        else:
+def leaf_keys(section: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a configuration model, in its order; its sections are models or dataclasses."""
+    for name, kind in get_type_hints(section).items():
+        if isinstance(kind, type) and (is_dataclass(kind) or issubclass(kind, BaseModel)):
+            yield from leaf_keys(kind, f"{prefix}{name}.")
+        elif name in getattr(section, "model_fields", {}) or is_dataclass(section):
             yield f"{prefix}{name}"
 
 
@@ -153,8 +154,8 @@ def variable(key: str) -> str:
 
 
 def _parsed(name: str, text: str) -> Any:
-    """A variable's text: empty or null is None, [lists] and {mappings} are YAML, everything else stays text."""
-    if text.strip().lower() in ("", "null", "none"):
+    """A variable's text: null is None, [lists] and {mappings} are YAML, everything else stays text."""
+    if text.strip().lower() in ("null", "none"):
         return None
     try:
         return yaml.safe_load(text) if text.strip()[0] in "[{" else text
@@ -195,15 +196,19 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def _fault(model: type[BaseModel], found: Layers, error: Any) -> str:
     """One pydantic error as one line of ours."""
     key = ".".join(str(part) for part in error["loc"])
+    blamed = getattr(error.get("ctx", {}).get("error"), "key", None)
+    key = f"{key}.{blamed}" if blamed else key
     where = next(
         (text for k, text in found.origin.items() if f"{k}.".startswith(f"{key}.") or f"{key}.".startswith(f"{k}.")),
         "configuration",
     )
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: {key}: no such key. {_neighbours(model, key)}"
-    if error["type"] == "model_type":
+    if error["type"] in ("model_type", "dataclass_type"):
         return f"{where}: {key}: got {error['input']!r}; expected keys under it. {_allowed(model, key)}"
     message = error["msg"].removeprefix("Value error, ").rstrip(".")
+    if blamed and message.startswith(f"{blamed} is "):
+        return f"{where}: {key}: got {message.removeprefix(f'{blamed} is ')}."
     if isinstance(error["input"], dict):  # a rule over several keys
         return f"{where}: {key}: {message}."
     return f"{where}: {key}: got {error['input']!r}; {message[0].lower()}{message[1:]}."

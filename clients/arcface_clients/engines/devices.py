@@ -8,23 +8,27 @@ from collections.abc import Sequence
 from arcface_clients.errors import ConfigError, DependencyMissing
 
 CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+COREML = "CoreMLExecutionProvider"
+OPENVINO = "OpenVINOExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
 # `auto` never takes the TensorRT provider: it builds an engine at the first run, minutes that nobody asked for.
-_AUTO = ("CUDAExecutionProvider", "CoreMLExecutionProvider", "OpenVINOExecutionProvider", CPU)
+_AUTO = (CUDA, COREML, OPENVINO, CPU)
 _PROVIDERS = {
     "auto": _AUTO,
-    "gpu": ("CUDAExecutionProvider", "CoreMLExecutionProvider"),
-    "cuda": ("CUDAExecutionProvider",),
-    "tensorrt": ("TensorrtExecutionProvider",),
-    "coreml": ("CoreMLExecutionProvider",),
-    "openvino": ("OpenVINOExecutionProvider",),
+    "gpu": (CUDA, COREML),
+    "cuda": (CUDA,),
+    "tensorrt": (TENSORRT,),
+    "coreml": (COREML,),
+    "openvino": (OPENVINO,),
     "cpu": (CPU,),
 }
 _ALIASES = {"mps": "coreml", "trt": "tensorrt"}
 _PACKAGES = {
-    "CUDAExecutionProvider": "onnxruntime-gpu",
-    "TensorrtExecutionProvider": "onnxruntime-gpu",
-    "CoreMLExecutionProvider": "onnxruntime (macOS)",
-    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+    CUDA: "onnxruntime-gpu",
+    TENSORRT: "onnxruntime-gpu",
+    COREML: "onnxruntime (macOS)",
+    OPENVINO: "onnxruntime-openvino",
     CPU: "onnxruntime",
 }
 
@@ -48,8 +52,13 @@ def device_index(device: str) -> int:
     return int(device.partition(":")[2] or 0)
 
 
-def choose_provider(device: str, available: Sequence[str], needs: str | None = None) -> tuple[str, str]:
-    """The provider to ask for and the reason, in words.
+def wheels_with(provider: str) -> str:
+    """The wheel of ONNX Runtime that has a provider."""
+    return _PACKAGES.get(provider, "none that we know")
+
+
+def order_of_providers(device: str, available: Sequence[str], needs: str | None = None) -> list[str]:
+    """The providers to ask for, in turn until one starts.
 
     Args:
         device: as `canonical_device` gives it.
@@ -62,11 +71,11 @@ def choose_provider(device: str, available: Sequence[str], needs: str | None = N
     wanted = _PROVIDERS[device.split(":")[0]]
     if needs is not None:
         wanted = tuple(name for name in wanted if name == needs) or ((needs,) if device == "cpu" else ())
-    for name in wanted:
-        if name in available:
-            return name, f"first of {', '.join(wanted)} that is available" if len(wanted) > 1 else f"device={device}"
-    packages = sorted({_PACKAGES[name] for name in wanted}) or [_PACKAGES[needs or CPU]]
+    there = [name for name in wanted if name in available]
+    if there:
+        return there
+    wheels = sorted({wheels_with(name) for name in wanted or (needs or CPU,)})
     raise DependencyMissing(
         f"this ONNX Runtime cannot run on device {device!r}: expected one of {', '.join(wanted or (needs or CPU,))}, "
-        f"got {', '.join(available)}. Install exactly one of its wheels: pip install {' or '.join(packages)}"
+        f"got {', '.join(available)}. Install exactly one of its wheels: pip install {' or '.join(wheels)}"
     )

@@ -1,4 +1,4 @@
-"""A chain of engines in; one engine out that asks the first of them that is there, and says which it was and why."""
+"""One engine out of several: asks the first of a chain that is there, and says which it was and why."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from arcface_clients.arrays import Array
-from arcface_clients.engines.protocol import EmbeddingEngine
+from arcface_clients.arrays import FloatArray
+from arcface_clients.engines.protocol import EmbeddingEngine, takes_gpu_faces
 from arcface_clients.errors import BackendUnavailable, ConfigError, ContractMismatch, DeadlineExceeded, GateFailed
-from arcface_clients.faces.check import check_faces, check_in_place
+from arcface_clients.faces.check import FacesLike, check_faces, check_in_place
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Result = TypeVar("Result")
 Link = EmbeddingEngine | tuple[str, Callable[[], EmbeddingEngine]]
@@ -121,7 +124,7 @@ class FallbackEmbedder:
         """
         self._ask(lambda engine: engine.ensure_ready())
 
-    def encode(self, faces: Array) -> Array:
+    def encode(self, faces: FacesLike) -> FloatArray:
         """Embeddings from the first engine that is there: (N,112,112,3) → float32 (N,D), see `EmbeddingEngine`.
 
         Raises:
@@ -131,8 +134,8 @@ class FallbackEmbedder:
         """
         checked = check_in_place(faces)
 
-        def encode(engine: EmbeddingEngine) -> Array:
-            return engine.encode(checked if getattr(engine, "takes_gpu_faces", False) else check_faces(checked))
+        def encode(engine: EmbeddingEngine) -> FloatArray:
+            return engine.encode(checked) if takes_gpu_faces(engine) else engine.encode(check_faces(checked))
 
         return self._ask(encode)
 
@@ -142,7 +145,7 @@ class FallbackEmbedder:
             if state.engine is not None:
                 state.engine.close()
 
-    def __enter__(self) -> FallbackEmbedder:
+    def __enter__(self) -> Self:
         """The chain itself."""
         return self
 

@@ -1,16 +1,20 @@
-"""What the in-process engines share: faces in, split at a batch limit, one chunk at a time through `_run`, rows out."""
+"""What the in-process engines share: load once, check faces, split them at a batch limit, refuse what overflowed."""
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import FaceArray, FloatArray
 from arcface_clients.errors import ConfigError, InferenceFailed
-from arcface_clients.faces.check import check_faces
+from arcface_clients.faces.check import FacesLike, check_faces
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class LocalEngine(ABC):
@@ -41,6 +45,11 @@ class LocalEngine(ABC):
             self._dim = self._run(np.zeros((1, 112, 112, 3), np.uint8)).shape[1]
         return self._dim
 
+    @property
+    @abstractmethod
+    def contract_id(self) -> str | None:
+        """Which embeddings these may be compared with; None where it is not known. Loads no weights."""
+
     def ensure_ready(self) -> None:
         """Load the model; free when it is loaded."""
         with self._load_lock:
@@ -48,7 +57,7 @@ class LocalEngine(ABC):
                 self._load()
                 self._ready = True
 
-    def encode(self, faces: Array) -> Array:
+    def encode(self, faces: FacesLike) -> FloatArray:
         """Embeddings of faces: uint8 (N,112,112,3) BGR → float32 (N,D) of unit rows, see `EmbeddingEngine`."""
         checked = check_faces(faces)
         self.ensure_ready()
@@ -73,7 +82,7 @@ class LocalEngine(ABC):
                 self._unload()
                 self._ready = False
 
-    def __enter__(self) -> LocalEngine:
+    def __enter__(self) -> Self:
         """The engine itself."""
         return self
 
@@ -88,15 +97,9 @@ class LocalEngine(ABC):
         """Load; set `taken` and, where the file states it, `_dim`."""
 
     @abstractmethod
-    def _run(self, faces: Array) -> Array:
+    def _run(self, faces: FaceArray) -> FloatArray:
         """Embed 1..max_batch checked faces: float32 (n,D) of unit rows."""
 
     @abstractmethod
     def _unload(self) -> None:
         """Drop what `_load` made."""
-
-
-def unit_rows(features: Array) -> Array:
-    """Rows divided by their L2 norm, as float32; a zero row becomes NaN and is reported by `encode`."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, FaceArray, FloatArray, unit_rows
 from arcface_clients.contract import FACE_SHAPE, Preprocessing
-from arcface_clients.engines.devices import CPU
-from arcface_clients.engines.in_process import LocalEngine, unit_rows
+from arcface_clients.engines.in_process import LocalEngine
 from arcface_clients.engines.model_folder import ModelFolder, find_model, folder_of
 from arcface_clients.engines.registry import EngineRegistry
-from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
+from arcface_clients.engines.runtimes import first_line, open_session
+from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, InvalidEmbeddings, ModelMissing
 
 
 @EngineRegistry.register("insightface")
@@ -73,31 +73,28 @@ class InsightFaceEngine(LocalEngine):
         try:
             with warnings.catch_warnings():  # its own imports warn about themselves
                 warnings.simplefilter("ignore")
-                import onnxruntime as ort
                 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
         except ImportError as exc:
             raise DependencyMissing(
                 f"the reference needs InsightFace ({exc}). Install it: pip install insightface onnxruntime onnx"
             ) from exc
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
-        try:
-            session = ort.InferenceSession(str(file), options, providers=[CPU])
-            net = ArcFaceONNX(model_file=str(file), session=session)
-        except Exception as exc:
-            raise ConfigError(f"{file}: InsightFace cannot load it: {str(exc).partition(chr(10))[0]}") from exc
-        if len(net.input_shape) != 4 or list(net.input_shape[1:]) != [3, *FACE_SHAPE[:2]]:
+        session = open_session(file, threads=self._threads)
+        shape = session.get_inputs()[0].shape
+        if len(shape) != 4 or list(shape[1:]) != [3, *FACE_SHAPE[:2]]:
             raise ConfigError(
-                f"{file}: expected a source ONNX with input [N,3,112,112], got {net.input_shape}. The reference runs "
+                f"{file}: expected a source ONNX with input [N,3,112,112], got {shape}. The reference runs "
                 "the file that was imported, not the serving ONNX: models/NAME/source.onnx"
             )
+        try:
+            net = ArcFaceONNX(model_file=str(file), session=session)
+        except Exception as exc:
+            raise ConfigError(f"{file}: InsightFace cannot load it: {first_line(exc)}") from exc
         guess = Preprocessing(mean=(net.input_mean,) * 3, std=(net.input_std,) * 3)
         stated = self._stated or (folder.preprocessing if folder.manifest else guess)
         self._guess_fits = stated == guess
         if not self._guess_fits:
-            net.input_mean = np.float32(stated.mean).reshape(1, 3, 1, 1)
-            net.input_std = np.float32(stated.std).reshape(1, 3, 1, 1)
+            net.input_mean = np.asarray(stated.mean, np.float32).reshape(1, 3, 1, 1)
+            net.input_std = np.asarray(stated.std, np.float32).reshape(1, 3, 1, 1)
         self._color = stated.color
         self._one_by_one = net.input_shape[0] == 1
         width = net.output_shape[-1]
@@ -112,7 +109,7 @@ class InsightFaceEngine(LocalEngine):
             "precision": self.precision,
         }
 
-    def _run(self, faces: Array) -> Array:
+    def _run(self, faces: FaceArray) -> FloatArray:
         net = self._net
         if net is None:
             raise InferenceFailed("insightface: the engine was closed while it was encoding.")
@@ -120,14 +117,17 @@ class InsightFaceEngine(LocalEngine):
         try:
             rows = [self._features(net, faces[i : i + step]) for i in range(0, len(faces), step)]
         except Exception as exc:
-            raise InferenceFailed(f"insightface: {str(exc).partition(chr(10))[0]} (batch {len(faces)})") from exc
-        return unit_rows(np.concatenate(rows))
+            raise InferenceFailed(f"insightface: {first_line(exc)} (batch {len(faces)})") from exc
+        try:
+            return unit_rows(np.concatenate(rows))
+        except InvalidEmbeddings as exc:
+            raise InferenceFailed(f"insightface: {exc}") from exc
 
-    def _features(self, net: Any, faces: Array) -> Array:
+    def _features(self, net: Any, faces: FaceArray) -> Array:
         if self._guess_fits:
-            return net.get_feat(list(faces))
+            return np.asarray(net.get_feat(list(faces)))
         ordered = faces[..., ::-1] if self._color == "rgb" else faces
-        return net.forward(ordered.transpose(0, 3, 1, 2).astype(np.float32))
+        return np.asarray(net.forward(ordered.transpose(0, 3, 1, 2).astype(np.float32)))
 
     def _unload(self) -> None:
         self._net = None

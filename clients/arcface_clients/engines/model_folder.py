@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from arcface_clients.contract import Preprocessing
+from arcface_clients.engines.import_manifest import IMPORT_MANIFEST, ImportManifest, read_import_manifest
 from arcface_clients.errors import ConfigError, ModelMissing
 
 
@@ -16,23 +17,22 @@ class ModelFolder:
     """One imported model: models/NAME/ with serving.onnx, source.onnx, manifest.json and variants/."""
 
     path: Path
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: ImportManifest | None = None
 
     @property
     def contract_id(self) -> str | None:
         """Contract id that the import wrote; None where there is no manifest."""
-        return self.manifest.get("contract_id")
+        return self.manifest.contract_id if self.manifest else None
 
     @property
     def preprocessing(self) -> Preprocessing:
         """What the source network wants; InsightFace's own where there is no manifest."""
-        stated = self.manifest.get("preprocessing")
-        return Preprocessing.from_json(stated) if stated else Preprocessing()
+        return self.manifest.wants() if self.manifest else Preprocessing()
 
     @property
     def source_sha256(self) -> str | None:
         """Digest of the source ONNX; None where there is no manifest."""
-        return self.manifest.get("source", {}).get("sha256")
+        return str(self.manifest.source["sha256"]) if self.manifest else None
 
     def serving(self, precision: str = "fp32") -> Path:
         """The ONNX file of a precision; bf16 is computed from the fp32 file, fp16 has one file for every target.
@@ -42,6 +42,11 @@ class ModelFolder:
         """
         name = self.path.name
         variant = {"fp16": "fp16-tensorrt", "int8": "int8-cpu"}.get(precision)
+        if precision == "bf16" and self._refused("bf16-cpu"):
+            raise ModelMissing(
+                f"bf16 of model {name} was refused by its gate; why stands in {self.path / 'variants'}"
+                f"/bf16-cpu.json.refused. Judge it again: arcface quantize {name} --precision bf16"
+            )
         if variant is None:
             file, command = self.path / "serving.onnx", f"arcface import SOURCE --name {name}"
         else:
@@ -56,6 +61,11 @@ class ModelFolder:
             )
         return file
 
+    def _refused(self, variant: str) -> bool:
+        """Whether the last word on a variant that has no file of its own was a refusal."""
+        sidecar = self.path / "variants" / f"{variant}.json"
+        return not sidecar.exists() and sidecar.with_name(f"{sidecar.name}.refused").exists()
+
     def source(self) -> Path:
         """The ONNX that was imported, which the reference runs.
 
@@ -69,6 +79,13 @@ class ModelFolder:
                 f"Import it again: arcface import SOURCE --name {self.path.name}"
             )
         return file
+
+    def sidecar(self, precision: str) -> dict[str, Any] | None:
+        """The sidecar of the variant for CPUs: without gates where only a refused one is there, None where none is."""
+        file = self.path / "variants" / f"{precision}-cpu.json"
+        if file.is_file():
+            return _read_json(file)
+        return {"gates": []} if file.with_name(f"{file.name}.refused").is_file() else None
 
 
 def sidecar_of(file: Path) -> dict[str, Any] | None:
@@ -99,34 +116,23 @@ def find_model(models_dir: str | Path, name: str | None = None) -> ModelFolder:
             f"no model {name!r} in {root} (there: {', '.join(there) or 'none'}). "
             f"Import it: arcface import SOURCE --name {name}"
         )
-    return read_folder(root / name)
+    known = (root / name / IMPORT_MANIFEST).is_file()
+    return ModelFolder(root / name, read_import_manifest(root / name) if known else None)
 
 
 def folder_of(file: Path) -> ModelFolder:
     """The model folder that a serving ONNX, a variant or a source belongs to, by the manifest beside or above it."""
     for parent in (file.parent, file.parent.parent):
-        if (parent / "manifest.json").is_file():
-            return read_folder(parent)
+        if (parent / IMPORT_MANIFEST).is_file():
+            return ModelFolder(parent, read_import_manifest(parent))
     return ModelFolder(file.parent)
-
-
-def read_folder(path: Path) -> ModelFolder:
-    """A folder with its manifest, where it has one.
-
-    Raises:
-        ConfigError: the manifest is not JSON or not ours.
-    """
-    file = path / "manifest.json"
-    if not file.is_file():
-        return ModelFolder(path)
-    return ModelFolder(path, _read_json(file))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text())
     except (OSError, ValueError) as exc:
-        raise ConfigError(f"{file}: cannot be read ({exc}). Import the model again: arcface import") from exc
+        raise ConfigError(f"{file}: cannot be read ({exc}). Make the variant again: arcface quantize") from exc
     if not isinstance(data, dict):
-        raise ConfigError(f"{file}: expected a JSON object, got {type(data).__name__}. Import the model again.")
+        raise ConfigError(f"{file}: expected a JSON object, got {type(data).__name__}. Make it again: arcface quantize")
     return data

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from pathlib import Path
-from typing import Any
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import FaceArray, FloatArray
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
-from arcface_clients.engines.devices import CPU, canonical_device, choose_provider, device_index
+from arcface_clients.engines.devices import (
+    CPU,
+    CUDA,
+    OPENVINO,
+    TENSORRT,
+    canonical_device,
+    device_index,
+    order_of_providers,
+)
 from arcface_clients.engines.in_process import LocalEngine
 from arcface_clients.engines.model_folder import ModelFolder, find_model, folder_of, sidecar_of
 from arcface_clients.engines.registry import EngineRegistry
-from arcface_clients.engines.runtimes import cpu_runtime, gated_runtimes
+from arcface_clients.engines.runtimes import (
+    OnnxSession,
+    Provider,
+    available_cores,
+    cpu_flags,
+    cpu_runtimes,
+    first_line,
+    gated_runtimes,
+    open_session,
+    runtime_for,
+)
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
 
-OPENVINO = "OpenVINOExecutionProvider"
-_HINTS = {"openvino-fp32": "f32", "openvino-bf16": "bf16"}
 _log = logging.getLogger(__name__)
 
 
@@ -58,8 +71,8 @@ class OnnxEngine(LocalEngine):
         self.device = canonical_device(device)
         self._file = Path(file).expanduser() if file is not None else None
         self._models_dir, self._model = models_dir, model
-        self._threads = threads or _cores()
-        self._session: Any = None
+        self._threads = threads or available_cores()
+        self._session: OnnxSession | None = None
 
     @property
     def contract_id(self) -> str | None:
@@ -85,99 +98,90 @@ class OnnxEngine(LocalEngine):
     def _load(self) -> None:
         file = self.file
         try:
-            import onnxruntime as ort
+            import onnxruntime
         except ImportError as exc:
             raise DependencyMissing("the onnx engine needs ONNX Runtime: pip install onnxruntime") from exc
-        provider, reason = choose_provider(
-            self.device, ort.get_available_providers(), OPENVINO if self.precision == "bf16" else None
+        order = order_of_providers(
+            self.device, onnxruntime.get_available_providers(), OPENVINO if self.precision == "bf16" else None
         )
-        runtime, why = "", ""
-        if provider in (CPU, OPENVINO):
-            gated = gated_runtimes(sidecar_of(file))
-            runtime, why = cpu_runtime(self.precision, provider == OPENVINO, cpu_has_bf16(), gated, file)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle, it would starve a second engine
-        asked = [(provider, self._provider_options(provider, runtime))]
-        if provider == "TensorrtExecutionProvider":  # what it cannot take runs on the same GPU
-            asked.append(("CUDAExecutionProvider", {"device_id": str(device_index(self.device))}))
-        try:
-            session = ort.InferenceSession(str(file), options, providers=asked)
-        except Exception as exc:  # ONNX Runtime raises bare RuntimeErrors of many kinds
-            if provider == CPU:
-                raise ConfigError(f"{file}: ONNX Runtime cannot load it: {_first_line(exc)}") from exc
-            raise DependencyMissing(f"{provider} was asked for and failed: {_first_line(exc)}") from exc
-        got = session.get_providers()[0]
-        if got != provider:  # a provider that cannot start is replaced by the CPU without an exception
-            raise DependencyMissing(
-                f"ONNX Runtime was asked for {provider} and silently took {got}: its libraries or driver are missing. "
-                "See what is there: arcface doctor"
-            )
+        failed: list[str] = []
+        for position, provider in enumerate(order, start=1):
+            runtime, why = self._runtime(provider, file)
+            try:
+                session = open_session(
+                    file, runtime or self._gpu_providers(provider), self._threads, refused=ConfigError
+                )
+                break
+            except DependencyMissing as exc:
+                failed.append(str(exc))
+                if position == len(order):
+                    raise
+        if failed:
+            _log.warning("onnx: %s, so %s is taken", "; ".join(failed), provider)
+        reasons = [f"first of {', '.join(order)} that starts" if len(order) > 1 else f"device={self.device}", why]
         self._dim = _check_contract(session, file)
         self._session = session
         self.taken = {
             "provider": provider,
-            "reason": "; ".join(filter(None, (reason, why))),
+            "reason": "; ".join(filter(None, [*reasons, *failed])),
             "file": str(file),
             "precision": "fp32" if (self.precision, runtime) == ("bf16", "openvino-fp32") else self.precision,
             "runtime": runtime or provider,
             "threads": self._threads,
-            "onnxruntime": ort.__version__,
+            "onnxruntime": onnxruntime.__version__,
         }
         _log.info("onnx: %s on %s (%s)", file, provider, self.taken["reason"])
 
-    def _provider_options(self, provider: str, runtime: str) -> dict[str, str]:
-        if provider == OPENVINO:
-            # Left alone, OpenVINO infers in bf16 wherever the CPU has it; load_config takes the JSON text itself.
-            hints = {"INFERENCE_PRECISION_HINT": _HINTS[runtime], "NUM_STREAMS": "1"}
-            if self._threads:
-                hints["INFERENCE_NUM_THREADS"] = str(self._threads)
-            return {"device_type": "CPU", "load_config": json.dumps({"CPU": hints})}
-        if provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider"):
-            return {"device_id": str(device_index(self.device))}
-        return {}
+    def _runtime(self, provider: str, file: Path) -> tuple[str, str]:
+        """The runtime of a CPU provider for this file and why; empty for a GPU's.
 
-    def _run(self, faces: Array) -> Array:
+        Raises:
+            ModelMissing: the variant passed its gate in none of this provider's runtimes here; falls back.
+        """
+        if provider not in (CPU, OPENVINO):
+            return "", ""
+        here = [r for r in cpu_runtimes(cpu_flags(), openvino=True) if (r == "onnxruntime") == (provider == CPU)]
+        sidecar = sidecar_of(file) if self.precision == "int8" else self._folder().sidecar(self.precision)
+        gated = gated_runtimes(sidecar)
+        runtime, why_not = runtime_for(self.precision, gated, here)
+        if runtime is not None:
+            return runtime, f"{self.precision} passed its gate in {runtime}" if gated else ""
+        if self.precision == "bf16" and "openvino-bf16" not in here:
+            return "openvino-fp32", "this CPU has no bf16 (avx512_bf16 or amx_bf16), so it runs in fp32"
+        raise ModelMissing(
+            f"{file}: {why_not}. "
+            f"Gate it here: arcface quantize NAME --precision {self.precision}, or set another device"
+        )
+
+    def _gpu_providers(self, provider: str) -> list[Provider]:
+        index = {"device_id": str(device_index(self.device))}
+        if provider == TENSORRT:  # what it cannot take runs on the same GPU
+            return [(TENSORRT, index), (CUDA, index), CPU]
+        return [(provider, index) if provider == CUDA else provider, CPU]
+
+    def _run(self, faces: FaceArray) -> FloatArray:
         session = self._session
         if session is None:
             raise InferenceFailed("onnx: the engine was closed while it was encoding.")
         try:
-            return session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces})[0]
+            rows: FloatArray = session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces})[0]
+            return rows
         except Exception as exc:
-            raise InferenceFailed(f"onnx: {_first_line(exc)} (batch {len(faces)}, {self.taken['file']})") from exc
+            raise InferenceFailed(f"onnx: {first_line(exc)} (batch {len(faces)}, {self.taken['file']})") from exc
 
     def _unload(self) -> None:
         self._session = None
 
 
-def _check_contract(session: Any, file: Path) -> int | None:
+def _check_contract(session: OnnxSession, file: Path) -> int | None:
     """The width that the file states, after a look at its tensor contract."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     found = [(item.name, item.type, item.shape) for item in (*inputs, *outputs)]
     names = ([item.name for item in inputs], [item.name for item in outputs])
-    if names != ([FACE_INPUT], [EMBEDDING_OUTPUT]) or inputs[0].type != "tensor(uint8)":
+    if names[0] != [FACE_INPUT] or EMBEDDING_OUTPUT not in names[1] or inputs[0].type != "tensor(uint8)":
         raise ConfigError(
             f"{file}: not a serving ONNX: expected face uint8 [N,112,112,3] and embedding float32 [N,D], got {found}. "
             f"Make one of it: arcface import {file}"
         )
-    width = outputs[0].shape[-1]
+    width = outputs[names[1].index(EMBEDDING_OUTPUT)].shape[-1]
     return width if isinstance(width, int) else None
-
-
-def _cores() -> int:
-    """Cores that this process may use; 0 (ONNX Runtime decides) where the system cannot say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-
-
-def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU multiplies in bf16 (flags of /proc/cpuinfo); False where that file does not exist."""
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return False
-    return any(flag in text for flag in ("avx512_bf16", "amx_bf16"))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

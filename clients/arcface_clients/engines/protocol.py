@@ -1,11 +1,12 @@
-"""What every engine is: aligned faces in, unit embeddings out, on one page."""
+"""What every engine is, on one page: aligned faces in, unit embeddings out."""
 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, FloatArray
+from arcface_clients.faces.check import FacesLike
 
 
 @runtime_checkable
@@ -35,15 +36,17 @@ class EmbeddingEngine(Protocol):
         """
         ...
 
-    def ensure_ready(self) -> None:
+    def ensure_ready(self) -> object:
         """Load or connect now, so that the first `encode` is not the slow one; calling it again is free.
+
+        What it returns is the engine's own, such as what a server says of its model; None from most.
 
         Raises:
             BackendUnavailable: falls back.
         """
         ...
 
-    def encode(self, faces: Array) -> Array:
+    def encode(self, faces: Array, /) -> FloatArray:
         """Embeddings of faces, in order: uint8 (N,112,112,3) BGR, any N ≥ 0 → float32 (N,D), rows of unit L2 norm.
 
         Raises:
@@ -66,3 +69,18 @@ class EmbeddingEngine(Protocol):
     ) -> None:
         """Closes the engine."""
         ...
+
+
+class GpuFacesEngine(EmbeddingEngine, Protocol):
+    """An engine that takes faces on a GPU as they are; the others are given a copy in host memory."""
+
+    takes_gpu_faces: bool
+
+    def encode(self, faces: FacesLike, /) -> FloatArray:
+        """As `EmbeddingEngine.encode`."""
+        ...
+
+
+def takes_gpu_faces(engine: EmbeddingEngine) -> TypeGuard[GpuFacesEngine]:
+    """Whether an engine says that it takes faces on a GPU."""
+    return bool(getattr(engine, "takes_gpu_faces", False))

@@ -1,4 +1,4 @@
-"""Engine names in, engines out; an engine's module is imported when its name is asked for."""
+"""Engines by name; an engine's module is imported when its name is asked for."""
 
 from __future__ import annotations
 

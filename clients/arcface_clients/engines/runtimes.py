@@ -1,4 +1,4 @@
-"""ONNX Runtime on this host: what its CPU and its providers can do, the one session opener, and who may run what.
+"""ONNX Runtime on this host: what it can do here, the one way to open a session, and which runtime may run a variant.
 
 Runtimes are written as `onnxruntime` (ONNX Runtime's own kernels), `openvino-fp32` and `openvino-bf16` (the same file
 through ONNX Runtime's OpenVINO provider, with that inference precision for whatever the file leaves as float).
@@ -6,23 +6,51 @@ through ONNX Runtime's OpenVINO provider, with that inference precision for what
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from arcface_clients.errors import Missing, ModelMissing, WrongUse
+from arcface_clients.arrays import Array
+from arcface_clients.engines.devices import CPU, CUDA, OPENVINO, TENSORRT, wheels_with
+from arcface_clients.errors import ArcFaceError, ConfigError, DependencyMissing, WrongUse
+from arcface_clients.evidence.gate import judge_sidecar
 
 if TYPE_CHECKING:
     import onnx
-    import onnxruntime
 
 RUNTIMES = ("onnxruntime", "openvino-fp32", "openvino-bf16")
+Provider: TypeAlias = "str | tuple[str, Mapping[str, str]]"
+"""An ONNX Runtime provider, with options where it takes any."""
+NO_IDLE_SPINNING = {"session.force_spinning_stop": "1"}  # idle, it would starve what runs beside it
 _HINTS = {"openvino-fp32": "f32", "openvino-bf16": "bf16"}
-_PROVIDER = "OpenVINOExecutionProvider"
+# What ONNX Runtime raises for a bad graph, whichever provider was asked for; anything else is the provider's.
+_GRAPH_FAULTS = ("InvalidArgument", "InvalidGraph", "InvalidProtobuf", "ModelLoadCanceled", "NoModel", "NoSuchFile")
+
+
+class OnnxSession(Protocol):
+    """What we use of an `onnxruntime.InferenceSession`, which has no types of its own."""
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Array]) -> list[Array]:
+        """Outputs in the order of their names (None: all of the graph) for inputs by name."""
+        ...
+
+    def get_inputs(self) -> list[Any]:
+        """Inputs, each with name, type and shape."""
+        ...
+
+    def get_outputs(self) -> list[Any]:
+        """Outputs, each with name, type and shape."""
+        ...
+
+    def get_providers(self) -> list[str]:
+        """Providers that were taken, the preferred one first."""
+        ...
 
 
 @cache
@@ -48,7 +76,7 @@ def has_openvino() -> bool:
     """Whether the installed ONNX Runtime carries the OpenVINO provider (wheel onnxruntime-openvino)."""
     import onnxruntime
 
-    return _PROVIDER in onnxruntime.get_available_providers()
+    return OPENVINO in onnxruntime.get_available_providers()
 
 
 def fast_runtime(flags: frozenset[str] | None = None) -> str:
@@ -59,51 +87,100 @@ def fast_runtime(flags: frozenset[str] | None = None) -> str:
 
 
 def open_session(
-    model: Path | onnx.ModelProto | bytes, runtime: str = "onnxruntime", threads: int | None = None
-) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session that is proved to run where it was asked to.
+    model: Path | onnx.ModelProto | bytes,
+    runtime: str | Sequence[Provider] = "onnxruntime",
+    threads: int | None = None,
+    *,
+    settings: Mapping[str, str] = NO_IDLE_SPINNING,
+    label: str | None = None,
+    refused: type[ArcFaceError] = ConfigError,
+) -> OnnxSession:
+    """An ONNX Runtime session that is proved to run where it was asked to; everything here opens its sessions by it.
 
     Args:
         model: a file, a model, or a serialised model.
-        runtime: one of `RUNTIMES`.
-        threads: intra-op threads; default: the cores that this process may use. They stop spinning when a run ends.
+        runtime: one of `RUNTIMES`, or providers with their options in order of preference; the first must be taken.
+        threads: intra-op threads; None takes the cores that this process may use, 0 leaves it to ONNX Runtime.
+        settings: session configuration entries.
+        label: what messages call the model; default: the file.
+        refused: raised where ONNX Runtime cannot load the graph.
 
     Raises:
-        Missing: the runtime is not installed, or took another provider than asked (it says so only in its log).
+        DependencyMissing: ONNX Runtime or the provider is not there, or did not start. Falls back.
         WrongUse: no such runtime.
     """
-    import onnxruntime
-
-    if runtime not in RUNTIMES:
-        raise WrongUse(f"no runtime {runtime!r}: expected one of {', '.join(RUNTIMES)}.")
-    threads = threads or len(os.sched_getaffinity(0))
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        raise DependencyMissing(f"ONNX Runtime is not installed ({exc}): pip install onnxruntime") from exc
+    threads = available_cores() if threads is None else threads
+    providers = _providers_of(runtime, threads) if isinstance(runtime, str) else runtime
+    expected = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if expected not in (available := onnxruntime.get_available_providers()):
+        raise DependencyMissing(
+            f"this ONNX Runtime has no {expected} (it has {', '.join(available)}). "
+            f"Exactly one of its wheels can be installed, and that provider is in: {wheels_with(expected)}"
+        )
+    said = _load_cuda_libraries(onnxruntime) if expected in (CUDA, TENSORRT) else ""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if runtime != "onnxruntime":
-        hints = {"INFERENCE_PRECISION_HINT": _HINTS[runtime], "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1"}
-        providers.insert(0, (_PROVIDER, {"device_type": "CPU", "load_config": json.dumps({"CPU": hints})}))
-        if not has_openvino():
-            raise Missing(
-                "this ONNX Runtime has no OpenVINO provider "
-                f"(it has {', '.join(onnxruntime.get_available_providers())}). "
-                "It is in the wheel onnxruntime-openvino, which takes the place of onnxruntime: "
-                "pip uninstall onnxruntime && pip install onnxruntime-openvino"
-            )
+    options.log_severity_level = 4  # what it would log is raised, too
+    for key, value in settings.items():
+        options.add_session_config_entry(key, value)
     if isinstance(model, Path):
         source: str | bytes = str(model)
     else:
         source = model if isinstance(model, bytes) else model.SerializeToString()
-    session = onnxruntime.InferenceSession(source, options, providers=providers)
-    taken, expected = session.get_providers()[0], _PROVIDER if len(providers) > 1 else "CPUExecutionProvider"
-    if taken != expected:
-        raise Missing(
-            f"ONNX Runtime {onnxruntime.__version__} took {taken} where {expected} was asked for (runtime {runtime}). "
-            "Next: arcface doctor, which lists the providers; variants for them are made by arcface quantize"
+    try:
+        session: OnnxSession = onnxruntime.InferenceSession(source, options, providers=list(providers))
+    except Exception as exc:  # pybind raises a class an error code, without a common root
+        if expected != CPU and type(exc).__name__ not in _GRAPH_FAULTS:
+            raise DependencyMissing(f"{expected} was asked for and did not start: {first_line(exc)}{said}") from exc
+        label = label or (str(model) if isinstance(model, Path) else "the model")
+        raise refused(f"{label}: ONNX Runtime cannot load the graph: {first_line(exc)}. Export it again.") from exc
+    taken = session.get_providers()[0]
+    if taken != expected:  # a provider that cannot start is replaced by the CPU without an exception
+        raise DependencyMissing(
+            f"ONNX Runtime {onnxruntime.__version__} was asked for {expected} and silently took {taken}: its libraries "
+            f"or driver are missing{said}. See what is there: arcface doctor"
         )
     return session
+
+
+def _providers_of(runtime: str, threads: int) -> list[Provider]:
+    if runtime not in RUNTIMES:
+        raise WrongUse(f"no runtime {runtime!r}: expected one of {', '.join(RUNTIMES)}.")
+    if runtime == "onnxruntime":
+        return [CPU]
+    # Left alone, OpenVINO infers in bf16 wherever the CPU has it; load_config takes the JSON text itself.
+    hints = {"INFERENCE_PRECISION_HINT": _HINTS[runtime], "NUM_STREAMS": "1"}
+    if threads:
+        hints["INFERENCE_NUM_THREADS"] = str(threads)
+    return [(OPENVINO, {"device_type": "CPU", "load_config": json.dumps({"CPU": hints})}), CPU]
+
+
+def _load_cuda_libraries(onnxruntime: Any) -> str:
+    """Load CUDA and cuDNN from their wheels, where onnxruntime-gpu does not look by itself; what it said of failures.
+
+    It prints, and our standard output may be JSON.
+    """
+    preload = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
+    if preload is None:
+        return ""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        preload()
+    lines = [line for line in printed.getvalue().splitlines() if line.startswith("Failed to load")]
+    return f" ({lines[0]})" if lines else ""
+
+
+def available_cores() -> int:
+    """Cores that this process may use; 0 (ONNX Runtime decides) where the system cannot say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, without its full stop; its class where it says nothing."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 @cache
@@ -115,46 +192,42 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return next(lines, f":{platform.machine()}").partition(":")[2].strip()
 
 
-def cpu_runtime(
-    precision: str, openvino: bool, bf16: bool, gated: Collection[str] | None, file: Path
-) -> tuple[str, str]:
-    """The runtime to compute in on a CPU, and the reason.
+def cpu_runtimes(flags: frozenset[str], openvino: bool) -> tuple[str, ...]:
+    """Runtimes of a CPU with these instruction sets, the fastest first."""
+    bf16 = ("openvino-bf16",) if has_bf16(flags) else ()
+    return (*bf16, "openvino-fp32", "onnxruntime") if openvino else ("onnxruntime",)
 
-    A quantised variant leaves some layers in float; it was gated with those in bf16, in fp32, or both, and may only be
-    run as it was gated. Without a sidecar (a file that the user named) floats stay fp32.
+
+def runtime_for(precision: str, gated: Collection[str] | None, here: Sequence[str]) -> tuple[str | None, str]:
+    """The one rule of which runtime may compute a variant: (runtime, "") or (None, why not).
+
+    fp32 and fp16 files compute in fp32 on every CPU and need no gate here. bf16 is computed in bf16 or not at all. An
+    int8 file leaves some layers in float; it was gated with those in bf16, in fp32, or both, and runs only as gated.
 
     Args:
-        precision: fp32, bf16, fp16 or int8.
-        openvino: whether OpenVINO is the provider; else ONNX Runtime's own kernels.
-        bf16: whether this CPU multiplies in bf16.
-        gated: runtimes in which the variant passed its gate; None where no sidecar says.
-        file: for the message.
-
-    Raises:
-        ModelMissing: it passed its gate in no runtime of this host; falls back.
+        precision: fp32, fp16, bf16 or int8.
+        gated: runtimes in which the variant passed its gate (`gated_runtimes`); None for a file that nobody gated and
+            the user named: its floats stay fp32.
+        here: runtimes to choose from, the preferred one first.
     """
-    if not openvino:
-        possible = ["onnxruntime"]
-    elif bf16 and precision in ("bf16", "int8"):
-        possible = ["openvino-bf16", "openvino-fp32"]
-    else:
-        possible = ["openvino-fp32"]
+    exact = [runtime for runtime in here if runtime != "openvino-bf16"]
     if precision == "bf16":
-        why = "" if bf16 else "this CPU has no bf16 (avx512_bf16 or amx_bf16), so it runs in fp32"
-        return possible[0], why
-    if precision != "int8" or gated is None:
-        return possible[-1], ""
-    for runtime in possible:
-        if runtime in gated:
-            return runtime, f"int8 passed its gate in {runtime}"
-    raise ModelMissing(
-        f"{file} passed its gate in {', '.join(gated) or 'no runtime'}, this host has {' and '.join(possible)}. "
-        "Gate it here: arcface quantize NAME --precision int8, or set another device"
-    )
+        able = [runtime for runtime in here if runtime == "openvino-bf16"]
+        if not able:
+            return None, "bf16 needs OpenVINO and a CPU with avx512_bf16 or amx_bf16"
+    elif precision == "int8" and gated is not None:
+        able = list(here)
+    else:
+        return (exact[0], "") if exact else (None, f"no runtime here computes {precision} in fp32")
+    runtime = next((one for one in able if gated is None or one in gated), None)
+    if runtime is None:
+        passed = ", ".join(gated or ()) or "no runtime"
+        return None, f"{precision} passed its gate in {passed}, this host has {' and '.join(able)}"
+    return runtime, ""
 
 
-def gated_runtimes(sidecar: Mapping[str, Any] | None) -> list[str] | None:
-    """Runtimes whose gate a variant passed; None where there is no sidecar."""
+def gated_runtimes(sidecar: Mapping[str, Any] | None, limits: Mapping[str, float] | None = None) -> list[str] | None:
+    """Runtimes whose gate a variant passes; None where there is no sidecar. `limits`: see `judge_sidecar`."""
     if sidecar is None:
         return None
-    return [gate["runtime"] for gate in sidecar.get("gates", []) if gate.get("passed")]
+    return [runtime for runtime, verdict in judge_sidecar(sidecar, limits).items() if verdict.passed]

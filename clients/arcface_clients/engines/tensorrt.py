@@ -1,8 +1,11 @@
-"""A TensorRT plan in, an engine in this process out, run by Polygraphy; the plan for this GPU is found by itself."""
+"""TensorRT in this process, run by Polygraphy; the plan for this GPU is found and checked before it is loaded."""
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,20 @@ from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.devices import canonical_device
 from arcface_clients.engines.in_process import LocalEngine
 from arcface_clients.engines.registry import EngineRegistry
-from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
+from arcface_clients.errors import (
+    ConfigError,
+    DependencyMissing,
+    InferenceFailed,
+    Missing,
+    ModelMissing,
+    PlanRefused,
+)
 from arcface_clients.gpu.cards import find_gpus
-from arcface_clients.plans.find import PlanFile, find_plan, read_plan
+from arcface_clients.plans.find import find_plan
+from arcface_clients.plans.fit import misfit
+from arcface_clients.plans.read import Plan, read_plan
+
+_log = logging.getLogger(__name__)
 
 
 @EngineRegistry.register("tensorrt")
@@ -37,6 +51,7 @@ class TensorRtEngine(LocalEngine):
         model_repository: str | Path = "model_repository",
         cache: str | Path = "~/.cache/arcface-triton",
         max_batch: int = 64,
+        public_key: str | Path | None = None,
     ) -> None:
         """Choose what to load; nothing is loaded yet.
 
@@ -48,6 +63,7 @@ class TensorRtEngine(LocalEngine):
             model_repository: where `arcface assemble` puts plans.
             cache: where `arcface plan build` and `plan pull` put them.
             max_batch: largest batch given to one run; the plan's own limit wins where it is smaller.
+            public_key: PEM, ed25519; where given, a plan that its private key has not signed is refused.
         """
         super().__init__(max_batch)
         if canonical_device(device) not in ("auto", "gpu", "cuda", "cuda:0", "tensorrt", "tensorrt:0"):
@@ -58,30 +74,35 @@ class TensorRtEngine(LocalEngine):
         self.precision = precision
         self._plan = Path(plan).expanduser() if plan is not None else None
         self._model, self._repository, self._cache = model, Path(model_repository), Path(cache)
+        self._public_key = Path(public_key).expanduser() if public_key is not None else None
         self._runner: Any = None
+        self._loaded: Plan | None = None
         self._run_lock = threading.Lock()
 
     @property
     def contract_id(self) -> str | None:
-        """From the manifest beside the plan; None where there is none."""
-        return self._file(None).contract_id
+        """From the plan's manifest; None where that does not say."""
+        return (self._loaded or self._find(None)).manifest.contract_id
 
-    def _file(self, tensorrt: str | None) -> PlanFile:
-        if self._plan is not None:
-            return read_plan(self._plan)
-        return find_plan(
-            _sm(),
-            self.precision,
-            model_repository=self._repository,
-            cache=self._cache,
-            model=self._model,
-            tensorrt=tensorrt,
-        )
+    def _find(self, tensorrt: str | None) -> Plan:
+        """The plan, read and checked; for TensorRT of this version, None where that is not known."""
+        with _plan_errors():
+            if self._plan is not None:
+                return read_plan(self._plan, self._public_key)
+            return find_plan(
+                _sm(),
+                self.precision,
+                model_repository=self._repository,
+                cache=self._cache,
+                model=self._model,
+                tensorrt=tensorrt,
+                public_key=self._public_key,
+                gpu=find_gpus()[0].name,
+            )
 
     def _load(self) -> None:
         try:
             import tensorrt as trt
-            from polygraphy.backend.common import BytesFromPath
             from polygraphy.backend.trt import EngineFromBytes, TrtRunner
             from polygraphy.logger import G_LOGGER
         except ImportError as exc:
@@ -89,19 +110,24 @@ class TensorRtEngine(LocalEngine):
                 f"the tensorrt engine needs TensorRT and Polygraphy ({exc}). On a GPU host: "
                 "pip install 'arcface-triton[tensorrt]', and tensorrt in the version that built the plan"
             ) from exc
-        file = self._file(trt.__version__)
-        file.check(_sm(), trt.__version__)
-        runner = TrtRunner(EngineFromBytes(BytesFromPath(str(file.path))), name="arcface")
+        plan = self._find(trt.__version__)
+        if why := misfit(plan.manifest, _sm(), trt.__version__):
+            raise ModelMissing(
+                f"{plan.path} was {why}. Build one here: arcface plan build --precision {plan.manifest.spec.precision}"
+            )
+        with _plan_errors():
+            content = plan.content()
+        runner = TrtRunner(EngineFromBytes(content), name="arcface")
         try:
             with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
                 runner.activate()
         except Exception as exc:  # Polygraphy raises its own for a plan that does not deserialise, ctypes for no CUDA
             raise ModelMissing(
-                f"{file.path} does not load under TensorRT {trt.__version__}: {str(exc).partition(chr(10))[0]}. "
+                f"{plan.path} does not load under TensorRT {trt.__version__}: {str(exc).partition(chr(10))[0]}. "
                 f"Build one on this host: arcface plan build --precision {self.precision}"
             ) from exc
-        self._runner = runner
-        self.precision = file.precision or self.precision
+        self._runner, self._loaded = runner, plan
+        self.precision = plan.manifest.spec.precision
         largest = runner.engine.get_tensor_profile_shape(FACE_INPUT, 0)[2][0]
         self.max_batch = min(self.max_batch, int(largest))
         width = runner.engine.get_tensor_shape(EMBEDDING_OUTPUT)[-1]
@@ -109,7 +135,7 @@ class TensorRtEngine(LocalEngine):
         self.taken = {
             "provider": "TensorRT",
             "reason": "local.plan" if self._plan else f"plan for SM {_sm()}",
-            "file": str(file.path),
+            "file": str(plan.path),
             "precision": self.precision,
             "tensorrt": trt.__version__,
         }
@@ -129,7 +155,23 @@ class TensorRtEngine(LocalEngine):
     def _unload(self) -> None:
         with self._run_lock:
             self._runner.deactivate()
-            self._runner = None
+            self._runner = self._loaded = None
+
+
+@contextmanager
+def _plan_errors() -> Iterator[None]:
+    """The one edge where errors of a plan become ModelMissing, which falls back.
+
+    A pipeline goes on without a plan that it may not load. But one that was changed is no ordinary absence, so a
+    refusal is in the log at level error, whatever the chain then does.
+    """
+    try:
+        yield
+    except PlanRefused as exc:
+        _log.error("the tensorrt engine does not use its plan: %s", exc)
+        raise ModelMissing(str(exc)) from exc
+    except Missing as exc:
+        raise ModelMissing(str(exc)) from exc
 
 
 def _sm() -> str:

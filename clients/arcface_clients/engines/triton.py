@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from arcface_clients.engines.registry import EngineRegistry
+from arcface_clients.triton.embedder import TritonEmbedder
 
 
 @EngineRegistry.register("triton")
-def triton_engine(url: str = "localhost:8001", **kwargs: object) -> object:
+def triton_engine(**options: Any) -> TritonEmbedder:
     """A `TritonEmbedder`; the keyword arguments are its own."""
-    from arcface_clients.triton.embedder import TritonEmbedder
-
-    return TritonEmbedder(url, **kwargs)
+    return TritonEmbedder(**options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from arcface_clients.errors import (
     InvalidEmbeddings,
     InvalidFaces,
 )
-from arcface_clients.evidence.drift import compare_embeddings
+from arcface_clients.evidence.gate import judge_embeddings
 from arcface_clients.faces.check import check_faces
 from arcface_clients.faces.synthetic import synthetic_faces
 
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """Verdict on one engine; `status` is passed, failed or skipped, `why` says what it rests on."""
+    """Verdict on one engine that may be used; `status` is passed or skipped, `why` says what it rests on."""
 
     status: str
     why: str
@@ -89,11 +89,13 @@ def reference_from(engine: EmbeddingEngine, faces: Array) -> StoredReference:
     return StoredReference(faces, engine.encode(faces), engine.contract_id, "InsightFace on the local model")
 
 
-def validate_engine(engine: EmbeddingEngine, reference: StoredReference, limit: float, name: str) -> ValidationReport:
-    """Compare an engine with the reference, face by face.
+def validate_engine(
+    engine: EmbeddingEngine, reference: StoredReference, precision: str, limits: Mapping[str, float], name: str
+) -> ValidationReport:
+    """Compare an engine with the reference, face by face, and let the gate decide (`evidence.gate`).
 
     Raises:
-        GateFailed: the largest drift is above `limit`; the message says by how much and for which face.
+        GateFailed: the gate refuses it; the message says by how much and for which faces.
         ContractMismatch: engine and reference are of two models, or may be: one's contract is unknown and they differ.
     """
     contract = engine.contract_id
@@ -106,27 +108,20 @@ def validate_engine(engine: EmbeddingEngine, reference: StoredReference, limit: 
             "served one, or set validation.run_on_startup: false"
         )
     try:
-        drift = compare_embeddings(reference.embeddings, engine.encode(reference.faces))
-    except (
-        InferenceFailed,
-        InvalidFaces,
-        InvalidEmbeddings,
-    ) as exc:  # NaN, zero rows, or an engine that cannot embed drawn faces
+        embeddings = engine.encode(reference.faces)
+    except (InferenceFailed, InvalidFaces, InvalidEmbeddings) as exc:  # NaN, or it cannot embed drawn faces
         raise GateFailed(f"{name} cannot embed the {len(reference.faces)} faces of its validation: {exc}") from exc
-    report = ValidationReport(
-        status="passed" if drift.max_drift <= limit else "failed",
-        why=f"compared with {reference.origin}",
-        faces=drift.faces,
-        max_drift=drift.max_drift,
-        limit=limit,
-        worst_face=drift.worst_face,
-    )
-    if report.status == "passed":
-        return report
-    said = (
-        f"drift {drift.max_drift:.2g} of face {drift.worst_face} is above the limit {limit:g} on "
-        f"{drift.faces} faces (mean cosine {drift.mean_cosine:.6f}, {report.why})"
-    )
+    verdict = judge_embeddings(reference.embeddings, embeddings, precision, limits)
+    if verdict.passed:
+        return ValidationReport(
+            status="passed",
+            why=f"compared with {reference.origin}",
+            faces=verdict.faces,
+            max_drift=verdict.max_drift,
+            limit=verdict.limit,
+            worst_face=verdict.report.worst_face if verdict.report else None,
+        )
+    said = f"{verdict.why} (compared with {reference.origin})"
     if not known:  # a fallback could then be another model, and mix two contracts quietly
         raise ContractMismatch(
             f"{name}: {said}, and its contract or the reference's is not known, so it may be another model. "
@@ -140,7 +135,7 @@ class StartupValidation:
 
     def __init__(
         self,
-        limits: dict[str, float],
+        limits: Mapping[str, float],
         *,
         count: int,
         precision: str,
@@ -174,7 +169,7 @@ class StartupValidation:
         if reference is None:
             _log.warning("%s is used without validation: %s", name, self._no_reference)
             return ValidationReport("skipped", self._no_reference)
-        report = validate_engine(engine, reference, self._limits[precision_of(engine, self._precision)], name)
+        report = validate_engine(engine, reference, precision_of(engine, self._precision), self._limits, name)
         _log.info("%s passed its validation: drift %.2g, limit %g", name, report.max_drift, report.limit)
         return report
 

@@ -244,7 +244,7 @@ def pairs_from_csv(path: Path, names: Sequence[str]) -> Pairs:
         np.array([index[a] for a, _, _ in lines]),
         np.array([index[b] for _, b, _ in lines]),
         np.array([same.strip() == "1" for _, _, same in lines]),
-        identities_from_paths(names),
+        np.array(identities_from_paths(names)),
     )
 
 
@@ -261,12 +261,12 @@ def pairs_from_identities(identities: Sequence[str], most: int = 20_000, seed: i
     return Pairs(a[kept], b[kept], same[kept], people)
 
 
-def identities_from_paths(names: Sequence[str]) -> Array:
-    """The folder that holds a face is its identity, str (N,)."""
-    return np.array([Path(name).parent.name for name in names])
+def identities_from_paths(names: Sequence[str]) -> list[str]:
+    """The folder that holds a face is its identity."""
+    return [Path(name).parent.name for name in names]
 
 
-def _resampled(scores: Array, pairs: Pairs, resamples: int, seed: int) -> list[tuple]:
+def _resampled(scores: Array, pairs: Pairs, resamples: int, seed: int) -> list[tuple[Array, Array, Array]]:
     """(far, tar, threshold) curves of bootstrap samples."""
     rng = np.random.default_rng(seed)
     order = np.argsort(-scores, kind="stable")

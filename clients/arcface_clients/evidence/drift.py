@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from arcface_clients.arrays import Array
-from arcface_clients.errors import GateFailed, InvalidFaces
+from arcface_clients.errors import InvalidFaces
 
 # Largest 1 − cosine a face may show before an artefact of this precision is refused (config: comparison.max_drift).
 DRIFT_LIMITS = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-3, "int8": 1e-2}
@@ -57,7 +57,7 @@ class DriftReport:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TargetCheck:
     """One figure beside its target: `met`, `missed` (between target and warning) or `warning` (beyond both)."""
 
     figure: str
@@ -83,7 +83,8 @@ def cosine_per_face(reference: Array, candidate: Array) -> Array:
     bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
     if bad.size:
         raise InvalidFaces(f"{bad.size} of {len(a)} embeddings are zero or hold NaN, first at row {bad[0]}.")
-    return np.einsum("nd,nd->n", a, b) / norms
+    cosines: Array = np.einsum("nd,nd->n", a, b) / norms
+    return cosines
 
 
 def compare_embeddings(
@@ -132,52 +133,19 @@ def compare_embeddings(
     )
 
 
-def judge(report: DriftReport, targets: Mapping[str, tuple[float, float]] = TARGETS) -> list[Verdict]:
-    """Each figure against its (target, warning): mean and min cosine have to be above, the mean L2 below."""
+def check_targets(report: DriftReport, targets: Mapping[str, tuple[float, float]] = TARGETS) -> list[TargetCheck]:
+    """Each figure against its (target, warning): mean and min cosine have to be above, the mean L2 below.
+
+    Targets say how good a backend is; whether it may be used is the gate's business (`evidence.gate`).
+    """
     values = {"mean_cosine": report.mean_cosine, "min_cosine": report.min_cosine, "l2_mean": report.mean_l2}
-    verdicts = []
+    checks = []
     for figure, (target, warn) in targets.items():
         sign = -1 if figure == "l2_mean" else 1
         value = values[figure]
         status = "met" if sign * value >= sign * target else "missed" if sign * value >= sign * warn else "warning"
-        verdicts.append(Verdict(figure, value, target, warn, status))
-    return verdicts
-
-
-def run_embedding_regression_tests(
-    eval_faces: Array,
-    reference: Callable[[Array], Array] | Any,
-    candidate: Callable[[Array], Array] | Any,
-    max_drift: float = DRIFT_LIMITS["fp16"],
-    names: Sequence[str] | None = None,
-) -> DriftReport:
-    """Embed the same faces with both sides and require min cosine ≥ 1 − max_drift.
-
-    Args:
-        eval_faces: uint8 (N,112,112,3) BGR, N ≥ 1.
-        reference: an engine (anything with `encode`), a function from faces to embeddings, or embeddings (N,D).
-        candidate: the same.
-        max_drift: largest 1 − cosine that a face may show.
-        names: a path for each face, for the message.
-
-    Raises:
-        GateFailed: a face drifted further; the message names the worst ones.
-    """
-    report = compare_embeddings(_embed(reference, eval_faces), _embed(candidate, eval_faces), names)
-    if report.max_drift > max_drift:
-        over = [face for face in report.worst_faces if 1 - face.cosine > max_drift]
-        told = ", ".join(f"{face.name or f'face {face.index}'} ({1 - face.cosine:.2e})" for face in over[:3])
-        raise GateFailed(
-            f"drift {report.max_drift:.2e} on {report.faces} faces, expected at most {max_drift:g}: {told}. "
-            "What differs: arcface compare A B"
-        )
-    return report
-
-
-def _embed(side: Any, faces: Array) -> Array:
-    if isinstance(side, np.ndarray):
-        return side
-    return side.encode(faces) if hasattr(side, "encode") else side(faces)
+        checks.append(TargetCheck(figure, value, target, warn, status))
+    return checks
 
 
 def _same_shape(reference: Array, candidate: Array) -> tuple[Array, Array]:

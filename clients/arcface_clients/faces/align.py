@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, FaceArray
 from arcface_clients.contract import FACE_SIZE
 from arcface_clients.errors import InvalidFaces
 
@@ -37,8 +37,9 @@ def similarity_to_template(landmarks: Array) -> Array:
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
 
 
-def align_face(image_bgr: Array, landmarks: Array) -> Array:
+def align_face(image_bgr: Array, landmarks: Array) -> FaceArray:
     """The face uint8 (112,112,3) BGR from an image uint8 (H,W,3) BGR: InsightFace's `norm_crop`, black outside."""
     import cv2
 
-    return cv2.warpAffine(image_bgr, similarity_to_template(landmarks), (FACE_SIZE, FACE_SIZE), borderValue=0.0)
+    size, black = (FACE_SIZE, FACE_SIZE), (0.0, 0.0, 0.0)
+    return np.asarray(cv2.warpAffine(image_bgr, similarity_to_template(landmarks), size, borderValue=black), np.uint8)

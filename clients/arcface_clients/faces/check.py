@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, FaceArray
 from arcface_clients.contract import FACE_SHAPE
 from arcface_clients.errors import InvalidFaces
 from arcface_clients.faces.gpu_arrays import GpuFaces, copy_to_gpu, is_on_gpu, locate
 
-Faces = Array | GpuFaces
+Faces = FaceArray | GpuFaces
+"""Checked faces, in host memory or on a GPU."""
 
 
-def check_faces(faces: Array | Sequence[Array]) -> Array:
+class DlpackArray(Protocol):
+    """An array of torch, CuPy, JAX or Numba, on a GPU or not."""
+
+    def __dlpack_device__(self) -> tuple[Any, Any]:
+        """Kind of device, and its number."""
+        ...
+
+
+class CudaArray(Protocol):
+    """An array on a GPU that speaks the CUDA Array Interface alone."""
+
+    @property
+    def __cuda_array_interface__(self) -> Mapping[str, Any]:
+        """Where it is, and its layout."""
+        ...
+
+
+FacesLike = Array | Sequence[Array] | DlpackArray | CudaArray
+"""What callers may pass: it is checked at run time, see `check_faces`."""
+
+
+def check_faces(faces: FacesLike) -> FaceArray:
     """Faces as the server wants them: uint8 (N,112,112,3), C-contiguous; one face (112,112,3) becomes N = 1.
 
     Floats are taken when they are whole numbers in 0..255 (some loaders give those); N = 0 is fine. An array on a GPU
@@ -47,7 +69,7 @@ def check_faces(faces: Array | Sequence[Array]) -> Array:
     return np.ascontiguousarray(array)
 
 
-def check_in_place(faces: Any) -> Faces:
+def check_in_place(faces: FacesLike | Faces) -> Faces:
     """As `check_faces`, but faces on a GPU stay there.
 
     Raises:
@@ -59,16 +81,13 @@ def check_in_place(faces: Any) -> Faces:
     return locate(faces)
 
 
-def to_gpu(faces_bgr_u8: Array, device: int = 0) -> GpuFaces:
+def to_gpu(faces_bgr_u8: FacesLike, device: int = 0) -> GpuFaces:
     """A checked copy of faces uint8 (N,112,112,3) on a GPU; see `copy_to_gpu`."""
     return copy_to_gpu(check_faces(faces_bgr_u8), device)
 
 
 def _on_host(faces: Any) -> Any:
     """Faces on a GPU copied from there; anything else as it is."""
-    from arcface_clients.faces.check import check_in_place
-    from arcface_clients.faces.gpu_arrays import is_on_gpu
-
     if is_on_gpu(faces):
         faces = check_in_place(faces)
         return faces if isinstance(faces, np.ndarray) else faces.to_host()
@@ -77,7 +96,7 @@ def _on_host(faces: Any) -> Any:
     return faces
 
 
-def _whole_numbers(array: Array) -> Array:
+def _whole_numbers(array: Array) -> FaceArray:
     """uint8 from numbers that already are whole and within 0..255; everything else is refused, never rounded."""
     if array.dtype.kind not in "fiu":
         raise InvalidFaces(f"expected faces of dtype uint8 (0..255), got {array.dtype}.")

@@ -1,4 +1,4 @@
-"""Images in; the aligned faces that they show, or the reason why there is none, out (YuNet through OpenCV)."""
+"""Finds and aligns the faces that images show, or says why there is none (YuNet through OpenCV)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arcface_clients.arrays import Array
-from arcface_clients.contract import FACE_SHAPE
+from arcface_clients.arrays import Array, FaceArray
 from arcface_clients.errors import ConfigError, DependencyMissing, InvalidFaces
 from arcface_clients.faces.align import align_face
-from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, find_files
+from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, Found, find_files, gather
 from arcface_clients.faces.photos import read_photo
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class FaceDetector:
                 f"expected min_score in (0, 1), min_size of at least 1 and max_side of at least 32, "
                 f"got {min_score}, {min_size} and {max_side}."
             )
-        self.model = find_model(model)
+        self.model = find_detector(model)
         self.min_score, self.min_size, self.max_side, self.refine = min_score, min_size, max_side, refine
         self._of_thread = threading.local()
         self._network()
@@ -128,14 +127,17 @@ class FaceDetector:
             off = np.linalg.norm(points.mean(axis=1) - landmarks.mean(axis=0), axis=1)
             if len(off) and off.min() < 0.25 * side:
                 found.append(points[off.argmin()])
-        return np.mean(found, axis=0).astype(np.float32) if found else landmarks
+        return np.asarray(np.mean(found, axis=0), np.float32) if found else landmarks
 
     def _rows(self, image: Array) -> Array:
         """YuNet's rows float32 (F,15): box, five landmarks, score."""
         network = self._network()
         network.setInputSize((image.shape[1], image.shape[0]))
         rows = network.detect(image)[1]
-        return np.empty((0, 15), np.float32) if rows is None else rows[np.isfinite(rows).all(axis=1)]
+        if rows is None:
+            return np.empty((0, 15), np.float32)
+        finite: Array = rows[np.isfinite(rows).all(axis=1)]
+        return finite
 
     def _network(self) -> cv2.FaceDetectorYN:
         import cv2
@@ -150,10 +152,11 @@ class FaceDetector:
                     f"expected {MODEL_NAME} from {SOURCE}"
                 ) from exc
             self._of_thread.network = network
-        return self._of_thread.network
+        kept: cv2.FaceDetectorYN = self._of_thread.network
+        return kept
 
 
-def find_model(model: Path | str | None = None) -> Path:
+def find_detector(model: Path | str | None = None) -> Path:
     """The detector's file: as given, $ARCFACE_DETECTOR, or in the cache folder.
 
     Raises:
@@ -188,12 +191,9 @@ def detect_crops(files: Iterable[str], detector: FaceDetector) -> Iterator[Crop]
             yield Crop(name, None, exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc))
             continue
         for index, found in enumerate(faces):
-            yield Crop(f"{name}[{index}]", found.face)
+            yield Crop(f"{name}[{index}]", found.face, found=Found(found.score, found.box, found.landmarks))
 
 
-def load_detected(sources: Iterable[str | Path], detector: FaceDetector) -> tuple[Array, list[str], list[Crop]]:
+def load_detected(sources: Iterable[str | Path], detector: FaceDetector) -> tuple[FaceArray, list[str], list[Crop]]:
     """All faces of all images at once: uint8 (N,112,112,3) BGR, their N names, and what was refused."""
-    crops = list(detect_crops(find_files(sources), detector))
-    good = [crop for crop in crops if crop.face is not None]
-    faces = np.stack([crop.face for crop in good]) if good else np.empty((0, *FACE_SHAPE), np.uint8)
-    return faces, [crop.name for crop in good], [crop for crop in crops if crop.face is None]
+    return gather(detect_crops(find_files(sources), detector))

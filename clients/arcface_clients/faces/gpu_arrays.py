@@ -204,4 +204,4 @@ class _DLTensor(ctypes.Structure):
 def _capsule_pointer(capsule: Any, name: bytes) -> int:
     get = ctypes.pythonapi.PyCapsule_GetPointer
     get.argtypes, get.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
-    return get(capsule, name)
+    return int(get(capsule, name))

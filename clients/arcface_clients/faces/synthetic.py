@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, FaceArray
 from arcface_clients.contract import FACE_SIZE
 
 
-def synthetic_faces(count: int, seed: int = 0) -> Array:
+def synthetic_faces(count: int, seed: int = 0) -> FaceArray:
     """`count` different drawn faces: uint8 (count,112,112,3) BGR, eyes and mouth placed as in the ArcFace template."""
     return np.stack([_draw(np.random.default_rng([seed, i])) for i in range(count)]) if count else _none()
 
 
-def synthetic_people(people: int, per_person: int, seed: int = 0) -> Array:
+def synthetic_people(people: int, per_person: int, seed: int = 0) -> FaceArray:
     """`per_person` noisy views of each of `people` faces: uint8 (people,per_person,112,112,3) BGR.
 
     Views differ in brightness, contrast, a shift of up to two pixels and sensor noise.
@@ -31,11 +31,11 @@ def synthetic_people(people: int, per_person: int, seed: int = 0) -> Array:
     return views
 
 
-def _none() -> Array:
+def _none() -> FaceArray:
     return np.empty((0, FACE_SIZE, FACE_SIZE, 3), np.uint8)
 
 
-def _draw(rng: np.random.Generator) -> Array:
+def _draw(rng: np.random.Generator) -> FaceArray:
     """One face: background, head, hair, eyes, nose, mouth, then texture and light; all proportions random."""
     y, x = np.mgrid[0:FACE_SIZE, 0:FACE_SIZE].astype(np.float32)
     image = _texture(rng, amplitude=35) + rng.uniform(40, 200, 3)
@@ -44,7 +44,8 @@ def _draw(rng: np.random.Generator) -> Array:
         image[:] = image * (1 - mask[..., None]) + mask[..., None] * color
 
     def ellipse(cx: float, cy: float, rx: float, ry: float, soft: float = 0.15) -> Array:
-        return np.clip((1 - np.hypot((x - cx) / rx, (y - cy) / ry)) / soft + 0.5, 0, 1)
+        inside: Array = np.clip((1 - np.hypot((x - cx) / rx, (y - cy) / ry)) / soft + 0.5, 0, 1)
+        return inside
 
     skin = np.array([90, 120, 170]) * rng.uniform(0.5, 1.35) + rng.normal(0, 12, 3)
     hair = rng.uniform(10, 110) * np.array([0.8, 0.9, 1.0]) + rng.normal(0, 8, 3)
@@ -61,7 +62,8 @@ def _draw(rng: np.random.Generator) -> Array:
     blend(ellipse(56, 92.3, rng.uniform(10, 18), rng.uniform(2.5, 7)), np.array([80, 70, 160]) * rng.uniform(0.6, 1.3))
     light = 1 + rng.uniform(-0.35, 0.35) * (x - 56) / 56 + rng.uniform(-0.25, 0.25) * (y - 56) / 56
     image = image * light[..., None] + _texture(rng, amplitude=14) + rng.normal(0, 3, image.shape)
-    return image.clip(0, 255).astype(np.uint8)
+    face: FaceArray = image.clip(0, 255).astype(np.uint8)
+    return face
 
 
 def _texture(rng: np.random.Generator, amplitude: float) -> Array:
@@ -72,4 +74,5 @@ def _texture(rng: np.random.Generator, amplitude: float) -> Array:
     part = (grid - low)[:, None]
     rows = coarse[low] * (1 - part[..., None]) + coarse[low + 1] * part[..., None]
     field = rows[:, low] * (1 - part) + rows[:, low + 1] * part
-    return field * amplitude
+    colours: Array = field * amplitude
+    return colours

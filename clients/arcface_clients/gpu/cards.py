@@ -65,9 +65,12 @@ def parse_gpus(csv: str, banner: str = "") -> list[Gpu]:
     gpus = []
     for line in csv.strip().splitlines():
         index, name, sm, driver, total, used = (part.strip() for part in line.split(","))
-        memory = [int(float(mib)) << 20 if mib.replace(".", "").isdigit() else 0 for mib in (total, used)]
-        gpus.append(Gpu(int(index), name, sm, driver, *memory, cuda=cuda[0] if cuda else None))
+        gpus.append(Gpu(int(index), name, sm, driver, _bytes(total), _bytes(used), cuda[0] if cuda else None))
     return gpus
+
+
+def _bytes(mib: str) -> int:
+    return int(float(mib)) << 20 if mib.replace(".", "").isdigit() else 0
 
 
 def visible(gpus: list[Gpu], cuda_visible_devices: str | None) -> list[Gpu]:

@@ -49,7 +49,7 @@ class CacheStats:
 
 def face_digest(face_bgr_u8: Array) -> bytes:
     """Sha256 of a face's pixels, uint8 (112,112,3) in C order: equal for equal faces, whatever file they came from."""
-    return hashlib.sha256(np.ascontiguousarray(face_bgr_u8)).digest()
+    return hashlib.sha256(np.ascontiguousarray(face_bgr_u8).data).digest()
 
 
 class EmbeddingCache:
@@ -215,7 +215,7 @@ class EmbeddingCache:
 
 def _open(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
-    connection = None
+    connection: sqlite3.Connection | None = None
     try:
         connection = sqlite3.connect(path, check_same_thread=False, timeout=30)
         connection.execute("PRAGMA journal_mode = WAL")
@@ -229,7 +229,8 @@ def _open(path: Path) -> sqlite3.Connection:
             "Free space, or give another path."
         ) from exc
     except sqlite3.DatabaseError as exc:
-        connection.close()
+        if connection is not None:
+            connection.close()
         raise ConfigError(
             f"{path} is not an embedding cache ({exc}): expected a file that this program made. "
             "Give another path, or delete it: a cache can be filled again."

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, unit_rows
 from arcface_clients.atomic import new_file
 from arcface_clients.errors import ContractMismatch, InvalidEmbeddings
 from arcface_clients.people.neighbours import nearest_unit
-from arcface_clients.people.vectors import unit_rows
 
 FORMAT, VERSION = "arcface-gallery", 1
 

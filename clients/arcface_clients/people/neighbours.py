@@ -162,6 +162,6 @@ def _kth_bound(block: Array, k: int, axis: int) -> Array:
     size = count // groups
     if axis:
         maxima = block[:, : groups * size].reshape(len(block), groups, size).max(axis=2)
-        return np.partition(maxima, groups - k, axis=1)[:, groups - k]
+        return np.asarray(np.partition(maxima, groups - k, axis=1)[:, groups - k])
     maxima = block[: groups * size].reshape(groups, size, block.shape[1]).max(axis=1)
-    return np.partition(maxima, groups - k, axis=0)[groups - k]
+    return np.asarray(np.partition(maxima, groups - k, axis=0)[groups - k])

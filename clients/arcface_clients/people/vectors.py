@@ -6,39 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, no_direction, unit_rows
 from arcface_clients.errors import InvalidEmbeddings
 
 # Entries of a distance matrix made at once: 100 MB of float32, so 512 rows against 50,000.
 BLOCK_ENTRIES = 25 << 20
-# Norms outside this range are computed again in float64 after scaling: their squares leave float32.
-SMALLEST_NORM, LARGEST_NORM = 1e-18, 1e18
-
-
-def unit_rows(embeddings: Array | Sequence[Sequence[float]], what: str = "embeddings") -> Array:
-    """A float32 (N,D) C-contiguous copy with rows of unit L2 norm; norms are summed in float64.
-
-    Raises:
-        InvalidEmbeddings: not (N,D) numbers, or a row is all zero or holds NaN or infinity.
-    """
-    array = np.asarray(embeddings)
-    if array.ndim != 2 or array.dtype.kind not in "fiu":
-        raise InvalidEmbeddings(f"expected {what} as numbers of shape (N, D), got {array.dtype} {array.shape}.")
-    with np.errstate(over="ignore", invalid="ignore"):
-        rows = np.array(array, np.float32, order="C")
-        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
-    odd = np.flatnonzero(~((norms > SMALLEST_NORM) & (norms < LARGEST_NORM)))
-    if odd.size:
-        exact = array[odd].astype(np.float64)
-        scale = np.abs(exact).max(axis=1, initial=0)
-        bad = odd[~(np.isfinite(scale) & (scale > 0))]
-        if bad.size:
-            raise InvalidEmbeddings(_no_direction(array, bad, what))
-        exact /= scale[:, None]
-        rows[odd] = exact / np.linalg.norm(exact, axis=1, keepdims=True)
-        norms[odd] = 1
-    rows /= norms.astype(np.float32)[:, None]
-    return rows
 
 
 def cosine_distance(a: Array | Sequence[float], b: Array | Sequence[float]) -> float:
@@ -53,7 +25,7 @@ def cosine_distance(a: Array | Sequence[float], b: Array | Sequence[float]) -> f
     for name, vector in (("first", x), ("second", y)):
         scale = np.abs(vector).max(initial=0)
         if not (np.isfinite(scale) and scale > 0):
-            raise InvalidEmbeddings(_no_direction(vector[None], np.array([0]), f"the {name} embedding"))
+            raise InvalidEmbeddings(no_direction(vector[None], np.array([0]), f"the {name} embedding"))
     x, y = x / np.abs(x).max(), y / np.abs(y).max()
     return float(np.clip(1 - (x @ y) / (np.linalg.norm(x) * np.linalg.norm(y)), 0, 2))
 
@@ -116,8 +88,3 @@ def _distances(rows: Array, columns: Array, start: int, out: Array) -> Array:
     if columns is rows:
         np.fill_diagonal(out[:, start:], 0)
     return out
-
-
-def _no_direction(array: Array, bad: Array, what: str) -> str:
-    kind = "all zero" if not np.any(array[bad[0]]) else "not finite (NaN or infinity)"
-    return f"{what}: {bad.size} of {len(array)} have no direction, first row {bad[0]} is {kind}. Embed that face again."

@@ -1,53 +1,20 @@
-"""A plan's path, a model repository and a plan cache in; the plan for this GPU and what its manifest says out."""
+"""Which plan an engine of this host takes: the one that `arcface assemble` put there, else the newest of the cache."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-from arcface_clients.errors import ModelMissing
+from arcface_clients.errors import ArcFaceError, Missing, PlanRefused
+from arcface_clients.plans.fit import misfit
+from arcface_clients.plans.manifest import PlanManifest
+from arcface_clients.plans.read import Plan, read_manifest, read_plan
+from arcface_clients.plans.spec import sm_tag
 
-
-@dataclass(frozen=True)
-class PlanFile:
-    """A plan on this host; `manifest` is {} where there is none beside it."""
-
-    path: Path
-    manifest: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def contract_id(self) -> str | None:
-        """Contract id, None where the manifest does not say."""
-        return self.manifest.get("contract_id")
-
-    @property
-    def precision(self) -> str | None:
-        """Precision that was proved when the plan was built, None where the manifest does not say."""
-        return self.manifest.get("spec", {}).get("precision") or self.manifest.get("precision")
-
-    def check(self, sm: str | None, tensorrt: str) -> None:
-        """Refuse, before it is loaded, what cannot load or is damaged.
-
-        Raises:
-            ModelMissing: of another SM or TensorRT version, truncated or changed; falls back.
-        """
-        spec = self.manifest.get("spec", {})
-        command = f"arcface plan build --precision {self.precision or 'fp16'}"
-        if spec.get("tensorrt") and spec["tensorrt"].split("+")[0] != tensorrt.split("+")[0]:
-            raise ModelMissing(f"{self.path} was built with TensorRT {spec['tensorrt']}, this is {tensorrt}. {command}")
-        if sm and spec.get("sm") and spec["sm"] != sm and not spec.get("options", {}).get("hardware_compatible"):
-            raise ModelMissing(f"{self.path} was built for SM {spec['sm']}, this GPU is SM {sm}. {command}")
-        expected = self.manifest.get("sha256")
-        if expected:
-            got = _sha256(self.path)
-            if got != expected:
-                raise ModelMissing(
-                    f"{self.path} is truncated or changed: expected sha256 {expected[:12]}…, got {got[:12]}…. "
-                    "Delete it and get it again: arcface plan pull, or arcface plan build"
-                )
+_log = logging.getLogger(__name__)
+_BEFORE_ALL = datetime.min.replace(tzinfo=timezone.utc)
 
 
 def find_plan(
@@ -58,66 +25,92 @@ def find_plan(
     cache: Path,
     model: str | None = None,
     tensorrt: str | None = None,
-) -> PlanFile:
-    """The plan for this SM: what `arcface assemble` put into arcface_trt, else the plan cache.
+    public_key: Path | None = None,
+    gpu: str | None = None,
+) -> Plan:
+    """The plan for this SM and precision, read and checked: what stands in arcface_trt, else the newest of the cache.
+
+    A plan that is refused is said at level error, and the next that fits is taken.
+
+    Args:
+        sm: of the GPU, "8.6".
+        precision: of the plan; no other is taken.
+        model_repository: where `arcface assemble` puts plans.
+        cache: searched with all its folders.
+        model: name of the model; None takes any.
+        tensorrt: version that will load the plan; None: not known, not asked.
+        public_key: PEM; where given, plans that its private key has not signed are refused.
+        gpu: name of the card; of two plans that fit, the one that was tuned on such a card is taken.
 
     Raises:
-        ModelMissing: none there; the message lists the plans that are. Falls back.
+        PlanRefused: plans are there, and each that fits was refused.
+        Missing: none fits; the message lists those that are there.
     """
-    digits = sm.replace(".", "")
-    trt = model_repository / "arcface_trt"
-    for folder in sorted((p for p in trt.glob("*") if p.name.isdecimal()), key=lambda p: -int(p.name)):
-        served = folder / f"sm{digits}.plan"
-        if served.is_file():
-            return PlanFile(served, _manifest_of(served))
-    found = [PlanFile(path, _manifest_of(path)) for path in sorted(cache.expanduser().rglob("*-sm*.plan"))]
-    fitting = [
-        plan
-        for plan in found
-        if plan.path.stem.endswith(f"-{precision}-sm{digits}")
-        and (model is None or plan.path.name == f"{model}-{precision}-sm{digits}.plan")
-        and (tensorrt is None or plan.manifest.get("spec", {}).get("tensorrt", tensorrt) == tensorrt)
-    ]
-    if fitting:
-        return max(fitting, key=lambda plan: plan.path.stat().st_mtime)
-    there = ", ".join(sorted({plan.path.stem for plan in found})) or "none"
-    raise ModelMissing(
-        f"no {precision} plan for SM {sm} in {trt} or {cache} (plans there: {there}). "
+    there: set[str] = set()
+    refused: list[ArcFaceError] = []
+    fitting: list[tuple[Path, PlanManifest]] = []
+    served = served_plans_folder(model_repository)
+    for path in [*([served / f"{sm_tag(sm)}.plan"] if served else []), *_plans_below(cache.expanduser())]:
+        if not path.is_file():
+            continue
+        try:
+            manifest = read_manifest(path)
+        except PlanRefused as exc:
+            if path.parent == served or path.stem.endswith(f"-{precision}-{sm_tag(sm)}"):  # as its name says
+                refused.append(exc)
+            _log.error("refused: %s", exc)
+            continue
+        there.add(manifest.spec.file_name.removesuffix(".plan"))
+        if misfit(manifest, sm, tensorrt, precision=precision, model=model) is None:
+            fitting.append((path, manifest))
+
+    def rank(candidate: tuple[Path, PlanManifest]) -> tuple[bool, bool, bool, datetime]:
+        path, manifest = candidate
+        own_card = gpu is None or not _tuned_elsewhere(manifest, gpu)
+        return path.parent == served, manifest.spec.sm == sm, own_card, manifest.published or _BEFORE_ALL
+
+    for path, manifest in sorted(fitting, key=rank, reverse=True):
+        try:
+            plan = read_plan(path, public_key)
+            if gpu is not None and _tuned_elsewhere(manifest, gpu):
+                _log.warning(
+                    "%s was tuned on %s, this is %s: it may be slow here. Build one: arcface plan build",
+                    path,
+                    _card(manifest),
+                    gpu,
+                )
+            return plan
+        except PlanRefused as exc:
+            refused.append(exc)
+            _log.error("refused: %s", exc)
+    if refused:
+        raise PlanRefused(f"no {precision} plan for SM {sm} may be used. " + " ".join(map(str, refused)))
+    raise Missing(
+        f"no {precision} plan for SM {sm} in {model_repository / 'arcface_trt'} or {cache} "
+        f"(plans there: {', '.join(sorted(there)) or 'none'}). "
         f"Build one here: arcface plan build --precision {precision}, or fetch one: arcface plan pull"
     )
 
 
-def read_plan(path: Path) -> PlanFile:
-    """A plan that was named.
-
-    Raises:
-        ModelMissing: it is not there. Falls back.
-    """
-    if not path.is_file():
-        raise ModelMissing(f"no plan at {path} (local.plan). Build one: arcface plan build")
-    return PlanFile(path, _manifest_of(path))
+def served_plans_folder(model_repository: Path) -> Path | None:
+    """The version of arcface_trt that a server takes, the highest with a manifest; None where there is none."""
+    versions = (p.parent for p in (model_repository / "arcface_trt").glob("*/manifest.json"))
+    return max((v for v in versions if v.name.isdecimal()), key=lambda v: int(v.name), default=None)
 
 
-def _manifest_of(plan: Path) -> dict[str, Any]:
-    """NAME.plan.json or manifest.json beside it; in the cache KEY/manifest.json for KEY/SHA256/NAME.plan."""
-    candidates = (
-        plan.with_name(plan.name + ".json"),
-        plan.with_name("manifest.json"),
-        plan.parent.parent / "manifest.json",
-    )
-    for file in candidates:
-        if file.is_file():
-            try:
-                data = json.loads(file.read_text())
-            except (OSError, ValueError):
-                return {}
-            return data if isinstance(data, dict) and data.get("file", plan.name) == plan.name else {}
-    return {}
+def _card(manifest: PlanManifest) -> str | None:
+    """The card that a plan was tuned on; None where it is for no one card."""
+    if manifest.spec.options.hardware_compatible or manifest.spec.options.same_compute_capability:
+        return None
+    return manifest.spec.gpu or manifest.gpu.get("name")  # before cards were in the key, the builder named its own
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _tuned_elsewhere(manifest: PlanManifest, gpu: str) -> bool:
+    return _card(manifest) not in (None, gpu)
+
+
+def _plans_below(folder: Path) -> Iterator[Path]:
+    """Plan files of a folder; what is in folders or files that begin with a dot is unfinished or refused."""
+    for path in sorted(folder.rglob("*.plan")):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path

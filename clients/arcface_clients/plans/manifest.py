@@ -1,4 +1,4 @@
-"""The JSON beside a plan: what it was built from, where, what proves it; and the checks made before its use."""
+"""The JSON beside a plan: what it was built from, where, and what proves it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,36 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from arcface_clients.errors import Missing, PlanRefused
+from arcface_clients.atomic import new_file
+from arcface_clients.errors import PlanRefused
 from arcface_clients.plans.spec import PlanSpec
 
 FORMAT = 1
-_REBUILD = "Delete it and get it again: arcface plan pull, or arcface plan build"
+MAX_BYTES = 1 << 20  # a manifest has some 3 KB; more is read from no store
+MAX_DEPTH = 32  # ours nest 5 deep; json.loads recurses, and overflows the stack from some thousands on
+REBUILD = "Delete it and get it again: arcface plan pull, or arcface plan build"
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
+
+
+class LaterFormat(PlanRefused):
+    """A manifest of a format that this version does not know: not ours to read, and not ours to remove."""
 
 
 @dataclass(frozen=True)
 class PlanManifest:
-    """Everything known about one plan. Sizes in bytes; `drift` is a DriftReport as JSON, or None where not measured.
+    """Everything known about one plan. `drift` is a DriftReport as JSON, or None where it was not measured.
 
-    gpu: name, driver, cuda, memory_bytes. build: seconds, peak_vram_bytes, created (UTC, ISO 8601), tools.
+    size_bytes: of the plan; in the JSON it is called `bytes`.
+    gpu: name, driver, cuda, memory_bytes. build: seconds, peak_vram_bytes, created and signed (UTC, ISO 8601), tools.
     precision_proof: layer counts by precision, from the engine inspector (arcface_build.plans.inspect).
     signature: None, or {algorithm, public_key, value} over all other fields (arcface_clients.plans.signing).
     """
 
     spec: PlanSpec
     sha256: str
-    bytes: int
+    size_bytes: int
     gpu: Mapping[str, Any] = field(default_factory=dict)
     build: Mapping[str, Any] = field(default_factory=dict)
     precision_proof: Mapping[str, Any] = field(default_factory=dict)
@@ -43,10 +54,20 @@ class PlanManifest:
         """The key of the spec."""
         return self.spec.key
 
+    @property
+    def published(self) -> datetime | None:
+        """When it was signed, else when it was built; None where the manifest has no readable time."""
+        try:
+            time = datetime.fromisoformat(self.build.get("signed") or self.build["created"])
+        except (KeyError, TypeError, ValueError):
+            return None
+        return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object; `key` and `file` are written for readers and checked on loading."""
-        data = asdict(self)
-        data["spec"] = self.spec.to_json()
+        fields = asdict(self)
+        fields["spec"] = self.spec.to_json()
+        data = {"bytes" if name == "size_bytes" else name: value for name, value in fields.items()}
         return {"format": FORMAT, "key": self.key, "file": self.spec.file_name, **data}
 
     def unsigned_bytes(self) -> bytes:
@@ -60,48 +81,49 @@ def manifest_bytes(manifest: PlanManifest) -> bytes:
     return (json.dumps(manifest.to_json(), indent=2) + "\n").encode()
 
 
-def parse_manifest(text: str | bytes, where: str) -> PlanManifest:
-    """A manifest from JSON; `where` names it in messages.
+def parse_manifest(text: bytes, where: str) -> PlanManifest:
+    """A manifest from JSON, whoever wrote it; `where` names it in messages.
 
     Raises:
         PlanRefused: not a manifest of this format, or its key or file name does not follow from its parts.
     """
+    if len(text) > MAX_BYTES:
+        raise PlanRefused(f"{where} is larger than {MAX_BYTES} bytes: no plan manifest is. {REBUILD}")
+    if _depth(text) > MAX_DEPTH:
+        raise PlanRefused(f"{where} is nested deeper than {MAX_DEPTH} levels: no plan manifest is. {REBUILD}")
     try:
         data = dict(json.loads(text))
         written = {name: data.pop(name) for name in ("format", "key", "file")}
         if written["format"] != FORMAT:
-            raise PlanRefused(f"{where} has format {written['format']}: expected {FORMAT}. Update arcface-triton.")
-        manifest = PlanManifest(**{**data, "spec": PlanSpec.from_json(data["spec"])})
+            raise LaterFormat(f"{where} has format {written['format']!r}: expected {FORMAT}. Update arcface-triton.")
+        manifest = _manifest(data)
     except PlanRefused:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
-        raise PlanRefused(f"{where} is not a plan manifest ({type(exc).__name__}: {exc}). {_REBUILD}") from exc
+        raise PlanRefused(f"{where} is not a plan manifest ({type(exc).__name__}: {exc}). {REBUILD}") from exc
     if written["key"] != manifest.key or written["file"] != manifest.spec.file_name:
         raise PlanRefused(
-            f"{where} says key {written['key']}, but its parts give {manifest.key}: it was edited. {_REBUILD}"
+            f"{where} says key {written['key']!r}, but its parts give {manifest.key}: it was edited. {REBUILD}"
         )
     return manifest
 
 
-def load_manifest(path: Path) -> PlanManifest:
-    """The manifest in this file.
-
-    Raises:
-        Missing: there is no such file.
-        PlanRefused: it is not a manifest.
-    """
-    try:
-        text = path.read_bytes()
-    except OSError as exc:
-        raise Missing(f"no plan manifest at {path} ({exc.strerror}). Get one: arcface plan pull") from exc
-    return parse_manifest(text, str(path))
+def write_manifest(plan: Path, manifest: PlanManifest) -> None:
+    """Put the manifest where it belongs for this plan file, atomically."""
+    with new_file(manifest_path(plan)) as temporary:
+        temporary.write_bytes(manifest_bytes(manifest))
 
 
 def manifest_path(plan: Path) -> Path:
     """Where the manifest of a plan file lies: x.plan → x.plan.json; in a cache or folder store <key>/manifest.json."""
-    if all(re.fullmatch(r"[0-9a-f]{64}", folder.name) for folder in (plan.parent, plan.parent.parent)):
+    if is_digest(plan.parent.name) and is_digest(plan.parent.parent.name):
         return plan.parent.parent / "manifest.json"
     return plan.with_name(plan.name + ".json")
+
+
+def is_digest(text: object) -> bool:
+    """Whether this is a sha256 as we write it: 64 lower-case hexadecimal digits."""
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
 def file_sha256(path: Path) -> str:
@@ -113,25 +135,43 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_content(path: Path, manifest: PlanManifest, where: str) -> None:
-    """Compare size, then digest, of the file at `path` with the manifest; `where` names the origin in messages.
-
-    Raises:
-        PlanRefused: truncated, too long or changed.
-        Missing: no such file.
-    """
-    try:
-        size = path.stat().st_size
-    except OSError as exc:
-        raise Missing(f"plan {where} is not there ({exc.strerror}), but its manifest is. {_REBUILD}") from exc
-    if size != manifest.bytes:
-        kind = "truncated" if size < manifest.bytes else "too long"
-        raise PlanRefused(f"plan {where} is {kind}: expected {manifest.bytes} bytes, got {size}. {_REBUILD}")
-    digest = file_sha256(path)
-    if digest != manifest.sha256:
-        raise PlanRefused(f"plan {where} is corrupted: expected sha256 {manifest.sha256}, got {digest}. {_REBUILD}")
-
-
 def now_utc() -> str:
     """The time as manifests hold it: 2026-01-31T12:00:00+00:00."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _manifest(data: dict[str, Any]) -> PlanManifest:
+    """The dataclass, each field of the type that it promises.
+
+    Raises:
+        ValueError, TypeError, KeyError: a field is missing, unknown, or of another type.
+    """
+    data["size_bytes"] = data.pop("bytes")
+    manifest = PlanManifest(**{**data, "spec": PlanSpec.from_json(data["spec"])})
+    signature = manifest.signature
+    wrong = {
+        "sha256": not is_digest(manifest.sha256),
+        "bytes": type(manifest.size_bytes) is not int or manifest.size_bytes < 0,
+        "drift": not isinstance(manifest.drift, dict | None),
+        "contract_id": not isinstance(manifest.contract_id, str | None),
+        "dim": type(manifest.dim) not in (int, type(None)),
+        "signature": signature is not None
+        and not (isinstance(signature, dict) and all(isinstance(value, str) for value in signature.values())),
+        **{name: not isinstance(getattr(manifest, name), dict) for name in ("gpu", "build", "precision_proof")},
+    }
+    if any(wrong.values()):
+        names = ", ".join(name for name, is_wrong in wrong.items() if is_wrong)
+        raise ValueError(f"{names} of a type that no manifest has")
+    return manifest
+
+
+def _depth(text: bytes) -> int:
+    """The deepest nesting of brackets outside strings; no parser is run for it."""
+    depth = deepest = 0
+    for byte in _STRING.sub(b"", text):
+        if byte in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif byte in b"]}":
+            depth -= 1
+    return deepest

@@ -1,23 +1,25 @@
-"""Signatures on plan manifests (ed25519): manifest and private key in, a signed manifest out; and the check before use.
+"""Signatures on plan manifests (ed25519): who vouches for a plan, and since when.
 
-The manifest holds the plan's sha256, so signing the manifest covers the plan.
+The manifest holds the plan's sha256, so signing the manifest covers the plan. It holds the time of signing too, under
+the signature: a store that shows an older plan than before is noticed by it (arcface_build.plans.seen).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcface_clients.errors import Missing, PlanRefused, WrongUse
-from arcface_clients.plans.manifest import PlanManifest
+from arcface_clients.plans.manifest import PlanManifest, now_utc
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 
 def sign(manifest: PlanManifest, private_key: Path) -> PlanManifest:
-    """The manifest with a signature of this PEM private key (made by `openssl genpkey -algorithm ed25519`).
+    """The manifest, signed now by this PEM private key (made by `openssl genpkey -algorithm ed25519`).
 
     Raises:
         Missing: no such file, or `cryptography` is not installed.
@@ -25,6 +27,7 @@ def sign(manifest: PlanManifest, private_key: Path) -> PlanManifest:
     """
     key = _load_private(private_key)
     public = key.public_key().public_bytes_raw().hex()
+    manifest = replace(manifest, build={**manifest.build, "signed": now_utc()})
     value = key.sign(manifest.unsigned_bytes()).hex()
     return replace(manifest, signature={"algorithm": "ed25519", "public_key": public, "value": value})
 
@@ -60,23 +63,29 @@ def check_signature(manifest: PlanManifest, public_key: Path | None, where: str)
 
 
 def _load_private(path: Path) -> Ed25519PrivateKey:
-    serialization, ed25519 = _cryptography()
+    _require_cryptography()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
     try:
-        key = serialization.load_pem_private_key(_read(path), password=None)
+        key = load_pem_private_key(_read(path), password=None)
     except (ValueError, TypeError) as exc:
         raise WrongUse(f"{path} is not a PEM private key without a password ({exc}). {_HOW_TO_MAKE}") from exc
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
+    if not isinstance(key, Ed25519PrivateKey):
         raise WrongUse(f"{path} holds a {type(key).__name__}: expected an ed25519 private key. {_HOW_TO_MAKE}")
     return key
 
 
 def _load_public(path: Path) -> Ed25519PublicKey:
-    serialization, ed25519 = _cryptography()
+    _require_cryptography()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
     try:
-        key = serialization.load_pem_public_key(_read(path))
+        key = load_pem_public_key(_read(path))
     except ValueError as exc:
         raise WrongUse(f"{path} is not a PEM public key ({exc}). {_HOW_TO_MAKE}") from exc
-    if not isinstance(key, ed25519.Ed25519PublicKey):
+    if not isinstance(key, Ed25519PublicKey):
         raise WrongUse(f"{path} holds a {type(key).__name__}: expected an ed25519 public key. {_HOW_TO_MAKE}")
     return key
 
@@ -94,10 +103,6 @@ def _read(path: Path) -> bytes:
         raise Missing(f"no key file at {path} ({exc.strerror}). {_HOW_TO_MAKE}") from exc
 
 
-def _cryptography():
-    try:
-        from cryptography.hazmat.primitives import serialization
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-    except ImportError as exc:
-        raise Missing("signatures need the package cryptography: pip install 'arcface-triton[store]'") from exc
-    return serialization, ed25519
+def _require_cryptography() -> None:
+    if find_spec("cryptography") is None:
+        raise Missing("signatures need the package cryptography: pip install 'arcface-triton[store]'")

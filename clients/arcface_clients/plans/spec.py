@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from arcface_clients.errors import WrongUse
@@ -23,6 +23,8 @@ class BuilderOptions:
     workspace_bytes: limit of TensorRT's scratch memory pool.
     external_tactics: False leaves out kernels of cuBLAS and cuDNN (needed where only stubs of them are installed).
     hardware_compatible: plan also loads on other GPUs of Ampere and newer, at the price of speed.
+    same_compute_capability: plan is tuned for every card of its SM, not for the one that it was built on (TensorRT 10.9
+        or newer).
     tf32: allow TF32 in fp32 layers; off, because fp32 drift is gated at 1e-5.
     optimization_level: TensorRT's builder_optimization_level 0..5; None leaves TensorRT's default.
     """
@@ -32,9 +34,11 @@ class BuilderOptions:
     hardware_compatible: bool = False
     tf32: bool = False
     optimization_level: int | None = None
+    same_compute_capability: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no builder takes."""
+        _check_types(self, (int, bool, bool, bool, int | None, bool))
         if self.workspace_bytes < 1 << 20:
             raise WrongUse(
                 f"workspace is {self.workspace_bytes} bytes: expected at least 1 MB. "
@@ -42,6 +46,8 @@ class BuilderOptions:
             )
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise WrongUse(f"optimization level is {self.optimization_level}: expected 0..5.")
+        if self.hardware_compatible and self.same_compute_capability:
+            raise WrongUse("a plan is hardware-compatible or for all cards of one SM, not both: leave one out.")
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,8 @@ class PlanSpec:
     """One plan, as asked for. `model` names the file; everything else decides the key.
 
     onnx_sha256: digest of the *typed* ONNX. sm: "8.6". tensorrt: the full version string, because a plan of another
-    version does not load. min/opt/max_batch: the one optimization profile, in faces.
+    version does not load. min/opt/max_batch: the one optimization profile, in faces. gpu: name of the card that it is
+    tuned for, None where it is for no one card; another card of the same SM loads it, and may run it badly.
     """
 
     model: str
@@ -61,16 +68,22 @@ class PlanSpec:
     opt_batch: int = 32
     max_batch: int = 64
     options: BuilderOptions = field(default_factory=BuilderOptions)
+    gpu: str | None = None
 
     def __post_init__(self) -> None:
         """Normalise the SM; refuse what cannot be built."""
+        _check_types(self, (str, str, str, object, str, int, int, int, BuilderOptions, str | None))
         object.__setattr__(self, "sm", parse_sm(self.sm))
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.model):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.model):
             raise WrongUse(f"model name is {self.model!r}: expected letters, digits, '.', '_' and '-' only.")
         if not re.fullmatch(r"[0-9a-f]{64}", self.onnx_sha256):
             raise WrongUse(f"onnx_sha256 is {self.onnx_sha256!r}: expected 64 hexadecimal digits.")
         if self.precision not in PRECISIONS:
             raise WrongUse(f"precision is {self.precision!r}: expected one of {', '.join(PRECISIONS)}.")
+        if self.options.same_compute_capability and parse_version(self.tensorrt) < (10, 9):
+            raise WrongUse(
+                f"TensorRT {self.tensorrt} tunes a plan for one card only: expected 10.9 or newer for a whole SM."
+            )
         parse_version(self.tensorrt)
         if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
             raise WrongUse(
@@ -91,8 +104,16 @@ class PlanSpec:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object: model, onnx_sha256, precision, sm, tensorrt, min/opt/max_batch, options."""
-        return asdict(self)
+        """A JSON object: model, onnx_sha256, precision, sm, tensorrt, min/opt/max_batch, options, gpu.
+
+        What came later stands in it only where it says something, so that older keys and signatures stay what they are.
+        """
+        data = asdict(self)
+        if self.gpu is None:
+            del data["gpu"]
+        if not self.options.same_compute_capability:
+            del data["options"]["same_compute_capability"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PlanSpec:
@@ -105,6 +126,18 @@ class PlanSpec:
             return cls(**{**data, "options": BuilderOptions(**data["options"])})
         except (TypeError, KeyError) as exc:
             raise WrongUse(f"not a plan spec: {exc}.") from exc
+
+
+def _check_types(value: Any, kinds: tuple[Any, ...]) -> None:
+    """Refuse fields of another type: specs come from JSON that anybody may have written.
+
+    Raises:
+        WrongUse: the first such field; True is no number here.
+    """
+    for one, kind in zip(fields(value), kinds, strict=True):
+        got = getattr(value, one.name)
+        if not isinstance(got, kind) or (isinstance(got, bool) and kind is not bool):
+            raise WrongUse(f"{one.name} is {got!r}: expected {getattr(kind, '__name__', kind)}.")
 
 
 def parse_sm(text: str | float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 from urllib.parse import urlsplit
 
 from arcface_clients.errors import ConfigError
@@ -14,7 +15,6 @@ _SCHEMES = {  # scheme -> (protocol, TLS, Triton's port; HTTPS is a proxy's, Tri
     "http": ("http", False, 8000),
     "https": ("http", True, 443),
 }
-COMPRESSIONS = (None, "gzip", "deflate")
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,17 @@ class Address:
             parts = urlsplit(text)
             port = parts.port
         except ValueError as exc:
-            raise ConfigError(f"cannot read the server URL {url!r}: {exc}. {_EXAMPLES}") from exc
+            raise ConfigError(f"cannot read the server URL {url!r}: {exc}. {_EXAMPLES}", key="url") from exc
         if parts.scheme not in _SCHEMES:
-            raise ConfigError(f"the server URL {url!r} begins with {parts.scheme}://, which is not served. {_EXAMPLES}")
+            raise ConfigError(
+                f"the server URL {url!r} begins with {parts.scheme}://, which is not served. {_EXAMPLES}", key="url"
+            )
         if not parts.hostname or parts.username or parts.query or parts.fragment:
-            raise ConfigError(f"cannot read the server URL {url!r}. {_EXAMPLES}")
+            raise ConfigError(f"cannot read the server URL {url!r}. {_EXAMPLES}", key="url")
         protocol, tls, usual_port = _SCHEMES[parts.scheme]
         path = parts.path.rstrip("/")
         if path and protocol == "grpc":
-            raise ConfigError(f"the server URL {url!r} has a path, which gRPC knows nothing of. {_EXAMPLES}")
+            raise ConfigError(f"the server URL {url!r} has a path, which gRPC knows nothing of. {_EXAMPLES}", key="url")
         return cls(protocol, tls, parts.hostname, usual_port if port is None else port, path)
 
     @property
@@ -81,6 +83,14 @@ class Tls:
                 raise ConfigError(f"TLS {name} {path} is not there; expected a PEM file.")
 
 
+class Access(TypedDict, total=False):
+    """What one server wants of its clients beside its address; keyword arguments of every embedder."""
+
+    headers: dict[str, str]
+    tls: Tls
+    compression: str | None
+
+
 @dataclass(frozen=True)
 class Connection:
     """Everything that a transport is opened with."""
@@ -91,9 +101,7 @@ class Connection:
     compression: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no transport can do."""
-        if self.compression not in COMPRESSIONS:
-            raise ConfigError(f"compression is {self.compression!r}; expected None, 'gzip' or 'deflate'.")
+        """Refuse files that nothing would read."""
         if self.tls != Tls() and not self.address.tls:
             raise ConfigError(
                 f"TLS files were given for {self.address}, which is not encrypted: use grpcs:// or https://."

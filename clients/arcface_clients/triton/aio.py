@@ -5,78 +5,53 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import FloatArray
 from arcface_clients.errors import ClientUnusable
-from arcface_clients.faces.check import Faces, check_in_place
-from arcface_clients.triton.address import Tls
-from arcface_clients.triton.embedder import IN_FLIGHT, STREAM_RETRY_FOR_S, stream_size
-from arcface_clients.triton.options import Options
-from arcface_clients.triton.route import SharedMemory, Way
+from arcface_clients.faces.check import Faces, FacesLike, check_in_place
+from arcface_clients.triton.client import STREAM_RETRY_FOR_S, TritonClient
 from arcface_clients.triton.sansio import arun
 from arcface_clients.triton.served import ServedModel
-from arcface_clients.triton.session import Job
+from arcface_clients.triton.session import InferRequest
 from arcface_clients.triton.streaming import Stream
-from arcface_clients.triton.transports import open_async_transport
+from arcface_clients.triton.transports import AsyncTransport, open_async_transport
+from arcface_clients.triton.transports.refusals import closed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+T = TypeVar("T")
 
 
-class AsyncTritonEmbedder:
+class AsyncTritonEmbedder(TritonClient):
     """Embeddings from a Triton server for asyncio; belongs to the event loop that first uses it.
 
-    Arguments and errors are those of `TritonEmbedder`. A cancelled task cancels its requests.
+    Arguments and errors are those of `TritonEmbedder`. A cancelled task cancels its requests. What is known of the
+    served model (`served`, `embedding_dim`, `contract_id`, `max_batch_size`) is there after the first `ensure_ready`
+    or `encode`.
     """
 
-    def __init__(
-        self,
-        url: str = "localhost:8001",
-        model: str = "arcface",
-        *,
-        timeout_s: float = 120.0,
-        in_flight: int = IN_FLIGHT,
-        retry_for_s: float = 5.0,
-        expected_contract: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        tls: Tls | None = None,
-        compression: str | None = None,
-        shared_memory: SharedMemory = "auto",
-    ) -> None:
-        """Check the arguments; nothing is sent yet."""
-        self._options = Options(
-            url,
-            model,
-            timeout_s,
-            in_flight,
-            retry_for_s,
-            expected_contract,
-            headers,
-            tls,
-            compression,
-            shared_memory,
-        )
-        self._session = self._options.session()
-        self.address = self._session.address
-        self.model = model
-        self.in_flight = in_flight
+    def _set_up(self) -> None:
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None  # process and loop
-        self._transport: Any = None
+        self._transport: AsyncTransport | None = None
         self._closed = False
 
-    async def encode(self, faces: Array | Sequence[Array]) -> Array:
+    async def encode(self, faces: FacesLike) -> FloatArray:
         """Unit embeddings float32 (N,D) in order; see `TritonEmbedder.encode`.
 
         The event loop stands still while the producer of faces on a GPU finishes, and while they are copied.
         """
-        faces = check_in_place(faces)
+        checked = check_in_place(faces)
         size = (await self._served()).max_batch_size
-        rows = np.empty((len(faces), self._session.embedding_dim), np.float32)
+        rows = np.empty((len(checked), self._session.embedding_dim), np.float32)
         done = 0
-        chunks = _each([faces[i : i + size]] for i in range(0, len(faces), size))
+        chunks: AsyncIterator[list[Faces]] = _each([checked[i : i + size]] for i in range(0, len(checked), size))
         async with aclosing(self._in_order(chunks, None)) as answers:
             async for answer in answers:
                 rows[done : done + len(answer)] = answer
@@ -85,14 +60,14 @@ class AsyncTritonEmbedder:
 
     async def encode_stream(
         self,
-        items: Iterable[Array] | AsyncIterable[Array],
+        items: Iterable[FacesLike] | AsyncIterable[FacesLike],
         *,
         batch_size: int | None = None,
         retry_for_s: float = STREAM_RETRY_FOR_S,
-    ) -> AsyncIterator[Array]:
+    ) -> AsyncGenerator[FloatArray, None]:
         """Embeddings of a stream, one for each item and in order; see `TritonEmbedder.encode_stream`."""
         served = await self._served()
-        stream = Stream(stream_size(served, batch_size), self._session.embedding_dim)
+        stream = Stream(self._stream_size(served, batch_size), self._session.embedding_dim)
         async with aclosing(self._in_order(_chunks(items, stream), retry_for_s)) as answers:
             async for rows in answers:
                 for item in stream.give(rows):
@@ -101,29 +76,15 @@ class AsyncTritonEmbedder:
             yield item
 
     @property
-    def served(self) -> ServedModel | None:
-        """What the server says of the model; None before the first `ensure_ready` or `encode`."""
+    def served(self) -> ServedModel:
+        """What the server says of the model.
+
+        Raises:
+            ClientUnusable: nobody has asked the server yet, and a property cannot wait for it.
+        """
+        if self._session.served is None:
+            raise ClientUnusable("this client has not asked the server yet: await ensure_ready() first.")
         return self._session.served
-
-    @property
-    def embedding_dim(self) -> int:
-        """D, the width of an embedding; 0 before the first use."""
-        return self._session.embedding_dim
-
-    @property
-    def contract_id(self) -> str | None:
-        """The served embedding contract; None before the first use, or without the import's overlay."""
-        return self._session.served.contract_id if self._session.served else None
-
-    @property
-    def way(self) -> Way:
-        """Shared memory or the wire, and why."""
-        return self._session.way
-
-    @property
-    def gpu_way(self) -> Way | None:
-        """The same for faces on a GPU; None before the first ones came."""
-        return self._session.gpu_way
 
     async def ensure_ready(self) -> ServedModel:
         """Ask the server for the model now, and check its contract; see `TritonEmbedder.ensure_ready`."""
@@ -134,22 +95,24 @@ class AsyncTritonEmbedder:
         self._closed = True
         transport, self._transport = self._transport, None
         if transport:
-            await arun(self._session.detach(), transport)
+            await arun(self._session.regions.detach(), transport)
             await transport.close()
 
     async def _served(self) -> ServedModel:
         return self._session.served or await self.ensure_ready()
 
-    async def _in_order(self, chunks: AsyncIterable[list[Faces]], retry_for_s: float | None) -> AsyncIterator[Array]:
+    async def _in_order(
+        self, chunks: AsyncIterable[list[Faces]], retry_for_s: float | None
+    ) -> AsyncGenerator[FloatArray, None]:
         """Embeddings of each chunk in order, `in_flight` requests under way."""
-        window: deque[tuple[asyncio.Task[Array], Job]] = deque()
+        window: deque[tuple[asyncio.Task[FloatArray], InferRequest]] = deque()
         try:
             async for chunk in chunks:
-                if self._session.undecided(chunk):
-                    await arun(self._session.choose_gpu_way(chunk[0].device), self._opened())
-                job = self._session.prepare(chunk, self._opened().pack)
-                window.append((asyncio.create_task(self._embed(job, retry_for_s)), job))
-                while window and (len(window) == self.in_flight or window[0][0].done()):
+                transport = self._opened()
+                await arun(self._session.welcome(chunk), transport)
+                request = self._session.prepare(chunk, transport.pack)
+                window.append((asyncio.create_task(self._embed(request, retry_for_s)), request))
+                while window and (len(window) == self.options.in_flight or window[0][0].done()):
                     rows = await window[0][0]
                     window.popleft()
                     yield rows
@@ -161,13 +124,13 @@ class AsyncTritonEmbedder:
             for task, _ in window:
                 task.cancel()
             await asyncio.gather(*(task for task, _ in window), return_exceptions=True)
-            for _, job in window:
-                self._session.drop(job)
+            for _, request in window:
+                self._session.drop(request)
 
-    async def _embed(self, job: Job, retry_for_s: float | None) -> Array:
-        return await arun(self._session.embed(job, retry_for_s), self._opened())
+    async def _embed(self, request: InferRequest, retry_for_s: float | None) -> FloatArray:
+        return await arun(self._session.embed(request, retry_for_s), self._opened())
 
-    def _opened(self) -> Any:
+    def _opened(self) -> AsyncTransport:
         here = (os.getpid(), asyncio.get_running_loop())
         if self._owner is None:
             self._owner = here
@@ -177,12 +140,12 @@ class AsyncTritonEmbedder:
                 "make one client in each"
             )
         if self._closed:
-            raise ClientUnusable("this client is closed; make a new one.")
+            raise closed()
         if self._transport is None:
-            self._transport = open_async_transport(self._options.connection())
+            self._transport = open_async_transport(self.options.connection())
         return self._transport
 
-    async def __aenter__(self) -> AsyncTritonEmbedder:
+    async def __aenter__(self) -> Self:
         """The embedder itself."""
         return self
 
@@ -192,12 +155,8 @@ class AsyncTritonEmbedder:
         """Close."""
         await self.close()
 
-    def __repr__(self) -> str:
-        """URL and model."""
-        return f"{type(self).__name__}({str(self.address)!r}, model={self.model!r})"
 
-
-async def _each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+async def _each(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
     """Items of either kind of iterable."""
     if isinstance(items, AsyncIterable):
         async for item in items:
@@ -207,7 +166,7 @@ async def _each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]
             yield item
 
 
-async def _chunks(items: Iterable[Array] | AsyncIterable[Array], stream: Stream) -> AsyncIterator[list]:
+async def _chunks(items: Iterable[FacesLike] | AsyncIterable[FacesLike], stream: Stream) -> AsyncIterator[list[Faces]]:
     """The requests that a stream's items fill."""
     async for item in _each(items):
         for chunk in stream.take(item):

@@ -1,34 +1,35 @@
-"""FakeEmbedder: TritonEmbedder's manners without a server, for tests of code that uses one; faces in, unit rows out."""
+"""FakeEmbedder: a TritonEmbedder whose transport makes the embeddings up, for tests of code that uses one."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from arcface_clients.arrays import Array
-from arcface_clients.errors import ClientUnusable
-from arcface_clients.faces.check import check_faces
-from arcface_clients.triton.route import Way
-from arcface_clients.triton.served import ServedModel
-from arcface_clients.triton.streaming import Stream
+from arcface_clients.arrays import Array, FloatArray
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
+from arcface_clients.errors import InferenceFailed
+from arcface_clients.triton.embedder import TritonEmbedder
+from arcface_clients.triton.memory.system import Slot
+from arcface_clients.triton.transports import Transport
 
 
-class FakeEmbedder:
+class FakeEmbedder(TritonEmbedder):
     """Deterministic embeddings: equal pixels give equal rows, different ones nearly orthogonal rows (|cosine| ~ 1/√D).
 
-    Not a recogniser: two pictures of one person are as far apart as any two. It checks faces as the real one does.
+    Not a recogniser: two pictures of one person are as far apart as any two. All but the server is the real thing:
+    faces are checked, split and streamed by the code of `TritonEmbedder`.
 
     Args:
         embedding_dim: D.
         contract_id: what it claims to serve.
-        fails: what the next calls of `encode` do, one entry each: an exception to raise, or None to answer. A
-            stream takes one entry for each request.
-        max_batch_size: faces in one request of a stream.
+        fails: what the next requests do, one entry each: an exception to raise, or None to answer.
+        max_batch_size: the most faces in one request.
 
-    `calls` lists the number of faces of each call of `encode`, those that failed too.
+    Attributes:
+        calls: the number of faces of each request, those that failed too.
     """
 
     def __init__(
@@ -40,67 +41,80 @@ class FakeEmbedder:
         max_batch_size: int = 64,
     ) -> None:
         """Ready at once."""
-        self.embedding_dim = embedding_dim
-        self.contract_id = contract_id
-        self.max_batch_size = max_batch_size
         self.calls: list[int] = []
-        self.way = Way(None, "there is no server")
-        self._fails = iter(fails)
-        self._closed = False
+        self._fake = FakeTransport(embedding_dim, contract_id, iter(fails), max_batch_size, self.calls)
+        super().__init__("fake", "fake", in_flight=1, retry_for_s=0, shared_memory=False)
 
-    @property
-    def served(self) -> ServedModel:
-        """What a server would say."""
-        return ServedModel(
-            "fake", "fake", "fake", self.max_batch_size, self.embedding_dim, self.contract_id, precision="fp32"
-        )
+    def _opener(self) -> Callable[[], Transport]:
+        fake = self._fake
+        return lambda: fake
 
-    def encode(self, faces: Array | Sequence[Array]) -> Array:
-        """Unit rows float32 (N,D) from the digest of each face.
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Not pickled: `fails` and `calls` would part."""
+        raise TypeError("a FakeEmbedder stays in its process: make one in each.")
 
-        Raises:
-            InvalidFaces: wrong shape, dtype or range.
-            What `fails` says.
-        """
-        if self._closed:
-            raise ClientUnusable("this client is closed; make a new one.")
-        faces = check_faces(faces)
-        self.calls.append(len(faces))
+
+class FakeTransport:
+    """What a server would answer, without one."""
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        contract_id: str | None,
+        fails: Iterator[Exception | None],
+        max_batch_size: int,
+        calls: list[int],
+    ) -> None:
+        """See `FakeEmbedder`."""
+        self._embedding_dim, self._contract_id, self._max_batch_size = embedding_dim, contract_id, max_batch_size
+        self._fails, self._calls = fails, calls
+
+    def pack(self, model: str, parts: Sequence[Array]) -> Array:
+        """A copy of the faces."""
+        return np.concatenate(parts)
+
+    def infer(self, model: str, body: Array, timeout_s: float) -> FloatArray:
+        """Unit rows float32 (N,D) from the digest of each face, or what `fails` says."""
+        self._calls.append(len(body))
         failure = next(self._fails, None)
         if failure is not None:
             raise failure
-        rows = np.empty((len(faces), self.embedding_dim), np.float32)
-        for row, face in zip(rows, faces, strict=True):
+        rows = np.empty((len(body), self._embedding_dim), np.float32)
+        for row, face in zip(rows, body, strict=True):
             seed = int.from_bytes(hashlib.sha256(face.data).digest()[:8], "little")
-            row[:] = np.random.default_rng(seed).standard_normal(self.embedding_dim, np.float32)
-        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+            row[:] = np.random.default_rng(seed).standard_normal(self._embedding_dim, np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows
 
-    def encode_stream(self, items: Iterable[Array], *, batch_size: int | None = None) -> Iterator[Array]:
-        """Rows for each face or batch, in order, as `TritonEmbedder.encode_stream` gives them."""
-        stream = Stream(batch_size or self.max_batch_size, self.embedding_dim)
-        for item in items:
-            for parts in stream.take(item):
-                yield from stream.give(self.encode(np.concatenate(parts)))
-        for parts in stream.rest():
-            yield from stream.give(self.encode(np.concatenate(parts)))
-        yield from stream.finished()
+    def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
+        """A configuration as Triton's JSON."""
+        parameters = {"contract_id": self._contract_id, "precision": "fp32"}
+        return {
+            "name": model,
+            "backend": "fake",
+            "max_batch_size": self._max_batch_size,
+            "input": [{"name": FACE_INPUT, "data_type": "TYPE_UINT8", "dims": list(FACE_SHAPE)}],
+            "output": [{"name": EMBEDDING_OUTPUT, "data_type": "TYPE_FP32", "dims": [self._embedding_dim]}],
+            "parameters": {name: {"string_value": value} for name, value in parameters.items() if value},
+        }
 
-    def ensure_ready(self) -> ServedModel:
-        """Always ready, until closed."""
-        if self._closed:
-            raise ClientUnusable("this client is closed; make a new one.")
-        return self.served
+    def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+        """Never asked: shared memory is switched off."""
+        raise InferenceFailed("the fake has no shared memory")
+
+    def register_shared(self, slot: Slot, timeout_s: float) -> None:
+        """Never asked: shared memory is switched off."""
+        raise InferenceFailed("the fake has no shared memory")
+
+    def unregister_shared(self, name: str, timeout_s: float) -> None:
+        """There is none."""
+
+    def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
+        """None."""
+        return []
+
+    def sleep(self, seconds: float) -> None:
+        """Not a moment: tests should be quick."""
 
     def close(self) -> None:
-        """From now on every call raises ClientUnusable."""
-        self._closed = True
-
-    def __enter__(self) -> FakeEmbedder:
-        """The embedder itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()
+        """Nothing is open."""

@@ -1,65 +1,89 @@
-"""The arguments of an embedder, checked once for the plain and the asyncio one; a connection and a session out."""
+"""The options of a client, checked once: both embedders, the engine registry and the configuration share them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from arcface_clients.errors import ConfigError
-from arcface_clients.triton.address import Address, Connection, Tls
-from arcface_clients.triton.route import SHARED_MEMORY, SharedMemory
-from arcface_clients.triton.session import Session
+from arcface_clients.triton.address import Access, Address, Connection, Tls
+from arcface_clients.triton.memory.choice import SharedMemoryOption, shared_memory_option
 
 
 @dataclass(frozen=True)
-class Options:
-    """See `TritonEmbedder` for what each means.
+class ClientOptions:
+    """How a server is called.
+
+    Attributes:
+        url: `host:port` or `grpc://…`, `grpcs://…`, `http://…`, `https://…`.
+        model: served model, normally the ensemble `arcface`.
+        timeout_s: longest wait for the answer to one request of up to max_batch_size faces, queueing included.
+        retry_for_s: how long a lost server or an unloaded model is tried again; 0: not at all.
+        in_flight: requests under way at a time when there are more faces than fit one.
+        expected_contract: contract id that the served model must have.
+        shared_memory: "auto" (or None): system shared memory when the server is on this host, else the wire; faces on
+            a GPU go through CUDA shared memory where the server's model runs on a GPU. "system": the same without
+            CUDA. "cuda": CUDA for all faces, else as "auto", with a warning. False: never. True: as "auto", and an
+            error when there is only the wire. What was chosen stands in `embedder.shared_memory`.
+        compression: None, "gzip" or "deflate"; photographs hardly shrink, so None.
+        headers: sent with every request (gRPC metadata), such as a key.
+        tls: files for grpcs:// and https://; without, the system's authorities are trusted.
 
     Raises:
         ConfigError: one of them cannot be.
     """
 
-    url: str
-    model: str
-    timeout_s: float
-    in_flight: int
-    retry_for_s: float
-    expected_contract: str | None
-    headers: Mapping[str, str] | None
-    tls: Tls | None
-    compression: str | None
-    shared_memory: SharedMemory
+    url: str = "localhost:8001"
+    model: str = "arcface"
+    timeout_s: float = 120.0
+    retry_for_s: float = 5.0
+    in_flight: int = 4
+    expected_contract: str | None = None
+    shared_memory: SharedMemoryOption = "auto"
+    compression: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # they may hold a key
+    tls: Tls = field(default_factory=Tls)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be before anything is opened."""
-        if not isinstance(self.model, str) or not self.model:
-            raise ConfigError(f"model is {self.model!r}; expected a served model's name, such as 'arcface'.")
-        if not isinstance(self.headers or {}, Mapping) or not all(
-            isinstance(part, str) for header in (self.headers or {}).items() for part in header
-        ):
+        _check("model", self.model, isinstance(self.model, str) and self.model, "a served model's name")
+        _check("timeout_s", self.timeout_s, self.timeout_s > 0, "more than 0")
+        _check("in_flight", self.in_flight, 1 <= self.in_flight <= 256, "1..256")
+        _check("retry_for_s", self.retry_for_s, self.retry_for_s >= 0, "0 or more")
+        _check(
+            "compression", self.compression, self.compression in (None, "gzip", "deflate"), "None, 'gzip' or 'deflate'"
+        )
+        if not _is_text(self.headers):
             raise ConfigError(
-                "headers: expected a mapping of names to values, both text, such as {'authorization': '…'}."
+                "headers: expected names and values, both text, such as {'authorization': '…'}.", "headers"
             )
+        object.__setattr__(self, "shared_memory", shared_memory_option(self.shared_memory))
         self.connection()
-        if self.timeout_s <= 0 or self.in_flight < 1 or self.retry_for_s < 0:
-            raise ConfigError(
-                "expected timeout_s > 0, in_flight ≥ 1 and retry_for_s ≥ 0, "
-                f"got {self.timeout_s}, {self.in_flight}, {self.retry_for_s}."
-            )
-        if self.shared_memory not in SHARED_MEMORY:
-            raise ConfigError(f"shared_memory is {self.shared_memory!r}; expected 'auto', 'system', 'cuda' or False.")
+
+    @property
+    def address(self) -> Address:
+        """The URL, read."""
+        return Address.parse(self.url)
+
+    def access_to(self, url: str) -> Access:
+        """Headers, TLS files and compression for this server; nothing for any other: a key is for whom it was given."""
+        if Address.parse(url) != self.address:
+            return {}
+        return {"headers": dict(self.headers), "tls": self.tls, "compression": self.compression}
 
     def connection(self) -> Connection:
-        """What a transport is opened with."""
-        return Connection(Address.parse(self.url), dict(self.headers or {}), self.tls or Tls(), self.compression)
+        """What a transport is opened with.
 
-    def session(self) -> Session:
-        """A session that has asked the server nothing yet."""
-        return Session(
-            Address.parse(self.url),
-            self.model,
-            timeout_s=self.timeout_s,
-            retry_for_s=self.retry_for_s,
-            expected_contract=self.expected_contract,
-            shared_memory=self.shared_memory,
-        )
+        Raises:
+            ConfigError: the URL cannot be read, or TLS files go with one that is not encrypted.
+        """
+        return Connection(self.address, dict(self.headers), self.tls, self.compression)
+
+
+def _check(key: str, value: object, good: object, expected: str) -> None:
+    if not good:
+        raise ConfigError(f"{key} is {value!r}; expected {expected}.", key)
+
+
+def _is_text(headers: object) -> bool:
+    return isinstance(headers, Mapping) and all(isinstance(part, str) for header in headers.items() for part in header)

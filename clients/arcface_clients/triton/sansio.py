@@ -1,8 +1,8 @@
-"""A generator of steps in, its result out: the steps done on a transport, plain or asyncio.
+"""Runs an exchange that was written once, without I/O, on a plain or an asyncio transport.
 
-A step is a tuple (transport method, arguments…); its result, or what it raised, goes back into the generator. So an
-exchange of several steps is written once, without I/O, and serves both kinds of client (httpx does its
-authentication so).
+An exchange is a generator of steps. A step is a tuple (name of a transport method, its arguments…), and what the method
+returns or raises comes back as the value of the `yield`. Everything that takes several requests (connecting, retrying,
+shared memory) is written so, and serves both embedders; httpx does its authentication the same way.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from collections.abc import Generator
 from inspect import isawaitable
 from typing import Any, TypeVar
 
-from arcface_clients.triton.transports import Transport
+from arcface_clients.triton.transports import AsyncTransport, Transport
 
+CONTROL_TIMEOUT_S = 10.0  # for everything that is asked of a server but inference
 T = TypeVar("T")
 Steps = Generator[tuple[Any, ...], Any, T]
 
 
 def run(steps: Steps[T], transport: Transport) -> T:
-    """Do the steps on a transport; what a step raises is raised inside the generator."""
+    """Do each step on a transport; what a step raises is raised at its `yield`."""
     act, argument = steps.send, None
     while True:
         try:
             step = act(argument)
         except StopIteration as done:
-            return done.value
+            result: T = done.value
+            return result
         try:
             argument = getattr(transport, step[0])(*step[1:])
             act = steps.send
@@ -33,14 +35,15 @@ def run(steps: Steps[T], transport: Transport) -> T:
             act, argument = steps.throw, exc
 
 
-async def arun(steps: Steps[T], transport: Any) -> T:
-    """`run`, awaited; a cancellation is raised inside the generator as well."""
+async def arun(steps: Steps[T], transport: AsyncTransport) -> T:
+    """`run` on an asyncio transport; a cancellation is raised at the `yield` as well."""
     act, argument = steps.send, None
     while True:
         try:
             step = act(argument)
         except StopIteration as done:
-            return done.value
+            result: T = done.value
+            return result
         try:
             argument = getattr(transport, step[0])(*step[1:])
             if isawaitable(argument):

@@ -1,13 +1,16 @@
-"""What a server says about a model: the JSON of its configuration in, batch limit, width and contract id out."""
+"""What a server says of a model (batch limit, width, contract id), and whether an answer is unit embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
-from arcface_clients.errors import ConfigError
+import numpy as np
+
+from arcface_clients.arrays import Array, FloatArray
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, UNIT_TOLERANCE
+from arcface_clients.errors import ConfigError, InferenceFailed
 
 UNLIMITED_BATCH = 64  # what is sent at once to a model that states no limit (max_batch_size 0, batch in its dims)
 
@@ -30,11 +33,11 @@ def next_step(config: Mapping[str, Any]) -> str | None:
     """Name of the model inside an ensemble that makes its `embedding`; None when `config` is no ensemble."""
     for step in config.get("ensemble_scheduling", {}).get("step", []):
         if EMBEDDING_OUTPUT in step.get("output_map", {}).values():
-            return step["model_name"]
+            return str(step["model_name"])
     return None
 
 
-def served_model(name: str, configs: list[Mapping[str, Any]]) -> ServedModel:
+def served_model(name: str, configs: Sequence[Mapping[str, Any]]) -> ServedModel:
     """`configs`: the configuration of `name` and of each model down its ensembles, the leaf last (Triton's JSON).
 
     Raises:
@@ -63,6 +66,28 @@ def served_model(name: str, configs: list[Mapping[str, Any]]) -> ServedModel:
         precision=parameters.get("precision", {}).get("string_value") or None,
         gpu=_gpu(leaf),
     )
+
+
+def checked_rows(rows: Array, shape: tuple[int, int], who: str) -> FloatArray:
+    """An answer as it is, if it is unit embeddings of this shape; `who` answered, for the message.
+
+    Raises:
+        InferenceFailed: it is not.
+    """
+    if rows.shape != shape:
+        raise InferenceFailed(
+            f"{who} answered {rows.shape} for {shape[0]} faces; expected {shape}. "
+            "Was another model loaded? Make a new client"
+        )
+    squared = np.einsum("nd,nd->n", rows, rows)
+    good = np.abs(squared - 1) <= UNIT_TOLERANCE  # NaN is not good either
+    if not good.all():
+        bad = np.flatnonzero(~good)
+        raise InferenceFailed(
+            f"{who} answered {bad.size} of {len(rows)} embeddings that are not of unit length "
+            f"(row {bad[0]}: norm {np.sqrt(squared[bad[0]]):.4g}). Check the model: arcface parity"
+        )
+    return rows
 
 
 def _gpu(config: Mapping[str, Any]) -> int | None:

@@ -1,4 +1,4 @@
-"""A stream of faces and batches in; full requests out, and the embeddings cut to the shape of what came in. No I/O."""
+"""Fills requests with the faces of a stream, and cuts the answers to the shape of what came in. No I/O."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import deque
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import FloatArray
 from arcface_clients.contract import FACE_SHAPE
-from arcface_clients.faces.check import Faces, check_in_place
+from arcface_clients.faces.check import Faces, FacesLike, check_in_place
 from arcface_clients.faces.gpu_arrays import GpuFaces
 
 
@@ -23,14 +23,13 @@ class Stream:
     def __init__(self, size: int, embedding_dim: int) -> None:
         """Nothing has come in yet."""
         self._size = size
-        self._waiting: list[Array] = []  # faces for the request that is being filled
+        self._waiting: list[Faces] = []  # faces for the request that is being filled
         self._room = size
-        self._items: deque[int | None] = (
-            deque()
-        )  # what went in and has not come out: faces in the batch, None: one face
+        # what went in and has not come out: how many faces a batch has, None for a lone face
+        self._items: deque[int | None] = deque()
         self._rows = np.empty((0, embedding_dim), np.float32)
 
-    def take(self, item: Array) -> list[list[Faces]]:
+    def take(self, item: FacesLike) -> list[list[Faces]]:
         """The requests that one face (112,112,3) or a batch (n,112,112,3) completes; to be packed before the next take.
 
         An item on a GPU completes what waits and makes requests of its own: to wait, it would have to be copied.
@@ -42,7 +41,8 @@ class Stream:
         faces = check_in_place(item)
         self._items.append(None if lone else len(faces))
         if isinstance(faces, GpuFaces):
-            return [*self.rest(), *([faces[i : i + self._size]] for i in range(0, len(faces), self._size))]
+            there: list[list[Faces]] = [[faces[i : i + self._size]] for i in range(0, len(faces), self._size)]
+            return [*self.rest(), *there]
         full: list[list[Faces]] = []
         while len(faces) >= self._room:
             full.append([*self._waiting, faces[: self._room]])
@@ -53,19 +53,19 @@ class Stream:
             self._room -= len(faces)
         return full
 
-    def rest(self) -> list[list[Array]]:
+    def rest(self) -> list[list[Faces]]:
         """The last request, which is not full; none when nothing waits."""
         rest, self._waiting, self._room = self._waiting, [], self._size
         return [rest] if rest else []
 
-    def give(self, rows: Array) -> list[Array]:
+    def give(self, rows: FloatArray) -> list[FloatArray]:
         """The items that these rows complete, in order: (D,) for a face, (n,D) for a batch."""
         self._rows = np.concatenate([self._rows, rows]) if len(self._rows) else rows
         return self.finished()
 
-    def finished(self) -> list[Array]:
+    def finished(self) -> list[FloatArray]:
         """The items at the head for which all rows are there: batches of no faces need none."""
-        done: list[Array] = []
+        done: list[FloatArray] = []
         start = 0
         while self._items and start + self._needs(self._items[0]) <= len(self._rows):
             count = self._items.popleft()

@@ -1,17 +1,23 @@
-"""`scripts/bench clients`: our client on every way beside the bare runtime; memory of streams and of bulk jobs."""
+"""`scripts/bench clients`: our client over each transport beside the bare runtime; memory of streams and bulk jobs."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
+
+from arcface_build import terminal
+from arcface_build.commands.options.numbers import NOT_NEGATIVE
+from arcface_build.commands.options.output import hand_over, json_option, report_option
 
 EPILOG = """\b
 Examples:
   scripts/bench clients                              gRPC and shared memory against the bare session, batch 32
-  scripts/bench clients --way grpc-shm --way grpc-cudashm --way grpc-gpufaces   on a GPU host: regions on the GPU
+  scripts/bench clients --transport grpc-cudashm --transport grpc-gpufaces       on a GPU host: regions on the GPU
   scripts/bench clients --quick --in-flight 1 --in-flight 2 --in-flight 4 --in-flight 8
   scripts/bench clients --stream 1000000             peak memory while a million generated faces go through
   scripts/bench clients --restarts 10000             every face answered once though the server is killed twice
@@ -23,8 +29,8 @@ Examples:
 @click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Faces a request.")
 @click.option(
-    "--way",
-    "ways",
+    "--transport",
+    "transports",
     multiple=True,
     default=("grpc", "grpc-shm"),
     show_default=True,
@@ -32,16 +38,17 @@ Examples:
 )
 @click.option("--in-flight", multiple=True, default=(4,), show_default=True, type=click.IntRange(1))
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
-@click.option("--sample-s", default=5.0, show_default=True, type=click.FloatRange(0))
+@click.option("--sample-s", default=5.0, show_default=True, type=NOT_NEGATIVE)
 @click.option("--quick", is_flag=True, help="Against a model that does next to nothing: the client and the way alone.")
 @click.option("--stream", type=click.IntRange(1), help="Instead: memory of a stream of so many faces.")
 @click.option("--restarts", "requests", type=click.IntRange(1), help="Instead: so many requests across two kills.")
 @click.option("--bulk", type=click.IntRange(1), help="Instead: rate and memory of a bulk job of so many faces.")
-@click.option("--json", "json_to", type=click.Path(path_type=Path), help="Write the result here; - prints it.")
+@json_option
+@report_option
 def command(
     model_repository: Path | None,
     batch: int,
-    ways: tuple[str, ...],
+    transports: tuple[str, ...],
     in_flight: tuple[int, ...],
     rounds: int,
     sample_s: float,
@@ -49,17 +56,20 @@ def command(
     stream: int | None,
     requests: int | None,
     bulk: int | None,
-    json_to: Path | None,
+    as_json: bool,
+    report: Path | None,
 ) -> None:
     """Measure our client in turns with the bare ONNX Runtime session, in one run."""
     from arcface_build.bench.host import describe_host
-    from arcface_build.commands.bench import progress_of_rounds, render, served_file, server_under_test
-    from arcface_clients.atomic import write_json
+    from arcface_build.bench.run import served_file
+    from arcface_build.bench.server import own_server
+    from arcface_build.reports.bench_text import bench_text
+    from arcface_build.repository.versions import find_repository
     from arcface_clients.errors import WrongUse
     from arcface_tools import bulk as bulk_job
     from arcface_tools import clients
 
-    instead = [
+    instead: list[tuple[str, int | None, Callable[[int], dict[str, Any]]]] = [
         ("stream", stream, clients.stream_memory),
         ("restarts", requests, clients.restarts),
         ("bulk", bulk, bulk_job.run),
@@ -71,35 +81,30 @@ def command(
         kind, count, measure = chosen[0]
         measured = measure(count)
         result = {"kind": kind, "host": describe_host(), **measured}
-        text = json.dumps(measured, indent=2)
-    elif quick:
-        with progress_of_rounds(len(ways) * len(in_flight) * (rounds + 1)) as advance:
+        hand_over(result, lambda: json.dumps(measured, indent=2), as_json, report)
+        return
+    if quick:
+        with terminal.round_bar(len(transports) * len(in_flight) * (rounds + 1)) as advance:
             result = clients.run_quick(
-                in_flight, ways, batch=batch, rounds=rounds, sample_s=sample_s, on_sample=advance
+                in_flight, transports, batch=batch, rounds=rounds, sample_s=sample_s, on_sample=advance
             )
-        text = render(result)
     else:
-        onnx = served_file(model_repository, "arcface_onnx", "model.onnx")
+        repository = find_repository(model_repository)
         with (
             tempfile.TemporaryDirectory(prefix="arcface-bench-") as folder,
-            server_under_test(None, None, model_repository, ("arcface_onnx",), "onnx", Path(folder)) as target,
-            progress_of_rounds((len(ways) * len(in_flight) + 1) * (rounds + 1)) as advance,
+            own_server(repository, ("arcface_onnx",), "onnx", Path(folder)) as target,
+            terminal.round_bar((len(transports) * len(in_flight) + 1) * (rounds + 1)) as advance,
         ):
             result = clients.run(
-                onnx,
+                served_file(repository, "arcface_onnx", "model.onnx"),
                 target.grpc_url,
                 target.http_url,
                 server_pid=target.pid,
                 batch=batch,
                 in_flight=in_flight,
-                ways=ways,
+                transports=transports,
                 rounds=rounds,
                 sample_s=sample_s,
                 on_sample=advance,
             )
-        text = render(result)
-    if str(json_to) == "-":
-        text = json.dumps(result, indent=2)
-    elif json_to:
-        write_json(json_to, result)
-    click.echo(text)
+    hand_over(result, lambda: bench_text(result), as_json, report)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
+
+from arcface_build.commands.options.output import hand_over, json_option, report_option
 
 EPILOG = """\b
 Examples:
@@ -24,17 +25,11 @@ Examples:
 @click.option("--dim", default=512, show_default=True, type=click.IntRange(2))
 @click.option("--k", default=10, show_default=True, type=click.IntRange(1), help="Neighbours of each row.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
-@click.option("--json", "json_to", type=click.Path(path_type=Path), help="Write the result here; - prints it.")
-def command(rows: int, gallery: int, dim: int, k: int, rounds: int, json_to: Path | None) -> None:
+@json_option
+@report_option
+def command(rows: int, gallery: int, dim: int, k: int, rounds: int, as_json: bool, report: Path | None) -> None:
     """Measure distances by matrix product in turns with the obvious ways, in one run."""
-    from arcface_clients.atomic import write_json
     from arcface_tools import vectors
 
     result = vectors.run(rows, gallery, dim, k, rounds)
-    if str(json_to) == "-":
-        click.echo(json.dumps(result, indent=2))
-        return
-    click.echo(vectors.table(result))
-    if json_to:
-        write_json(json_to, result)
-        click.echo(f"written: {json_to}")
+    hand_over(result, lambda: vectors.table(result), as_json, report)

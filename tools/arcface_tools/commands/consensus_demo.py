@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from arcface_build.commands.options.output import hand_over, json_option, report_option
 from arcface_clients.engines.protocol import EmbeddingEngine
 
 EPILOG = """\b
 Examples:
   scripts/consensus-demo people/ --model r50
-  scripts/consensus-demo people/ --url localhost:8001 --images photos/ -o consensus-demo.json
+  scripts/consensus-demo people/ --url localhost:8001 --images photos/ --report consensus-demo.json
 """
 
 
@@ -25,8 +25,8 @@ Examples:
 @click.option("--detector", type=click.Path(path_type=Path, dir_okay=False), help="YuNet's ONNX, for --images.")
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Times that strangers are drawn anew.")
 @click.option("--seed", type=int, default=0)
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Also write the figures as JSON.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON only.")
+@json_option
+@report_option
 def command(
     folder: Path,
     url: str | None,
@@ -36,20 +36,16 @@ def command(
     detector: Path | None,
     rounds: int,
     seed: int,
-    output: Path | None,
     as_json: bool,
-) -> int:
+    report: Path | None,
+) -> None:
     """Put strangers among each person's faces and count who is found; measure extraction, cache, distances, pairs."""
-    from arcface_clients.atomic import write_json
     from arcface_tools.consensus import run
 
+    lines: list[str] = []
     with _engine(url, model, models_dir) as engine:
-        report = run(folder, engine, images, detector, rounds, seed, say=(lambda line: None) if as_json else click.echo)
-    if output:
-        write_json(output, report)
-    if as_json:
-        click.echo(json.dumps(report, indent=2))
-    return 0
+        result = run(folder, engine, images, detector, rounds, seed, say=lines.append)
+    hand_over(result, lambda: "\n".join(lines), as_json, report)
 
 
 def _engine(url: str | None, model: str | None, models_dir: Path) -> EmbeddingEngine:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+KINDS = ("fp32", "tf32", "fp16")  # of PyTorch; its own default lies between the first two
+RATIOS = [f"× PyTorch {kind}" for kind in KINDS]
+
 
 def to_markdown(report: Mapping[str, Any]) -> str:
     """Tables of plans and of speed, and what was not measured with the reason."""
@@ -15,7 +18,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         f"SM {host['sm']}, driver {host['driver']}, CUDA {host['cuda']}, TensorRT {host['tensorrt']}, "
         f"{host['memory_bytes'] / 2**30:.0f} GiB. {report['created']}.",
         f"`{report['command']}`; {report['faces']['count']} {report['faces']['origin']} faces. "
-        "Latency is the median of one caller with the faces and embeddings on the host.",
+        "Medians; the clocks of each measurement stand in the JSON.",
         "",
     ]
     for model, entry in report["models"].items():
@@ -28,7 +31,21 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             )
         rows = _speed_rows(entry)
         if rows:
-            lines += _table(["runtime", "batch", "callers", "faces/s", "median ms", "× PyTorch fp32"], rows)
+            lines += ["From host to host:", ""]
+            lines += _table(
+                ["runtime", "batch", "callers", "faces/s", "median ms", *(f"× PyTorch {k}" for k in KINDS)], rows
+            )
+        if gpu_rows := _gpu_rows(entry):
+            lines += ["On the GPU alone, faces and embeddings stay there:", ""]
+            head = ["plan", "batch", "ms", "faces/s", "TFLOP/s", "of the GEMM peak", "SM MHz"]
+            lines += _table([*head, *RATIOS], gpu_rows)
+        if pytorch := entry.get("pytorch"):
+            lines += [
+                f"PyTorch {pytorch.get('torch')} of {pytorch.get('python')}; each ratio is to the best of its kind.",
+                "",
+            ]
+            lines += [f"PyTorch {_way(way)} failed: {way['error']}" for way in pytorch["ways"] if "error" in way]
+            lines += [f"PyTorch stopped: {pytorch['stopped']}"] if "stopped" in pytorch else []
         for precision, plan in entry["plans"].items():
             if "refused" in plan:
                 lines += [f"{precision} was refused: {plan['refused']}", ""]
@@ -52,9 +69,8 @@ def _plan_row(precision: str, plan: Mapping[str, Any]) -> list[str]:
 
 
 def _speed_rows(entry: Mapping[str, Any]) -> list[list[str]]:
-    """One row a runtime and batch, with the ratio to eager PyTorch fp32 at the same batch where that was measured."""
-    torch = entry.get("pytorch", {})
-    base = {row["batch"]: row["faces_per_s"] for row in torch.get("fp32", {}).get("batches", [])}
+    """One row a runtime and batch, with the ratio to the best PyTorch of each kind at the same batch."""
+    ways = [way for way in entry.get("pytorch", {}).get("ways", []) if "batches" in way]
     groups: list[tuple[str, Sequence[Mapping[str, Any]]]] = []
     for precision, plan in entry["plans"].items():
         groups.append((f"TensorRT {precision}", plan.get("in_process", [])))
@@ -62,15 +78,54 @@ def _speed_rows(entry: Mapping[str, Any]) -> list[list[str]]:
         groups.append((f"TensorRT {precision}, tritonserver gRPC", served.get("rows", [])))
         groups.append((f"TensorRT {precision}, tritonserver, CUDA shared memory", served.get("cuda_rows", [])))
         groups.append((f"TensorRT {precision}, tritonserver, faces on the GPU", served.get("gpu_faces_rows", [])))
-    groups.append(("ONNX Runtime CUDA fp32", entry.get("onnxruntime_cuda", [])))
-    groups += [(f"PyTorch {p}", torch[p]["batches"]) for p in ("fp32", "fp16") if p in torch]
+    for kind, measured in entry.get("onnxruntime_cuda", {}).items():
+        groups.append((f"ONNX Runtime CUDA {kind}", measured))
+    groups += [(f"PyTorch {_way(way)}", way["batches"]) for way in ways]
     rows = []
     for name, measured in groups:
         for row in measured:
-            ratio = f"{row['faces_per_s'] / base[row['batch']]:.2f}" if row["batch"] in base else ""
-            speed = f"{row['faces_per_s']:.0f}"
-            rows.append([name, str(row["batch"]), str(row.get("callers", 1)), speed, f"{row['median_ms']:.2f}", ratio])
+            ratios = [_ratio(row["median_ms"], best_ms(ways, kind, row["batch"], "median_ms")) for kind in KINDS]
+            told = [f"{row['faces_per_s']:.0f}", f"{row['median_ms']:.2f}", *ratios]
+            rows.append([name, str(row["batch"]), str(row.get("callers", 1)), *told])
     return rows
+
+
+def _gpu_rows(entry: Mapping[str, Any]) -> list[list[str]]:
+    """The GPU's own time: plans by CUDA graph, PyTorch by its calls; both with everything on the GPU."""
+    pytorch = entry.get("pytorch", {})
+    ways = [way for way in pytorch.get("ways", []) if "batches" in way]
+    peaks = pytorch.get("gemm_tflops", {})
+    rows = []
+    for precision, plan in entry["plans"].items():
+        peak = peaks.get("tf32" if precision == "fp32" else "fp16")
+        for row in plan.get("on_gpu", []):
+            share = f"{row['tflops'] / peak:.0%} of {'TF32' if precision == 'fp32' else 'fp16'}" if peak else ""
+            clock = row["gpu"].get("sm_clock_mhz")
+            ratios = [_ratio(row["median_ms"], best_ms(ways, kind, row["batch"], "device_ms")) for kind in KINDS]
+            name = f"TensorRT {precision}" + ("" if row["graph"] else ", no graph")
+            told = [f"{row['median_ms']:.3f}", f"{row['faces_per_s']:.0f}", f"{row['tflops']:.1f}", share]
+            rows.append([name, str(row["batch"]), *told, f"{clock:.0f}" if clock else "", *ratios])
+    return rows
+
+
+def best_ms(ways: Sequence[Mapping[str, Any]], kind: str, batch: int, key: str) -> float | None:
+    """The shortest median of a kind of PyTorch at a batch, whatever its layout and compiled or not."""
+    times = [
+        row[key]
+        for way in ways
+        if way["kind"] == kind
+        for row in way["batches"]
+        if row["batch"] == batch and key in row
+    ]
+    return min(times, default=None)
+
+
+def _ratio(ms: float, base_ms: float | None) -> str:
+    return f"{base_ms / ms:.2f}" if base_ms else ""
+
+
+def _way(way: Mapping[str, Any]) -> str:
+    return f"{way['kind']} {way['layout']}{' compiled' * way['compiled']}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

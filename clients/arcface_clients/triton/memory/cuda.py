@@ -16,6 +16,7 @@ from arcface_clients.contract import FACE_BYTES, FACE_SHAPE
 from arcface_clients.faces.check import Faces
 from arcface_clients.faces.gpu_arrays import GpuFaces
 from arcface_clients.gpu.driver import driver
+from arcface_clients.triton.memory.choice import Kind
 from arcface_clients.triton.memory.system import Slot, own_cuda_prefix
 
 # Smaller allocations may share a block, which is what a handle opens (CUDA C++ Programming Guide, Interprocess
@@ -30,11 +31,11 @@ class CudaSlot(Slot):
         OSError: as `Slot`; CudaFailed, DependencyMissing (both are OSErrors): no driver, no such GPU, no room on it.
     """
 
-    memory = "cuda"
+    memory: Kind = "cuda"
 
     def __init__(self, max_faces: int, embedding_dim: int, device: int) -> None:
         """Allocate now; `device` is the GPU's number in this process."""
-        self.device = device
+        self.device = self._gpu = device
         self.raw_handle = b""  # what the server opens it with
         self._address = 0
         super().__init__(max_faces, embedding_dim)
@@ -44,7 +45,7 @@ class CudaSlot(Slot):
 
     def _reserve(self) -> None:
         self._cuda = driver()
-        with self._cuda.on(self.device):
+        with self._cuda.on(self._gpu):
             self._address = self._cuda.allocate(-(-self.byte_size // BLOCK_BYTES) * BLOCK_BYTES)
             try:
                 self.raw_handle = self._cuda.ipc_handle(self._address)
@@ -56,7 +57,7 @@ class CudaSlot(Slot):
     def put(self, parts: Sequence[Faces]) -> None:
         """Copy faces uint8 (n_i,112,112,3) in, one part after the other; those on a GPU are on this one."""
         start, cuda = 0, self._cuda
-        with cuda.on(self.device):
+        with cuda.on(self._gpu):
             for part in parts:
                 place = self._address + start * FACE_BYTES
                 if isinstance(part, GpuFaces):
@@ -81,13 +82,13 @@ class CudaSlot(Slot):
         """Let go of it. Memory that a server has open must not be freed: close again once it is unregistered."""
         super().close()
         if self._address and not self.doubtful and self.registered_with is None:
-            with self._cuda.on(self.device):
+            with self._cuda.on(self._gpu):
                 self._cuda.end_stream(self._stream)
                 self._cuda.free(self._address)
             self._address = 0
 
     def _copied_out(self, array: Array, offset: int) -> Array:
-        with self._cuda.on(self.device):
+        with self._cuda.on(self._gpu):
             self._cuda.copy_out(array.ctypes.data, self._address + offset, array.nbytes, self._stream)
             self._cuda.wait(self._stream)
         return array

@@ -5,8 +5,7 @@ from __future__ import annotations
 from arcface_clients.errors import ArcFaceError, ConfigError, InferenceFailed
 from arcface_clients.triton.memory.slots import SlotPool
 from arcface_clients.triton.memory.system import PREFIX, left_behind, memory_of, stale, unlink
-from arcface_clients.triton.route import CONTROL_TIMEOUT_S
-from arcface_clients.triton.sansio import Steps
+from arcface_clients.triton.sansio import CONTROL_TIMEOUT_S, Steps
 
 
 def sweep(used: str) -> Steps[None]:

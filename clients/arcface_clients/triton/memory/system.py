@@ -2,7 +2,7 @@
 
 A region is a file in /dev/shm whose owner holds a lock on it as long as it lives. So what a dead process left behind
 is told from what is in use without process ids, which mean nothing across containers. A region on a GPU
-(`cuda_memory`) has such a file too, an empty one.
+(`memory.cuda`) has such a file too, an empty one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from arcface_clients.arrays import Array
 from arcface_clients.contract import FACE_BYTES, FACE_SHAPE
+from arcface_clients.triton.memory.choice import Kind
 
 FOLDER = Path("/dev/shm")
 PREFIX = "arcface-"
@@ -37,7 +38,7 @@ class Slot:
         OSError: no /dev/shm, no permission, or not enough room in it.
     """
 
-    memory = "system"  # the kind of shared memory, as Triton names it
+    memory: Kind = "system"
     device: int | None = None  # the GPU that holds it
 
     def __init__(self, max_faces: int, embedding_dim: int) -> None:
@@ -144,7 +145,7 @@ def unlink(name: str) -> None:
     (FOLDER / name).unlink(missing_ok=True)
 
 
-def memory_of(name: str) -> str:
+def memory_of(name: str) -> Kind:
     """The kind of shared memory that a region of ours with this name is: "system" or "cuda"."""
     return "cuda" if name.startswith(CUDA_PREFIX) else "system"
 

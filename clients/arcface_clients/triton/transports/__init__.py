@@ -1,4 +1,4 @@
-"""How bytes reach a Triton server: one small protocol, one module for each way; drivers are imported when opened."""
+"""How bytes reach a Triton server: one small protocol, four modules that speak it; drivers are imported when opened."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from arcface_clients.triton.memory.system import Slot
 
 
 class Transport(Protocol):
-    """One connection to one server, safe to use from many threads; asyncio ones have coroutines of these names.
+    """One connection to one server, safe to use from many threads.
 
     Every method raises only errors of `arcface_clients.errors`; `timeout_s` covers the whole exchange.
     """
@@ -57,6 +57,46 @@ class Transport(Protocol):
         ...
 
 
+class AsyncTransport(Protocol):
+    """`Transport` for asyncio: the same methods, awaited; belongs to the event loop that it was opened in."""
+
+    def pack(self, model: str, parts: Sequence[Array]) -> Any:
+        """As `Transport.pack`: a copy, no I/O."""
+        ...
+
+    async def infer(self, model: str, body: Any, timeout_s: float) -> Array:
+        """As `Transport.infer`."""
+        ...
+
+    async def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+        """As `Transport.infer_shared`."""
+        ...
+
+    async def register_shared(self, slot: Slot, timeout_s: float) -> None:
+        """As `Transport.register_shared`."""
+        ...
+
+    async def unregister_shared(self, name: str, timeout_s: float) -> None:
+        """As `Transport.unregister_shared`."""
+        ...
+
+    async def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
+        """As `Transport.shared_regions`."""
+        ...
+
+    async def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
+        """As `Transport.model_config`."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """As `Transport.sleep`."""
+        ...
+
+    async def close(self) -> None:
+        """As `Transport.close`."""
+        ...
+
+
 def open_transport(connection: Connection) -> Transport:
     """A transport for the address's protocol; does not talk to the server yet.
 
@@ -72,7 +112,7 @@ def open_transport(connection: Connection) -> Transport:
     return GrpcTransport(connection)
 
 
-def open_async_transport(connection: Connection) -> Any:
+def open_async_transport(connection: Connection) -> AsyncTransport:
     """The asyncio twin of `open_transport`; to be called inside a running event loop."""
     if connection.address.protocol == "http":
         from arcface_clients.triton.transports.http_aio import AsyncHttpTransport

@@ -71,11 +71,9 @@ class AsyncGrpcTransport:
 
     async def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
         """The served configuration; int64 values are strings, as protobuf's JSON has them."""
-        from google.protobuf.json_format import MessageToDict
-
         with self._errors(model, timeout_s):
             reply = await self._call("ModelConfig", self._pb.ModelConfigRequest(name=model), timeout_s)
-        return MessageToDict(reply.config, preserving_proto_field_name=True)
+        return messages.config_json(reply)
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, FloatArray
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, DependencyMissing
 from arcface_clients.triton.address import Connection
@@ -23,7 +23,9 @@ CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
     ("grpc.use_local_subchannel_pool", 1),  # one TCP connection for each client, not one for the process
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # How long one attempt to connect may take, whatever its name says: with less than a round trip and a TLS handshake
+    # a distant or busy server can never be reached (grpc/grpc, doc/connection-backoff.md: MIN_CONNECT_TIMEOUT).
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 2000),  # gRPC would wait up to two minutes for a restarted server
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -96,7 +98,7 @@ def pack_shared(model: str, slot: Slot, count: int) -> bytes:
         tensor.parameters["shared_memory_region"].string_param = slot.name
         tensor.parameters["shared_memory_byte_size"].int64_param = length
         tensor.parameters["shared_memory_offset"].int64_param = offset
-    return request.SerializeToString()
+    return bytes(request.SerializeToString())
 
 
 def register_request(slot: Slot) -> tuple[str, Any]:
@@ -123,7 +125,7 @@ def regions_request(memory: str) -> tuple[str, Any]:
     return method, getattr(drivers()[1], f"{method}Request")()
 
 
-def unpack(connection: Connection, model: str, reply: Any) -> Array:
+def unpack(connection: Connection, model: str, reply: Any) -> FloatArray:
     """The `embedding` of a ModelInferResponse as float32 (N,D), a view on its bytes.
 
     Raises:
@@ -138,6 +140,14 @@ def unpack(connection: Connection, model: str, reply: Any) -> Array:
     got = ", ".join(f"{o.name} {o.datatype} {list(o.shape)}" for o in reply.outputs) or "no output"
     sizes = [len(raw) for raw in reply.raw_output_contents]
     raise refusals.wrong_answer(connection.address, model, f"{got} in {sizes} bytes")
+
+
+def config_json(reply: Any) -> dict[str, Any]:
+    """The configuration in a ModelConfigResponse; int64 values are strings, as protobuf's JSON has them."""
+    from google.protobuf.json_format import MessageToDict
+
+    config: dict[str, Any] = MessageToDict(reply.config, preserving_proto_field_name=True)
+    return config
 
 
 def translated(exc: Any, connection: Connection, model: str, timeout_s: float) -> ArcFaceError:
@@ -159,7 +169,7 @@ def _head(model: str, count: int) -> bytes:
     request = messages.ModelInferRequest(model_name=model)
     request.inputs.add(name=FACE_INPUT, datatype="UINT8", shape=[count, *FACE_SHAPE])
     request.outputs.add(name=EMBEDDING_OUTPUT)
-    return request.SerializeToString()
+    return bytes(request.SerializeToString())
 
 
 def _raw_input_contents(parts: Sequence[Array]) -> list[bytes | memoryview]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import socket
 import threading
 import time
@@ -42,8 +41,8 @@ class HttpTransport:
 
     def infer(self, model: str, body: messages.Request, timeout_s: float) -> Array:
         """Embeddings float32 (N,D), read-only."""
-        headers, reply = self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, body.body, body.headers)
-        return messages.unpack(self._connection, model, headers, reply)
+        head_length, reply = self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, body.body, body.headers)
+        return messages.unpack(self._connection, model, head_length, reply)
 
     def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
         """Faces and embeddings stay in the slot."""
@@ -70,7 +69,7 @@ class HttpTransport:
 
     def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
         """The served configuration."""
-        return json.loads(self._ask(model, "GET", f"/v2/models/{model}/config", timeout_s)[1])
+        return messages.config_json(self._ask(model, "GET", f"/v2/models/{model}/config", timeout_s)[1])
 
     def sleep(self, seconds: float) -> None:
         """Wait; returns early when closed."""
@@ -95,13 +94,13 @@ class HttpTransport:
         timeout_s: float,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> tuple[Mapping[str, str], bytes]:
-        """Headers and body of a reply with status 200."""
+    ) -> tuple[str | None, bytes]:
+        """`HEADER_LENGTH` and body of a reply with status 200."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             connection, reused = self._take()
             try:
-                status, reply_headers, reply = self._exchange(connection, method, path, body, headers, deadline_s)
+                status, head_length, reply = self._exchange(connection, method, path, body, headers, deadline_s)
             except _STALE as exc:
                 self._give(connection, keep=False)
                 if self._closed.is_set():
@@ -124,7 +123,7 @@ class HttpTransport:
             self._give(connection, keep=True)
             if status != 200:
                 raise messages.translated(self._connection, model, status, reply)
-            return reply_headers, reply
+            return head_length, reply
 
     def _exchange(
         self,
@@ -134,7 +133,7 @@ class HttpTransport:
         body: bytes | None,
         headers: Mapping[str, str] | None,
         deadline_s: float,
-    ) -> tuple[int, Mapping[str, str], bytes]:
+    ) -> tuple[int, str | None, bytes]:
         if connection.sock is None:
             connection.timeout = _left_s(deadline_s)
             connection.connect()
@@ -144,7 +143,7 @@ class HttpTransport:
         )
         connection.sock.settimeout(_left_s(deadline_s))
         reply = connection.getresponse()
-        return reply.status, reply.headers, reply.read()
+        return reply.status, reply.headers.get(messages.HEADER_LENGTH), reply.read()
 
     def _take(self) -> tuple[http.client.HTTPConnection, bool]:
         address = self._connection.address

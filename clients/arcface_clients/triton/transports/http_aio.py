@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,8 +37,10 @@ class AsyncHttpTransport:
 
     async def infer(self, model: str, body: messages.Request, timeout_s: float) -> Array:
         """Embeddings float32 (N,D), read-only."""
-        headers, reply = await self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, body.body, body.headers)
-        return messages.unpack(self._connection, model, headers, reply)
+        head_length, reply = await self._ask(
+            model, "POST", f"/v2/models/{model}/infer", timeout_s, body.body, body.headers
+        )
+        return messages.unpack(self._connection, model, head_length, reply)
 
     async def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
         """Faces and embeddings stay in the slot."""
@@ -66,7 +67,7 @@ class AsyncHttpTransport:
 
     async def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
         """The served configuration."""
-        return json.loads((await self._ask(model, "GET", f"/v2/models/{model}/config", timeout_s))[1])
+        return messages.config_json((await self._ask(model, "GET", f"/v2/models/{model}/config", timeout_s))[1])
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""
@@ -84,8 +85,8 @@ class AsyncHttpTransport:
         timeout_s: float,
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> tuple[Mapping[str, str], bytes]:
-        """Headers and body of a reply with status 200. Connections gone stale while idle are aiohttp's to replace."""
+    ) -> tuple[str | None, bytes]:
+        """`HEADER_LENGTH` and body of a reply with status 200; connections gone stale while idle aiohttp replaces."""
         timeout = self._aiohttp.ClientTimeout(total=timeout_s)
         data = io.BytesIO(body) if body else None  # bytes as they are would be written in one go, blocking the loop
         try:
@@ -105,4 +106,4 @@ class AsyncHttpTransport:
             raise
         if response.status != 200:
             raise messages.translated(self._connection, model, response.status, reply)
-        return response.headers, reply
+        return response.headers.get(messages.HEADER_LENGTH), reply

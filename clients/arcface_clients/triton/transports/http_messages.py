@@ -7,12 +7,12 @@ import gzip
 import json
 import ssl
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, FloatArray
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
 from arcface_clients.errors import ArcFaceError
 from arcface_clients.triton.address import Connection
@@ -20,7 +20,7 @@ from arcface_clients.triton.memory.cuda import CudaSlot
 from arcface_clients.triton.memory.system import Slot, memory_of
 from arcface_clients.triton.transports import refusals
 
-_HEADER_LENGTH = "Inference-Header-Content-Length"
+HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
 class Request(NamedTuple):
@@ -46,17 +46,17 @@ def pack_shared(slot: Slot, count: int) -> Request:
             {"shared_memory_region": slot.name, "shared_memory_byte_size": length, "shared_memory_offset": offset}
         )
     head = _head(count, *places)
-    return Request(head, {_HEADER_LENGTH: str(len(head))})
+    return Request(head, {HEADER_LENGTH: str(len(head))})
 
 
-def unpack(connection: Connection, model: str, headers: Mapping[str, str], body: bytes) -> Array:
-    """The `embedding` of a reply as float32 (N,D), a view on its bytes.
+def unpack(connection: Connection, model: str, head_length: str | None, body: bytes) -> FloatArray:
+    """The `embedding` of a reply as float32 (N,D), a view on its bytes; `head_length`: its header `HEADER_LENGTH`.
 
     Raises:
         InferenceFailed: no such output, or not as many bytes as its shape says.
     """
     try:
-        length = int(headers.get(_HEADER_LENGTH, len(body)))
+        length = len(body) if head_length is None else int(head_length)
         outputs = json.loads(body[:length])["outputs"]
         offset = length
         for output in outputs:
@@ -89,6 +89,12 @@ def region_path(name: str, verb: str) -> str:
     return f"/v2/{memory_of(name)}sharedmemory/region/{name}/{verb}"
 
 
+def config_json(body: bytes) -> dict[str, Any]:
+    """The configuration in a reply."""
+    config: dict[str, Any] = json.loads(body)
+    return config
+
+
 def register_body(slot: Slot) -> bytes:
     """What the register call is sent."""
     if isinstance(slot, CudaSlot):
@@ -119,7 +125,7 @@ def _head(count: int, face: dict[str, Any], embedding: dict[str, Any]) -> bytes:
 
 
 def _compressed(body: bytes, head_length: int, compression: str | None) -> Request:
-    headers = {_HEADER_LENGTH: str(head_length), "Content-Type": "application/octet-stream"}
+    headers = {HEADER_LENGTH: str(head_length), "Content-Type": "application/octet-stream"}
     if compression is None:
         return Request(body, headers)
     squeeze = gzip.compress if compression == "gzip" else zlib.compress

@@ -1,4 +1,4 @@
-"""Every way to a real server gives one answer: gRPC and HTTP, wire and shared memory, threads and asyncio."""
+"""Every transport to a real server gives one answer: gRPC and HTTP, wire and shared memory, threads and asyncio."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from arcface_clients.errors import (
     ServerUnreachable,
 )
 from arcface_clients.faces.synthetic import synthetic_faces
+from fault_proxy import FaultProxy, Faults
 
 FACES = synthetic_faces(11)
 MARKED = np.full((1, 112, 112, 3), 255, np.uint8)  # what `slow` is slow on
-WAYS = [("grpc", False), ("grpc", True), ("http", False), ("http", True)]
-each_way = pytest.mark.parametrize(("protocol", "shared_memory"), WAYS, ids=["grpc", "grpc-shm", "http", "http-shm"])
+TRANSPORTS = [("grpc", False), ("grpc", True), ("http", False), ("http", True)]
+each_transport = pytest.mark.parametrize(
+    ("protocol", "shared_memory"), TRANSPORTS, ids=["grpc", "grpc-shm", "http", "http-shm"]
+)
 each_protocol = pytest.mark.parametrize("protocol", ["grpc", "http"])
 
 
@@ -37,19 +40,19 @@ def url(server, protocol: str) -> str:
     return f"grpc://{server.grpc_url}" if protocol == "grpc" else f"http://{server.http_url}"
 
 
-@each_way
+@each_transport
 @pytest.mark.parametrize("count", [0, 1, 8, 9, 50])
-def test_all_ways_agree(odd_server, truth, protocol, shared_memory, count) -> None:
+def test_all_transports_agree(odd_server, truth, protocol, shared_memory, count) -> None:
     order = np.arange(count) % len(FACES)
     with TritonEmbedder(url(odd_server, protocol), "good", shared_memory=shared_memory, in_flight=3) as embedder:
         embeddings = embedder.encode(FACES[order])
-        assert embedder.way.shared_memory is shared_memory
+        assert (embedder.shared_memory.kind is not None) is shared_memory
     np.testing.assert_array_equal(embeddings.shape, (count, 64))
     np.testing.assert_allclose(embeddings, truth[order], atol=1e-6)
     assert embeddings.flags.writeable
 
 
-@each_way
+@each_transport
 def test_asyncio_agrees(odd_server, truth, protocol, shared_memory) -> None:
     async def work() -> list[np.ndarray]:
         async with AsyncTritonEmbedder(url(odd_server, protocol), "good", shared_memory=shared_memory) as embedder:
@@ -63,7 +66,7 @@ def test_asyncio_agrees(odd_server, truth, protocol, shared_memory) -> None:
     assert nothing.shape == (0, 64)
 
 
-@each_way
+@each_transport
 def test_model_that_fails_gives_its_own_words(odd_server, protocol, shared_memory) -> None:
     with (
         TritonEmbedder(url(odd_server, protocol), "failing", shared_memory=shared_memory) as embedder,
@@ -72,7 +75,7 @@ def test_model_that_fails_gives_its_own_words(odd_server, protocol, shared_memor
         embedder.encode(FACES)
 
 
-@each_way
+@each_transport
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -88,11 +91,11 @@ def test_rows_that_are_no_unit_embeddings_are_refused(odd_server, protocol, shar
         embedder.encode(FACES[:5])
 
 
-@each_way
+@each_transport
 def test_late_answer_is_an_error_and_harms_no_later_one(odd_server, truth, protocol, shared_memory) -> None:
-    with TritonEmbedder(url(odd_server, protocol), "slow", shared_memory=shared_memory, timeout_s=0.3) as embedder:
+    with TritonEmbedder(url(odd_server, protocol), "slow", shared_memory=shared_memory, timeout_s=1) as embedder:
         embedder.ensure_ready()
-        with pytest.raises(DeadlineExceeded, match=r"no answer from 'slow' at .* within 0.3 s. Raise timeout_s"):
+        with pytest.raises(DeadlineExceeded, match=r"no answer from 'slow' at .* within 1 s. Raise timeout_s"):
             embedder.encode(MARKED)
         for _ in range(20):  # while the server still works on the lost one, and writes its answer somewhere
             try:
@@ -115,13 +118,13 @@ def test_cancelled_task_cancels_its_request_and_the_client_lives_on(odd_server, 
             started = time.monotonic()
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(embedder.encode(MARKED), 0.2)
-            assert time.monotonic() - started < 0.9  # the answer takes 1 s
+            assert time.monotonic() - started < 1.8  # the answer takes 2 s
             return await embedder.encode(FACES)
 
     np.testing.assert_allclose(asyncio.run(work()), truth, atol=1e-6)
 
 
-@each_way
+@each_transport
 def test_close_ends_requests_under_way(odd_server, protocol, shared_memory) -> None:
     embedder = TritonEmbedder(url(odd_server, protocol), "slow", shared_memory=shared_memory)
     embedder.ensure_ready()
@@ -139,7 +142,7 @@ def test_close_ends_requests_under_way(odd_server, protocol, shared_memory) -> N
     started = time.monotonic()
     embedder.close()
     thread.join(5)
-    assert time.monotonic() - started < 0.7
+    assert time.monotonic() - started < 1.7  # the answer takes 2 s
     assert [type(exc) for exc in raised] == [ClientUnusable]
 
 
@@ -157,6 +160,23 @@ def test_dead_server_and_unknown_model_are_told_apart(odd_server, protocol) -> N
             TritonEmbedder(address, "nosuch", retry_for_s=0).encode(FACES)
         with pytest.raises(error, match=f"at {address}|{address} does not serve 'nosuch'"):
             asyncio.run(ask(address))
+
+
+@each_protocol
+def test_server_that_is_slow_to_greet_is_connected_to_at_the_first_try(odd_server, truth, protocol) -> None:
+    host, port = getattr(odd_server, f"{protocol}_url").split(":")
+    proxy = FaultProxy((host, int(port)))
+    proxy.faults = Faults(greeting_s=0.8)
+    address = f"{protocol}://127.0.0.1:{proxy.port}"
+
+    async def ask() -> np.ndarray:
+        async with AsyncTritonEmbedder(address, "good", retry_for_s=0, shared_memory=False) as embedder:
+            return await embedder.encode(FACES[:2])
+
+    with TritonEmbedder(address, "good", retry_for_s=0, shared_memory=False) as embedder:
+        np.testing.assert_allclose(embedder.encode(FACES[:2]), truth[:2], atol=1e-6)
+    np.testing.assert_allclose(asyncio.run(ask()), truth[:2], atol=1e-6)
+    proxy.close()
 
 
 def test_grpc_port_is_recognised_by_http(odd_server) -> None:
@@ -216,5 +236,5 @@ def test_pickled_client_arrives_as_one_of_its_own(odd_server, truth) -> None:
     with TritonEmbedder(odd_server.grpc_url, "good", in_flight=2) as embedder:
         embedder.encode(FACES)
         with pickle.loads(pickle.dumps(embedder)) as other:
-            assert (other.in_flight, other.model) == (2, "good")
+            assert (other.options.in_flight, other.options.model) == (2, "good")
             np.testing.assert_allclose(other.encode(FACES), truth, atol=1e-6)

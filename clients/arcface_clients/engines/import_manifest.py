@@ -1,9 +1,12 @@
-"""The manifest of an imported model: what it was made from, how, and what was proved; a class in, JSON out and back."""
+"""What `arcface import` writes beside a model: what it was made from, how, and what was proved; the one reader of it.
+
+It stands with the engines, the lowest room that reads it; the build writes the same class.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,11 @@ from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import Missing, WrongUse
 
 FORMAT = 1
-FILE = "manifest.json"
+IMPORT_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ImportManifest:
     """models/NAME/manifest.json. Digests are sha256 in hex, `created` is UTC; the keys of the dicts:
 
     source: sha256 and file (what the user gave), kind (file, known, pack, demo), licence, url, note, recipe (of
@@ -56,28 +59,41 @@ class Manifest:
         return Preprocessing.from_json(self.preprocessing)
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a model folder.
+def read_import_manifest(folder: Path) -> ImportManifest:
+    """The manifest of a model folder, or of a version in the model repository that was made from one.
 
     Raises:
         Missing: there is none.
-        WrongUse: it is not JSON, of another format, or lacks a key.
+        WrongUse: it is not JSON, of another format, or a field is missing or impossible.
     """
-    path = folder / FILE
+    path = folder / IMPORT_MANIFEST
     again = "Import the model again: arcface import SOURCE"
     if not path.is_file():
-        there = sorted(file.parent.name for file in folder.parent.glob(f"*/{FILE}"))
+        there = sorted(file.parent.name for file in folder.parent.glob(f"*/{IMPORT_MANIFEST}"))
         beside = f" ({folder.parent} has {', '.join(there)})" if there else ""
-        raise Missing(f"no imported model in {folder}: expected {FILE} there{beside}. {again}.")
+        raise Missing(f"no imported model in {folder}: expected {IMPORT_MANIFEST} there{beside}. {again}.")
     try:
         data = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise WrongUse(f"{path} is not JSON ({exc}). {again}.") from exc
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         got = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise WrongUse(f"{path} has format {got!r}: expected {FORMAT}. {again}.")
-    wanted = Manifest.__dataclass_fields__
-    missing = [key for key in wanted if key not in data and key not in ("precision", "format", "cpu")]
+    known = {field.name: field for field in fields(ImportManifest)}
+    missing = [name for name, field in known.items() if field.default is MISSING and name not in data]
     if missing:
         raise WrongUse(f"{path} lacks {', '.join(missing)}. {again}.")
-    return Manifest(**{key: value for key, value in data.items() if key in wanted})
+    manifest = ImportManifest(**{key: value for key, value in data.items() if key in known})
+    try:
+        sound = {
+            "name, contract_id": all(isinstance(text, str) and text for text in (manifest.name, manifest.contract_id)),
+            "dim": type(manifest.dim) is int and manifest.dim > 0,
+            "source.sha256": isinstance(manifest.source["sha256"], str),
+            "serving.file": isinstance(manifest.serving["file"], str),
+            "preprocessing": bool(manifest.wants()),
+        }
+    except (LookupError, TypeError, ValueError) as exc:
+        raise WrongUse(f"{path} has a field that cannot be read ({type(exc).__name__}: {exc}). {again}.") from exc
+    if unsound := [name for name, good in sound.items() if not good]:
+        raise WrongUse(f"{path} has an impossible value in {', '.join(unsound)}. {again}.")
+    return manifest

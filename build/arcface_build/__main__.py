@@ -1,0 +1,8 @@
+"""`python -m arcface_build` is the command `arcface`; its `--mode build` of old still works."""
+
+from __future__ import annotations
+
+from arcface_build.program import main
+
+if __name__ == "__main__":
+    main()

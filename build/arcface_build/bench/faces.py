@@ -1,0 +1,24 @@
+"""What a load sends: crops from files, else drawn ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy.typing as npt
+
+from arcface_clients.faces.images import load_or_draw
+
+
+def faces_for_load(sources: Sequence[str], batch: int, refused: Callable[[str], None]) -> npt.NDArray[Any]:
+    """Crops uint8 (N,112,112,3) BGR of `sources` (folders, files, .npz), at least one batch of drawn ones without.
+
+    Args:
+        sources: what the user named.
+        batch: the largest batch.
+        refused: told of each crop that could not be read, and why.
+
+    Raises:
+        WrongUse: not one could be read.
+    """
+    return load_or_draw(sources, max(64, batch), refused)[0][: max(256, batch)]

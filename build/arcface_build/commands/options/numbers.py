@@ -1,0 +1,31 @@
+"""Numbers on the command line: nan and inf are no measure, no limit and no time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+
+class FiniteNumber(click.FloatRange):
+    """A float within bounds, and finite; click's own ranges let nan through, which is smaller than no limit."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number.
+
+        Raises:
+            BadParameter: none, not finite, or outside the bounds.
+        """
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+POSITIVE = FiniteNumber(0, min_open=True)
+NOT_NEGATIVE = FiniteNumber(0)
+COSINE = FiniteNumber(-1, 1)
+DRIFT = FiniteNumber(0, 2)  # 1 − cosine

@@ -1,0 +1,70 @@
+"""How a result is handed over: JSON on stdout with --json, files with --report and the like, else text."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class NewFile(click.Path):
+    """A file that will be written at the end: whether it can be is found out before the work, not after it."""
+
+    name = "file"
+
+    def __init__(self) -> None:
+        """A path that is no folder."""
+        super().__init__(path_type=Path, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path.
+
+        Raises:
+            BadParameter: it is a folder, or nothing can be written there.
+        """
+        path = Path(str(super().convert(value, param, ctx)))
+        folder = path.absolute().parent
+        while not folder.exists():  # what is missing is made when the file is
+            folder = folder.parent
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as exc:
+            self.fail(f"{path} cannot be written: {folder}: {exc.strerror}.", param, ctx)
+        return path
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+report_option = click.option("--report", type=NewFile(), help="Also write the result to this file, as JSON.")
+html_option = click.option("--html", type=NewFile(), help="Also write the result as one page with plots.")
+
+
+def hand_over(
+    result: Any,
+    text: Callable[[], str],
+    as_json: bool,
+    report: Path | None = None,
+    files: dict[Path | None, Callable[[], str]] | None = None,
+) -> None:
+    """Write the files that were asked for, whole; then print the result, once.
+
+    Args:
+        result: what JSON can hold.
+        text: the result for a reader.
+        as_json: print JSON instead of text.
+        report: where JSON is written.
+        files: other files with what makes their content; None as a file: it was not asked for.
+    """
+    from arcface_clients.atomic import new_file, write_json
+
+    if report is not None:
+        write_json(report, result)
+    for path, content in (files or {}).items():
+        if path is not None:
+            with new_file(path) as temporary:
+                temporary.write_text(content())
+    click.echo(json.dumps(result, indent=2) if as_json else text())

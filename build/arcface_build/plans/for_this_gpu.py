@@ -1,0 +1,125 @@
+"""A plan of an imported model for this host's GPU: what is asked for, and the way from cache, store or a build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from arcface_build.imports.proof_faces import drawn_faces, read_faces
+from arcface_build.plans.build import Proof, build_plan, tensorrt_version
+from arcface_build.plans.get_or_build import Obtained, get_or_build
+from arcface_build.plans.gpu import find_gpus
+from arcface_build.plans.places import Places
+from arcface_build.plans.source import find_source
+from arcface_build.plans.typed import check_buildable, read_typed_onnx
+from arcface_clients.config.schema import EmbeddingConfig
+from arcface_clients.errors import WrongUse
+from arcface_clients.gpu.cards import Gpu
+from arcface_clients.plans.manifest import PlanManifest
+from arcface_clients.plans.spec import BuilderOptions, PlanSpec, parse_bytes, parse_sm
+
+PhaseBar = Callable[[], AbstractContextManager[Callable[[str, int, int], None]]]
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What is wanted; None is what the configuration says. The options of `arcface plan build`."""
+
+    model: str  # a name under models_dir, or a typed ONNX
+    models_dir: Path
+    precision: str | None = None
+    sm: str = "auto"
+    min_batch: int | None = None
+    opt_batch: int | None = None
+    max_batch: int | None = None
+    workspace: str | None = None
+    optimization_level: int | None = None
+    hardware_compatible: bool = False
+    any_card: bool = False
+    external_tactics: bool = True
+    tf32: bool = False
+    faces: Path | None = None
+    reference: Path | None = None
+    timeout_s: float = 1800.0
+    force: bool = False
+    upload: bool = False
+    output: Path | None = None
+    sign_key: Path | None = None
+
+
+def plan_for_this_gpu(asked: PlanRequest, places: Places, phases: PhaseBar) -> tuple[Obtained, Path]:
+    """The verified plan, and where it was put: the cache, or `asked.output`.
+
+    Raises:
+        WrongUse: the GPU is of another SM, or the model cannot be built so.
+        Missing: no GPU, no TensorRT, no plan and building is switched off.
+        PlanRefused: what was built failed its proof.
+    """
+    config = places.config
+    precision = asked.precision or config.precision
+    gpu, version = find_gpus()[0], tensorrt_version()
+    if asked.sm != "auto" and parse_sm(asked.sm) != gpu.sm:
+        raise WrongUse(
+            f"this GPU is an {gpu.name} of SM {gpu.sm}, asked for SM {parse_sm(asked.sm)}: build it on such a GPU."
+        )
+    if asked.upload:
+        places.need_store()
+    source = find_source(asked.model, precision, asked.models_dir, asked.reference)
+    typed = read_typed_onnx(source.onnx)
+    check_buildable(typed, precision, version)
+
+    def build(spec: PlanSpec, target: Path) -> PlanManifest:
+        crops = (read_faces(asked.faces) if asked.faces else drawn_faces()).faces
+        proof = Proof(crops, source.embed(crops), config.comparison.max_drift.model_dump())
+        with phases() as on_phase:
+            return build_plan(
+                typed,
+                spec,
+                target,
+                proof,
+                contract_id=source.contract_id,
+                timing_caches=places.timing_caches,
+                refused=places.refused,
+                timeout_s=asked.timeout_s,
+                on_phase=on_phase,
+            )
+
+    obtained = get_or_build(
+        spec_of(asked, config, source.name, typed.sha256, gpu, version),
+        places.cache,
+        places.store,
+        build if asked.force or config.fallback.build_locally else None,
+        read_cache=not asked.force,
+        read_store=not asked.force,
+        upload=asked.upload,
+        sign_key=asked.sign_key,
+    )
+    return obtained, places.cache.pull(obtained.manifest, asked.output) if asked.output else obtained.path
+
+
+def spec_of(
+    asked: PlanRequest, config: EmbeddingConfig, model: str, onnx_sha256: str, gpu: Gpu, tensorrt: str
+) -> PlanSpec:
+    """The plan's key and its parts: what was asked for, completed by the configuration."""
+    batch = config.batch
+    return PlanSpec(
+        model=model,
+        onnx_sha256=onnx_sha256,
+        precision=asked.precision or config.precision,
+        sm=gpu.sm,
+        tensorrt=tensorrt,
+        min_batch=asked.min_batch or batch.min,
+        opt_batch=asked.opt_batch or min(batch.opt, asked.max_batch or batch.max),
+        max_batch=asked.max_batch or batch.max,
+        options=BuilderOptions(
+            workspace_bytes=parse_bytes(asked.workspace) if asked.workspace else config.workspace,
+            external_tactics=asked.external_tactics,
+            hardware_compatible=asked.hardware_compatible,
+            tf32=asked.tf32,
+            optimization_level=asked.optimization_level,
+            same_compute_capability=asked.any_card,
+        ),
+        gpu=None if asked.hardware_compatible or asked.any_card else gpu.name,
+    )

@@ -1,0 +1,29 @@
+"""A source into models/ and from there into the model repository: what `arcface import` and a first `serve` do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arcface_build.imports.from_source import Imported, import_source
+from arcface_build.repository.assemble import assemble
+
+
+@dataclass(frozen=True)
+class BroughtIn:
+    """The import, and model name → version where it was installed."""
+
+    imported: Imported
+    installed: dict[str, int]
+
+
+def bring_in(source: str, models_dir: Path, repository: Path | None, versions_kept: int, **options: Any) -> BroughtIn:
+    """Import a source (`options` are those of `import_source`) and install it; without a repository only import it.
+
+    Raises:
+        Missing, WrongUse, SourceRefused, ProofFailed: nothing was installed.
+    """
+    imported = import_source(source, models_dir, **options)
+    installed = assemble(imported.folder, repository, keep=versions_kept) if repository is not None else {}
+    return BroughtIn(imported, installed)

@@ -1,0 +1,177 @@
+"""Serving from beginning to end: weights, backend choice, a real tritonserver, proof by a few faces, then serving.
+
+What is said on the way goes to an audience; nothing here knows a terminal.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, Protocol
+
+import numpy.typing as npt
+
+from arcface_build.errors import ServerFailed
+from arcface_build.plans.gpu import gpu_sm
+from arcface_build.repository.bring_in import bring_in
+from arcface_build.repository.versions import versions
+from arcface_build.serving.binary import find_tritonserver
+from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
+from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess, reason_of_end
+from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
+from arcface_build.serving.variant import take_best_variant
+from arcface_clients.checks.parity import ParityReport, measure_parity
+from arcface_clients.config.schema import EmbeddingConfig
+from arcface_clients.errors import GateFailed, Missing
+
+
+@dataclass(frozen=True)
+class ServeRequest:
+    """What to serve and where; the options of `arcface serve`."""
+
+    repository: Path
+    models_dir: Path
+    faces_bgr_u8: npt.NDArray[Any]  # uint8 (N,112,112,3), N ≥ 1: what a server is proved with
+    backend: str = "auto"
+    variant: str = "auto"
+    host: str = "127.0.0.1"
+    ports: Ports = field(default_factory=Ports)
+    demo: bool = True
+    reference: bool = True
+    once: bool = False
+    ready_timeout_s: float = 300.0
+    extra: Sequence[str] = ()  # further arguments for tritonserver
+
+
+class Audience(Protocol):
+    """Who is told what happens."""
+
+    def notice(self, text: str) -> None:
+        """Something that need not be known."""
+
+    def chosen(self, line: str) -> None:
+        """What will serve, and why; a line."""
+
+    def proved(self, server: TritonProcess, choice: BackendChoice, report: ParityReport, with_reference: bool) -> None:
+        """Every loaded backend beside the reference."""
+
+    def failed(self, report: ParityReport, instead: str | None) -> None:
+        """A backend did not pass its gate; `instead` is tried next, None: nothing is left."""
+
+    def serving(self, server: TritonProcess) -> None:
+        """From now on it serves, until it is interrupted."""
+
+    def importing(self) -> AbstractContextManager[Callable[[str, int, int], None]]:
+        """Entered for an import; gives where its progress is told: (phase, done, total)."""
+
+
+class Interrupt:
+    """A signal handler that raises KeyboardInterrupt, and remembers it.
+
+    Python drops what is raised while it runs a finaliser (`__del__`): one SIGTERM in some thousand would be lost.
+    """
+
+    def __init__(self) -> None:
+        """No signal yet."""
+        self.came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Called by Python between two instructions of the main thread."""
+        self.came = True
+        raise KeyboardInterrupt
+
+
+def serve(asked: ServeRequest, config: EmbeddingConfig, audience: Audience, interrupt: Interrupt) -> bool:
+    """Serve until interrupted (with `once` until proved); returns whether the gates were passed.
+
+    A backend that fails its gate is stopped, and the next of `fallback.chain` is served.
+
+    Raises:
+        Missing: weights, a program or a port is not there, or the server ended by itself.
+        GateFailed: no backend passed.
+    """
+    asked.ports.check_free(asked.host)  # before any work
+    choice, with_reference = _prepare(asked, config, audience)
+    binary = find_tritonserver()
+    audience.chosen(f"tritonserver {binary.origin}")
+    audience.chosen(f"backend {choice.backend}: {choice.reason}")
+    # Tuned for the installed weights: another variant would take the tuned settings away.
+    if choice.backend == "onnx" and asked.variant == "auto" and asked.backend != "tuned" and gpu_sm() is None:
+        taken = take_best_variant(asked.repository, asked.models_dir, config.versions_kept)
+        audience.chosen(f"variant {taken}")
+    falls_back = with_reference and not asked.once
+    backends = order_of_backends(choice.backend, config.fallback) if falls_back else [choice.backend]
+    for position, name in enumerate(backends):
+        server = TritonProcess(
+            binary,
+            asked.repository,
+            ["arcface", "arcface_parity"] if with_reference and name != "reference" else ["arcface"],
+            config_name="tuned" if asked.backend == "tuned" and name == "onnx" else name,
+            ports=asked.ports,
+            host=asked.host,
+            log_path=log_path(asked.repository, asked.ports.http),
+            extra=(LATENCY_QUANTILES, *asked.extra),
+        )
+        with server:
+            server.wait_ready(asked.ready_timeout_s)
+            limits = config.comparison.max_drift.model_dump()
+            report = measure_parity(server.grpc_url, asked.faces_bgr_u8, limits=limits)
+            audience.proved(server, BackendChoice(name, choice.reason), report, with_reference)
+            if asked.once:
+                return report.passed
+            if report.passed or name == "reference":
+                with suppress(KeyboardInterrupt):  # from here on it is how one ends it
+                    audience.serving(server)
+                    wait_for_the_end(server, interrupt)
+                return True
+            audience.failed(report, next(iter(backends[position + 1 :]), None))
+    raise GateFailed(
+        "no backend passed its gate, nothing is served. See which faces: arcface compare; go back: arcface rollback"
+    )
+
+
+def wait_for_the_end(server: TritonProcess, interrupt: Interrupt) -> NoReturn:
+    """Wait until the server ends by itself, which it should not, or until we are interrupted.
+
+    Raises:
+        KeyboardInterrupt: interrupted.
+        ServerFailed: the server ended.
+    """
+    while (status := server.wait(timeout_s=1.0)) is None:
+        if interrupt.came:
+            raise KeyboardInterrupt
+    raise ServerFailed(f"tritonserver ended by itself {reason_of_end(status, server.log_path)}")
+
+
+def log_path(repository: Path, http_port: int) -> Path:
+    """Where tritonserver's output goes; each port its own, so that two servers of one repository keep theirs."""
+    folder = repository.parent / ".cache"
+    name = f"tritonserver-{http_port}.log"
+    if os.access(folder if folder.is_dir() else repository.parent, os.W_OK):
+        return folder / name
+    return Path(tempfile.gettempdir()) / f"arcface-{os.getuid()}" / name
+
+
+def _prepare(asked: ServeRequest, config: EmbeddingConfig, audience: Audience) -> tuple[BackendChoice, bool]:
+    """Weights where there are none, then the backend choice and whether InsightFace is loaded beside it."""
+    repository, backend = asked.repository, asked.backend
+    if asked.demo and not versions(repository / "arcface_onnx") and not versions(repository / "arcface_trt"):
+        audience.notice("no weights in model_repository/: importing the demo network (NOT for recognition)")
+        with audience.importing() as progress:
+            options = {"cache": config.storage.cache, "say": audience.notice, "progress": progress}
+            bring_in("demo", asked.models_dir, repository, config.versions_kept, **options)
+    has_reference = bool(versions(repository / "arcface_reference")) and find_spec("insightface") is not None
+    if backend == "tuned":
+        if not (repository / "arcface_onnx" / "configs" / "tuned.pbtxt").is_file():
+            raise Missing("arcface_onnx has no configs/tuned.pbtxt for the weights that it serves. Next: arcface tune")
+        backend = "onnx"
+    plans = served_plans(repository, config.storage.public_key, tensorrt_of_server())
+    choice = choose_backend(backend, gpu_sm(), plans, bool(versions(repository / "arcface_onnx")), has_reference)
+    wanted = asked.reference and config.validation.run_on_startup
+    return choice, wanted and has_reference and choice.backend != "reference"

@@ -1,0 +1,145 @@
+"""Judge a variant that exists on other faces, and record it: what fails there is set aside and served no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arcface_build.errors import ProofFailed
+from arcface_build.variants.eval_set import FaceSet, evaluation_faces
+from arcface_build.variants.gate import VariantVerdict
+from arcface_build.variants.held_back import light
+from arcface_build.variants.make import load_named
+from arcface_build.variants.recipe import load_recipe
+from arcface_build.variants.sidecar import read_sidecar, set_aside, variants_folder
+from arcface_build.variants.trial import Stage, open_trial, runtimes_for, silent
+from arcface_clients.atomic import write_json
+from arcface_clients.engines.import_manifest import ImportManifest, read_import_manifest
+from arcface_clients.engines.runtimes import cpu_flags, has_bf16, has_openvino
+from arcface_clients.errors import Missing, WrongUse
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def verify_variant(
+    model_dir: Path,
+    precision: str,
+    target: str,
+    source: str,
+    count: int,
+    limits: Mapping[str, float],
+    stage: Stage = silent,
+) -> dict[str, Any]:
+    """Judge a variant on all of these faces and write the verdict into its sidecar; returns that.
+
+    Of two verdicts on a runtime the sidecar keeps the worse one, and every one in `verified`.
+
+    Args:
+        model_dir: models/NAME/.
+        precision, target: which variant.
+        source, count: the faces (`eval_set.evaluation_faces`) and at most how many.
+        limits: largest drift by precision.
+        stage: gets a title, gives the progress callback of that stage.
+
+    Raises:
+        ProofFailed: it fails in one of its runtimes: it is set aside as .refused.
+        Missing: no such variant, or no runtime of it on this host.
+        WrongUse: these are the faces that it was fitted to.
+    """
+    manifest = read_import_manifest(model_dir)
+    name = f"{precision}-{target}"
+    sidecar = read_sidecar(model_dir, precision, target)
+    if sidecar is None:
+        refused = (variants_folder(model_dir) / f"{name}.json.refused").is_file()
+        raise Missing(
+            f"no {name} variant of {manifest.name}{': its gate refused it' if refused else ''}. "
+            f"Make it: arcface quantize {manifest.name} --precision {precision} --target {target}"
+        )
+    faces = evaluation_faces(source, count)
+    _check_unseen(sidecar, faces)
+    verdicts = _judge(model_dir, manifest, sidecar, faces, limits, stage)
+    told = [verdict.to_json() for verdict in verdicts]
+    worse = {gate["runtime"]: gate for gate in told}
+    sidecar["gates"] = [_worse(gate, worse.get(gate["runtime"])) for gate in sidecar["gates"]]
+    sidecar.setdefault("verified", []).append(
+        {
+            **faces.to_json(),
+            "mean_grey": light(faces),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "gates": told,
+        }
+    )
+    failed = next((verdict for verdict in verdicts if not verdict.passed), None)
+    if failed is None:
+        write_json(variants_folder(model_dir) / f"{name}.json", sidecar)
+        return sidecar
+    path = set_aside(model_dir, sidecar)
+    raise ProofFailed(
+        f"{precision} of {manifest.name} fails in {failed.runtime} on {len(faces.faces)} faces of {faces.origin}: "
+        f"{failed.why}. It is set aside ({path}). If it is installed, put another in its place: "
+        f"arcface assemble {manifest.name} --variant auto"
+    )
+
+
+def _judge(
+    model_dir: Path,
+    manifest: ImportManifest,
+    sidecar: dict[str, Any],
+    faces: FaceSet,
+    limits: Mapping[str, float],
+    stage: Stage,
+) -> list[VariantVerdict]:
+    precision, target = sidecar["precision"], sidecar["target"]
+    runtimes = [runtime for runtime in runtimes_for(precision, target) if _is_here(runtime)]
+    if not runtimes:
+        raise Missing(f"{precision} of {manifest.name} runs in no runtime of this host. Next: arcface doctor")
+    trial = open_trial(model_dir, manifest, precision, limits, faces, stage)
+    judged: Path | onnx.ModelProto = model_dir / sidecar["file"]
+    clipped: Mapping[str, float] = {}
+    if sidecar["recipe"]:
+        serving_path = model_dir / manifest.serving["file"]
+        recipe = load_recipe(
+            variants_folder(model_dir) / f"{precision}-{target}.json", precision, target, manifest.serving["sha256"]
+        )
+        serving = load_named(serving_path)
+        clipped = recipe.clipped(serving, faces.faces, stage("values cut off"))
+        if precision == "fp16":
+            judged = recipe.stand_in(serving)
+    return [
+        replace(trial.judge(judged, runtime, f"gate in {runtime}"), judged_on=faces.origin, clipped=clipped)
+        for runtime in runtimes
+    ]
+
+
+def _is_here(runtime: str) -> bool:
+    if runtime == "onnxruntime":
+        return True
+    return has_openvino() and (runtime != "openvino-bf16" or has_bf16(cpu_flags()))
+
+
+def _check_unseen(sidecar: Mapping[str, Any], faces: FaceSet) -> None:
+    """Refuse the very set that the variant was fitted to; single faces of it cannot be told apart any more."""
+    calibration = (sidecar["recipe"] or {}).get("calibration")
+    fitted = [calibration, sidecar.get("searched")]
+    if "searched" not in sidecar and sidecar["recipe"]:  # of a time when one set was both
+        fitted.append(sidecar["eval"])
+    if faces.sha256 in {known["sha256"] for known in fitted if known}:
+        raise WrongUse(
+            f"{faces.origin} holds the faces that the variant was fitted to: they prove nothing. "
+            "Give others: --verify FACES"
+        )
+
+
+def _worse(known: dict[str, Any], new: dict[str, Any] | None) -> dict[str, Any]:
+    """The verdict that stays: the new one where it is worse, or where the known one rests on faces it was fitted to."""
+    if new is None:
+        return known
+    if not new["passed"] or "judged_on" not in known:
+        return {**new, "searched": known.get("searched")}
+    if known["passed"] and new["drift"]["max_drift"] > known["drift"]["max_drift"]:
+        return {**new, "searched": known.get("searched")}
+    return known

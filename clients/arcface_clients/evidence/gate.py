@@ -1,0 +1,202 @@
+"""The gate: whether an artefact is near enough to the reference to be used. The rule stands here and nowhere else.
+
+Whatever makes, installs or loads an artefact asks one of these functions and raises its own error with the verdict's
+words: `judge_embeddings` where embeddings are at hand, `judge_record` and `judge_sidecar` where only a file tells what
+was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from arcface_clients.arrays import Array
+from arcface_clients.contract import UNIT_TOLERANCE
+from arcface_clients.errors import ConfigError, GateFailed
+from arcface_clients.evidence.drift import DRIFT_LIMITS, DriftReport, compare_embeddings, cosine_per_face
+
+_FITTED = "it was judged by the faces that it was fitted to. Judge it on others: arcface quantize {} --verify FACES"
+_NAMED = 5  # worst faces that a refusal names
+_ROUNDING = 1e-5  # a cosine may come out above 1 by less than this
+
+
+@dataclass(frozen=True)
+class GateVerdict:
+    """What the gate says of one candidate.
+
+    Attributes:
+        precision: whose limit was applied.
+        limit: largest 1 − cosine that a face may show.
+        max_drift: of the worst face; NaN where nothing could be measured.
+        faces: how many were compared.
+        why: words for a refusal, without a full stop; empty where it passed.
+        report: all figures; None where shapes did not fit, and for a record.
+        faces_over: faces beyond the limit, unusable rows among them; None for a record.
+    """
+
+    precision: str
+    limit: float
+    max_drift: float
+    faces: int
+    why: str
+    report: DriftReport | None = None
+    faces_over: int | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether it may be used."""
+        return not self.why
+
+
+def limit_of(precision: str, limits: Mapping[str, float]) -> float:
+    """The limit of a precision.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if precision not in limits:
+        raise ConfigError(f"no drift limit for precision {precision!r}: expected one of {', '.join(limits)}.")
+    return limits[precision]
+
+
+def judge_embeddings(
+    reference: Array,
+    candidate: Array,
+    precision: str,
+    limits: Mapping[str, float],
+    names: Sequence[str] | None = None,
+) -> GateVerdict:
+    """Judge a candidate by what it makes of the same faces as the reference.
+
+    Refused are a face that drifts beyond the limit, NaN, zero rows, rows that are not of unit length, and another
+    shape than the reference's; none of these raises.
+
+    Args:
+        reference: float (N,D), N ≥ 1, of any length.
+        candidate: what should be float (N,D) of unit rows in the same order.
+        precision: of the candidate.
+        limits: largest 1 − cosine by precision (configuration: comparison.max_drift).
+        names: a path for each face, for the words.
+
+    Raises:
+        InvalidFaces: the *reference* is empty, or a row of it is zero or holds NaN.
+        ConfigError: this precision has no limit.
+    """
+    limit = limit_of(precision, limits)
+    got = np.asarray(candidate)
+    if got.shape != np.shape(reference) or got.dtype.kind not in "fiu":
+        why = f"it gives {got.dtype} {got.shape} for {len(reference)} faces, expected floats {np.shape(reference)}"
+        return GateVerdict(precision, limit, math.nan, len(reference), why)
+    report = compare_embeddings(reference, got, names, worst=max(_NAMED, 8))
+    usable = np.isfinite(got).all(axis=1) & got.any(axis=1)
+    drift = 1 - cosine_per_face(np.asarray(reference)[usable], got[usable])
+    over = int((~usable).sum() + (drift > limit).sum())
+    why = "; ".join(
+        filter(None, (_bad_rows(report), _too_far(report, precision, limit, over), _lengths(report.norms["candidate"])))
+    )
+    return GateVerdict(precision, limit, report.max_drift, report.faces, why, report, over)
+
+
+def judge_record(record: object, precision: str, limits: Mapping[str, float]) -> GateVerdict:
+    """Judge by a drift report that was written earlier (`DriftReport.to_json`), as manifests and sidecars hold it.
+
+    What the record does not say counts against the artefact: no record, no number, NaN.
+    """
+    limit = limit_of(precision, limits)
+    if not isinstance(record, Mapping):
+        return GateVerdict(precision, limit, math.nan, 0, "its drift was never measured")
+    drift, faces, bad_rows = (record.get(key) for key in ("max_drift", "faces", "bad_rows"))
+    if isinstance(drift, bool) or not isinstance(drift, (int, float)) or not -_ROUNDING <= drift <= 2:
+        return GateVerdict(precision, limit, math.nan, 0, f"its record states a drift of {drift}, expected a number")
+    why = "" if drift <= limit else f"drift {drift:.3g}, {drift / limit:.1f} × the {limit:g} that {precision} may show"
+    if bad_rows:
+        why = f"{bad_rows} of its embeddings are zero or hold NaN"
+    elif not why and "norms" in record:
+        why = _lengths(record["norms"]["candidate"])
+    return GateVerdict(precision, limit, float(drift), faces if isinstance(faces, int) else 0, why)
+
+
+def judge_sidecar(sidecar: Mapping[str, Any], limits: Mapping[str, float] | None = None) -> dict[str, GateVerdict]:
+    """Judge a variant by its sidecar, runtime by runtime: it may be served only where its verdict here has passed.
+
+    Sidecars once told the drift on the very faces that ranges and layers were chosen by. Such a variant is not served
+    until it is judged on others; bf16, of which nothing is fitted, is.
+
+    Args:
+        sidecar: what `arcface quantize` wrote beside the variant.
+        limits: largest drift by precision; None applies the limit that it was judged by.
+    """
+    precision = str(sidecar.get("precision"))
+    verdicts: dict[str, GateVerdict] = {}
+    for gate in sidecar.get("gates", ()):
+        if limits is None:
+            verdict = judge_record(gate.get("drift"), precision, {precision: gate["limit"]})
+        else:
+            verdict = judge_record(gate.get("drift"), precision, limits)
+        if verdict.passed and not (gate.get("passed") is True and sidecar.get("passed") is True):
+            verdict = replace(verdict, why=gate.get("why") or "its gate refused it")
+        if verdict.passed and precision != "bf16" and "judged_on" not in gate:
+            verdict = replace(verdict, why=_FITTED.format(sidecar.get("name", "NAME")))
+        verdicts[gate["runtime"]] = verdict
+    return verdicts
+
+
+def run_embedding_regression_tests(
+    eval_faces: Array,
+    reference: Callable[[Array], Array] | Any,
+    candidate: Callable[[Array], Array] | Any,
+    max_drift: float = DRIFT_LIMITS["fp16"],
+    names: Sequence[str] | None = None,
+) -> DriftReport:
+    """Embed the same faces with both sides and require min cosine ≥ 1 − max_drift.
+
+    Args:
+        eval_faces: uint8 (N,112,112,3) BGR, N ≥ 1.
+        reference: an engine (anything with `encode`), a function from faces to embeddings, or embeddings (N,D).
+        candidate: the same.
+        max_drift: largest 1 − cosine that a face may show.
+        names: a path for each face, for the message.
+
+    Raises:
+        GateFailed: a face drifted further, or an embedding is unusable; the message names the worst faces.
+    """
+    asked = "the candidate"
+    verdict = judge_embeddings(
+        _embed(reference, eval_faces), _embed(candidate, eval_faces), asked, {asked: max_drift}, names
+    )
+    if verdict.report is None or not verdict.passed:
+        raise GateFailed(f"{verdict.why}. What differs: arcface compare A B")
+    return verdict.report
+
+
+def _embed(side: Any, faces: Array) -> Array:
+    if isinstance(side, np.ndarray):
+        return side
+    embedded: Array = side.encode(faces) if hasattr(side, "encode") else side(faces)
+    return embedded
+
+
+def _bad_rows(report: DriftReport) -> str:
+    return f"{report.bad_rows} of {report.faces} embeddings are zero or hold NaN" if report.bad_rows else ""
+
+
+def _too_far(report: DriftReport, precision: str, limit: float, over: int) -> str:
+    if report.max_drift <= limit:
+        return ""
+    worst = [f"{w.name or f'face {w.index}'} ({1 - w.cosine:.3g})" for w in report.worst_faces if 1 - w.cosine > limit]
+    return (
+        f"drift {report.max_drift:.3g}, {report.max_drift / limit:.1f} × the {limit:g} that {precision} may show, on "
+        f"{over} of {report.faces} faces; worst: {', '.join(worst[:_NAMED])}"
+    )
+
+
+def _lengths(norms: Mapping[str, float]) -> str:
+    """Callers take the dot product for the cosine, so a wrong length is a wrong score."""
+    shortest, longest = norms["min"], norms["max"]
+    if longest == 0 or max(abs(shortest**2 - 1), abs(longest**2 - 1)) <= UNIT_TOLERANCE:  # 0: no row is usable
+        return ""
+    return f"embeddings of length {shortest:.5g} to {longest:.5g}, expected 1"

@@ -1,0 +1,50 @@
+"""Packages that are not always installed: which module comes with what, said in one sentence before any work."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from arcface_clients.errors import DependencyMissing
+
+_EXTRA = "pip install 'arcface-triton[{}]'"
+# module → what installs it; first the module, because an import error names that
+HOW_TO_GET = {
+    "boto3": _EXTRA.format("store"),
+    "botocore": _EXTRA.format("store"),
+    "cryptography": _EXTRA.format("store"),
+    "cv2": _EXTRA.format("images"),
+    "filelock": _EXTRA.format("build"),
+    "insightface": "pip install --no-deps insightface && " + _EXTRA.format("reference"),
+    "matplotlib": _EXTRA.format("build"),
+    "ml_dtypes": _EXTRA.format("build"),
+    "onnx": _EXTRA.format("build"),
+    "onnxruntime": "pip install onnxruntime (or onnxruntime-gpu, or onnxruntime-openvino: one of them)",
+    "PIL": _EXTRA.format("images"),
+    "polygraphy": _EXTRA.format("build"),
+    "pyarrow": _EXTRA.format("bulk"),
+    "pytriton": _EXTRA.format("serve"),
+    "ray": _EXTRA.format("ray"),
+    "scipy": _EXTRA.format("reference"),
+    "skimage": _EXTRA.format("reference"),
+    "sklearn": _EXTRA.format("evidence"),
+    "tensorrt": "pip install tensorrt, in the version of the server (docs/plans.md)",
+    "torch": _EXTRA.format("pytorch"),
+    "tritonclient": "pip install 'tritonclient[grpc]'",
+}
+
+
+def require(*modules: str, purpose: str) -> None:
+    """Return where all of these modules can be imported; none of them is.
+
+    Raises:
+        DependencyMissing: one cannot; the message says what for, and how to get it.
+    """
+    for module in modules:
+        if find_spec(module) is None:
+            raise DependencyMissing(f"{purpose} needs {module}, which is not installed. Next: {how_to_get(module)}")
+
+
+def how_to_get(module: str) -> str:
+    """The command that installs a module; `module` may be one inside it."""
+    root = module.partition(".")[0]
+    return HOW_TO_GET.get(root, f"pip install {root}")

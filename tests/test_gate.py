@@ -1,0 +1,266 @@
+"""One gate, many doors: whatever makes, installs or loads an artefact refuses the same candidates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+from arcface_build.errors import ProofFailed
+from arcface_build.imports.proof import prove
+from arcface_build.plans import build as plan_build
+from arcface_build.repository.assemble import assemble, assemble_plans
+from arcface_build.variants.choose import VariantChoice
+from arcface_build.variants.eval_set import FaceSet
+from arcface_build.variants.gate import judge_variant
+from arcface_clients.checks import parity
+from arcface_clients.contract import Preprocessing
+from arcface_clients.engines import EngineRegistry
+from arcface_clients.engines.validation import StoredReference, validate_engine
+from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed, InferenceFailed, PlanRefused
+from arcface_clients.evidence.drift import compare_embeddings
+from arcface_clients.evidence.gate import judge_embeddings, judge_record, run_embedding_regression_tests
+from arcface_clients.plans.manifest import manifest_bytes, manifest_path
+from conftest import copy_repository
+from plan_samples import spec, write_plan
+from tiny_model import write_model
+
+LIMIT = 0.01
+LIMITS = dict.fromkeys(("fp32", "fp16", "bf16", "int8"), LIMIT)
+DIM = 8
+FACES = np.broadcast_to(np.arange(0, 80, 20, dtype=np.uint8)[:, None, None, None], (4, 112, 112, 3)).copy()
+REFERENCE = np.eye(4, DIM, dtype=np.float32)
+from tiny_model import write_manifest
+
+
+def drifted(drift: float) -> np.ndarray:
+    """The reference, face 2 at this drift."""
+    candidate = REFERENCE.copy()
+    candidate[2, 2], candidate[2, 7] = 1 - drift, np.sqrt(1 - (1 - drift) ** 2)
+    return candidate
+
+
+def with_row(value: float) -> np.ndarray:
+    candidate = REFERENCE.copy()
+    candidate[1] = value
+    return candidate
+
+
+CANDIDATES = {
+    "just inside": (drifted(0.0099), True),
+    "just outside": (drifted(0.0101), False),
+    "NaN": (with_row(np.nan), False),
+    "a zero row": (with_row(0.0), False),
+    "a row that is not of unit length": (1.01 * REFERENCE, False),
+    "another width": (np.eye(4, DIM + 1, dtype=np.float32), False),
+}
+
+
+def table_model(path: Path, rows: np.ndarray) -> Path:
+    """A serving ONNX that answers row i for a face of grey value 20 · i."""
+    tensors = {"table": rows.astype(np.float32), "step": np.float32(20), "low": np.int64(0), "high": np.int64(3)}
+    nodes = [
+        helper.make_node("Cast", ["face"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels"], ["grey"], axes=[1, 2, 3], keepdims=0),
+        helper.make_node("Div", ["grey", "step"], ["number"]),
+        helper.make_node("Round", ["number"], ["whole"]),
+        helper.make_node("Cast", ["whole"], ["any"], to=TensorProto.INT64),
+        helper.make_node("Clip", ["any", "low", "high"], ["row"]),
+        helper.make_node("Gather", ["table", "row"], ["embedding"]),
+    ]
+    ends = [
+        [helper.make_tensor_value_info("face", TensorProto.UINT8, ["N", 112, 112, 3])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", rows.shape[1]])],
+    ]
+    graph = helper.make_graph(nodes, "t", *ends, [numpy_helper.from_array(np.array(v), k) for k, v in tensors.items()])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def at_import(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
+    reference = SimpleNamespace(name="InsightFace", why="")
+    prove(table_model(folder / "serving.onnx", candidate), FACES, 7 * REFERENCE, reference, "drawn", limits=LIMITS)
+
+
+def in_a_regression_test(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
+    run_embedding_regression_tests(FACES, REFERENCE, candidate, LIMIT)
+
+
+def at_startup(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
+    file = table_model(folder / "serving.onnx", candidate)
+    write_manifest(folder, "0" * 64, Preprocessing(), DIM, contract_id="c" * 64)
+    engine = EngineRegistry.get("onnx", file=file, device="cpu", threads=1)
+    validate_engine(engine, StoredReference(FACES, REFERENCE, "c" * 64, "a file"), "int8", LIMITS, "onnx")
+
+
+def in_quantize(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
+    faces = FaceSet("t", FACES, list("abcd"), np.array(list("xxyy")))
+    verdict = judge_variant("onnxruntime", "int8", LIMITS, REFERENCE, candidate, faces)
+    if not verdict.passed:
+        raise ProofFailed(verdict.why)
+
+
+def at_plan_build(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
+    def child(scratch: Path, timeout_s: float, on_phase: object) -> None:
+        (scratch / "plan").write_bytes(b"plan")
+        (scratch / "result.json").write_text(json.dumps({"tensorrt": "10.3.0", "seconds": 1.0}))
+        (scratch / "inspector.json").write_text("{}")
+        np.save(scratch / "embeddings.npy", candidate)
+
+    gpu = SimpleNamespace(index=0, name="A10", driver="1", cuda="12", memory_bytes=1, memory_used_bytes=0)
+    counts = plan_build.PrecisionProof({"int8": 1}, {}, 0)
+    for name, stub in {
+        "_run_child": child,
+        "find_gpus": lambda: [gpu],
+        "check_buildable": lambda *_: None,
+        "count_precisions": lambda text: counts,
+        "check_precision": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(plan_build, name, stub)
+    typed = SimpleNamespace(path=folder / "x.onnx", layers={"int8": 1}, dim=DIM, sha256="ab" * 32)
+    proof = plan_build.Proof(FACES, REFERENCE, LIMITS)
+    plan_build.build_plan(typed, spec(precision="int8"), folder / "out" / "x.plan", proof)
+
+
+def record_of(candidate: np.ndarray) -> dict | None:
+    """What a build would have written into a manifest or a sidecar."""
+    return compare_embeddings(REFERENCE, candidate).to_json() if candidate.shape == REFERENCE.shape else None
+
+
+def at_assembly_of_a_plan(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
+    model_dir = write_model(folder / "models" / "tiny")
+    contract = json.loads((model_dir / "manifest.json").read_text())["contract_id"]
+    of = spec(precision="int8")
+    manifest = replace(write_plan(folder / of.file_name, of), contract_id=contract, drift=record_of(candidate))
+    manifest_path(folder / of.file_name).write_bytes(manifest_bytes(manifest))
+    assemble_plans(model_dir, [folder / of.file_name], copy_repository(folder), limits=LIMITS)
+
+
+def at_assembly_of_a_variant(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
+    model_dir = write_model(folder / "models" / "tiny")
+    gate = {"runtime": "onnxruntime", "passed": True, "limit": 2.0, "judged_on": "held back"}
+    gate["drift"] = record_of(candidate)
+    sidecar = {"precision": "int8", "passed": True, "gates": [gate]}
+    choice = VariantChoice("serving.onnx", "int8", "onnxruntime", "", sidecar)
+    assemble(model_dir, copy_repository(folder), choice, limits=LIMITS)
+
+
+def in_parity(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
+    monkeypatch.setattr(parity, "TritonEmbedder", served({"arcface_reference": REFERENCE, "arcface_onnx": candidate}))
+    parity.measure_parity("here", FACES, ["arcface_reference", "arcface_onnx"], limits=LIMITS).require()
+
+
+def served(models: dict[str, np.ndarray]):
+    """A TritonEmbedder that answers these rows, and refuses NaN as the real one does."""
+
+    class Embedder:
+        def __init__(self, url, model, **_):
+            self.model = model
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ensure_ready(self):
+            return SimpleNamespace(contract_id="c" * 64, precision="fp32", leaf=self.model, backend="onnxruntime")
+
+        def encode(self, faces):
+            if np.isnan(models[self.model]).any():
+                raise InferenceFailed("1 of 4 embeddings are not of unit length")
+            return models[self.model][: len(faces)]
+
+    return Embedder
+
+
+DOORS = [
+    at_import,
+    in_a_regression_test,
+    at_startup,
+    in_quantize,
+    at_plan_build,
+    at_assembly_of_a_plan,
+    at_assembly_of_a_variant,
+    in_parity,
+]
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_every_door_lets_the_same_candidates_in(door, candidate, tmp_path, monkeypatch):
+    rows, passes = CANDIDATES[candidate]
+    if passes:
+        door(tmp_path, rows, monkeypatch)
+    else:
+        with pytest.raises((GateFailed, ProofFailed, PlanRefused, ContractMismatch)):
+            door(tmp_path, rows, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        (drifted(0.02), "drift 0.02, 2.0 × the 0.01 that int8 may show, on 1 of 4 faces; worst: c.jpg (0.02)"),
+        (with_row(0.0), "1 of 4 embeddings are zero or hold NaN; drift 1, 100.0 × the 0.01"),
+        (1.01 * REFERENCE, "embeddings of length 1.01 to 1.01, expected 1"),
+        (REFERENCE[:3], "it gives float32 (3, 8) for 4 faces, expected floats (4, 8)"),
+        (REFERENCE.astype(object), "it gives object (4, 8) for 4 faces, expected floats (4, 8)"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong_and_where(rows, why):
+    verdict = judge_embeddings(REFERENCE, rows, "int8", LIMITS, [f"{name}.jpg" for name in "abcd"])
+    assert verdict.why.startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (None, "its drift was never measured"),
+        ({}, "its record states a drift of None, expected a number"),
+        ({"max_drift": float("nan")}, "its record states a drift of nan, expected a number"),
+        ({"max_drift": "0.001"}, "its record states a drift of 0.001, expected a number"),
+        ({"max_drift": True}, "its record states a drift of True, expected a number"),
+        ({"max_drift": -0.5}, "its record states a drift of -0.5, expected a number"),
+        ({"max_drift": 0.02}, "drift 0.02, 2.0 × the 0.01 that int8 may show"),
+        ({"max_drift": 0.001, "bad_rows": 2}, "2 of its embeddings are zero or hold NaN"),
+        ({"max_drift": 0.001}, ""),
+        ({"max_drift": -1e-16}, ""),
+    ],
+)
+def test_what_a_record_does_not_say_counts_against_it(record, why):
+    assert judge_record(record, "int8", LIMITS).why == why
+
+
+def test_a_precision_without_a_limit_is_named():
+    with pytest.raises(ConfigError, match="no drift limit for precision 'int4': expected one of fp32, fp16"):
+        judge_embeddings(REFERENCE, REFERENCE, "int4", LIMITS)
+
+
+def test_a_stricter_limit_in_the_configuration_acts_in_parity(monkeypatch):
+    monkeypatch.setattr(parity, "TritonEmbedder", served({"arcface_reference": REFERENCE, "arcface": drifted(5e-6)}))
+    assert parity.measure_parity("here", FACES, ["arcface_reference", "arcface"]).passed
+    monkeypatch.setenv("ARCFACE_COMPARISON__MAX_DRIFT__FP32", "1e-6")
+    assert not parity.measure_parity("here", FACES, ["arcface_reference", "arcface"]).passed
+
+
+def test_a_stricter_limit_in_the_configuration_acts_in_assemble(tmp_path, monkeypatch):
+    from arcface_build.commands.assemble import command
+
+    model_dir, of = write_model(tmp_path / "models" / "tiny"), spec()
+    contract = json.loads((model_dir / "manifest.json").read_text())["contract_id"]
+    manifest = replace(write_plan(tmp_path / of.file_name, of), contract_id=contract, drift={"max_drift": 5e-4})
+    manifest_path(tmp_path / of.file_name).write_bytes(manifest_bytes(manifest))
+    arguments = ["tiny", "--plan", str(tmp_path / of.file_name), "--models-dir", str(tmp_path / "models")]
+    arguments += ["--model-repository", str(copy_repository(tmp_path))]
+    assert CliRunner().invoke(command, arguments, standalone_mode=False).exception is None
+    monkeypatch.setenv("ARCFACE_COMPARISON__MAX_DRIFT__FP16", "1e-4")
+    refused = CliRunner().invoke(command, arguments, standalone_mode=False).exception
+    assert isinstance(refused, PlanRefused)
+    assert "drift 0.0005, 5.0 × the 0.0001 that fp16 may show" in str(refused)

@@ -1,0 +1,214 @@
+"""A plan's own time: faces and embeddings stay on the GPU, each run is a CUDA graph, and CUDA events time the replays.
+
+A client's latency holds copies and Python besides; `contestants.measure` is for that. It follows CUDA's and TensorRT's
+documented calls and has run on a stand-in only: no GPU has seen it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import statistics
+import time
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_BYTES, FACE_INPUT, FACE_SHAPE
+from arcface_clients.errors import InferenceFailed
+
+INPUTS = 4  # runs take turns on them, so that no input stays in the GPU's cache from one run to the next
+FEWEST_REPLAYS, MOST_REPLAYS = 200, 2000
+WARM_UP_S = 0.5  # idle clocks are a fifth of busy ones
+_LARGEST_ELEMENT = 8  # bytes; outputs are a few kilobytes, so their buffers may be too large
+_CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: what other threads do is not our business
+
+
+class PlanTimer:
+    """A plan loaded for timing; a context manager."""
+
+    def __init__(self, plan: bytes) -> None:
+        """Deserialise the plan.
+
+        Raises:
+            InferenceFailed: TensorRT refuses it.
+        """
+        import tensorrt as trt
+        from polygraphy import cuda
+
+        self._cuda = cuda.wrapper()
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise InferenceFailed("TensorRT cannot deserialise the plan: it is of another version or SM.")
+        self._outputs = [
+            name
+            for name in (self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors))
+            if name != FACE_INPUT
+        ]
+        self._stream = self._cuda.create_stream()
+        self._buffers: list[int] = []
+
+    def __enter__(self) -> PlanTimer:
+        """The timer itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Free what is on the GPU."""
+        self._free()
+        self._cuda.destroy_stream(self._stream)
+        del self._engine, self._runtime
+
+    def time(self, faces_bgr_u8: np.ndarray, batch: int, seconds: float) -> tuple[dict[str, Any], np.ndarray]:
+        """Time at least 200 replays of a batch; the row of the report, and the embeddings of the first `batch` faces.
+
+        Args:
+            faces_bgr_u8: uint8 (N,112,112,3), repeated where there are too few.
+            batch: within the plan's profile.
+            seconds: how long to replay, within 200 to 2,000 replays.
+
+        Returns:
+            median_ms, p10_ms, p90_ms, faces_per_s, replays and graph (false, with why, where capture was refused);
+            embeddings float32 (batch,D), which the timed work itself left behind.
+        """
+        context = self._engine.create_execution_context()
+        try:
+            return self._time(context, faces_bgr_u8, batch, seconds)
+        finally:
+            self._free()
+
+    def _time(
+        self, context: Any, faces_bgr_u8: np.ndarray, batch: int, seconds: float
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        part = np.resize(faces_bgr_u8, (batch, *FACE_SHAPE))
+        if not context.set_input_shape(FACE_INPUT, part.shape):
+            raise InferenceFailed(f"batch {batch} is outside the plan's profile.")
+        shapes = {name: tuple(int(d) for d in context.get_tensor_shape(name)) for name in self._outputs}
+        addresses = {name: self._malloc(int(np.prod(shape)) * _LARGEST_ELEMENT) for name, shape in shapes.items()}
+        for name, address in addresses.items():
+            context.set_tensor_address(name, address)
+        inputs = [self._upload(np.roll(part, -i, axis=0)) for i in range(INPUTS)]
+
+        def enqueue(address: int) -> None:
+            context.set_tensor_address(FACE_INPUT, address)
+            if not context.execute_async_v3(self._stream):
+                raise InferenceFailed(f"TensorRT refused a run of batch {batch}; its log says why.")
+
+        enqueue(inputs[0])  # TensorRT wants one run of a shape before its capture
+        self._synchronize()
+        graphs, why_not = self._capture_all(enqueue, inputs)
+        try:
+            runs = [lambda g=g: self._call("cudaGraphLaunch", g, self._stream_p) for g in graphs] or [
+                lambda a=a: enqueue(a) for a in inputs
+            ]
+            times = self._replay(runs, seconds)
+            runs[0]()
+            self._synchronize()
+            embeddings = self._download(addresses[EMBEDDING_OUTPUT], shapes[EMBEDDING_OUTPUT])
+        finally:
+            for graph in graphs:
+                self._call("cudaGraphExecDestroy", graph)
+        median = statistics.median(times)
+        low, high = np.percentile(times, [10, 90])
+        row = {
+            "batch": batch,
+            "median_ms": median,
+            "p10_ms": float(low),
+            "p90_ms": float(high),
+            "faces_per_s": batch / median * 1e3,
+            "replays": len(times),
+            "graph": bool(graphs),
+        }
+        return (row if graphs else row | {"why_no_graph": why_not}), embeddings
+
+    def _capture_all(self, enqueue: Any, inputs: list[int]) -> tuple[list[ctypes.c_void_p], str]:
+        """A graph for each input; none, and why, where capture is refused: a plain launch is timed then."""
+        graphs: list[ctypes.c_void_p] = []
+        try:
+            for address in inputs:
+                graphs.append(self._capture(lambda address=address: enqueue(address)))
+        except Exception as exc:  # Polygraphy's own class for a status, ours for TensorRT's refusal
+            for graph in graphs:
+                self._call("cudaGraphExecDestroy", graph)
+            self._cuda.handle.cudaGetLastError()  # a refused capture leaves its error behind for the next call
+            return [], str(exc).partition("\n")[0]
+        return graphs, ""
+
+    def _capture(self, enqueue: Any) -> ctypes.c_void_p:
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cudaStreamBeginCapture", self._stream_p, ctypes.c_int(_CAPTURE_THREAD_LOCAL))
+        try:
+            enqueue()
+        finally:  # the stream is of no use while it captures
+            status = self._cuda.handle.cudaStreamEndCapture(self._stream_p, ctypes.byref(graph))
+        self._cuda.check(status)
+        # Its plain form has other arguments in CUDA 11 than in 12; this one is the same since 11.4.
+        self._call("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        self._call("cudaGraphDestroy", graph)
+        return executable
+
+    def _replay(self, runs: list[Any], seconds: float) -> list[float]:
+        """Milliseconds of each run after the warm-up, between CUDA events; the host waits only at the end."""
+        started, warmed = time.perf_counter(), 0
+        while time.perf_counter() - started < WARM_UP_S or warmed < len(runs):
+            runs[warmed % len(runs)]()
+            self._synchronize()
+            warmed += 1
+        each_s = (time.perf_counter() - started) / warmed
+        replays = int(min(max(seconds / each_s, FEWEST_REPLAYS), MOST_REPLAYS))
+        events = [ctypes.c_void_p() for _ in range(replays + 1)]
+        for event in events:
+            self._call("cudaEventCreate", ctypes.byref(event))
+        try:
+            self._call("cudaEventRecord", events[0], self._stream_p)
+            for i in range(replays):
+                runs[i % len(runs)]()
+                self._call("cudaEventRecord", events[i + 1], self._stream_p)
+            self._synchronize()
+            return [self._between_ms(a, b) for a, b in itertools.pairwise(events)]
+        finally:
+            for event in events:
+                self._call("cudaEventDestroy", event)
+
+    def _between_ms(self, first: ctypes.c_void_p, second: ctypes.c_void_p) -> float:
+        elapsed_ms = ctypes.c_float()
+        self._call("cudaEventElapsedTime", ctypes.byref(elapsed_ms), first, second)
+        return float(elapsed_ms.value)
+
+    @property
+    def _stream_p(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self._stream)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        self._cuda.check(getattr(self._cuda.handle, name)(*arguments))
+
+    def _synchronize(self) -> None:
+        self._cuda.stream_synchronize(self._stream)
+
+    def _malloc(self, size: int) -> int:
+        address = int(self._cuda.malloc(size))
+        self._buffers.append(address)
+        return address
+
+    def _upload(self, faces_bgr_u8: np.ndarray) -> int:
+        from polygraphy.cuda import MemcpyKind
+
+        content = np.ascontiguousarray(faces_bgr_u8)
+        address = self._malloc(len(content) * FACE_BYTES)
+        self._cuda.memcpy(address, content.ctypes.data, content.nbytes, MemcpyKind.HostToDevice)
+        return address
+
+    def _download(self, address: int, shape: tuple[int, ...]) -> np.ndarray:
+        from polygraphy.cuda import MemcpyKind
+
+        content = np.empty(shape, np.float32)
+        self._cuda.memcpy(content.ctypes.data, address, content.nbytes, MemcpyKind.DeviceToHost)
+        return content
+
+    def _free(self) -> None:
+        for address in self._buffers:
+            self._cuda.free(address)
+        self._buffers = []
