@@ -71,7 +71,7 @@ def plan_for_this_gpu(asked: PlanRequest, places: Places, phases: PhaseBar) -> t
     check_buildable(typed, precision, version)
 
     def build(spec: PlanSpec, target: Path) -> PlanManifest:
-        crops, _ = read_faces(asked.faces) if asked.faces else drawn_faces()
+        crops = (read_faces(asked.faces) if asked.faces else drawn_faces()).faces
         proof = Proof(crops, source.embed(crops), config.comparison.max_drift.model_dump())
         with phases() as on_phase:
             return build_plan(
