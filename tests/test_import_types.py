@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from arcface_build.imports.manifest import Manifest
 from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.errors import ProofFailed, SourceRefused
@@ -21,6 +20,7 @@ from arcface_build.imports.preprocessing import Stated
 from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
 from arcface_clients.contract import Preprocessing
+from arcface_clients.engines.import_manifest import ImportManifest
 from arcface_clients.faces.synthetic import synthetic_faces
 from tiny_nets import tiny_net
 
@@ -99,7 +99,7 @@ FORMS: dict[str, tuple[Callable[[], onnx.ModelProto], dict]] = {
 }
 
 
-def run_import(path: Path, **arguments: object) -> Manifest:
+def run_import(path: Path, **arguments: object) -> ImportManifest:
     source = resolve(str(path), path.parent, known=known_models())
     return import_model(source, path.parent / "models" / path.stem, ProofFaces(FACES, "drawn"), **arguments)
 
