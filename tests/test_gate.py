@@ -124,7 +124,7 @@ def at_plan_build(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
     }.items():
         monkeypatch.setattr(plan_build, name, stub)
     typed = SimpleNamespace(path=folder / "x.onnx", layers={"int8": 1}, dim=DIM, sha256="ab" * 32)
-    proof = plan_build.Proof(FACES, REFERENCE, LIMITS)
+    proof = plan_build.PlanProof(FACES, REFERENCE, LIMITS)
     plan_build.build_plan(typed, spec(precision="int8"), folder / "out" / "x.plan", proof)
 
 

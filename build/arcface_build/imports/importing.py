@@ -109,7 +109,13 @@ def import_model(
         _save_checked(serving, temporary / SERVING_FILE)
         opset = opset_of(serving)
         prove_file = partial(
-            _prove, faces=faces, expected=expected, reference=reference, limits=limits, progress=progress
+            _prove,
+            faces=faces,
+            expected=expected,
+            reference=reference,
+            limits=limits,
+            contract=contract,
+            progress=progress,
         )
         proof = prove_file(temporary / SERVING_FILE)
         cpu, cpu_step = _cpu_form(serving, temporary / CPU_FILE, prove_file)
@@ -166,10 +172,11 @@ def _prove(
     expected: Array,
     reference: Reference,
     limits: Mapping[str, float],
+    contract: str,
     progress: OnStep,
 ) -> Proof:
     on_face = partial(progress, f"prove {file.name}")
-    return prove(file, faces.faces, expected, reference, faces.origin, on_face, limits)
+    return prove(file, faces.faces, expected, reference, faces.origin, on_face, limits, contract)
 
 
 def _cpu_form(
