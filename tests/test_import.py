@@ -14,7 +14,7 @@ import pytest
 from arcface_build.errors import ProofFailed, SourceRefused
 from arcface_build.imports.importing import existing_import, import_model
 from arcface_build.imports.preprocessing import Stated
-from arcface_build.imports.proof import Reference, reference_embeddings
+from arcface_build.imports.proof import Reference, prove, reference_embeddings
 from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
 from arcface_clients.contract import Preprocessing, contract_id, contract_prefix
@@ -287,3 +287,15 @@ def test_a_missing_model_is_refused_with_those_that_are_there(tmp_path):
         Missing, match=r"no imported model in .*/demo: expected manifest.json there \(.* has demo-mobile\)"
     ):
         read_import_manifest(tmp_path / "demo")
+
+
+def test_the_proof_covers_the_outputs_norm_and_contract(tmp_path: Path, faces: np.ndarray) -> None:
+    manifest = run_import(save(tiny_net(dim=64), tmp_path / "net.onnx"), faces)
+    folder = tmp_path / "models" / "net"
+    reference = Reference(folder / "source.onnx", manifest.wants())
+    raw = reference_embeddings(reference, faces)
+    prove(folder / "serving.onnx", faces, raw, reference, "drawn", contract=manifest.contract_id)
+    with pytest.raises(ProofFailed, match="does not call itself ffff"):
+        prove(folder / "serving.onnx", faces, raw, reference, "drawn", contract="f" * 64)
+    with pytest.raises(ProofFailed, match=r"`norm` of face \d+ is .*: expected"):
+        prove(folder / "serving.onnx", faces, 2 * raw, reference, "drawn", contract=manifest.contract_id)
