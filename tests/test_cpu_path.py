@@ -50,7 +50,7 @@ BOTH = {"int8": {"openvino-bf16": 0.009, "openvino-fp32": 0.008}, "bf16": {"open
             {"int8": 0.001, "bf16": 0.001},
             "bf16",
             "openvino-bf16",
-            "not int8: drift 0.009, 9.0 × the 0.001 that int8 may show",
+            "not int8: drift 0.009, 9.0 × the limit 0.001 for int8",
         ),
         (
             BOTH,

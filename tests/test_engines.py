@@ -62,7 +62,7 @@ def test_unknown_name_lists_the_known():
     with pytest.raises(ConfigError) as caught:
         EngineRegistry.get("tensorflow")
     assert str(caught.value) == (
-        "no engine is called 'tensorflow': expected one of triton, tensorrt, onnx, insightface "
+        "unknown engine 'tensorflow': expected one of triton, tensorrt, onnx, insightface "
         "(pytorch is insightface). Did you mean tensorrt?"
     )
 
@@ -266,7 +266,7 @@ def test_missing_model_lists_those_that_exist(models):
     with pytest.raises(ModelMissing) as caught:
         engine("onnx", models, "r50").ensure_ready()
     assert str(caught.value) == (
-        f"no model 'r50' in {models} (there: bgr, fixed, tiny). Import it: arcface import SOURCE --name r50"
+        f"no model 'r50' in {models} (found: bgr, fixed, tiny). Import it: arcface import SOURCE --name r50"
     )
     assert isinstance(caught.value, BackendUnavailable)
 
@@ -280,7 +280,7 @@ def test_missing_variant_names_the_command(models):
     with pytest.raises(ModelMissing) as caught:
         engine("onnx", models, precision="int8").ensure_ready()
     assert str(caught.value) == (
-        f"no int8 ONNX of model tiny: expected {models}/tiny/variants/int8-cpu.onnx, not there (variants there: none). "
+        f"no int8 ONNX of model tiny: expected {models}/tiny/variants/int8-cpu.onnx, not found (variants found: none). "
         "Make it: arcface quantize tiny --precision int8"
     )
 
@@ -363,7 +363,7 @@ def test_bf16_that_its_gate_refused_is_not_run(tmp_path):
     folder = write_model(tmp_path / "tiny")
     (folder / "variants").mkdir()
     (folder / "variants" / "bf16-cpu.json.refused").touch()
-    with pytest.raises(ModelMissing, match="bf16 of model tiny was refused by its gate"):
+    with pytest.raises(ModelMissing, match="the gate refused bf16 of model tiny"):
         engine("onnx", tmp_path, device="openvino", precision="bf16").ensure_ready()
 
 
@@ -371,7 +371,7 @@ def test_refused_variant_is_named_as_refused(tmp_path):
     folder = write_model(tmp_path / "tiny")
     (folder / "variants").mkdir()
     (folder / "variants" / "int8-cpu.onnx.refused").touch()
-    with pytest.raises(ModelMissing, match="its gate refused it"):
+    with pytest.raises(ModelMissing, match="which its gate refused"):
         engine("onnx", tmp_path, precision="int8").ensure_ready()
 
 

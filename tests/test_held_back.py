@@ -219,7 +219,7 @@ def test_an_older_sidecar_is_read_but_not_served_until_it_is_verified(variant, t
     for key in ("judged_on", "searched", "clipped", "why"):
         del sidecar["gates"][0][key]
     path.write_text(json.dumps(sidecar))
-    assert judge_sidecar(sidecar)["onnxruntime"].why.startswith("it was judged by the faces that it was fitted to")
+    assert judge_sidecar(sidecar)["onnxruntime"].why.startswith("it was judged on the faces it was fitted to")
     assert verify(variant, others(tmp_path), "--max-drift", "0.5").exception is None
     assert judge_sidecar(json.loads(path.read_text()))["onnxruntime"].passed
 
@@ -228,6 +228,6 @@ def test_bf16_that_is_set_aside_is_not_run_by_an_engine_in_this_process(variant)
     for old in (variant / "variants").glob("bf16-cpu.json*"):
         old.unlink()
     (variant / "variants" / "bf16-cpu.json.refused").write_text("{}")
-    with pytest.raises(ModelMissing, match="was refused by its gate"):
+    with pytest.raises(ModelMissing, match="the gate refused"):
         EngineRegistry.get("onnx", models_dir=variant.parent, model="demo", precision="bf16").ensure_ready()
     assert choose(variant, flags=frozenset({"avx512_bf16"}), openvino=True).precision == "fp32"

@@ -1,8 +1,8 @@
-"""Why embeddings differ: faces, a candidate's embeddings and the reference network in; the fault in words out.
+"""Explains in words why a candidate's embeddings differ from the reference's.
 
-Each hypothesis is tried on the reference: its input is prepared wrongly on purpose, and where that reproduces the
-candidate (drift falls to a fraction), the candidate has that fault. So nothing of the candidate but its embeddings is
-needed; with a way to call it, dependence on its neighbours in a batch is tested too.
+Each hypothesis is tried on the reference: its input is deliberately prepared wrongly, and if that reproduces the
+candidate (drift falls to a fraction), the candidate has that fault. This needs only the candidate's embeddings; if the
+candidate can also be called, the test covers whether a face's embedding depends on its neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from arcface_clients.evidence.drift import cosine_per_face
 from arcface_clients.faces.check import check_faces
 
 NOISE = 1e-6  # float32 networks on two runtimes differ by less
-_EXPLAINED = 0.1  # a preprocessing fault has to leave less than this share of the drift
-_EXPLAINED_BY_CROP = 0.35  # a moved crop lacks the pixels beyond its border, so it cannot be reproduced wholly
-_EXPLAINED_EACH = 0.5  # the best of many moves for each face by itself flatters the hypothesis
-_CROP_DRIFT = 1e-3  # a crop that is moved by a pixel drifts further than this
+_EXPLAINED = 0.1  # a preprocessing fault must leave less than this share of the drift
+_EXPLAINED_BY_CROP = 0.35  # a shifted crop lacks the pixels beyond its border, so it cannot be reproduced exactly
+_EXPLAINED_EACH = 0.5  # picking the best of many shifts for each face flatters the hypothesis
+_CROP_DRIFT = 1e-3  # a crop shifted by one pixel drifts further than this
 _FACES = 6  # enough to tell hypotheses apart
 _FACES_FOR_CROPS = 4  # of these; there are many crops to try
 _SAME_FACE = 0.95
-_THE_OTHER_FACE = 0.6  # this near to another face, and this much nearer than to its own: it is the other's
+_THE_OTHER_FACE = 0.6  # this close to another face, and this much closer than to its own: it is the other face's
 
 Network = Callable[[Array], Array]
-"""The reference without its preprocessing: float32 (N,3,112,112) as the network wants it → float (N,D), any length."""
+"""The reference without preprocessing: float32 (N,3,112,112) network input → float (N,D), of any length."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault: a short name, a sentence with its evidence, and the rows concerned (all where empty)."""
+    """One fault: a short name, a sentence with the evidence, and the affected rows (empty: all)."""
 
     fault: str
     sentence: str
@@ -62,14 +62,14 @@ def diagnose(
     encode: Callable[[Array], Array] | None = None,
     batch_tolerance: float = 1e-5,
 ) -> list[Finding]:
-    """Faults that explain a candidate's embeddings, the surest first; an empty list: there is nothing to explain.
+    """Faults that explain a candidate's embeddings, most certain first; empty if there is nothing to explain.
 
     Args:
         faces: what was embedded, uint8 (N,112,112,3) BGR.
         candidate: float (N,D), as the candidate gave them.
         network: the reference network.
         preprocessing: what the network was trained with.
-        encode: the candidate itself, where it can be called: faces → embeddings.
+        encode: the candidate itself, if it can be called: faces → embeddings.
         batch_tolerance: largest 1 − cosine between a row alone and in a batch.
 
     Raises:
@@ -104,7 +104,7 @@ def _bad_rows(norms: Array) -> Iterator[Finding]:
     if bad.size:
         yield Finding(
             "bad rows",
-            f"{bad.size} of {len(norms)} embeddings are zero or hold NaN, first at row {bad[0]}.",
+            f"{bad.size} of {len(norms)} embeddings are zero or contain NaN, first at row {bad[0]}.",
             tuple(bad.tolist()),
         )
 
@@ -119,7 +119,7 @@ def _not_normalised(norms: Array) -> Iterator[Finding]:
 
 
 def _batch_dependence(faces: Array, encode: Callable[[Array], Array], tolerance: float) -> Iterator[Finding]:
-    """A row alone against the same row among hostile neighbours (black, white, noise)."""
+    """Compare a face embedded alone with the same face among hostile neighbours (black, white, noise)."""
     few = faces[:4]
     noise = np.random.default_rng(0).integers(0, 256, few.shape[1:], np.uint8)
     hostile = np.stack([np.zeros_like(few[0]), np.full_like(few[0], 255), noise])
@@ -136,7 +136,7 @@ def _batch_dependence(faces: Array, encode: Callable[[Array], Array], tolerance:
 
 
 def _misplaced(reference: Array, unit: Array, usable: Array, drift: Array) -> tuple[list[Finding], Array]:
-    """Rows that hold another face's embedding, or that alone are far off; and all rows that these findings cover."""
+    """Findings on rows that hold another face's embedding or are isolated outliers, and all rows these cover."""
     similar = unit @ reference.T
     nearest = similar.argmax(axis=1)
     own = 1 - drift
@@ -152,8 +152,8 @@ def _misplaced(reference: Array, unit: Array, usable: Array, drift: Array) -> tu
         return [Finding("rows out of order", sentence)], usable
     elsewhere = (nearest != usable) & (top > _THE_OTHER_FACE) & (top - own > 0.2)
     if elsewhere.mean() > 0.5:
-        return [], np.array([], int)  # faces have become alike: no question of places
-    # Rows far beyond what the others show; on their own, so a fault that all share is not blamed on a few.
+        return [], np.array([], int)  # the faces have become alike, so order cannot be judged
+    # Only rows that drift far more than the rest, so that a fault common to all is not blamed on a few.
     alone = elsewhere | (drift > max(20 * float(np.median(drift)), 0.05))
     if alone.mean() > 0.1:
         alone = elsewhere
@@ -162,12 +162,12 @@ def _misplaced(reference: Array, unit: Array, usable: Array, drift: Array) -> tu
         row, other = int(usable[at]), int(nearest[at])
         if elsewhere[at]:
             sentence = (
-                f"Row {row} holds the embedding of face {other} (cosine {similar[at, other]:.4f} to it, "
+                f"Row {row} holds the embedding of face {other} (cosine {similar[at, other]:.4f} to that face, "
                 f"{own[at]:.4f} to its own face)."
             )
             findings.append(Finding("faces swapped", sentence, (row, other)))
         else:
-            sentence = f"Face {row} alone is far off (cosine {own[at]:.4f}): it was embedded from another picture."
+            sentence = f"Face {row} is an outlier (cosine {own[at]:.4f}): it was embedded from another picture."
             findings.append(Finding("one face differs", sentence, (row,)))
     return findings, usable[alone]
 
@@ -175,7 +175,7 @@ def _misplaced(reference: Array, unit: Array, usable: Array, drift: Array) -> tu
 def _preprocessing_fault(
     faces: Array, candidate: Array, network: Network, stated: Preprocessing, drift: Array
 ) -> Finding:
-    """The hypothesis that explains most, or the finding that none does."""
+    """The hypothesis that explains the most, or a finding that none does."""
 
     def left(hypothesis: _Hypothesis, count: int | None = None) -> Array:
         return 1 - cosine_per_face(network(hypothesis.prepare(faces[:count])), candidate[:count])
@@ -188,8 +188,8 @@ def _preprocessing_fault(
     if before < _CROP_DRIFT:
         return Finding(
             "weights or precision",
-            f"No fault of preprocessing explains the drift (median {median:.1e}, largest {largest:.1e}, on all faces): "
-            "the weights or the precision differ. Which layer: arcface compare A.onnx B.onnx --layers",
+            f"No preprocessing fault explains the drift (median {median:.1e}, largest {largest:.1e}, on all faces): "
+            "the weights or the precision differ. Find the layer: arcface compare A.onnx B.onnx --layers",
         )
     crops = [(hypothesis, left(hypothesis, _FACES_FOR_CROPS)) for hypothesis in _crop_faults(stated)]
     best, _ = min(crops, key=lambda pair: pair[1].mean())
@@ -200,28 +200,28 @@ def _preprocessing_fault(
     if each < _EXPLAINED_EACH * before:
         return Finding(
             "crop template off",
-            f"The crops are cut differently from face to face: a shift or zoom of its own brings each nearer "
-            f"(1 − cosine {before:.1e} → {each:.1e}). Align by five landmarks to the ArcFace template.",
+            f"The crops are cut differently from face to face: a separate shift or zoom brings each one closer "
+            f"(1 − cosine {before:.1e} → {each:.1e}). Align five landmarks to the ArcFace template.",
         )
     return Finding(
         "another network or other pictures",
-        f"Nothing that was tried explains a drift this large (median {median:.1e}, largest {largest:.1e}): "
-        "another network, or crops of other pictures.",
+        f"No known fault explains a drift this large (median {median:.1e}, largest {largest:.1e}): "
+        "it is another network, or these are crops of other pictures.",
     )
 
 
 def _explained(hypothesis: _Hypothesis, before: float, after: float) -> Finding:
     return Finding(
         hypothesis.fault,
-        f"{hypothesis.words} With that fault the reference gives the same embeddings "
-        f"(1 − cosine {after:.1e}, without it {before:.1e}).",
+        f"{hypothesis.words} With this fault the reference gives the same embeddings "
+        f"(1 − cosine {after:.1e}; without it {before:.1e}).",
     )
 
 
 def _pixel_faults(stated: Preprocessing) -> Iterator[_Hypothesis]:
-    """Wrong channel order, wrong numbers, and both."""
+    """Wrong channel order, wrong mean or std, and both together."""
     other = "bgr" if stated.color == "rgb" else "rgb"
-    swapped = f"The channels are swapped: the network wants {stated.color.upper()} and gets {other.upper()}."
+    swapped = f"The channels are swapped: the network expects {stated.color.upper()} and gets {other.upper()}."
     mean, std = np.array(stated.mean), np.array(stated.std)
     numbers: list[tuple[str, str, Array, Array]] = [
         (
@@ -232,7 +232,7 @@ def _pixel_faults(stated: Preprocessing) -> Iterator[_Hypothesis]:
         ),
         ("missing normalisation", "The normalisation is missing: the network gets 0..255.", 0 * mean, 0 * std + 1),
         ("missing normalisation", "Pixels are only divided by 255: the network gets 0..1.", 0 * mean, 0 * std + 255),
-        ("missing normalisation", "The mean is not subtracted, only the division is done.", 0 * mean, std),
+        ("missing normalisation", "The mean is not subtracted; pixels are only divided.", 0 * mean, std),
         ("normalised twice", "The normalisation is applied twice.", mean + std * mean, std * std),
         ("wrong numbers", "Mean and std are given in the other channel order.", mean[::-1], std[::-1]),
         ("wrong numbers", "Mean 127.5 and std 127.5 (InsightFace's) are used.", 0 * mean + 127.5, 0 * std + 127.5),
@@ -250,7 +250,7 @@ def _pixel_faults(stated: Preprocessing) -> Iterator[_Hypothesis]:
         if np.allclose(m, mean) and np.allclose(s, std):
             continue
         if fault == "wrong numbers":
-            words = f"{words} The network wants mean {_written(mean)}, std {_written(std)}."
+            words = f"{words} The network expects mean {_written(mean)}, std {_written(std)}."
         yield _Hypothesis(fault, words, wrong.apply)
         yield _Hypothesis(f"channels swapped, {fault}", f"{swapped} {words}", replace(wrong, color=other).apply)
     yield _Hypothesis(
@@ -261,7 +261,7 @@ def _pixel_faults(stated: Preprocessing) -> Iterator[_Hypothesis]:
 
 
 def _crop_faults(stated: Preprocessing) -> Iterator[_Hypothesis]:
-    """Crops cut by another template: mirrored, turned, shifted or zoomed."""
+    """Crops that do not follow the template: mirrored, upside down, shifted or zoomed."""
     yield _Hypothesis("crop mirrored", "The crops are mirrored.", lambda faces: stated.apply(faces[:, :, ::-1]))
     yield _Hypothesis("crop turned", "The crops are upside down.", lambda faces: stated.apply(faces[:, ::-1, ::-1]))
     for scale, dx, dy in (
@@ -272,7 +272,7 @@ def _crop_faults(stated: Preprocessing) -> Iterator[_Hypothesis]:
 
 
 def _moved(stated: Preprocessing, scale: float, dx: float, dy: float) -> _Hypothesis:
-    parts = [f"moved by {dx:+g} px to the right and {dy:+g} px down"] if dx or dy else []
+    parts = [f"shifted by {dx:+g} px to the right and {dy:+g} px down"] if dx or dy else []
     parts += [f"zoomed by {scale:.3g}"] if scale != 1 else []
     return _Hypothesis(
         "crop template off",
@@ -285,8 +285,8 @@ def _moved(stated: Preprocessing, scale: float, dx: float, dy: float) -> _Hypoth
 def _refined(
     best: _Hypothesis, after: float, stated: Preprocessing, left: Callable[[_Hypothesis], float]
 ) -> tuple[_Hypothesis, float]:
-    """Half-step descent from the best grid point, so that the sentence gives the right figures."""
-    if best.fault != "crop template off":  # mirrored or turned: nothing to refine
+    """Refine the best grid point with halving steps, so that the message states accurate figures."""
+    if best.fault != "crop template off":  # mirrored or upside down: nothing to refine
         return best, after
     step = np.array([0.05, 2.0, 2.0])
     at = np.array(best.at)
@@ -304,7 +304,7 @@ def _refined(
 
 
 def warp(faces: Array, scale: float, dx: float, dy: float) -> Array:
-    """Faces uint8 (N,112,112,3) zoomed about their centre and moved, in pixels; bilinear, borders repeated."""
+    """Faces uint8 (N,112,112,3) zoomed about their centre and shifted, in pixels; bilinear, borders repeated."""
     centre = (FACE_SIZE - 1) / 2
 
     def along(values: Array, axis: int, shift: float) -> Array:
