@@ -96,7 +96,7 @@ def test_nan_and_inf_are_refused(line, text):
 def test_mean_and_std_of_an_import_are_finite_too(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"")
     done = arcface("import", tmp_path / "m.onnx", "--mean", "nan", "--std", "1")
-    assert (done.returncode, "--mean is 'nan': expected one number or three" in done.stderr) == (2, True)
+    assert (done.returncode, "--mean is 'nan': expected one number, or three" in done.stderr) == (2, True)
 
 
 def test_nan_in_a_variable_is_refused():

@@ -81,7 +81,7 @@ BOTH = {"int8": {"openvino-bf16": 0.009, "openvino-fp32": 0.008}, "bf16": {"open
             "openvino-fp32",
             "int8 passed its gate (drift 0.008)",
         ),
-        ({"int8": {"onnxruntime": 0.008}}, SAPPHIRE, False, None, "fp32", "onnxruntime", "nobody measured a gain here"),
+        ({"int8": {"onnxruntime": 0.008}}, SAPPHIRE, False, None, "fp32", "onnxruntime", "no gain was measured here"),
         (
             {"int8": {"openvino-bf16": 0.009}},
             CASCADE,

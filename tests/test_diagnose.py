@@ -74,7 +74,7 @@ def test_a_crop_cut_by_another_template_is_measured(reference):
     embed, _, _ = reference
     ((fault, sentence),) = found(reference, embed(faces=warp(FACES, 1.0, 4, -8)))
     assert fault == "crop template off"
-    assert "moved by +4 px to the right and -8 px down. " in sentence
+    assert "shifted by +4 px to the right and -8 px down. " in sentence
 
 
 def test_embeddings_that_are_not_of_unit_length_are_recognised(reference):
@@ -89,7 +89,7 @@ def test_two_swapped_faces_are_named_and_the_others_are_left_alone(reference):
     candidate = embed()
     candidate[[3, 17]] = candidate[[17, 3]]
     (first, second) = found(reference, candidate)
-    assert first[1].startswith("Row 3 holds the embedding of face 17 (cosine 1.0000 to it")
+    assert first[1].startswith("Row 3 holds the embedding of face 17 (cosine 1.0000 to that face")
     assert second[1].startswith("Row 17 holds the embedding of face 3 ")
 
 

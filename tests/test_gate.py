@@ -206,7 +206,7 @@ def test_every_door_lets_the_same_candidates_in(door, candidate, tmp_path, monke
     ("rows", "why"),
     [
         (drifted(0.02), "drift 0.02, 2.0 × the limit 0.01 for int8, on 1 of 4 faces; worst: c.jpg (0.02)"),
-        (with_row(0.0), "1 of 4 embeddings are zero or contain NaN; drift 1, 100.0 × the 0.01"),
+        (with_row(0.0), "1 of 4 embeddings are zero or contain NaN; drift 1, 100.0 × the limit 0.01"),
         (1.01 * REFERENCE, "embeddings of length 1.01 to 1.01, expected 1"),
         (REFERENCE[:3], "it gives float32 (3, 8) for 4 faces, expected floats (4, 8)"),
         (REFERENCE.astype(object), "it gives object (4, 8) for 4 faces, expected floats (4, 8)"),

@@ -71,16 +71,20 @@ def test_a_crop_that_is_there_twice_is_not_on_both_sides():
 
 
 def test_faces_that_are_all_fitted_to_leave_nothing_to_judge_by():
-    with pytest.raises(WrongUse, match=r"no face of crops is left to judge by.*--eval FOLDER"):
+    with pytest.raises(WrongUse, match=r"no face of crops is left to judge on.*--eval FOLDER"):
         without(people(2), people(2))
 
 
 @pytest.mark.parametrize(
     ("fitted", "judged", "said"),
     [
-        (people(3, origin="a"), people(3, origin="a"), "fitted to and judged by faces of one source (a)"),
-        (people(3, origin="synthetic"), people(3, origin="synthetic"), "judged by drawn faces"),
-        (None, FaceSet("b", np.full((4, 112, 112, 3), 90, np.uint8), list("abcd"), None), "the faces are of one light"),
+        (people(3, origin="a"), people(3, origin="a"), "fitted to and judged on faces from one source (a)"),
+        (people(3, origin="synthetic"), people(3, origin="synthetic"), "judged on synthetic faces"),
+        (
+            None,
+            FaceSet("b", np.full((4, 112, 112, 3), 90, np.uint8), list("abcd"), None),
+            "the faces have uniform lighting",
+        ),
     ],
 )
 def test_faces_that_are_alike_are_warned_of_in_words(fitted, judged, said):
@@ -154,7 +158,7 @@ def test_the_sidecar_tells_the_drift_on_both_parts_and_what_was_cut_off(made):
     assert gate["searched"]["limit"] == 0.25  # half of what is allowed
     assert 0 <= gate["clipped"]["worst"] <= gate["clipped"]["limit"]
     assert made["eval"]["sha256"] != made["searched"]["sha256"]
-    assert made["warnings"][0].startswith("fitted to and judged by faces of one source (strangers.npz)")
+    assert made["warnings"][0].startswith("fitted to and judged on faces from one source (strangers.npz)")
 
 
 def test_the_search_aims_at_half_of_the_limit(variant, loose):
@@ -170,7 +174,7 @@ def test_a_search_that_cannot_reach_its_aim_says_how_near_it_got(variant, loose,
     monkeypatch.setattr(make, "smallest_passing_set", lambda *_: nothing)
     with pytest.raises(ProofFailed) as refused:
         make_variant(variant, replace(loose, limits={"int8": 0.006}, search=True))
-    said = "drift 0.003 on the faces that are searched on (least: 0.004, 50 layers kept). Nothing was written."
+    said = "drift 0.003 on the faces of the search (least: 0.004, 50 layers kept). Nothing was written."
     assert said in str(refused.value)
 
 
@@ -208,7 +212,7 @@ def test_a_variant_cannot_be_verified_by_the_faces_that_it_was_fitted_to(variant
     path.write_text(json.dumps(sidecar))
     done = verify(variant, others(tmp_path))
     assert isinstance(done.exception, WrongUse)
-    assert "holds the faces that the variant was fitted to: they prove nothing" in str(done.exception)
+    assert "contains the faces that the variant was fitted to: they prove nothing" in str(done.exception)
 
 
 def test_an_older_sidecar_is_read_but_not_served_until_it_is_verified(variant, tmp_path):

@@ -89,7 +89,7 @@ WRONG = {
     "two numbers": (
         ["net.onnx", "--mean", "1,2", "--std", "1"],
         2,
-        "WrongUse: --mean is '1,2': expected one number or three with commas, as 123.675,116.28,103.53.",
+        "WrongUse: --mean is '1,2': expected one number, or three such as 123.675,116.28,103.53.",
     ),
     "std 0": (
         ["net.onnx", "--mean", "0", "--std", "0"],

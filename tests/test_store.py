@@ -279,7 +279,7 @@ def test_a_pipe_in_the_place_of_a_manifest_is_not_waited_for(tmp_path: Path, man
     store = PlanStore(open_store(str(tmp_path / "store")))
     (tmp_path / "store" / manifest.key).mkdir(parents=True)
     os.mkfifo(tmp_path / "store" / manifest_name(manifest))
-    with pytest.raises(PlanRefused, match="is no file"):
+    with pytest.raises(PlanRefused, match="is not a file"):
         store.find(manifest.key)
     assert store.manifests() == []
 

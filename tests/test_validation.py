@@ -61,7 +61,7 @@ def test_wrong_channel_order_is_refused(tmp_path):
 
 def test_another_models_reference_is_a_mismatch_not_a_drift(tmp_path):
     one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other", seed=1)
-    with pytest.raises(ContractMismatch, match="they are two models"):
+    with pytest.raises(ContractMismatch, match="they are different models"):
         validate_engine(onnx(one), reference(other), "fp32", {"fp32": 1e-3}, "onnx")
 
 

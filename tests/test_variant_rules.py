@@ -157,7 +157,7 @@ def test_a_damaged_file_of_faces_is_refused_in_one_sentence(damage, tmp_path):
 @pytest.mark.parametrize("identities", [np.arange(1), np.zeros((2, 2)), np.array([None, None], object)])
 def test_identities_that_do_not_fit_the_faces_are_refused(identities, tmp_path):
     np.savez(tmp_path / "x.npz", faces=synthetic_faces(2), identities=identities)
-    with pytest.raises(WrongUse, match=r"expected an \.npz with `faces` .*, and perhaps `identities` \(N,\)"):
+    with pytest.raises(WrongUse, match=r"expected an \.npz with `faces` .*, and optionally `identities` \(N,\)"):
         load_faces(str(tmp_path / "x.npz"), 4)
 
 

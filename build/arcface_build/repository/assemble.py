@@ -140,7 +140,7 @@ def assemble_plans(
         files |= {f"{sm_tag(sm)}.plan": plan.path, f"{sm_tag(sm)}.plan.json": manifest_path(plan.path)}
     told = imported.to_json()
     manifest = {key: told[key] for key in ("name", "source", "preprocessing", "dim", "contract_id")}
-    # Complete manifests are stored beside the plans. Both digests are recorded, so only changed plans are a new version.
+    # Complete manifests are stored beside the plans. Both digests are recorded: only changed plans make a new version.
     entries = {
         f"{sm_tag(sm)}.plan": {"sha256": plan.manifest.sha256, "manifest_sha256": file_sha256(manifest_path(plan.path))}
         for sm, plan in chosen.items()

@@ -1,7 +1,8 @@
 """Repairs a model repository after a command was killed: removes temporary files and rewrites stale overlays.
 
 A version appears in one rename and its overlays follow. Each overlay pins the version that it describes, so after a
-kill in between the server serves what it served before, or refuses to start, but never new weights under an old contract id.
+kill in between the server serves what it served before, or refuses to start, but never new weights under an old
+contract id.
 """
 
 from __future__ import annotations
