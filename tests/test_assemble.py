@@ -195,7 +195,7 @@ def test_a_plan_of_another_contract_is_refused(model_dir, repository, tmp_path):
     ("drift", "message"),
     [
         (None, r"tiny-fp16-sm86\.plan is refused: its drift was never measured\. Build it again"),
-        (0.002, r"tiny-fp16-sm86\.plan is refused: drift 0\.002, 2\.0 × the 0\.001 that fp16 may show"),
+        (0.002, r"tiny-fp16-sm86\.plan is refused: drift 0\.002, 2\.0 × the limit 0\.001 for fp16"),
         (float("nan"), r"tiny-fp16-sm86\.plan is refused: its record states a drift of nan, expected a number"),
     ],
 )

@@ -96,7 +96,7 @@ def test_nan_and_inf_are_refused(line, text):
 def test_mean_and_std_of_an_import_are_finite_too(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"")
     done = arcface("import", tmp_path / "m.onnx", "--mean", "nan", "--std", "1")
-    assert (done.returncode, "--mean is 'nan': expected one number or three" in done.stderr) == (2, True)
+    assert (done.returncode, "--mean is 'nan': expected one number, or three" in done.stderr) == (2, True)
 
 
 def test_nan_in_a_variable_is_refused():
@@ -151,7 +151,7 @@ def test_a_mistyped_command_is_answered_with_the_right_one(typed, meant):
 )
 def test_a_command_that_left_says_where_it_went(name, home):
     done = arcface(name)
-    assert done.returncode == 2 and f"from a checkout it is {home}." in done.stderr
+    assert done.returncode == 2 and f"in a checkout, run {home}." in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_command_that_left_says_where_it_went(name, home):
 def test_a_command_line_of_old_is_one_of_today(old, now):
     words, told = translated(shlex.split(old))
     assert shlex.join(words) == now
-    assert told == f"an old name; today: arcface {now}"
+    assert told == f"an old name; use: arcface {now}"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_python_m_runs_a_mode_of_old_with_one_line_of_notice(tmp_path):
     line = [sys.executable, "-m", "arcface_build", "--mode", "info", "--engine-path", "no.plan"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
     notice, error = done.stderr.splitlines()
-    assert notice == "an old name; today: arcface plan show no.plan"
+    assert notice == "an old name; use: arcface plan show no.plan"
     assert done.returncode == 3 and error.startswith("PlanNotFound: ")
     silent = subprocess.run([*line, "-q"], capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
     assert silent.stderr.splitlines() == [error]
@@ -216,7 +216,7 @@ def test_python_m_runs_a_mode_of_old_with_one_line_of_notice(tmp_path):
 def test_a_variable_of_old_is_one_line_and_none_with_quiet(tmp_path):
     old = {"ARCFACE_CACHE": str(tmp_path)}
     assert arcface("plan", "list", cwd=tmp_path, **old).stderr == (
-        "environment variable ARCFACE_CACHE is an old name; write ARCFACE_STORAGE__CACHE\n"
+        "environment variable ARCFACE_CACHE is an old name; use ARCFACE_STORAGE__CACHE\n"
     )
     assert arcface("plan", "list", "-q", cwd=tmp_path, **old).stderr == ""
     assert arcface("-q", "plan", "list", cwd=tmp_path, **old).stderr == ""

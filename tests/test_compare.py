@@ -101,7 +101,7 @@ def test_a_failed_gate_is_exit_code_1_and_names_the_fault(model, people, tmp_pat
     result = compare(model / "serving.onnx", tmp_path / "swapped.npz")  # the faces are found by the saved paths
     assert result.return_value == 1
     assert "gate        FAILED" in result.stdout
-    assert "channels swapped: The channels are swapped: the network wants RGB and gets BGR." in result.stdout
+    assert "channels swapped: The channels are swapped: the network expects RGB and gets BGR." in result.stdout
 
 
 def test_saved_embeddings_are_matched_by_name_not_by_row(tmp_path):

@@ -108,7 +108,7 @@ def test_caller_wins_over_environment_and_file(write):
             "FILE: bakend: no such key. Did you mean backend? Allowed: backend, device, precision, batch, workspace, "
             "versions_kept, local, triton, storage, fallback, validation, comparison.",
         ),
-        ("backend: onnx\nbackend: triton", "FILE: not YAML in line 2: backend stands there twice: delete one of them."),
+        ("backend: onnx\nbackend: triton", "FILE: not YAML in line 2: backend appears twice: delete one of them."),
         ("triton: {headers: {a: 1}}", "FILE: triton.headers.a: got 1; input should be a valid string."),
         (
             "triton: {shared_memory: maybe}",
@@ -116,17 +116,17 @@ def test_caller_wins_over_environment_and_file(write):
         ),
         (
             "tensorrt: {enabled: 'no'}",
-            "the old name enabled says 'no': expected true or false. Write backend: instead.",
+            "the old name enabled is 'no': expected true or false. Use backend: instead.",
         ),
         ("precision: fp8", "FILE: precision: got 'fp8'; input should be 'fp32', 'fp16', 'bf16' or 'int8'."),
         (
             "backend: onxx",
-            "FILE: backend: got 'onxx'; no engine is called 'onxx': expected one of triton, tensorrt, onnx, "
+            "FILE: backend: got 'onxx'; unknown engine 'onxx': expected one of triton, tensorrt, onnx, "
             "insightface (pytorch is insightface). Did you mean onnx?.",
         ),
         (
             "device: tpu",
-            "FILE: device: got 'tpu'; no device is called 'tpu': "
+            "FILE: device: got 'tpu'; unknown device 'tpu': "
             "expected one of auto, gpu, cuda, tensorrt, coreml, openvino, cpu, or cuda:1.",
         ),
         ("batch: {min: 8, opt: 4}", "FILE: batch: expected min <= opt <= max, got 8, 4, 64."),
@@ -218,7 +218,7 @@ def test_workspace_is_given_in_gb_or_mb(text, expected):
     ],
 )
 def test_old_names_are_understood_with_one_warning(write, text, old, key, expected):
-    with pytest.warns(FutureWarning, match=re.escape(f"{old} is an old name; write ")) as seen:
+    with pytest.warns(FutureWarning, match=re.escape(f"{old} is an old name; use ")) as seen:
         config = load_config(write(text), environ={})
     assert len(seen) == 1
     value = config
@@ -232,11 +232,11 @@ def test_old_variables_are_understood_with_one_warning_and_refused_where_they_di
         config = load_config(write(""), environ={"ARCFACE_URL": "gpu:8001", "ARCFACE_CACHE": "/plans"})
     assert (config.triton.url, config.storage.cache) == ("gpu:8001", Path("/plans"))
     assert [str(warning.message) for warning in seen] == [
-        "environment variable ARCFACE_URL is an old name; write ARCFACE_TRITON__URL",
-        "environment variable ARCFACE_CACHE is an old name; write ARCFACE_STORAGE__CACHE",
+        "environment variable ARCFACE_URL is an old name; use ARCFACE_TRITON__URL",
+        "environment variable ARCFACE_CACHE is an old name; use ARCFACE_STORAGE__CACHE",
     ]
     assert message(write(""), {"ARCFACE_URL": "a:1", "ARCFACE_TRITON__URL": "b:1"}) == (
-        "environment: ARCFACE_TRITON__URL says 'b:1' and the old name ARCFACE_URL says 'a:1': "
+        "environment: ARCFACE_TRITON__URL is 'b:1' but the old name ARCFACE_URL is 'a:1': "
         "keep ARCFACE_TRITON__URL and unset ARCFACE_URL."
     )
 
@@ -254,7 +254,7 @@ def test_old_bucket_switches_the_store_to_s3(write):
 
 def test_old_and_new_name_that_disagree_are_refused(write):
     assert message(write("batch: {max: 32}\nbatch_size: 16")) == (
-        "FILE: batch.max says 32 and the old name batch_size says 16: keep batch.max and delete batch_size."
+        "FILE: batch.max is 32 but the old name batch_size is 16: keep batch.max and delete batch_size."
     )
 
 

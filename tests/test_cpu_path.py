@@ -50,7 +50,7 @@ BOTH = {"int8": {"openvino-bf16": 0.009, "openvino-fp32": 0.008}, "bf16": {"open
             {"int8": 0.001, "bf16": 0.001},
             "bf16",
             "openvino-bf16",
-            "not int8: drift 0.009, 9.0 × the 0.001 that int8 may show",
+            "not int8: drift 0.009, 9.0 × the limit 0.001 for int8",
         ),
         (
             BOTH,
@@ -81,7 +81,7 @@ BOTH = {"int8": {"openvino-bf16": 0.009, "openvino-fp32": 0.008}, "bf16": {"open
             "openvino-fp32",
             "int8 passed its gate (drift 0.008)",
         ),
-        ({"int8": {"onnxruntime": 0.008}}, SAPPHIRE, False, None, "fp32", "onnxruntime", "nobody measured a gain here"),
+        ({"int8": {"onnxruntime": 0.008}}, SAPPHIRE, False, None, "fp32", "onnxruntime", "no gain was measured here"),
         (
             {"int8": {"openvino-bf16": 0.009}},
             CASCADE,

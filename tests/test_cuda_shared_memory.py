@@ -234,9 +234,9 @@ def test_a_client_without_a_gpu_tidies_up_after_a_dead_one_that_had_one(cuda, od
     ("fault", "why"),
     [
         ("refuse", "one face through GPU 0 did not come back: .*this backend reads no memory of a GPU"),
-        ("no room", r"CUDA: cuMemAlloc_v2 answered 2 \(out of memory\). Look at the GPU: nvidia-smi"),
+        ("no room", r"CUDA: cuMemAlloc_v2 returned 2 \(out of memory\). Check the GPU: nvidia-smi"),
         ("no driver", "no CUDA driver on this host"),
-        ("no gpu", r"CUDA: cuInit answered 100 \(no CUDA-capable device is detected\)"),
+        ("no gpu", r"CUDA: cuInit returned 100 \(no CUDA-capable device is detected\)"),
     ],
 )
 def test_where_cuda_is_not_possible_the_next_way_is_taken_and_says_why(

@@ -55,13 +55,13 @@ def embed_faces(embed):
 @pytest.mark.parametrize(
     ("change", "fault", "words"),
     [
-        ({"color": "bgr"}, "channels swapped", "the network wants RGB and gets BGR"),
+        ({"color": "bgr"}, "channels swapped", "the network expects RGB and gets BGR"),
         ({"std": (128.0,) * 3}, "wrong scale", "divided by 128 instead of 127.5 (/128 for /127.5)"),
         ({"mean": (0.0,) * 3, "std": (1.0,) * 3}, "missing normalisation", "the network gets 0..255"),
         (
             {"color": "bgr", "mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)},
             "channels swapped, wrong numbers",
-            "ImageNet's mean and std are used. The network wants mean 127.5, std 127.5",
+            "ImageNet's mean and std are used. The network expects mean 127.5, std 127.5",
         ),
     ],
 )
@@ -76,7 +76,7 @@ def test_a_crop_cut_by_another_template_is_measured(reference):
     embed, _, _ = reference
     ((fault, sentence),) = found(reference, embed(faces=warp(FACES, 1.0, 4, -8)))
     assert fault == "crop template off"
-    assert "moved by +4 px to the right and -8 px down. " in sentence
+    assert "shifted by +4 px to the right and -8 px down. " in sentence
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_two_swapped_faces_are_named_and_the_others_are_left_alone(reference):
     candidate = embed()
     candidate[[3, 17]] = candidate[[17, 3]]
     (first, second) = found(reference, candidate)
-    assert first[1].startswith("Row 3 holds the embedding of face 17 (cosine 1.0000 to it")
+    assert first[1].startswith("Row 3 holds the embedding of face 17 (cosine 1.0000 to that face")
     assert second[1].startswith("Row 17 holds the embedding of face 3 ")
 
 
@@ -219,7 +219,7 @@ def test_one_face_from_another_picture_is_named(reference):
     candidate[5] = embed(faces=synthetic_faces(1, seed=99))[0]
     ((fault, sentence),) = found(reference, candidate)
     assert fault == "one face differs"
-    assert sentence.startswith("Face 5 alone is far off")
+    assert sentence.startswith("Face 5 is an outlier")
 
 
 def test_rows_out_of_order_are_told_with_their_offset(reference):
@@ -255,7 +255,7 @@ def test_one_layer_changed_by_one_percent_is_no_preprocessing_fault(reference, s
     raw = network(stated.apply(FACES))
     ((fault, sentence),) = found(reference, raw / np.linalg.norm(raw, axis=1, keepdims=True))
     assert fault == "weights or precision"
-    assert sentence.endswith("Which layer: arcface compare A.onnx B.onnx --layers")
+    assert sentence.endswith("Find the layer: arcface compare A.onnx B.onnx --layers")
 
 
 def test_bad_rows_are_named_and_a_wrong_count_is_refused(reference):
@@ -263,6 +263,6 @@ def test_bad_rows_are_named_and_a_wrong_count_is_refused(reference):
     candidate = embed()
     candidate[7] = np.nan
     ((fault, sentence),) = found(reference, candidate)
-    assert (fault, sentence) == ("bad rows", "1 of 24 embeddings are zero or hold NaN, first at row 7.")
+    assert (fault, sentence) == ("bad rows", "1 of 24 embeddings are zero or contain NaN, first at row 7.")
     with pytest.raises(InvalidFaces, match=r"expected an embedding for each of 24 faces, got \(23, 512\)"):
         diagnose(FACES, candidate[1:], network, stated)

@@ -51,7 +51,7 @@ def test_rows_with_nan_or_zero_are_counted_and_fail_instead_of_stopping_the_repo
     report = compare_embeddings(reference, candidate)
     assert (report.bad_rows, report.min_cosine, report.worst_face) == (2, 0.0, 2)
     assert report.norms["candidate"]["min"] == pytest.approx(1)
-    with pytest.raises(InvalidFaces, match="1 of 6 embeddings are zero or hold NaN, first at row 2"):
+    with pytest.raises(InvalidFaces, match="1 of 6 embeddings are zero or contain NaN, first at row 2"):
         compare_embeddings(np.where(np.arange(6)[:, None] == 2, 0, reference), reference)
 
 
@@ -87,6 +87,6 @@ def test_regression_names_the_faces_beyond_max_drift():
     with pytest.raises(GateFailed) as caught:
         run_embedding_regression_tests(np.zeros(0), reference, candidate, 0.001, [f"{i}.jpg" for i in range(5)])
     assert str(caught.value) == (
-        "drift 0.002, 2.0 × the 0.001 that the candidate may show, on 1 of 5 faces; worst: 2.jpg (0.002). "
+        "drift 0.002, 2.0 × the limit 0.001 for the candidate, on 1 of 5 faces; worst: 2.jpg (0.002). "
         "What differs: arcface compare A B"
     )

@@ -62,7 +62,7 @@ def test_unknown_name_lists_the_known():
     with pytest.raises(ConfigError) as caught:
         EngineRegistry.get("tensorflow")
     assert str(caught.value) == (
-        "no engine is called 'tensorflow': expected one of triton, tensorrt, onnx, insightface "
+        "unknown engine 'tensorflow': expected one of triton, tensorrt, onnx, insightface "
         "(pytorch is insightface). Did you mean tensorrt?"
     )
 
@@ -229,7 +229,7 @@ def test_auto_takes_the_next_provider_and_says_why(models, faces, broken_cuda, c
     with engine("onnx", models, device="auto") as got:
         assert got.encode(faces).shape == (9, 64)
         assert got.taken["provider"] == CPU
-    cause = "CUDAExecutionProvider and silently took CPUExecutionProvider"
+    cause = "CUDAExecutionProvider and silently used CPUExecutionProvider"
     assert cause in got.taken["reason"] and cause in caplog.text
     assert "Failed to load libcudnn.so.9" in got.taken["reason"]
     assert broken_cuda.preloads == 1
@@ -237,7 +237,7 @@ def test_auto_takes_the_next_provider_and_says_why(models, faces, broken_cuda, c
 
 
 def test_cuda_that_was_asked_for_by_name_is_never_replaced(models, broken_cuda):
-    with pytest.raises(DependencyMissing, match=r"CUDAExecutionProvider and silently took .*Failed to load libcudnn"):
+    with pytest.raises(DependencyMissing, match=r"CUDAExecutionProvider and silently used .*Failed to load libcudnn"):
         engine("onnx", models, device="cuda").ensure_ready()
 
 
@@ -266,13 +266,13 @@ def test_missing_model_lists_those_that_exist(models):
     with pytest.raises(ModelMissing) as caught:
         engine("onnx", models, "r50").ensure_ready()
     assert str(caught.value) == (
-        f"no model 'r50' in {models} (there: bgr, fixed, tiny). Import it: arcface import SOURCE --name r50"
+        f"no model 'r50' in {models} (found: bgr, fixed, tiny). Import it: arcface import SOURCE --name r50"
     )
     assert isinstance(caught.value, BackendUnavailable)
 
 
 def test_several_models_and_no_name_is_wrong_use(models):
-    with pytest.raises(ConfigError, match="holds 3 models"):
+    with pytest.raises(ConfigError, match="contains 3 models"):
         find_model(models)
 
 
@@ -280,7 +280,7 @@ def test_missing_variant_names_the_command(models):
     with pytest.raises(ModelMissing) as caught:
         engine("onnx", models, precision="int8").ensure_ready()
     assert str(caught.value) == (
-        f"no int8 ONNX of model tiny: expected {models}/tiny/variants/int8-cpu.onnx, not there (variants there: none). "
+        f"no int8 ONNX of model tiny: expected {models}/tiny/variants/int8-cpu.onnx, not found (variants found: none). "
         "Make it: arcface quantize tiny --precision int8"
     )
 
@@ -298,7 +298,7 @@ BF16, FP32, ORT = "openvino-bf16", "openvino-fp32", "onnxruntime"
         ("fp16", [ORT], [BF16, FP32, ORT], FP32, ""),
         ("bf16", None, [BF16, FP32, ORT], BF16, ""),
         ("bf16", [BF16], [BF16, FP32, ORT], BF16, ""),
-        ("bf16", [], [BF16, FP32], None, "bf16 passed its gate in no runtime, this host has openvino-bf16"),
+        ("bf16", [], [BF16, FP32], None, "bf16 passed its gate in no runtime, but this host has openvino-bf16"),
         ("bf16", [BF16], [FP32, ORT], None, "bf16 needs OpenVINO and a CPU with avx512_bf16 or amx_bf16"),
         ("bf16", [BF16], [ORT], None, "bf16 needs OpenVINO and a CPU with avx512_bf16 or amx_bf16"),
         ("int8", None, [BF16, FP32], FP32, ""),
@@ -307,15 +307,27 @@ BF16, FP32, ORT = "openvino-bf16", "openvino-fp32", "onnxruntime"
         ("int8", [FP32], [BF16, FP32, ORT], FP32, ""),
         ("int8", [ORT], [BF16, FP32, ORT], ORT, ""),
         ("int8", [ORT], [ORT], ORT, ""),
-        ("int8", [BF16], [FP32, ORT], None, "int8 passed its gate in openvino-bf16, this host has openvino-fp32 and"),
+        (
+            "int8",
+            [BF16],
+            [FP32, ORT],
+            None,
+            "int8 passed its gate in openvino-bf16, but this host has openvino-fp32 and",
+        ),
         (
             "int8",
             [BF16, FP32],
             [ORT],
             None,
-            "passed its gate in openvino-bf16, openvino-fp32, this host has onnxruntime",
+            "passed its gate in openvino-bf16, openvino-fp32, but this host has onnxruntime",
         ),
-        ("int8", [], [BF16, FP32, ORT], None, "int8 passed its gate in no runtime, this host has openvino-bf16 and"),
+        (
+            "int8",
+            [],
+            [BF16, FP32, ORT],
+            None,
+            "int8 passed its gate in no runtime, but this host has openvino-bf16 and",
+        ),
     ],
 )
 def test_a_variant_is_run_only_as_it_was_gated(precision, gated, here, runtime, why_not):
@@ -363,7 +375,7 @@ def test_bf16_that_its_gate_refused_is_not_run(tmp_path):
     folder = write_model(tmp_path / "tiny")
     (folder / "variants").mkdir()
     (folder / "variants" / "bf16-cpu.json.refused").touch()
-    with pytest.raises(ModelMissing, match="bf16 of model tiny was refused by its gate"):
+    with pytest.raises(ModelMissing, match="the gate refused bf16 of model tiny"):
         engine("onnx", tmp_path, device="openvino", precision="bf16").ensure_ready()
 
 
@@ -371,7 +383,7 @@ def test_refused_variant_is_named_as_refused(tmp_path):
     folder = write_model(tmp_path / "tiny")
     (folder / "variants").mkdir()
     (folder / "variants" / "int8-cpu.onnx.refused").touch()
-    with pytest.raises(ModelMissing, match="its gate refused it"):
+    with pytest.raises(ModelMissing, match="which its gate refused"):
         engine("onnx", tmp_path, precision="int8").ensure_ready()
 
 
@@ -387,7 +399,7 @@ def test_int8_variant_runs_as_its_sidecar_says(tmp_path, faces):
         assert got.encode(faces).shape == (9, 64)
         assert (got.taken["runtime"], got.contract_id is not None) == ("onnxruntime", True)
     sidecar.write_text(json.dumps({"precision": "int8", "passed": True, "gates": [{**gate, "passed": False}]}))
-    with pytest.raises(ModelMissing, match="passed its gate in no runtime, this host has onnxruntime"):
+    with pytest.raises(ModelMissing, match="passed its gate in no runtime, but this host has onnxruntime"):
         engine("onnx", tmp_path, precision="int8").ensure_ready()
 
 

@@ -130,7 +130,7 @@ def test_fallback_is_logged_once_for_many_calls(pair, caplog):
         for _ in range(10):
             chain.encode(FACES)
     assert caplog.messages == [
-        "triton is not there, asked again in 5 s: ServerUnreachable: no server at localhost:8001",
+        "triton is unavailable, will retry in 5 s: ServerUnreachable: no server at localhost:8001",
         "onnx answers (triton: ServerUnreachable: no server at localhost:8001)",
     ]
 
@@ -163,7 +163,7 @@ def test_when_all_are_left_alone_they_are_all_asked(pair):
     first.error, second.error = ServerUnreachable("a"), DependencyMissing("b")
     with pytest.raises(BackendUnavailable) as caught:
         chain.encode(FACES)
-    assert str(caught.value) == "no engine of the chain is there.\ntriton: a\nonnx: b"
+    assert str(caught.value) == "no engine of the chain is available.\ntriton: a\nonnx: b"
     second.error = None
     assert len(chain.encode(FACES)) == 3
 
@@ -173,7 +173,7 @@ def test_two_contracts_in_one_chain_are_refused_at_first_use_not_in_an_outage():
     with pytest.raises(ContractMismatch) as caught:
         chain.encode(FACES)
     assert str(caught.value).startswith(
-        "engine onnx makes embeddings of contract bbbbbbbbbbbb…, engine triton of aaaaaaaaaaaa…: "
+        "engine onnx produces embeddings of contract bbbbbbbbbbbb…, engine triton of aaaaaaaaaaaa…: "
         "a chain must not mix them."
     )
 
@@ -202,7 +202,7 @@ def test_an_unknown_contract_is_said_once(caplog):
     for _ in range(3):
         chain.encode(FACES)
     assert caplog.messages == [
-        "triton does not tell its contract: only the width is compared with the rest of the chain"
+        "triton does not state its contract: only its width is compared with the rest of the chain"
     ]
 
 

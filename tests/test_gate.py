@@ -206,8 +206,8 @@ def test_every_door_lets_the_same_candidates_in(door, candidate, tmp_path, monke
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
-        (drifted(0.02), "drift 0.02, 2.0 × the 0.01 that int8 may show, on 1 of 4 faces; worst: c.jpg (0.02)"),
-        (with_row(0.0), "1 of 4 embeddings are zero or hold NaN; drift 1, 100.0 × the 0.01"),
+        (drifted(0.02), "drift 0.02, 2.0 × the limit 0.01 for int8, on 1 of 4 faces; worst: c.jpg (0.02)"),
+        (with_row(0.0), "1 of 4 embeddings are zero or contain NaN; drift 1, 100.0 × the limit 0.01"),
         (1.01 * REFERENCE, "embeddings of length 1.01 to 1.01, expected 1"),
         (REFERENCE[:3], "it gives float32 (3, 8) for 4 faces, expected floats (4, 8)"),
         (REFERENCE.astype(object), "it gives object (4, 8) for 4 faces, expected floats (4, 8)"),
@@ -227,8 +227,8 @@ def test_a_refusal_says_what_is_wrong_and_where(rows, why):
         ({"max_drift": "0.001"}, "its record states a drift of 0.001, expected a number"),
         ({"max_drift": True}, "its record states a drift of True, expected a number"),
         ({"max_drift": -0.5}, "its record states a drift of -0.5, expected a number"),
-        ({"max_drift": 0.02}, "drift 0.02, 2.0 × the 0.01 that int8 may show"),
-        ({"max_drift": 0.001, "bad_rows": 2}, "2 of its embeddings are zero or hold NaN"),
+        ({"max_drift": 0.02}, "drift 0.02, 2.0 × the limit 0.01 for int8"),
+        ({"max_drift": 0.001, "bad_rows": 2}, "2 of its embeddings are zero or contain NaN"),
         ({"max_drift": 0.001}, ""),
         ({"max_drift": -1e-16}, ""),
     ],
@@ -262,4 +262,4 @@ def test_a_stricter_limit_in_the_configuration_acts_in_assemble(tmp_path, monkey
     monkeypatch.setenv("ARCFACE_COMPARISON__MAX_DRIFT__FP16", "1e-4")
     refused = CliRunner().invoke(command, arguments, standalone_mode=False).exception
     assert isinstance(refused, PlanRefused)
-    assert "drift 0.0005, 5.0 × the 0.0001 that fp16 may show" in str(refused)
+    assert "drift 0.0005, 5.0 × the limit 0.0001 for fp16" in str(refused)

@@ -198,12 +198,12 @@ def test_a_weight_that_two_convolutions_share_is_not_touched() -> None:
     ("flavour", "why"),
     [
         ({"batch": 1}, "batch was fixed to 1"),
-        ({"batch": 1, "baked_reshape": 1}, "batch was fixed to 1, and 1 Reshape that held it"),
-        ({"batch": 4, "baked_reshape": 4}, "batch was fixed to 4, and 1 Reshape that held it"),
-        ({"batch": "None", "baked_reshape": 1}, "batch was 'None', and 1 Reshape that held it"),
+        ({"batch": 1, "baked_reshape": 1}, "batch was fixed to 1, also in 1 Reshape"),
+        ({"batch": 4, "baked_reshape": 4}, "batch was fixed to 4, also in 1 Reshape"),
+        ({"batch": "None", "baked_reshape": 1}, "batch was 'None', also in 1 Reshape"),
         ({"batch": None}, "batch was 'unnamed'"),
-        ({"batch": "N"}, "the batch is dynamic already"),
-        ({"batch": "N", "baked_reshape": -1}, "the batch is dynamic already"),
+        ({"batch": "N"}, "the batch is already dynamic"),
+        ({"batch": "N", "baked_reshape": -1}, "the batch is already dynamic"),
     ],
 )
 def test_dynamic_batch_says_what_it_was(flavour: dict, why: str) -> None:
@@ -252,7 +252,7 @@ def test_constants_become_weights_and_no_ops_go() -> None:
     model.graph.node.insert(0, constant)
     before = run(model, IMAGE[:, :, :6, :6])
     step = fold_constants(model)
-    assert step.why == "2 constant nodes are weights now, 2 Identity or Dropout nodes dropped"
+    assert step.why == "2 constant nodes turned into weights, 2 Identity or Dropout nodes dropped"
     assert [node.op_type for node in model.graph.node] == ["Mul", "Relu"]
     np.testing.assert_array_equal(run(model, IMAGE[:, :, :6, :6]), before)
 

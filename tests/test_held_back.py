@@ -16,7 +16,7 @@ from arcface_build.errors import ProofFailed
 from arcface_build.repository.assemble import assemble
 from arcface_build.variants import make
 from arcface_build.variants.calibrate import clipped_shares, conv_inputs
-from arcface_build.variants.choose import Choice, choose
+from arcface_build.variants.choose import VariantChoice, choose
 from arcface_build.variants.eval_set import FaceSet
 from arcface_build.variants.gate import judge_variant
 from arcface_build.variants.held_back import MIN_PEOPLE, likeness, part, without
@@ -71,16 +71,20 @@ def test_a_crop_that_is_there_twice_is_not_on_both_sides():
 
 
 def test_faces_that_are_all_fitted_to_leave_nothing_to_judge_by():
-    with pytest.raises(WrongUse, match=r"no face of crops is left to judge by.*--eval FOLDER"):
+    with pytest.raises(WrongUse, match=r"no face of crops is left to judge on.*--eval FOLDER"):
         without(people(2), people(2))
 
 
 @pytest.mark.parametrize(
     ("fitted", "judged", "said"),
     [
-        (people(3, origin="a"), people(3, origin="a"), "fitted to and judged by faces of one source (a)"),
-        (people(3, origin="synthetic"), people(3, origin="synthetic"), "judged by drawn faces"),
-        (None, FaceSet("b", np.full((4, 112, 112, 3), 90, np.uint8), list("abcd"), None), "the faces are of one light"),
+        (people(3, origin="a"), people(3, origin="a"), "fitted to and judged on faces from one source (a)"),
+        (people(3, origin="synthetic"), people(3, origin="synthetic"), "judged on synthetic faces"),
+        (
+            None,
+            FaceSet("b", np.full((4, 112, 112, 3), 90, np.uint8), list("abcd"), None),
+            "the faces have uniform lighting",
+        ),
     ],
 )
 def test_faces_that_are_alike_are_warned_of_in_words(fitted, judged, said):
@@ -154,7 +158,7 @@ def test_the_sidecar_tells_the_drift_on_both_parts_and_what_was_cut_off(made):
     assert gate["searched"]["limit"] == 0.25  # half of what is allowed
     assert 0 <= gate["clipped"]["worst"] <= gate["clipped"]["limit"]
     assert made["eval"]["sha256"] != made["searched"]["sha256"]
-    assert made["warnings"][0].startswith("fitted to and judged by faces of one source (strangers.npz)")
+    assert made["warnings"][0].startswith("fitted to and judged on faces from one source (strangers.npz)")
 
 
 def test_the_search_aims_at_half_of_the_limit(variant, loose):
@@ -170,7 +174,7 @@ def test_a_search_that_cannot_reach_its_aim_says_how_near_it_got(variant, loose,
     monkeypatch.setattr(make, "smallest_passing_set", lambda *_: nothing)
     with pytest.raises(ProofFailed) as refused:
         make_variant(variant, replace(loose, limits={"int8": 0.006}, search=True))
-    said = "drift 0.003 on the faces that are searched on (least: 0.004, 50 layers kept). Nothing was written."
+    said = "drift 0.003 on the faces of the search (least: 0.004, 50 layers kept). Nothing was written."
     assert said in str(refused.value)
 
 
@@ -195,7 +199,7 @@ def test_a_variant_that_fails_on_other_faces_is_set_aside_and_no_door_serves_it(
     assert refused["passed"] is False
     assert not judge_sidecar(refused)["onnxruntime"].passed
     with pytest.raises(ProofFailed, match="has not passed its gate: drift"):
-        assemble(variant, copy_repository(tmp_path), Choice(before["file"], "int8", "onnxruntime", "", refused))
+        assemble(variant, copy_repository(tmp_path), VariantChoice(before["file"], "int8", "onnxruntime", "", refused))
     with pytest.raises(Missing, match="no int8-tensorrt variant of demo-mobile: its gate refused it"):
         raise verify(variant, others(tmp_path)).exception
 
@@ -208,7 +212,7 @@ def test_a_variant_cannot_be_verified_by_the_faces_that_it_was_fitted_to(variant
     path.write_text(json.dumps(sidecar))
     done = verify(variant, others(tmp_path))
     assert isinstance(done.exception, WrongUse)
-    assert "holds the faces that the variant was fitted to: they prove nothing" in str(done.exception)
+    assert "contains the faces that the variant was fitted to: they prove nothing" in str(done.exception)
 
 
 def test_an_older_sidecar_is_read_but_not_served_until_it_is_verified(variant, tmp_path):
@@ -219,7 +223,7 @@ def test_an_older_sidecar_is_read_but_not_served_until_it_is_verified(variant, t
     for key in ("judged_on", "searched", "clipped", "why"):
         del sidecar["gates"][0][key]
     path.write_text(json.dumps(sidecar))
-    assert judge_sidecar(sidecar)["onnxruntime"].why.startswith("it was judged by the faces that it was fitted to")
+    assert judge_sidecar(sidecar)["onnxruntime"].why.startswith("it was judged on the faces it was fitted to")
     assert verify(variant, others(tmp_path), "--max-drift", "0.5").exception is None
     assert judge_sidecar(json.loads(path.read_text()))["onnxruntime"].passed
 
@@ -228,6 +232,6 @@ def test_bf16_that_is_set_aside_is_not_run_by_an_engine_in_this_process(variant)
     for old in (variant / "variants").glob("bf16-cpu.json*"):
         old.unlink()
     (variant / "variants" / "bf16-cpu.json.refused").write_text("{}")
-    with pytest.raises(ModelMissing, match="was refused by its gate"):
+    with pytest.raises(ModelMissing, match="the gate refused"):
         EngineRegistry.get("onnx", models_dir=variant.parent, model="demo", precision="bf16").ensure_ready()
     assert choose(variant, flags=frozenset({"avx512_bf16"}), openvino=True).precision == "fp32"

@@ -188,8 +188,8 @@ def test_the_copy_of_the_source_is_the_file_itself_unless_it_had_to_be_repaired(
     manifest = run_import(old, faces)
     assert not manifest.source["copy"]["exact"]
     assert manifest.steps[0]["why"] == (
-        "BatchNormalization spatial=0 with one scale a channel is spatial=1 (5 nodes); "
-        "Flatten put before 1 Gemm that read an image; PRelu slopes [C] are [C,1,1] (3 nodes)"
+        "BatchNormalization spatial=0 with one scale per channel set to spatial=1 (5 nodes); "
+        "Flatten inserted before 1 Gemm with rank-4 input; PRelu slopes [C] reshaped to [C,1,1] (3 nodes)"
     )
 
 
@@ -244,12 +244,12 @@ def test_a_manifest_that_cannot_be_used_says_why(tmp_path: Path, faces: np.ndarr
     [
         ({"source": None}, "a field that cannot be read (TypeError"),
         ({"source": {}}, "a field that cannot be read (KeyError: 'sha256')"),
-        ({"source": {"sha256": 7}}, "an impossible value in source.sha256"),
-        ({"serving": {"file": None}}, "an impossible value in serving.file"),
+        ({"source": {"sha256": 7}}, "an invalid value in source.sha256"),
+        ({"serving": {"file": None}}, "an invalid value in serving.file"),
         ({"preprocessing": {"color": "grey", "mean": [0, 0, 0], "std": [1, 1, 1]}}, "(ValueError: color is 'grey'"),
         ({"preprocessing": []}, "a field that cannot be read (TypeError"),
-        ({"dim": "512"}, "an impossible value in dim"),
-        ({"dim": True, "name": ""}, "an impossible value in name, contract_id, dim"),
+        ({"dim": "512"}, "an invalid value in dim"),
+        ({"dim": True, "name": ""}, "an invalid value in name, contract_id, dim"),
     ],
 )
 def test_a_damaged_field_is_named_before_anybody_reads_it(tmp_path: Path, damage: dict, message: str) -> None:

@@ -335,7 +335,7 @@ def test_a_plan_for_all_cards_of_an_sm_is_asked_of_the_builder(
      ("oom", Missing, r"^the GPU's memory did not suffice: .*OutOfMemory.*--workspace 512MB"),
      ("error", PlanRefused, r"^TensorRT built no plan: .*no kernel for Conv_7"),
      ("fp32", PlanRefused, r"^the plan was to be fp16 and holds 2 fp32"),
-     ("drift", ProofFailed, r"^the fp16 plan is refused: drift .* × the 0\.001 that fp16 may show")],
+     ("drift", ProofFailed, r"^the fp16 plan is refused: drift .* × the limit 0\.001 for fp16")],
 )  # fmt: skip
 def test_a_build_that_fails_is_named_and_leaves_nothing_behind(
     fake_host: Callable[..., None],

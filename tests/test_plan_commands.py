@@ -83,13 +83,13 @@ def test_a_plan_is_pushed_listed_and_pulled_on_another_host(
     assert arcface("list") == 0
     assert "tiny-fp16-sm86.plan  8.6  10.3.0    1/32/64  0.3 MB  not measured  no" in arcface.out
     assert arcface.json("push", "--all")[0]["state"] == "pushed"
-    assert arcface.json("push", manifest.key[:10])[0]["state"] == "was there"
+    assert arcface.json("push", manifest.key[:10])[0]["state"] == "already there"
     assert arcface.json("list")["plans"][0]["where"] == ["cache", "store"]
     arcface.places[1] = str(tmp_path / "another cache")
     (pulled,) = arcface.json("pull", "--sm", "sm86")
     assert pulled["state"] == "pulled"
     assert Path(pulled["path"]).read_bytes() == cache.local_path(manifest).read_bytes()
-    assert arcface.json("pull", "tiny-fp16-sm86.plan")[0]["state"] == "was there"
+    assert arcface.json("pull", "tiny-fp16-sm86.plan")[0]["state"] == "already there"
     assert arcface("pull", manifest.key, "-o", tmp_path / "folder") == 0
     assert arcface("show", tmp_path / "folder" / "tiny-fp16-sm86.plan") == 0
     assert manifest.key in arcface.out
@@ -134,7 +134,7 @@ def test_a_second_push_with_a_signature_says_that_the_store_keeps_the_first_mani
     manifest = built(cache)
     assert arcface.json("push", manifest.key)[0]["state"] == "pushed"
     (again,) = arcface.json("push", manifest.key, "--sign-key", keys["ours"] / "private.pem")
-    assert again["state"] == "was there, NOT signed by this key"
+    assert again["state"] == "already there, NOT signed by this key"
 
 
 def test_signing_on_push_satisfies_hosts_that_have_the_public_key(

@@ -385,7 +385,7 @@ def test_a_manifest_in_the_cache_is_also_bound_to_its_key(host: Host) -> None:
     plan = host.built()
     other = plan.path.parent.parent.with_name("0" * 64)
     plan.path.parent.parent.rename(other)
-    with pytest.raises(PlanRefused, match=f"is the manifest of key {SPEC.key}"):
+    with pytest.raises(PlanRefused, match=f"is the manifest of another key, {SPEC.key}"):
         read_plan(other / plan.path.parent.name / plan.path.name)
     assert parse_manifest((other / "manifest.json").read_bytes(), "here") == plan.manifest
     assert manifest_name(plan.manifest) == f"{SPEC.key}/manifest.json"

@@ -81,7 +81,7 @@ def test_assembled_plan_of_the_newest_version_goes_first(tmp_path, find, served)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_a_plan_of_another_precision_is_never_taken_wherever_it_stands(tmp_path, find, served, precision):
     served(SPEC)
-    with pytest.raises(Missing, match=f"no {precision} plan for SM 8.6 .*plans there: tiny-fp16-sm86"):
+    with pytest.raises(Missing, match=f"no {precision} plan for SM 8.6 .*found: tiny-fp16-sm86"):
         find("8.6", precision)
     in_cache(tmp_path / "cache", spec(precision=precision))
     assert find("8.6", precision).manifest.spec.precision == precision
@@ -117,7 +117,7 @@ def test_what_is_unfinished_or_refused_is_no_plan(tmp_path, find):
         (tmp_path / "cache" / folder).mkdir()
         plan.path.with_name(plan.path.name).rename(tmp_path / "cache" / folder / plan.path.name)
         plan = in_cache(tmp_path / "cache") if folder == ".refused" else plan
-    with pytest.raises(Missing, match="plans there: none"):
+    with pytest.raises(Missing, match="found: none"):
         find("8.6", "fp16")
 
 
@@ -143,7 +143,7 @@ def test_missing_sm_lists_the_plans_that_exist(tmp_path, find):
         find("8.9", "fp16")
     assert str(caught.value) == (
         f"no fp16 plan for SM 8.9 in {tmp_path}/repo/arcface_trt or {tmp_path}/cache "
-        "(plans there: tiny-fp16-sm80, tiny-fp16-sm90). "
+        "(found: tiny-fp16-sm80, tiny-fp16-sm90). "
         "Build one here: arcface plan build --precision fp16, or fetch one: arcface plan pull"
     )
 

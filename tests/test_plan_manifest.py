@@ -128,7 +128,7 @@ def test_unsigned_foreign_and_changed_manifests_are_refused_where_a_key_is_confi
 ) -> None:
     public = keys["ours"] / "public.pem"
     signed = sign(manifest, keys["ours"] / "private.pem")
-    with pytest.raises(PlanRefused, match=r"is unsigned, and .*public\.pem is configured"):
+    with pytest.raises(PlanRefused, match=r"is unsigned, but .*public\.pem is configured"):
         check_signature(manifest, public, "here")
     with pytest.raises(PlanRefused, match="is signed by key"):
         check_signature(sign(manifest, keys["theirs"] / "private.pem"), public, "here")

@@ -152,10 +152,10 @@ HARDWARE = {"options": BuilderOptions(hardware_compatible=True)}
      ({}, "8.6", "10.3.1", {}, "built with TensorRT 10.3.0, this host has 10.3.1"),
      ({}, "8.6", "11.0.0", {}, "built with TensorRT 10.3.0, this host has 11.0.0"),
      ({}, "8.6", "8.6.1", {}, "built with TensorRT 10.3.0, this host has 8.6.1"),
-     ({"precision": "int8"}, "8.6", "10.3.0", {"precision": "fp32"}, "of precision int8, asked for fp32"),
-     ({}, "8.6", "10.3.0", {"precision": "fp32"}, "of precision fp16, asked for fp32"),
-     ({}, "8.6", "10.3.0", {"model": "r50"}, "a plan of tiny, asked for r50"),
-     ({}, "8.6", "10.3.0", {"contract_id": "d" * 64}, "of contract cccccccccccc…, asked for dddddddddddd…"),
+     ({"precision": "int8"}, "8.6", "10.3.0", {"precision": "fp32"}, "of precision int8, expected fp32"),
+     ({}, "8.6", "10.3.0", {"precision": "fp32"}, "of precision fp16, expected fp32"),
+     ({}, "8.6", "10.3.0", {"model": "r50"}, "a plan of tiny, expected r50"),
+     ({}, "8.6", "10.3.0", {"contract_id": "d" * 64}, "of contract cccccccccccc…, expected dddddddddddd…"),
      (HARDWARE, "12.0", "10.3.0", {}, None),
      (HARDWARE, "8.0", "10.3.0", {}, None),
      (HARDWARE, "7.5", "10.3.0", {},
@@ -163,7 +163,7 @@ HARDWARE = {"options": BuilderOptions(hardware_compatible=True)}
      ({**HARDWARE, "sm": "7.5"}, "8.6", "10.3.0", {},
       "hardware-compatible from SM 8.0 on, built for SM 7.5, this GPU is SM 8.6"),
      (HARDWARE, "8.9", "10.4.0", {}, "built with TensorRT 10.3.0, this host has 10.4.0"),
-     (HARDWARE, "8.9", "10.3.0", {"precision": "fp32"}, "of precision fp16, asked for fp32")],
+     (HARDWARE, "8.9", "10.3.0", {"precision": "fp32"}, "of precision fp16, expected fp32")],
 )  # fmt: skip
 def test_which_plan_fits(built: dict, sm: str | None, tensorrt: str | None, wanted: dict, why: str | None) -> None:
     assert misfit(manifest(**built), sm, tensorrt, **wanted) == why

@@ -49,7 +49,7 @@ def test_going_back_serves_the_version_before_with_its_contract_id(leaf):
     assert roll_back(repository, "arcface_onnx") == (2, 1)
     assert versions(repository / "arcface_onnx") == [1]
     assert "id-of-a" in (repository / "arcface_onnx" / "configs" / "onnx.pbtxt").read_text()
-    with pytest.raises(WrongUse, match="arcface_onnx has 1 version: expected at least two to go back"):
+    with pytest.raises(WrongUse, match="arcface_onnx has 1 version: expected at least two for a rollback"):
         roll_back(repository, "arcface_onnx")
 
 
@@ -67,7 +67,7 @@ def test_a_real_model_takes_demo_weights_out_of_the_way_of_a_rollback(leaf):
 
 @pytest.mark.parametrize(
     ("text", "fault"),
-    [("{", "cannot be read"), ("[]", "is no manifest of a version: it lacks contract_id, name, source")],
+    [("{", "cannot be read"), ("[]", "is not a version's manifest: it lacks contract_id, name, source")],
 )
 def test_a_manifest_that_cannot_be_read_is_named_and_mended_by_an_import(leaf, text, fault):
     repository, files = leaf
@@ -88,7 +88,7 @@ def test_a_copy_that_fails_leaves_no_version_behind(leaf, tmp_path):
 
 
 def test_a_folder_that_is_no_repository_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(Missing, match=r"is not our model repository: it has no arcface/config\.pbtxt"):
+    with pytest.raises(Missing, match=r"is not our model repository: expected arcface/config\.pbtxt in it"):
         find_repository(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Missing, match=r"no model_repository/ in .* or above it\. Run from a checkout"):

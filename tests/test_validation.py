@@ -48,7 +48,7 @@ def test_engine_that_drifts_is_refused_with_figures(tmp_path):
     with pytest.raises(GateFailed) as caught:
         validate_engine(onnx(folder), reference(folder), "fp32", {"fp32": 1e-3}, "onnx")
     said = str(caught.value)
-    assert "× the 0.001 that fp32 may show, on 6 of 6 faces" in said and "Look closer: arcface parity" in said
+    assert "× the limit 0.001 for fp32, on 6 of 6 faces" in said and "Look closer: arcface parity" in said
 
 
 def test_wrong_channel_order_is_refused(tmp_path):
@@ -61,7 +61,7 @@ def test_wrong_channel_order_is_refused(tmp_path):
 
 def test_another_models_reference_is_a_mismatch_not_a_drift(tmp_path):
     one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other", seed=1)
-    with pytest.raises(ContractMismatch, match="they are two models"):
+    with pytest.raises(ContractMismatch, match="they are different models"):
         validate_engine(onnx(one), reference(other), "fp32", {"fp32": 1e-3}, "onnx")
 
 

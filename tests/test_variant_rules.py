@@ -115,7 +115,7 @@ def test_changed_verification_accuracy_is_refused_though_no_face_drifts_far():
 
 def test_refusal_tells_by_how_much_and_which_faces():
     assert verdict_of(0.025, 0.01).why == (
-        "drift 0.025, 2.5 × the 0.01 that int8 may show, on 4 of 4 faces; "
+        "drift 0.025, 2.5 × the limit 0.01 for int8, on 4 of 4 faces; "
         "worst: one (0.025), two (0.025), three (0.025), four (0.025)"
     )
 

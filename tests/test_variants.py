@@ -190,7 +190,7 @@ def test_int8_without_search_is_refused_by_how_much_on_which_faces_and_kept_asid
         make_variant(model_dir, wish)
     message = str(refused.value)
     assert "int8 of" in message
-    assert "× the 0.02 that int8 may show, on 12 of 12 faces; worst: synthetic 0:" in message
+    assert "× the limit 0.02 for int8, on 12 of 12 faces; worst: synthetic 0:" in message
     assert "Try --search, which finds the layers to keep. Kept beside its report, never served: " in message
     folder = model_dir / "variants"
     assert (folder / "int8-tensorrt.onnx.refused").is_file()
@@ -324,7 +324,7 @@ def test_a_stricter_limit_in_the_configuration_acts_in_quantize(model_dir, monke
     monkeypatch.setenv("ARCFACE_COMPARISON__MAX_DRIFT__FP16", "1e-12")
     refused = CliRunner().invoke(command, [*arguments, "--no-search"], standalone_mode=False).exception
     assert isinstance(refused, ProofFailed)
-    assert "× the 1e-12 that fp16 may show" in str(refused)
+    assert "× the limit 1e-12 for fp16" in str(refused)
 
 
 @pytest.mark.skipif(not has_openvino(), reason="ONNX Runtime without OpenVINO")

@@ -1,1 +1,1 @@
-"""Build scripts: ONNX in; serving ONNX, typed variants, TensorRT plans and a filled model repository out."""
+"""The build: from an ArcFace ONNX to a serving ONNX, variants, TensorRT plans and a filled model repository."""

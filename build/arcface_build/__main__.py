@@ -1,4 +1,4 @@
-"""`python -m arcface_build` is the command `arcface`; its `--mode build` of old still works."""
+"""`python -m arcface_build` is the command `arcface`; the old `--mode build` still works."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The `arcface` command: subcommands are imported when called, an error becomes one line and an exit code.
+"""The `arcface` command: imports subcommands only when called, and turns an error into one line and an exit code.
 
-Exit codes: 0 good, 1 a gate failed, 2 wrong use, 3 something needed is missing, 130 interrupted; 141 where the reader
-of our output went away.
+Exit codes: 0 success, 1 a gate failed, 2 wrong use, 3 something needed is missing, 130 interrupted, 141 the reader of
+our output closed the pipe.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from arcface_clients.errors import ArcFaceError
 from arcface_clients.extras import how_to_get
 
 COMMANDS = {  # name -> (module under arcface_build.commands, one line for --help)
-    "import": ("import_", "Turn an ArcFace ONNX into a proved serving ONNX and put it into model_repository/."),
-    "quantize": ("quantize", "Make an fp16, bf16 or int8 variant that passed its drift gate."),
-    "assemble": ("assemble", "Put an imported model, a variant or plans into model_repository/ as a new version."),
-    "rollback": ("rollback", "Go back to the version before."),
-    "serve": ("serve", "Start Triton on model_repository/, prove it with a few faces, keep serving."),
+    "import": ("import_", "Turn an ArcFace ONNX into a verified serving ONNX and install it in model_repository/."),
+    "quantize": ("quantize", "Make an fp16, bf16 or int8 variant that passes its drift gate."),
+    "assemble": ("assemble", "Install a model, a variant or plans in model_repository/ as a new version."),
+    "rollback": ("rollback", "Go back to the previous version."),
+    "serve": ("serve", "Start Triton on model_repository/, verify it with a few faces, keep serving."),
     "embed": ("embed", "Embed face crops from files or folders through a server."),
     "consensus": ("consensus", "Find who most photos of each person show, and which photos do not belong."),
     "parity": ("parity", "Compare every loaded backend with the reference, face by face."),
     "compare": ("compare", "Compare two engines, servers, files or saved embeddings: drift, accuracy, and why."),
     "matrix": ("matrix", "Drift, changed decisions and batch invariance by backend, precision and batch size."),
-    "bench": ("bench", "Measure throughput through the server beside the bare runtime, in one run."),
-    "tune": ("tune", "Search instances, threads, queue delay and largest batch for this host."),
-    "bench-variants": ("bench_variants", "Measure fp32, bf16 and int8 in turns, with their drift beside the speed."),
-    "plan": ("plan", "Build, prove, keep and move TensorRT plans: one for each kind of GPU."),
-    "doctor": ("doctor", "Look at this host and the configuration; say what is wrong and how to mend it."),
+    "bench": ("bench", "Measure throughput through the server and of the bare runtime, side by side."),
+    "tune": ("tune", "Find the best instances, threads, queue delay and largest batch for this host."),
+    "bench-variants": ("bench_variants", "Measure speed and drift of fp32, bf16 and int8, interleaved."),
+    "plan": ("plan", "Build, verify, store and move TensorRT plans: one for each kind of GPU."),
+    "doctor": ("doctor", "Check this host and the configuration; say what is wrong and how to fix it."),
 }
-NEEDS = {  # what a command cannot begin without; what only some options need is asked for where they are read
+NEEDS = {  # what a command cannot start without; packages that only some options need are checked with those options
     "import": ("onnx", "onnxruntime"),
     "quantize": ("onnx", "onnxruntime"),
     "bench-variants": ("onnx", "onnxruntime"),
 }
-GONE = {  # measurements of this project itself: not in the wheel
-    "bench-clients": "from a checkout it is scripts/bench clients.",
-    "bench-vectors": "from a checkout it is scripts/bench vectors.",
-    "consensus-demo": "from a checkout it is scripts/consensus-demo.",
+GONE = {  # benchmarks of this project itself: not in the wheel
+    "bench-clients": "in a checkout, run scripts/bench clients.",
+    "bench-vectors": "in a checkout, run scripts/bench vectors.",
+    "consensus-demo": "in a checkout, run scripts/consensus-demo.",
 }
-CLOSED_PIPE = 128 + signal.SIGPIPE  # what a shell says of a program that a closed pipe ended
+CLOSED_PIPE = 128 + signal.SIGPIPE  # a shell's exit code for a program ended by a closed pipe
 
 
 @click.group(
@@ -64,14 +64,14 @@ CLOSED_PIPE = 128 + signal.SIGPIPE  # what a shell says of a program that a clos
 )
 @click.version_option(package_name="arcface-triton", prog_name="arcface")
 def cli() -> None:
-    """ArcFace embeddings on NVIDIA Triton: import, prove, serve, embed, compare.
+    """ArcFace embeddings on NVIDIA Triton: import, verify, serve, embed, compare.
 
-    Exit codes: 0 good, 1 a gate failed, 2 wrong use, 3 something needed is missing, 130 interrupted.
+    Exit codes: 0 success, 1 a gate failed, 2 wrong use, 3 something needed is missing, 130 interrupted.
     """
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `arcface`, or what a command line of old means today."""
+    """Run `arcface`, translating old command lines."""
     try:
         argv, told = translated(sys.argv[1:] if argv is None else argv)
     except ArcFaceError as exc:
@@ -83,10 +83,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(group: click.Group, prog_name: str, argv: list[str] | None = None) -> NoReturn:
-    """Run a command line; an error becomes one line, with ARCFACE_TRACEBACK=1 it keeps its traceback."""
+    """Run a command line; an error becomes one line, or with ARCFACE_TRACEBACK=1 a traceback."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # arcface_build.program
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` and systemd leave as little behind as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up after `kill` and systemd as after Ctrl-C
     _show_old_names_in_a_line()
     try:
         status = group.main(args=argv, prog_name=prog_name, standalone_mode=False)
@@ -96,9 +96,9 @@ def run(group: click.Group, prog_name: str, argv: list[str] | None = None) -> No
     except (KeyboardInterrupt, click.Abort):
         _interrupted()
     except SystemExit as exc:
-        if _reader_went_away():  # click's own end of any broken pipe
+        if _reader_went_away():  # how click ends on any broken pipe
             sys.exit(CLOSED_PIPE)
-        if isinstance(exc.__context__, OSError):  # another one than stdout
+        if isinstance(exc.__context__, OSError):  # a pipe other than stdout
             _fail(f"{type(exc.__context__).__name__}: {exc.__context__}", 3)
         raise
     except ImportError as exc:
@@ -114,7 +114,7 @@ def run(group: click.Group, prog_name: str, argv: list[str] | None = None) -> No
     except OSError as exc:  # a full or read-only disk, a file that may not be read
         if os.environ.get("ARCFACE_TRACEBACK"):
             raise
-        _fail(f"{type(exc).__name__}: {exc}. Next: look at the path, its permissions and the free space", 3)
+        _fail(f"{type(exc).__name__}: {exc}. Next: check the path, its permissions and the free disk space", 3)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -124,20 +124,20 @@ def _fail(sentence: str, status: int) -> NoReturn:
 
 
 def _interrupted() -> NoReturn:
-    for number in (signal.SIGINT, signal.SIGTERM):  # a second one while Python ends: at once, and without a traceback
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second one during exit: stop at once, without a traceback
         signal.signal(number, signal.SIG_DFL)
     _fail("interrupted", 130)
 
 
 def _reader_went_away() -> bool:
-    """Whether stdout is a pipe that nobody reads any more: `arcface … | head -1`."""
+    """Whether stdout is a pipe whose reader is gone: `arcface … | head -1`."""
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _show_old_names_in_a_line() -> None:
-    """A key or variable of old is a FutureWarning to a program that imports us; to a shell it is a line."""
+    """Print an old key or variable as one line; programs that import us get the FutureWarning."""
     show = warnings.showwarning
 
     def shown(message: Warning | str, category: type[Warning], *args: object, **kwargs: object) -> None:

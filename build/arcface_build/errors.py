@@ -1,4 +1,4 @@
-"""What only the build can raise; the root and the errors that both packages share stand in `arcface_clients.errors`.
+"""Errors that only the build raises; the root and the errors shared by both packages are in `arcface_clients.errors`.
 
 ArcFaceError
 ├── SourceRefused       this file cannot become a serving model       exit 2
@@ -27,13 +27,13 @@ class LicenceNotAccepted(WrongUse):
 
 
 class ProofFailed(ArcFaceError):
-    """The artefact differs from the reference by more than its limit; it was not written to its final name."""
+    """The artefact differs from the reference by more than its limit; it was not written under its final name."""
 
     exit_code = 1
 
 
 class PlanNotFound(Missing):
-    """No plan of this key in the cache or the store, and building was switched off or impossible."""
+    """No plan of this key in the cache or the store, and building one was disabled or impossible."""
 
 
 class StoreUnreachable(Missing):

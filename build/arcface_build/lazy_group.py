@@ -1,4 +1,4 @@
-"""A click group from a table: subcommands are imported when called, --help lists them without importing any."""
+"""A click group from a table: a subcommand is imported only when called, and --help lists all without importing any."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from arcface_clients.extras import require
 
 
 class LazyGroup(click.Group):
-    """A group that imports a subcommand's module only when that subcommand is asked for.
+    """A group that imports a subcommand's module only when that subcommand is called.
 
     Args:
         package: where the subcommands' modules are.
-        table: name → (place, one line for --help); a place is a module under `package`, whose `command` is meant, or
+        table: name → (place, one line for --help); a place is a module under `package` with a `command`, or
             "module:attribute".
-        common: makers of options that each subcommand gets.
-        needs: name → modules without which that subcommand cannot do anything.
-        gone: names of former subcommands → what became of them, a sentence.
+        common: factories of options that each subcommand gets.
+        needs: name → modules that the subcommand cannot work without.
+        gone: names of former subcommands → a sentence on what replaced them.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class LazyGroup(click.Group):
         self._needs, self._gone = needs or {}, gone or {}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All names, in the order in which a user meets them."""
+        """All names, in the order of a typical workflow."""
         return list(self._table)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
@@ -60,11 +60,11 @@ class LazyGroup(click.Group):
         """The subcommand and its arguments.
 
         Raises:
-            UsageError: there is no such subcommand; names the one that was probably meant.
+            UsageError: there is no such subcommand; suggests the closest one.
             DependencyMissing: a package that it needs is not installed.
         """
         name = args[0]
-        if name in self._table or name.startswith("-") or ctx.resilient_parsing:  # the last: a shell completes
+        if name in self._table or name.startswith("-") or ctx.resilient_parsing:  # the last: shell completion
             resolved = super().resolve_command(ctx, args)
             if resolved[1] is not None:
                 _refuse_a_file_for_json(ctx, resolved[1], resolved[2])
@@ -84,15 +84,15 @@ class LazyGroup(click.Group):
 
 
 def _refuse_a_file_for_json(ctx: click.Context, command: click.Command, args: Sequence[str]) -> None:
-    """`--json FILE` is what --report was called; without this a command would take FILE for one of its arguments.
+    """Reject `--json FILE`, the old name of --report: the command would read FILE as one of its arguments.
 
     Raises:
-        UsageError: it was said.
+        UsageError: it was given.
     """
     if not any("--report" in parameter.opts for parameter in command.params):
         return
     for word, following in zip(args, [*args[1:], ""], strict=False):
         if word.startswith("--json=") or (word == "--json" and (following == "-" or following.endswith(".json"))):
             file = word.partition("=")[2] or following
-            wanted = "leave the - away" if file == "-" else f"write the file with --report {file}"
+            wanted = "leave out the -" if file == "-" else f"write the file with --report {file}"
             ctx.fail(f"--json takes no file: it prints the result. Next: {wanted}")

@@ -1,4 +1,4 @@
-"""Command lines of old (`arcface build`, `--mode build --onnx-path X`) and what they are called today."""
+"""Translates old command lines (`arcface build`, `--mode build --onnx-path X`) to current ones."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from arcface_clients.errors import WrongUse
 
-MODES = {  # name or --mode of old → today's command
+MODES = {  # old name or --mode → current command
     "build": ("plan", "build"),
     "compare": ("compare",),
     "benchmark": ("bench",),
     "info": ("plan", "show"),
     "upload": ("plan", "push"),
 }
-_STILL = ("compare",)  # today's name too: its options are left alone unless --mode says it
+_STILL = ("compare",)  # also a current name: its options are translated only after --mode
 
 Words = Callable[[str], list[str]]
 
@@ -44,10 +44,10 @@ _SIZES = {
     "--workspace-size-mb": _option("--workspace", "{}MB"),
 }
 _STORE = {"--s3-bucket": _option("--store", "s3://{}/plans")}
-_WITH_VALUE: dict[str, dict[str, Words]] = {  # mode → option of old → words of today
+_WITH_VALUE: dict[str, dict[str, Words]] = {  # mode → old option → current words
     "build": {
         "--onnx-path": _argument,
-        "--engine-path": lambda value: ["--output", str(Path(value).parent)],  # plans are named by what they are
+        "--engine-path": lambda value: ["--output", str(Path(value).parent)],  # the plan's name follows from its spec
         "--output-dir": _option("--output"),
         **_SIZES,
         **_STORE,
@@ -61,7 +61,7 @@ _WITH_VALUE: dict[str, dict[str, Words]] = {  # mode → option of old → words
         "--onnx-path": _option("--onnx"),
         "--batch-size": _option("--batch"),
         "--engine-path": _refused(
-            "--engine-path: a benchmark measures what is served. Next: arcface assemble NAME --plan FILE, "
+            "--engine-path: a benchmark measures the served model. Next: arcface assemble NAME --plan FILE, "
             "then arcface bench --config-name tensorrt"
         ),
         "--num-iterations": _refused("--num-iterations is now --rounds and --sample-s: arcface bench --help"),
@@ -78,16 +78,16 @@ _FLAGS = {
 
 
 def translated(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """Today's words for a command line, and a notice where they are others; those of today come back as they are.
+    """Translate an old command line, with a notice if it changed; current ones are returned unchanged.
 
     Raises:
-        WrongUse: an unknown mode, an option without its value, or one that has no successor.
+        WrongUse: an unknown mode, an option without its value, or one without a successor.
     """
     mode, rest = _mode_of(list(argv))
     if mode is None:
         return list(argv), None
     if mode not in MODES:
-        raise WrongUse(f"--mode {mode}: expected one of {', '.join(MODES)}. Today's commands: arcface --help")
+        raise WrongUse(f"--mode {mode}: expected one of {', '.join(MODES)}. Current commands: arcface --help")
     words = [*MODES[mode]]
     while rest:
         word = rest.pop(0)
@@ -95,16 +95,16 @@ def translated(argv: Sequence[str]) -> tuple[list[str], str | None]:
         if name in _WITH_VALUE[mode]:
             if not equals:
                 if not rest:
-                    raise WrongUse(f"{name} needs a value. Today's options: arcface {' '.join(MODES[mode])} --help")
+                    raise WrongUse(f"{name} needs a value. Current options: arcface {' '.join(MODES[mode])} --help")
                 value = rest.pop(0)
             words += _WITH_VALUE[mode][name](value)
         else:
             words += _FLAGS.get(mode, {}).get(word, [word])
-    return words, f"an old name; today: arcface {shlex.join(words)}"
+    return words, f"an old name; use: arcface {shlex.join(words)}"
 
 
 def _mode_of(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The mode of old that a command line names, and its other words; None where it is one of today."""
+    """The old mode that a command line names, and its other words; None if the command line is current."""
     if argv and argv[0] in MODES and argv[0] not in _STILL:
         return argv[0], argv[1:]
     if not argv or not argv[0].startswith("-"):

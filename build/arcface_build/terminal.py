@@ -1,4 +1,4 @@
-"""What a command says beside its result: notices and progress, on stderr, and neither of them with --quiet."""
+"""Notices and progress bars of commands, on stderr; --quiet turns them off."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _QUIET = "arcface_build.terminal.quiet"
 
 
 def quiet_option() -> click.Option:
-    """`-q`, `--quiet`, for any command; what it says is read by the functions below."""
+    """The option `-q`, `--quiet` for any command; the functions below read it."""
 
     def remember(context: click.Context, _: click.Parameter, value: bool) -> None:
         if value:  # `arcface -q serve` is `arcface serve -q`
@@ -32,24 +32,24 @@ def quiet_option() -> click.Option:
 
 
 def is_quiet() -> bool:
-    """Whether the command that runs now was called with --quiet."""
+    """Whether the running command was called with --quiet."""
     context = click.get_current_context(silent=True)
     return context is not None and bool(context.meta.get(_QUIET))
 
 
 def notice(text: str) -> None:
-    """A line that a reader may want and a script does not."""
+    """Print a line for people, which scripts do not need."""
     if not is_quiet():
         click.echo(text, err=True)
 
 
 def complaint(text: str) -> None:
-    """A line that says what went wrong though the command goes on; --quiet does not take it away."""
+    """Print a problem that does not stop the command; --quiet keeps it."""
     click.echo(text, err=True)
 
 
 def item_bars() -> Progress:
-    """Bars for so many items of something: name, "3/10" and the time that is left; a context manager."""
+    """Progress bars for a number of items: name, "3/10" and the time left; a context manager."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -58,7 +58,7 @@ def item_bars() -> Progress:
 
 @contextmanager
 def phase_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """One bar for work in phases; yields (phase, done, total), a total of 0 pulses."""
+    """One bar for work in phases; yields (phase, done, total); a total of 0 pulses."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -69,7 +69,7 @@ def phase_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def byte_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """One bar for bytes that are moved; yields (bytes moved since the last call)."""
+    """One bar for bytes transferred; yields (bytes moved since the last call)."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -80,7 +80,7 @@ def byte_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def round_bar(total: int) -> Iterator[Callable[[str, int], None]]:
-    """One bar for measurements in turns; yields (variant, round), a round below 0 is warm-up."""
+    """One bar for interleaved measurements; yields (variant, round); a round below 0 is warm-up."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
@@ -96,7 +96,7 @@ def round_bar(total: int) -> Iterator[Callable[[str, int], None]]:
 
 @contextmanager
 def status_line(first: str = "") -> Iterator[Callable[[str], None]]:
-    """One line that says what is being done; yields the function that changes it."""
+    """One line that says what is going on; yields the function that changes it."""
     if not _watched():
         yield lambda text: None
         return
@@ -105,7 +105,7 @@ def status_line(first: str = "") -> Iterator[Callable[[str], None]]:
 
 
 def _watched() -> bool:
-    """Whether somebody sees a bar: stderr is a terminal, and it was not switched off."""
+    """Whether bars are visible: stderr is a terminal, and they are not turned off."""
     return not is_quiet() and _console().is_terminal
 
 

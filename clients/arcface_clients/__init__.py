@@ -1,4 +1,4 @@
-"""Python clients for ArcFace embeddings on Triton; importing this costs numpy and nothing else."""
+"""Python clients for ArcFace embeddings on Triton; importing the package loads numpy and nothing heavier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arrays that travel between rooms: their names, and rows brought to unit length."""
+"""Type aliases for the arrays that packages exchange, and normalisation of rows to unit length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FaceArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
 """Embeddings float32 (N,D), or distances."""
 
-# Norms outside this range are computed again in float64 after scaling: their squares leave float32.
+# Norms outside this range are recomputed in float64 after scaling: their squares overflow or underflow float32.
 SMALLEST_NORM, LARGEST_NORM = 1e-18, 1e18
 
 
@@ -25,7 +25,7 @@ def unit_rows(embeddings: Array | Sequence[Sequence[float]], what: str = "embedd
     """A float32 (N,D) C-contiguous copy with rows of unit L2 norm; norms are summed in float64.
 
     Raises:
-        InvalidEmbeddings: not (N,D) numbers, or a row is all zero or holds NaN or infinity.
+        InvalidEmbeddings: not an (N,D) array of numbers, or a row is all zero or contains NaN or infinity.
     """
     array = np.asarray(embeddings)
     if array.ndim != 2 or array.dtype.kind not in "fiu":
@@ -48,6 +48,6 @@ def unit_rows(embeddings: Array | Sequence[Sequence[float]], what: str = "embedd
 
 
 def no_direction(array: Array, bad: Array, what: str) -> str:
-    """The sentence about rows `bad` of (N,D) that are zero or hold NaN."""
+    """The error message for rows `bad` of an (N,D) array that are zero or not finite."""
     kind = "all zero" if not np.any(array[bad[0]]) else "not finite (NaN or infinity)"
     return f"{what}: {bad.size} of {len(array)} have no direction, first row {bad[0]} is {kind}. Embed that face again."

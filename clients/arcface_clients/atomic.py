@@ -1,6 +1,6 @@
-"""Files and folders that appear under their name whole or not at all, at whatever moment their writer is killed.
+"""Atomic writes: a file or folder appears complete or not at all, even if its writer is killed.
 
-Temporary names begin with a dot and hold the writer's process id: what a dead writer left is removed by the next one.
+Temporary names begin with a dot and contain the writer's process id, so the next writer can remove a dead one's files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on a clean exit it is synced and renamed to `path`, on an error removed."""
+    """A temporary path beside `path`: synced and renamed to `path` on a clean exit, removed on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers_of(path)
     handle, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
@@ -43,9 +43,9 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; on a clean exit it takes the place of `path`, on an error it is removed.
+    """A temporary folder beside `path`: it replaces `path` on a clean exit and is removed on an error.
 
-    A folder that is there already is exchanged with the new one in one step, where the file system can do that.
+    An existing folder is swapped with the new one in a single step where the file system supports it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers_of(path)
@@ -84,14 +84,14 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder in one step for whoever looks at its name; what cannot be removed is left aside."""
+    """Remove a file or folder: its name disappears in one step; what cannot be deleted stays under a hidden name."""
     aside = path.with_name(f"{_prefix(path)}removed_")
     path.rename(aside)
     discard(aside)
 
 
 def discard(path: Path) -> None:
-    """Remove a file or a folder bit by bit; what cannot be removed stays."""
+    """Delete a file or folder; whatever cannot be deleted stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -110,7 +110,7 @@ def _prefix(path: Path) -> str:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Let two folders change places: renameat2(2) does it in one step; Python has no name for it."""
+    """Swap two folders in one step with renameat2(2), which Python does not expose."""
     sys.audit("os.rename", str(new), str(old), -1, -1)
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

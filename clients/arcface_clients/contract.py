@@ -1,12 +1,12 @@
-"""The tensor contract: aligned faces in, unit embeddings out, and the id that says which embeddings may be compared.
+"""The tensor contract: aligned faces in, unit embeddings out, and an id that says which embeddings are comparable.
 
 Input  `face`       uint8   [N, 112, 112, 3]  BGR, aligned to the ArcFace template
 Output `embedding`  float32 [N, D]            unit L2 norm; D follows the model (128, 256 and 512 occur)
 Output `norm`       float32 [N, 1]            length of the embedding before normalisation: a measure of quality
-Output `contract`   int32   [N, 4]            the first 128 bits of the contract id, the same in each row: the weights
-                                              name themselves in every answer
+Output `contract`   int32   [N, 4]            the first 128 bits of the contract id, repeated in each row: every
+                                              response identifies the weights that produced it
 
-Who asks for `embedding` alone gets it alone.
+A request for `embedding` alone returns `embedding` alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FACE_BYTES = FACE_SIZE * FACE_SIZE * 3  # 37,632 on the wire
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the network wants: channel order, and (x − mean) / std per channel *in that order*, x in 0..255.
+    """What the network expects: channel order, and (x − mean) / std per channel *in that order*, x in 0..255.
 
     InsightFace's own models: rgb, mean = std = 127.5. Models that normalise inside their graph: mean 0, std 1.
     """
@@ -45,7 +45,7 @@ class Preprocessing:
     std: tuple[float, float, float] = (127.5, 127.5, 127.5)
 
     def __post_init__(self) -> None:
-        """Refuse what no network can mean; single numbers have to be spread by the caller."""
+        """Reject values that make no sense; the caller expands single numbers to three."""
         if self.color not in ("rgb", "bgr"):
             raise ValueError(f"color is {self.color!r}; expected 'rgb' or 'bgr'")
         for name in ("mean", "std"):
@@ -73,19 +73,19 @@ class Preprocessing:
 
 
 def contract_id(source_sha256: str, preprocessing: Preprocessing, dim: int) -> str:
-    """Sha256 over (source ONNX digest, preprocessing, dimension); embeddings may be compared only where it is equal."""
+    """Sha256 over (source ONNX digest, preprocessing, dimension); only embeddings with equal ids may be compared."""
     parts = {"source_sha256": source_sha256, "preprocessing": preprocessing.to_json(), "dim": int(dim)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def contract_words(contract: str) -> npt.NDArray[np.int32]:
-    """What a row of the output `contract` holds: the first 128 bits of a contract id as int32 (4,), big-endian words.
+    """One row of the output `contract`: the first 128 bits of a contract id as int32 (4,), big-endian words.
 
     Raises:
         ValueError: not a contract id (64 hexadecimal digits).
     """
     if len(contract) != 64:
-        raise ValueError(f"{contract!r} is no contract id: expected 64 hexadecimal digits")
+        raise ValueError(f"{contract!r} is not a contract id: expected 64 hexadecimal digits")
     return np.frombuffer(bytes.fromhex(contract)[:16], ">i4").astype(np.int32)
 
 

@@ -1,8 +1,8 @@
-"""Every error of both packages has one root; each message says what happened, expected against got, the next command.
+"""The errors of both packages, under one root. A message says what happened, what was expected, and what to run next.
 
 ArcFaceError
 ├── InvalidFaces          the caller's array is wrong            never falls back   exit 2
-├── InvalidEmbeddings     zero rows, NaN, widths that differ     never falls back   exit 2
+├── InvalidEmbeddings     zero rows, NaN, different widths       never falls back   exit 2
 ├── WrongUse              arguments that cannot work             never falls back   exit 2
 │   └── ConfigError           a key or value in the configuration
 ├── ContractMismatch      embeddings of two different contracts  never falls back   exit 2
@@ -11,16 +11,16 @@ ArcFaceError
 ├── InferenceFailed       the backend answered with an error     never falls back   exit 1
 │   └── SharedMemoryLost      the server does not know our region; the client then registers it again
 ├── ClientUnusable        closed, or carried into a fork         never falls back   exit 2
-├── Missing               a file, program or network is not there never falls back  exit 3
-└── BackendUnavailable    the backend is not there               FALLS BACK         exit 3
+├── Missing               no such file, program or network       never falls back   exit 3
+└── BackendUnavailable    the backend cannot answer at all       FALLS BACK         exit 3
     ├── ServerUnreachable     no server answers at the address
     ├── ModelNotReady         the server has no such model, or it is not loaded
     ├── ModelMissing          no ONNX file or plan for this host
     ├── DeadlineExceeded      no answer within timeout_s
     ├── DependencyMissing     a package or a program is not installed
-    └── CudaFailed            the GPU's driver refused: no room, no such GPU, or the GPU is lost
+    └── CudaFailed            the CUDA driver refused: out of memory, no such GPU, or the GPU is lost
 
-What only the build can raise stands in `arcface_build.errors`, under the same root.
+Errors that only the build raises are in `arcface_build.errors`, under the same root.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class ArcFaceError(Exception):
 
 
 class InvalidFaces(ArcFaceError, ValueError):
-    """The faces do not fit the tensor contract (shape, dtype, range). Never falls back: no backend could answer it."""
+    """The faces do not fit the tensor contract (shape, dtype, range). Never falls back: no backend could embed them."""
 
     exit_code = 2
 
 
 class InvalidEmbeddings(ArcFaceError, ValueError):
-    """Embeddings that have no direction (zero, NaN) or do not fit together (shape, width). Never falls back."""
+    """Embeddings without a direction (zero, NaN), or of mismatched shape or width. Never falls back."""
 
     exit_code = 2
 
@@ -51,16 +51,16 @@ class WrongUse(ArcFaceError, ValueError):
 
 
 class ConfigError(WrongUse):
-    """A configuration key is unknown or its value impossible; `key`: which, if it is one alone. Never falls back."""
+    """A configuration key is unknown or its value invalid; `key` names it if only one is at fault. Never falls back."""
 
     def __init__(self, message: str, key: str | None = None) -> None:
-        """The message names the key as well."""
+        """The message should name the key too."""
         super().__init__(message)
         self.key = key
 
 
 class ContractMismatch(ArcFaceError, ValueError):
-    """Embeddings of two contracts were about to be compared or mixed. Never falls back."""
+    """Embeddings of two different contracts were about to be compared or mixed. Never falls back."""
 
     exit_code = 2
 
@@ -72,13 +72,13 @@ class GateFailed(ArcFaceError):
 
 
 class PlanRefused(ArcFaceError):
-    """A plan is truncated, of another key, unsigned where a key is configured, or not of the precision asked for."""
+    """A plan is truncated, has another key, lacks a required signature, or is not of the requested precision."""
 
     exit_code = 1
 
 
 class InferenceFailed(ArcFaceError):
-    """The backend is there and answered this request with an error. Never falls back: the cause would be hidden."""
+    """The backend answered this request with an error. Never falls back: that would hide the cause."""
 
     exit_code = 1
 
@@ -88,7 +88,7 @@ class SharedMemoryLost(InferenceFailed):
 
 
 class ClientUnusable(ArcFaceError, RuntimeError):
-    """The client was closed, or was opened by another process and carried over a fork. Never falls back."""
+    """The client was closed, or was opened in another process and carried across a fork. Never falls back."""
 
     exit_code = 2
 
@@ -126,4 +126,4 @@ class DependencyMissing(BackendUnavailable):
 
 
 class CudaFailed(BackendUnavailable):
-    """The CUDA driver refused a call: no room on the GPU, no such GPU, or it is lost to this process. Falls back."""
+    """The CUDA driver refused a call: out of memory, no such GPU, or this process has lost the GPU. Falls back."""

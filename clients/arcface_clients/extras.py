@@ -1,4 +1,4 @@
-"""Packages that are not always installed: which module comes with what, said in one sentence before any work."""
+"""Optional packages: how to install each, reported before any work starts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from arcface_clients.errors import DependencyMissing
 
 _EXTRA = "pip install 'arcface-triton[{}]'"
-# module → what installs it; first the module, because an import error names that
+# module → what installs it; keyed by module, because that is what an import error names
 HOW_TO_GET = {
     "boto3": _EXTRA.format("store"),
     "botocore": _EXTRA.format("store"),
@@ -34,10 +34,10 @@ HOW_TO_GET = {
 
 
 def require(*modules: str, purpose: str) -> None:
-    """Return where all of these modules can be imported; none of them is.
+    """Check that all of these modules can be imported, without importing them.
 
     Raises:
-        DependencyMissing: one cannot; the message says what for, and how to get it.
+        DependencyMissing: one cannot; the message says what needs it and how to install it.
     """
     for module in modules:
         if find_spec(module) is None:
@@ -45,6 +45,6 @@ def require(*modules: str, purpose: str) -> None:
 
 
 def how_to_get(module: str) -> str:
-    """The command that installs a module; `module` may be one inside it."""
+    """The command that installs a module; `module` may be a submodule."""
     root = module.partition(".")[0]
     return HOW_TO_GET.get(root, f"pip install {root}")

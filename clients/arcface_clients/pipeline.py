@@ -1,4 +1,4 @@
-"""The pipeline's door: configuration in, an engine that is there out; one line replaces in-process InsightFace."""
+"""The entry point for pipelines: one call turns a configuration into an engine, replacing in-process InsightFace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Link:
-    """One engine of a chain before it is made; `label` is what logs and `last_engine` call it."""
+    """One engine of a chain, not yet created; `label` is its name in logs and in `last_engine`."""
 
     engine: str
     device: str
@@ -40,16 +40,16 @@ def get_embedding_backend(
     Nothing is loaded or connected before the first `ensure_ready` or `encode`.
 
     Args:
-        backend_type: triton, tensorrt, onnx, insightface (alias pytorch); None takes `backend` of the configuration.
-        device: for in-process engines; auto takes `device` of the configuration.
-        tensorrt_config: keys that win over the file: of config/embedding.yaml, or of the former `tensorrt` section
+        backend_type: triton, tensorrt, onnx, insightface (alias pytorch); None uses `backend` from the configuration.
+        device: for in-process engines; auto uses `device` from the configuration.
+        tensorrt_config: keys that override the file: of config/embedding.yaml, or of the former `tensorrt` section
             (precision, max_batch_size, workspace_gb, engine_path, …).
-        allow_cpu_fallback: False: no engine that computes on this host's CPU takes over. What `backend_type` asks for
-            by itself is given all the same. `fallback.allow_cpu` must allow it too.
-        config: a configuration, or the path of its file; None looks for it, see `load_config`.
+        allow_cpu_fallback: if False, no engine that computes on this host's CPU takes over; the engine named by
+            `backend_type` is used regardless. `fallback.allow_cpu` must allow it too.
+        config: a configuration, or the path of its file; None searches for it, see `load_config`.
 
     Raises:
-        ConfigError: an unknown engine, device or key, or an impossible value.
+        ConfigError: an unknown engine, device or key, or an invalid value.
     """
     settings = _settings(backend_type, device, tensorrt_config, config)
     links = backend_chain(
@@ -70,10 +70,10 @@ def get_embedding_backend(
 def backend_chain(
     backend: str, device: str, precision: str, fallback: tuple[str, ...], allow_cpu: bool
 ) -> tuple[Link, ...]:
-    """Engines to ask, in order: the backend as asked for, then the fallbacks, ONNX Runtime among them in fp32.
+    """Engines to try, in order: the requested backend, then the fallbacks, with ONNX Runtime in fp32.
 
-    That file is always there and nearer to the reference than any other. Where a fallback may not compute on the CPU,
-    InsightFace is left out (it has no other way) and ONNX Runtime has to find a GPU.
+    The fp32 file always exists and is closest to the reference. If fallbacks may not compute on the CPU, InsightFace
+    is left out (it runs nowhere else) and ONNX Runtime must find a GPU.
     """
     anywhere = "auto" if allow_cpu else "gpu"
     links = [Link(backend, anywhere if (backend, device) == ("onnx", "auto") else device, precision, backend)]
@@ -91,7 +91,7 @@ def backend_chain(
 
 
 def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
-    """What the configuration says to the constructor of an engine; {} for engines that are not ours."""
+    """Constructor arguments for an engine, from the configuration; {} for engines that are not ours."""
     local = settings.local
     if link.engine == "triton":
         return dict(vars(settings.triton))
@@ -127,7 +127,7 @@ def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
 
 
 def startup_validation(settings: EmbeddingConfig) -> StartupValidation:
-    """The validation that the configuration asks for, against a stored reference or InsightFace on the local model."""
+    """The configured validation, against a stored reference or InsightFace on the local model."""
     reference = Link("insightface", "auto", "fp32", "insightface")
     return StartupValidation(
         settings.comparison.max_drift.model_dump(),
@@ -139,7 +139,7 @@ def startup_validation(settings: EmbeddingConfig) -> StartupValidation:
 
 
 def _named(link: Link, settings: EmbeddingConfig) -> tuple[str, Callable[[], EmbeddingEngine]]:
-    """Name and maker; the engine is made now where it can be, so that a contradiction is said here and not later."""
+    """Name and factory; the engine is created now if possible, so that contradictions surface here and not later."""
     try:
         engine = _make(link, settings)
     except BackendUnavailable:

@@ -1,1 +1,1 @@
-"""One module a subcommand of `arcface`; each holds `command`, a click command, and imports what is heavy inside it."""
+"""One module per subcommand of `arcface`; each defines `command`, and imports heavy packages only inside functions."""

@@ -1,4 +1,4 @@
-"""`arcface assemble`: an imported model, its best variant, or plans, into model_repository/ as a new version."""
+"""`arcface assemble` installs an imported model, its best variant, or plans in model_repository/ as a new version."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from arcface_build.commands.options.settings import settings
 
 EPILOG = """\b
 Examples:
-  arcface assemble r50                         the fp32 serving ONNX, and the reference beside it
+  arcface assemble r50                         the fp32 serving ONNX, and its reference
   arcface assemble r50 --variant auto          the fastest variant that passed its gate on this CPU
   arcface assemble r50 --plan r50-fp16-sm86.plan --plan r50-fp16-sm89.plan
-  arcface rollback                             back to what was there before
+  arcface rollback                             back to the previous version
 """
 
 
@@ -27,7 +27,7 @@ Examples:
     "plans",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A plan, its manifest beside it; repeatable.",
+    help="A plan with its manifest beside it; repeatable.",
 )
 @models_dir_option
 @model_repository_option
@@ -40,9 +40,9 @@ def command(
     model_repository: Path | None,
     as_json: bool,
 ) -> None:
-    """Install NAME (a folder under models/) into the model repository; nothing that failed its gate gets in.
+    """Install NAME (a folder under models/) in the model repository; nothing that failed its gate is accepted.
 
-    A running server takes the new version after `arcface serve` is started again, or on Triton's load request.
+    A running server picks up the new version after a restart of `arcface serve`, or on Triton's load request.
     """
     from arcface_build.repository.assemble import assemble, assemble_plans
     from arcface_build.variants.choose import choose

@@ -1,4 +1,4 @@
-"""`arcface bench-variants`: speed and drift of a model's variants, measured in turns."""
+"""`arcface bench-variants` measures speed and drift of a model's variants, interleaved."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Examples:
 
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_BENCH_VARIANTS", "show_default": True})
 @click.argument("name")
-@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(8, 32), help="Faces a call.")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(8, 32), help="Faces per call.")
 @click.option("--threads", default=2, type=click.IntRange(1), help="Threads of each session.")
 @click.option("--rounds", default=7, type=click.IntRange(1), help="Undisturbed rounds; each measures everything once.")
-@click.option("--sample-s", default=2.0, type=NOT_NEGATIVE, help="Seconds of one sample, about.")
+@click.option("--sample-s", default=2.0, type=NOT_NEGATIVE, help="Approximate length of a sample in seconds.")
 @click.option("--faces", "faces_from", default="synthetic", help="FOLDER of crops, .npz, or synthetic.")
-@click.option("--insightface", is_flag=True, help="Also InsightFace in-process, one face a call.")
+@click.option("--insightface", is_flag=True, help="Also InsightFace in-process, one face per call.")
 @models_dir_option
 @json_option
 @report_option
@@ -40,9 +40,10 @@ def command(
     report: Path | None,
     **how_long: Any,
 ) -> None:
-    """Measure the variants of NAME in turns against ONNX Runtime fp32, with their drift beside the speed.
+    """Measure speed and drift of the variants of NAME against ONNX Runtime fp32, interleaved.
 
-    The order is kept in models/NAME/variants/speed.json: `arcface assemble NAME --variant auto` follows it on this CPU.
+    The ranking is stored in models/NAME/variants/speed.json, which `arcface assemble NAME --variant auto` follows on
+    this CPU.
     """
     from arcface_build.bench.variants import run, speeds, table
     from arcface_build.variants.choose import speeds_file
@@ -61,4 +62,4 @@ def command(
     header, *rows = table(result)
     hand_over(result, lambda: columns(header, rows), as_json, report)
     if result["rounds"]["disturbed"]:
-        terminal.complaint("other processes took part of the cores in every round: measure again on a quiet machine")
+        terminal.complaint("other processes used the cores in every round: measure again on an idle machine")

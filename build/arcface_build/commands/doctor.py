@@ -1,4 +1,4 @@
-"""`arcface doctor`: this host and the configuration in; a list of what is there, what is wrong and the fix out."""
+"""`arcface doctor` checks this host and the configuration, and lists problems with their fixes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  arcface doctor                             what is here and what is wrong, each problem with its fix
+  arcface doctor                             what is present and what is wrong, with a fix for each problem
   arcface doctor --json | jq .problems
-  arcface doctor --measure                   load the configured engine too, validate it and time it
+  arcface doctor --measure                   also load, validate and time the configured engine
   ARCFACE_BACKEND=onnx arcface doctor --measure --faces 64 --batch-size 8
 
-Exit code 0: no problem; 2: the configuration is wrong; 3: something that is needed is missing.
+Exit code 0: no problem; 2: the configuration is wrong; 3: something needed is missing.
 """
 _MARKS = {"ok": ("ok      ", "green"), "absent": ("absent  ", "yellow"), "problem": ("PROBLEM ", "red")}
 
@@ -32,10 +32,10 @@ _MARKS = {"ok": ("ok      ", "green"), "absent": ("absent  ", "yellow"), "proble
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_DOCTOR", "show_default": True})
 @click.option("--measure", is_flag=True, help="Load the configured engine, validate it and time it.")
 @click.option("--faces", default=128, type=click.IntRange(1), help="Faces to time with --measure.")
-@click.option("--batch-size", default=32, type=click.IntRange(1), help="Faces in one call with --measure.")
+@click.option("--batch-size", default=32, type=click.IntRange(1), help="Faces per call with --measure.")
 @json_option
 def command(measure: bool, faces: int, batch_size: int, as_json: bool) -> int:
-    """Look at driver, GPU, runtimes, server, plans, store and configuration; say what is wrong and how to mend it."""
+    """Check driver, GPU, runtimes, server, plans, store and configuration; say what is wrong and how to fix it."""
     from arcface_build.serving.host_checks import build_checks
     from arcface_clients.checks.diagnostics import Check, client_checks
     from arcface_clients.config.schema import EmbeddingConfig
@@ -80,7 +80,7 @@ def _told(checks: Sequence[Check], engine: dict[str, Any] | None, problems: int)
 
 
 def _measured(config: EmbeddingConfig, faces: int, batch_size: int) -> tuple[dict[str, Any] | None, Check]:
-    """The diagnostics of the engine that answers, and how that went as a check."""
+    """The diagnostics of the engine in use, and the outcome as a check."""
     from arcface_clients.checks.benchmark import benchmark_embedder
     from arcface_clients.checks.diagnostics import Check, engine_diagnostics
     from arcface_clients.errors import ArcFaceError

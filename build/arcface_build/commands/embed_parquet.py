@@ -1,4 +1,4 @@
-"""The Parquet side of `arcface embed`: sources of any size and servers in, one Parquet file and a summary out."""
+"""The Parquet output of `arcface embed`, for sources of any size: a resumable job, and a summary."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def embed_to_parquet(
     start_over: bool,
     as_json: bool,
 ) -> int:
-    """Run the job, or what is left of it, and print the summary; 0.
+    """Run the job, or what is left of it, and print the summary; returns 0.
 
     Raises:
         WrongUse: there is nothing to embed, or no face could be read.
-        ArcFaceError: what the servers raise; the same command goes on from there.
+        ArcFaceError: from the servers; running the same command again resumes the job.
     """
     connect = partial(_connect, model, timeout_s, {url: access_to(url) for url in urls})
     with ExitStack() as stack:
@@ -51,7 +51,7 @@ def embed_to_parquet(
         progress = stack.enter_context(terminal.item_bars())
         left = sum(1 for _ in job.pending())
         if left < job.units:
-            terminal.notice(f"going on: {job.units - left} of {job.units} units were finished before")
+            terminal.notice(f"resuming: {job.units - left} of {job.units} units are already done")
         bar = progress.add_task("faces", total=job.items)
         progress.advance(bar, max(0, job.items - left * spec.unit_rows))
         if engine == "ray":
@@ -84,5 +84,5 @@ def embed_to_parquet(
 
 
 def _connect(model: str, timeout_s: float, access: dict[str, Access], url: str) -> TritonEmbedder:
-    """A module-level function, so that Ray can send it."""
+    """Create the detector; at module level, so that Ray can send it."""
     return TritonEmbedder(url, model, timeout_s=timeout_s, **access[url])

@@ -1,4 +1,4 @@
-"""`arcface import`: a source's name in, models/NAME/ and a filled model repository out."""
+"""`arcface import` turns a source into models/NAME/ and installs it in the model repository."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 @click.command("import", context_settings={"auto_envvar_prefix": "ARCFACE_IMPORT"})
 @click.argument("source")
-@click.option("--name", help="Name of the folder under models/; by default the file's or the known model's.")
-@click.option("--color", type=click.Choice(["rgb", "bgr"]), help="Channel order that the network wants.")
+@click.option("--name", help="Name of the folder under models/; default: that of the file or the known model.")
+@click.option("--color", type=click.Choice(["rgb", "bgr"]), help="Channel order that the network expects.")
 @click.option("--mean", help="One number or three (123.675,116.28,103.53), 0..255 units, in --color's order.")
-@click.option("--std", help="One number or three, as --mean.")
+@click.option("--std", help="One number or three, like --mean.")
 @click.option("--output", help="The output that is the embedding, where several can be.")
 @click.option(
     "--faces",
     type=click.Path(exists=True, path_type=Path),
-    help="Prove on these aligned 112×112 crops: a folder, or an .npz with `faces`. Default: 64 drawn faces.",
+    help="Verify on these aligned 112×112 crops: a folder, or an .npz with `faces`. Default: 64 synthetic faces.",
 )
-@click.option("--accept-license", is_flag=True, help="Agree to the licence of weights that have to be downloaded.")
+@click.option("--accept-license", is_flag=True, help="Accept the licence of weights that must be downloaded.")
 @click.option(
     "--insightface-root",
     type=click.Path(path_type=Path),
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 )
 @models_dir_option
 @model_repository_option
-@click.option("--no-assemble", is_flag=True, help="Only write models/NAME/, leave the model repository alone.")
+@click.option("--no-assemble", is_flag=True, help="Only write models/NAME/; do not touch the model repository.")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     metavar="SECONDS",
     help="End an import that takes longer.",
 )
-@click.option("--force", is_flag=True, help="Import again although nothing has changed.")
+@click.option("--force", is_flag=True, help="Import again even if nothing has changed.")
 @json_option
 def command(
     source: str,
@@ -68,7 +68,7 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Turn an ArcFace ONNX into a proved serving ONNX and put it into the model repository.
+    """Turn an ArcFace ONNX into a verified serving ONNX and install it in the model repository.
 
     SOURCE is an ONNX file, a checkpoint of an arcface_torch IResNet (.pth, .safetensors), a folder or zip with a pack,
     a name from config/models.yaml (mobilefacenet), an InsightFace pack (buffalo_l, buffalo_s, antelopev2) or a demo
@@ -82,13 +82,13 @@ def command(
       arcface import backbone.pth --name r100
       arcface import other.onnx --color bgr --mean 127.5 --std 128
 
-    Nothing is written unless the result equals InsightFace's: cosine ≥ 0.99999 on every face, and each row of a batch
-    equal to its single run.
+    Nothing is written unless the result matches InsightFace's: cosine ≥ 0.99999 on every face, and each row of a batch
+    equal to that face embedded alone.
     """
     from arcface_build.repository.bring_in import bring_in
 
     stated = _stated(color, mean, std)
-    repository = None if no_assemble else repository_at(model_repository)  # before the work, not after it
+    repository = None if no_assemble else repository_at(model_repository)  # fail before the work, not after it
     with terminal.phase_bar() as progress:
         done = bring_in(
             source,
@@ -113,7 +113,7 @@ def command(
         terminal.complaint(f"preprocessing may be wrong: {look['warning']}. See --color, --mean, --std")
     if imported.variants_gone:
         terminal.complaint(
-            f"the serving ONNX is another one now: {imported.folder}/variants were of the old one and are gone"
+            f"the serving ONNX has changed: {imported.folder}/variants belonged to the old one and were removed"
         )
     hand_over(imported.manifest.to_json(), lambda: _told(done), as_json)
 
@@ -142,13 +142,13 @@ def _three(option: str, text: str) -> tuple[float, float, float]:
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
-        raise WrongUse(f"{option} is {text!r}: expected one number or three with commas, as 123.675,116.28,103.53.")
+        raise WrongUse(f"{option} is {text!r}: expected one number, or three such as 123.675,116.28,103.53.")
     first, second, third = numbers * 3 if len(numbers) == 1 else numbers
     return first, second, third
 
 
 def _told(done: BroughtIn) -> str:
-    """What was found, done and proved, in a few lines."""
+    """What was found, done and verified, in a few lines."""
     manifest, folder = done.imported.manifest, done.imported.folder
     source, proof, wants = manifest.source, manifest.proof, manifest.preprocessing
     lines = [click.style(source["note"], fg="yellow", bold=True)] if source["kind"] == "demo" else []

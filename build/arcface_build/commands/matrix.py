@@ -1,4 +1,4 @@
-"""`arcface matrix`: drift, changed decisions and batch invariance by backend, precision and batch size."""
+"""`arcface matrix` shows drift, changed decisions and batch invariance by backend, precision and batch size."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Examples:
 
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_MATRIX", "show_default": True})
 @click.argument("candidates", nargs=-1)
-@click.option("--reference", default="insightface", help="What is right: as a side of arcface compare.")
+@click.option("--reference", default="insightface", help="The reference, as a side of arcface compare.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 2, 7, 32), help="Repeatable.")
-@click.option("--faces", "sources", multiple=True, help="Crops: folder, files, glob, .npz; default: drawn faces.")
-@click.option("--n-samples", type=click.IntRange(1), help="Take this many faces, spread over all.")
+@click.option("--faces", "sources", multiple=True, help="Crops: folder, files, glob, .npz; default: synthetic faces.")
+@click.option("--n-samples", type=click.IntRange(1), help="Use this many faces, spread over all.")
 @click.option("--pairs", "pairs_from", type=click.Path(path_type=Path, exists=True), help="CSV a,b,same.")
-@click.option("--identities", is_flag=True, help="Folders are people: pairs are drawn from them.")
+@click.option("--identities", is_flag=True, help="Each folder is a person; pairs are drawn from the folders.")
 @click.option("--threshold", type=COSINE, help="Cosine from which a pair is one person; default: the reference's best.")
 @models_dir_option
 @local_model_option

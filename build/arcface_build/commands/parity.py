@@ -1,4 +1,4 @@
-"""`arcface parity`: a server in, a table of its backends' drift from the reference out."""
+"""`arcface parity` prints a table of each backend's drift from the reference on a server."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Examples:
   arcface parity
   arcface parity --faces crops/ --json
   arcface parity --url grpc://gpu-host:8001 --faces 'people/**/*.jpg'
-  arcface parity --faces crops/ --count      for a timer: feeds the drift alert (docs/operations.md)
+  arcface parity --faces crops/ --count      for a scheduled job: feeds the drift alert (docs/operations.md)
 """
 
 
 @click.command(epilog=EPILOG, context_settings={"show_default": True})
 @url_option
 @click.option(
-    "--faces", "sources", multiple=True, metavar="PATH", help="Folder, file, glob or .npz; default: drawn faces."
+    "--faces", "sources", multiple=True, metavar="PATH", help="Folder, file, glob or .npz; default: synthetic faces."
 )
-@click.option("--limit", type=click.IntRange(1), default=400, help="Take at most this many faces.")
+@click.option("--limit", type=click.IntRange(1), default=400, help="Use at most this many faces.")
 @timeout_option
-@click.option("--count", is_flag=True, help="Have the server count the drift in its own metrics too (arcface_drift).")
+@click.option("--count", is_flag=True, help="Also have the server count the drift in its metrics (arcface_drift).")
 @json_option
 @report_option
 def command(
@@ -41,7 +41,7 @@ def command(
 ) -> int:
     """Compare every loaded backend with the reference, face by face.
 
-    Exit code 1 when a backend's drift is above the limit of its precision, 3 when no reference is loaded.
+    Exit code 1 if a backend's drift is above the limit of its precision, 3 if no reference is loaded.
     """
     from arcface_clients.checks.parity import COUNTING, count_drift, measure_parity, render_table
     from arcface_clients.faces.images import load_or_draw

@@ -1,4 +1,4 @@
-"""`arcface plan`: the group; each of its commands is imported when it is called."""
+"""The group `arcface plan`; each of its commands is imported only when called."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ COMMANDS = {  # name -> (place, one line for --help)
     "build": ("plan_build:build", "Build a plan for this host's GPU, or get it from the cache or the store."),
     "list": ("plan_look:list_", "List the plans of the cache and the store."),
     "show": ("plan_look:show", "Show everything known about one plan."),
-    "matrix": ("plan_look:matrix", "SM × precision × TensorRT version: what there is and what is missing."),
+    "matrix": ("plan_look:matrix", "SM × precision × TensorRT version: which plans exist and which are missing."),
     "push": ("plan_move:push", "Publish plans from the cache or from files to the store."),
     "pull": ("plan_move:pull", "Fetch plans from the store, verified, into the cache or a folder."),
-    "verify": ("plan_move:verify", "Read plans back whole and check them; exit 1 if one is refused."),
-    "gc": ("plan_move:gc", "Remove leftovers, and plans of TensorRT versions no longer used."),
+    "verify": ("plan_move:verify", "Read whole plans back and check them; exit 1 if one is refused."),
+    "gc": ("plan_move:gc", "Remove leftovers, and plans of unused TensorRT versions."),
 }
 
 EPILOG = """\b
@@ -34,8 +34,8 @@ Examples:
     table=COMMANDS,
     common=(config_option, quiet_option),
     needs={"build": ("onnx", "onnxruntime", "polygraphy", "filelock"), "pull": ("filelock",)},
-    gone={"info": "it is arcface plan show.", "upload": "it is arcface plan push."},
+    gone={"info": "use arcface plan show.", "upload": "use arcface plan push."},
     epilog=EPILOG,
 )
 def command() -> None:
-    """TensorRT plans: build, prove, keep, find, move."""
+    """Build, verify, store, find and move TensorRT plans."""

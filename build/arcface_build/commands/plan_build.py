@@ -1,4 +1,4 @@
-"""`arcface plan build`: an imported model's name (or a typed ONNX) in; a proved plan for this host's GPU out."""
+"""`arcface plan build` makes a verified plan for this host's GPU from an imported model or a typed ONNX."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ Old names: `build --fp16` is `plan build NAME --precision fp16`, `info` is `plan
 @click.option(
     "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), help="[precision in the configuration]"
 )
-@click.option("--sm", default="auto", show_default=True, help="Refuse to build on a GPU of another SM.")
+@click.option("--sm", default="auto", show_default=True, help="Expected SM; refuse to build on any other GPU.")
 @click.option("--min-batch", type=click.IntRange(1), help="[batch.min in the configuration]")
 @click.option("--opt-batch", type=click.IntRange(1), help="[batch.opt]")
 @click.option("--max-batch", type=click.IntRange(1), help="[batch.max]")
 @click.option("--workspace", help="Scratch memory of the build: 2GB or 2048MB. [workspace]")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="TensorRT's builder_optimization_level.")
 @click.option("--hardware-compatible", is_flag=True, help="Also loads on other GPUs from SM 8.0 on; slower.")
-@click.option("--any-card", is_flag=True, help="Tuned for all cards of this SM, not this one; TensorRT 10.9 or newer.")
-@click.option("--external-tactics/--no-external-tactics", default=True, help="Kernels of cuBLAS and cuDNN.")
-@click.option("--tf32", is_flag=True, help="Let fp32 layers use TF32: faster, and above the fp32 drift limit.")
-@click.option("--faces", type=_PATH, help="Prove on these crops: a folder or .npz. Default: 64 drawn faces.")
-@click.option("--reference", type=_PATH, help="Serving ONNX that drift is measured against. Default: the model's own.")
+@click.option("--any-card", is_flag=True, help="Tune for all cards of this SM, not just this one; TensorRT 10.9+.")
+@click.option("--external-tactics/--no-external-tactics", default=True, help="Allow cuBLAS and cuDNN kernels.")
+@click.option("--tf32", is_flag=True, help="Let fp32 layers use TF32: faster, but above the fp32 drift limit.")
+@click.option("--faces", type=_PATH, help="Verify on these crops: a folder or .npz. Default: 64 synthetic faces.")
+@click.option("--reference", type=_PATH, help="Serving ONNX to measure drift against. Default: the model's own.")
 @click.option("--timeout-s", type=FiniteNumber(1), default=1800.0, show_default=True, help="Stop a build after this.")
-@click.option("--force", is_flag=True, help="Build although the cache or the store has this plan.")
+@click.option("--force", is_flag=True, help="Build even if the cache or the store has this plan.")
 @click.option("--push", "upload", is_flag=True, help="Publish the plan to the store after the build.")
 @click.option("--output", "-o", type=_PATH, help="Also put plan and manifest into this folder.")
 @click.option("--sign-key", type=_PATH, help="PEM, ed25519: sign the manifest.")
@@ -55,8 +55,8 @@ Old names: `build --fp16` is `plan build NAME --precision fp16`, `info` is `plan
 def build(places: Places, as_json: bool, **asked_for: Any) -> None:
     """Build a plan for this host's GPU, or get it from the cache or the store.
 
-    Built in a process of its own; kept only if its layers compute in the asked precision and its drift is within the
-    gate.
+    It is built in a separate process, and kept only if its layers compute in the requested precision and its drift
+    passes the gate.
     """
     from arcface_build.plans.for_this_gpu import PlanRequest, plan_for_this_gpu
 

@@ -1,4 +1,4 @@
-"""`arcface plan list`, `show` and `matrix`: plans of the cache and the store in, tables or JSON out."""
+"""`arcface plan list`, `show` and `matrix`: what the cache and the store contain, as tables or JSON."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def show(places: Places, plan: str, as_json: bool) -> None:
 @place_options
 @json_option
 def matrix(places: Places, model: str | None, gpus: Path, as_json: bool) -> None:
-    """SM × precision × TensorRT version: what there is and what is missing of what config/gpus.yaml wants."""
+    """SM × precision × TensorRT version: which plans of config/gpus.yaml exist and which are missing."""
     from arcface_build.plans.gpu import load_gpus_yaml
     from arcface_clients.plans.fit import misfit
 
@@ -67,7 +67,7 @@ def matrix(places: Places, model: str | None, gpus: Path, as_json: bool) -> None
     found, _ = _collect(places, model)
 
     def where_is(name: str, sm: str, precision: str, version: str) -> list[str]:
-        """The places that have a plan which loads on this SM, its own or a hardware-compatible one."""
+        """The places with a plan that loads on this SM, either its own or a hardware-compatible one."""
         fitting = (w for m, w in found if misfit(m, sm, version, precision=precision, model=name) is None)
         return sorted(set().union(*fitting))
 
@@ -91,7 +91,7 @@ def matrix(places: Places, model: str | None, gpus: Path, as_json: bool) -> None
                             "state": "+".join(where) if where else "MISSING" if precision in wanted else "-",
                         }
                     )
-    nothing = "no plans anywhere: name a model to see what it needs: arcface plan matrix --model NAME"
+    nothing = "no plans anywhere. Name a model to see what it needs: arcface plan matrix --model NAME"
     hand_over(cells, lambda: _table_of(cells) if cells else nothing, as_json)
 
 
@@ -100,7 +100,7 @@ def _table_of(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _collect(places: Places, model: str | None) -> tuple[list[tuple[PlanManifest, set[str]]], list[str]]:
-    """Plans with the places that have them, in list order; and why others were refused."""
+    """Plans with the places that have them, in list order, and why others were refused."""
     found: dict[str, tuple[PlanManifest, set[str]]] = {}
     refused: list[str] = []
 

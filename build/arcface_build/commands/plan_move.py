@@ -25,15 +25,15 @@ _PATH = click.Path(path_type=Path)
     epilog="\b\nExamples:\n  arcface plan push --all\n  arcface plan push 9363ac3dd29e --sign-key private.pem"
 )
 @click.argument("plans", nargs=-1, metavar="[FILE_OR_KEY]...")
-@click.option("--all", "everything", is_flag=True, help="Every plan of the cache.")
+@click.option("--all", "everything", is_flag=True, help="Every plan in the cache.")
 @click.option("--sign-key", type=_PATH, help="PEM, ed25519: sign the manifests first.")
-@click.option("--replace", is_flag=True, help="In the place of what the store has of the same key.")
+@click.option("--replace", is_flag=True, help="Replace the store's plan of the same key.")
 @place_options
 @json_option
 def push(
     places: Places, plans: tuple[str, ...], everything: bool, sign_key: Path | None, replace: bool, as_json: bool
 ) -> None:
-    """Publish plans to the store; without --replace a key that the store has already is left as it is."""
+    """Publish plans to the store; keys that it already has are left unchanged unless --replace is given."""
     from arcface_build.plans.places import Places, plan_by_name
     from arcface_build.plans.store import PlanStore
     from arcface_clients.errors import WrongUse
@@ -42,18 +42,18 @@ def push(
     store = places.need_store()
     if bool(plans) == everything:
         raise WrongUse("say what to push: files, keys or names, or --all. See them: arcface plan list")
-    # From this host only; and what is about to be signed may be unsigned still.
+    # From this host only; plans about to be signed may still be unsigned.
     public_key = None if sign_key else places.cache.public_key
     here = Places(PlanStore(places.cache.objects, public_key), None, places.config, places.folder)
     done = []
     for name in [manifest.key for manifest in here.cache.manifests(_say_refused)] if everything else plans:
         manifest, path, _ = plan_by_name(here, name)
-        assert path is not None  # nothing else than files of this host was asked
+        assert path is not None  # only files of this host were requested
         manifest = sign(manifest, sign_key) if sign_key else manifest
         with terminal.byte_bar(f"push {manifest.spec.file_name}", manifest.size_bytes) as progress:
             put = store.put(path, manifest, progress, replace=replace)
         same = put.manifest.sha256 == manifest.sha256
-        state = "pushed" if put.created else "was there" if same else "the store keeps another build of this key"
+        state = "pushed" if put.created else "already there" if same else "the store keeps another build of this key"
         if sign_key and put.manifest.signature != manifest.signature:
             state += ", NOT signed by this key"
         done.append({"plan": manifest.spec.file_name, "key": manifest.key, "state": state, "store": store.url})
@@ -64,7 +64,7 @@ def push(
     epilog="\b\nExamples:\n  arcface plan pull --sm auto\n  arcface plan pull r50-fp16-sm86.plan --output plans/"
 )
 @click.argument("plans", nargs=-1, metavar="[KEY_OR_NAME]...")
-@click.option("--sm", help="Every plan for this SM; auto: of this host's GPU.")
+@click.option("--sm", help="Every plan for this SM; auto: that of this host's GPU.")
 @click.option("--precision", help="With --sm: only this precision.")
 @click.option("--output", "-o", type=_PATH, help="A folder for plan and manifest, instead of the cache.")
 @place_options
@@ -72,9 +72,9 @@ def push(
 def pull(
     places: Places, plans: tuple[str, ...], sm: str | None, precision: str | None, output: Path | None, as_json: bool
 ) -> int:
-    """Fetch plans from the store; each is verified before it gets its name.
+    """Fetch plans from the store; each is verified before it gets its final name.
 
-    Exit code 1 if one is refused; the others are pulled all the same.
+    Exit code 1 if one is refused; the others are still pulled.
     """
     from arcface_build.errors import PlanNotFound
     from arcface_build.plans.get_or_build import get_or_build
@@ -107,7 +107,7 @@ def pull(
                     path, state = store.pull(manifest, output, progress), "pulled"
                 else:
                     obtained = get_or_build(manifest.spec, places.cache, store, progress=progress)
-                    path, state = obtained.path, "pulled" if obtained.source == "store" else "was there"
+                    path, state = obtained.path, "pulled" if obtained.source == "store" else "already there"
             done.append({**row, "state": state, "path": str(path)})
         except PlanRefused as exc:
             done.append({**row, "state": f"REFUSED: {exc}"})
@@ -122,7 +122,7 @@ def pull(
 @place_options
 @json_option
 def verify(places: Places, plans: tuple[str, ...], as_json: bool) -> int:
-    """Read plans back whole, check size, digest, key and signature; without names, all of cache and store.
+    """Read whole plans back and check size, digest, key and signature; without names, all in cache and store.
 
     Exit code 1 if one is refused.
     """
@@ -165,13 +165,13 @@ def verify(places: Places, plans: tuple[str, ...], as_json: bool) -> int:
     type=NOT_NEGATIVE,
     default=1.0,
     show_default=True,
-    help="Leave leftovers alone that are younger: uploads under way.",
+    help="Keep younger leftovers: they may be uploads in progress.",
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
 @place_options
 @json_option
 def gc(places: Places, versions: tuple[str, ...], min_age_h: float, dry_run: bool, as_json: bool) -> None:
-    """Remove leftovers (lost races, cut uploads, damaged manifests) from the cache and the store."""
+    """Remove leftovers (lost races, interrupted uploads, damaged manifests) from the cache and the store."""
     from arcface_clients.plans.spec import parse_version
 
     kept = {parse_version(version) for version in versions}
@@ -205,7 +205,7 @@ def _verify_one(places: Places, found: tuple[PlanManifest, Path | None, str]) ->
 
 
 def _old_temporaries(folder: Path, before_s: float) -> list[Path]:
-    """Temporary files of writers that were killed; locks and timing caches are kept."""
+    """Temporary files of killed writers; locks and timing caches are kept."""
     files = [p for p in folder.glob("*/**/.*") if p.is_file() and not p.relative_to(folder).parts[0].startswith(".")]
     return [p for p in files if p.stat().st_mtime < before_s]
 

@@ -1,4 +1,4 @@
-"""`arcface quantize`: an imported model in; an fp16, bf16 or int8 variant that passed its gate, or a refusal, out."""
+"""`arcface quantize` makes an fp16, bf16 or int8 variant of an imported model, if it passes its gate."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from arcface_build.commands.options.settings import settings
 
 EPILOG = """\b
 Examples:
-  arcface quantize demo-mobile --precision bf16                 the CPU fast path: proves the fp32 file in bf16
+  arcface quantize demo-mobile --precision bf16                 the CPU fast path: verifies the fp32 file in bf16
   arcface quantize mymodel --precision int8 --eval crops/       finds the layers to keep, if any; crops/PERSON/*.jpg
   arcface quantize mymodel --precision fp16 --eval crops/       typed ONNX for TensorRT
   arcface quantize mymodel --precision int8 --target tensorrt --recipe models/mymodel/variants/int8-cpu.json
-  arcface quantize mymodel --precision int8 --verify others/    judges what is there; what fails is set aside
+  arcface quantize mymodel --precision int8 --verify others/    judges the existing variant, and retires it if it fails
 Exit codes: 0 passed, 1 refused by the gate, 2 wrong use, 3 something needed is missing.
 """
 
@@ -29,7 +29,7 @@ Exit codes: 0 passed, 1 refused by the gate, 2 wrong use, 3 something needed is 
 @click.argument("name")
 @click.option("--precision", required=True, type=click.Choice(["fp16", "bf16", "int8"]))
 @click.option("--target", type=click.Choice(["cpu", "tensorrt"]), help="Default: tensorrt for fp16, else cpu.")
-@click.option("--eval", "eval_source", default="synthetic", help="Judge by: FOLDER of crops, .npz, or synthetic.")
+@click.option("--eval", "eval_source", default="synthetic", help="Judge on: FOLDER of crops, .npz, or synthetic.")
 @click.option(
     "--eval-faces", default=400, type=click.IntRange(2), help="At most so many: half to search on, half to judge."
 )
@@ -37,19 +37,19 @@ Exit codes: 0 passed, 1 refused by the gate, 2 wrong use, 3 something needed is 
 @click.option(
     "--max-drift",
     type=DRIFT,
-    help="Limit of 1 − cosine per face; default: comparison.max_drift of the configuration.",
+    help="Limit of 1 − cosine per face; default: comparison.max_drift from the configuration.",
 )
 @click.option(
     "--margin",
     type=SHARE,
-    help="The search aims at this share of the limit; default: comparison.margin of the configuration.",
+    help="The search aims at this share of the limit; default: comparison.margin from the configuration.",
 )
-@click.option("--search/--no-search", default=True, help="Find the layers to keep where the plain variant misses it.")
-@click.option("--keep", multiple=True, help="A layer (node name) that stays in higher precision; may be repeated.")
+@click.option("--search/--no-search", default=True, help="If the plain variant misses the limit, find layers to keep.")
+@click.option("--keep", multiple=True, help="A layer (node name) to keep in higher precision; repeatable.")
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="Replay a recipe or a sidecar: no calibration, no search."
 )
-@click.option("--verify", metavar="FACES", help="Build nothing: judge the variant that is there on these faces.")
+@click.option("--verify", metavar="FACES", help="Build nothing: judge the existing variant on these faces.")
 @models_dir_option
 @json_option
 def command(
@@ -68,7 +68,7 @@ def command(
     models_dir: Path,
     as_json: bool,
 ) -> None:
-    """Make a variant of an imported model and let it through only if its drift is within the gate."""
+    """Make a variant of an imported model, and accept it only if its drift passes the gate."""
     from arcface_build.variants.make import TARGETS, Wish, make_variant
     from arcface_build.variants.verify import verify_variant
 
@@ -111,7 +111,7 @@ def _told(model_dir: Path, sidecar: dict[str, Any]) -> str:
     if recipe and recipe["keep"]:
         lines.append(f"  kept in higher precision ({len(recipe['keep'])}): {', '.join(recipe['keep'])}")
     plot = model_dir / "variants" / f"{sidecar['precision']}-{sidecar['target']}.search.png"
-    if recipe and recipe["search"] and plot.is_file():  # a replay has the search's record and no plot of its own
+    if recipe and recipe["search"] and plot.is_file():  # a replay has the search's record but no plot
         lines.append(f"  search: {plot}")
     lines += [f"  warning: {warning}" for warning in sidecar.get("warnings", ())]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`arcface rollback`: the newest version of a model out of model_repository/, the one before is served again."""
+"""`arcface rollback` removes a model's newest version from model_repository/ and returns to the previous one."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ To serve InsightFace itself instead: arcface serve --backend reference
     "models",
     multiple=True,
     type=click.Choice(["arcface_onnx", "arcface_reference", "arcface_trt"]),
-    help="Repeatable; default: arcface_onnx, and arcface_reference where it stands for another source then.",
+    help="Repeatable; default: arcface_onnx, and arcface_reference if its source would no longer match.",
 )
 @model_repository_option
 @json_option
 def command(models: tuple[str, ...], model_repository: Path | None, as_json: bool) -> None:
-    """Remove the newest version of a model; Triton serves the one before when it is started again."""
+    """Remove the newest version of a model; Triton serves the previous one after a restart."""
     from arcface_build.repository.versions import roll_back_served, served_manifest
 
     repository = repository_at(model_repository)

@@ -1,4 +1,4 @@
-"""`arcface tune`: the best settings of this host for a load, as configs/tuned.pbtxt."""
+"""`arcface tune` finds the best settings of this host for a load, and writes configs/tuned.pbtxt."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from arcface_build.commands.options.settings import settings
 
 EPILOG = """\b
 Examples:
-  arcface tune                                        most faces a second for four callers of eight faces
+  arcface tune                                        most faces per second for four callers of eight faces
   arcface tune --batch 1 --concurrency 16 --latency-ms 100
-  arcface tune --html tune.html --report tune.json    every duel, with the frontier as a plot
-  arcface serve --model-config-name tuned             serves the result
+  arcface tune --html tune.html --report tune.json    every duel, and a plot of the frontier
+  arcface serve --model-config-name tuned             serve the result
 """
 
 
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_TUNE", "show_default": True})
-@click.option("--batch", default=8, type=click.IntRange(1), help="Faces a request of the load to tune for.")
-@click.option("--concurrency", default=4, type=click.IntRange(1), help="Callers at once.")
-@click.option("--latency-ms", "latency_limit_ms", type=POSITIVE, help="Largest p95; default: throughput alone counts.")
-@click.option("--rounds", default=5, type=click.IntRange(3), help="Undisturbed rounds of a duel.")
-@click.option("--sample-s", default=2.0, type=NOT_NEGATIVE, help="Seconds of one sample, about.")
-@click.option("--faces", "sources", multiple=True, help="Crops to send (folder, files, .npz); default: drawn faces.")
+@click.option("--batch", default=8, type=click.IntRange(1), help="Faces per request of the load to tune for.")
+@click.option("--concurrency", default=4, type=click.IntRange(1), help="Parallel callers.")
+@click.option("--latency-ms", "latency_limit_ms", type=POSITIVE, help="Largest p95; default: only throughput counts.")
+@click.option("--rounds", default=5, type=click.IntRange(3), help="Undisturbed rounds per duel.")
+@click.option("--sample-s", default=2.0, type=NOT_NEGATIVE, help="Approximate length of a sample in seconds.")
+@click.option("--faces", "sources", multiple=True, help="Crops to send (folder, files, .npz); default: synthetic.")
 @model_repository_option
 @json_option
 @report_option
@@ -44,9 +44,9 @@ def command(
     report: Path | None,
     html: Path | None,
 ) -> None:
-    """Search instances, threads, queue delay and largest batch of arcface_onnx through real servers.
+    """Find the best instances, threads, queue delay and largest batch of arcface_onnx, with real servers.
 
-    Writes configs/tuned.pbtxt when that beats the shipped config beyond chance; else says that it cannot.
+    Writes configs/tuned.pbtxt if the result beats the shipped config beyond chance; otherwise says so.
     """
     from arcface_build.bench.duel import Tuning, tune
     from arcface_build.bench.faces import faces_for_load

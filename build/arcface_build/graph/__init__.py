@@ -1,6 +1,6 @@
-"""Graph steps: an ONNX model in, the same network in another form out, and whether and why it changed.
+"""Transformations of ONNX graphs; each one reports whether it changed the model, and why.
 
-Steps work in place where they can (a r100 holds 250 MB of weights) and hand back the model to go on with.
+They work in place where possible (an r100 has 250 MB of weights) and return the model to continue with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step made: `model` to go on with, `changed`, and `why` it did or did not change, in words."""
+    """The result of a transformation: the `model` to continue with, whether it `changed`, and `why` (or why not)."""
 
     name: str
     model: onnx.ModelProto
@@ -22,5 +22,5 @@ class Step:
     why: str
 
     def to_json(self) -> dict[str, Any]:
-        """The step as it stands in a manifest: step, changed, why."""
+        """The entry for the manifest: step, changed, why."""
         return {"step": self.name, "changed": self.changed, "why": self.why}

@@ -1,11 +1,11 @@
-"""CPU form: a serving model in, the same for ONNX Runtime's CPU provider out, which then keeps its blocked layout.
+"""Rewrites a serving model so that ONNX Runtime's CPU provider stays in its blocked memory layout.
 
 That provider runs Conv and Relu in NCHWc (channels in blocks of 8 or 16), but leaves it for PRelu and, since opset 15,
-for BatchNormalization: each one costs a reorder before and one behind. Depthwise 1×1 convolutions stay in it:
+for BatchNormalization: each one costs a reorder before and after. Depthwise 1×1 convolutions stay blocked:
     PRelu(x) = a·x + (1 − a)·ReLU(x)   for any slope a: x where x ≥ 0, a·x below
     BN(x)    = s·x + t                 s = scale / sqrt(var + epsilon), t = bias − s·mean
-TensorRT and OpenVINO fuse PRelu and BatchNormalization themselves, and OpenVINO was measured to lose by this form
-(docs/measured/cpu_layout.json): so it is a file of its own beside the serving ONNX.
+TensorRT and OpenVINO fuse PRelu and BatchNormalization themselves, and OpenVINO was measured to be slower with this
+rewrite (docs/measured/cpu_layout.json), so the result is a separate file beside the serving ONNX.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from arcface_build.graph.index import GraphIndex, drop_unused, replace_nodes, sh
 if TYPE_CHECKING:
     import onnx
 
-BLOCK = 8  # other channel counts are not blocked, so nothing is gained there
+BLOCK = 8  # other channel counts are not blocked, so there is nothing to gain
 
 
 def blocked_layout(model: onnx.ModelProto) -> Step:
-    """Rewrite PRelu with one slope a channel and BatchNormalization, both on images; the rest stays."""
+    """Rewrite PRelu (one slope per channel) and BatchNormalization on feature maps; the rest is unchanged."""
     graph = model.graph
     known = shapes(model)
     index = GraphIndex(graph)

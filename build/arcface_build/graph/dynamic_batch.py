@@ -1,4 +1,4 @@
-"""Batch: a model whose batch is fixed, named or baked into a Reshape in, one whose first dimension is free out."""
+"""Makes the batch dynamic in a model whose batch is fixed, oddly named or baked into a Reshape."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BATCH = "N"
 
 
 def dynamic_batch(model: onnx.ModelProto) -> Step:
-    """Name the first dimension of input and output `N` and let each Reshape that holds the batch take it over.
+    """Name the first dimension of input and output `N`, and let each Reshape that fixes the batch copy it instead.
 
-    Whether rows stay apart is not proved here but by running the result (arcface_build.imports.proof).
+    Whether rows stay independent is proved later, by running the result (arcface_build.imports.proof).
     """
     graph = model.graph
     index = GraphIndex(graph)
@@ -37,20 +37,20 @@ def dynamic_batch(model: onnx.ModelProto) -> Step:
             dim[0].dim_param = BATCH
     del graph.value_info[:]  # inferred for the old batch
     if batch == BATCH and not baked:
-        return Step("dynamic_batch", model, False, "the batch is dynamic already")
+        return Step("dynamic_batch", model, False, "the batch is already dynamic")
     was = f"was fixed to {batch}" if isinstance(batch, int) else f"was {batch or 'unnamed'!r}"
-    also = f", and {len(baked)} Reshape that held it" if baked else ""
+    also = f", also in {len(baked)} Reshape" if baked else ""
     return Step("dynamic_batch", model, True, f"batch {was}{also}")
 
 
 def declared_batch(face: onnx.ValueInfoProto) -> int | str:
-    """The first dimension of the input as the file states it; "" where it states nothing."""
+    """The first dimension of the input as stated in the file; "" if not stated."""
     dim = face.type.tensor_type.shape.dim[0]
     return dim.dim_value if dim.dim_value > 0 else dim.dim_param
 
 
 def baked_reshapes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The Reshape nodes that hold the batch as a number; 1 is looked for where the input's batch is no number."""
+    """The Reshape nodes that contain the batch as a number; looks for 1 if the input's batch is not a number."""
     known = shapes(model)
     index = GraphIndex(model.graph)
     batch = declared_batch(index.inputs()[0]) or 1
@@ -59,7 +59,7 @@ def baked_reshapes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def _holds_batch(index: GraphIndex, known: dict[str, list], node: onnx.NodeProto, batch: int) -> bool:
-    """Whether a Reshape of data states the batch as its first number (and not one that merely looks like it)."""
+    """Whether the first number of a Reshape's shape is the batch (and does not merely look like it)."""
     if node.op_type != "Reshape" or index.constant(node.input[0]) is not None or attribute(node, "allowzero", 0):
         return False
     shape = index.constant(node.input[1])

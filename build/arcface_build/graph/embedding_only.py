@@ -1,4 +1,4 @@
-"""A serving model without `norm` and `contract`: just the network behind `embedding`, one chain from face to row."""
+"""Strips `norm` and `contract` from a serving model, leaving only the network behind `embedding`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def embedding_only(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that holds what the output `embedding` depends on, in the same order."""
+    """A copy with only the nodes that `embedding` depends on, in the same order."""
     import onnx
 
     wanted, nodes = {EMBEDDING_OUTPUT}, []

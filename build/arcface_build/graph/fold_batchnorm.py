@@ -1,7 +1,7 @@
-"""BatchNormalization: a model in, the same with each one folded into a neighbouring Conv or Gemm where that is exact.
+"""Folds each BatchNormalization into a neighbouring Conv or Gemm, where that is exact.
 
 A BN is y = s·x + t with s = scale / sqrt(var + epsilon) and t = bias − s·mean (ONNX operator specification). After a
-Conv or Gemm it goes into weight and bias. Before one it does too, unless a padded Conv would see 0 where t belongs.
+Conv or Gemm it is folded into weight and bias; before one too, unless a padded Conv would see 0 where t belongs.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def fold_batchnorm(model: onnx.ModelProto) -> Step:
         del instead[node.output[0]]
     reconnect(graph, instead)
     if not folded:
-        why = f"{kept} BatchNormalization stand where folding is not exact" if kept else "no BatchNormalization"
+        why = f"{kept} BatchNormalization cannot be folded exactly" if kept else "no BatchNormalization"
         return Step("fold_batchnorm", model, False, why)
     rest = f"; {kept} stay (before a padded Conv, or their input is used twice)" if kept else ""
     return Step("fold_batchnorm", model, True, f"{len(folded)} folded into their neighbour{rest}")
 
 
 def affine_of(index: GraphIndex, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray] | None:
-    """(s, t) of y = s·x + t per channel, float64; None where a parameter is computed at run time."""
+    """(s, t) of y = s·x + t per channel, float64; None if a parameter is computed at run time."""
     values = [value for name in node.input[1:5] if (value := index.constant(name)) is not None]
     if len(values) != 4:
         return None
@@ -56,7 +56,7 @@ def affine_of(index: GraphIndex, node: onnx.NodeProto) -> tuple[np.ndarray, np.n
 def _into_maker(
     index: GraphIndex, known: dict[str, list], node: onnx.NodeProto, slope: np.ndarray, shift: np.ndarray
 ) -> bool:
-    """Conv → BN, Gemm → BN and Conv → Flatten of (N,C,1,1) → BN, where nobody else reads the Conv."""
+    """Conv → BN, Gemm → BN and Conv → Flatten of (N,C,1,1) → BN, if nothing else reads the Conv."""
     maker = index.maker.get(node.input[0])
     if maker is None or index.only_user(node.input[0]) is not node:
         return False
@@ -73,7 +73,7 @@ def _into_maker(
     bias = _bias(index, maker, slope.size)
     if bias is None:
         return False
-    # Gemm computes alpha·x·W + beta·b; beta stays in the node, so b must carry the shift over beta.
+    # Gemm computes alpha·x·W + beta·b; beta stays in the node, so the shift in b is divided by beta.
     beta = attribute(maker, "beta", 1.0) if maker.op_type == "Gemm" else 1.0
     _set(index, maker, weight * slope.reshape(per_row), (bias * beta * slope + shift) / beta)
     return True
@@ -82,7 +82,7 @@ def _into_maker(
 def _into_user(
     index: GraphIndex, known: dict[str, list], node: onnx.NodeProto, slope: np.ndarray, shift: np.ndarray
 ) -> bool:
-    """BN → Conv without padding, BN → (Flatten →) Gemm, where nobody else reads the BN."""
+    """BN → Conv without padding, BN → (Flatten →) Gemm, if nothing else reads the BN."""
     user = index.only_user(node.output[0])
     if user is None:
         return False
@@ -111,7 +111,7 @@ def _fold_before_conv(
     out, per_group = weight.shape[:2]
     if per_group * groups != slope.size:
         return False
-    # Output channel o reads input channels of its own group only.
+    # Output channel o reads only the input channels of its own group.
     channels = (np.arange(out) // (out // groups))[:, None] * per_group + np.arange(per_group)
     bias = _bias(index, conv, out)
     if bias is None:
@@ -138,7 +138,7 @@ def _fold_before_gemm(
 
 
 def _weight(index: GraphIndex, node: onnx.NodeProto) -> np.ndarray | None:
-    """Float64 weight of a Conv or Gemm whose weight is constant and used here only; None otherwise."""
+    """Float64 weight of a Conv or Gemm if it is constant and used only here; else None."""
     if node.op_type not in ("Conv", "Gemm") or len(index.users.get(node.input[1], [])) != 1:
         return None
     if node.op_type == "Gemm" and (attribute(node, "transA", 0) or not attribute(node, "beta", 1.0)):
@@ -148,7 +148,7 @@ def _weight(index: GraphIndex, node: onnx.NodeProto) -> np.ndarray | None:
 
 
 def _bias(index: GraphIndex, node: onnx.NodeProto, size: int) -> np.ndarray | None:
-    """Float64 bias (size,), zeros where the node has none; None where it is not one number an output."""
+    """Float64 bias (size,), zeros if the node has none; None if it is not one number per output."""
     if len(node.input) < 3 or not node.input[2]:
         return np.zeros(size)
     bias = index.constant(node.input[2])
@@ -158,7 +158,7 @@ def _bias(index: GraphIndex, node: onnx.NodeProto, size: int) -> np.ndarray | No
 
 
 def _set(index: GraphIndex, node: onnx.NodeProto, weight: np.ndarray, bias: np.ndarray) -> None:
-    """Give the node new weights; the bias is a new tensor, because a bias may be shared."""
+    """Give the node new weights; the bias becomes a new tensor, because it may be shared."""
     import onnx
 
     old = index.initializers[node.input[1]]
@@ -171,7 +171,7 @@ def _set(index: GraphIndex, node: onnx.NodeProto, weight: np.ndarray, bias: np.n
 
 
 def _is_exact_before(conv: onnx.NodeProto, weight: np.ndarray, shift: np.ndarray) -> bool:
-    """A padded Conv reads 0 outside the image, where the BN would have put t: exact only without padding or t."""
+    """A padded Conv reads 0 outside the image, where the BN would give t: exact only without padding, or if t is 0."""
     if not shift.any():
         return True
     auto = attribute(conv, "auto_pad", b"NOTSET")
@@ -181,7 +181,7 @@ def _is_exact_before(conv: onnx.NodeProto, weight: np.ndarray, shift: np.ndarray
 
 
 def _flattens(index: GraphIndex, known: dict[str, list], node: onnx.NodeProto) -> bool:
-    """Whether the node makes (N, C·H·W) of (N, C, H, W)."""
+    """Whether the node turns (N, C, H, W) into (N, C·H·W)."""
     if node.op_type == "Flatten":
         return bool(attribute(node, "axis", 1) == 1)
     shape = index.constant(node.input[1])

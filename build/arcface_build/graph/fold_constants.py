@@ -1,4 +1,4 @@
-"""Constants: a model in, the same with what does not depend on the face computed once, and no-op nodes gone."""
+"""Constant folding: precomputes everything that does not depend on the face, and removes no-op nodes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from arcface_build.graph.index import GraphIndex, drop_unused, reconnect, replac
 if TYPE_CHECKING:
     import onnx
 
-NO_OPS = ("Identity", "Dropout")  # Dropout is one at inference; training graphs are refused before
+NO_OPS = ("Identity", "Dropout")  # Dropout is a no-op at inference; training graphs are refused earlier
 
 
 def fold_constants(model: onnx.ModelProto) -> Step:
-    """Turn Constant nodes and all that follows from constants alone into initializers; drop Identity and Dropout."""
+    """Turn Constant nodes and everything computed from constants into initializers; drop Identity and Dropout."""
     graph = model.graph
     index = GraphIndex(graph)
     folded, dropped = 0, 0
@@ -36,5 +36,5 @@ def fold_constants(model: onnx.ModelProto) -> Step:
     replace_nodes(graph, gone)
     reconnect(graph, renamed)
     drop_unused(graph)
-    why = f"{folded} constant nodes are weights now, {dropped} Identity or Dropout nodes dropped"
+    why = f"{folded} constant nodes turned into weights, {dropped} Identity or Dropout nodes dropped"
     return Step("fold_constants", model, bool(folded or dropped), why if folded or dropped else "nothing to fold")

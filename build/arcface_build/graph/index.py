@@ -1,4 +1,4 @@
-"""Who makes and who uses each tensor of a graph, and which tensors are constants: a graph in, lookups out."""
+"""Lookups over a graph: the producer and consumers of each tensor, and which tensors are constant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class GraphIndex:
-    """Lookups over one graph. Build a new one after nodes were added or removed; constants stay up to date."""
+    """Lookups over one graph. Build a new one after adding or removing nodes; constants stay up to date."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         """Read the graph once; O(nodes)."""
@@ -30,11 +30,11 @@ class GraphIndex:
                 self._constant.update(node.output)
 
     def inputs(self) -> list[onnx.ValueInfoProto]:
-        """Graph inputs that a caller has to feed: files of IR version 3 list their weights as inputs, too."""
+        """Graph inputs that a caller must feed: files of IR version 3 also list their weights as inputs."""
         return [value for value in self.graph.input if value.name not in self.initializers]
 
     def constant(self, name: str) -> np.ndarray | None:
-        """The value of an initializer, or of what follows from constants alone; None for anything else."""
+        """The value of an initializer, or of a tensor computed from constants alone; None for anything else."""
         import onnx
         from onnx.reference import ReferenceEvaluator
 
@@ -50,17 +50,17 @@ class GraphIndex:
             return None
         try:
             values: Any = ReferenceEvaluator(node).run(None, feeds)
-        except Exception:  # an operator that the evaluator lacks is computed at run time
+        except Exception:  # an operator unknown to the evaluator is computed at run time
             return None
         return np.asarray(values[list(node.output).index(name)])
 
     def only_user(self, name: str) -> onnx.NodeProto | None:
-        """The one node that reads this tensor; None when several do, none does, or it leaves the graph."""
+        """The only node that reads this tensor; None if several or none do, or if it is a graph output."""
         users = self.users.get(name, [])
         return users[0] if len(users) == 1 and name not in self.outputs else None
 
     def add_constant(self, name: str, value: np.ndarray) -> str:
-        """Add an initializer under a name that is still free; returns that name."""
+        """Add an initializer under an unused name, and return that name."""
         import onnx
 
         free, count = name, 1
@@ -92,7 +92,7 @@ def _is_constant(node: onnx.NodeProto, constants: set[str]) -> bool:
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
-    """The value of a node's attribute, or `default` where it is not given."""
+    """The value of a node's attribute, or `default` if it is not set."""
     import onnx
 
     for item in node.attribute:
@@ -102,9 +102,9 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 
 
 def shapes(model: onnx.ModelProto) -> dict[str, list[int | str | None]]:
-    """Inferred shape of each tensor: int where known, the symbol's name or None where not.
+    """Inferred shape of each tensor: int if known, else the symbol's name or None.
 
-    Large weights are left out of what is inferred from: only their shapes matter, and inference copies the model.
+    Large weights are stripped before inference: only their shapes matter, and inference copies the model.
     """
     import onnx
 
@@ -124,7 +124,7 @@ def shapes(model: onnx.ModelProto) -> dict[str, list[int | str | None]]:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     try:
         graph = onnx.shape_inference.infer_shapes(light).graph
-    except onnx.shape_inference.InferenceError:  # a graph that breaks its specification still has declared shapes
+    except onnx.shape_inference.InferenceError:  # a graph that violates its specification still has declared shapes
         graph = light.graph
     known = {}
     for value in [*graph.value_info, *graph.input, *graph.output]:
@@ -140,7 +140,7 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
 
 
 def replace_nodes(graph: onnx.GraphProto, instead: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
-    """Put other nodes (none, one, several) in the place of nodes, which are named by their first output."""
+    """Replace nodes, identified by their first output, with other nodes (none, one or several)."""
     import onnx
 
     rewritten = onnx.GraphProto()

@@ -1,6 +1,6 @@
-"""Repairs: a source that InsightFace cannot run as it stands in, one that it can and that means the same out.
+"""Repairs a source model that InsightFace cannot run as it is, without changing its meaning.
 
-The repaired model is what the reference runs; each repair follows what the exporter meant and the specification says.
+The reference runs the repaired model; each repair follows the exporter's intent and the specification.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def repair_source(model: onnx.ModelProto) -> Step:
-    """Repair what old exporters wrote wrongly, and give an NHWC input or an unnamed image size the usual form."""
+    """Fix known errors of old exporters, and normalise an NHWC input or an unspecified image size."""
     done = [
         text
         for text in (
@@ -36,12 +36,12 @@ def repair_source(model: onnx.ModelProto) -> Step:
         if text
     ]
     if done:
-        model.ir_version = max(4, model.ir_version)  # from 4 on a weight need not stand among the inputs
+        model.ir_version = max(4, model.ir_version)  # from 4 on, weights need not be listed as inputs
     return Step("repair_source", model, bool(done), "; ".join(done) or "the file follows its specification")
 
 
 def _spatial_batchnorm(model: onnx.ModelProto) -> str:
-    """MXNet wrote spatial=0 where it meant 1: scale has one number a channel, so nothing else can be meant.
+    """MXNet wrote spatial=0 but meant 1: scale has one number per channel, so no other reading is possible.
 
     https://github.com/onnx/models/issues/156, https://github.com/microsoft/onnxruntime/issues/2447
     """
@@ -56,11 +56,11 @@ def _spatial_batchnorm(model: onnx.ModelProto) -> str:
             if item.name == "spatial":
                 item.i = 1
                 count += 1
-    return f"BatchNormalization spatial=0 with one scale a channel is spatial=1 ({count} nodes)" if count else ""
+    return f"BatchNormalization spatial=0 with one scale per channel set to spatial=1 ({count} nodes)" if count else ""
 
 
 def _flat_gemm(model: onnx.ModelProto) -> str:
-    """MXNet's FullyConnected flattens by itself, ONNX's Gemm takes rank 2 only.
+    """MXNet's FullyConnected flattens its input; ONNX's Gemm accepts rank 2 only.
 
     https://github.com/microsoft/onnxruntime/issues/2045
     """
@@ -80,11 +80,11 @@ def _flat_gemm(model: onnx.ModelProto) -> str:
         gemm.input[0] = flat
         instead[node.output[0]] = [flatten, gemm]
     replace_nodes(model.graph, instead)
-    return f"Flatten put before {len(instead)} Gemm that read an image" if instead else ""
+    return f"Flatten inserted before {len(instead)} Gemm with rank-4 input" if instead else ""
 
 
 def _rank(index: GraphIndex, known: dict[str, list], name: str) -> int | None:
-    """Rank of a tensor, also where inference gave up: BatchNormalization, PRelu and Dropout keep the rank."""
+    """Rank of a tensor, even if inference gave up: BatchNormalization, PRelu and Dropout keep the rank."""
     for _ in range(8):
         if name in known:
             return len(known[name])
@@ -100,7 +100,7 @@ def _rank(index: GraphIndex, known: dict[str, list], name: str) -> int | None:
 
 
 def _channel_slopes(model: onnx.ModelProto) -> str:
-    """MXNet wrote PRelu slopes as [C]; by the specification that means columns, and a runtime refuses it.
+    """MXNet wrote PRelu slopes as [C]; the specification reads those as columns, and runtimes reject the shape.
 
     https://github.com/microsoft/onnxruntime/issues/3205
     """
@@ -114,14 +114,14 @@ def _channel_slopes(model: onnx.ModelProto) -> str:
         if slope is None or slope.ndim != 1 or slope.size == 1 or rank != 4:
             continue
         if shape and shape[3] == slope.size:
-            continue  # legal as it stands: it does mean columns
+            continue  # valid as written: it really means columns
         node.input[1] = index.add_constant(f"{node.input[1]}_channels", slope.reshape(-1, 1, 1))
         count += 1
-    return f"PRelu slopes [C] are [C,1,1] ({count} nodes)" if count else ""
+    return f"PRelu slopes [C] reshaped to [C,1,1] ({count} nodes)" if count else ""
 
 
 def _image_size(model: onnx.ModelProto) -> str:
-    """A height and width that the file leaves open become 112: InsightFace reads its crop size from them."""
+    """Set a height and width left open by the file to 112: InsightFace reads its crop size from them."""
     face = GraphIndex(model.graph).inputs()[0]
     dim = face.type.tensor_type.shape.dim
     if len(dim) != 4:
@@ -139,7 +139,7 @@ def _image_size(model: onnx.ModelProto) -> str:
 
 
 def _channels_first(model: onnx.ModelProto) -> str:
-    """An NHWC input (tf2onnx) gets a Transpose, so that it is fed as every other ArcFace model is."""
+    """Put a Transpose before an NHWC input (tf2onnx), so that it is fed like every other ArcFace model."""
     import onnx
 
     graph = model.graph
@@ -157,7 +157,7 @@ def _channels_first(model: onnx.ModelProto) -> str:
     sizes = [3, dim[1].dim_value, dim[2].dim_value]
     for position, size in enumerate(sizes, start=1):
         dim[position].dim_value = size
-    return "NHWC input is NCHW (a Transpose stands in front)"
+    return "NHWC input changed to NCHW (Transpose inserted)"
 
 
 def _flat_output(model: onnx.ModelProto) -> str:
@@ -174,7 +174,7 @@ def _flat_output(model: onnx.ModelProto) -> str:
     model.graph.node.append(onnx.helper.make_node("Flatten", [output.name], [flat], axis=1))
     dim = next((size for size in shape[1:] if size != 1), None)
     output.CopyFrom(onnx.helper.make_tensor_value_info(flat, onnx.TensorProto.FLOAT, [shape[0], dim]))
-    return "output [N,D,1,1] is [N,D]"
+    return "output [N,D,1,1] flattened to [N,D]"
 
 
 def _row_output(model: onnx.ModelProto, dim: int | str | None) -> str:
@@ -195,8 +195,8 @@ def _row_output(model: onnx.ModelProto, dim: int | str | None) -> str:
 
 
 def _batch(model: onnx.ModelProto) -> str:
-    """A batch fixed to more than 1, or said to be free over a Reshape that holds 1, is freed: the reference is asked
-    for any number of faces. A batch that is honestly 1 stays, and the reference goes face by face.
+    """Free a batch that is fixed to more than 1, or declared free over a Reshape that holds 1: the reference is given
+    any number of faces. A batch that really is 1 stays, and the reference runs face by face.
     """
     batch = declared_batch(GraphIndex(model.graph).inputs()[0])
     if batch == 1 or (isinstance(batch, str) and not baked_reshapes(model)):

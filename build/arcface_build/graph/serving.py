@@ -1,10 +1,10 @@
-"""Serving form: a network that eats float NCHW in, one from uint8 BGR crops to unit embeddings out.
+"""Turns a network with float NCHW input into a serving model, from uint8 BGR crops to unit embeddings.
 
 face uint8 [N,112,112,3] BGR → Cast → Transpose → (x − mean) / std → network → L2 → embedding float32 [N,D], its
 length before that as norm float32 [N,1], and the contract id as contract int32 [N,4].
-The channel order costs nothing: the first convolution's weights are turned round. Mean and std stay two nodes of
-their own: folded into a padded convolution they would be wrong at the border, and weights 127 times smaller lose bits
-in fp16.
+The channel order costs nothing: the first convolution's input channels are reversed. Mean and std stay as two separate
+nodes: folded into a padded convolution they would be wrong at the border, and weights 127 times smaller lose bits in
+fp16.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _FIRST = (("starts", 0), ("ends", 1))  # Slice: the first of the dimensions
 
 
 def serving_form(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int, contract: str) -> Step:
-    """Put preprocessing in front and the L2 normalisation behind; names and shapes of the tensor contract.
+    """Add preprocessing before and L2 normalisation after the network, with names and shapes of the tensor contract.
 
     Args:
         model: a network from float NCHW to raw embeddings; changed in place.
-        preprocessing: what it wants.
+        preprocessing: what the network expects.
         dim: D.
-        contract: the contract id that its answers are to carry.
+        contract: the contract id that its responses carry.
     """
     import onnx
 
@@ -74,7 +74,7 @@ def _front(graph: onnx.GraphProto, source: str, preprocessing: Preprocessing, ga
     from onnx.helper import make_node
 
     index = GraphIndex(graph)
-    # Where the first Conv was turned round, the tensor in front of it is BGR and so are its constants.
+    # If the first Conv was reversed, the tensor before it is BGR and so are its constants.
     backwards = preprocessing.color == "rgb" and not gather
     nodes = [make_node("Cast", [FACE_INPUT], ["face_float"], to=1, name="face_float")]
     nodes.append(make_node("Transpose", ["face_float"], ["face_nchw"], perm=[0, 3, 1, 2], name="face_nchw"))
@@ -95,7 +95,7 @@ def _front(graph: onnx.GraphProto, source: str, preprocessing: Preprocessing, ga
 
 
 def _back(graph: onnx.GraphProto, opset: int) -> list[onnx.NodeProto]:
-    """Nodes from the source's output to unit rows; Flatten also where it is [N,D,1,1]."""
+    """Nodes from the source's output to unit rows, with a Flatten if that is [N,D,1,1]."""
     from onnx.helper import make_node
 
     index = GraphIndex(graph)
@@ -117,7 +117,7 @@ def _back(graph: onnx.GraphProto, opset: int) -> list[onnx.NodeProto]:
 def _name_itself(graph: onnx.GraphProto, contract: str) -> list[onnx.NodeProto]:
     """Nodes that repeat the contract's words for each face.
 
-    The batch is read behind the Cast: TensorRT computes nothing in uint8, the shape of `face` included.
+    The batch size is read after the Cast: TensorRT computes nothing on uint8, not even the shape of `face`.
     """
     from onnx.helper import make_node
 
@@ -134,7 +134,7 @@ def _name_itself(graph: onnx.GraphProto, contract: str) -> list[onnx.NodeProto]:
 
 
 def _turn_first_conv(graph: onnx.GraphProto, source: str) -> bool:
-    """Reverse the input channels of the Conv that the input reaches through per-pixel arithmetic only."""
+    """Reverse the input channels of the Conv that the input reaches through per-pixel arithmetic alone."""
     index = GraphIndex(graph)
     name, constants = source, []
     while (node := index.only_user(name)) is not None and node.op_type in ("Sub", "Add", "Mul", "Div"):
@@ -158,7 +158,7 @@ def _turn_first_conv(graph: onnx.GraphProto, source: str) -> bool:
 
 
 def _free_names(graph: onnx.GraphProto) -> None:
-    """Rename tensors of the source whose names the serving form needs."""
+    """Rename source tensors whose names the serving model needs."""
     index = GraphIndex(graph)
     ours = {FACE_INPUT, *OUTPUTS, "face_float", "face_nchw", "face_rgb", "face_centred", "face_scaled"}
     ours |= {"embedding_raw", "embedding_length", "face_shape", "face_count", "contract_shape"}

@@ -1,4 +1,4 @@
-"""Opset: a model of any opset in, the same with opset 17 or newer and weights that are no inputs out."""
+"""Upgrades a model to opset 17 or newer, and removes weights from its inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIN_OPSET = 17
 
 
 def upgrade_opset(model: onnx.ModelProto, minimum: int = MIN_OPSET) -> Step:
-    """Convert to `minimum` with onnx.version_converter where the model is older; newer opsets stay as they are.
+    """Convert an older model to opset `minimum` with onnx.version_converter; newer opsets are unchanged.
 
     Raises:
         SourceRefused: the converter has no rule for one of the nodes.
@@ -24,12 +24,12 @@ def upgrade_opset(model: onnx.ModelProto, minimum: int = MIN_OPSET) -> Step:
 
     opset = opset_of(model)
     _only_fed_inputs(model.graph)
-    _set_ir_version(model)  # before the conversion: below IR version 4 the converter wants weights among the inputs
+    _set_ir_version(model)  # before converting: below IR version 4 the converter requires weights to be inputs
     if opset >= minimum:
         return Step("upgrade_opset", model, False, f"opset {opset} is {minimum} or newer")
     try:
         model = onnx.version_converter.convert_version(model, minimum)
-    except Exception as exc:  # the converter raises its C++ errors as RuntimeError, ValueError or its own class
+    except Exception as exc:  # C++ errors of the converter appear as RuntimeError, ValueError or its own class
         reason = (str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip(".!")
         raise SourceRefused(
             f"cannot convert opset {opset} to {minimum}: {reason}. Export the model again with opset {minimum}."
@@ -40,12 +40,12 @@ def upgrade_opset(model: onnx.ModelProto, minimum: int = MIN_OPSET) -> Step:
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """The version of the standard operator set (0 where the file names none)."""
+    """The version of the standard operator set (0 if the file names none)."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
 def _set_ir_version(model: onnx.ModelProto) -> None:
-    """The oldest IR version that may hold this opset: older runtimes refuse a newer one for no reason of ours."""
+    """Set the oldest IR version that supports this opset: older runtimes would needlessly refuse a newer one."""
     import onnx
 
     standard = [entry for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
@@ -53,7 +53,7 @@ def _set_ir_version(model: onnx.ModelProto) -> None:
 
 
 def _only_fed_inputs(graph: onnx.GraphProto) -> None:
-    """Weights that stand among the inputs (IR version 3) are not constant for a runtime, which then folds nothing."""
+    """Remove weights from the inputs (IR version 3): runtimes do not treat those as constant and fold nothing."""
     weights = GraphIndex(graph).initializers
     for position in reversed(range(len(graph.input))):
         if graph.input[position].name in weights:

@@ -1,1 +1,1 @@
-"""The model repository on disk: versions, overlays, and what passed its gate put into them."""
+"""The model repository on disk: its versions and overlays, and installing into it what passed its gate."""

@@ -1,7 +1,7 @@
-"""Into the model repository: what passed its gate, each as a new version of its model, whole or not at all.
+"""Installs models and plans that passed their gates as new versions in the model repository, atomically.
 
-models/NAME/ gives arcface_reference (the source as it came) and arcface_onnx (serving ONNX, or the variant chosen for
-this CPU); plans with their manifests give arcface_trt.
+models/NAME/ provides arcface_reference (the unchanged source) and arcface_onnx (the serving ONNX, or the variant chosen
+for this CPU); plans with their manifests provide arcface_trt.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ def assemble(
     Args:
         model_dir: models/NAME.
         repository: the model repository.
-        variant: a choice of `arcface_build.variants.choose.choose`, whose gates were passed.
-        keep: versions that stay for a rollback.
-        limits: largest drift by precision; None takes comparison.max_drift of the configuration.
+        variant: a choice by `arcface_build.variants.choose.choose` that passed its gates.
+        keep: number of versions to keep for rollbacks.
+        limits: largest drift by precision; None uses comparison.max_drift from the configuration.
 
     Returns:
         Model name → version number that now serves these weights.
 
     Raises:
-        Missing: the folder holds no imported model.
+        Missing: the folder contains no imported model.
         ProofFailed: the variant's sidecar does not show that it passes its gate in the chosen runtime.
     """
     imported = read_import_manifest(model_dir)
     manifest = imported.to_json()
     weights, extra = model_dir / "serving.onnx", ""
-    if imported.cpu and gpu_sm() is None:  # the same network in the form that ONNX Runtime's CPU kernels like
+    if imported.cpu and gpu_sm() is None:  # the same network, laid out for ONNX Runtime's CPU kernels
         weights = model_dir / imported.cpu["file"]
     if variant is not None and variant.precision != "fp32":
         verdict = judge_sidecar(variant.sidecar or {}, _configured(limits)).get(variant.runtime)
@@ -77,7 +77,7 @@ def assemble(
         manifest |= {"precision": variant.precision, "variant": told}
     manifest["weights"] = weights.relative_to(model_dir).as_posix()
     return {
-        # The reference first: a version of arcface_onnx never stands there without what proves it.
+        # The reference first, so that no version of arcface_onnx ever exists without its reference.
         "arcface_reference": install(
             repository, "arcface_reference", {"source.onnx": model_dir / "source.onnx"}, imported.to_json(), keep=keep
         ),
@@ -97,24 +97,24 @@ def assemble_plans(
 ) -> int:
     """Install plans, each with its manifest beside it, as one new version of arcface_trt.
 
-    Plans of other SMs that the version before held stay, where they are of the same contract and precision. A
-    hardware-compatible plan stands in for every mapped SM from 8.0 on that has none of its own.
+    Plans of the previous version for other SMs are kept if they have the same contract and precision. A
+    hardware-compatible plan serves every mapped SM from 8.0 on that has no plan of its own.
 
     Args:
-        model_dir: models/NAME, whose contract the plans must be of.
+        model_dir: models/NAME; the plans must have its contract.
         plans: plan files.
         repository: the model repository.
-        keep: versions that stay for a rollback.
-        limits: largest drift by precision; None takes comparison.max_drift of the configuration.
-        public_key: PEM; where given, plans that its private key has not signed are refused.
+        keep: number of versions to keep for rollbacks.
+        limits: largest drift by precision; None uses comparison.max_drift from the configuration.
+        public_key: PEM; if given, plans not signed by its private key are refused.
 
     Returns:
         The version number.
 
     Raises:
-        PlanRefused: a plan is not what its manifest says, unsigned, of another contract or precision, or failed its
+        PlanRefused: a plan does not match its manifest, is unsigned, has another contract or precision, or failed its
             gate.
-        Missing: a file is not there.
+        Missing: a file does not exist.
     """
     imported = read_import_manifest(model_dir)
     limits = _configured(limits)
@@ -125,8 +125,8 @@ def assemble_plans(
             raise PlanRefused(f"{plan.path.name} is refused: {verdict.why}. Build it again: arcface plan build")
         if plan.manifest.contract_id != imported.contract_id:
             raise PlanRefused(
-                f"{plan.path.name} is of contract {str(plan.manifest.contract_id)[:12]}…, expected that of "
-                f"{imported.name}, {imported.contract_id[:12]}…. Its embeddings could not be compared. "
+                f"{plan.path.name} has contract {str(plan.manifest.contract_id)[:12]}…, expected that of "
+                f"{imported.name}, {imported.contract_id[:12]}…. Its embeddings would not be comparable. "
                 f"Build it from this model: arcface plan build {imported.name}"
             )
     precisions = {plan.manifest.spec.precision for plan in given}
@@ -140,7 +140,7 @@ def assemble_plans(
         files |= {f"{sm_tag(sm)}.plan": plan.path, f"{sm_tag(sm)}.plan.json": manifest_path(plan.path)}
     told = imported.to_json()
     manifest = {key: told[key] for key in ("name", "source", "preprocessing", "dim", "contract_id")}
-    # Whole manifests lie beside the plans. The digests of both make the same plans no new version, and others one.
+    # Complete manifests are stored beside the plans. Both digests are recorded: only changed plans make a new version.
     entries = {
         f"{sm_tag(sm)}.plan": {"sha256": plan.manifest.sha256, "manifest_sha256": file_sha256(manifest_path(plan.path))}
         for sm, plan in chosen.items()
@@ -152,7 +152,7 @@ def assemble_plans(
 def _plans_before(
     repository: Path, contract_id: str, precision: str, public_key: Path | None, limits: Mapping[str, float]
 ) -> dict[str, Plan]:
-    """SM → plan of the version that is served now, where it is of this contract and precision and still good."""
+    """SM → plan of the current version, if it has this contract and precision and is still valid."""
     have = served_manifest(repository, "arcface_trt") or {}
     if (have.get("contract_id"), have.get("precision")) != (contract_id, precision):
         return {}
@@ -170,7 +170,7 @@ def _plans_before(
 
 
 def _by_sm(given: Sequence[Plan], before: Mapping[str, Plan], mapped: Sequence[str]) -> dict[str, Plan]:
-    """SM → the plan that serves it: its own, the given before the kept; else a hardware-compatible one."""
+    """SM → the plan that serves it: a new plan for it, else a kept one, else a hardware-compatible one."""
     chosen = {sm: plan for sm, plan in before.items() if plan.manifest.spec.sm == sm}
     chosen |= {plan.manifest.spec.sm: plan for plan in given}
     for plan in (*given, *before.values()):
@@ -181,7 +181,7 @@ def _by_sm(given: Sequence[Plan], before: Mapping[str, Plan], mapped: Sequence[s
 
 
 def _mapped_sms(config: Path) -> list[str]:
-    """The SMs that the hand-written cc_model_filenames maps."""
+    """The SMs mapped in the hand-written cc_model_filenames."""
     return re.findall(r'key:\s*"(\d+\.\d)"\s*value:\s*"sm\d+\.plan"', config.read_text())
 
 

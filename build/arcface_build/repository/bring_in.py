@@ -1,4 +1,4 @@
-"""A source into models/ and from there into the model repository: what `arcface import` and a first `serve` do."""
+"""Imports a source and installs it in the model repository, for `arcface import` and a first `arcface serve`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from arcface_build.repository.assemble import assemble
 
 @dataclass(frozen=True)
 class BroughtIn:
-    """The import, and model name → version where it was installed."""
+    """The import, and the versions installed: model name → version."""
 
     imported: Imported
     installed: dict[str, int]
 
 
 def bring_in(source: str, models_dir: Path, repository: Path | None, versions_kept: int, **options: Any) -> BroughtIn:
-    """Import a source (`options` are those of `import_source`) and install it; without a repository only import it.
+    """Import a source (`options` as for `import_source`) and install it; without a repository only import it.
 
     Raises:
         Missing, WrongUse, SourceRefused, ProofFailed: nothing was installed.

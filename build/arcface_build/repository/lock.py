@@ -1,4 +1,4 @@
-"""One process at a time changes a model repository."""
+"""A lock, so that only one process at a time changes a model repository."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def locked(repository: Path) -> Iterator[None]:
-    """Wait until no other process changes it; the lock goes with its process, however that ends."""
+    """Wait until no other process is changing it; the lock is released when its process ends, however that happens."""
     handle = os.open(repository, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks, such as some network mounts
+        with contextlib.suppress(OSError):  # some file systems, such as network mounts, have no locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

@@ -1,7 +1,8 @@
-"""Mends a model repository that a killed command left half done: temporary files, and overlays of another version.
+"""Repairs a model repository after a command was killed: removes temporary files and rewrites stale overlays.
 
-A version appears by one rename and its overlays follow. Each overlay pins the version that it describes, so a kill in
-between leaves a server that is served as before, or refuses to start, but never new weights under an old contract id.
+A version appears in one rename and its overlays follow. Each overlay pins the version that it describes, so after a
+kill in between the server serves what it served before, or refuses to start, but never new weights under an old
+contract id.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ from arcface_clients.errors import Missing
 
 
 def faults(repository: Path) -> list[str]:
-    """What a killed command left, one sentence each; empty where all is well."""
-    found = [f"{path} was left by a command that was killed" for path in _leftovers(repository)]
-    with contextlib.suppress(Missing):  # a manifest that cannot be read is named by whoever needs it
-        found += [
-            f"{overlay} does not describe the version that is to be served" for overlay in stale_overlays(repository)
-        ]
+    """What a killed command left behind, one sentence each; empty if there is nothing."""
+    found = [f"{path} was left behind by a killed command" for path in _leftovers(repository)]
+    with contextlib.suppress(Missing):  # an unreadable manifest is reported by the code that needs it
+        found += [f"{overlay} does not describe the version to be served" for overlay in stale_overlays(repository)]
     return found
 
 
 def mend(repository: Path) -> list[str]:
-    """Do away with all faults; returns what they were."""
+    """Repair all faults, and return what they were."""
     if not faults(repository):
         return []
     with locked(repository):
@@ -39,7 +38,7 @@ def mend(repository: Path) -> list[str]:
 
 
 def _leftovers(repository: Path) -> list[Path]:
-    """What dead writers left in the leaf models, their configs and their versions."""
+    """Temporary files of dead writers in the leaf models, their configs and their versions."""
     found = []
     for name in LEAVES:
         model = repository / name

@@ -1,10 +1,10 @@
-"""The model repository on disk: which versions a model has, and weights put into a new version whole or not at all.
+"""The versions of each model in the model repository, and atomic installation of new ones.
 
-Weights live in numbered version folders; the highest is served. What a version is (contract id, precision, source)
-stands in its manifest.json and, for clients to read from the server, as parameters in the overlays
-configs/NAME.pbtxt. A version appears by one rename, and its overlays after it. Each overlay pins the version that it
-describes: whoever is killed in between leaves a server that serves what it served, or refuses to start, but never new
-weights under an old contract id. `arcface_build.repository.mend` does the rest.
+Weights live in numbered version folders; the highest is served. A version's manifest.json says what it is (contract id,
+precision, source), and so do, for clients to read from the server, parameters in the overlays configs/NAME.pbtxt. A
+version appears in one rename, followed by its overlays. Each overlay pins the version that it describes: after a kill
+in between, the server serves what it served before or refuses to start, but never serves new weights under an old
+contract id. `arcface_build.repository.mend` repairs the rest.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from arcface_build.repository.lock import locked
 from arcface_clients.atomic import copy_file, new_file, new_folder, remove, write_json
 from arcface_clients.errors import Missing, WrongUse
 
-_AGAIN = "arcface rollback (the version before), or put the weights in anew: arcface import SOURCE"
-OVERLAYS = ("tensorrt", "onnx", "reference")  # what --model-config-name can be
+_AGAIN = "arcface rollback (the previous version), or install the weights again: arcface import SOURCE"
+OVERLAYS = ("tensorrt", "onnx", "reference")  # valid values of --model-config-name
 REFERENCE = "arcface_reference"
 DEMO = "demo"  # source.kind of random weights
 LEAVES = ("arcface_onnx", "arcface_trt", REFERENCE)  # the models that hold weights
 
 
 def find_repository(given: Path | None = None, configured: Path = Path("model_repository")) -> Path:
-    """The model repository: the given folder, else the configured one, here or in a folder above where it is relative.
+    """The model repository: the given folder, else the configured one; a relative path is also searched upwards.
 
     Raises:
         Missing: there is none.
     """
     if given is not None:
         if not (given / "arcface" / "config.pbtxt").is_file():
-            raise Missing(f"{given} is not our model repository: it has no arcface/config.pbtxt.")
+            raise Missing(f"{given} is not our model repository: expected arcface/config.pbtxt in it.")
         return given.resolve()
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (folder / configured / "arcface" / "config.pbtxt").is_file():
@@ -52,14 +52,14 @@ def find_repository(given: Path | None = None, configured: Path = Path("model_re
 
 
 def versions(model: Path) -> list[int]:
-    """Version numbers of a model folder that hold a manifest (so: weights), ascending."""
+    """Version numbers of a model folder that contain a manifest, and therefore weights, ascending."""
     return sorted(int(p.parent.name) for p in model.glob("*/manifest.json") if p.parent.name.isdecimal())
 
 
 def served_version(repository: Path, model: str = "arcface_onnx") -> int | None:
-    """The version that is to be served: the newest; of the reference the newest with the contract of what it proves.
+    """The version to serve: the newest; for the reference, the newest with the contract of the model it verifies.
 
-    None where there are no weights.
+    None if there are no weights.
 
     Raises:
         Missing: a manifest cannot be read.
@@ -67,7 +67,7 @@ def served_version(repository: Path, model: str = "arcface_onnx") -> int | None:
     have = versions(repository / model)
     if model != REFERENCE or len(have) < 2:
         return have[-1] if have else None
-    with contextlib.suppress(Missing):  # then whoever needs that manifest says so
+    with contextlib.suppress(Missing):  # the code that needs that manifest reports it
         proved = [manifest["contract_id"] for leaf in LEAVES[:2] if (manifest := served_manifest(repository, leaf))]
         fitting = [v for v in have if _manifest(repository / model / str(v))["contract_id"] in proved[:1]]
         return fitting[-1] if fitting else have[-1]
@@ -75,7 +75,7 @@ def served_version(repository: Path, model: str = "arcface_onnx") -> int | None:
 
 
 def served_manifest(repository: Path, model: str = "arcface_onnx") -> dict[str, Any] | None:
-    """The manifest of the version that Triton would serve, or None where there are no weights.
+    """The manifest of the version that Triton would serve, or None if there are no weights.
 
     Raises:
         Missing: it cannot be read.
@@ -92,7 +92,7 @@ def _manifest(version: Path) -> dict[str, Any]:
         raise Missing(f"{path} cannot be read ({exc}). Next: {_AGAIN}") from exc
     lacking = {"name", "contract_id", "source"} - set(data if isinstance(data, dict) else ())
     if lacking:
-        raise Missing(f"{path} is no manifest of a version: it lacks {', '.join(sorted(lacking))}. Next: {_AGAIN}")
+        raise Missing(f"{path} is not a version's manifest: it lacks {', '.join(sorted(lacking))}. Next: {_AGAIN}")
     return data
 
 
@@ -117,14 +117,14 @@ def install(
     overlay: str = "",
     keep: int = 3,
 ) -> int:
-    """Put files into a model as a new version and write its overlays; the same manifest again changes nothing.
+    """Install files as a new version of a model and write its overlays; an identical manifest changes nothing.
 
-    The first version goes into the folder `1` that git already holds; each later one appears by a single rename.
-    Files whose names end in .py are carried over from the version before. `overlay` is more text for config.pbtxt that
-    these weights want; versions older than the newest `keep` are removed.
+    The first version goes into the folder `1`, which is in git; each later one appears in a single rename. Files whose
+    names end in .py are copied from the previous version. `overlay` is additional text for config.pbtxt that these
+    weights need; all versions but the newest `keep` are removed.
 
     Returns:
-        The version number that now holds the files.
+        The number of the version with these files.
     """
     manifest = {**manifest, "overlay": overlay} if overlay else dict(manifest)
     with locked(repository):
@@ -136,7 +136,7 @@ def install(
 
 
 def _outlived(folder: Path, manifest: Mapping[str, Any], keep: int) -> list[int]:
-    """Versions that go: all but the newest `keep`, and beside a real model those with demo weights."""
+    """Versions to remove: all but the newest `keep`, and demo weights once there is a real model."""
     *before, _ = versions(folder)
     old = before[: max(len(before) + 1 - keep, 0)]
     if manifest["source"].get("kind") == DEMO:
@@ -152,7 +152,7 @@ def _is_demo(version: Path) -> bool:
 
 def _install(folder: Path, files: Mapping[str, Path], manifest: Mapping[str, Any]) -> int:
     have = versions(folder)
-    with contextlib.suppress(Missing):  # a manifest that cannot be read is another one
+    with contextlib.suppress(Missing):  # an unreadable manifest counts as different
         if have and {k: v for k, v in _manifest(folder / str(have[-1])).items() if k != "held"} == manifest:
             return have[-1]
     version = have[-1] + 1 if have else 1
@@ -172,16 +172,16 @@ def _install(folder: Path, files: Mapping[str, Path], manifest: Mapping[str, Any
 
 
 def write_overlays(repository: Path) -> None:
-    """Write configs/{tensorrt,onnx,reference}.pbtxt of each leaf model, where they are not as they should be."""
+    """Write configs/{tensorrt,onnx,reference}.pbtxt of each leaf model if they are out of date."""
     for overlay, text in stale_overlays(repository).items():
-        # measured for other weights, and pinned to them
+        # measured for, and pinned to, other weights
         (overlay.parent / "tuned.pbtxt").unlink(missing_ok=True)
         with new_file(overlay) as temporary:
             temporary.write_text(text)
 
 
 def stale_overlays(repository: Path) -> dict[Path, str]:
-    """The overlays that do not describe the version that is to be served, and what they should say.
+    """The overlays that do not describe the version to be served, and what they should contain.
 
     Raises:
         Missing: a manifest cannot be read.
@@ -199,7 +199,7 @@ def stale_overlays(repository: Path) -> dict[Path, str]:
 
 
 def _overlay_text(model: Path, version: int) -> str:
-    """config.pbtxt, the version that is served, and parameters that say what its weights are."""
+    """The text of an overlay: config.pbtxt, the version to serve, and parameters that identify its weights."""
     manifest = _manifest(model / str(version))
     parameters = {
         "contract_id": manifest["contract_id"],
@@ -211,24 +211,24 @@ def _overlay_text(model: Path, version: int) -> str:
     pin = f"version_policy: {{ specific {{ versions: [ {version} ] }} }}\n"
     return (
         f"{(model / 'config.pbtxt').read_text()}\n"
-        f"# Written by the build; what the weights beside this want and are:\n{manifest.get('overlay', '')}{pin}{lines}"
+        f"# Written by the build; settings and identity of these weights:\n{manifest.get('overlay', '')}{pin}{lines}"
     )
 
 
 def roll_back(repository: Path, model: str) -> tuple[int, int]:
-    """Remove the newest version of a model and write the overlays of the one before; returns (removed, now served).
+    """Remove the newest version of a model and write the overlays of the previous one; returns (removed, now served).
 
-    The one before is `held` from then on: `arcface serve` does not put a faster variant in its place again.
+    The previous version is then `held`: `arcface serve` does not replace it with a faster variant again.
 
     Raises:
-        WrongUse: there is no version before.
+        WrongUse: there is no previous version.
     """
     folder = repository / model
     with locked(repository):
         have = versions(folder)
         if len(have) < 2:
             raise WrongUse(
-                f"{model} has {len(have)} version{'s' * (len(have) != 1)}: expected at least two to go back."
+                f"{model} has {len(have)} version{'s' * (len(have) != 1)}: expected at least two for a rollback."
             )
         manifest = _manifest(folder / str(have[-2]))
         write_json(folder / str(have[-2]) / "manifest.json", {**manifest, "held": True})
@@ -238,13 +238,13 @@ def roll_back(repository: Path, model: str) -> tuple[int, int]:
 
 
 def roll_back_served(repository: Path, models: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
-    """Roll back each of `models`; without any, arcface_onnx, and the reference where it stands for another source then.
+    """Roll back each of `models`; without any, arcface_onnx, and the reference if its source would no longer match.
 
     Returns:
         Model → (removed, now served).
 
     Raises:
-        WrongUse: there is no version before.
+        WrongUse: there is no previous version.
     """
     done = {model: roll_back(repository, model) for model in models or ("arcface_onnx",)}
     if not models:
@@ -255,10 +255,10 @@ def roll_back_served(repository: Path, models: Sequence[str] = ()) -> dict[str, 
 
 
 def _remove(version: Path) -> None:
-    """Remove a version at once for Triton (one rename), then its files; what git holds of version 1 stays."""
+    """Hide a version from Triton in one rename, then delete its files; files of version 1 that are in git stay."""
     if version.name != "1":
         remove(version)
         return
-    (version / "manifest.json").unlink()  # first: without it the folder is no version
+    (version / "manifest.json").unlink()  # first: without it the folder is not a version
     for weights in [*version.glob("*.onnx"), *version.glob("*.plan"), *version.glob("*.plan.json")]:
         weights.unlink()

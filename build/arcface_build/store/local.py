@@ -1,4 +1,4 @@
-"""Objects as files of a folder: the cache on this host, or a store on a shared disk."""
+"""An object store in a folder: the cache on this host, or a store on a shared disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLOCK = 1 << 20
 
 
 class LocalStore:
-    """A folder, created on the first write. Names that begin with a dot are its own (temporary files, locks)."""
+    """A folder, created on the first write. It reserves names that begin with a dot (temporary files, locks)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -34,7 +34,7 @@ class LocalStore:
                 relative = path.relative_to(self.folder)
                 if any(part.startswith(".") for part in relative.parts) or not relative.as_posix().startswith(prefix):
                     continue
-                with contextlib.suppress(FileNotFoundError):  # removed by somebody else meanwhile
+                with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
                     if path.is_file():
                         status = path.stat()
                         found.append(Stored(relative.as_posix(), status.st_size, status.st_mtime))
@@ -64,7 +64,7 @@ class LocalStore:
             _copy(file, temporary, progress)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Link a finished temporary file to the name: fails where the name exists, on a network disk too."""
+        """Link a finished temporary file to the name; fails if the name exists, on network disks too."""
         path = self.path(name)
         with _named(self.url):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ class LocalStore:
         return True
 
     def delete(self, name: str) -> None:
-        """Remove a file, and the folders that this leaves empty."""
+        """Remove a file, and any folders that become empty."""
         path = self.path(name)
         with _named(self.url):
             path.unlink(missing_ok=True)
@@ -94,7 +94,7 @@ class LocalStore:
                     folder.rmdir()
 
     def sweep(self, prefix: str) -> None:
-        """Remove what interrupted writers left under `prefix`; only for the holder of that prefix's lock."""
+        """Remove leftovers of interrupted writers under `prefix`; only for the holder of that prefix's lock."""
         with _named(self.url):
             for path in list(self.path(prefix).rglob(".*")):
                 if path.is_dir():
@@ -103,7 +103,7 @@ class LocalStore:
                     path.unlink(missing_ok=True)
 
     def path(self, name: str) -> Path:
-        """Where an object lies, for programs that want a file.
+        """Path of an object, for programs that need a file.
 
         Raises:
             WrongUse: the name leads out of the folder.
@@ -113,7 +113,7 @@ class LocalStore:
         return self.folder / name
 
     def _inside(self, name: str) -> Path:
-        """The file of this name, where it is one and lies in the folder.
+        """The file of this name, if it is a regular file inside the folder.
 
         Raises:
             PlanRefused: it is a link out of the store, or a pipe, a device, a folder.
@@ -124,13 +124,13 @@ class LocalStore:
         if not real.is_relative_to(self.folder.resolve()):
             raise PlanRefused(f"{path} is a link out of the store, to {real}. Delete it: rm {path}")
         if real.exists() and not real.is_file():
-            raise PlanRefused(f"{path} is no file. Delete it.")
+            raise PlanRefused(f"{path} is not a file. Delete it.")
         return real
 
 
 @contextmanager
 def _named(url: str) -> Iterator[None]:
-    """Map what the file system says to our errors, with the store's name."""
+    """Map errors of the file system to ours, with the store's name."""
     try:
         yield
     except OSError as exc:
@@ -138,11 +138,11 @@ def _named(url: str) -> Iterator[None]:
 
 
 def disk_error(exc: OSError, where: str) -> StoreUnreachable:
-    """Our error for a file system's: which folder, what it said, what to do."""
+    """Our error for one of the file system: which folder, what went wrong, what to do."""
     if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         reason, step = "the disk is full", "Free some space: arcface plan gc"
     elif exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        reason, step = "it may not be written or read by this user", "Choose another folder: --cache FOLDER"
+        reason, step = "this user may not read or write it", "Choose another folder: --cache FOLDER"
     else:
         reason, step = "the file system refused", "Choose another folder: --cache FOLDER"
     return StoreUnreachable(f"{where}: {reason} ({exc.strerror or exc}). {step}")

@@ -1,4 +1,4 @@
-"""The protocol of an object store: names in, bytes out, and nothing half-written ever visible under a name."""
+"""The protocol of an object store: objects by name, never visible half-written."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class ObjectStore(Protocol):
         """Objects whose names begin with `prefix`, sorted by name."""
 
     def read(self, name: str, limit_bytes: int) -> bytes | None:
-        """The first `limit_bytes` of an object, or None where there is none of this name."""
+        """The first `limit_bytes` of an object, or None if it does not exist."""
 
     def download(self, name: str, file: Path, progress: Progress | None = None) -> bool:
-        """Write an object into `file` (a temporary name of the caller); False where there is none of this name."""
+        """Write an object into `file` (the caller's temporary file); False if it does not exist."""
 
     def upload(self, file: Path, name: str, progress: Progress | None = None) -> None:
-        """Put a file under a name; readers see the old object or the new one, never a part."""
+        """Store a file under a name; readers see the old object or the new one, never a part."""
 
     def create(self, name: str, data: bytes) -> bool:
-        """Put a small object where no object of this name exists; False, and nothing changed, where one does."""
+        """Create a small object; returns False and changes nothing if one of this name exists."""
 
     def delete(self, name: str) -> None:
-        """Remove an object; none of this name is no error."""
+        """Remove an object; a missing one is no error."""

@@ -1,4 +1,4 @@
-"""Objects in S3 or MinIO through boto3: retries, multipart and progress are boto3's; its errors become ours only here.
+"""An object store in S3 or MinIO through boto3, which does retries, multipart and progress; maps its errors to ours.
 
 Credentials, endpoint, region, checksums and proxies come from the usual AWS variables and files (AWS_ACCESS_KEY_ID,
 AWS_PROFILE, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_REGION …) unless given here.
@@ -28,11 +28,11 @@ _CREDENTIALS = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE: 
 
 @dataclass(frozen=True)
 class S3Options:
-    """How the store is reached. None: what the AWS variables say, else boto3's default.
+    """How to reach the store. None: from the AWS variables, else boto3's default.
 
-    endpoint_url: MinIO and others, "http://minio:9000". region: of the bucket; us-east-1 where nothing says otherwise.
-    path_style: bucket in the path, not in the host name; None does so whenever an endpoint is given.
-    max_attempts: calls a request may cost, the first included. *_timeout_s: seconds without an answer.
+    endpoint_url: for MinIO and others, "http://minio:9000". region: of the bucket; us-east-1 if not set anywhere.
+    path_style: bucket in the path, not in the host name; None does so if an endpoint is given.
+    max_attempts: attempts for one request, including the first. *_timeout_s: seconds without an answer.
     """
 
     endpoint_url: str | None = None
@@ -63,22 +63,22 @@ class S3Store:
         return sorted(Stored(i["Key"][len(base) :], i["Size"], i["LastModified"].timestamp()) for i in items)
 
     def read(self, name: str, limit_bytes: int) -> bytes | None:
-        """The beginning of an object, or None; a connection cut in mid-answer is retried like any other failure."""
+        """The beginning of an object, or None; a connection cut mid-response is retried like any other failure."""
         with self._errors(f"read {_short(name)}"):
             for attempt in range(self.options.max_attempts):
                 try:
                     answer = self._client.get_object(Bucket=self.bucket, Key=self._key(name))
-                    with contextlib.closing(answer["Body"]) as body:  # whole where it may be: only then is it verified
+                    with contextlib.closing(answer["Body"]) as body:  # read it all if allowed: only then is it verified
                         return body.read(None if answer["ContentLength"] <= limit_bytes else limit_bytes)
                 except self._client.exceptions.NoSuchKey:
                     return None
-                except self._cut:  # boto3 retries a request, not the reading of its body
+                except self._cut:  # boto3 retries a request, but not reading its body
                     if attempt + 1 == self.options.max_attempts:
                         raise
         return None
 
     def download(self, name: str, file: Path, progress: Progress | None = None) -> bool:
-        """Fetch an object in parallel parts into `file`; parts whose connection is cut are fetched again."""
+        """Fetch an object into `file` in parallel parts; parts whose connection is cut are fetched again."""
         with self._errors(f"download {_short(name)}", file):
             for attempt in range(self.options.max_attempts):
                 try:
@@ -97,14 +97,14 @@ class S3Store:
         return False
 
     def upload(self, file: Path, name: str, progress: Progress | None = None) -> None:
-        """Send a file, in parts where it is large; S3 shows it only when it is complete."""
+        """Upload a file, in parts if it is large; S3 shows it only when it is complete."""
         with self._errors(f"upload {_short(name)}"):
             self._client.upload_file(str(file), self.bucket, self._key(name), Callback=progress, Config=self._transfer)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Conditional put (If-None-Match: *): of two uploaders one wins and the other is told.
+        """Conditional put (If-None-Match: *): of two uploaders one wins, and the other gets False.
 
-        A retry after a lost answer meets the object that it wrote itself; that counts as written.
+        A retry after a lost response may find the object that it wrote itself; that counts as written.
         """
         with self._errors(f"create {_short(name)}"):
             for _ in range(self.options.max_attempts):
@@ -114,14 +114,14 @@ class S3Store:
                 except self._client.exceptions.ClientError as exc:
                     if _code(exc) == "PreconditionFailed":
                         return self.read(name, len(data) + 1) == data
-                    if _code(exc) != "ConditionalRequestConflict":  # somebody else's put is under way: ask again
+                    if _code(exc) != "ConditionalRequestConflict":  # another put is in progress: try again
                         raise
         raise StoreUnreachable(
-            f"{self.url}: could not create {_short(name)}: another upload of it is always under way. Try again."
+            f"{self.url}: could not create {_short(name)}: another upload of it is still in progress. Try again later."
         )
 
     def delete(self, name: str) -> None:
-        """Remove an object; none of this name is no error."""
+        """Remove an object; a missing one is no error."""
         with self._errors(f"delete {_short(name)}"):
             self._client.delete_object(Bucket=self.bucket, Key=self._key(name))
 
@@ -177,7 +177,7 @@ class S3Store:
 
     @contextmanager
     def _errors(self, doing: str, file: Path | None = None) -> Iterator[None]:
-        """Map everything that boto3 and the disk may say to StoreUnreachable with what to do next."""
+        """Map all errors of boto3 and the disk to StoreUnreachable, with the next step."""
         from boto3.exceptions import Boto3Error
         from botocore import exceptions as aws
         from s3transfer.exceptions import RetriesExceededError
@@ -192,17 +192,17 @@ class S3Store:
             ) from exc
         except aws.ClientError as exc:
             raise self._unreachable(doing, *_explain(exc, self.bucket)) from exc
-        except Boto3Error as exc:  # upload_file wraps the cause in its text and in __context__
+        except Boto3Error as exc:  # upload_file puts the cause into its text and __context__
             cause = exc.__context__
             reason = _explain(cause, self.bucket) if isinstance(cause, aws.ClientError) else (str(exc), _NETWORK)
             raise self._unreachable(doing, *reason) from exc
         except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.ProfileNotFound) as exc:
             raise self._unreachable(doing, f"no usable credentials ({exc})", _CREDENTIALS) from exc
         except aws.FlexibleChecksumError as exc:
-            raise self._unreachable(doing, f"the answer was changed on the way each time ({exc})", _NETWORK) from exc
+            raise self._unreachable(doing, f"the response was corrupted each time ({exc})", _NETWORK) from exc
         except aws.BotoCoreError as exc:
             raise self._unreachable(doing, f"{exc}", _NETWORK) from exc
-        except ValueError as exc:  # botocore on an endpoint that is no URL
+        except ValueError as exc:  # from botocore if the endpoint is not a URL
             raise WrongUse(
                 f"S3 endpoint is {self._endpoint!r} ({exc}): expected a URL such as http://minio:9000."
             ) from exc
@@ -218,7 +218,7 @@ _NETWORK = "Check the endpoint and the network, or try again later: curl -I ENDP
 
 
 def _short(name: str) -> str:
-    """An object's name with its digests cut to 12 digits, for messages."""
+    """An object's name with digests shortened to 12 digits, for messages."""
     return re.sub(r"([0-9a-f]{12})[0-9a-f]{52}", r"\1", name)
 
 
@@ -244,6 +244,6 @@ def _explain(exc: Any, bucket: str) -> tuple[str, str]:
     if (status is not None and status >= 500) or code in ("SlowDown", "503"):
         return (
             f"the server answered {status} each time ({text})",
-            "Try again later; storage.retries sets how often",
+            "Try again later; storage.retries sets the number of attempts",
         )
     return f"the server answered {status} ({text})", _NETWORK

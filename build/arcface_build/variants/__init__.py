@@ -1,1 +1,1 @@
-"""Typed variants of a serving ONNX: fp16 and int8 files that passed a gate, with the recipe that makes them again."""
+"""Variants of a serving ONNX: fp16, bf16 and int8, each with its gate verdicts and a recipe to reproduce it."""

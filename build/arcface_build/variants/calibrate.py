@@ -1,8 +1,8 @@
-"""Calibration: serving ONNX and faces in; for each convolution input the clipped range that loses least, out.
+"""Calibration: finds for each convolution input the clipped range with the least quantisation error.
 
-One pass serves both targets: uint8 with a zero point (CPUs: signed activations are ten times slower there) and
-symmetric int8 (TensorRT). Ranges are clipped where the squared error over the values seen is least;
-onnxruntime.quantization has min/max, percentile and entropy, which lose more (docs/variants.md has by how much).
+One pass serves both targets: uint8 with a zero point (on CPUs signed activations are ten times slower) and symmetric
+int8 (TensorRT). Ranges are clipped where the squared error over the observed values is least; the methods of
+onnxruntime.quantization (min/max, percentile, entropy) lose more, as docs/variants.md shows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LEVELS = {"cpu": (0, 255), "tensorrt": (-127, 127)}
 
 @dataclass(frozen=True)
 class Histogram:
-    """Values of one tensor: `counts` int64 (BINS,) over equal bins of [low, high]."""
+    """Histogram of one tensor: `counts` int64 (BINS,) over equal bins of [low, high]."""
 
     low: float
     high: float
@@ -40,7 +40,7 @@ class Histogram:
 
 
 def conv_inputs(model: onnx.ModelProto) -> list[str]:
-    """Names of all tensors that a convolution with constant weights reads, in graph order, each once."""
+    """Distinct names of all tensors read by a convolution with constant weights, in graph order."""
     constants = {i.name for i in model.graph.initializer}
     return list(dict.fromkeys(n.input[0] for n in model.graph.node if n.op_type == "Conv" and n.input[1] in constants))
 
@@ -48,12 +48,12 @@ def conv_inputs(model: onnx.ModelProto) -> list[str]:
 def collect_histograms(
     model: onnx.ModelProto, tensors: Iterable[str], faces: np.ndarray, progress: OnCount | None = None
 ) -> dict[str, Histogram]:
-    """Histograms of `tensors` over `faces` (uint8 (N,112,112,3) BGR); two passes: first the ends, then the counts."""
+    """Histograms of `tensors` over `faces` (uint8 (N,112,112,3) BGR); two passes: first the range, then the counts."""
     names = list(tensors)
     session = _session_with_outputs(model, names)
     batches = [faces[i : i + BATCH] for i in range(0, len(faces), BATCH)]
     total, done = 2 * len(batches), 0
-    ends: dict[str, tuple[float, float]] = {name: (0.0, 0.0) for name in names}  # 0 always is in the range
+    ends: dict[str, tuple[float, float]] = {name: (0.0, 0.0) for name in names}  # ranges always include 0
     counts = {name: np.zeros(BINS, np.int64) for name in names}
     for counting in (False, True):
         for batch in batches:
@@ -76,7 +76,7 @@ def clipped_shares(
     faces: np.ndarray,
     progress: OnCount | None = None,
 ) -> dict[str, float]:
-    """For each tensor of `ranges` the share of its values, over these faces, that its range cuts off (0..1)."""
+    """The share (0..1) of each tensor's values over these faces that its range cuts off."""
     names = list(ranges)
     session = _session_with_outputs(model, names)
     cut, seen = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
@@ -92,7 +92,7 @@ def clipped_shares(
 
 
 def least_error_range(histogram: Histogram, target: str) -> tuple[float, float]:
-    """The range [low, high] whose 8-bit grid has the least squared error over the histogram; it always holds 0.
+    """The range [low, high] whose 8-bit grid has the least squared error over the histogram; it always includes 0.
 
     Args:
         histogram: values seen.

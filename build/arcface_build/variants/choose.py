@@ -1,4 +1,4 @@
-"""The CPU fast path: the fastest variant of a model that passed its gate in a runtime of this CPU, and the reason."""
+"""The CPU fast path: picks the fastest variant that passed its gate in a runtime of this CPU, and says why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from arcface_clients.evidence.gate import judge_sidecar
 
 @dataclass(frozen=True)
 class VariantChoice:
-    """What to serve on this CPU: `file` is relative to the model folder; `reason` is one line for a person."""
+    """What to serve on this CPU: `file` is relative to the model folder; `reason` is one line for people."""
 
     file: str
     precision: str
@@ -51,15 +51,15 @@ def choose(
     openvino: bool | None = None,
     cpu: str | None = None,
 ) -> VariantChoice:
-    """The fastest variant that passed its gate in a runtime that this CPU has; fp32 serving ONNX where none did.
+    """The fastest variant that passed its gate in a runtime of this CPU; the fp32 serving ONNX if none did.
 
-    The order is int8, bf16, fp32, unless `arcface bench-variants` has measured this model on this CPU: then its order.
+    The order is int8, bf16, fp32, unless `arcface bench-variants` has measured this model on this CPU.
 
     Args:
         model_dir: models/NAME/.
-        limits: largest drift by precision; None keeps to the limits that the variants were judged by.
+        limits: largest drift by precision; None keeps the limits that the variants were judged by.
         flags: instruction sets; default: this CPU's.
-        openvino: whether the provider is there; default: looked up.
+        openvino: whether the provider is available; default: detected.
         cpu: name of the CPU, for the measured order; default: this one's.
     """
     flags = cpu_flags() if flags is None else flags
@@ -79,7 +79,7 @@ def choose(
             reason += f"; measured here: {speeds[precision]:.2f} × ONNX Runtime fp32"
         found.append(VariantChoice(sidecar["file"], precision, runtime, reason, sidecar))
     fp32 = "openvino-fp32" if openvino else "onnxruntime"
-    found.append(VariantChoice("serving.onnx", "fp32", fp32, "fp32, which needs no gate of its own"))
+    found.append(VariantChoice("serving.onnx", "fp32", fp32, "fp32, which needs no separate gate"))
     measured = [c for c in found if c.precision in speeds]
     best = max(measured, key=lambda c: speeds[c.precision]) if len(measured) == len(found) else found[0]
     passed_over += [f"{c.precision}: measured slower here" for c in found[: found.index(best)]]
@@ -94,7 +94,7 @@ def _worth_serving(
     openvino: bool,
     measured: bool,
 ) -> tuple[str | None, str]:
-    """The runtime that a variant may be served in and gains by, or None and why not."""
+    """A runtime in which a variant may be served and is faster, or None and the reason."""
     if sidecar is None:
         return None, "none that passed its gate (arcface quantize makes one)"
     verdicts, here = judge_sidecar(sidecar, limits), cpu_runtimes(flags, openvino)
@@ -106,7 +106,7 @@ def _worth_serving(
     if precision == "int8" and not has_int8(flags):
         return None, "no 8-bit dot product (avx512_vnni, avx_vnni, amx_int8) on this CPU"
     if runtime == "onnxruntime" and not measured:
-        return None, "ONNX Runtime's own kernels compute what it leaves in float, and nobody measured a gain here"
+        return None, "ONNX Runtime's own kernels compute what it leaves in float, and no gain was measured here"
     return runtime, ""
 
 
@@ -115,12 +115,12 @@ def _drift(sidecar: dict[str, Any], runtime: str) -> float:
 
 
 def speeds_file(model_dir: Path) -> Path:
-    """Where `arcface bench-variants` leaves what it measured."""
+    """Where `arcface bench-variants` stores its measurements."""
     return model_dir / "variants" / "speed.json"
 
 
 def measured_speeds(model_dir: Path, cpu: str) -> dict[str, float]:
-    """Precision → throughput over ONNX Runtime fp32, as measured on a CPU of this name; empty where never measured."""
+    """Precision → throughput over ONNX Runtime fp32, as measured on a CPU of this name; empty if never measured."""
     path = speeds_file(model_dir)
     if not path.is_file():
         return {}

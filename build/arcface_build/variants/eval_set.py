@@ -1,4 +1,4 @@
-"""Faces to calibrate on or to judge by: a folder, an .npz or `synthetic` in; faces, identities and digest out."""
+"""Loads faces for calibration or judging, from a folder, an .npz or `synthetic`, with identities and a digest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class FaceSet:
-    """Faces uint8 (N,112,112,3) BGR; a name for each; who it shows, or None where nobody knows."""
+    """Faces uint8 (N,112,112,3) BGR; a name for each; the person shown, or None if unknown."""
 
     origin: str
     faces: np.ndarray
@@ -33,11 +33,11 @@ class FaceSet:
 
     @property
     def sha256(self) -> str:
-        """Digest of the pixels in their order."""
+        """Digest of the pixels, in order."""
         return hashlib.sha256(np.ascontiguousarray(self.faces).tobytes()).hexdigest()
 
     def sample(self, count: int, seed: int = 0) -> FaceSet:
-        """`count` faces drawn without replacement, in order; all of them where there are fewer."""
+        """`count` faces sampled without replacement, in order; all if there are fewer."""
         if count >= len(self.faces):
             return self
         index = np.sort(np.random.default_rng(seed).choice(len(self.faces), count, replace=False))
@@ -45,7 +45,7 @@ class FaceSet:
         return FaceSet(self.origin, self.faces[index], [self.names[i] for i in index], identities)
 
     def to_json(self) -> dict[str, Any]:
-        """What a sidecar records: where from, how many, digest."""
+        """What a sidecar records: origin, count, digest."""
         return {"origin": self.origin, "faces": len(self.faces), "sha256": self.sha256}
 
 
@@ -53,10 +53,10 @@ def evaluation_faces(source: str, count: int, seed: int = 0) -> FaceSet:
     """Faces from a folder, an .npz, or drawn ones.
 
     Args:
-        source: a folder of 112×112 crops (a sub-folder a person, if identities are known); an .npz with `faces` and
-            perhaps `identities`; or "synthetic".
-        count: at most so many; from files a seeded draw of them.
-        seed: of the draw.
+        source: a folder of 112×112 crops (one subfolder per person, if identities are known); an .npz with `faces` and
+            optionally `identities`; or "synthetic".
+        count: maximum number; from files a seeded sample.
+        seed: of the sample.
 
     Raises:
         Missing: nothing there.

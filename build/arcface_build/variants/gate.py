@@ -1,4 +1,4 @@
-"""The gate of a variant in one runtime: no face may drift too far, and the decisions on pairs of faces must stand."""
+"""The gate of a variant in one runtime: no face may drift too far, and decisions on pairs must not change."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from arcface_clients.evidence.gate import GateVerdict, judge_embeddings
 
 ACCURACY_LIMITS = {"fp32": 0.001, "fp16": 0.001, "bf16": 0.001, "int8": 0.005}
 HELD_BACK, ALL = "held back", "all"
-CLIPPED_LIMIT = 0.001  # of a tensor's values; measured in docs/variants.md
+CLIPPED_LIMIT = 0.001  # share of a tensor's values; measured in docs/variants.md
 BATCH = 8
-_ROUNDING = 1e-9  # two of 72 decisions are 2/72, however the division comes out
+_ROUNDING = 1e-9  # two of 72 decisions must count as 2/72 despite rounding
 
 
 @dataclass(frozen=True)
 class VariantVerdict:
-    """One variant in one runtime.
+    """The verdict on one variant in one runtime.
 
     Attributes:
         runtime: where it was computed.
         gate: the gate's verdict on its drift.
-        decisions: None where identities are unknown or a row is unusable.
-        accuracy_limit: how far verification accuracy may change.
-        judged_on: which faces decided: `HELD_BACK`, `ALL` (nothing was fitted to any), or where others came from.
-        searched: the verdict on the faces that it was fitted to; None where it was fitted to none.
+        decisions: None if identities are unknown or a row is unusable.
+        accuracy_limit: how much verification accuracy may change.
+        judged_on: the deciding faces: `HELD_BACK`, `ALL` (nothing was fitted), or the origin of other faces.
+        searched: the verdict on the faces it was fitted to; None if nothing was fitted.
         clipped: int8 only: tensor → share of its values on the judged faces that its range cuts off.
     """
 
@@ -52,7 +52,7 @@ class VariantVerdict:
 
     @property
     def why(self) -> str:
-        """Words for a refusal, without a full stop; empty where it passed."""
+        """Reason for a refusal, without a full stop; empty if it passed."""
         return "; ".join(filter(None, (self.gate.why, self._changed_accuracy(), self._clips())))
 
     @property
@@ -71,7 +71,7 @@ class VariantVerdict:
         return 1 - self.gate.report.mean_cosine if self.gate.report else float("nan")
 
     def to_json(self) -> dict[str, Any]:
-        """What a sidecar records of it."""
+        """The record for a sidecar."""
         told = self.decisions
         return {
             "runtime": self.runtime,
@@ -99,7 +99,7 @@ class VariantVerdict:
         worst = max(over, key=lambda name: over[name])
         return (
             f"ranges cut off more than {CLIPPED_LIMIT:.2%} of the values of {len(over)} of {len(self.clipped)} tensors "
-            f"({over[worst]:.2%} of {worst}): the calibration faces are unlike these"
+            f"({over[worst]:.2%} of {worst}): the calibration faces differ from these"
         )
 
     def _changed_accuracy(self) -> str:
@@ -139,9 +139,9 @@ def judge_variant(
 ) -> VariantVerdict:
     """Verdict on `candidate` against `reference`, both (N,D) embeddings of `faces` in order; every face counts.
 
-    A variant passes when `evidence.gate` lets it through and, where identities are known, when verification accuracy at
-    the reference's best threshold (users keep theirs when a variant is swapped in) changes by no more than its limit,
-    or by two decisions, where there are so few pairs that two are more.
+    A variant passes if it passes `evidence.gate` and, if identities are known, if verification accuracy at the
+    reference's best threshold (users keep theirs when a variant is swapped in) changes by no more than its limit, or by
+    two decisions if there are so few pairs that two exceed it.
     """
     gate = judge_embeddings(reference, candidate, precision, limits, faces.names)
     decisions = None
@@ -154,7 +154,7 @@ def judge_variant(
 
 
 def _decisions(reference: np.ndarray, candidate: np.ndarray, identities: np.ndarray) -> ChangedDecisions | None:
-    """What changes for all genuine pairs and as many impostors; None where there are not both."""
+    """Changed decisions on all genuine pairs and as many impostors; None unless there are both."""
     try:
         pairs = pairs_from_identities(identities.tolist())
     except InvalidFaces:

@@ -1,7 +1,7 @@
-"""Two parts of a face set: one to calibrate and search on, the other held back, which alone decides.
+"""Splits a face set in two: one part to calibrate and search on, and one held back, which alone decides.
 
-A variant that is fitted to some faces passes on those faces. MobileFaceNet in int8 drifts by 0.0036 on the faces that
-its layers were searched on, by 0.0047 on other people and by 0.0128 on blurred faces (docs/variants.md).
+A variant fitted to some faces passes on those faces. MobileFaceNet in int8 drifts by 0.0036 on the faces used to search
+its layers, by 0.0047 on other people and by 0.0128 on blurred faces (docs/variants.md).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 from arcface_build.variants.eval_set import FaceSet
 from arcface_clients.errors import WrongUse
 
-MIN_PEOPLE = 8  # with fewer, a part would hold too few pairs of two people to say anything of decisions
+MIN_PEOPLE = 8  # with fewer, a part would have too few impostor pairs to judge decisions
 ONE_LIGHT = 40  # grey levels; see docs/variants.md
 
 
 @dataclass(frozen=True)
 class Parts:
-    """`searched` may be fitted to, `held_back` never; `how` says in words how they were parted."""
+    """`searched` may be fitted to, `held_back` never; `how` describes the split in words."""
 
     searched: FaceSet
     held_back: FaceSet
@@ -28,12 +28,12 @@ class Parts:
 
 
 def part(faces: FaceSet, count: int, seed: int = 0) -> Parts:
-    """Half of the faces each, at most `count` in all; nobody is in both where there are people enough.
+    """Two halves of at most `count` faces in all; no person is in both if there are enough people.
 
     Args:
-        faces: all that there are: who is on which side must not depend on how many are then drawn.
-        count: most faces of both parts together.
-        seed: of the draw.
+        faces: the complete set: a person's side must not depend on how many faces are then sampled.
+        count: maximum number of faces in both parts together.
+        seed: of the sample.
 
     Raises:
         WrongUse: fewer than two different faces.
@@ -49,7 +49,7 @@ def part(faces: FaceSet, count: int, seed: int = 0) -> Parts:
         order = order[np.argsort(who[order], kind="stable")]
         sides = (order[::2], order[1::2])
     else:
-        how = "by face: nobody knows who they show"
+        how = "by face: identities are unknown"
         sides = (order[::2], order[1::2])
     searched, held_back = (take(faces, np.sort(side)) for side in sides)
     held_back = without(held_back, searched)
@@ -57,7 +57,7 @@ def part(faces: FaceSet, count: int, seed: int = 0) -> Parts:
 
 
 def without(faces: FaceSet, others: FaceSet) -> FaceSet:
-    """The faces whose pixels do not occur in `others`.
+    """The faces whose pixels are not in `others`.
 
     Raises:
         WrongUse: none is left.
@@ -66,7 +66,7 @@ def without(faces: FaceSet, others: FaceSet) -> FaceSet:
     left = [i for i, face in enumerate(faces.faces) if face.tobytes() not in known]
     if not left:
         raise WrongUse(
-            f"no face of {faces.origin} is left to judge by: those that a variant is fitted to do not count. "
+            f"no face of {faces.origin} is left to judge on: those that a variant is fitted to do not count. "
             "Give more faces: --eval FOLDER"
         )
     return faces if len(left) == len(faces.faces) else take(faces, left)
@@ -79,30 +79,30 @@ def take(faces: FaceSet, index: Sequence[int] | np.ndarray) -> FaceSet:
 
 
 def light(faces: FaceSet) -> tuple[float, float]:
-    """Mean grey levels (0..255) of faces between which nine of ten lie."""
+    """The range of mean grey levels (0..255) that covers nine of ten faces."""
     grey = faces.faces.reshape(len(faces.faces), -1).mean(axis=1)
     return float(np.percentile(grey, 5)), float(np.percentile(grey, 95))
 
 
 def likeness(name: str, fitted: FaceSet | None, judged: FaceSet) -> list[str]:
-    """Warnings, in words, where the verdict says little of other faces: drawn ones, one source, one light."""
+    """Warnings if the verdict says little about other faces: synthetic ones, one source, one lighting."""
     said = []
     verify = f"Judge it on others too: arcface quantize {name} --verify FACES"
     if judged.origin == "synthetic":
-        said.append(f"judged by drawn faces: what it does to real ones is not known. {verify}")
+        said.append(f"judged on synthetic faces: its effect on real ones is unknown. {verify}")
     elif fitted is not None and fitted.origin == judged.origin:
-        said.append(f"fitted to and judged by faces of one source ({judged.origin}). {verify}")
+        said.append(f"fitted to and judged on faces from one source ({judged.origin}). {verify}")
     darkest, brightest = light(judged)
     if brightest - darkest < ONE_LIGHT:
         said.append(
-            f"the faces are of one light: nine of ten have a mean grey between {darkest:.0f} and {brightest:.0f} of "
+            f"the faces have uniform lighting: nine of ten have a mean grey from {darkest:.0f} to {brightest:.0f} of "
             f"255. {verify}"
         )
     return said
 
 
 def _people_in_turns(who: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of each side; every person, in a drawn order, goes to the side that holds fewer faces so far."""
+    """Rows of each side; every person, in random order, goes to the side with fewer faces so far."""
     sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     sizes = [0, 0]
     for person in rng.permutation(np.unique(who)):

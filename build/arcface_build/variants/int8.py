@@ -1,7 +1,7 @@
-"""int8: serving ONNX, ranges and the layers to keep in; ONNX with Q/DQ on convolution inputs and weights out.
+"""Makes an int8 ONNX: Q/DQ nodes on convolution inputs and weights, except for the layers to keep.
 
 Convolution *outputs* stay float, so residual sums do not lose precision (quantised outputs cost several times the
-drift). Weights are int8, symmetric, one scale a channel. The Q/DQ nodes are written by onnxruntime.quantization.
+drift). Weights are int8, symmetric, one scale per channel. onnxruntime.quantization writes the Q/DQ nodes.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def quantizable_layers(model: onnx.ModelProto) -> list[str]:
 def quantize_convolutions(
     model: onnx.ModelProto, ranges: Mapping[str, Range], target: str, keep: Collection[str] = ()
 ) -> onnx.ModelProto:
-    """A copy of `model` whose convolutions, but for those named in `keep`, read and weigh in 8 bits.
+    """A copy of `model` whose convolutions, except those in `keep`, have 8-bit inputs and weights.
 
     Args:
         model: serving ONNX, every node named.
-        ranges: for each convolution input its range (`calibrate.least_error_range`).
+        ranges: the range of each convolution input (`calibrate.least_error_range`).
         target: "cpu" (uint8 activations) or "tensorrt" (symmetric int8).
         keep: names of convolutions that stay float.
 
     Raises:
-        WrongUse: a convolution that is to be quantised has no range.
+        WrongUse: a convolution to be quantised has no range.
     """
     import onnx
     from onnxruntime.quantization import QuantType
@@ -89,7 +89,7 @@ def quantize_convolutions(
 def _spare_other_readers(typed: onnx.ModelProto, layers: Collection[str]) -> None:
     """Let only the quantised convolutions read dequantised tensors.
 
-    The library makes every reader do so: where a shortcut convolution begins, the residual stream itself would be
+    The library would make every reader do so: where a shortcut convolution begins, the residual stream itself would be
     rounded (demo r18: that layer then costs 1.7e-3 of drift, not 0.9e-3).
     """
     quantized_from = {n.output[0]: n.input[0] for n in typed.graph.node if n.op_type == "QuantizeLinear"}
@@ -104,10 +104,10 @@ def _spare_other_readers(typed: onnx.ModelProto, layers: Collection[str]) -> Non
 
 
 def make_coarse(part: onnx.ModelProto, layer: str, ranges: Mapping[str, Range], target: str) -> None:
-    """Change one convolution of `part`, in place, to what `quantize_convolutions` would make of it.
+    """Change one convolution of `part`, in place, as `quantize_convolutions` would.
 
-    For probing: it writes no int8 weights but rounds the float ones, and takes milliseconds where the library's pass
-    over a whole network takes seconds (r100: 2 s, which a hundred probes cannot pay).
+    For probing: it rounds the float weights instead of writing int8 ones, and takes milliseconds, while the library's
+    pass over a whole network takes seconds (r100: 2 s, too slow for a hundred probes).
     """
     from onnx import helper, numpy_helper
 

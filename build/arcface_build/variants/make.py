@@ -1,4 +1,4 @@
-"""Make a variant: a model folder and a wish in; the gated variant with its sidecar in models/NAME/variants/, out."""
+"""Makes a variant of an imported model and judges it; the result goes to models/NAME/variants/ with a sidecar."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Wish:
         target: cpu or tensorrt.
         eval_source, eval_faces: faces (`eval_set.evaluation_faces`) and at most how many; one half is searched on, the
             other judges.
-        calibration: faces to calibrate on; default: a draw from the first half, or other drawn faces where these are.
-        limits: largest drift (1 − cosine) a face may show, by precision.
-        margin: share of the limit that the search aims at, so that nothing passes by a hair.
-        search: look for layers to keep where the variant as asked for misses that aim.
-        keep: names of layers that stay in higher precision in any case.
+        calibration: faces to calibrate on; default: a sample of the first half, or new ones if the faces are drawn.
+        limits: largest drift (1 − cosine) allowed for any face, by precision.
+        margin: share of the limit that the search aims at, so that nothing passes only just.
+        search: search for layers to keep if the variant as requested misses that aim.
+        keep: names of layers that always stay in higher precision.
         recipe: replay this file instead of calibrating and searching.
     """
 
@@ -65,17 +65,17 @@ class Wish:
 
 
 def make_variant(model_dir: Path, wish: Wish, stage: Stage = silent) -> tuple[dict[str, Any], Path]:
-    """Make, judge and write one variant; returns its sidecar and where that stands.
+    """Make, judge and write one variant; returns its sidecar and the sidecar's path.
 
-    What is fitted (ranges, the layers to keep) is fitted to one part of the faces and judged on the other.
+    Ranges and layers to keep are fitted to one part of the faces and judged on the other.
 
     Args:
         model_dir: models/NAME/ as `arcface import` writes it.
         wish: what to make.
-        stage: gets a title, gives the progress callback of that stage.
+        stage: takes a title and returns the progress callback of that stage.
 
     Raises:
-        ProofFailed: it does not pass its gate; it is kept as .refused beside its report.
+        ProofFailed: it fails its gate; it is kept as .refused beside its report.
         Missing, WrongUse: no such model, no faces, a combination that does not exist.
     """
     manifest = read_import_manifest(model_dir)
@@ -103,7 +103,7 @@ def make_variant(model_dir: Path, wish: Wish, stage: Stage = silent) -> tuple[di
     model = recipe.apply(serving)
     judged = model if recipe.precision == "int8" else recipe.stand_in(serving)
     clipped = recipe.clipped(serving, parts.held_back.faces, stage("values cut off"))
-    del serving  # r100: a quarter of a gigabyte that nothing below needs
+    del serving  # r100: a quarter of a gigabyte, no longer needed
     verdicts = [
         replace(
             gate.judge(judged, runtime, f"gate in {runtime}, faces held back"),
@@ -127,7 +127,7 @@ def _written(
     parts: Parts | None,
     judged: FaceSet,
 ) -> tuple[dict[str, Any], Path]:
-    """Sidecar and path of what passed; ProofFailed for what did not, which is written as .refused."""
+    """Sidecar and path of a variant that passed; one that failed is written as .refused and raises ProofFailed."""
     told = {
         "eval": {**judged.to_json(), "mean_grey": light(judged)},
         "searched": {**parts.searched.to_json(), "mean_grey": light(parts.searched), "parted": parts.how}
@@ -146,7 +146,7 @@ def _written(
 
 
 def _faces(wish: Wish) -> tuple[Parts, FaceSet]:
-    """The two parts, and the faces to calibrate on: none of them is among those that judge."""
+    """The two parts, and the faces to calibrate on, none of which judge."""
     drawn = wish.eval_source == "synthetic"
     everything = evaluation_faces(wish.eval_source, wish.eval_faces if drawn else _ALL_FACES)
     parts = part(everything, wish.eval_faces)
@@ -161,7 +161,7 @@ def _faces(wish: Wish) -> tuple[Parts, FaceSet]:
 def _start(
     wish: Wish, target: str, serving: onnx.ModelProto, manifest: ImportManifest, calibration: FaceSet, stage: Stage
 ) -> Recipe:
-    """The recipe before any search: calibrated, with what has to be kept in any case."""
+    """The recipe before any search: calibrated, with the layers that must be kept."""
     unknown = set(wish.keep) - {n.name for n in serving.graph.node}
     if unknown:
         layers = ", ".join(quantizable_layers(serving))
@@ -173,14 +173,14 @@ def _start(
         return replace(start, keep=tuple(dict.fromkeys([*wish.keep, *overflowing(serving, largest)])))
     histograms = collect_histograms(serving, conv_inputs(serving), calibration.faces, stage("calibration"))
     ranges = {t: {name: least_error_range(h, t) for name, h in histograms.items()} for t in LEVELS}
-    # The first convolution reads pixels: three channels give int8 nothing to win.
+    # The first convolution reads pixels: with three channels int8 gains nothing.
     return replace(start, keep=tuple(dict.fromkeys([*wish.keep, *quantizable_layers(serving)[:1]])), ranges=ranges)
 
 
 def _search(
     name: str, serving: onnx.ModelProto, start: Recipe, trial: Trial, runtimes: tuple[str, ...], picture: Path
 ) -> Recipe:
-    """The recipe that reaches the aim of `trial` with the least kept; the start where that does. Draws what it tried.
+    """The recipe that reaches the aim of `trial` with the fewest layers kept, starting from `start`; plots the search.
 
     Raises:
         ProofFailed: no set of layers reaches it.
@@ -223,7 +223,7 @@ def _draw(
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        return  # the recipe holds the same figures
+        return  # the recipe has the same figures
     from arcface_build.variants.plot import draw_search
 
     title = f"{name}: {start.precision} for {start.target}, {len(trial.faces.faces)} faces"
@@ -241,14 +241,14 @@ def _advice(wish: Wish) -> str:
 def _not_reached(name: str, precision: str, trial: Trial, result: SearchResult) -> str:
     best = min(result.attempts, key=lambda attempt: attempt.max_drift)
     return (
-        f"no set of layers brings {precision} of {name} to drift {trial.limits[precision]:.3g} on the faces that are "
-        f"searched on (least: {best.max_drift:.3g}, {best.kept} layers kept). Nothing was written. Try a precision "
-        "with more bits, or aim nearer to the limit: --margin 0.9"
+        f"no set of layers brings {precision} of {name} to drift {trial.limits[precision]:.3g} on the faces of the "
+        f"search (least: {best.max_drift:.3g}, {best.kept} layers kept). Nothing was written. Try a precision "
+        "with more bits, or aim closer to the limit: --margin 0.9"
     )
 
 
 def _check(wish: Wish, manifest: ImportManifest) -> str:
-    """The target, after refusing what cannot work."""
+    """The target, after rejecting impossible combinations."""
     target = wish.target or TARGETS[wish.precision][0]
     if target not in TARGETS[wish.precision]:
         hint = "OpenVINO runs the fp32 file in bf16" if wish.precision == "bf16" else "CPUs compute fp16 as fp32: bf16"
@@ -258,22 +258,22 @@ def _check(wish: Wish, manifest: ImportManifest) -> str:
     drawn = (wish.calibration or wish.eval_source) == "synthetic"
     if wish.precision == "int8" and drawn and not wish.recipe and manifest.source.get("kind") != "demo":
         raise WrongUse(
-            f"int8 of {manifest.name} needs real crops: ranges of drawn faces do not fit. Next: arcface quantize "
-            f"{manifest.name} --precision int8 --eval FOLDER (112×112 crops, a sub-folder a person)"
+            f"int8 of {manifest.name} needs real crops: ranges of synthetic faces do not fit. Next: arcface quantize "
+            f"{manifest.name} --precision int8 --eval FOLDER (112×112 crops, one subfolder per person)"
         )
     if wish.precision == "bf16":
         if not has_openvino():
             raise Missing("bf16 on a CPU needs OpenVINO. Next: pip install onnxruntime-openvino (not onnxruntime)")
         if not has_bf16(cpu_flags()):
             raise Missing(
-                "this CPU has no bf16 instructions (avx512_bf16, amx_bf16): OpenVINO would quietly compute in fp32, "
+                "this CPU has no bf16 instructions (avx512_bf16, amx_bf16): OpenVINO would silently compute in fp32, "
                 "and the gate would prove nothing. Run this on a CPU that has them, or try: --precision int8"
             )
     return target
 
 
 def load_named(path: Path) -> onnx.ModelProto:
-    """The model with a name for each node, for recipes to point at."""
+    """The model with a name for each node, so that recipes can refer to nodes."""
     import onnx
 
     model = onnx.load(path)

@@ -1,4 +1,4 @@
-"""A search in; a picture of drift against the layers kept, out."""
+"""Plots a search: drift against the number of layers kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from arcface_clients.atomic import new_file
 def draw_search(
     path: Path, title: str, result: SearchResult, sensitivity: Mapping[str, float], limit: float, always: Sequence[str]
 ) -> None:
-    """Write a PNG: drift of each set that was tried, the prediction between them, the limit, and each layer's share."""
+    """Write a PNG: drift of each set tried, the predicted drift, the limit, and each layer's share."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""Recipes: what makes a variant again from the same serving ONNX, as JSON, without faces and without a search."""
+"""Recipes: JSON that reproduces a variant from the same serving ONNX, without faces or a search."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do to which file.
+    """What to do to which serving ONNX.
 
     Attributes:
         precision: fp16 or int8.
         target: cpu or tensorrt.
         serving_sha256: the serving ONNX that it was made for.
         keep: names of the nodes that stay in higher precision.
-        ranges: int8 only: for each target, each convolution input's [low, high]; both from one calibration.
+        ranges: int8 only: [low, high] of each convolution input, for each target; all from one calibration.
         calibration: the faces: origin, count, digest.
-        search: what the search measured, where there was one.
+        search: what the search measured, if there was one.
     """
 
     precision: str
@@ -50,11 +50,11 @@ class Recipe:
         return to_float16(serving, self.keep)
 
     def stand_in(self, serving: onnx.ModelProto) -> onnx.ModelProto:
-        """What is judged in its place: for fp16 a model that rounds as a GPU would, else the variant itself."""
+        """The model to judge: for fp16 one that rounds as a GPU would, else the variant itself."""
         return rounded_as_float16(serving, self.keep) if self.precision == "fp16" else self.apply(serving)
 
     def clipped(self, serving: onnx.ModelProto, faces: np.ndarray, progress: OnCount | None = None) -> dict[str, float]:
-        """Share of the values on these faces that the ranges cut off, by tensor that is read in 8 bits; int8 only."""
+        """Share of each 8-bit tensor's values on these faces that its range cuts off; int8 only."""
         if self.precision != "int8":
             return {}
         quantized = set(quantizable_layers(serving)) - set(self.keep)
@@ -68,7 +68,7 @@ class Recipe:
 
 
 def load_recipe(path: Path, precision: str, target: str, serving_sha256: str) -> Recipe:
-    """A recipe from its own file or from a variant's sidecar, checked against what is asked for.
+    """A recipe from its own file or from a variant's sidecar, checked against the request.
 
     Raises:
         Missing: no such file.

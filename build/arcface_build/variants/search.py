@@ -1,4 +1,4 @@
-"""The search: sensitivities and a way to try a set of kept layers in; the smallest set that passes the gate, out."""
+"""Searches for the smallest set of layers that must stay in higher precision for a variant to pass its gate."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     import onnx
 
 MAX_TRIES = 10
-_AIM = 0.97  # of the limit: the prediction aims a little below, so that the first hit seldom fails by a hair
+_AIM = 0.97  # of the limit: predictions aim slightly below it, so that the first hit rarely just fails
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One set that was built and measured: how many layers it keeps, what was predicted, what came out."""
+    """One set that was built and measured: number of layers kept, predicted drift, measured drift."""
 
     kept: int
     predicted_drift: float
@@ -28,22 +28,22 @@ class Attempt:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """`keep` is None where even keeping every layer does not pass; `order` is the order in which layers are kept."""
+    """`keep` is None if even keeping every layer does not pass; `order` is the order in which layers are kept."""
 
     keep: tuple[str, ...] | None
     order: tuple[str, ...]
     attempts: tuple[Attempt, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """What a recipe records."""
+        """The record for a recipe."""
         return {"order": list(self.order), "attempts": [asdict(a) for a in self.attempts]}
 
 
 def order_to_keep(sensitivity: Mapping[str, float], work: Mapping[str, float]) -> list[str]:
-    """Layers by drift saved for each multiplication that stays in higher precision, most first.
+    """Layers by drift saved per multiplication that stays in higher precision, largest first.
 
-    Greedy on that ratio is the knapsack's way to the least work kept; plain drift would keep one stem convolution for
-    the price of six later ones.
+    This is the greedy solution of a knapsack problem: plain drift would keep one stem convolution at the cost of six
+    later ones.
     """
     return sorted(sensitivity, key=lambda name: -sensitivity[name] / work[name])
 
@@ -54,17 +54,17 @@ def smallest_passing_set(
     attempt: Callable[[Sequence[str]], VariantVerdict],
     always: Sequence[str] = (),
 ) -> SearchResult:
-    """How many layers, in `order_to_keep`, have to stay in higher precision so that the variant passes its gate.
+    """How many layers, in `order_to_keep`, must stay in higher precision for the variant to pass its gate.
 
-    Errors of different layers are nearly independent, so their drifts add up: what is left when k layers are kept
-    predicts the drift after one measured scale factor. The prediction chooses what to build next; only what was built
-    and passed counts.
+    Errors of different layers are nearly independent, so their drifts add up: the sum over the layers not kept, times
+    one measured scale factor, predicts the drift. The prediction chooses what to build next; only a variant that was
+    built and passed counts.
 
     Args:
         sensitivity: layer → drift when it alone is coarse.
-        work: layer → multiplications a face.
+        work: layer → multiplications per face.
         attempt: builds and judges the variant that keeps the given layers.
-        always: layers that are kept in any case.
+        always: layers that are always kept.
     """
     order = [name for name in order_to_keep(sensitivity, work) if name not in always]
     left = [sum(sensitivity[name] for name in order[k:]) for k in range(len(order) + 1)]
@@ -91,7 +91,7 @@ def smallest_passing_set(
 
 
 def layer_work(model: onnx.ModelProto) -> dict[str, float]:
-    """Multiplications a face of each convolution, by node name."""
+    """Multiplications per face of each convolution, by node name."""
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(model).graph

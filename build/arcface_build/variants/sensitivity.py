@@ -1,7 +1,7 @@
-"""Sensitivity: a network, its layers and a way to make one of them coarse, in; how much drift each alone causes, out.
+"""Measures how much drift each layer causes when it alone is in low precision.
 
-Only the part of the network behind a layer is run for it: activations at every place where the network is one tensor
-wide (each residual sum) are computed once and kept.
+For each layer only the part of the network after it is run: activations at every point where the network is a single
+tensor wide (each residual sum) are computed once and kept.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def measure_sensitivities(
         model: serving ONNX.
         layers: names of nodes, in graph order.
         coarsen: changes the named layer of a part of the model to low precision, in place.
-        faces: uint8 (N,112,112,3) BGR; a handful is enough, the drift of one layer varies little between faces.
+        faces: uint8 (N,112,112,3) BGR; a handful is enough, as the drift of one layer varies little between faces.
         progress: called with (layers done, all).
     """
     layers = list(layers)
@@ -57,7 +57,7 @@ def measure_sensitivities(
 
 
 def part_from(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
-    """A copy of what lies behind `tensor`, which becomes its input: one of `cut_tensors`, or the input of the model."""
+    """A copy of everything after `tensor`, which becomes its input: one of `cut_tensors`, or the model's input."""
     import onnx
 
     if tensor == model.graph.input[0].name:
@@ -78,7 +78,7 @@ def part_from(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
 
 
 def cut_tensors(model: onnx.ModelProto) -> list[str]:
-    """Tensors that alone carry everything from what is before them to what is behind, in graph order."""
+    """Tensors through which everything passes from the nodes before to the nodes after, in graph order."""
     constants = {i.name for i in model.graph.initializer}
     last_use: dict[str, int] = {}
     for position, node in enumerate(model.graph.node):
@@ -95,9 +95,9 @@ def cut_tensors(model: onnx.ModelProto) -> list[str]:
 
 
 def _start_before_each(model: onnx.ModelProto) -> dict[str, str]:
-    """For each node the last cut tensor before it, or the input of the model.
+    """The last cut tensor before each node, or the input of the model.
 
-    Only cuts behind the first convolution count: they are float and small enough to keep.
+    Only cuts after the first convolution count: they are float and small enough to keep.
     """
     cuts, start, seen_conv = set(cut_tensors(model)), model.graph.input[0].name, False
     starts: dict[str, str] = {}

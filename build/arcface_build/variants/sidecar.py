@@ -1,11 +1,11 @@
-"""A variant on disk: model, recipe and verdicts in; models/NAME/variants/ files that appear whole or not at all, out.
+"""A variant on disk: files in models/NAME/variants/, written atomically.
 
-    variants/int8-cpu.onnx            what passed; `file` of the sidecar names it, from the model folder on
+    variants/int8-cpu.onnx            passed its gate; `file` in the sidecar is its path relative to the model folder
     variants/int8-cpu.json            sidecar: contract id, recipe, calibration, gates, sha256
-    variants/int8-cpu.search.png      drift against layers kept, where there was a search
-    variants/int8-cpu.onnx.refused    what failed its gate, with .json.refused beside it; never served
+    variants/int8-cpu.search.png      drift against layers kept, if there was a search
+    variants/int8-cpu.onnx.refused    failed its gate, with .json.refused beside it; never served
 
-A bf16 variant is the serving ONNX itself, computed in bf16 by OpenVINO: it has a sidecar only.
+A bf16 variant is the serving ONNX itself, computed in bf16 by OpenVINO: it has only a sidecar.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ FORMAT = 1
 
 
 def variants_folder(model_dir: Path) -> Path:
-    """Where the variants of a model stand."""
+    """The folder with a model's variants."""
     return model_dir / "variants"
 
 
 def read_sidecar(model_dir: Path, precision: str, target: str) -> dict[str, Any] | None:
-    """The sidecar of a variant that passed, None where there is none.
+    """The sidecar of a variant that passed, None if there is none.
 
     Raises:
         WrongUse: it is not JSON of this format, or names a serving ONNX that has been replaced since.
@@ -50,7 +50,7 @@ def read_sidecar(model_dir: Path, precision: str, target: str) -> dict[str, Any]
     except ValueError as exc:
         raise WrongUse(f"{path} is not JSON ({exc}). {again}") from exc
     if not isinstance(sidecar, dict) or sidecar.get("format") != FORMAT:
-        raise WrongUse(f"{path} is no sidecar of format {FORMAT}. {again}")
+        raise WrongUse(f"{path} is not a sidecar of format {FORMAT}. {again}")
     file = model_dir / sidecar["file"]
     if not file.is_file():
         raise WrongUse(f"{path} names {sidecar['file']}, which is gone. {again}")
@@ -58,14 +58,14 @@ def read_sidecar(model_dir: Path, precision: str, target: str) -> dict[str, Any]
 
 
 def set_aside(model_dir: Path, sidecar: dict[str, Any]) -> Path:
-    """Rename a variant to .refused, its sidecar saying so; returns where that stands now.
+    """Rename a variant and its sidecar to .refused; returns the sidecar's new path.
 
-    The model goes first: whoever is killed in between leaves a sidecar that names a missing file, which every reader
-    refuses, and never a model without the sidecar that speaks against it.
+    The model is renamed first: a kill in between leaves a sidecar that names a missing file, which every reader
+    refuses, and never a model without the sidecar that condemns it.
     """
     folder, name = variants_folder(model_dir), f"{sidecar['precision']}-{sidecar['target']}"
     refused = {**sidecar, "passed": False}
-    if sidecar["recipe"] is not None:  # bf16 has no file of its own
+    if sidecar["recipe"] is not None:  # bf16 has no separate file
         refused["file"] = f"{sidecar['file']}.refused"
         (model_dir / sidecar["file"]).replace(model_dir / refused["file"])
     path = folder / f"{name}.json.refused"
@@ -84,7 +84,7 @@ def write_variant(
     verdicts: Sequence[VariantVerdict],
     told: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Path]:
-    """Write model and sidecar, as .refused where the first verdict (of the runtime that it is for) is no.
+    """Write model and sidecar, as .refused if the first verdict (for its main runtime) is a refusal.
 
     Args:
         model_dir: models/NAME/.
@@ -92,11 +92,11 @@ def write_variant(
         precision, target: name the variant.
         model: the typed ONNX; None for bf16.
         recipe: how it was made; None for bf16.
-        verdicts: one a runtime.
-        told: what else the sidecar says: of the faces, the margin, warnings.
+        verdicts: one per runtime.
+        told: further entries of the sidecar: faces, margin, warnings.
 
     Returns:
-        The sidecar and where it stands.
+        The sidecar and its path.
     """
     folder, name = variants_folder(model_dir), f"{precision}-{target}"
     passed = verdicts[0].passed
@@ -105,7 +105,7 @@ def write_variant(
     file, digest = manifest.serving["file"], manifest.serving["sha256"]
     if model is not None:
         file = f"variants/{name}.onnx{suffix}"
-        path.unlink(missing_ok=True)  # never a sidecar beside a file that is not its own
+        path.unlink(missing_ok=True)  # never a sidecar beside a file it does not belong to
         with new_file(model_dir / file) as temporary:
             temporary.write_bytes(model.SerializeToString(deterministic=True))
         digest = file_digest(model_dir / file)

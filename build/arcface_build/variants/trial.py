@@ -1,4 +1,4 @@
-"""A trial: faces with their fp32 embeddings, and a variant judged on them in one runtime or in each of its own."""
+"""Judges a variant on faces with known fp32 embeddings, in one runtime or in all that may serve it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnx
 
 Stage = Callable[[str], OnCount]
-"""Gets the title of a piece of work, gives the progress callback of it."""
+"""Takes the title of a stage of the work and returns its progress callback."""
 
 
 def silent(title: str) -> OnCount:
@@ -31,7 +31,7 @@ def silent(title: str) -> OnCount:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a candidate is judged by: `reference` holds the fp32 serving ONNX's embeddings (N,D) of `faces`."""
+    """What a candidate is judged against: `reference` holds the fp32 serving ONNX's embeddings (N,D) of `faces`."""
 
     precision: str
     limits: Mapping[str, float]
@@ -46,7 +46,7 @@ class Trial:
         return judge_variant(label, self.precision, self.limits, self.reference, embeddings, self.faces)
 
     def judge_everywhere(self, model: Path | onnx.ModelProto, runtimes: tuple[str, ...], title: str) -> VariantVerdict:
-        """The first verdict that is no, else the one with the most drift: a variant may be served in each runtime."""
+        """The first refusal, else the verdict with the most drift: a variant may be served in each runtime."""
         verdicts = []
         for runtime in runtimes:
             verdicts.append(self.judge(model, runtime, title if len(runtimes) == 1 else f"{title}: {runtime}"))
@@ -62,7 +62,7 @@ class Trial:
 def open_trial(
     model_dir: Path, manifest: ImportManifest, precision: str, limits: Mapping[str, float], faces: FaceSet, stage: Stage
 ) -> Trial:
-    """A trial on these faces; the reference's embeddings are kept, because every variant is judged by the same ones."""
+    """A trial on these faces; the reference's embeddings are computed once, for all variants."""
     kept = variants_folder(model_dir) / f"reference-{manifest.serving['sha256'][:12]}-{faces.sha256[:12]}.npy"
     if kept.is_file():
         return Trial(precision, limits, faces, np.load(kept), stage)
@@ -74,7 +74,7 @@ def open_trial(
 
 
 def runtimes_for(precision: str, target: str) -> tuple[str, ...]:
-    """Where a variant is judged: first the runtime that it is for, then others that may serve it on another CPU."""
+    """Where a variant is judged: first its main runtime, then others that may serve it on another CPU."""
     if precision == "bf16":
         return ("openvino-bf16",)
     if target == "tensorrt":

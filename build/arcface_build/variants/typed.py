@@ -1,8 +1,8 @@
-"""fp16 typed ONNX: serving ONNX in, the same graph with its body in float16, out; inputs and outputs stay as they are.
+"""Makes an fp16 typed ONNX: the body of the graph in float16, inputs and outputs unchanged.
 
-In float32 stay: what comes before the first convolution (pixels), what comes after the last one (final BN, FC, L2
-norm), what would overflow, and what a recipe keeps. onnxconverter-common 1.16 does not get there: a graph that begins
-with Cast(uint8 → float) comes out invalid, and blocking the last node makes the output float16 all the same.
+Kept in float32: everything before the first convolution (pixels) and after the last one (final BN, FC, L2 norm),
+anything that would overflow, and what a recipe keeps. onnxconverter-common 1.16 cannot do this: a graph that begins
+with Cast(uint8 → float) becomes invalid, and blocking the last node still makes the output float16.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     import onnx
 
 FLOAT16_MAX = 65504.0
-HEADROOM = 4.0  # faces that calibration has not seen reach further
+HEADROOM = 4.0  # faces outside the calibration set reach larger values
 
 
 def body_nodes(model: onnx.ModelProto) -> list[str]:
-    """Names of the nodes from the first to the last convolution: on a path from one or at one, and on one to one."""
+    """Names of the nodes from the first to the last convolution: all that are on a path between two of them."""
     after: set[str] = set()  # tensors that depend on a convolution
     for node in model.graph.node:
         if node.op_type == "Conv" or after.intersection(node.input):
@@ -39,9 +39,9 @@ def body_nodes(model: onnx.ModelProto) -> list[str]:
 
 
 def with_followers(model: onnx.ModelProto) -> dict[str, list[str]]:
-    """Each convolution of the body with the body nodes behind it in graph order, up to the next convolution.
+    """Each convolution of the body with the body nodes after it in graph order, up to the next convolution.
 
-    Keeping a convolution in float32 is worth little while the sums and activations behind it are rounded.
+    Keeping a convolution in float32 is worth little while the sums and activations after it are rounded.
     """
     inside, groups = set(body_nodes(model)), dict[str, list[str]]()
     for node in model.graph.node:
@@ -53,7 +53,7 @@ def with_followers(model: onnx.ModelProto) -> dict[str, list[str]]:
 
 
 def overflowing(model: onnx.ModelProto, largest: Mapping[str, float]) -> list[str]:
-    """Names of body nodes that touch a tensor whose largest magnitude seen comes near what float16 can hold."""
+    """Names of body nodes that touch a tensor whose largest observed magnitude comes close to float16's maximum."""
     limit = FLOAT16_MAX / HEADROOM
     hot = {name for name, value in largest.items() if not value < limit}
     inside = set(body_nodes(model))
@@ -66,7 +66,7 @@ def largest_values(
     faces: np.ndarray,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Largest magnitude of each tensor that the named nodes make, over faces uint8 (N,112,112,3) BGR; NaN stays NaN."""
+    """Largest magnitude of each output of the named nodes, over faces uint8 (N,112,112,3) BGR; NaN stays NaN."""
     import onnx
 
     names = [o for n in model.graph.node if n.name in set(nodes) for o in n.output]
@@ -75,7 +75,7 @@ def largest_values(
     watched.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names)
     session = open_session(watched)
     largest = dict.fromkeys(names, 0.0)
-    for done, face in enumerate(faces, 1):  # one at a time: every tensor of the network comes out
+    for done, face in enumerate(faces, 1):  # one at a time: every tensor of the network is an output
         for name, value in zip(names, session.run(names, {session.get_inputs()[0].name: face[None]}), strict=True):
             largest[name] = float(np.maximum(largest[name], np.abs(value).max()))
         if progress:
@@ -84,7 +84,7 @@ def largest_values(
 
 
 def to_float16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
-    """A copy of `model` whose body, but for the nodes named in `keep`, computes in float16.
+    """A copy of `model` whose body, except for the nodes in `keep`, computes in float16.
 
     Args:
         model: serving ONNX, every node named.
@@ -102,10 +102,10 @@ def to_float16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.Model
     halved: dict[str, onnx.TensorProto] = {}
 
     def as_type(name: str, want_half: bool) -> str:
-        """The name under which tensor `name` can be read in the wanted type; a Cast is written on first need."""
+        """The name under which tensor `name` is available in the wanted type; a Cast is added on first use."""
         if name not in floats or (name in produced_half) == want_half:
             return name
-        if name in weights:  # never produced, so it is float32 and wanted as float16
+        if name in weights:  # no node produces it, so it is float32 and needed as float16
             array = numpy_helper.to_array(weights[name]).clip(-FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
             halved[name] = numpy_helper.from_array(array, f"{name}.fp16")
             return f"{name}.fp16"
@@ -124,10 +124,10 @@ def to_float16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.Model
 
 
 def rounded_as_float16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
-    """A float32 model that computes what `to_float16(model, keep)` means: each result of its body rounded to float16.
+    """A float32 model that simulates `to_float16(model, keep)`: each result of its body is rounded to float16.
 
-    For judging on a CPU: there ONNX Runtime computes float16 nodes in float32 and drops the roundings between them, so
-    that the typed file itself shows too little drift and never overflows.
+    For judging on a CPU: there ONNX Runtime computes float16 nodes in float32 without rounding in between, so the typed
+    file itself would show too little drift and never overflow.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -171,7 +171,7 @@ def _rewritten(
     weights: Mapping[str, onnx.TensorProto],
     made: Mapping[str, onnx.TensorProto],
 ) -> onnx.ModelProto:
-    """The model with these nodes; of its weights those that are still read, and the new ones."""
+    """The model with these nodes, the weights that they still read, and the new ones."""
     import onnx
 
     copy = onnx.ModelProto()

@@ -1,4 +1,4 @@
-"""Judge a variant that exists on other faces, and record it: what fails there is set aside and served no more."""
+"""Judges an existing variant on other faces and records the verdict; one that fails is retired and no longer served."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def verify_variant(
     limits: Mapping[str, float],
     stage: Stage = silent,
 ) -> dict[str, Any]:
-    """Judge a variant on all of these faces and write the verdict into its sidecar; returns that.
+    """Judge a variant on all of these faces, and write the verdict into its sidecar; returns the sidecar.
 
-    Of two verdicts on a runtime the sidecar keeps the worse one, and every one in `verified`.
+    For each runtime the worst verdict counts; `verified` lists them all.
 
     Args:
         model_dir: models/NAME/.
         precision, target: which variant.
         source, count: the faces (`eval_set.evaluation_faces`) and at most how many.
         limits: largest drift by precision.
-        stage: gets a title, gives the progress callback of that stage.
+        stage: takes a title and returns the progress callback of that stage.
 
     Raises:
-        ProofFailed: it fails in one of its runtimes: it is set aside as .refused.
-        Missing: no such variant, or no runtime of it on this host.
+        ProofFailed: it fails in one of its runtimes and is renamed to .refused.
+        Missing: no such variant, or none of its runtimes on this host.
         WrongUse: these are the faces that it was fitted to.
     """
     manifest = read_import_manifest(model_dir)
@@ -80,7 +80,7 @@ def verify_variant(
     path = set_aside(model_dir, sidecar)
     raise ProofFailed(
         f"{precision} of {manifest.name} fails in {failed.runtime} on {len(faces.faces)} faces of {faces.origin}: "
-        f"{failed.why}. It is set aside ({path}). If it is installed, put another in its place: "
+        f"{failed.why}. It is retired ({path}). If it is installed, replace it: "
         f"arcface assemble {manifest.name} --variant auto"
     )
 
@@ -122,20 +122,20 @@ def _is_here(runtime: str) -> bool:
 
 
 def _check_unseen(sidecar: Mapping[str, Any], faces: FaceSet) -> None:
-    """Refuse the very set that the variant was fitted to; single faces of it cannot be told apart any more."""
+    """Reject the exact set that the variant was fitted to; the sidecar cannot identify single faces of it."""
     calibration = (sidecar["recipe"] or {}).get("calibration")
     fitted = [calibration, sidecar.get("searched")]
-    if "searched" not in sidecar and sidecar["recipe"]:  # of a time when one set was both
+    if "searched" not in sidecar and sidecar["recipe"]:  # an older sidecar: one set was used for both
         fitted.append(sidecar["eval"])
     if faces.sha256 in {known["sha256"] for known in fitted if known}:
         raise WrongUse(
-            f"{faces.origin} holds the faces that the variant was fitted to: they prove nothing. "
+            f"{faces.origin} contains the faces that the variant was fitted to: they prove nothing. "
             "Give others: --verify FACES"
         )
 
 
 def _worse(known: dict[str, Any], new: dict[str, Any] | None) -> dict[str, Any]:
-    """The verdict that stays: the new one where it is worse, or where the known one rests on faces it was fitted to."""
+    """The verdict to keep: the new one if it is worse, or if the known one is from faces the variant was fitted to."""
     if new is None:
         return known
     if not new["passed"] or "judged_on" not in known:

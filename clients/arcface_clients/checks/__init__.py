@@ -1,1 +1,1 @@
-"""Looking at what is there: parity of a server, speed of an engine, the state of this host."""
+"""Checks: parity of a server, speed of an engine, the state of this host."""

@@ -1,4 +1,4 @@
-"""An engine in; throughput, latency percentiles and memory of its `encode` out (a server under load: arcface bench)."""
+"""Measures throughput, latency percentiles and memory of an engine (of a server under load: arcface bench)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from arcface_clients.errors import ConfigError
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.gpu.cards import own_vram_bytes
 
-_DISTINCT_FACES = 64  # drawing one takes longer than embedding one on a GPU; the batches repeat these
+_DISTINCT_FACES = 64  # synthesising a face takes longer than embedding it on a GPU, so batches repeat these
 
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """Figures of `benchmark_embedder`; latencies are of one `encode` of `batch_size` faces."""
+    """Result of `benchmark_embedder`; latencies are of one `encode` of `batch_size` faces."""
 
     faces: int
     batch_size: int
@@ -44,14 +44,14 @@ class BenchmarkReport:
 def benchmark_embedder(
     embedder: EmbeddingEngine, num_faces: int = 256, batch_size: int = 32, warmup_batches: int = 3
 ) -> BenchmarkReport:
-    """Time `encode` on drawn faces, one batch after the other, from one thread.
+    """Time `encode` on synthetic faces, one batch after another, from one thread.
 
-    CPU time is of this process; a server's is not in it. VRAM is this process's as nvidia-smi lists it, None where it
-    does not. Peak RSS is that of the process since its start.
+    CPU time is this process's and excludes a server's. VRAM is what nvidia-smi lists for this process, None if it lists
+    nothing. Peak RSS is since the start of the process.
 
     Raises:
-        ConfigError: a count that cannot be.
-        BackendUnavailable, InferenceFailed: the engine's own.
+        ConfigError: a count is out of range.
+        BackendUnavailable, InferenceFailed: from the engine.
     """
     if num_faces < 1 or batch_size < 1 or warmup_batches < 0:
         raise ConfigError(
@@ -92,5 +92,5 @@ def benchmark_embedder(
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory of this process since it began (getrusage: kilobytes on Linux, bytes on macOS)."""
+    """Largest resident memory of this process since its start (getrusage: kilobytes on Linux, bytes on macOS)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

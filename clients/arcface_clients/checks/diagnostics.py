@@ -1,4 +1,4 @@
-"""This host and its configuration in; what is there, what is wrong and how to mend it out, as checks and as JSON."""
+"""Checks this host and its configuration: what is present, what is wrong and how to fix it, in text and JSON."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from arcface_clients.config.schema import EmbeddingConfig
     from arcface_clients.engines.fallback import FallbackEmbedder
 
-SHARED_MEMORY_WANTED_BYTES = 256 << 20  # pools of a few clients at batch 64: 2.4 MB a request, times those in flight
+SHARED_MEMORY_WANTED_BYTES = 256 << 20  # pools of a few clients at batch 64: 2.4 MB per request in flight
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. status: ok, absent (fine, but something cannot be done), problem (with its `fix`)."""
+    """One check. status: ok, absent (fine, but some features are unavailable), problem (with its `fix`)."""
 
     name: str
     status: str
@@ -37,7 +37,7 @@ class Check:
 
 
 def client_checks(settings: EmbeddingConfig) -> list[Check]:
-    """Everything that the clients can see of this host, in the order in which a reader wants it."""
+    """Everything the clients can find out about this host, in reading order."""
     gpus, gpu = gpus_here()
     looks: dict[str, Callable[[], Check]] = {
         "python": check_python,
@@ -60,7 +60,7 @@ def check_python() -> Check:
 
 
 def gpus_here() -> tuple[list[Gpu], Check]:
-    """The GPUs with driver, SM and memory; an empty list where there is none, or none that works."""
+    """The GPUs with driver, SM and memory; an empty list if there is none, or none that works."""
     try:
         gpus = find_gpus()
     except DependencyMissing as exc:
@@ -79,23 +79,23 @@ def check_tensorrt(gpus: list[Gpu]) -> Check:
         return Check("tensorrt", "ok", f"TensorRT {version}, Polygraphy {polygraphy}")
     missing = " and ".join(n for n, v in (("tensorrt", version), ("polygraphy", polygraphy)) if not v)
     if gpus:
-        wanted = "pip install 'arcface-triton[tensorrt]'" + ("" if version else " and the server's version of tensorrt")
+        wanted = "pip install 'arcface-triton[tensorrt]'" + ("" if version else " and the server's tensorrt version")
         return Check("tensorrt", "problem", f"not installed: {missing}", wanted)
     return Check("tensorrt", "absent", f"not installed: {missing} (needed on a GPU host only)")
 
 
 def check_onnxruntime(gpus: list[Gpu], needed: bool = False) -> Check:
-    """ONNX Runtime: exactly one wheel of it, and its providers."""
+    """ONNX Runtime: exactly one wheel installed, and its providers."""
     wheels = [n for n in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino") if _version(n)]
     if util.find_spec("onnxruntime") is None:
         wanted = "onnxruntime-gpu" if gpus else "onnxruntime"
         status = "problem" if needed else "absent"
-        return Check("onnxruntime", status, "not installed: no onnx engine here", f"pip install {wanted}")
+        return Check("onnxruntime", status, "not installed: the onnx engine is unavailable", f"pip install {wanted}")
     try:
         import onnxruntime
 
         found = f"ONNX Runtime {onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}"
-    except Exception as exc:  # a broken wheel fails with whatever its loader raises
+    except Exception as exc:  # a broken wheel can raise anything
         return Check(
             "onnxruntime", "problem", f"does not import: {exc}", "pip install --force-reinstall --no-deps onnxruntime"
         )
@@ -103,21 +103,21 @@ def check_onnxruntime(gpus: list[Gpu], needed: bool = False) -> Check:
         return Check(
             "onnxruntime",
             "problem",
-            f"{found}; installed over each other: {', '.join(wheels)}",
+            f"{found}; conflicting wheels installed: {', '.join(wheels)}",
             f"keep one: pip uninstall -y {' '.join(wheels)} && pip install {wheels[-1]}",
         )
     if gpus and "CUDA" not in found:
         return Check(
             "onnxruntime",
             "problem",
-            f"{found}; a GPU is here and this wheel cannot use it",
+            f"{found}; this host has a GPU that this wheel cannot use",
             f"pip uninstall -y {' '.join(wheels)} && pip install onnxruntime-gpu",
         )
     return Check("onnxruntime", "ok", found)
 
 
 def check_reference() -> Check:
-    """InsightFace, against which everything is measured."""
+    """InsightFace, the reference for every comparison."""
     version = _version("insightface")
     if version:
         return Check("reference", "ok", f"InsightFace {version}")
@@ -127,7 +127,7 @@ def check_reference() -> Check:
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
-    """Size of /dev/shm, through which a client on the server's host hands over faces."""
+    """Size of /dev/shm, through which a client passes faces to a server on the same host."""
     if not folder.is_dir():
         return Check("shared memory", "absent", f"no {folder}: faces go over the wire")
     usage = shutil.disk_usage(folder)
@@ -136,14 +136,14 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
         return Check(
             "shared memory",
             "problem",
-            f"{found}, {SHARED_MEMORY_WANTED_BYTES >> 20} MB are wanted",
+            f"{found}, {SHARED_MEMORY_WANTED_BYTES >> 20} MB needed",
             "docker run --shm-size=1g (compose: shm_size; Kubernetes: an emptyDir of medium Memory on /dev/shm)",
         )
     return Check("shared memory", "ok", found)
 
 
 def check_local_model(settings: EmbeddingConfig) -> Check:
-    """The model that in-process engines would read."""
+    """The model that in-process engines would load."""
     from arcface_clients.engines.model_folder import find_model
 
     try:
@@ -160,7 +160,7 @@ def check_local_model(settings: EmbeddingConfig) -> Check:
 
 
 def check_server(settings: EmbeddingConfig, timeout_s: float = 3.0) -> Check:
-    """Whether the model is served at triton.url, asked through our own client as a pipeline would."""
+    """Whether the model is served at triton.url, tested with our own client as a pipeline would use it."""
     from arcface_clients.engines.registry import EngineRegistry
     from arcface_clients.pipeline import Link, engine_arguments
 
@@ -188,7 +188,7 @@ def engine_diagnostics(
     settings: EmbeddingConfig,
     benchmark: BenchmarkReport | None = None,
 ) -> dict[str, Any]:
-    """What answers now, as JSON: backend, file, precision, batch size, width, throughput, latency, VRAM, validation."""
+    """The engine in use as JSON: backend, file, precision, batch size, width, throughput, latency, VRAM, validation."""
     from arcface_clients.engines.validation import precision_of
 
     engine = backend.engine
@@ -213,7 +213,7 @@ def engine_diagnostics(
 
 
 def guarded(name: str, look: Callable[[], Check]) -> Check:
-    """The check, or a problem that says what it died of: a doctor must not die with the patient."""
+    """Run a check; an exception becomes a problem, so that one failing check does not stop the others."""
     try:
         return look()
     except Exception as exc:
@@ -221,13 +221,13 @@ def guarded(name: str, look: Callable[[], Check]) -> Check:
 
 
 def fact_and_fix(error: Exception) -> tuple[str, str]:
-    """One of our messages at its first full stop: what happened, and what to do (or "")."""
+    """Split one of our messages at its first full stop: what happened, and what to do (or "")."""
     fact, _, fix = str(error).partition(". ")
     return fact, fix
 
 
 def _host_port(url: str) -> tuple[str, int]:
-    """Where to knock: "localhost:8001", "grpc://host:port" or "http://host"."""
+    """Host and port of "localhost:8001", "grpc://host:port" or "http://host"."""
     scheme, _, rest = url.rpartition("://")
     place = rest.partition("/")[0]
     host, _, port = place.rpartition(":")
@@ -244,12 +244,12 @@ def _version(package: str) -> str | None:
 
 
 def _module_version(name: str) -> str | None:
-    """Version of a module that may come without package metadata (a carried TensorRT has none)."""
+    """Version of a module that may lack package metadata (a bundled TensorRT has none)."""
     if _version(name):
         return _version(name)
     if util.find_spec(name) is None:
         return None
     try:
         return str(__import__(name).__version__)
-    except Exception:  # libraries that it needs are missing
+    except Exception:  # its shared libraries are missing
         return None

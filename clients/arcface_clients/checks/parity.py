@@ -1,4 +1,4 @@
-"""Parity: one set of faces through every loaded backend of a server; each one's drift from the reference out."""
+"""Parity: sends the same faces to every loaded backend of a server and reports each one's drift from the reference."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ COUNTED_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class BackendParity:
-    """One row: a served model beside the reference, on the same faces; cosines are None when no reference is loaded."""
+    """One row: a served model against the reference, on the same faces; cosines are None if no reference is loaded."""
 
     model: str
     leaf: str  # the model that answers where `model` is an ensemble
     backend: str
     precision: str
-    faces_per_s: float  # one pass of the faces through the server: a first impression, not a benchmark
+    faces_per_s: float  # from a single pass through the server: an indication, not a benchmark
     mean_cosine: float | None
     min_cosine: float | None
     worst_face: int | None
-    limit: float | None  # largest drift that its precision may show; None for the reference itself
-    refused: str = ""  # the gate's words where it did not pass
+    limit: float | None  # largest drift allowed for its precision; None for the reference itself
+    refused: str = ""  # the gate's reason if it did not pass
 
     @property
     def passed(self) -> bool:
-        """Whether the gate lets it through, or had nothing to compare it with."""
+        """Whether it passed the gate, or there was nothing to compare it with."""
         return not self.refused
 
     @property
@@ -65,7 +65,7 @@ class BackendParity:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """All loaded backends of one server; `skipped` says of the others why they are not in it."""
+    """All loaded backends of one server; `skipped` says why the others are missing."""
 
     url: str
     faces: int
@@ -75,7 +75,7 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every row that was compared is within its gate."""
+        """Whether every row that was compared passed its gate."""
         return all(row.passed for row in self.rows)
 
     def to_json(self) -> dict[str, Any]:
@@ -84,11 +84,11 @@ class ParityReport:
         return {**asdict(self), "rows": rows, "passed": self.passed}
 
     def require(self) -> None:
-        """Return when every gate passed.
+        """Raise unless every gate passed.
 
         Raises:
             ModelNotReady: there was no reference to compare with.
-            GateFailed: names each backend outside its limit, with the figure.
+            GateFailed: names each backend beyond its limit, with the figure.
         """
         if REFERENCE in self.skipped:
             raise ModelNotReady(f"nothing was compared: {self.skipped[REFERENCE]}")
@@ -108,24 +108,24 @@ def measure_parity(
     access: Access | None = None,
     progress: Callable[[str], None] = lambda model: None,
 ) -> ParityReport:
-    """Embed faces with every model that is loaded, and compare with the reference where that is loaded.
+    """Embed faces with every loaded model, and compare with the reference if that is loaded.
 
     Args:
         url: the server.
-        faces: uint8 (N,112,112,3) BGR, N ≥ 1; without them `faces_from` is read, else 32 drawn faces are taken.
-        models: what to ask for; those that are not loaded are skipped, with the reason in the report.
-        limits: largest drift by precision; None takes comparison.max_drift of the configuration.
+        faces: uint8 (N,112,112,3) BGR, N ≥ 1; None reads `faces_from`, else uses 32 synthetic faces.
+        models: models to test; those not loaded are skipped, with the reason in the report.
+        limits: largest drift by precision; None uses comparison.max_drift from the configuration.
         faces_from: folder, file, glob or .npz of crops.
         timeout_s: longest wait for one request.
-        access: headers, TLS files and compression of the server.
-        progress: called with each model's name before it is asked.
+        access: headers, TLS files and compression for the server.
+        progress: called with each model's name before that model is tested.
 
-    The gate of a row is that of its served precision (parameter `precision` of the leaf model, fp32 when absent).
+    Each row is gated by its served precision (parameter `precision` of the leaf model, fp32 if absent).
 
     Raises:
-        InvalidFaces: no faces, or not faces.
+        InvalidFaces: no faces, or invalid ones.
         ServerUnreachable: no server answers.
-        ContractMismatch: a backend serves another contract than the reference.
+        ContractMismatch: a backend serves a different contract from the reference.
         ConfigError: a backend states a precision that has no gate.
     """
     if limits is None:
@@ -187,7 +187,7 @@ def measure_parity(
 
 
 def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0, access: Access | None = None) -> bool:
-    """Have the server compare faces with its reference and count their drift in its own metrics (`arcface_drift`).
+    """Have the server compare faces with its reference and record their drift in its own metrics (`arcface_drift`).
 
     Args:
         url: the server's gRPC address.
@@ -196,7 +196,7 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0, access: Acc
         access: headers and TLS files of the server.
 
     Returns:
-        Whether it did: False where `arcface_parity` is not loaded.
+        Whether it did; False if `arcface_parity` is not loaded.
 
     Raises:
         ConfigError: not a gRPC address.
@@ -208,7 +208,7 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0, access: Acc
     address = Address.parse(url)
     if address.protocol != "grpc":
         raise ConfigError(f"drift is counted over gRPC only; got {url}. Give the gRPC port: --url grpc://HOST:8001")
-    # Not by a TritonEmbedder: it asks for `embedding` alone, and Triton leaves out the steps that nobody asked for.
+    # Not with a TritonEmbedder: it requests `embedding` alone, and Triton skips steps whose outputs nobody requests.
     access = access or {}
     tls, headers = access.get("tls") or Tls(), access.get("headers", {})
     files = {
@@ -234,7 +234,7 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0, access: Acc
 
 
 def render_table(report: ParityReport) -> str:
-    """The report as a table for a terminal or a log, at most 100 columns wide where names are ours."""
+    """The report as a table for a terminal or a log, at most 100 columns wide for our own model names."""
     lines: list[tuple[str, ...]] = [("backend", "faces/s", "mean cosine", "min cosine", "gate")]
     for row in report.rows:
         lines.append((row.model, f"{row.faces_per_s:.1f}", _cosine(row.mean_cosine), _cosine(row.min_cosine), row.gate))

@@ -1,1 +1,1 @@
-"""config/embedding.yaml, environment and arguments: one checked configuration."""
+"""The configuration: config/embedding.yaml, environment and arguments, merged and checked."""

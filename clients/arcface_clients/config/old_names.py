@@ -1,4 +1,4 @@
-"""Configuration keys and variables under their former names in; today's out, with one warning for each."""
+"""Translates former names of configuration keys and variables to the current ones, with one warning for each."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _bucket(value: Any) -> dict[str, Any]:
 
 
 def _switch(value: Any) -> dict[str, Any]:
-    if not isinstance(value, bool):  # a word such as "no" in quotes would be taken for true
-        raise ConfigError(f"the old name enabled says {value!r}: expected true or false. Write backend: instead.")
+    if not isinstance(value, bool):  # a quoted word such as "no" would count as true
+        raise ConfigError(f"the old name enabled is {value!r}: expected true or false. Use backend: instead.")
     return {"backend": "tensorrt" if value else "insightface"}  # off meant the unaccelerated reference
 
 
-# Old key -> what it sets now. These stood at the top and in a section alike.
+# Old key -> what it sets now. These were valid both at the top level and in a section.
 _ANYWHERE: dict[str, Callable[[Any], dict[str, Any]]] = {
     "workspace_gb": _size("GB"),
     "workspace_size_mb": _size("MB"),
@@ -36,8 +36,8 @@ _ANYWHERE: dict[str, Callable[[Any], dict[str, Any]]] = {
     "opt_batch_size": _same("batch.opt"),
     "max_batch_size": _same("batch.max"),
 }
-# `tensorrt.` and `arcface_tensorrt.` are two names of one former section; a key that stands there without being listed
-# is refused like any unknown key.
+# `tensorrt.` and `arcface_tensorrt.` are two names of one former section; a key in it that is not listed here is
+# rejected like any unknown key.
 _IN_SECTION: dict[str, Callable[[Any], dict[str, Any]]] = {
     "enabled": _switch,
     "precision": _same("precision"),
@@ -70,28 +70,28 @@ OLD_VARIABLES = {
 
 
 def renamed_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` with old variables under today's names; each one that occurs is a FutureWarning.
+    """`environ` with old variables renamed; each one found raises a FutureWarning.
 
     Raises:
-        ConfigError: an old and a new name say different things.
+        ConfigError: an old and a new name have different values.
     """
     result = {name: text for name, text in environ.items() if name not in OLD_VARIABLES}
     for old in (name for name in environ if name in OLD_VARIABLES):
         now = OLD_VARIABLES[old]
         if result.setdefault(now, environ[old]) != environ[old]:
             raise ConfigError(
-                f"environment: {now} says {result[now]!r} and the old name {old} says {environ[old]!r}: "
+                f"environment: {now} is {result[now]!r} but the old name {old} is {environ[old]!r}: "
                 f"keep {now} and unset {old}."
             )
-        warnings.warn(f"environment variable {old} is an old name; write {now}", FutureWarning, stacklevel=2)
+        warnings.warn(f"environment variable {old} is an old name; use {now}", FutureWarning, stacklevel=2)
     return result
 
 
 def renamed(flat: dict[str, Any], origin: str) -> dict[str, Any]:
-    """`flat` (dotted key → value) with old names replaced; each one that occurs is a FutureWarning.
+    """`flat` (dotted key → value) with old names replaced; each one found raises a FutureWarning.
 
     Raises:
-        ConfigError: an old and a new name, or two old ones, say different things.
+        ConfigError: an old and a new name, or two old ones, have different values.
     """
     result = {key: value for key, value in flat.items() if key not in OLD_NAMES}
     said_by = {key: key for key in result}
@@ -100,18 +100,18 @@ def renamed(flat: dict[str, Any], origin: str) -> dict[str, Any]:
         for key, value in now.items():
             if key in result and result[key] != value:
                 raise ConfigError(
-                    f"{origin}: {said_by[key]} says {result[key]!r} and the old name {old} says {value!r}: "
+                    f"{origin}: {said_by[key]} is {result[key]!r} but the old name {old} is {value!r}: "
                     f"keep {key} and delete {old}."
                 )
             result[key] = value
             said_by.setdefault(key, old)
         first = next(iter(now))
-        warnings.warn(f"{origin}: {old} is an old name; write {first}: {now[first]}", FutureWarning, stacklevel=2)
+        warnings.warn(f"{origin}: {old} is an old name; use {first}: {now[first]}", FutureWarning, stacklevel=2)
     return result
 
 
 def from_section(flat: dict[str, Any]) -> dict[str, Any]:
-    """Keys of the former section, as `tensorrt_config` still has them, in today's; others are returned as they are."""
+    """Translate keys of the former section, which `tensorrt_config` still accepts; others are returned unchanged."""
     result: dict[str, Any] = {}
     for key, value in flat.items():
         result.update(_IN_SECTION[key](value) if key in _IN_SECTION else {key: value})

@@ -1,7 +1,7 @@
-"""Every key of the configuration, with its type, its limits and its default.
+"""Every configuration key, with its type, limits and default.
 
-Order, the later wins: defaults, the file, environment variables (ARCFACE_ + the dotted key in capitals, "." as "__"),
-overrides passed by the caller.
+Precedence, lowest first: defaults, the file, environment variables (ARCFACE_ + the dotted key in capitals, "." as
+"__"), overrides passed by the caller.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def workspace_bytes(text: object) -> int:
 
 
 class _Section(BaseModel):
-    """A group of keys: unknown ones are refused, values do not change after the check."""
+    """A group of keys: unknown ones are rejected, and values are immutable once checked."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
@@ -71,7 +71,7 @@ class Batch(_Section):
 
 
 class Storage(_Section):
-    """Where plans are kept: a local folder alone, or S3/MinIO behind it; credentials are the usual AWS variables."""
+    """Where plans are kept: a local folder, optionally backed by S3/MinIO; credentials are the usual AWS variables."""
 
     type: Literal["local", "s3"] = "local"
     bucket: str | None = None
@@ -87,7 +87,7 @@ class Storage(_Section):
 
     @property
     def plan_folder(self) -> Path:
-        """Where this host keeps its plans, for whoever builds, moves or loads them."""
+        """Where this host keeps the plans that it builds, moves or loads."""
         return (self.plans or self.cache / "plans").expanduser()
 
     @model_validator(mode="after")
@@ -98,7 +98,7 @@ class Storage(_Section):
 
 
 class Fallback(_Section):
-    """What happens when the backend is not there."""
+    """What happens when the backend is unavailable."""
 
     enabled: bool = True
     chain: tuple[str, ...] = ("onnx", "insightface")
@@ -115,7 +115,7 @@ class Fallback(_Section):
 
 
 class Validation(_Section):
-    """The check of an engine against the reference when it is loaded."""
+    """The check of an engine against the reference when the engine is loaded."""
 
     run_on_startup: bool = True
     eval_set_size: int = Field(default=16, ge=1, le=10_000)
@@ -123,7 +123,7 @@ class Validation(_Section):
 
 
 class Target(_Section):
-    """A figure that should reach `target`; worse than `warn` is a failure."""
+    """A metric that should reach `target`; worse than `warn` is a failure."""
 
     target: float = Field(gt=0)
     warn: float = Field(gt=0)
@@ -158,7 +158,7 @@ class Comparison(_Section):
 
 
 def _shared_memory_text(section: object) -> object:
-    """`shared_memory` as the environment writes it, before its type is looked at."""
+    """`shared_memory` as the environment spells it, before its type is checked."""
     if isinstance(section, Mapping) and "shared_memory" in section:
         return {**section, "shared_memory": shared_memory_option(section["shared_memory"])}
     return section

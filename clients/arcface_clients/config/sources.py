@@ -1,4 +1,4 @@
-"""Reads the configuration from a file, the environment and the caller; one message names every fault and its place."""
+"""Reads the configuration from file, environment and caller; a single message names every fault and where it is."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Layers:
-    """Merged values as a flat table of dotted keys, and where each of them came from."""
+    """Merged values as a flat table of dotted keys, and where each came from."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
 
     def add(self, flat: Mapping[str, Any], origin: str | Mapping[str, str]) -> None:
-        """Put a layer on top; it wins over what is there, and over anything below or above the same key."""
+        """Add a layer on top; it overrides the same key, and any key that is its parent or child."""
         for key, value in flat.items():
             for old in [k for k in self.values if k.startswith(f"{key}.") or key.startswith(f"{k}.")]:
                 del self.values[old]
@@ -48,20 +48,20 @@ def load_config(
     """The configuration of this process.
 
     Args:
-        path: the file; None takes $ARCFACE_CONFIG, else config/embedding.yaml where that exists, else the defaults.
-        overrides: nested keys (old names too) that win over file and environment.
+        path: the file; None uses $ARCFACE_CONFIG, else config/embedding.yaml if that exists, else the defaults.
+        overrides: nested keys (old names too) that override file and environment.
         environ: the environment; None takes `os.environ`.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, a value impossible; all of them in one message.
+        ConfigError: the file is missing or not YAML, or keys are unknown or values invalid; one message lists them all.
     """
     return checked(EmbeddingConfig, layers(path, overrides or {}, os.environ if environ is None else environ))
 
 
 def layers(path: str | Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]) -> Layers:
-    """File, environment and overrides on top of each other, old names already replaced."""
+    """File, environment and overrides merged, with old names already replaced."""
     found = Layers()
-    environ = {name: text for name, text in environ.items() if text.strip()}  # an empty variable is one that is not set
+    environ = {name: text for name, text in environ.items() if text.strip()}  # an empty variable counts as unset
     file = config_file(path, environ)
     if file is not None:
         found.add(renamed(dict(flatten(read_yaml(file))), str(file)), str(file))
@@ -75,7 +75,7 @@ def layers(path: str | Path | None, overrides: Mapping[str, Any], environ: Mappi
 
 
 def config_file(path: str | Path | None, environ: Mapping[str, str]) -> Path | None:
-    """The file that is read: the given one, else $ARCFACE_CONFIG, else the default one where it exists, else none."""
+    """The file to read: the given one, else $ARCFACE_CONFIG, else the default one if it exists, else none."""
     named = path or environ.get(FILE_VARIABLE)
     if named:
         return Path(named)
@@ -86,7 +86,7 @@ def checked(model: type[Model], found: Layers) -> Model:
     """An instance of `model`.
 
     Raises:
-        ConfigError: one line for each fault: where, dotted key, what was got, what is allowed.
+        ConfigError: one line for each fault: where, dotted key, what was found, what is allowed.
     """
     try:
         return model.model_validate(_nested(_without_empty_sections(model, found.values)))
@@ -96,7 +96,7 @@ def checked(model: type[Model], found: Layers) -> Model:
 
 
 class _OnceEachKey(yaml.SafeLoader):
-    """YAML's safe loader, but a key that stands twice is an error: the last one would win without a word."""
+    """YAML's safe loader, except that a duplicate key is an error: otherwise the last one would silently win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node."""
@@ -104,14 +104,14 @@ class _OnceEachKey(yaml.SafeLoader):
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value} stands there twice: delete one of them", problem_mark=key.start_mark
+                    problem=f"{key.value} appears twice: delete one of them", problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping."""
+    """The mapping in a YAML file; an empty file gives an empty mapping."""
     try:
         data = yaml.load(file.read_text(), Loader=_OnceEachKey)
     except OSError as exc:
@@ -130,7 +130,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) for every leaf; `headers` is a value, not a section."""
+    """Every leaf as (dotted key, value); `headers` is a value, not a section."""
     for key, value in data.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, Mapping) and value and dotted != "triton.headers":
@@ -140,7 +140,7 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def leaf_keys(section: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a configuration model, in its order; its sections are models or dataclasses."""
+    """Every dotted key of a configuration model, in order; sections are models or dataclasses."""
     for name, kind in get_type_hints(section).items():
         if isinstance(kind, type) and (is_dataclass(kind) or issubclass(kind, BaseModel)):
             yield from leaf_keys(kind, f"{prefix}{name}.")
@@ -154,7 +154,7 @@ def variable(key: str) -> str:
 
 
 def _parsed(name: str, text: str) -> Any:
-    """A variable's text: null is None, [lists] and {mappings} are YAML, everything else stays text."""
+    """Parse a variable: null is None, [lists] and {mappings} are YAML, everything else stays text."""
     if text.strip().lower() in ("null", "none"):
         return None
     try:
@@ -164,7 +164,7 @@ def _parsed(name: str, text: str) -> Any:
 
 
 def _refuse_unknown_variables(environ: Mapping[str, str], names: Mapping[str, str]) -> None:
-    """ARCFACE_X__Y can only be meant for us: refuse unknown ones. ARCFACE_X may be somebody else's: warn if close."""
+    """ARCFACE_X__Y can only be meant for us: reject unknown ones. ARCFACE_X may belong to others: warn if close."""
     for name in sorted(set(environ) - set(names)):
         if not name.startswith(ENV_PREFIX):
             continue
@@ -177,7 +177,7 @@ def _refuse_unknown_variables(environ: Mapping[str, str], names: Mapping[str, st
 
 
 def _without_empty_sections(model: type[BaseModel], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A section whose keys are all commented out reads as None in YAML; it means the defaults."""
+    """A section whose keys are all commented out parses as None in YAML; it means the defaults."""
     sections = {k.rpartition(".")[0] for k in leaf_keys(model)}
     return {key: value for key, value in flat.items() if value is not None or key not in sections}
 
@@ -194,7 +194,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fault(model: type[BaseModel], found: Layers, error: Any) -> str:
-    """One pydantic error as one line of ours."""
+    """One pydantic error as one line in our format."""
     key = ".".join(str(part) for part in error["loc"])
     blamed = getattr(error.get("ctx", {}).get("error"), "key", None)
     key = f"{key}.{blamed}" if blamed else key
@@ -215,7 +215,7 @@ def _fault(model: type[BaseModel], found: Layers, error: Any) -> str:
 
 
 def _neighbours(model: type[BaseModel], key: str) -> str:
-    """What could stand there instead of an unknown key."""
+    """Suggestions for an unknown key."""
     known = list(leaf_keys(model))
     close = difflib.get_close_matches(key, [*known, *dict.fromkeys(k.split(".")[0] for k in known)], n=1, cutoff=0.7)
     return (f"Did you mean {close[0]}? " if close else "") + _allowed(model, key.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""Engines: the ways in which faces become embeddings, behind one protocol and by name."""
+"""Engines turn faces into embeddings; they share one protocol and are created by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A device as users write it in; the ONNX Runtime providers to take, in order of preference, out. Pure, no imports."""
+"""Maps a device name to the ONNX Runtime providers to try, in order of preference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CUDA = "CUDAExecutionProvider"
 COREML = "CoreMLExecutionProvider"
 OPENVINO = "OpenVINOExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
-# `auto` never takes the TensorRT provider: it builds an engine at the first run, minutes that nobody asked for.
+# `auto` never picks the TensorRT provider: on its first run it builds an engine, which takes minutes.
 _AUTO = (CUDA, COREML, OPENVINO, CPU)
 _PROVIDERS = {
     "auto": _AUTO,
@@ -37,33 +37,33 @@ def canonical_device(device: str) -> str:
     """`device` in lower case with aliases resolved; "cuda:1" keeps its index.
 
     Raises:
-        ConfigError: not a device; the message lists those that exist.
+        ConfigError: not a device; the message lists the valid ones.
     """
     text = str(device).lower()
     text = _ALIASES.get(text, text)
     base = text.split(":")[0]
     if base not in _PROVIDERS or (text != base and not re.fullmatch(r"(cuda|tensorrt):\d+", text)):
-        raise ConfigError(f"no device is called {device!r}: expected one of {', '.join(_PROVIDERS)}, or cuda:1.")
+        raise ConfigError(f"unknown device {device!r}: expected one of {', '.join(_PROVIDERS)}, or cuda:1.")
     return text
 
 
 def device_index(device: str) -> int:
-    """GPU number: 1 for "cuda:1", 0 where none is given."""
+    """GPU number: 1 for "cuda:1", 0 if none is given."""
     return int(device.partition(":")[2] or 0)
 
 
 def wheels_with(provider: str) -> str:
-    """The wheel of ONNX Runtime that has a provider."""
-    return _PACKAGES.get(provider, "none that we know")
+    """The ONNX Runtime wheel that includes a provider."""
+    return _PACKAGES.get(provider, "no wheel known to us")
 
 
 def order_of_providers(device: str, available: Sequence[str], needs: str | None = None) -> list[str]:
-    """The providers to ask for, in turn until one starts.
+    """The providers to try in turn until one starts.
 
     Args:
-        device: as `canonical_device` gives it.
-        available: what `onnxruntime.get_available_providers()` says.
-        needs: the only provider that can run what was asked for (bf16 needs OpenVINO), or None.
+        device: as returned by `canonical_device`.
+        available: as returned by `onnxruntime.get_available_providers()`.
+        needs: the only provider that can run the request (bf16 needs OpenVINO), or None.
 
     Raises:
         DependencyMissing: none of the device's providers is in this ONNX Runtime; falls back.

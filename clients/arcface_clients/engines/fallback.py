@@ -1,4 +1,4 @@
-"""One engine out of several: asks the first of a chain that is there, and says which it was and why."""
+"""A fallback chain: uses the first engine that is available, and says which one answered and why."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _State:
-    """One engine of the chain and its circuit breaker; guarded by the chain's lock."""
+    """One engine of the chain with its circuit breaker; guarded by the chain's lock."""
 
     name: str
     make: Callable[[], EmbeddingEngine]
     engine: EmbeddingEngine | None = None
-    accepted: bool = False  # loaded, contract compared, validated
+    accepted: bool = False  # loaded, contract checked, validated
     failures: int = 0  # in a row
-    left_alone_until: float = 0.0  # by the clock; not asked before that while another engine is there
-    probing: bool = False  # a thread is asking it again after a failure
+    left_alone_until: float = 0.0  # clock time; not tried before then while another engine is available
+    probing: bool = False  # a thread is retrying it after a failure
     why: str = ""
     unknown_said: bool = False
-    refused: GateFailed | None = None  # failed its validation: not asked again
+    refused: GateFailed | None = None  # failed its validation: not tried again
 
 
 class FallbackEmbedder:
-    """An engine that asks the engines of `chain` in order and takes the first that is there.
+    """An engine that tries the engines of `chain` in order and uses the first available one.
 
-    It falls back on `BackendUnavailable` only. The caller's mistakes (`InvalidFaces`, `ConfigError`) and an engine that
-    is there and fails on this input (`InferenceFailed`) are raised as they are. An engine that was not there is left
-    alone for `retry_after_s`, doubled after each failure up to `retry_after_max_s`; the next call after that asks it
-    again with the caller's own faces, one thread at a time, and goes back to it when it answers. If every engine is
-    being left alone they are all asked, since waiting would only fail.
+    Only `BackendUnavailable` falls back. The caller's mistakes (`InvalidFaces`, `ConfigError`) and a failure on this
+    input (`InferenceFailed`) propagate unchanged. An unavailable engine is skipped for `retry_after_s`, doubled
+    after each failure up to `retry_after_max_s`; the next call after that retries it with the caller's own faces, one
+    thread at a time, and returns to it once it answers. If every engine is being skipped, all are tried anyway, since
+    the call would fail otherwise.
 
     Attributes:
-        last_engine: name of the engine that gave the latest answer; None before the first.
-        reason: why it was that one, in words.
-        validations: what `validate` returned, by engine name.
+        last_engine: name of the engine that answered most recently; None before the first answer.
+        reason: why that engine answered, in words.
+        validations: the results of `validate`, by engine name.
     """
 
     name = "fallback"
@@ -66,17 +66,17 @@ class FallbackEmbedder:
         validate: Callable[[str, EmbeddingEngine], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Arrange a chain; nothing is loaded or connected yet.
+        """Set up a chain; nothing is loaded or connected yet.
 
         Args:
-            chain: engines, or pairs (name, function that makes the engine); first is preferred.
-            retry_after_s: how long an engine that was not there is left alone at first.
-            retry_after_max_s: the longest that it is left alone.
-            validate: called with name and engine when one is loaded; `GateFailed` puts that engine out of the chain.
+            chain: engines, or pairs (name, function that creates the engine), in order of preference.
+            retry_after_s: how long an unavailable engine is skipped at first.
+            retry_after_max_s: the longest time it is skipped.
+            validate: called with name and engine after loading; `GateFailed` removes that engine from the chain.
             clock: seconds, monotonic; for tests.
 
         Raises:
-            ConfigError: the chain is empty or two engines in it have one name.
+            ConfigError: the chain is empty, or two of its engines have the same name.
         """
         if not chain:
             raise ConfigError("a fallback chain needs at least one engine, got none: check fallback.chain.")
@@ -90,17 +90,17 @@ class FallbackEmbedder:
         self._lock = threading.RLock()
         self._contract_lock = threading.Lock()
         self._loading = {name: threading.Lock() for name in names}
-        self._contract: tuple[str, str] | None = None  # (contract id, engine that brought it)
+        self._contract: tuple[str, str] | None = None  # (contract id, engine it came from)
         self._dim: tuple[int, str] | None = None
         self.last_engine: str | None = None
-        self.reason = "no engine was asked yet"
+        self.reason = "no engine has been asked yet"
 
     @property
     def engine(self) -> EmbeddingEngine:
-        """The engine that would answer now; loads it if need be.
+        """The engine that would answer now; loads it if necessary.
 
         Raises:
-            BackendUnavailable: none of the chain is there; the message gives each one's reason.
+            BackendUnavailable: no engine is available; the message gives the reason for each.
         """
         return self._ask(lambda engine: engine)
 
@@ -115,21 +115,21 @@ class FallbackEmbedder:
         return self._ask(lambda engine: engine.contract_id)
 
     def ensure_ready(self) -> None:
-        """Load or connect the first engine that is there.
+        """Load or connect the first available engine.
 
         Raises:
-            BackendUnavailable: none is there.
-            GateFailed: those that are there failed their validation.
-            ContractMismatch: two engines of the chain make embeddings that must not be compared.
+            BackendUnavailable: none is available.
+            GateFailed: every available engine failed its validation.
+            ContractMismatch: two engines of the chain produce embeddings that must not be compared.
         """
         self._ask(lambda engine: engine.ensure_ready())
 
     def encode(self, faces: FacesLike) -> FloatArray:
-        """Embeddings from the first engine that is there: (N,112,112,3) → float32 (N,D), see `EmbeddingEngine`.
+        """Embeddings from the first available engine: (N,112,112,3) → float32 (N,D), see `EmbeddingEngine`.
 
         Raises:
             InvalidFaces: never falls back.
-            BackendUnavailable: none of the chain is there.
+            BackendUnavailable: no engine is available.
             GateFailed, ContractMismatch: see `ensure_ready`.
         """
         checked = check_in_place(faces)
@@ -140,7 +140,7 @@ class FallbackEmbedder:
         return self._ask(encode)
 
     def close(self) -> None:
-        """Close every engine of the chain that was made."""
+        """Close every engine that the chain has created."""
         for state in self._states:
             if state.engine is not None:
                 state.engine.close()
@@ -179,10 +179,10 @@ class FallbackEmbedder:
         refused = [state.refused for state in self._states if state.refused]
         if len(refused) == len(self._states):
             raise GateFailed("every engine of the chain failed its validation.\n" + "\n".join(skipped.values()))
-        raise BackendUnavailable("no engine of the chain is there.\n" + "\n".join(skipped.values()))
+        raise BackendUnavailable("no engine of the chain is available.\n" + "\n".join(skipped.values()))
 
     def _may_ask(self, state: _State, last_resort: bool) -> bool:
-        """Whether it is this engine's turn; one thread probes an engine that failed, the others stay with the next."""
+        """Whether to try this engine; one thread probes an engine that failed, the others use the next one."""
         with self._lock:
             if not last_resort and state.failures and (state.probing or self._clock() < state.left_alone_until):
                 return False
@@ -190,12 +190,12 @@ class FallbackEmbedder:
             return True
 
     def _accepted(self, state: _State) -> EmbeddingEngine:
-        """The engine, made, compared with the others and validated when it is first used or has come back."""
+        """The engine: created, checked against the others and validated, on first use and when it comes back."""
         failures = state.failures
         with self._loading[state.name]:
             if state.refused is not None:
                 raise state.refused
-            if state.failures > failures:  # another thread tried to load it while this one waited
+            if state.failures > failures:  # another thread failed to load it while this one waited
                 raise BackendUnavailable(state.why)
             if state.engine is None:
                 state.engine = state.make()
@@ -221,14 +221,14 @@ class FallbackEmbedder:
             raise
 
     def _compare_contracts(self, state: _State, engine: EmbeddingEngine) -> None:
-        """Refuse a chain whose embeddings must not be mixed; the other engines are asked now, not in an outage."""
+        """Reject a chain whose embeddings must not be mixed; all engines are checked now rather than in an outage."""
         with self._contract_lock:
             contract = engine.contract_id
             self._agree(state.name, contract, engine.embedding_dim)
             if contract is None and len(self._states) > 1 and not state.unknown_said:
                 state.unknown_said = True
                 _log.warning(
-                    "%s does not tell its contract: only the width is compared with the rest of the chain", state.name
+                    "%s does not state its contract: only its width is compared with the rest of the chain", state.name
                 )
             for other in self._states:
                 if other is state or other.failures:
@@ -241,31 +241,31 @@ class FallbackEmbedder:
         if contract is not None:
             if self._contract and self._contract[0] != contract:
                 raise ContractMismatch(
-                    f"engine {name} makes embeddings of contract {contract[:12]}…, engine {self._contract[1]} of "
-                    f"{self._contract[0][:12]}…: a chain must not mix them. Point both at one model (local.model, "
+                    f"engine {name} produces embeddings of contract {contract[:12]}…, engine {self._contract[1]} of "
+                    f"{self._contract[0][:12]}…: a chain must not mix them. Point both at the same model (local.model, "
                     "triton.model), or re-enrol with the new one."
                 )
             self._contract = self._contract or (contract, name)
         if dim is not None:
             if self._dim and self._dim[0] != dim:
                 raise ContractMismatch(
-                    f"engine {name} makes embeddings of width {dim}, engine {self._dim[1]} of {self._dim[0]}: "
-                    "a chain must not mix them. Point both at one model (local.model, triton.model)."
+                    f"engine {name} produces embeddings of width {dim}, engine {self._dim[1]} of {self._dim[0]}: "
+                    "a chain must not mix them. Point both at the same model (local.model, triton.model)."
                 )
             self._dim = self._dim or (dim, name)
 
     def _failed(self, state: _State, error: BackendUnavailable, failures_before: int) -> None:
         with self._lock:
             if state.failures != failures_before:
-                return  # calls that failed together are one failure
+                return  # concurrent failures count as one
             state.failures += 1
             pause_s = min(self._retry_after_s * 2 ** min(state.failures - 1, 30), self._retry_after_max_s)
             state.left_alone_until = self._clock() + pause_s
             state.why = f"{type(error).__name__}: {error}"
-            # A slow answer does not make it another engine; a connection that was lost may come back as one.
+            # After a slow answer it is still the same engine; after a lost connection it may not be.
             state.accepted = state.accepted and isinstance(error, DeadlineExceeded)
             if state.failures == 1:
-                _log.warning("%s is not there, asked again in %g s: %s", state.name, pause_s, state.why)
+                _log.warning("%s is unavailable, will retry in %g s: %s", state.name, pause_s, state.why)
 
     def _answered(self, state: _State) -> None:
         with self._lock:

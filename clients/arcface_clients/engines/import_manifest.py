@@ -1,6 +1,6 @@
-"""What `arcface import` writes beside a model: what it was made from, how, and what was proved; the one reader of it.
+"""The manifest that `arcface import` writes beside a model: what it was made from, how, and the proof.
 
-It stands with the engines, the lowest room that reads it; the build writes the same class.
+It is defined here, in the lowest layer that reads it; the build writes the same class.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ IMPORT_MANIFEST = "manifest.json"
 class ImportManifest:
     """models/NAME/manifest.json. Digests are sha256 in hex, `created` is UTC; the keys of the dicts:
 
-    source: sha256 and file (what the user gave), kind (file, known, pack, demo), licence, url, note, recipe (of
-        a demo), copy: file, sha256 and exact (false where source.onnx is a repaired or joined form of it).
+    source: sha256 and file (as given by the user), kind (file, known, pack, demo), licence, url, note, recipe (of
+        a demo), copy: file, sha256 and exact (false if source.onnx is a repaired or joined version of it).
     flavour: the fields of `arcface_build.imports.flavour.Flavour`.
     preprocessing: color, mean, std (0..255 units) that the file is fed and `why`; stated: the parts that the user said;
         network: color, mean, std as the network sees pixels, outside and inside the graph together, or None;
@@ -31,8 +31,8 @@ class ImportManifest:
     serving: file, sha256, opset, bytes, conversion.
     proof: see `arcface_build.imports.proof.Proof`.
     tools: package → version.
-    cpu: the same network in the form for ONNX Runtime's CPU provider (graph.blocked_layout): file, sha256, bytes, why,
-        min_cosine, max_row_difference; None where that form is the same.
+    cpu: the same network laid out for ONNX Runtime's CPU provider (graph.blocked_layout): file, sha256, bytes, why,
+        min_cosine, max_row_difference; None if that changes nothing.
     """
 
     name: str
@@ -51,26 +51,26 @@ class ImportManifest:
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object, `format` first."""
+        """A JSON object with `format` first."""
         return {"format": self.format, **{k: v for k, v in asdict(self).items() if k != "format"}}
 
     def wants(self) -> Preprocessing:
-        """The preprocessing as the contract's class."""
+        """The preprocessing that the source network expects, as the contract's class."""
         return Preprocessing.from_json(self.preprocessing)
 
 
 def read_import_manifest(folder: Path) -> ImportManifest:
-    """The manifest of a model folder, or of a version in the model repository that was made from one.
+    """The manifest of a model folder, or of a model repository version made from one.
 
     Raises:
         Missing: there is none.
-        WrongUse: it is not JSON, of another format, or a field is missing or impossible.
+        WrongUse: it is not JSON, has another format, or a field is missing or invalid.
     """
     path = folder / IMPORT_MANIFEST
     again = "Import the model again: arcface import SOURCE"
     if not path.is_file():
         there = sorted(file.parent.name for file in folder.parent.glob(f"*/{IMPORT_MANIFEST}"))
-        beside = f" ({folder.parent} has {', '.join(there)})" if there else ""
+        beside = f" ({folder.parent} contains {', '.join(there)})" if there else ""
         raise Missing(f"no imported model in {folder}: expected {IMPORT_MANIFEST} there{beside}. {again}.")
     try:
         data = json.loads(path.read_text())
@@ -95,5 +95,5 @@ def read_import_manifest(folder: Path) -> ImportManifest:
     except (LookupError, TypeError, ValueError) as exc:
         raise WrongUse(f"{path} has a field that cannot be read ({type(exc).__name__}: {exc}). {again}.") from exc
     if unsound := [name for name, good in sound.items() if not good]:
-        raise WrongUse(f"{path} has an impossible value in {', '.join(unsound)}. {again}.")
+        raise WrongUse(f"{path} has an invalid value in {', '.join(unsound)}. {again}.")
     return manifest

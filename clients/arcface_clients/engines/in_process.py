@@ -1,4 +1,4 @@
-"""What the in-process engines share: load once, check faces, split them at a batch limit, refuse what overflowed."""
+"""The base class of in-process engines: loads once, checks faces, splits batches, and rejects overflowed results."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 class LocalEngine(ABC):
-    """An engine in this process: subclasses load in `_load`, embed a chunk in `_run`, let go in `_unload`.
+    """An engine in this process: subclasses load in `_load`, embed a chunk in `_run`, release in `_unload`.
 
     Attributes:
-        max_batch: largest number of faces given to one `_run`.
-        taken: what was really taken (provider, file, precision, threads) once loaded; for logs and diagnostics.
+        max_batch: largest number of faces passed to one `_run`.
+        taken: what is actually in use once loaded (provider, file, precision, threads); for logs and diagnostics.
     """
 
     name = "local"
 
     def __init__(self, max_batch: int) -> None:
-        """Note the batch limit; nothing is loaded."""
+        """Store the batch limit; nothing is loaded."""
         if max_batch < 1:
             raise ConfigError(f"max_batch is {max_batch}: expected at least 1.")
         self.max_batch = max_batch
@@ -41,17 +41,17 @@ class LocalEngine(ABC):
     def embedding_dim(self) -> int:
         """Width D; loads the model."""
         self.ensure_ready()
-        if self._dim is None:  # a file that does not state its width
+        if self._dim is None:  # the file does not state its width
             self._dim = self._run(np.zeros((1, 112, 112, 3), np.uint8)).shape[1]
         return self._dim
 
     @property
     @abstractmethod
     def contract_id(self) -> str | None:
-        """Which embeddings these may be compared with; None where it is not known. Loads no weights."""
+        """Says which embeddings these may be compared with; None if unknown. Loads no weights."""
 
     def ensure_ready(self) -> None:
-        """Load the model; free when it is loaded."""
+        """Load the model; free if it is already loaded."""
         with self._load_lock:
             if not self._ready:
                 self._load()
@@ -69,14 +69,14 @@ class LocalEngine(ABC):
         bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
         if bad.size:
             raise InferenceFailed(
-                f"{self.name}: {bad.size} of {len(embeddings)} embeddings hold NaN or infinity, "
+                f"{self.name}: {bad.size} of {len(embeddings)} embeddings contain NaN or infinity, "
                 f"first for face {bad[0]}: the model overflows in this precision. "
                 "Compare it with the reference: arcface parity"
             )
         return embeddings
 
     def close(self) -> None:
-        """Let the model go; the next `encode` loads it again."""
+        """Release the model; the next `encode` loads it again."""
         with self._load_lock:
             if self._ready:
                 self._unload()
@@ -94,7 +94,7 @@ class LocalEngine(ABC):
 
     @abstractmethod
     def _load(self) -> None:
-        """Load; set `taken` and, where the file states it, `_dim`."""
+        """Load; set `taken` and, if the file states it, `_dim`."""
 
     @abstractmethod
     def _run(self, faces: FaceArray) -> FloatArray:
@@ -102,4 +102,4 @@ class LocalEngine(ABC):
 
     @abstractmethod
     def _unload(self) -> None:
-        """Drop what `_load` made."""
+        """Drop what `_load` created."""

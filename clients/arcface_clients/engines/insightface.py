@@ -1,4 +1,4 @@
-"""InsightFace itself as an engine: the reference against which everything else is measured; source ONNX in."""
+"""InsightFace itself as an engine, running the source ONNX: the reference for every comparison."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFail
 
 @EngineRegistry.register("insightface")
 class InsightFaceEngine(LocalEngine):
-    """InsightFace's ArcFaceONNX on the CPU; its output is not of unit length, so it is normalised here.
+    """InsightFace's ArcFaceONNX on the CPU; its output is normalised here, because InsightFace does not.
 
-    `get_feat` is used where the preprocessing that InsightFace guesses is the stated one; else `forward`, which takes a
-    blob, with mean and std set to the stated ones per channel.
+    `get_feat` is used if InsightFace guesses the stated preprocessing; otherwise `forward`, which takes a blob, with
+    mean and std set to the stated values per channel.
     """
 
     name = "insightface"
@@ -41,12 +41,12 @@ class InsightFaceEngine(LocalEngine):
         """Choose what to load; nothing is loaded yet.
 
         Args:
-            file: a source ONNX (not a serving one); None takes models_dir/model/source.onnx.
+            file: a source ONNX (not a serving one); None uses models_dir/model/source.onnx.
             models_dir: where imported models are.
-            model: name of the model; None takes the only one there.
-            preprocessing: None takes what the manifest beside the file says, else InsightFace's own guess.
-            threads: intra-op threads; 0 leaves it to ONNX Runtime.
-            max_batch: largest batch given to one run.
+            model: name of the model; None uses the only one there.
+            preprocessing: None uses the manifest beside the file, else InsightFace's own guess.
+            threads: intra-op threads; 0 lets ONNX Runtime decide.
+            max_batch: largest batch passed to one run.
         """
         super().__init__(max_batch)
         self._file = Path(file).expanduser() if file is not None else None
@@ -59,7 +59,7 @@ class InsightFaceEngine(LocalEngine):
 
     @property
     def contract_id(self) -> str | None:
-        """From the manifest beside the file; None where there is none."""
+        """From the manifest beside the file; None if there is none."""
         return self._folder().contract_id
 
     def _folder(self) -> ModelFolder:
@@ -71,7 +71,7 @@ class InsightFaceEngine(LocalEngine):
         if not file.is_file():
             raise ModelMissing(f"no source ONNX at {file}. Import one: arcface import SOURCE")
         try:
-            with warnings.catch_warnings():  # its own imports warn about themselves
+            with warnings.catch_warnings():  # InsightFace's imports raise warnings of their own
                 warnings.simplefilter("ignore")
                 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
         except ImportError as exc:
@@ -83,7 +83,7 @@ class InsightFaceEngine(LocalEngine):
         if len(shape) != 4 or list(shape[1:]) != [3, *FACE_SHAPE[:2]]:
             raise ConfigError(
                 f"{file}: expected a source ONNX with input [N,3,112,112], got {shape}. The reference runs "
-                "the file that was imported, not the serving ONNX: models/NAME/source.onnx"
+                "the imported file, not the serving ONNX: models/NAME/source.onnx"
             )
         try:
             net = ArcFaceONNX(model_file=str(file), session=session)

@@ -1,4 +1,4 @@
-"""A models folder and a model's name in; the files and facts that in-process engines read out."""
+"""Finds an imported model's folder, and the files and facts in it that in-process engines need."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ class ModelFolder:
 
     @property
     def contract_id(self) -> str | None:
-        """Contract id that the import wrote; None where there is no manifest."""
+        """Contract id that the import wrote; None if there is no manifest."""
         return self.manifest.contract_id if self.manifest else None
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What the source network wants; InsightFace's own where there is no manifest."""
+        """What the source network expects; InsightFace's defaults if there is no manifest."""
         return self.manifest.wants() if self.manifest else Preprocessing()
 
     @property
     def source_sha256(self) -> str | None:
-        """Digest of the source ONNX; None where there is no manifest."""
+        """Digest of the source ONNX; None if there is no manifest."""
         return str(self.manifest.source["sha256"]) if self.manifest else None
 
     def serving(self, precision: str = "fp32") -> Path:
-        """The ONNX file of a precision; bf16 is computed from the fp32 file, fp16 has one file for every target.
+        """The ONNX file of a precision; bf16 is computed from the fp32 file, fp16 has one file for all targets.
 
         Raises:
-            ModelMissing: no such file; the message lists the variants that are there. Falls back.
+            ModelMissing: no such file; the message lists the variants that exist. Falls back.
         """
         name = self.path.name
         variant = {"fp16": "fp16-tensorrt", "int8": "int8-cpu"}.get(precision)
         if precision == "bf16" and self._refused("bf16-cpu"):
             raise ModelMissing(
-                f"bf16 of model {name} was refused by its gate; why stands in {self.path / 'variants'}"
+                f"the gate refused bf16 of model {name}; see {self.path / 'variants'}"
                 f"/bf16-cpu.json.refused. Judge it again: arcface quantize {name} --precision bf16"
             )
         if variant is None:
@@ -54,34 +54,34 @@ class ModelFolder:
             command = f"arcface quantize {name} --precision {precision}"
         if not file.is_file():
             there = sorted(found.stem for found in (self.path / "variants").glob("*.onnx"))
-            state = "its gate refused it" if file.with_name(f"{file.name}.refused").exists() else "not there"
+            state = "which its gate refused" if file.with_name(f"{file.name}.refused").exists() else "not found"
             raise ModelMissing(
-                f"no {precision} ONNX of model {name}: expected {file}, {state} (variants there: "
+                f"no {precision} ONNX of model {name}: expected {file}, {state} (variants found: "
                 f"{', '.join(there) or 'none'}). Make it: {command}"
             )
         return file
 
     def _refused(self, variant: str) -> bool:
-        """Whether the last word on a variant that has no file of its own was a refusal."""
+        """Whether the latest verdict on a variant without its own file was a refusal."""
         sidecar = self.path / "variants" / f"{variant}.json"
         return not sidecar.exists() and sidecar.with_name(f"{sidecar.name}.refused").exists()
 
     def source(self) -> Path:
-        """The ONNX that was imported, which the reference runs.
+        """The imported ONNX, which the reference runs.
 
         Raises:
-            ModelMissing: it is not there. Falls back.
+            ModelMissing: it does not exist. Falls back.
         """
         file = self.path / "source.onnx"
         if not file.is_file():
             raise ModelMissing(
-                f"the reference needs the source ONNX: expected {file}, got nothing. "
+                f"the reference needs the source ONNX: expected {file}, not found. "
                 f"Import it again: arcface import SOURCE --name {self.path.name}"
             )
         return file
 
     def sidecar(self, precision: str) -> dict[str, Any] | None:
-        """The sidecar of the variant for CPUs: without gates where only a refused one is there, None where none is."""
+        """The sidecar of the variant for CPUs: without gates if only a refused one exists, None if there is none."""
         file = self.path / "variants" / f"{precision}-cpu.json"
         if file.is_file():
             return _read_json(file)
@@ -89,7 +89,7 @@ class ModelFolder:
 
 
 def sidecar_of(file: Path) -> dict[str, Any] | None:
-    """What `arcface quantize` wrote beside a variant (NAME.json for NAME.onnx); None where there is none."""
+    """What `arcface quantize` wrote beside a variant (NAME.json for NAME.onnx); None if there is none."""
     sidecar = file.with_suffix(".json")
     return _read_json(sidecar) if sidecar.is_file() else None
 
@@ -98,22 +98,22 @@ def find_model(models_dir: str | Path, name: str | None = None) -> ModelFolder:
     """The model of this name, or the only one there is.
 
     Raises:
-        ModelMissing: none there, or none of this name; the message lists what is there. Falls back.
-        ConfigError: several are there and no name was given.
+        ModelMissing: no models, or none of this name; the message lists what exists. Falls back.
+        ConfigError: there are several and no name was given.
     """
     root = Path(models_dir).expanduser()
     there = sorted(file.parent.name for file in root.glob("*/serving.onnx"))
     if name is None:
         if len(there) > 1:
             raise ConfigError(
-                f"{root} holds {len(there)} models ({', '.join(there)}): say which one in local.model (--model NAME)."
+                f"{root} contains {len(there)} models ({', '.join(there)}): choose one with local.model (--model NAME)."
             )
         if not there:
             raise ModelMissing(f"no model in {root.absolute()}. Import one: arcface import SOURCE (or: import demo)")
         name = there[0]
     elif name not in there:
         raise ModelMissing(
-            f"no model {name!r} in {root} (there: {', '.join(there) or 'none'}). "
+            f"no model {name!r} in {root} (found: {', '.join(there) or 'none'}). "
             f"Import it: arcface import SOURCE --name {name}"
         )
     known = (root / name / IMPORT_MANIFEST).is_file()

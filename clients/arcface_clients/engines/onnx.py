@@ -1,4 +1,4 @@
-"""A serving ONNX in, an engine on ONNX Runtime in this process out; which provider was taken is asserted and said."""
+"""Runs a serving ONNX on ONNX Runtime in this process; checks and reports which provider was really used."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _log = logging.getLogger(__name__)
 
 @EngineRegistry.register("onnx")
 class OnnxEngine(LocalEngine):
-    """ONNX Runtime in this process on a serving ONNX: `face` uint8 → `embedding` float32, as `arcface import` makes it.
+    """ONNX Runtime in this process, on a serving ONNX from `arcface import`: `face` uint8 → `embedding` float32.
 
-    Several threads may call `encode`; each call uses `threads` threads of its own pool.
+    Several threads may call `encode`; each call uses `threads` threads of the session's pool.
     """
 
     name = "onnx"
@@ -58,13 +58,13 @@ class OnnxEngine(LocalEngine):
         """Choose what to load; nothing is loaded yet.
 
         Args:
-            file: the serving ONNX; None takes models_dir/model in this precision.
+            file: the serving ONNX; None uses models_dir/model in this precision.
             models_dir: where imported models are.
-            model: name of the model; None takes the only one there.
+            model: name of the model; None uses the only one there.
             precision: fp32, fp16, int8 (a variant file of that precision), or bf16 (OpenVINO on a CPU that has it).
             device: auto, gpu, cuda, cuda:1, tensorrt, coreml, openvino, cpu.
-            threads: intra-op threads; 0 takes all cores of this process.
-            max_batch: largest batch given to one run.
+            threads: intra-op threads; 0 uses all cores of this process.
+            max_batch: largest batch passed to one run.
         """
         super().__init__(max_batch)
         self.precision = precision
@@ -76,15 +76,15 @@ class OnnxEngine(LocalEngine):
 
     @property
     def contract_id(self) -> str | None:
-        """From the manifest beside the file; None where there is none."""
+        """From the manifest beside the file; None if there is none."""
         return self._folder().contract_id
 
     @property
     def file(self) -> Path:
-        """The ONNX file that is run.
+        """The ONNX file to run.
 
         Raises:
-            ModelMissing: it is not there; falls back.
+            ModelMissing: it does not exist; falls back.
         """
         if self._file is None:
             return self._folder().serving(self.precision)
@@ -117,7 +117,7 @@ class OnnxEngine(LocalEngine):
                 if position == len(order):
                     raise
         if failed:
-            _log.warning("onnx: %s, so %s is taken", "; ".join(failed), provider)
+            _log.warning("onnx: %s; using %s", "; ".join(failed), provider)
         reasons = [f"first of {', '.join(order)} that starts" if len(order) > 1 else f"device={self.device}", why]
         self._dim = _check_contract(session, file)
         self._session = session
@@ -133,10 +133,10 @@ class OnnxEngine(LocalEngine):
         _log.info("onnx: %s on %s (%s)", file, provider, self.taken["reason"])
 
     def _runtime(self, provider: str, file: Path) -> tuple[str, str]:
-        """The runtime of a CPU provider for this file and why; empty for a GPU's.
+        """The runtime of a CPU provider for this file, and why; empty for a GPU provider.
 
         Raises:
-            ModelMissing: the variant passed its gate in none of this provider's runtimes here; falls back.
+            ModelMissing: the variant passed its gate in none of this provider's runtimes on this host; falls back.
         """
         if provider not in (CPU, OPENVINO):
             return "", ""
@@ -155,7 +155,7 @@ class OnnxEngine(LocalEngine):
 
     def _gpu_providers(self, provider: str) -> list[Provider]:
         index = {"device_id": str(device_index(self.device))}
-        if provider == TENSORRT:  # what it cannot take runs on the same GPU
+        if provider == TENSORRT:  # operators that it does not support run on the same GPU
             return [(TENSORRT, index), (CUDA, index), CPU]
         return [(provider, index) if provider == CUDA else provider, CPU]
 
@@ -174,14 +174,14 @@ class OnnxEngine(LocalEngine):
 
 
 def _check_contract(session: OnnxSession, file: Path) -> int | None:
-    """The width that the file states, after a look at its tensor contract."""
+    """The width that the file states, after checking its tensor contract."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     found = [(item.name, item.type, item.shape) for item in (*inputs, *outputs)]
     names = ([item.name for item in inputs], [item.name for item in outputs])
     if names[0] != [FACE_INPUT] or EMBEDDING_OUTPUT not in names[1] or inputs[0].type != "tensor(uint8)":
         raise ConfigError(
             f"{file}: not a serving ONNX: expected face uint8 [N,112,112,3] and embedding float32 [N,D], got {found}. "
-            f"Make one of it: arcface import {file}"
+            f"Convert it: arcface import {file}"
         )
     width = outputs[names[1].index(EMBEDDING_OUTPUT)].shape[-1]
     return width if isinstance(width, int) else None

@@ -1,4 +1,4 @@
-"""What every engine is, on one page: aligned faces in, unit embeddings out."""
+"""The protocol of every engine: aligned faces in, unit embeddings out."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from arcface_clients.faces.check import FacesLike
 class EmbeddingEngine(Protocol):
     """Anything that embeds faces: a server's client, a plan, an ONNX file, InsightFace, or a chain of them.
 
-    Constructing one is cheap: it checks arguments and loads nothing. An engine may be used from several threads.
-    Errors that mean "this backend is not there" are `BackendUnavailable` (a chain falls back on them); the caller's
-    mistakes are `InvalidFaces` and `ConfigError` (a chain never falls back on those).
+    Construction is cheap: it checks arguments and loads nothing. An engine may be used from several threads.
+    An unavailable backend raises `BackendUnavailable`, on which a chain falls back; the caller's mistakes raise
+    `InvalidFaces` and `ConfigError`, on which it never does.
     """
 
     @property
@@ -29,7 +29,7 @@ class EmbeddingEngine(Protocol):
 
     @property
     def contract_id(self) -> str | None:
-        """Which embeddings these may be compared with; None where it is not known. May connect, never loads weights.
+        """Says which embeddings these may be compared with; None if unknown. May connect, never loads weights.
 
         Raises:
             BackendUnavailable: falls back.
@@ -37,9 +37,9 @@ class EmbeddingEngine(Protocol):
         ...
 
     def ensure_ready(self) -> object:
-        """Load or connect now, so that the first `encode` is not the slow one; calling it again is free.
+        """Load or connect now, so that the first `encode` is not slow; calling it again is free.
 
-        What it returns is the engine's own, such as what a server says of its model; None from most.
+        The return value depends on the engine, such as a server's description of its model; most return None.
 
         Raises:
             BackendUnavailable: falls back.
@@ -51,13 +51,13 @@ class EmbeddingEngine(Protocol):
 
         Raises:
             InvalidFaces: the array does not fit the tensor contract; never falls back.
-            InferenceFailed: the backend is there and failed on this input; never falls back.
+            InferenceFailed: the backend failed on this input; never falls back.
             BackendUnavailable: falls back.
         """
         ...
 
     def close(self) -> None:
-        """Give memory and connections back; calling it again does nothing."""
+        """Release memory and connections; calling it again does nothing."""
         ...
 
     def __enter__(self) -> EmbeddingEngine:
@@ -67,12 +67,12 @@ class EmbeddingEngine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes the engine."""
+        """Close the engine."""
         ...
 
 
 class GpuFacesEngine(EmbeddingEngine, Protocol):
-    """An engine that takes faces on a GPU as they are; the others are given a copy in host memory."""
+    """An engine that accepts faces on a GPU directly; others get a copy in host memory."""
 
     takes_gpu_faces: bool
 
@@ -82,5 +82,5 @@ class GpuFacesEngine(EmbeddingEngine, Protocol):
 
 
 def takes_gpu_faces(engine: EmbeddingEngine) -> TypeGuard[GpuFacesEngine]:
-    """Whether an engine says that it takes faces on a GPU."""
+    """Whether an engine accepts faces on a GPU."""
     return bool(getattr(engine, "takes_gpu_faces", False))

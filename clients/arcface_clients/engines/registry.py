@@ -1,4 +1,4 @@
-"""Engines by name; an engine's module is imported when its name is asked for."""
+"""Creates engines by name; an engine's module is imported only when its name is requested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HOMES = {  # name -> module that registers it when imported
     "onnx": "arcface_clients.engines.onnx",
     "insightface": "arcface_clients.engines.insightface",
 }
-_ALIASES = {"pytorch": "insightface"}  # what pipelines called the reference; there is no PyTorch in it
+_ALIASES = {"pytorch": "insightface"}  # pipelines' former name for the reference; no PyTorch is involved
 
 
 class EngineRegistry:
@@ -46,12 +46,12 @@ class EngineRegistry:
 
     @classmethod
     def names(cls) -> list[str]:
-        """All names, ours first; aliases are not listed."""
+        """All names, built-in ones first; aliases are not listed."""
         return [*_HOMES, *(name for name in cls._registered if name not in _HOMES)]
 
     @classmethod
     def canonical(cls, name: str) -> str:
-        """The name itself, or what an alias stands for.
+        """The name itself, or the name behind an alias.
 
         Raises:
             ConfigError: no engine has this name; the message lists those that exist.
@@ -63,7 +63,7 @@ class EngineRegistry:
         close = difflib.get_close_matches(key, [*cls.names(), *_ALIASES], n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(
-            f"no engine is called {name!r}: expected one of {', '.join(cls.names())} (pytorch is insightface).{hint}"
+            f"unknown engine {name!r}: expected one of {', '.join(cls.names())} (pytorch is insightface).{hint}"
         )
 
     @classmethod
@@ -72,7 +72,7 @@ class EngineRegistry:
 
         Raises:
             ConfigError: no engine has this name.
-            DependencyMissing: a package that the engine needs already to exist is missing (falls back).
+            DependencyMissing: a package needed just to construct the engine is missing (falls back).
         """
         key = cls.canonical(name)
         if key not in cls._registered:

@@ -1,7 +1,7 @@
-"""ONNX Runtime on this host: what it can do here, the one way to open a session, and which runtime may run a variant.
+"""ONNX Runtime on this host: its capabilities, the only place that opens sessions, and which runtime may run a variant.
 
-Runtimes are written as `onnxruntime` (ONNX Runtime's own kernels), `openvino-fp32` and `openvino-bf16` (the same file
-through ONNX Runtime's OpenVINO provider, with that inference precision for whatever the file leaves as float).
+Runtimes are called `onnxruntime` (ONNX Runtime's own kernels), `openvino-fp32` and `openvino-bf16` (ONNX Runtime's
+OpenVINO provider, with that inference precision for everything the file leaves in float).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 RUNTIMES = ("onnxruntime", "openvino-fp32", "openvino-bf16")
 Provider: TypeAlias = "str | tuple[str, Mapping[str, str]]"
-"""An ONNX Runtime provider, with options where it takes any."""
-NO_IDLE_SPINNING = {"session.force_spinning_stop": "1"}  # idle, it would starve what runs beside it
+"""An ONNX Runtime provider, with its options if any."""
+NO_IDLE_SPINNING = {"session.force_spinning_stop": "1"}  # idle threads that spin would starve other sessions
 _HINTS = {"openvino-fp32": "f32", "openvino-bf16": "bf16"}
-# What ONNX Runtime raises for a bad graph, whichever provider was asked for; anything else is the provider's.
+# What ONNX Runtime raises for a bad graph with any provider; any other error is the provider's.
 _GRAPH_FAULTS = ("InvalidArgument", "InvalidGraph", "InvalidProtobuf", "ModelLoadCanceled", "NoModel", "NoSuchFile")
 
 
 class OnnxSession(Protocol):
-    """What we use of an `onnxruntime.InferenceSession`, which has no types of its own."""
+    """The part of `onnxruntime.InferenceSession` that we use; the class has no type annotations itself."""
 
     def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Array]) -> list[Array]:
-        """Outputs in the order of their names (None: all of the graph) for inputs by name."""
+        """Outputs in the order of the given names (None: all outputs of the graph), for inputs by name."""
         ...
 
     def get_inputs(self) -> list[Any]:
@@ -49,13 +49,13 @@ class OnnxSession(Protocol):
         ...
 
     def get_providers(self) -> list[str]:
-        """Providers that were taken, the preferred one first."""
+        """Providers in use, preferred one first."""
         ...
 
 
 @cache
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Instruction sets as the kernel names them (avx512_bf16, amx_bf16, avx512_vnni, …); empty where it tells none."""
+    """Instruction sets by their kernel names (avx512_bf16, amx_bf16, avx512_vnni, …); empty if it lists none."""
     if not cpuinfo.is_file():
         return frozenset()
     lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
@@ -63,17 +63,17 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def has_bf16(flags: frozenset[str]) -> bool:
-    """Whether bf16 products are instructions here; without them OpenVINO would quietly compute in fp32."""
+    """Whether this CPU has bf16 multiply instructions; without them OpenVINO would silently compute in fp32."""
     return bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def has_int8(flags: frozenset[str]) -> bool:
-    """Whether 8-bit dot products are instructions here."""
+    """Whether this CPU has 8-bit dot-product instructions."""
     return bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 def has_openvino() -> bool:
-    """Whether the installed ONNX Runtime carries the OpenVINO provider (wheel onnxruntime-openvino)."""
+    """Whether the installed ONNX Runtime includes the OpenVINO provider (wheel onnxruntime-openvino)."""
     import onnxruntime
 
     return OPENVINO in onnxruntime.get_available_providers()
@@ -95,18 +95,18 @@ def open_session(
     label: str | None = None,
     refused: type[ArcFaceError] = ConfigError,
 ) -> OnnxSession:
-    """An ONNX Runtime session that is proved to run where it was asked to; everything here opens its sessions by it.
+    """Open an ONNX Runtime session and verify that it uses the requested provider; all sessions are opened here.
 
     Args:
         model: a file, a model, or a serialised model.
-        runtime: one of `RUNTIMES`, or providers with their options in order of preference; the first must be taken.
-        threads: intra-op threads; None takes the cores that this process may use, 0 leaves it to ONNX Runtime.
+        runtime: one of `RUNTIMES`, or providers with options in order of preference; the first one must be used.
+        threads: intra-op threads; None uses the cores available to this process, 0 lets ONNX Runtime decide.
         settings: session configuration entries.
-        label: what messages call the model; default: the file.
-        refused: raised where ONNX Runtime cannot load the graph.
+        label: name of the model in messages; default: the file.
+        refused: raised if ONNX Runtime cannot load the graph.
 
     Raises:
-        DependencyMissing: ONNX Runtime or the provider is not there, or did not start. Falls back.
+        DependencyMissing: ONNX Runtime or the provider is not installed, or did not start. Falls back.
         WrongUse: no such runtime.
     """
     try:
@@ -119,12 +119,12 @@ def open_session(
     if expected not in (available := onnxruntime.get_available_providers()):
         raise DependencyMissing(
             f"this ONNX Runtime has no {expected} (it has {', '.join(available)}). "
-            f"Exactly one of its wheels can be installed, and that provider is in: {wheels_with(expected)}"
+            f"Only one of its wheels can be installed; that provider is in: {wheels_with(expected)}"
         )
     said = _load_cuda_libraries(onnxruntime) if expected in (CUDA, TENSORRT) else ""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what it would log is raised, too
+    options.log_severity_level = 4  # everything it would log is raised as well
     for key, value in settings.items():
         options.add_session_config_entry(key, value)
     if isinstance(model, Path):
@@ -133,16 +133,16 @@ def open_session(
         source = model if isinstance(model, bytes) else model.SerializeToString()
     try:
         session: OnnxSession = onnxruntime.InferenceSession(source, options, providers=list(providers))
-    except Exception as exc:  # pybind raises a class an error code, without a common root
+    except Exception as exc:  # pybind raises one class per error code, without a common base
         if expected != CPU and type(exc).__name__ not in _GRAPH_FAULTS:
-            raise DependencyMissing(f"{expected} was asked for and did not start: {first_line(exc)}{said}") from exc
+            raise DependencyMissing(f"{expected} was requested and did not start: {first_line(exc)}{said}") from exc
         label = label or (str(model) if isinstance(model, Path) else "the model")
         raise refused(f"{label}: ONNX Runtime cannot load the graph: {first_line(exc)}. Export it again.") from exc
     taken = session.get_providers()[0]
-    if taken != expected:  # a provider that cannot start is replaced by the CPU without an exception
+    if taken != expected:  # ONNX Runtime replaces a provider that cannot start with the CPU, without an exception
         raise DependencyMissing(
-            f"ONNX Runtime {onnxruntime.__version__} was asked for {expected} and silently took {taken}: its libraries "
-            f"or driver are missing{said}. See what is there: arcface doctor"
+            f"ONNX Runtime {onnxruntime.__version__} was asked for {expected} and silently used {taken}: libraries "
+            f"or a driver are missing{said}. Check this host: arcface doctor"
         )
     return session
 
@@ -152,7 +152,7 @@ def _providers_of(runtime: str, threads: int) -> list[Provider]:
         raise WrongUse(f"no runtime {runtime!r}: expected one of {', '.join(RUNTIMES)}.")
     if runtime == "onnxruntime":
         return [CPU]
-    # Left alone, OpenVINO infers in bf16 wherever the CPU has it; load_config takes the JSON text itself.
+    # By default OpenVINO infers in bf16 wherever the CPU supports it; load_config takes the JSON text itself.
     hints = {"INFERENCE_PRECISION_HINT": _HINTS[runtime], "NUM_STREAMS": "1"}
     if threads:
         hints["INFERENCE_NUM_THREADS"] = str(threads)
@@ -160,9 +160,9 @@ def _providers_of(runtime: str, threads: int) -> list[Provider]:
 
 
 def _load_cuda_libraries(onnxruntime: Any) -> str:
-    """Load CUDA and cuDNN from their wheels, where onnxruntime-gpu does not look by itself; what it said of failures.
+    """Load CUDA and cuDNN from their wheels, where onnxruntime-gpu does not search; returns its error messages.
 
-    It prints, and our standard output may be JSON.
+    They are captured because it prints them, and our standard output may be JSON.
     """
     preload = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
     if preload is None:
@@ -174,18 +174,18 @@ def _load_cuda_libraries(onnxruntime: Any) -> str:
 
 
 def available_cores() -> int:
-    """Cores that this process may use; 0 (ONNX Runtime decides) where the system cannot say."""
+    """Cores that this process may use; 0 (ONNX Runtime decides) if the system cannot say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, without its full stop; its class where it says nothing."""
+    """The first line of an exception's message, without its full stop; its class if the message is empty."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 @cache
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor as the kernel names it."""
+    """The processor's name as reported by the kernel."""
     if not cpuinfo.is_file():
         return platform.processor() or platform.machine()
     lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
@@ -193,22 +193,22 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def cpu_runtimes(flags: frozenset[str], openvino: bool) -> tuple[str, ...]:
-    """Runtimes of a CPU with these instruction sets, the fastest first."""
+    """Runtimes of a CPU with these instruction sets, fastest first."""
     bf16 = ("openvino-bf16",) if has_bf16(flags) else ()
     return (*bf16, "openvino-fp32", "onnxruntime") if openvino else ("onnxruntime",)
 
 
 def runtime_for(precision: str, gated: Collection[str] | None, here: Sequence[str]) -> tuple[str | None, str]:
-    """The one rule of which runtime may compute a variant: (runtime, "") or (None, why not).
+    """The rule for which runtime may run a variant: (runtime, "") or (None, why not).
 
-    fp32 and fp16 files compute in fp32 on every CPU and need no gate here. bf16 is computed in bf16 or not at all. An
-    int8 file leaves some layers in float; it was gated with those in bf16, in fp32, or both, and runs only as gated.
+    fp32 and fp16 files compute in fp32 on every CPU and need no gate here. bf16 runs in bf16 or not at all. An int8
+    file leaves some layers in float; it was gated with those in bf16, in fp32, or both, and runs only as it was gated.
 
     Args:
         precision: fp32, fp16, bf16 or int8.
-        gated: runtimes in which the variant passed its gate (`gated_runtimes`); None for a file that nobody gated and
-            the user named: its floats stay fp32.
-        here: runtimes to choose from, the preferred one first.
+        gated: runtimes in which the variant passed its gate (`gated_runtimes`); None for an ungated file that the user
+            named: its float layers stay fp32.
+        here: runtimes to choose from, preferred one first.
     """
     exact = [runtime for runtime in here if runtime != "openvino-bf16"]
     if precision == "bf16":
@@ -222,12 +222,12 @@ def runtime_for(precision: str, gated: Collection[str] | None, here: Sequence[st
     runtime = next((one for one in able if gated is None or one in gated), None)
     if runtime is None:
         passed = ", ".join(gated or ()) or "no runtime"
-        return None, f"{precision} passed its gate in {passed}, this host has {' and '.join(able)}"
+        return None, f"{precision} passed its gate in {passed}, but this host has {' and '.join(able)}"
     return runtime, ""
 
 
 def gated_runtimes(sidecar: Mapping[str, Any] | None, limits: Mapping[str, float] | None = None) -> list[str] | None:
-    """Runtimes whose gate a variant passes; None where there is no sidecar. `limits`: see `judge_sidecar`."""
+    """Runtimes in which a variant passes its gate; None if there is no sidecar. `limits`: see `judge_sidecar`."""
     if sidecar is None:
         return None
     return [runtime for runtime, verdict in judge_sidecar(sidecar, limits).items() if verdict.passed]

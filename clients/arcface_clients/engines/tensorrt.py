@@ -1,4 +1,4 @@
-"""TensorRT in this process, run by Polygraphy; the plan for this GPU is found and checked before it is loaded."""
+"""TensorRT in this process, through Polygraphy; finds the plan for this GPU and checks it before loading."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _log = logging.getLogger(__name__)
 
 @EngineRegistry.register("tensorrt")
 class TensorRtEngine(LocalEngine):
-    """A plan in this process. One execution context: calls from several threads take turns.
+    """A plan in this process. It has one execution context, so calls from several threads take turns.
 
-    It runs on CUDA's current device; CUDA_VISIBLE_DEVICES chooses another. Device buffers are kept between calls.
+    It runs on CUDA's current device; CUDA_VISIBLE_DEVICES selects another. Device buffers are kept between calls.
     """
 
     name = "tensorrt"
@@ -56,20 +56,20 @@ class TensorRtEngine(LocalEngine):
         """Choose what to load; nothing is loaded yet.
 
         Args:
-            plan: the plan file; None takes the one for this GPU from the model repository, else from the cache.
-            device: auto, gpu, cuda or tensorrt: the first GPU that CUDA shows.
-            precision: of the plan that is looked for in the cache.
-            model: name of the model that is looked for in the cache; None takes the newest plan of any.
+            plan: the plan file; None uses the one for this GPU from the model repository, else from the cache.
+            device: auto, gpu, cuda or tensorrt: the first GPU visible to CUDA.
+            precision: of the plan to find.
+            model: name of the model to find a plan of; None accepts any.
             model_repository: where `arcface assemble` puts plans.
             cache: where `arcface plan build` and `plan pull` put them.
-            max_batch: largest batch given to one run; the plan's own limit wins where it is smaller.
-            public_key: PEM, ed25519; where given, a plan that its private key has not signed is refused.
+            max_batch: largest batch passed to one run; the plan's own limit applies if it is smaller.
+            public_key: PEM, ed25519; if given, a plan not signed by its private key is refused.
         """
         super().__init__(max_batch)
         if canonical_device(device) not in ("auto", "gpu", "cuda", "cuda:0", "tensorrt", "tensorrt:0"):
             raise ConfigError(
-                f"the tensorrt engine runs on the first GPU that CUDA shows, got device {device!r}: "
-                "expected auto, gpu or cuda. CUDA_VISIBLE_DEVICES=1 chooses another GPU."
+                f"the tensorrt engine runs on the first GPU visible to CUDA, got device {device!r}: "
+                "expected auto, gpu or cuda. CUDA_VISIBLE_DEVICES=1 selects another GPU."
             )
         self.precision = precision
         self._plan = Path(plan).expanduser() if plan is not None else None
@@ -81,11 +81,11 @@ class TensorRtEngine(LocalEngine):
 
     @property
     def contract_id(self) -> str | None:
-        """From the plan's manifest; None where that does not say."""
+        """From the plan's manifest; None if that does not say."""
         return (self._loaded or self._find(None)).manifest.contract_id
 
     def _find(self, tensorrt: str | None) -> Plan:
-        """The plan, read and checked; for TensorRT of this version, None where that is not known."""
+        """The plan, read and checked for this TensorRT version (None: unknown)."""
         with _plan_errors():
             if self._plan is not None:
                 return read_plan(self._plan, self._public_key)
@@ -108,7 +108,7 @@ class TensorRtEngine(LocalEngine):
         except ImportError as exc:
             raise DependencyMissing(
                 f"the tensorrt engine needs TensorRT and Polygraphy ({exc}). On a GPU host: "
-                "pip install 'arcface-triton[tensorrt]', and tensorrt in the version that built the plan"
+                "pip install 'arcface-triton[tensorrt]', and the version of tensorrt that built the plan"
             ) from exc
         plan = self._find(trt.__version__)
         if why := misfit(plan.manifest, _sm(), trt.__version__):
@@ -121,7 +121,7 @@ class TensorRtEngine(LocalEngine):
         try:
             with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
                 runner.activate()
-        except Exception as exc:  # Polygraphy raises its own for a plan that does not deserialise, ctypes for no CUDA
+        except Exception as exc:  # Polygraphy's own if the plan does not deserialise, ctypes' if there is no CUDA
             raise ModelMissing(
                 f"{plan.path} does not load under TensorRT {trt.__version__}: {str(exc).partition(chr(10))[0]}. "
                 f"Build one on this host: arcface plan build --precision {self.precision}"
@@ -160,20 +160,20 @@ class TensorRtEngine(LocalEngine):
 
 @contextmanager
 def _plan_errors() -> Iterator[None]:
-    """The one edge where errors of a plan become ModelMissing, which falls back.
+    """The only place where errors of a plan become ModelMissing, which falls back.
 
-    A pipeline goes on without a plan that it may not load. But one that was changed is no ordinary absence, so a
-    refusal is in the log at level error, whatever the chain then does.
+    A pipeline continues without a plan that it may not load. But a tampered plan is no ordinary absence, so a refusal
+    is logged as an error, whatever the chain does next.
     """
     try:
         yield
     except PlanRefused as exc:
-        _log.error("the tensorrt engine does not use its plan: %s", exc)
+        _log.error("the tensorrt engine refuses its plan: %s", exc)
         raise ModelMissing(str(exc)) from exc
     except Missing as exc:
         raise ModelMissing(str(exc)) from exc
 
 
 def _sm() -> str:
-    """SM of the first GPU; DependencyMissing, which falls back, where there is none."""
+    """SM of the first GPU; raises DependencyMissing, which falls back, if there is none."""
     return find_gpus()[0].sm

@@ -10,5 +10,5 @@ from arcface_clients.triton.embedder import TritonEmbedder
 
 @EngineRegistry.register("triton")
 def triton_engine(**options: Any) -> TritonEmbedder:
-    """A `TritonEmbedder`; the keyword arguments are its own."""
+    """A `TritonEmbedder` with the given keyword arguments."""
     return TritonEmbedder(**options)

@@ -1,4 +1,4 @@
-"""Startup validation: an engine in, a few faces through it and through the reference, a verdict out."""
+"""Startup validation: compares an engine with the reference on a few faces before it is used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """Verdict on one engine that may be used; `status` is passed or skipped, `why` says what it rests on."""
+    """Verdict on one engine that may be used; `status` is passed or skipped, `why` says on what grounds."""
 
     status: str
     why: str
@@ -49,7 +49,7 @@ class ValidationReport:
 
 @dataclass(frozen=True)
 class StoredReference:
-    """Faces with the reference's embeddings of them: uint8 (N,112,112,3) BGR and float32 (N,D)."""
+    """Faces and the reference's embeddings of them: uint8 (N,112,112,3) BGR and float32 (N,D)."""
 
     faces: Array
     embeddings: Array
@@ -57,7 +57,7 @@ class StoredReference:
     origin: str
 
     def save(self, file: str | Path) -> None:
-        """Write an .npz with faces, embeddings and contract_id, whole or not at all."""
+        """Write an .npz with faces, embeddings and contract_id, atomically."""
         with new_file(Path(file)) as temporary, temporary.open("wb") as stream:
             np.savez(stream, faces=self.faces, embeddings=self.embeddings, contract_id=self.contract_id or "")
 
@@ -66,7 +66,7 @@ class StoredReference:
         """The first `count` faces of such a file.
 
         Raises:
-            ConfigError: it cannot be read, or arrays are missing or do not fit each other.
+            ConfigError: it cannot be read, or arrays are missing or do not match.
         """
         try:
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
@@ -78,14 +78,14 @@ class StoredReference:
             ) from exc
         if not len(faces) or embeddings.ndim != 2 or len(embeddings) != len(faces):
             raise ConfigError(
-                f"{file} (validation.reference): expected one embedding for each face and at least one, "
+                f"{file} (validation.reference): expected at least one face and one embedding for each, "
                 f"got {len(faces)} faces and embeddings of shape {embeddings.shape}."
             )
         return cls(faces, embeddings, contract or None, str(file))
 
 
 def reference_from(engine: EmbeddingEngine, faces: Array) -> StoredReference:
-    """What the reference engine makes of these faces."""
+    """The reference engine's embeddings of these faces."""
     return StoredReference(faces, engine.encode(faces), engine.contract_id, "InsightFace on the local model")
 
 
@@ -96,20 +96,20 @@ def validate_engine(
 
     Raises:
         GateFailed: the gate refuses it; the message says by how much and for which faces.
-        ContractMismatch: engine and reference are of two models, or may be: one's contract is unknown and they differ.
+        ContractMismatch: engine and reference are different models, or may be: one contract is unknown and they differ.
     """
     contract = engine.contract_id
     known = contract is not None and reference.contract_id is not None
     if (known and contract != reference.contract_id) or engine.embedding_dim != reference.embeddings.shape[1]:
         raise ContractMismatch(
             f"{name} serves contract {(contract or 'unknown')[:12]} (width {engine.embedding_dim}), the reference "
-            f"({reference.origin}) is of {(reference.contract_id or 'unknown')[:12]} (width "
-            f"{reference.embeddings.shape[1]}): they are two models. Point local.model or validation.reference at the "
-            "served one, or set validation.run_on_startup: false"
+            f"({reference.origin}) has {(reference.contract_id or 'unknown')[:12]} (width "
+            f"{reference.embeddings.shape[1]}): they are different models. Point local.model or validation.reference "
+            "at the served one, or set validation.run_on_startup: false"
         )
     try:
         embeddings = engine.encode(reference.faces)
-    except (InferenceFailed, InvalidFaces, InvalidEmbeddings) as exc:  # NaN, or it cannot embed drawn faces
+    except (InferenceFailed, InvalidFaces, InvalidEmbeddings) as exc:  # NaN, or it cannot embed synthetic faces
         raise GateFailed(f"{name} cannot embed the {len(reference.faces)} faces of its validation: {exc}") from exc
     verdict = judge_embeddings(reference.embeddings, embeddings, precision, limits)
     if verdict.passed:
@@ -122,16 +122,16 @@ def validate_engine(
             worst_face=verdict.report.worst_face if verdict.report else None,
         )
     said = f"{verdict.why} (compared with {reference.origin})"
-    if not known:  # a fallback could then be another model, and mix two contracts quietly
+    if not known:  # a fallback could then be another model, and silently mix two contracts
         raise ContractMismatch(
-            f"{name}: {said}, and its contract or the reference's is not known, so it may be another model. "
+            f"{name}: {said}, and its contract or the reference's is unknown, so it may be another model. "
             "Serve it with its contract (arcface serve does), or set validation.run_on_startup: false"
         )
     raise GateFailed(f"{said}. Look closer: arcface parity")
 
 
 class StartupValidation:
-    """Validates each engine that is given to it, once the reference's embeddings are there; for `FallbackEmbedder`."""
+    """Validates each engine it is called with, making the reference's embeddings once; for `FallbackEmbedder`."""
 
     def __init__(
         self,
@@ -142,14 +142,14 @@ class StartupValidation:
         stored: Path | None = None,
         make_reference: Callable[[], EmbeddingEngine] | None = None,
     ) -> None:
-        """Note where the reference comes from; nothing is loaded.
+        """Store where the reference comes from; nothing is loaded.
 
         Args:
             limits: largest drift by precision.
             count: faces to compare.
-            precision: of an engine that does not say its own.
-            stored: an .npz with faces and reference embeddings; None asks `make_reference` and drawn faces.
-            make_reference: makes the reference engine; it is closed when it has answered.
+            precision: assumed for an engine that does not state its own.
+            stored: an .npz with faces and reference embeddings; None uses `make_reference` on synthetic faces.
+            make_reference: creates the reference engine, which is closed after use.
         """
         self._limits, self._count, self._precision = limits, count, precision
         self._stored, self._make_reference = stored, make_reference
@@ -158,7 +158,7 @@ class StartupValidation:
         self._no_reference = ""
 
     def __call__(self, name: str, engine: EmbeddingEngine) -> ValidationReport:
-        """Validate one engine that is loaded; `name` is what logs call it.
+        """Validate one loaded engine; `name` is its name in logs.
 
         Raises:
             GateFailed, ContractMismatch: see `validate_engine`.
@@ -190,6 +190,6 @@ class StartupValidation:
 
 
 def precision_of(engine: EmbeddingEngine, otherwise: str) -> str:
-    """Precision that an engine says it runs in (a Triton client: what the server says), else `otherwise`."""
+    """Precision that an engine states (for a Triton client, what the server states), else `otherwise`."""
     said = getattr(engine, "precision", None) or getattr(getattr(engine, "served", None), "precision", None)
     return said or otherwise

@@ -1,1 +1,1 @@
-"""Embeddings beside reference embeddings: drift, recognition accuracy, the verdict of a gate, the fault in words."""
+"""Compares embeddings with reference embeddings: drift, recognition accuracy, the gate's verdict, and a diagnosis."""

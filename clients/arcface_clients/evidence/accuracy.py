@@ -1,4 +1,4 @@
-"""Recognition accuracy: embeddings and labelled pairs in; ROC, EER, TAR at FAR, ten-fold accuracy and rank-1 out."""
+"""Recognition accuracy on labelled pairs: ROC, EER, TAR at FAR, ten-fold accuracy and rank-1."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROC_POINTS = 200  # kept for plots
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows `a` and `b` of an embedding array, and whether they show one person; identities where known, else None."""
+    """Rows `a` and `b` of an embedding array, and whether they show the same person; identities if known, else None."""
 
     a: Array  # int (P,)
     b: Array  # int (P,)
@@ -29,7 +29,7 @@ class Pairs:
     identities: Array | None = None  # str (N,), of the faces
 
     def __post_init__(self) -> None:
-        """Refuse pairs that no curve can be made of."""
+        """Reject pairs from which no curve can be computed."""
         if not self.same.any() or self.same.all():
             raise InvalidFaces(
                 f"expected genuine and impostor pairs, got {int(self.same.sum())} genuine of {len(self.same)}."
@@ -51,7 +51,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class AccuracyReport:
-    """Verification and identification figures of one set of embeddings; shares are 0..1, scores are cosines."""
+    """Verification and identification metrics of one set of embeddings; rates are 0..1, scores are cosines."""
 
     genuine: int
     impostor: int
@@ -64,7 +64,7 @@ class AccuracyReport:
     fold_accuracy: float
     fold_standard_error: float
     fold_threshold: float
-    rank1: float | None  # None where the faces carry no identities
+    rank1: float | None  # None if the identities are unknown
     roc: dict[str, list[float]]  # far, tar, threshold: a thinned curve for plots
 
     def to_json(self) -> dict[str, Any]:
@@ -89,11 +89,11 @@ class ChangedDecisions:
 
 
 def measure_accuracy(embeddings: Array, pairs: Pairs, resamples: int = RESAMPLES, seed: int = 0) -> AccuracyReport:
-    """All figures of float (N,D) embeddings on labelled pairs.
+    """All metrics of float (N,D) embeddings on labelled pairs.
 
-    Confidence intervals come from resampling *people*, where identities are known, since pairs that share a person are
-    not independent (Bolle, Ratha and Pankanti 2004, "Error analysis of pattern recognition systems: the subsets
-    bootstrap"); else from resampling pairs.
+    If identities are known, confidence intervals come from resampling *people*, since pairs that share a person are not
+    independent (Bolle, Ratha and Pankanti 2004, "Error analysis of pattern recognition systems: the subsets
+    bootstrap"); otherwise from resampling pairs.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -115,7 +115,7 @@ def measure_accuracy(embeddings: Array, pairs: Pairs, resamples: int = RESAMPLES
         tar_at_far={
             f"{limit:g}": _interval(tar_at(far, tar, limit), [tar_at(f, t, limit) for f, t, _ in drawn])
             for limit in FARS
-            if limit * (~same).sum() >= 1  # below one impostor pair there is nothing to measure
+            if limit * (~same).sum() >= 1  # less than one impostor pair cannot be measured
         },
         fold_accuracy=fold_accuracy,
         fold_standard_error=fold_error,
@@ -135,7 +135,7 @@ def pair_scores(embeddings: Array, pairs: Pairs) -> Array:
 
 
 def equal_error_rate(far: Array, tar: Array, threshold: Array) -> tuple[float, float]:
-    """The rate at which false accepts equal false rejects, by linear interpolation, and its threshold."""
+    """The rate at which false accepts equal false rejects (linearly interpolated), and its threshold."""
     gap = far - (1 - tar)  # from −1 to 1 along the curve
     at = int(np.searchsorted(gap, 0.0))
     if at == 0 or gap[at] == gap[at - 1]:
@@ -149,14 +149,14 @@ def equal_error_rate(far: Array, tar: Array, threshold: Array) -> tuple[float, f
 
 
 def tar_at(far: Array, tar: Array, limit: float) -> float:
-    """Largest share of true accepts at a threshold whose share of false accepts is at most `limit`."""
+    """Largest true-accept rate at any threshold whose false-accept rate is at most `limit`."""
     return float(tar[np.searchsorted(far, limit, side="right") - 1])
 
 
 def fold_accuracies(scores: Array, same: Array, folds: int = FOLDS) -> tuple[float, float, float]:
-    """Accuracy as in LFW's protocol: (mean over folds, its standard error, mean threshold).
+    """Accuracy by LFW's protocol: (mean over folds, its standard error, mean threshold).
 
-    The threshold is the best one on nine folds and is applied to the tenth (Huang et al. 2007, "Labeled Faces in the
+    The best threshold on nine folds is applied to the tenth (Huang et al. 2007, "Labeled Faces in the
     Wild", view 2). Folds are stratified and seeded; LFW's own fold lists are not needed.
     """
     from sklearn.model_selection import StratifiedKFold
@@ -173,10 +173,10 @@ def fold_accuracies(scores: Array, same: Array, folds: int = FOLDS) -> tuple[flo
 
 
 def best_threshold(scores: Array, same: Array) -> float:
-    """The threshold of highest accuracy, half-way between the two scores that it parts."""
+    """The threshold of highest accuracy, halfway between the two scores it separates."""
     order = np.argsort(scores)
     ranked, truth = scores[order], same[order]
-    # Right decisions when the first k pairs are called impostors.
+    # Correct decisions if the first k pairs are classified as impostors.
     right = np.concatenate([[0], np.cumsum(~truth)]) + truth.sum() - np.concatenate([[0], np.cumsum(truth)])
     cut = int(right.argmax())
     if cut in (0, len(ranked)):
@@ -185,7 +185,7 @@ def best_threshold(scores: Array, same: Array) -> float:
 
 
 def rank1(embeddings: Array, identities: Array) -> float:
-    """Share of faces whose nearest other face shows the same person; people with one face are not asked for."""
+    """Share of faces whose nearest other face shows the same person; people with a single face are not queried."""
     unit = np.asarray(embeddings, np.float32)
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
     nearest = np.empty(len(unit), np.int64)
@@ -201,7 +201,7 @@ def rank1(embeddings: Array, identities: Array) -> float:
 
 
 def changed_decisions(reference: Array, candidate: Array, pairs: Pairs, threshold: float) -> ChangedDecisions:
-    """How many pairs two sets of embeddings, float (N,D), decide differently at the user's threshold."""
+    """The pairs that two sets of embeddings, float (N,D), decide differently at the user's threshold."""
     before, after = pair_scores(reference, pairs), pair_scores(candidate, pairs)
     flipped = np.flatnonzero((before >= threshold) != (after >= threshold))
     clearest = flipped[np.argsort(-np.abs(after - before)[flipped], kind="stable")]
@@ -216,12 +216,12 @@ def changed_decisions(reference: Array, candidate: Array, pairs: Pairs, threshol
 
 
 def pairs_from_csv(path: Path, names: Sequence[str]) -> Pairs:
-    """Pairs from lines `a,b,same` (same: 1 or 0); `names` are the faces' paths, matched by their ends.
+    """Pairs from lines `a,b,same` (same: 1 or 0); `names` are the faces' paths, matched by suffix.
 
-    Identities are the folders that hold the faces.
+    A face's identity is the name of its folder.
 
     Raises:
-        InvalidFaces: a line is no such line, or names a face that is not there.
+        InvalidFaces: a line is malformed, or names a face that does not exist.
     """
     index = {name: row for row, name in enumerate(names)}
     for row, name in enumerate(names):  # so that pairs.csv may name crops below any folder
@@ -235,11 +235,11 @@ def pairs_from_csv(path: Path, names: Sequence[str]) -> Pairs:
     lines = lines[1:] if lines and lines[0][-1].strip() not in ("0", "1") else lines
     wrong = next((line for line in lines if len(line) != 3 or line[2].strip() not in ("0", "1")), None)
     if wrong:
-        raise InvalidFaces(f"{path} holds the line {','.join(wrong)!r}: expected a,b,same with same 1 or 0.")
+        raise InvalidFaces(f"{path} contains the line {','.join(wrong)!r}: expected a,b,same with same 1 or 0.")
     wanted = {name for a, b, _ in lines for name in (a, b)}
     absent = sorted(wanted - index.keys())
     if absent:
-        raise InvalidFaces(f"{path} names {len(absent)} faces that are not there, such as {absent[0]}.")
+        raise InvalidFaces(f"{path} names {len(absent)} faces that do not exist, such as {absent[0]}.")
     return Pairs(
         np.array([index[a] for a, _, _ in lines]),
         np.array([index[b] for _, b, _ in lines]),
@@ -262,7 +262,7 @@ def pairs_from_identities(identities: Sequence[str], most: int = 20_000, seed: i
 
 
 def identities_from_paths(names: Sequence[str]) -> list[str]:
-    """The folder that holds a face is its identity."""
+    """A face's identity is the name of its folder."""
     return [Path(name).parent.name for name in names]
 
 

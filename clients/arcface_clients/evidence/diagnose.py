@@ -1,8 +1,8 @@
-"""Why embeddings differ: faces, a candidate's embeddings and the reference network in; the fault in words out.
+"""Explains in words why a candidate's embeddings differ from the reference's.
 
-Each hypothesis is tried on the reference: its input is prepared wrongly on purpose, and where that reproduces the
-candidate (drift falls to a fraction), the candidate has that fault. So nothing of the candidate but its embeddings is
-needed; with a way to call it, dependence on its neighbours in a batch is tested too.
+Each hypothesis is tried on the reference: its input is deliberately prepared wrongly, and if that reproduces the
+candidate (drift falls to a fraction), the candidate has that fault. This needs only the candidate's embeddings; if the
+candidate can also be called, the test covers whether a face's embedding depends on its neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from arcface_clients.evidence.hypotheses import Hypothesis, crop_faults, exact_f
 from arcface_clients.faces.check import check_faces
 
 NOISE = 1e-6  # float32 networks on two runtimes differ by less
-_EXPLAINED = 0.1  # a preprocessing fault has to leave less than this share of the drift
-_EXPLAINED_BY_CROP = 0.35  # a moved crop lacks the pixels beyond its border, so it cannot be reproduced wholly
-_EXPLAINED_EACH = 0.5  # the best of many moves for each face by itself flatters the hypothesis
-_CROP_DRIFT = 1e-3  # a crop that is moved by a pixel drifts further than this
+_EXPLAINED = 0.1  # a preprocessing fault must leave less than this share of the drift
+_EXPLAINED_BY_CROP = 0.35  # a shifted crop lacks the pixels beyond its border, so it cannot be reproduced exactly
+_EXPLAINED_EACH = 0.5  # picking the best of many shifts for each face flatters the hypothesis
+_CROP_DRIFT = 1e-3  # a crop shifted by one pixel drifts further than this
 _FACES = 6  # enough to tell hypotheses apart
 _FACES_FOR_CROPS = 4  # of these; there are many crops to try
 _EXPLAINED_BY_STRETCH = 0.75  # no box is like another; counted on faces that did not choose the hypothesis
@@ -36,12 +36,12 @@ _FLIPPED = 0.1
 _THE_OTHER_FACE = 0.6  # this near to another face, and this much nearer than to its own: it is the other's
 
 Network = Callable[[Array], Array]
-"""The reference without its preprocessing: float32 (N,3,112,112) as the network wants it → float (N,D), any length."""
+"""The reference without preprocessing: float32 (N,3,112,112) network input → float (N,D), of any length."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault: a short name, a sentence with its evidence, and the rows concerned (all where empty)."""
+    """One fault: a short name, a sentence with the evidence, and the affected rows (empty: all)."""
 
     fault: str
     sentence: str
@@ -60,14 +60,14 @@ def diagnose(
     encode: Callable[[Array], Array] | None = None,
     batch_tolerance: float = 1e-5,
 ) -> list[Finding]:
-    """Faults that explain a candidate's embeddings, the surest first; an empty list: there is nothing to explain.
+    """Faults that explain a candidate's embeddings, most certain first; empty if there is nothing to explain.
 
     Args:
         faces: what was embedded, uint8 (N,112,112,3) BGR.
         candidate: float (N,D), as the candidate gave them.
         network: the reference network.
         preprocessing: what the network was trained with.
-        encode: the candidate itself, where it can be called: faces → embeddings.
+        encode: the candidate itself, if it can be called: faces → embeddings.
         batch_tolerance: largest 1 − cosine between a row alone and in a batch.
 
     Raises:
@@ -173,7 +173,7 @@ def _bad_rows(norms: Array) -> Iterator[Finding]:
     if bad.size:
         yield Finding(
             "bad rows",
-            f"{bad.size} of {len(norms)} embeddings are zero or hold NaN, first at row {bad[0]}.",
+            f"{bad.size} of {len(norms)} embeddings are zero or contain NaN, first at row {bad[0]}.",
             tuple(bad.tolist()),
         )
 
@@ -188,7 +188,7 @@ def _not_normalised(norms: Array) -> Iterator[Finding]:
 
 
 def _batch_dependence(faces: Array, encode: Callable[[Array], Array], tolerance: float) -> Iterator[Finding]:
-    """A row alone against the same row among hostile neighbours (black, white, noise)."""
+    """Compare a face embedded alone with the same face among hostile neighbours (black, white, noise)."""
     few = faces[:4]
     noise = np.random.default_rng(0).integers(0, 256, few.shape[1:], np.uint8)
     hostile = np.stack([np.zeros_like(few[0]), np.full_like(few[0], 255), noise])
@@ -205,7 +205,7 @@ def _batch_dependence(faces: Array, encode: Callable[[Array], Array], tolerance:
 
 
 def _misplaced(reference: Array, unit: Array, usable: Array, drift: Array) -> tuple[list[Finding], Array]:
-    """Rows that hold another face's embedding, or that alone are far off; and all rows that these findings cover."""
+    """Findings on rows that hold another face's embedding or are isolated outliers, and all rows these cover."""
     similar = unit @ reference.T
     nearest = similar.argmax(axis=1)
     own = 1 - drift
@@ -221,8 +221,8 @@ def _misplaced(reference: Array, unit: Array, usable: Array, drift: Array) -> tu
         return [Finding("rows out of order", sentence)], usable
     elsewhere = (nearest != usable) & (top > _THE_OTHER_FACE) & (top - own > 0.2)
     if elsewhere.mean() > 0.5:
-        return [], np.array([], int)  # faces have become alike: no question of places
-    # Rows far beyond what the others show; on their own, so a fault that all share is not blamed on a few.
+        return [], np.array([], int)  # the faces have become alike, so order cannot be judged
+    # Only rows that drift far more than the rest, so that a fault common to all is not blamed on a few.
     alone = elsewhere | (drift > max(20 * float(np.median(drift)), 0.05))
     if alone.mean() > 0.1:
         alone = elsewhere
@@ -231,12 +231,12 @@ def _misplaced(reference: Array, unit: Array, usable: Array, drift: Array) -> tu
         row, other = int(usable[at]), int(nearest[at])
         if elsewhere[at]:
             sentence = (
-                f"Row {row} holds the embedding of face {other} (cosine {similar[at, other]:.4f} to it, "
+                f"Row {row} holds the embedding of face {other} (cosine {similar[at, other]:.4f} to that face, "
                 f"{own[at]:.4f} to its own face)."
             )
             findings.append(Finding("faces swapped", sentence, (row, other)))
         else:
-            sentence = f"Face {row} alone is far off (cosine {own[at]:.4f}): it was embedded from another picture."
+            sentence = f"Face {row} is an outlier (cosine {own[at]:.4f}): it was embedded from another picture."
             findings.append(Finding("one face differs", sentence, (row,)))
     return findings, usable[alone]
 
@@ -263,8 +263,8 @@ def _preprocessing_fault(faces: Array, candidate: Array, network: Network, state
     if each < _EXPLAINED_EACH * before:
         return Finding(
             "crop template off",
-            f"The crops are cut differently from face to face: a shift or zoom of its own brings each nearer "
-            f"(1 − cosine {before:.1e} → {each:.1e}). Align by five landmarks to the ArcFace template.",
+            f"The crops are cut differently from face to face: a separate shift or zoom brings each one closer "
+            f"(1 − cosine {before:.1e} → {each:.1e}). Align five landmarks to the ArcFace template.",
         )
     half = len(faces) // 2
     if half:

@@ -1,4 +1,4 @@
-"""Drift: how far candidate embeddings are from the reference's, face by face (1 − cosine)."""
+"""Drift: how far a candidate's embeddings are from the reference's, face by face (1 − cosine)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from arcface_clients.errors import InvalidFaces
 
 # Largest 1 − cosine a face may show before an artefact of this precision is refused (config: comparison.max_drift).
 DRIFT_LIMITS = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 1e-3, "int8": 1e-2}
-# What a good backend reaches, and where it becomes a warning (config: comparison.{mean_cosine,min_cosine,l2_mean}).
+# What a good backend reaches, and where a warning starts (config: comparison.{mean_cosine,min_cosine,l2_mean}).
 TARGETS = {"mean_cosine": (0.995, 0.990), "min_cosine": (0.990, 0.980), "l2_mean": (0.05, 0.10)}
 PERCENTILES = (0.1, 1, 5, 25, 50)
-# 1 − cosine from float32 rounding to "another face", four bins a decade.
+# 1 − cosine from float32 rounding to "another face", four bins per decade.
 HISTOGRAM_EDGES = (0.0, *(float(f"{10 ** (exponent / 4):.6g}") for exponent in range(-32, 1)), 2.0)
 
 
 @dataclass(frozen=True)
 class WorstFace:
-    """One of the faces that drifted most; `name` is its path where paths were given."""
+    """One of the faces that drifted most; `name` is its path if paths were given."""
 
     index: int
     name: str | None
@@ -32,10 +32,10 @@ class WorstFace:
 
 @dataclass(frozen=True)
 class DriftReport:
-    """Figures of `compare_embeddings`; cosines are per face, `worst_face` is an index into the batch.
+    """Result of `compare_embeddings`; cosines are per face, `worst_face` is an index into the batch.
 
-    A candidate row that is zero or holds NaN counts as cosine 0 and is counted in `bad_rows`. L2 distances are of the
-    rows as they came, so a candidate that is not of unit length shows there and in `norms`.
+    A candidate row that is zero or contains NaN counts as cosine 0 and is counted in `bad_rows`. L2 distances use the
+    rows as given, so a candidate that is not of unit length shows up there and in `norms`.
     """
 
     faces: int
@@ -46,7 +46,7 @@ class DriftReport:
     max_l2: float
     worst_face: int
     bad_rows: int = 0
-    percentiles: Mapping[str, float] = field(default_factory=dict)  # "1" → the cosine that 1 % of the faces stay below
+    percentiles: Mapping[str, float] = field(default_factory=dict)  # "1" → the cosine that 1 % of the faces are below
     worst_faces: tuple[WorstFace, ...] = ()
     histogram: Mapping[str, Sequence[float]] = field(default_factory=dict)  # edges of 1 − cosine, counts between them
     norms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # reference, candidate → min, mean, max
@@ -58,7 +58,7 @@ class DriftReport:
 
 @dataclass(frozen=True)
 class TargetCheck:
-    """One figure beside its target: `met`, `missed` (between target and warning) or `warning` (beyond both)."""
+    """One figure and its target: `met`, `missed` (between target and warning) or `warning` (beyond both)."""
 
     figure: str
     value: float
@@ -67,22 +67,22 @@ class TargetCheck:
     status: str
 
     def __str__(self) -> str:
-        """In words, with its figures."""
+        """The result in words, with its figures."""
         sign = "≤" if self.figure == "l2_mean" else "≥"
         return f"{self.figure} {self.value:.6f}: {self.status} (target {sign} {self.target:g}, warning {self.warn:g})"
 
 
 def cosine_per_face(reference: Array, candidate: Array) -> Array:
-    """Row-wise cosine of two (N,D) arrays as float64 (N,); computed in float64 because 1 − cosine is near 1e-7.
+    """Row-wise cosine of two (N,D) arrays as float64 (N,); computed in float64 because 1 − cosine can be near 1e-7.
 
     Raises:
-        InvalidFaces: shapes differ, or a row holds NaN or is all zero.
+        InvalidFaces: shapes differ, or a row contains NaN or is all zero.
     """
     a, b = _same_shape(reference, candidate)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
     if bad.size:
-        raise InvalidFaces(f"{bad.size} of {len(a)} embeddings are zero or hold NaN, first at row {bad[0]}.")
+        raise InvalidFaces(f"{bad.size} of {len(a)} embeddings are zero or contain NaN, first at row {bad[0]}.")
     cosines: Array = np.einsum("nd,nd->n", a, b) / norms
     return cosines
 
@@ -93,13 +93,13 @@ def compare_embeddings(
     """Drift of `candidate` against `reference`, both float (N,D) with rows in the same order, N ≥ 1.
 
     Args:
-        reference: what is right.
-        candidate: what is judged; its rows may be bad (zero, NaN), the reference's may not.
-        names: a path for each face, for the list of the worst.
-        worst: how many faces that list holds.
+        reference: the correct embeddings.
+        candidate: the embeddings to judge; its rows may be bad (zero, NaN), the reference's may not.
+        names: a path for each face, for the list of worst faces.
+        worst: length of that list.
 
     Raises:
-        InvalidFaces: shapes differ, there is no face, or a row of the reference is zero or holds NaN.
+        InvalidFaces: shapes differ, there are no faces, or a row of the reference is zero or contains NaN.
     """
     a, b = _same_shape(reference, candidate)
     if not len(a):
@@ -134,9 +134,9 @@ def compare_embeddings(
 
 
 def check_targets(report: DriftReport, targets: Mapping[str, tuple[float, float]] = TARGETS) -> list[TargetCheck]:
-    """Each figure against its (target, warning): mean and min cosine have to be above, the mean L2 below.
+    """Compare each figure with its (target, warning): mean and min cosine must be above, mean L2 below.
 
-    Targets say how good a backend is; whether it may be used is the gate's business (`evidence.gate`).
+    Targets say how good a backend is; the gate decides whether it may be used (`evidence.gate`).
     """
     values = {"mean_cosine": report.mean_cosine, "min_cosine": report.min_cosine, "l2_mean": report.mean_l2}
     checks = []
@@ -151,7 +151,7 @@ def check_targets(report: DriftReport, targets: Mapping[str, tuple[float, float]
 def _same_shape(reference: Array, candidate: Array) -> tuple[Array, Array]:
     a, b = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
     if a.ndim != 2 or a.shape != b.shape:
-        raise InvalidFaces(f"expected two (N, D) arrays of one shape, got {a.shape} and {b.shape}.")
+        raise InvalidFaces(f"expected two (N, D) arrays of the same shape, got {a.shape} and {b.shape}.")
     return a, b
 
 

@@ -1,8 +1,8 @@
-"""The gate: whether an artefact is near enough to the reference to be used. The rule stands here and nowhere else.
+"""The gate: decides whether an artefact is close enough to the reference to be used. The rule lives only here.
 
-Whatever makes, installs or loads an artefact asks one of these functions and raises its own error with the verdict's
-words: `judge_embeddings` where embeddings are at hand, `judge_record` and `judge_sidecar` where only a file tells what
-was measured.
+Code that makes, installs or loads an artefact calls one of these functions and raises its own error with the verdict's
+message: `judge_embeddings` if it has embeddings, `judge_record` or `judge_sidecar` if it only has a file that records
+what was measured.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from arcface_clients.contract import UNIT_TOLERANCE
 from arcface_clients.errors import ConfigError, GateFailed
 from arcface_clients.evidence.drift import DRIFT_LIMITS, DriftReport, compare_embeddings, cosine_per_face
 
-_FITTED = "it was judged by the faces that it was fitted to. Judge it on others: arcface quantize {} --verify FACES"
-_NAMED = 5  # worst faces that a refusal names
+_FITTED = "it was judged on the faces it was fitted to. Judge it on others: arcface quantize {} --verify FACES"
+_NAMED = 5  # number of worst faces listed in a refusal
 _ROUNDING = 1e-5  # a cosine may come out above 1 by less than this
 
 
 @dataclass(frozen=True)
 class GateVerdict:
-    """What the gate says of one candidate.
+    """The gate's verdict on one candidate.
 
     Attributes:
         precision: whose limit was applied.
-        limit: largest 1 − cosine that a face may show.
-        max_drift: of the worst face; NaN where nothing could be measured.
+        limit: largest 1 − cosine allowed for any face.
+        max_drift: of the worst face; NaN if nothing could be measured.
         faces: how many were compared.
-        why: words for a refusal, without a full stop; empty where it passed.
-        report: all figures; None where shapes did not fit, and for a record.
-        faces_over: faces beyond the limit, unusable rows among them; None for a record.
+        why: reason for a refusal, without a full stop; empty if it passed.
+        report: all figures; None if shapes did not fit, and for a record.
+        faces_over: number of faces beyond the limit, including unusable rows; None for a record.
     """
 
     precision: str
@@ -48,7 +48,7 @@ class GateVerdict:
 
     @property
     def passed(self) -> bool:
-        """Whether it may be used."""
+        """Whether the candidate may be used."""
         return not self.why
 
 
@@ -70,21 +70,21 @@ def judge_embeddings(
     limits: Mapping[str, float],
     names: Sequence[str] | None = None,
 ) -> GateVerdict:
-    """Judge a candidate by what it makes of the same faces as the reference.
+    """Judge a candidate's embeddings of the faces that the reference embedded.
 
-    Refused are a face that drifts beyond the limit, NaN, zero rows, rows that are not of unit length, and another
-    shape than the reference's; none of these raises.
+    The verdict is a refusal, not an exception, if a face drifts beyond the limit, if a row is zero, contains NaN or is
+    not of unit length, or if the shape differs from the reference's.
 
     Args:
-        reference: float (N,D), N ≥ 1, of any length.
-        candidate: what should be float (N,D) of unit rows in the same order.
+        reference: float (N,D), N ≥ 1, rows of any length.
+        candidate: expected to be float (N,D) with unit rows in the same order.
         precision: of the candidate.
         limits: largest 1 − cosine by precision (configuration: comparison.max_drift).
-        names: a path for each face, for the words.
+        names: a path for each face, for the message.
 
     Raises:
-        InvalidFaces: the *reference* is empty, or a row of it is zero or holds NaN.
-        ConfigError: this precision has no limit.
+        InvalidFaces: the *reference* is empty, or has a row that is zero or contains NaN.
+        ConfigError: there is no limit for this precision.
     """
     limit = limit_of(precision, limits)
     got = np.asarray(candidate)
@@ -102,9 +102,9 @@ def judge_embeddings(
 
 
 def judge_record(record: object, precision: str, limits: Mapping[str, float]) -> GateVerdict:
-    """Judge by a drift report that was written earlier (`DriftReport.to_json`), as manifests and sidecars hold it.
+    """Judge by a stored drift report (`DriftReport.to_json`), as found in manifests and sidecars.
 
-    What the record does not say counts against the artefact: no record, no number, NaN.
+    Anything missing counts against the artefact: no record, no number, NaN.
     """
     limit = limit_of(precision, limits)
     if not isinstance(record, Mapping):
@@ -112,23 +112,23 @@ def judge_record(record: object, precision: str, limits: Mapping[str, float]) ->
     drift, faces, bad_rows = (record.get(key) for key in ("max_drift", "faces", "bad_rows"))
     if isinstance(drift, bool) or not isinstance(drift, (int, float)) or not -_ROUNDING <= drift <= 2:
         return GateVerdict(precision, limit, math.nan, 0, f"its record states a drift of {drift}, expected a number")
-    why = "" if drift <= limit else f"drift {drift:.3g}, {drift / limit:.1f} × the {limit:g} that {precision} may show"
+    why = "" if drift <= limit else f"drift {drift:.3g}, {drift / limit:.1f} × the limit {limit:g} for {precision}"
     if bad_rows:
-        why = f"{bad_rows} of its embeddings are zero or hold NaN"
+        why = f"{bad_rows} of its embeddings are zero or contain NaN"
     elif not why and "norms" in record:
         why = _lengths(record["norms"]["candidate"])
     return GateVerdict(precision, limit, float(drift), faces if isinstance(faces, int) else 0, why)
 
 
 def judge_sidecar(sidecar: Mapping[str, Any], limits: Mapping[str, float] | None = None) -> dict[str, GateVerdict]:
-    """Judge a variant by its sidecar, runtime by runtime: it may be served only where its verdict here has passed.
+    """Judge a variant by its sidecar, for each runtime: it may be served only in runtimes whose verdict is a pass.
 
-    Sidecars once told the drift on the very faces that ranges and layers were chosen by. Such a variant is not served
-    until it is judged on others; bf16, of which nothing is fitted, is.
+    Older sidecars recorded drift on the very faces used to choose ranges and layers. Such a variant is not served until
+    it has been judged on other faces; bf16 is exempt, because nothing in it is fitted.
 
     Args:
         sidecar: what `arcface quantize` wrote beside the variant.
-        limits: largest drift by precision; None applies the limit that it was judged by.
+        limits: largest drift by precision; None applies the limit recorded in the sidecar.
     """
     precision = str(sidecar.get("precision"))
     verdicts: dict[str, GateVerdict] = {}
@@ -158,7 +158,7 @@ def run_embedding_regression_tests(
         eval_faces: uint8 (N,112,112,3) BGR, N ≥ 1.
         reference: an engine (anything with `encode`), a function from faces to embeddings, or embeddings (N,D).
         candidate: the same.
-        max_drift: largest 1 − cosine that a face may show.
+        max_drift: largest 1 − cosine allowed for any face.
         names: a path for each face, for the message.
 
     Raises:
@@ -181,7 +181,7 @@ def _embed(side: Any, faces: Array) -> Array:
 
 
 def _bad_rows(report: DriftReport) -> str:
-    return f"{report.bad_rows} of {report.faces} embeddings are zero or hold NaN" if report.bad_rows else ""
+    return f"{report.bad_rows} of {report.faces} embeddings are zero or contain NaN" if report.bad_rows else ""
 
 
 def _too_far(report: DriftReport, precision: str, limit: float, over: int) -> str:
@@ -189,13 +189,13 @@ def _too_far(report: DriftReport, precision: str, limit: float, over: int) -> st
         return ""
     worst = [f"{w.name or f'face {w.index}'} ({1 - w.cosine:.3g})" for w in report.worst_faces if 1 - w.cosine > limit]
     return (
-        f"drift {report.max_drift:.3g}, {report.max_drift / limit:.1f} × the {limit:g} that {precision} may show, on "
+        f"drift {report.max_drift:.3g}, {report.max_drift / limit:.1f} × the limit {limit:g} for {precision}, on "
         f"{over} of {report.faces} faces; worst: {', '.join(worst[:_NAMED])}"
     )
 
 
 def _lengths(norms: Mapping[str, float]) -> str:
-    """Callers take the dot product for the cosine, so a wrong length is a wrong score."""
+    """Why the lengths are wrong: callers use the dot product as cosine, so a wrong length gives a wrong score."""
     shortest, longest = norms["min"], norms["max"]
     if longest == 0 or max(abs(shortest**2 - 1), abs(longest**2 - 1)) <= UNIT_TOLERANCE:  # 0: no row is usable
         return ""

@@ -1,1 +1,1 @@
-"""The NVIDIA GPUs of this host: what nvidia-smi tells, and the CUDA driver through ctypes."""
+"""The NVIDIA GPUs of this host: what nvidia-smi reports, and the CUDA driver through ctypes."""

@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this host as nvidia-smi tells them: SM, driver and memory; no package is needed for it."""
+"""The NVIDIA GPUs of this host as nvidia-smi reports them (SM, driver, memory); needs no Python package."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _TIMEOUT_S = 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; `sm` as in "8.6". Memory is 0 where it is the host's (nvidia-smi says [N/A]).
+    """One GPU; `sm` as in "8.6". Memory is 0 if it is shared with the host (nvidia-smi says [N/A]).
 
-    cuda: the newest CUDA version that the driver supports, or None where nvidia-smi does not say.
+    cuda: the newest CUDA version that the driver supports, or None if nvidia-smi does not say.
     """
 
     index: int
@@ -60,7 +60,7 @@ def find_gpus() -> list[Gpu]:
 
 
 def parse_gpus(csv: str, banner: str = "") -> list[Gpu]:
-    """GPUs from `nvidia-smi --query-gpu=… --format=csv,noheader,nounits` (memory in MiB) and its plain banner."""
+    """Parse `nvidia-smi --query-gpu=… --format=csv,noheader,nounits` (memory in MiB) and its plain banner."""
     cuda = banner.partition("CUDA Version:")[2].split()
     gpus = []
     for line in csv.strip().splitlines():
@@ -74,7 +74,7 @@ def _bytes(mib: str) -> int:
 
 
 def visible(gpus: list[Gpu], cuda_visible_devices: str | None) -> list[Gpu]:
-    """The GPUs that CUDA shows a process, in its order, when indices are listed; UUIDs are left to CUDA itself."""
+    """The GPUs visible to a CUDA process, in CUDA's order, if indices are listed; UUIDs are left to CUDA itself."""
     wanted = [part.strip() for part in (cuda_visible_devices or "").split(",")]
     if cuda_visible_devices is None or not all(part.lstrip("-").isdigit() for part in wanted if part):
         return gpus
@@ -83,7 +83,7 @@ def visible(gpus: list[Gpu], cuda_visible_devices: str | None) -> list[Gpu]:
 
 
 def own_vram_bytes() -> int | None:
-    """GPU memory of this process; None where nvidia-smi does not list it (no GPU, or another PID namespace)."""
+    """GPU memory used by this process; None if nvidia-smi does not list it (no GPU, or another PID namespace)."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None

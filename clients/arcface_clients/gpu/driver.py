@@ -1,7 +1,7 @@
 """The CUDA driver (libcuda.so.1) through ctypes: memory on a GPU that another process can open, and copies to it.
 
-It comes with the GPU's driver, so there is nothing to install and no version to match. Its contexts can be pushed and
-popped: the caller's current device stays what it was, and no other GPU gets a context by the way.
+The library ships with the GPU's driver, so there is nothing to install and no version to match. Its contexts can be
+pushed and popped: the caller's current device does not change, and no other GPU gets a context as a side effect.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from arcface_clients.errors import CudaFailed, DependencyMissing
 
 LIBRARY = "libcuda.so.1"
-LIBRARY_VARIABLE = "ARCFACE_LIBCUDA"  # another file instead, such as one outside the loader's path
+LIBRARY_VARIABLE = "ARCFACE_LIBCUDA"  # overrides the library, for one outside the loader's path
 IPC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE; the runtime's cudaIpcMemHandle_t is the same bytes
 LEGACY_STREAM = 1  # CU_STREAM_LEGACY, the default stream of all threads
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy stream
@@ -30,7 +30,7 @@ _address, _size, _handle, _int, _out = (
     ctypes.c_int,
     ctypes.c_void_p,
 )
-_FUNCTIONS: dict[str, tuple[Any, ...]] = {  # CUDA Driver API; _v2 is what cuda.h maps the plain names to
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {  # CUDA Driver API; cuda.h maps the plain names to the _v2 ones
     "cuInit": (ctypes.c_uint,),
     "cuDeviceGet": (_out, _int),
     "cuDevicePrimaryCtxRetain": (_out, _int),
@@ -53,14 +53,14 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # CUDA Driver API; _v2 is what cuda.
 
 
 class CudaDriver:
-    """The calls that a region needs. All but `on` and `device_of` are to be made inside `with driver.on(device)`.
+    """The calls that a region needs. All but `on` and `device_of` must be made inside `with driver.on(device)`.
 
-    Addresses are on the device unless they are called `host`. Copies are asynchronous: `wait` before the memory is
-    touched by anybody else. Every call raises CudaFailed with the driver's own words.
+    Addresses are on the device unless named `host`. Copies are asynchronous: call `wait` before anyone else touches
+    the memory. Every call raises CudaFailed with the driver's own message.
     """
 
     def __init__(self, library: Any) -> None:
-        """Start the driver; creates no context yet."""
+        """Initialise the driver; creates no context yet."""
         self._library = library
         for name, arguments in _FUNCTIONS.items():
             getattr(library, name).argtypes = arguments
@@ -71,7 +71,7 @@ class CudaDriver:
 
     @contextmanager
     def on(self, device: int) -> Iterator[None]:
-        """Work on this GPU, in the context that the CUDA runtime (so torch, CuPy) uses too.
+        """Work on this GPU, in the context that the CUDA runtime (hence torch and CuPy) uses too.
 
         Args:
             device: its number in this process (CUDA_VISIBLE_DEVICES).
@@ -89,43 +89,43 @@ class CudaDriver:
         return address.value
 
     def free(self, address: int) -> None:
-        """Give memory back; no other process may have it open."""
+        """Free memory; no other process may still have it open."""
         self._call("cuMemFree_v2", address)
 
     def ipc_handle(self, address: int) -> bytes:
-        """What another process opens this memory with; it maps whole allocations, so `address` must begin one."""
+        """The handle with which another process opens this memory; `address` must be the start of an allocation."""
         handle = ctypes.create_string_buffer(IPC_HANDLE_BYTES)
         self._call("cuIpcGetMemHandle", handle, address)
         return handle.raw
 
     def stream(self) -> int:
-        """A new stream that waits for no other one."""
+        """A new stream that does not wait for any other."""
         stream = ctypes.c_void_p()
         self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
         return stream.value or 0
 
     def end_stream(self, stream: int) -> None:
-        """Give a stream back."""
+        """Destroy a stream."""
         self._call("cuStreamDestroy_v2", stream)
 
     def copy_in(self, address: int, host: int, byte_size: int, stream: int) -> None:
-        """Host to device."""
+        """Copy host to device."""
         self._call("cuMemcpyHtoDAsync_v2", address, host, byte_size, stream)
 
     def copy_out(self, host: int, address: int, byte_size: int, stream: int) -> None:
-        """Device to host."""
+        """Copy device to host."""
         self._call("cuMemcpyDtoHAsync_v2", host, address, byte_size, stream)
 
     def copy_within(self, address: int, source: int, byte_size: int, stream: int) -> None:
-        """Device to the same device."""
+        """Copy within one device."""
         self._call("cuMemcpyDtoDAsync_v2", address, source, byte_size, stream)
 
     def fill(self, address: int, byte: int, byte_size: int, stream: int) -> None:
-        """Set each byte."""
+        """Set every byte."""
         self._call("cuMemsetD8Async", address, byte, byte_size, stream)
 
     def wait(self, stream: int | None) -> None:
-        """Wait for all that was asked of a stream; None: of the whole GPU."""
+        """Wait for all work on a stream, or on the whole GPU if None."""
         if stream is None:
             self._call("cuCtxSynchronize")
         else:
@@ -151,17 +151,17 @@ class CudaDriver:
         if status:
             words = ctypes.c_char_p()
             self._library.cuGetErrorString(status, ctypes.byref(words))
-            said = (words.value or b"no words for it").decode(errors="replace")
-            raise CudaFailed(f"CUDA: {name} answered {status} ({said}). Look at the GPU: nvidia-smi")
+            said = (words.value or b"no description").decode(errors="replace")
+            raise CudaFailed(f"CUDA: {name} returned {status} ({said}). Check the GPU: nvidia-smi")
 
 
 @lru_cache(maxsize=1)
 def driver() -> CudaDriver:
-    """The driver of this process, started with the first use.
+    """The driver of this process, initialised on first use.
 
     Raises:
         DependencyMissing: there is no CUDA driver on this host.
-        CudaFailed: it does not start (no GPU, or none that this process may use).
+        CudaFailed: it does not initialise (no GPU, or none that this process may use).
     """
     file = os.environ.get(LIBRARY_VARIABLE) or LIBRARY
     try:
@@ -171,5 +171,5 @@ def driver() -> CudaDriver:
         if isinstance(exc, CudaFailed):
             raise
         raise DependencyMissing(
-            f"no CUDA driver on this host ({exc}). It comes with NVIDIA's driver; in a container, start it with --gpus"
+            f"no CUDA driver on this host ({exc}). Install NVIDIA's driver; start a container with --gpus"
         ) from exc

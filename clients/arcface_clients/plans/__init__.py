@@ -1,1 +1,1 @@
-"""TensorRT plans on disk: the one reader of a plan, its manifest and its signature."""
+"""TensorRT plans on disk: the only reader of a plan, its manifest and its signature."""

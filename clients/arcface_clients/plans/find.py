@@ -1,4 +1,4 @@
-"""Which plan an engine of this host takes: the one that `arcface assemble` put there, else the newest of the cache."""
+"""Finds the plan for this host: the one that `arcface assemble` installed, else the newest one in the cache."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def find_plan(
     public_key: Path | None = None,
     gpu: str | None = None,
 ) -> Plan:
-    """The plan for this SM and precision, read and checked: what stands in arcface_trt, else the newest of the cache.
+    """The plan for this SM and precision, read and checked: the one in arcface_trt, else the newest in the cache.
 
-    A plan that is refused is said at level error, and the next that fits is taken.
+    A refused plan is logged as an error, and the next one that fits is used.
 
     Args:
         sm: of the GPU, "8.6".
-        precision: of the plan; no other is taken.
+        precision: of the plan; no other is used.
         model_repository: where `arcface assemble` puts plans.
-        cache: searched with all its folders.
-        model: name of the model; None takes any.
-        tensorrt: version that will load the plan; None: not known, not asked.
-        public_key: PEM; where given, plans that its private key has not signed are refused.
-        gpu: name of the card; of two plans that fit, the one that was tuned on such a card is taken.
+        cache: searched recursively.
+        model: name of the model; None accepts any.
+        tensorrt: version that will load the plan; None: unknown, not checked.
+        public_key: PEM; if given, plans not signed by its private key are refused.
+        gpu: name of the card; if two plans fit, the one tuned on such a card is used.
 
     Raises:
-        PlanRefused: plans are there, and each that fits was refused.
-        Missing: none fits; the message lists those that are there.
+        PlanRefused: there are plans that fit, but every one was refused.
+        Missing: none fits; the message lists those that exist.
     """
     there: set[str] = set()
     refused: list[ArcFaceError] = []
@@ -84,25 +84,25 @@ def find_plan(
             refused.append(exc)
             _log.error("refused: %s", exc)
     if refused:
-        raise PlanRefused(f"no {precision} plan for SM {sm} may be used. " + " ".join(map(str, refused)))
+        raise PlanRefused(f"every {precision} plan for SM {sm} was refused. " + " ".join(map(str, refused)))
     raise Missing(
         f"no {precision} plan for SM {sm} in {model_repository / 'arcface_trt'} or {cache} "
-        f"(plans there: {', '.join(sorted(there)) or 'none'}). "
+        f"(found: {', '.join(sorted(there)) or 'none'}). "
         f"Build one here: arcface plan build --precision {precision}, or fetch one: arcface plan pull"
     )
 
 
 def served_plans_folder(model_repository: Path) -> Path | None:
-    """The version of arcface_trt that a server takes, the highest with a manifest; None where there is none."""
+    """The version of arcface_trt that a server loads: the highest with a manifest; None if there is none."""
     versions = (p.parent for p in (model_repository / "arcface_trt").glob("*/manifest.json"))
     return max((v for v in versions if v.name.isdecimal()), key=lambda v: int(v.name), default=None)
 
 
 def _card(manifest: PlanManifest) -> str | None:
-    """The card that a plan was tuned on; None where it is for no one card."""
+    """The card that a plan was tuned on; None if it is not tied to one card."""
     if manifest.spec.options.hardware_compatible or manifest.spec.options.same_compute_capability:
         return None
-    return manifest.spec.gpu or manifest.gpu.get("name")  # before cards were in the key, the builder named its own
+    return manifest.spec.gpu or manifest.gpu.get("name")  # older keys had no card; the builder recorded its own
 
 
 def _tuned_elsewhere(manifest: PlanManifest, gpu: str) -> bool:
@@ -110,7 +110,7 @@ def _tuned_elsewhere(manifest: PlanManifest, gpu: str) -> bool:
 
 
 def _plans_below(folder: Path) -> Iterator[Path]:
-    """Plan files of a folder; what is in folders or files that begin with a dot is unfinished or refused."""
+    """Plan files of a folder; names that begin with a dot are unfinished or refused."""
     for path in sorted(folder.rglob("*.plan")):
         if not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path

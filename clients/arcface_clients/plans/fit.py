@@ -1,4 +1,4 @@
-"""Whether a plan fits what is asked for: one pure rule for the engine, the server, the store and their tables."""
+"""Whether a plan fits a request: one pure rule, shared by the engine, the server, the store and their tables."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def misfit(
     model: str | None = None,
     contract_id: str | None = None,
 ) -> str | None:
-    """Why this plan is not the one, or does not load, in a few words; None where it fits. What is None is not asked.
+    """Why this plan does not match or does not load, in a few words; None if it fits. A None argument is not checked.
 
-    A plan is tied to its TensorRT version and its SM. A hardware-compatible one loads on every SM from 8.0 on; it was
-    built on one of these, because TensorRT makes none elsewhere.
+    A plan is tied to its TensorRT version and its SM. A hardware-compatible one loads on every SM from 8.0 on, and
+    TensorRT builds such plans only on those SMs.
     """
     spec = manifest.spec
     if model is not None and spec.model != model:
-        return f"a plan of {spec.model}, asked for {model}"
+        return f"a plan of {spec.model}, expected {model}"
     if contract_id is not None and manifest.contract_id != contract_id:
-        return f"of contract {str(manifest.contract_id)[:12]}…, asked for {contract_id[:12]}…"
+        return f"of contract {str(manifest.contract_id)[:12]}…, expected {contract_id[:12]}…"
     if precision is not None and spec.precision != precision:
-        return f"of precision {spec.precision}, asked for {precision}"
+        return f"of precision {spec.precision}, expected {precision}"
     if tensorrt is not None and not same_tensorrt(spec.tensorrt, tensorrt):
         return f"built with TensorRT {spec.tensorrt}, this host has {tensorrt}"
     if sm is None or parse_sm(sm) == spec.sm:
@@ -41,5 +41,5 @@ def misfit(
 
 
 def same_tensorrt(a: str, b: str) -> bool:
-    """Whether two TensorRT versions load each other's plans: major, minor and patch; the build number is left out."""
+    """Whether two TensorRT versions load each other's plans: that is, agree in major, minor and patch."""
     return parse_version(a)[:3] == parse_version(b)[:3]

@@ -1,4 +1,4 @@
-"""The JSON beside a plan: what it was built from, where, and what proves it."""
+"""The manifest beside a plan: what it was built from, on what, and the proof of it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from arcface_clients.errors import PlanRefused
 from arcface_clients.plans.spec import PlanSpec
 
 FORMAT = 1
-MAX_BYTES = 1 << 20  # a manifest has some 3 KB; more is read from no store
-MAX_DEPTH = 32  # ours nest 5 deep; json.loads recurses, and overflows the stack from some thousands on
+MAX_BYTES = 1 << 20  # a manifest has about 3 KB; no more than this is read from any store
+MAX_DEPTH = 32  # ours nest 5 deep; json.loads recurses, and overflows the stack at a few thousand
 REBUILD = "Delete it and get it again: arcface plan pull, or arcface plan build"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -25,12 +25,12 @@ _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 
 
 class LaterFormat(PlanRefused):
-    """A manifest of a format that this version does not know: not ours to read, and not ours to remove."""
+    """A manifest in a format newer than this version: neither ours to read nor ours to remove."""
 
 
 @dataclass(frozen=True)
 class PlanManifest:
-    """Everything known about one plan. `drift` is a DriftReport as JSON, or None where it was not measured.
+    """Everything known about one plan. `drift` is a DriftReport as JSON, or None if it was not measured.
 
     size_bytes: of the plan; in the JSON it is called `bytes`.
     gpu: name, driver, cuda, memory_bytes. build: seconds, peak_vram_bytes, created and signed (UTC, ISO 8601), tools.
@@ -56,7 +56,7 @@ class PlanManifest:
 
     @property
     def published(self) -> datetime | None:
-        """When it was signed, else when it was built; None where the manifest has no readable time."""
+        """When it was signed, else when it was built; None if the manifest has no readable time."""
         try:
             time = datetime.fromisoformat(self.build.get("signed") or self.build["created"])
         except (KeyError, TypeError, ValueError):
@@ -71,7 +71,7 @@ class PlanManifest:
         return {"format": FORMAT, "key": self.key, "file": self.spec.file_name, **data}
 
     def unsigned_bytes(self) -> bytes:
-        """What a signature covers: the canonical JSON of every field but the signature."""
+        """The bytes that a signature covers: the canonical JSON of every field but the signature."""
         data = replace(self, signature=None).to_json()
         return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
@@ -82,10 +82,10 @@ def manifest_bytes(manifest: PlanManifest) -> bytes:
 
 
 def parse_manifest(text: bytes, where: str) -> PlanManifest:
-    """A manifest from JSON, whoever wrote it; `where` names it in messages.
+    """A manifest from untrusted JSON; `where` names it in messages.
 
     Raises:
-        PlanRefused: not a manifest of this format, or its key or file name does not follow from its parts.
+        PlanRefused: not a manifest of this format, or its key or file name does not match its contents.
     """
     if len(text) > MAX_BYTES:
         raise PlanRefused(f"{where} is larger than {MAX_BYTES} bytes: no plan manifest is. {REBUILD}")
@@ -103,26 +103,26 @@ def parse_manifest(text: bytes, where: str) -> PlanManifest:
         raise PlanRefused(f"{where} is not a plan manifest ({type(exc).__name__}: {exc}). {REBUILD}") from exc
     if written["key"] != manifest.key or written["file"] != manifest.spec.file_name:
         raise PlanRefused(
-            f"{where} says key {written['key']!r}, but its parts give {manifest.key}: it was edited. {REBUILD}"
+            f"{where} states key {written['key']!r}, but its contents give {manifest.key}: it was edited. {REBUILD}"
         )
     return manifest
 
 
 def write_manifest(plan: Path, manifest: PlanManifest) -> None:
-    """Put the manifest where it belongs for this plan file, atomically."""
+    """Write the manifest where it belongs for this plan file, atomically."""
     with new_file(manifest_path(plan)) as temporary:
         temporary.write_bytes(manifest_bytes(manifest))
 
 
 def manifest_path(plan: Path) -> Path:
-    """Where the manifest of a plan file lies: x.plan → x.plan.json; in a cache or folder store <key>/manifest.json."""
+    """Path of a plan file's manifest: x.plan → x.plan.json; in a cache or folder store <key>/manifest.json."""
     if is_digest(plan.parent.name) and is_digest(plan.parent.parent.name):
         return plan.parent.parent / "manifest.json"
     return plan.with_name(plan.name + ".json")
 
 
 def is_digest(text: object) -> bool:
-    """Whether this is a sha256 as we write it: 64 lower-case hexadecimal digits."""
+    """Whether this is a sha256 in our notation: 64 lower-case hexadecimal digits."""
     return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
@@ -136,15 +136,15 @@ def file_sha256(path: Path) -> str:
 
 
 def now_utc() -> str:
-    """The time as manifests hold it: 2026-01-31T12:00:00+00:00."""
+    """The time in the format of manifests: 2026-01-31T12:00:00+00:00."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _manifest(data: dict[str, Any]) -> PlanManifest:
-    """The dataclass, each field of the type that it promises.
+    """The dataclass, with the type of every field checked.
 
     Raises:
-        ValueError, TypeError, KeyError: a field is missing, unknown, or of another type.
+        ValueError, TypeError, KeyError: a field is missing, unknown, or of the wrong type.
     """
     data["size_bytes"] = data.pop("bytes")
     manifest = PlanManifest(**{**data, "spec": PlanSpec.from_json(data["spec"])})
@@ -161,12 +161,12 @@ def _manifest(data: dict[str, Any]) -> PlanManifest:
     }
     if any(wrong.values()):
         names = ", ".join(name for name, is_wrong in wrong.items() if is_wrong)
-        raise ValueError(f"{names} of a type that no manifest has")
+        raise ValueError(f"invalid {names}")
     return manifest
 
 
 def _depth(text: bytes) -> int:
-    """The deepest nesting of brackets outside strings; no parser is run for it."""
+    """The deepest nesting of brackets outside strings, found without running a parser."""
     depth = deepest = 0
     for byte in _STRING.sub(b"", text):
         if byte in b"[{":

@@ -1,4 +1,4 @@
-"""The one reader of a plan: what is damaged, edited, without a manifest or not signed as configured, is refused."""
+"""The only reader of plans: refuses any that is damaged, edited, without a manifest or not signed as configured."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from arcface_clients.plans.signing import check_signature
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan file and its manifest, as `read_plan` found them to fit together."""
+    """A plan file and its manifest, which `read_plan` found to match."""
 
     path: Path
     manifest: PlanManifest
 
     def content(self) -> bytes:
-        """The plan's bytes, checked once more: what is loaded is what was read here, whatever the file is by then.
+        """The plan's bytes, read and checked again; load these, because the file may change later.
 
         Raises:
-            PlanRefused: the file was changed since.
+            PlanRefused: the file has changed.
             Missing: it is gone.
         """
         try:
@@ -46,9 +46,9 @@ def read_plan(path: Path, public_key: Path | None = None) -> Plan:
     """A plan file, read whole, with its manifest (`manifest_path`).
 
     Raises:
-        Missing: no plan there; or the public key is not there.
-        PlanRefused: it has no manifest, or is not what that says; or `public_key` is given and has not signed it.
-        WrongUse: `public_key` is no ed25519 public key.
+        Missing: no plan, or no public key, at that path.
+        PlanRefused: it has no manifest or does not match it, or is not signed by the key of `public_key`.
+        WrongUse: `public_key` is not an ed25519 public key.
     """
     if not path.is_file():
         raise Missing(f"no plan at {path}. Build one: arcface plan build, or fetch one: arcface plan pull")
@@ -58,10 +58,10 @@ def read_plan(path: Path, public_key: Path | None = None) -> Plan:
 
 
 def read_manifest(plan: Path, public_key: Path | None = None) -> PlanManifest:
-    """The manifest of a plan file, its signature checked; the plan itself is not read.
+    """The manifest of a plan file, with its signature checked; the plan itself is not read.
 
     Raises:
-        PlanRefused: there is none, or it is damaged, of another key, or not signed by the private key.
+        PlanRefused: there is none, or it is damaged, has another key, or is not signed by the private key.
     """
     file = manifest_path(plan)
     if not file.is_file():
@@ -76,20 +76,20 @@ def read_manifest(plan: Path, public_key: Path | None = None) -> PlanManifest:
 
 
 def check_manifest(text: bytes, where: str, key: str | None = None, public_key: Path | None = None) -> PlanManifest:
-    """A manifest from what a file or a store holds under `key` (None: under no key).
+    """A manifest from the contents of a file or of a store entry under `key` (None: no key).
 
     Raises:
-        PlanRefused: damaged, of another key, or not signed as configured.
+        PlanRefused: damaged, has another key, or not signed as configured.
     """
     manifest = parse_manifest(text, where)
     if key is not None and manifest.key != key:
-        raise PlanRefused(f"{where} is the manifest of key {manifest.key}. Delete it: arcface plan gc")
+        raise PlanRefused(f"{where} is the manifest of another key, {manifest.key}. Delete it: arcface plan gc")
     check_signature(manifest, public_key, where)
     return manifest
 
 
 def check_content(path: Path, manifest: PlanManifest, where: str) -> None:
-    """Compare size, then digest, of the file at `path` with the manifest; `where` names the origin in messages.
+    """Compare size, then digest, of the file at `path` with the manifest; `where` names the plan in messages.
 
     Raises:
         PlanRefused: truncated, too long or changed.
@@ -98,7 +98,7 @@ def check_content(path: Path, manifest: PlanManifest, where: str) -> None:
     try:
         size = path.stat().st_size
     except OSError as exc:
-        raise Missing(f"plan {where} is not there ({exc.strerror}), but its manifest is. {REBUILD}") from exc
+        raise Missing(f"plan {where} is missing ({exc.strerror}), but its manifest exists. {REBUILD}") from exc
     _compare(size, lambda: file_sha256(path), manifest, where)
 
 

@@ -1,7 +1,7 @@
-"""Signatures on plan manifests (ed25519): who vouches for a plan, and since when.
+"""Ed25519 signatures on plan manifests: who vouches for a plan, and since when.
 
-The manifest holds the plan's sha256, so signing the manifest covers the plan. It holds the time of signing too, under
-the signature: a store that shows an older plan than before is noticed by it (arcface_build.plans.seen).
+The manifest holds the plan's sha256, so signing the manifest covers the plan. The signature also covers the time of
+signing, which exposes a store that serves an older plan than before (arcface_build.plans.seen).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def sign(manifest: PlanManifest, private_key: Path) -> PlanManifest:
-    """The manifest, signed now by this PEM private key (made by `openssl genpkey -algorithm ed25519`).
+    """The manifest, signed now by this PEM private key (create one with `openssl genpkey -algorithm ed25519`).
 
     Raises:
         Missing: no such file, or `cryptography` is not installed.
-        WrongUse: the file holds no ed25519 private key.
+        WrongUse: the file is not an ed25519 private key.
     """
     key = _load_private(private_key)
     public = key.public_key().public_bytes_raw().hex()
@@ -33,19 +33,19 @@ def sign(manifest: PlanManifest, private_key: Path) -> PlanManifest:
 
 
 def check_signature(manifest: PlanManifest, public_key: Path | None, where: str) -> None:
-    """Nothing where no public key is configured; else the manifest must be signed by the matching private key.
+    """Check that the matching private key signed the manifest; does nothing if no public key is configured.
 
     Raises:
         PlanRefused: unsigned, signed by another key, or changed after it was signed.
-        Missing, WrongUse: the public key file is not there or holds no ed25519 public key.
+        Missing, WrongUse: the public key file does not exist, or is not an ed25519 public key.
     """
     if public_key is None:
         return
     key = _load_public(public_key)
     if manifest.signature is None:
         raise PlanRefused(
-            f"plan {where} is unsigned, and {public_key} is configured as the key that must have signed it. "
-            "Sign it where the private key is: arcface plan push --sign-key PRIVATE.pem"
+            f"plan {where} is unsigned, but {public_key} is configured: expected its signature. "
+            "Sign it on the host with the private key: arcface plan push --sign-key PRIVATE.pem"
         )
     expected = key.public_bytes_raw().hex()
     if manifest.signature.get("public_key") != expected:

@@ -1,4 +1,4 @@
-"""What a plan is asked to be: ONNX, precision, SM, TensorRT version, profile, options in; key and file name out."""
+"""The specification of a plan, and the key and file name that follow from it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _UNITS = {"": 1, "b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "kib": 1 <
 
 @dataclass(frozen=True)
 class BuilderOptions:
-    """Switches that change the plan's bytes or speed, and so belong to its key.
+    """Options that change the plan's bytes or speed, and so are part of its key.
 
     workspace_bytes: limit of TensorRT's scratch memory pool.
-    external_tactics: False leaves out kernels of cuBLAS and cuDNN (needed where only stubs of them are installed).
-    hardware_compatible: plan also loads on other GPUs of Ampere and newer, at the price of speed.
-    same_compute_capability: plan is tuned for every card of its SM, not for the one that it was built on (TensorRT 10.9
-        or newer).
-    tf32: allow TF32 in fp32 layers; off, because fp32 drift is gated at 1e-5.
-    optimization_level: TensorRT's builder_optimization_level 0..5; None leaves TensorRT's default.
+    external_tactics: False excludes cuBLAS and cuDNN kernels (needed if only stubs of them are installed).
+    hardware_compatible: the plan also loads on other GPUs, Ampere and newer, at some cost in speed.
+    same_compute_capability: the plan is tuned for every card of its SM, not only for the one it was built on
+        (TensorRT 10.9 or newer).
+    tf32: allow TF32 in fp32 layers; off by default, because fp32 drift is gated at 1e-5.
+    optimization_level: TensorRT's builder_optimization_level 0..5; None keeps TensorRT's default.
     """
 
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
@@ -37,7 +37,7 @@ class BuilderOptions:
     same_compute_capability: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what no builder takes."""
+        """Reject values that no builder accepts."""
         _check_types(self, (int, bool, bool, bool, int | None, bool))
         if self.workspace_bytes < 1 << 20:
             raise WrongUse(
@@ -52,11 +52,11 @@ class BuilderOptions:
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """One plan, as asked for. `model` names the file; everything else decides the key.
+    """One plan as requested. `model` names the file; everything else determines the key.
 
     onnx_sha256: digest of the *typed* ONNX. sm: "8.6". tensorrt: the full version string, because a plan of another
-    version does not load. min/opt/max_batch: the one optimization profile, in faces. gpu: name of the card that it is
-    tuned for, None where it is for no one card; another card of the same SM loads it, and may run it badly.
+    version does not load. min/opt/max_batch: the single optimization profile, in faces. gpu: name of the card that it
+    is tuned for, None if not tied to one card; another card of the same SM loads it, but may run it slowly.
     """
 
     model: str
@@ -71,7 +71,7 @@ class PlanSpec:
     gpu: str | None = None
 
     def __post_init__(self) -> None:
-        """Normalise the SM; refuse what cannot be built."""
+        """Normalise the SM; reject what cannot be built."""
         _check_types(self, (str, str, str, object, str, int, int, int, BuilderOptions, str | None))
         object.__setattr__(self, "sm", parse_sm(self.sm))
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.model):
@@ -98,7 +98,7 @@ class PlanSpec:
 
     @property
     def key(self) -> str:
-        """Sha256 (hex) of the canonical JSON of everything but the model's name."""
+        """Sha256 (hex) of the canonical JSON of every field but the model's name."""
         parts = self.to_json()
         del parts["model"]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -106,7 +106,7 @@ class PlanSpec:
     def to_json(self) -> dict[str, Any]:
         """A JSON object: model, onnx_sha256, precision, sm, tensorrt, min/opt/max_batch, options, gpu.
 
-        What came later stands in it only where it says something, so that older keys and signatures stay what they are.
+        Fields added later are written only if set, so that older keys and signatures stay valid.
         """
         data = asdict(self)
         if self.gpu is None:
@@ -120,7 +120,7 @@ class PlanSpec:
         """The inverse of `to_json`.
 
         Raises:
-            WrongUse: a field is missing, unknown or impossible.
+            WrongUse: a field is missing, unknown or invalid.
         """
         try:
             return cls(**{**data, "options": BuilderOptions(**data["options"])})
@@ -129,10 +129,10 @@ class PlanSpec:
 
 
 def _check_types(value: Any, kinds: tuple[Any, ...]) -> None:
-    """Refuse fields of another type: specs come from JSON that anybody may have written.
+    """Reject fields of the wrong type: specs come from JSON that anyone may have written.
 
     Raises:
-        WrongUse: the first such field; True is no number here.
+        WrongUse: the first such field; True does not count as a number.
     """
     for one, kind in zip(fields(value), kinds, strict=True):
         got = getattr(value, one.name)
@@ -141,7 +141,7 @@ def _check_types(value: Any, kinds: tuple[Any, ...]) -> None:
 
 
 def parse_sm(text: str | float) -> str:
-    """The SM as it stands in data, "8.6", from "8.6", "86", "sm86", "sm_86", "SM 8.6", "12.0" or "120".
+    """Normalise an SM to "8.6", from "8.6", "86", "sm86", "sm_86", "SM 8.6", "12.0" or "120".
 
     Raises:
         WrongUse: not a compute capability.
@@ -154,12 +154,12 @@ def parse_sm(text: str | float) -> str:
 
 
 def sm_tag(sm: str) -> str:
-    """The SM as it stands in file names: "8.6" → "sm86"."""
+    """The SM as written in file names: "8.6" → "sm86"."""
     return "sm" + parse_sm(sm).replace(".", "")
 
 
 def parse_version(text: str) -> tuple[int, ...]:
-    """A TensorRT version as numbers: "8.6.0" → (8, 6, 0); a suffix as in 10.3.0.post1 is left out.
+    """A TensorRT version as numbers: "8.6.0" → (8, 6, 0); a suffix such as .post1 is ignored.
 
     Raises:
         WrongUse: not a version, or older than 8.6.
@@ -175,7 +175,7 @@ def parse_bytes(text: str | int) -> int:
     """Bytes from "2GB", "2048MB", "1.5 GiB" or a plain number of bytes; one GB is 2**30, as in TensorRT's options.
 
     Raises:
-        WrongUse: no number, an unknown unit, or not above 0.
+        WrongUse: not a number, an unknown unit, or not above 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
     if not match or match.group(2) not in _UNITS or float(match.group(1)) <= 0:

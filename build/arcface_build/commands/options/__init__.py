@@ -1,1 +1,1 @@
-"""What commands share: their options, the configuration behind these, and how a result is handed over."""
+"""What commands share: common options, the configuration behind them, and output."""

@@ -1,4 +1,4 @@
-"""`--models-dir` and `--model-repository`: where imported models and what Triton serves are."""
+"""`--models-dir` and `--model-repository`: where imported models and served models are."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ local_model_option = click.option(
     "--model",
     default=lambda: settings().local.model,
     show_default="local.model, else the only one",
-    help="Which of the imported models.",
+    help="Name of an imported model.",
 )
 model_repository_option = click.option(
     "--model-repository",
     type=click.Path(path_type=Path),
-    help="What Triton serves.  [default: local.model_repository, here or above]",
+    help="Folder that Triton serves.  [default: local.model_repository, here or above]",
 )
 
 
 def repository_at(given: Path | None) -> Path:
-    """The model repository that --model-repository names, else the configured one, here or in a folder above.
+    """The model repository from --model-repository, else the configured one, here or in a parent folder.
 
     Raises:
         Missing: there is none.
@@ -44,7 +44,7 @@ def repository_at(given: Path | None) -> Path:
 
 
 def with_local(models_dir: Path, model: str | None) -> EmbeddingConfig:
-    """The configuration for in-process engines; another model than the configured one has other files as well."""
+    """The configuration for in-process engines; a model other than the configured one implies other files."""
     config = settings()
     local = config.local
     if (models_dir, model) == (local.models_dir, local.model):

@@ -1,4 +1,4 @@
-"""Numbers on the command line: nan and inf are no measure, no limit and no time."""
+"""Number types for options; unlike click's own, they reject nan and inf."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 
 class FiniteNumber(click.FloatRange):
-    """A float within bounds, and finite; click's own ranges let nan through, which is smaller than no limit."""
+    """A finite float within bounds; click's own ranges accept nan, because it compares false with every bound."""
 
     name = "number"
 

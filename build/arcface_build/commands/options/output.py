@@ -1,4 +1,4 @@
-"""How a result is handed over: JSON on stdout with --json, files with --report and the like, else text."""
+"""Output options: JSON on stdout with --json, files with --report and others, else text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import click
 
 
 class NewFile(click.Path):
-    """A file that will be written at the end: whether it can be is found out before the work, not after it."""
+    """A file that will be written at the end; whether that is possible is checked before the work starts."""
 
     name = "file"
 
     def __init__(self) -> None:
-        """A path that is no folder."""
+        """A path that is not a folder."""
         super().__init__(path_type=Path, dir_okay=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
@@ -28,7 +28,7 @@ class NewFile(click.Path):
         """
         path = Path(str(super().convert(value, param, ctx)))
         folder = path.absolute().parent
-        while not folder.exists():  # what is missing is made when the file is
+        while not folder.exists():  # missing folders are created together with the file
             folder = folder.parent
         try:
             with tempfile.TemporaryFile(dir=folder):
@@ -50,14 +50,14 @@ def hand_over(
     report: Path | None = None,
     files: dict[Path | None, Callable[[], str]] | None = None,
 ) -> None:
-    """Write the files that were asked for, whole; then print the result, once.
+    """Write the requested files atomically, then print the result.
 
     Args:
-        result: what JSON can hold.
-        text: the result for a reader.
+        result: a value that JSON can represent.
+        text: the result as text for people.
         as_json: print JSON instead of text.
-        report: where JSON is written.
-        files: other files with what makes their content; None as a file: it was not asked for.
+        report: where to write JSON.
+        files: other files, each with a function that makes its content; None as a file: not requested.
     """
     from arcface_clients.atomic import new_file, write_json
 

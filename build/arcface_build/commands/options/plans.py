@@ -1,4 +1,4 @@
-"""What the `arcface plan` commands share: the options that say where plans are, and how plans are shown."""
+"""What the `arcface plan` commands share: the options for where plans are, and how plans are shown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PATH = click.Path(path_type=Path)
 
 
 def place_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --store, --cache and --public-key, and call the command with `places` instead of them."""
+    """Add --store, --cache and --public-key, and pass the command `places` instead of them."""
 
     @click.option(
         "--store", envvar="ARCFACE_PLAN_STORE", help="s3://bucket/prefix or a folder.  [default: storage.type, …]"
@@ -46,12 +46,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def megabytes(size: int) -> str:
-    """A size for readers: 87.3 MB."""
+    """A size for people: 87.3 MB."""
     return f"{size / 1e6:.1f} MB"
 
 
 def summary(manifest: PlanManifest) -> dict[str, Any]:
-    """The row of a plan: what a list shows."""
+    """A plan as a row of a list."""
     spec, drift = manifest.spec, manifest.drift
     return {
         "plan": spec.file_name,

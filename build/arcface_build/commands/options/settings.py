@@ -1,4 +1,4 @@
-"""The configuration of a command: read once, when it is first asked for, from --config or where it is looked for."""
+"""The configuration of a command, from --config or the usual places; read once, on first use."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def config_option() -> click.Option:
     return click.Option(
         ["--config"],
         type=click.Path(path_type=Path, dir_okay=False),
-        is_eager=True,  # the defaults of other options come out of it
+        is_eager=True,  # it provides the defaults of other options
         expose_value=False,
         callback=remember,
-        help="Configuration file.  [default: ARCFACE_CONFIG, else config/embedding.yaml where it is there]",
+        help="Configuration file.  [default: ARCFACE_CONFIG, else config/embedding.yaml if it exists]",
     )
 
 
@@ -41,7 +41,7 @@ def settings() -> EmbeddingConfig:
     """The configuration.
 
     Raises:
-        ConfigError: it cannot be read, or says what cannot be.
+        ConfigError: it cannot be read, or has invalid values.
     """
     from arcface_clients.config import sources
 
@@ -53,5 +53,5 @@ def settings() -> EmbeddingConfig:
 
 
 def access_to(url: str) -> Access:
-    """Headers, TLS files and compression of the configured server, for that server; nothing for any other."""
+    """Headers, TLS files and compression, if this is the configured server; nothing for any other."""
     return settings().triton.access_to(url)
