@@ -365,7 +365,7 @@ def test_host_arrays_are_not_taken_for_gpu_ones() -> None:
 
 
 def test_no_driver_and_no_such_gpu_are_told_apart(cuda, monkeypatch) -> None:
-    with pytest.raises(CudaFailed, match=r"cuDeviceGet answered 101"):
+    with pytest.raises(CudaFailed, match=r"cuDeviceGet returned 101"):
         to_gpu(FACES, device=7)
     monkeypatch.setenv(LIBRARY_VARIABLE, "/no/such/libcuda.so.1")
     driver.cache_clear()
