@@ -82,7 +82,7 @@ def test_it_is_fetched_once_said_and_found_from_then_on(packages: Path, tmp_path
     ("programs", "why"),
     [
         (None, "pip says: No matching distribution found for tritonclient==2.50.0"),
-        (("perf_client",), "tritonclient-2.50.0-py3-none-any.whl holds none"),
+        (("perf_client",), "tritonclient-2.50.0-py3-none-any.whl does not contain it"),
     ],
 )
 def test_what_cannot_be_fetched_is_said_and_leaves_nothing(

@@ -130,7 +130,7 @@ def test_a_key_that_the_report_lacks_is_refused_with_its_row(key: list[Any], say
         "report": "small",
         "figures": {"x": {"key": key, "as": "{}"}},
     }
-    with pytest.raises(Missing, match=r"small\.json does not hold 'x' of the row 'a row'") as caught:
+    with pytest.raises(Missing, match=r"small\.json lacks 'x' of the row 'a row'") as caught:
         read_row(row, tmp_path)
     assert says in str(caught.value)
 
