@@ -224,16 +224,16 @@ def test_what_proves_nothing_is_refused(text: str) -> None:
     [({"fp16": 50}, "fp16", {"fp16": 50}, None),
      ({"fp16": 48}, "fp16", {"fp16": 50}, None),
      ({"fp16": 49, "fp32": 1}, "fp16", {"fp16": 49, "fp32": 1}, None),
-     ({"fp16": 49, "fp32": 1}, "fp16", {"fp16": 50}, "was to be fp16 and holds 1 fp32"),
-     ({"fp32": 50}, "fp16", {"fp16": 50}, "was to be fp16 and holds 50 fp32"),
+     ({"fp16": 49, "fp32": 1}, "fp16", {"fp16": 50}, "should be fp16 but has 1 fp32"),
+     ({"fp32": 50}, "fp16", {"fp16": 50}, "should be fp16 but has 50 fp32"),
      ({}, "fp16", {"fp16": 50}, "the plan has no fp16 convolution or matrix product"),
-     ({"fp16": 49, "unknown": 1}, "fp16", {"fp16": 50}, "holds 1 unknown"),
+     ({"fp16": 49, "unknown": 1}, "fp16", {"fp16": 50}, "has 1 unknown"),
      ({"int8": 40, "fp16": 10}, "int8", {"int8": 40, "fp16": 10}, None),
-     ({"int8": 39, "fp16": 11}, "int8", {"int8": 40, "fp16": 10}, "holds 11 fp16"),
-     ({"int8": 40, "fp32": 10}, "int8", {"int8": 40, "fp16": 10}, "holds 10 fp32"),
+     ({"int8": 39, "fp16": 11}, "int8", {"int8": 40, "fp16": 10}, "has 11 fp16"),
+     ({"int8": 40, "fp32": 10}, "int8", {"int8": 40, "fp16": 10}, "has 10 fp32"),
      ({"fp32": 50}, "fp32", {"fp32": 50}, None),
      ({"bf16": 50}, "bf16", {"bf16": 50}, None),
-     ({"fp32": 50}, "bf16", {"bf16": 50}, "holds 50 fp32")],
+     ({"fp32": 50}, "bf16", {"bf16": 50}, "has 50 fp32")],
 )  # fmt: skip
 def test_a_plan_of_a_higher_precision_than_its_onnx_is_refused(
     plan: dict, asked: str, onnx_layers: dict, refused: str | None
