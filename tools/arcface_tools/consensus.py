@@ -236,7 +236,7 @@ def _images(
         }
         told = figures[label]
         say(
-            f"photos, {label}: {missed} of {told['photos']} without a face, {told['ms_per_photo']:.0f} ms a photo, "
+            f"photos, {label}: {missed} of {told['photos']} without a face, {told['ms_per_photo']:.0f} ms per photo, "
             f"genuine mean cosine {told['genuine_mean_cosine']:.3f}, "
             f"EER {100 * told['eer']:.2f} % of {len(pairs)} pairs"
         )

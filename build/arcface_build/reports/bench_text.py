@@ -24,7 +24,7 @@ def bench_text(result: dict[str, Any]) -> str:
         lines.append(f"  {row['median']:.3f} ({row['low']:.3f}–{row['high']:.3f})  {row['variant']} / {row['base']}")
     for row in result.get("waterfall", []):
         over = row["over_bare_us"]
-        lines.append(f"  {row['step']:26} {row['ms_per_face']['median']:8.3f} ms a face  {over['median']:+8.1f} µs")
+        lines.append(f"  {row['step']:26} {row['ms_per_face']['median']:8.3f} ms/face  {over['median']:+8.1f} µs")
     rounds = result["rounds"]
     lines.append(
         f"{len(rounds['kept'])} of {rounds['measured']} rounds kept: {result['host']['cpu']}, "
@@ -39,7 +39,7 @@ def _ensemble_told(cost: dict[str, Any]) -> str:
     """The overhead of an ensemble in words, from Triton's statistics of the same requests."""
     added, share = cost["added_ms"], cost["share_of_compute"]
     return (
-        f"the ensemble adds {added['median']:.3f} ms ({added['low']:.3f}–{added['high']:.3f}) a request to "
+        f"the ensemble adds {added['median']:.3f} ms ({added['low']:.3f}–{added['high']:.3f}) per request to "
         f"{cost['over']}: {share['median']:.4%} ({share['low']:.4%}–{share['high']:.4%}) of its compute time, "
         f"queue excluded; {added['count']} samples"
     )
