@@ -83,7 +83,7 @@ def test_inputs_outputs_and_threads_come_from_the_file_and_the_config(lookup, st
     [
         (
             lambda f: (f / "1" / "lookup.onnx").unlink(),
-            r"lookup: .*no weights at .*1/lookup\.onnx\. Put some there: arcface",
+            r"lookup: .*no weights at .*1/lookup\.onnx\. Install some: arcface",
         ),
         (
             lambda f: (f / "1" / "lookup.onnx").write_bytes(b"no"),
