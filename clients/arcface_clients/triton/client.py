@@ -80,6 +80,15 @@ class TritonClient(ABC):
         return self.served.contract_id
 
     @property
+    def contract_prefix(self) -> str | None:
+        """The first 32 digits of the contract id, as every answer has to name it; never connects.
+
+        None: nothing was asked yet, or the model does not name its contract. Where Triton was started without the
+        import's overlay, `contract_id` is None and this is known from the first answer.
+        """
+        return self._session.contract_prefix
+
+    @property
     def max_batch_size(self) -> int:
         """The most faces that go into one request."""
         return self.served.max_batch_size
