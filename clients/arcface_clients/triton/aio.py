@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from contextlib import aclosing
+from math import inf
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -93,22 +94,27 @@ class AsyncTritonEmbedder(TritonClient):
             await arun(self._session.regions.detach(), transport)
             await transport.close()
 
-    async def _known(self) -> ServedModel:
-        known = self._session.served
-        return known if known else await arun(self._session.connect(), self._opened())
+    async def _known(self, deadline_s: float = inf) -> ServedModel:
+        session = self._session
+        known = session.served
+        return known if known else await arun(session.in_time(session.connect(), deadline_s), self._opened())
 
     async def _encode(self, faces: FacesLike, norms: bool) -> Answer:
-        checked = check_in_place(faces)
-        size = (await self._known()).max_batch_size
+        checked, deadline_s = check_in_place(faces), self._session.deadline_s()
+        size = (await self._known(deadline_s)).max_batch_size
         chunks: AsyncIterator[list[Faces]] = _each([checked[i : i + size]] for i in range(0, len(checked), size))
         rows = Rows(len(checked), self._session.embedding_dim, norms)
-        async with aclosing(self._in_order(chunks, None, norms)) as answers:
+        async with aclosing(self._in_order(chunks, None, norms, deadline_s)) as answers:
             async for answer in answers:
                 rows.add(answer)
         return rows.whole
 
     async def _in_order(
-        self, chunks: AsyncIterable[list[Faces]], retry_for_s: float | None, norms: bool = False
+        self,
+        chunks: AsyncIterable[list[Faces]],
+        retry_for_s: float | None,
+        norms: bool = False,
+        deadline_s: float | None = None,
     ) -> AsyncGenerator[Answer, None]:
         """The answer to each chunk in order, `in_flight` requests under way."""
         window: deque[tuple[asyncio.Task[Answer], InferRequest]] = deque()
@@ -117,7 +123,7 @@ class AsyncTritonEmbedder(TritonClient):
                 transport = self._opened()
                 await arun(self._session.welcome(chunk), transport)
                 request = self._session.prepare(chunk, transport.pack, norms)
-                window.append((asyncio.create_task(self._embed(request, retry_for_s)), request))
+                window.append((asyncio.create_task(self._embed(request, retry_for_s, deadline_s)), request))
                 while window and (len(window) == self.options.in_flight or window[0][0].done()):
                     answer = await window[0][0]
                     window.popleft()
@@ -133,8 +139,10 @@ class AsyncTritonEmbedder(TritonClient):
             for _, request in window:
                 self._session.drop(request)
 
-    async def _embed(self, request: InferRequest, retry_for_s: float | None) -> Answer:
-        return await arun(self._session.embed(request, retry_for_s), self._opened())
+    async def _embed(self, request: InferRequest, retry_for_s: float | None, deadline_s: float | None) -> Answer:
+        session = self._session
+        deadline_s = session.deadline_s() if deadline_s is None else deadline_s
+        return await arun(session.in_time(session.embed(request, retry_for_s), deadline_s), self._opened())
 
     def _opened(self) -> AsyncTransport:
         here = (os.getpid(), asyncio.get_running_loop())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import chain, islice
+from math import inf
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -69,14 +70,14 @@ class TritonEmbedder(TritonClient):
         return answer.embeddings, answer.norms
 
     def _encode(self, faces: FacesLike, norms: bool) -> Answer:
-        checked = check_in_place(faces)
-        size = self._known().max_batch_size
+        checked, deadline_s = check_in_place(faces), self._session.deadline_s()
+        size = self._known(deadline_s).max_batch_size
         chunks = ([checked[i : i + size]] for i in range(0, len(checked), size))
         if 0 < len(checked) <= size:
-            (answer,) = self._in_order(chunks, None, norms)
+            (answer,) = self._in_order(chunks, None, norms, deadline_s)
             return answer.owned()
         rows = Rows(len(checked), self._session.embedding_dim, norms)
-        for answer in self._in_order(chunks, None, norms):
+        for answer in self._in_order(chunks, None, norms, deadline_s):
             rows.add(answer)
         return rows.whole
 
@@ -124,8 +125,9 @@ class TritonEmbedder(TritonClient):
         if self._finalizer.detach():
             self._live.end(wait=True)
 
-    def _known(self) -> ServedModel:
-        return self._session.served or run(self._session.connect(), self._transport())
+    def _known(self, deadline_s: float = inf) -> ServedModel:
+        session = self._session
+        return session.served or run(session.in_time(session.connect(), deadline_s), self._transport())
 
     def _streamed(self, items: Iterable[FacesLike], stream: Stream, retry_for_s: float) -> Iterator[FloatArray]:
         chunks = chain(chain.from_iterable(map(stream.take, items)), _later(stream.rest))
@@ -134,19 +136,28 @@ class TritonEmbedder(TritonClient):
         yield from stream.finished()
 
     def _in_order(
-        self, chunks: Iterable[list[Faces]], retry_for_s: float | None, norms: bool = False
+        self,
+        chunks: Iterable[list[Faces]],
+        retry_for_s: float | None,
+        norms: bool = False,
+        deadline_s: float | None = None,
     ) -> Iterator[Answer]:
-        """The answer to each chunk in order, `in_flight` requests under way; a lone chunk goes out on this thread."""
+        """The answer to each chunk in order, `in_flight` requests under way; a lone chunk goes out on this thread.
+
+        `deadline_s`: of all of them; None: each has `total_timeout_s` for itself.
+        """
         requests, in_flight = (self._prepared(chunk, norms) for chunk in chunks), self.options.in_flight
         head = list(islice(requests, 2))
         if len(head) < 2:
             for request in head:
-                yield self._embed(request, retry_for_s)
+                yield self._embed(request, retry_for_s, deadline_s)
             return
         window: deque[tuple[Future[Answer], InferRequest]] = deque()
         try:
             for request in chain(head, requests):
-                window.append((self._live.workers(in_flight).submit(self._embed, request, retry_for_s), request))
+                window.append(
+                    (self._live.workers(in_flight).submit(self._embed, request, retry_for_s, deadline_s), request)
+                )
                 while window and (len(window) == in_flight or window[0][0].done()):
                     yield window.popleft()[0].result()
             while window:
@@ -161,8 +172,10 @@ class TritonEmbedder(TritonClient):
         run(self._session.welcome(parts), transport)
         return self._session.prepare(parts, transport.pack, norms)
 
-    def _embed(self, request: InferRequest, retry_for_s: float | None = None) -> Answer:
-        return run(self._session.embed(request, retry_for_s), self._transport())
+    def _embed(self, request: InferRequest, retry_for_s: float | None, deadline_s: float | None) -> Answer:
+        session = self._session
+        deadline_s = session.deadline_s() if deadline_s is None else deadline_s
+        return run(session.in_time(session.embed(request, retry_for_s), deadline_s), self._transport())
 
     def _transport(self) -> Transport:
         return self._live.transport()

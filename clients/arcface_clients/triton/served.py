@@ -10,6 +10,7 @@ from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, O
 from arcface_clients.errors import ConfigError
 
 UNLIMITED_BATCH = 64  # what is sent at once to a model that states no limit (max_batch_size 0, batch in its dims)
+MAX_SIZE = 65_536  # of a batch and of an embedding; what is stated beyond is a slip or a lie, and would be allocated
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ def served_model(name: str, configs: Sequence[Mapping[str, Any]]) -> ServedModel
             "Put an imported model there: arcface import SOURCE"
         )
     width = (_dims(_tensor(leaf, "output", EMBEDDING_OUTPUT) or embedding) or [-1])[-1]
+    if not (0 <= max_batch_size <= MAX_SIZE and width <= MAX_SIZE):
+        raise ConfigError(
+            f"the model {name!r} states max_batch_size {max_batch_size} and embeddings of {width} numbers; expected "
+            f"neither to be above {MAX_SIZE}. Look at its config.pbtxt"
+        )
     parameters = leaf.get("parameters", {})
     return ServedModel(
         name=name,

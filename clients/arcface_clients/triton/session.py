@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,9 @@ from arcface_clients.triton.answer import Answer, Tensors, checked_contract, che
 from arcface_clients.triton.memory.regions import Regions
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.options import ClientOptions
-from arcface_clients.triton.sansio import CONTROL_TIMEOUT_S, Steps, backoff_s
+from arcface_clients.triton.sansio import CONTROL_TIMEOUT_S, Steps, T, backoff_s, within
 from arcface_clients.triton.served import ServedModel, next_step, served_model
+from arcface_clients.triton.transports import refusals
 
 MAX_ENSEMBLE_DEPTH = 8
 RECHECK_AFTER_S = 1.0  # a server that was not asked for longer may have been restarted with another model
@@ -62,7 +64,7 @@ class Session:
         self.served: ServedModel | None = None
         self.embedding_dim = 0
         self.regions = Regions(options)
-        self._last_answer_s = -float("inf")
+        self._last_answer_s = -inf
         self._contract_lock = threading.Lock()
         self._contract_row: npt.NDArray[np.int32] | None = None  # what each row has to name itself
         self._told = False  # the caller knows the contract: from its id, or from embeddings
@@ -71,7 +73,7 @@ class Session:
         """Read the model's configuration down its ensembles and check its contract (unchanged, when it was known).
 
         Raises:
-            ServerUnreachable, ModelNotReady, DeadlineExceeded: it cannot answer.
+            ServerUnreachable, ModelNotReady, DeadlineExceeded, InvalidAnswer: it cannot answer.
             ConfigError: the model does not follow the tensor contract, or shared memory is demanded and impossible.
             ContractMismatch: its contract is not the expected one, or has changed since the first connection.
         """
@@ -79,8 +81,10 @@ class Session:
         name: str | None = self.options.model
         while name and len(configs) < MAX_ENSEMBLE_DEPTH:
             configs.append((yield "model_config", name, min(self.options.timeout_s, CONTROL_TIMEOUT_S)))
-            name = next_step(configs[-1])
-        served = served_model(self.options.model, configs)
+            with refusals.damage_is_no_answer(self.address, name):
+                name = next_step(configs[-1])
+        with refusals.damage_is_no_answer(self.address, self.options.model):
+            served = served_model(self.options.model, configs)
         self._accept(served)
         if not self.embedding_dim:
             self.embedding_dim = served.embedding_dim or (yield from self._probe_width())
@@ -139,6 +143,15 @@ class Session:
         slot, request.slot = request.slot, None
         if slot:
             self.regions.pool.give(slot)
+
+    def deadline_s(self) -> float:
+        """When a call that begins now has to be done, by the monotonic clock."""
+        total_s = self.options.total_timeout_s
+        return inf if total_s is None else time.monotonic() + total_s
+
+    def in_time(self, steps: Steps[T], deadline_s: float) -> Steps[T]:
+        """An exchange of this session that ends by then, with DeadlineExceeded if need be."""
+        return within(steps, deadline_s, self._too_late) if deadline_s < inf else steps
 
     def embed(self, request: InferRequest, retry_for_s: float | None = None) -> Steps[Answer]:
         """The answer to a request. A server or model that is not there is asked again for `retry_for_s`.
@@ -223,6 +236,12 @@ class Session:
         body = yield "pack", self.options.model, [np.zeros((1, *FACE_SHAPE), np.uint8)], (EMBEDDING_OUTPUT,)
         tensors: Tensors = yield "infer", self.options.model, body, self.options.timeout_s
         return int(tensors[EMBEDDING_OUTPUT].shape[1])
+
+    def _too_late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"{self._who} did not give all answers within total_timeout_s = {self.options.total_timeout_s:g} s. "
+            "Raise it, or send fewer faces at once"
+        )
 
     @property
     def _who(self) -> str:

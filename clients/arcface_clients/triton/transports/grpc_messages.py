@@ -17,7 +17,7 @@ from arcface_clients.triton.transports import refusals
 
 INFER_METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _MESSAGE_LIMIT = 2**31 - 1  # gRPC's own default of 4 MB is less than 128 faces
-CHANNEL_OPTIONS = [
+_CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", _MESSAGE_LIMIT),
     ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
     ("grpc.use_local_subchannel_pool", 1),  # one TCP connection for each client, not one for the process
@@ -28,6 +28,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 2000),  # gRPC would wait up to two minutes for a restarted server
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.client_idle_timeout_ms", 60_000),  # an idle connection is ended: what stands between may have forgotten it
 ]
 _UNREACHABLE = (
     "failed to connect",
@@ -64,6 +65,11 @@ def drivers() -> tuple[Any, Any, Any]:
             f"gRPC needs the package tritonclient ({exc}): pip install 'tritonclient[grpc]'"
         ) from exc
     return grpc, service_pb2, service_pb2_grpc
+
+
+def channel_options(connection: Connection) -> list[tuple[str, int]]:
+    """Options of a channel to this server; one on this host is never asked for through http_proxy."""
+    return [*_CHANNEL_OPTIONS, *[("grpc.enable_http_proxy", 0)] * connection.address.loopback]
 
 
 def credentials(connection: Connection) -> Any | None:

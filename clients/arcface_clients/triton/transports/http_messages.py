@@ -26,8 +26,6 @@ T = TypeVar("T")
 Read = Callable[[str | None, bytes], T]
 """What makes something of a reply's header `HEADER_LENGTH` and body; raises InvalidAnswer where that cannot be."""
 _BUSY = (429, 502, 503, 504)  # also what a proxy says whose server is gone
-# What JSON of the wrong shape raises in the hands of someone who expects the right one.
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 
 
 class Request(NamedTuple):
@@ -112,7 +110,7 @@ def unpack(
             offset += size
         else:
             right = offset == len(body) and (written or EMBEDDING_OUTPUT in tensors)
-    except _MALFORMED as exc:
+    except refusals.MALFORMED as exc:
         raise refusals.no_answer(
             connection.address, model, f"{len(body)} bytes that are no inference reply ({_began(body)})"
         ) from exc
@@ -127,7 +125,7 @@ def translated(connection: Connection, model: str, status: int, body: bytes) -> 
     """The error of ours for a status that is not 200."""
     try:
         words = json.loads(body)["error"]
-    except _MALFORMED:
+    except refusals.MALFORMED:
         words = body[:200].decode(errors="replace").strip() or "no reason given"
     return refusals.refused(connection.address, model, f"HTTP {status}", str(words), busy=status in _BUSY)
 
@@ -147,7 +145,7 @@ def config_json(connection: Connection, model: str, body: bytes) -> dict[str, An
         config = json.loads(body)
         if config["name"] == model and isinstance(config, dict):
             return config
-    except _MALFORMED as exc:
+    except refusals.MALFORMED as exc:
         raise refusals.no_answer(connection.address, model, f"no model configuration ({_began(body)})") from exc
     raise refusals.no_answer(connection.address, model, f"the configuration of another model ({_began(body)})")
 
@@ -168,7 +166,7 @@ def region_names(connection: Connection, body: bytes) -> list[str]:
     """
     try:
         return [str(region["name"]) for region in json.loads(body or b"[]")]
-    except _MALFORMED as exc:
+    except refusals.MALFORMED as exc:
         got = f"no list of regions ({_began(body)})"
         raise refusals.no_answer(connection.address, "shared memory", got) from exc
 

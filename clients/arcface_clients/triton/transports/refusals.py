@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from arcface_clients.errors import (
     ArcFaceError,
     ClientUnusable,
@@ -25,6 +28,8 @@ _NOT_READY = (
     "is not healthy",  # the process behind a Python model died; Triton starts it again
     "stub process",
 )
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
+"""What an answer of the wrong shape raises in the hands of someone who expects the right one."""
 _OVERLOADED = ("exceeds maximum queue size", "request timeout expired")
 
 
@@ -72,6 +77,17 @@ def no_answer(address: Address, model: str, got: str) -> InvalidAnswer:
         f"asked for {model!r}, {address} answered with {got}; expected a Triton server's answer to this request. "
         "Look at what stands at that address, or between: arcface doctor"
     )
+
+
+@contextmanager
+def damage_is_no_answer(address: Address, model: str) -> Iterator[None]:
+    """Whoever trips, while reading a configuration, over what no Triton server writes raises InvalidAnswer."""
+    try:
+        yield
+    except ArcFaceError:
+        raise
+    except MALFORMED as exc:
+        raise no_answer(address, model, f"a damaged configuration ({type(exc).__name__}: {exc})") from exc
 
 
 def wrong_answer(address: Address, model: str, got: str) -> InferenceFailed:
