@@ -14,6 +14,7 @@ from arcface_clients.arrays import Array
 from arcface_clients.contract import FACE_INPUT
 from arcface_clients.errors import (
     ConfigError,
+    ContractMismatch,
     GateFailed,
     InferenceFailed,
     InvalidFaces,
@@ -139,6 +140,7 @@ def measure_parity(
     skipped: dict[str, str] = {}
     reference: Array | None = None
     contract: str | None = None
+    named: str | None = None  # what the rows of the first model say, where the server was started without the overlays
     for model in sorted(models, key=lambda name: name != REFERENCE):
         progress(model)
         with TritonEmbedder(
@@ -159,6 +161,7 @@ def measure_parity(
                 if model == REFERENCE:
                     raise
                 broken = str(exc)
+            named = _one_contract(model, named, embedder.contract_prefix)
         if model == REFERENCE:
             reference = embeddings
         contract = contract or served.contract_id
@@ -244,6 +247,20 @@ def render_table(report: ParityReport) -> str:
         "  ".join(cell.rjust(width) if i in (1, 2, 3) else cell.ljust(width) for i, (cell, width) in columns).rstrip()
         for columns in (list(enumerate(zip(line, widths, strict=True))) for line in lines)
     )
+
+
+def _one_contract(model: str, before: str | None, now: str | None) -> str | None:
+    """What the rows of all models name, so far as they do.
+
+    Raises:
+        ContractMismatch: two things.
+    """
+    if before and now and before != now:
+        raise ContractMismatch(
+            f"rows of {model!r} are of contract {now[:12]}, those before of {before[:12]}: expected one model "
+            "behind all backends. Import it again: arcface import SOURCE"
+        )
+    return before or now
 
 
 def _faces(faces: Array | None, faces_from: str | Path | None) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 
 from arcface_clients.arrays import Array
 from arcface_clients.triton.address import Connection
+from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import grpc_messages as messages
 from arcface_clients.triton.transports import refusals
@@ -24,7 +25,7 @@ class GrpcTransport:
         self._metadata = tuple((key.lower(), value) for key, value in connection.headers.items())
         self._closed = threading.Event()
         self._rpc_error = grpc.RpcError
-        options, target = messages.CHANNEL_OPTIONS, connection.address.target
+        options, target = messages.channel_options(connection), connection.address.target
         credentials, compression = messages.credentials(connection), messages.compression(connection)
         if credentials is None:
             self._channel = grpc.insecure_channel(target, options, compression)
@@ -35,20 +36,22 @@ class GrpcTransport:
             messages.INFER_METHOD, response_deserializer=self._pb.ModelInferResponse.FromString
         )
 
-    def pack(self, model: str, parts: Sequence[Array]) -> bytes:
+    def pack(self, model: str, parts: Sequence[Array], outputs: Sequence[str]) -> bytes:
         """A serialized ModelInferRequest."""
-        return messages.pack(model, parts)
+        return messages.pack(model, parts, outputs)
 
-    def infer(self, model: str, body: bytes, timeout_s: float) -> Array:
-        """Embeddings float32 (N,D), read-only."""
+    def infer(self, model: str, body: bytes, timeout_s: float) -> Tensors:
+        """The outputs asked for, read-only."""
         with self._errors(model, timeout_s):
             reply = self._infer(body, timeout=timeout_s, metadata=self._metadata)
         return messages.unpack(self._connection, model, reply)
 
-    def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+    def infer_shared(self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float) -> Tensors:
         """Faces and embeddings stay in the slot."""
+        body = messages.pack_shared(model, slot, count, outputs)
         with self._errors(model, timeout_s):
-            self._infer(messages.pack_shared(model, slot, count), timeout=timeout_s, metadata=self._metadata)
+            reply = self._infer(body, timeout=timeout_s, metadata=self._metadata)
+        return messages.unpack(self._connection, model, reply, in_slot=(count, slot.embedding_dim))
 
     def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
@@ -73,7 +76,7 @@ class GrpcTransport:
         """The served configuration; int64 values are strings, as protobuf's JSON has them."""
         with self._errors(model, timeout_s):
             reply = self._call("ModelConfig", self._pb.ModelConfigRequest(name=model), timeout_s)
-        return messages.config_json(reply)
+        return messages.config_json(self._connection, model, reply)
 
     def sleep(self, seconds: float) -> None:
         """Wait; returns early when closed."""

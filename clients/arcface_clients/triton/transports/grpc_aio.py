@@ -9,6 +9,7 @@ from typing import Any
 
 from arcface_clients.arrays import Array
 from arcface_clients.triton.address import Connection
+from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import grpc_messages as messages
 from arcface_clients.triton.transports import refusals
@@ -24,7 +25,7 @@ class AsyncGrpcTransport:
         self._metadata = tuple((key.lower(), value) for key, value in connection.headers.items())
         self._closed = False
         self._rpc_error = grpc.RpcError
-        options, target = messages.CHANNEL_OPTIONS, connection.address.target
+        options, target = messages.channel_options(connection), connection.address.target
         credentials, compression = messages.credentials(connection), messages.compression(connection)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options, compression)
@@ -35,20 +36,24 @@ class AsyncGrpcTransport:
             messages.INFER_METHOD, response_deserializer=self._pb.ModelInferResponse.FromString
         )
 
-    def pack(self, model: str, parts: Sequence[Array]) -> bytes:
+    def pack(self, model: str, parts: Sequence[Array], outputs: Sequence[str]) -> bytes:
         """A serialized ModelInferRequest."""
-        return messages.pack(model, parts)
+        return messages.pack(model, parts, outputs)
 
-    async def infer(self, model: str, body: bytes, timeout_s: float) -> Array:
-        """Embeddings float32 (N,D), read-only."""
+    async def infer(self, model: str, body: bytes, timeout_s: float) -> Tensors:
+        """The outputs asked for, read-only."""
         with self._errors(model, timeout_s):
             reply = await self._infer(body, timeout=timeout_s, metadata=self._metadata)
         return messages.unpack(self._connection, model, reply)
 
-    async def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+    async def infer_shared(
+        self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float
+    ) -> Tensors:
         """Faces and embeddings stay in the slot."""
+        body = messages.pack_shared(model, slot, count, outputs)
         with self._errors(model, timeout_s):
-            await self._infer(messages.pack_shared(model, slot, count), timeout=timeout_s, metadata=self._metadata)
+            reply = await self._infer(body, timeout=timeout_s, metadata=self._metadata)
+        return messages.unpack(self._connection, model, reply, in_slot=(count, slot.embedding_dim))
 
     async def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
@@ -73,7 +78,7 @@ class AsyncGrpcTransport:
         """The served configuration; int64 values are strings, as protobuf's JSON has them."""
         with self._errors(model, timeout_s):
             reply = await self._call("ModelConfig", self._pb.ModelConfigRequest(name=model), timeout_s)
-        return messages.config_json(reply)
+        return messages.config_json(self._connection, model, reply)
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""
