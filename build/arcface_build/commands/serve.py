@@ -124,6 +124,11 @@ class Shell:
         """Nothing is said yet."""
         self._as_json = as_json
 
+    def warned(self, text: str) -> None:
+        """In yellow, whatever is asked for."""
+        line = click.style(text, fg="yellow", bold=True)
+        (terminal.complaint if self._as_json else click.echo)(line)
+
     def chosen(self, line: str) -> None:
         """What will serve, and why."""
         _say(line, self._as_json)
@@ -137,11 +142,10 @@ class Shell:
         alone = "" if with_reference else "\nno reference is loaded: nothing was compared with InsightFace"
         hand_over(result, lambda: render_table(report) + alone, self._as_json)
 
-    def failed(self, report: ParityReport, instead: str | None) -> None:
+    def failed(self, why: str, instead: str | None) -> None:
         """In red: a backend is not served."""
-        failed = "; ".join(f"{row.model} {row.gate}" for row in report.rows if not row.passed)
         following = f"serving {instead} instead" if instead else "no fallback is left"
-        terminal.complaint(click.style(f"VALIDATION FAILED: {failed}; {following}", fg="red", bold=True))
+        terminal.complaint(click.style(f"{why}; {following}", fg="red", bold=True))
 
     def serving(self, server: TritonProcess) -> None:
         """How to use it and how to end it."""

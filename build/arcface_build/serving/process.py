@@ -340,6 +340,12 @@ def reason_in_log(path: Path) -> str:
     if library:
         return f"it needs {library}, which this host has not. Install it, or use the NGC container: docker-compose up"
     text = path.read_text(errors="replace") if path.is_file() else ""
+    older = re.search(r"mapped from non-existing output (\w+) in model (\w+)", text)
+    if older:
+        return (
+            f"the weights in {older[2]} come from an older import: they have no output {older[1]!r}. "
+            f"Import the same source again: arcface import SOURCE (log: {path})"
+        )
     reasons = re.findall(r"failed to load '(\w+)' version \d+: \w+(?: \w+)*: (.+)", text)
     if reasons:
         told = {model: _first_line(reason) for model, reason in reasons}
