@@ -27,9 +27,8 @@ from arcface_build.serving.process import (
     TritonProcess,
     arguments,
     free_ports,
-    reason_in_log,
-    reason_of_end,
 )
+from arcface_build.serving.reasons import reason_in_log, reason_of_end
 from arcface_build.serving.run import Interrupt, wait_for_the_end
 from conftest import copy_repository
 from tiny_model import write_model

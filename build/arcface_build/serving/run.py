@@ -24,7 +24,8 @@ from arcface_build.repository.mend import mend
 from arcface_build.repository.versions import serves_demo, versions
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
-from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess, reason_of_end
+from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess
+from arcface_build.serving.reasons import reason_of_end
 from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
 from arcface_build.serving.variant import take_best_variant
 from arcface_clients.checks.parity import ParityReport, measure_parity

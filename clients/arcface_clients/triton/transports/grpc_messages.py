@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -64,6 +64,11 @@ def drivers() -> tuple[Any, Any, Any]:
             f"gRPC needs the package tritonclient ({exc}): pip install 'tritonclient[grpc]'"
         ) from exc
     return grpc, service_pb2, service_pb2_grpc
+
+
+def metadata(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Headers as gRPC wants them."""
+    return tuple((key.lower(), value) for key, value in headers.items())
 
 
 def credentials(connection: Connection) -> Any | None:

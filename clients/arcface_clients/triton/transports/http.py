@@ -16,6 +16,7 @@ from typing import Any
 from arcface_clients.arrays import Array
 from arcface_clients.errors import InferenceFailed
 from arcface_clients.triton.address import Connection
+from arcface_clients.triton.admin_key import admin_headers
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import http_messages as messages
 from arcface_clients.triton.transports import refusals
@@ -53,18 +54,29 @@ class HttpTransport:
         """Make a slot known to the server."""
         path = messages.region_path(slot.name, "register")
         try:
-            self._ask("shared memory", "POST", path, timeout_s, messages.register_body(slot))
+            self._ask(
+                "shared memory", "POST", path, timeout_s, messages.register_body(slot), admin_headers(self._connection)
+            )
         except InferenceFailed as exc:
             if "already" not in str(exc):
                 raise
 
     def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
-        self._ask("shared memory", "POST", messages.region_path(name, "unregister"), timeout_s)
+        self._ask(
+            "shared memory",
+            "POST",
+            messages.region_path(name, "unregister"),
+            timeout_s,
+            None,
+            admin_headers(self._connection),
+        )
 
     def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
-        _, reply = self._ask("shared memory", "GET", f"/v2/{memory}sharedmemory/status", timeout_s)
+        _, reply = self._ask(
+            "shared memory", "GET", f"/v2/{memory}sharedmemory/status", timeout_s, None, admin_headers(self._connection)
+        )
         return messages.region_names(reply)
 
     def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
@@ -85,6 +97,12 @@ class HttpTransport:
             connection.close()
         for connection in busy:
             _cut(connection)  # its own thread then closes it
+
+    def _ask_restricted(
+        self, method: str, path: str, timeout_s: float, body: bytes | None = None
+    ) -> tuple[str | None, bytes]:
+        headers = admin_headers(self._connection)
+        return self._ask("shared memory", method, path, timeout_s, body, headers)
 
     def _ask(
         self,
