@@ -29,7 +29,8 @@ from arcface_build.serving.process import (
     free_ports,
 )
 from arcface_build.serving.reasons import reason_in_log, reason_of_end
-from arcface_build.serving.run import Interrupt, wait_for_the_end
+from arcface_build.serving.run import Interrupt
+from arcface_build.serving.watch import watch
 from conftest import copy_repository
 from tiny_model import write_model
 
@@ -113,7 +114,7 @@ def test_a_signal_is_not_lost_where_python_drops_its_exception(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", lambda dropped: None)
     Finalised()  # the KeyboardInterrupt that is raised in there reaches nobody
     with pytest.raises(KeyboardInterrupt):
-        wait_for_the_end(server, interrupt)
+        watch(server, server, interrupt)
 
 
 class Asleep:
@@ -121,6 +122,9 @@ class Asleep:
 
     def wait(self, timeout_s: float) -> None:
         time.sleep(timeout_s / 100)
+
+    def beats(self) -> bool:
+        return True
 
 
 def test_the_server_ends_when_serve_is_killed(triton_binary, own_repository):

@@ -123,6 +123,7 @@ class Shell:
     def __init__(self, as_json: bool) -> None:
         """Nothing is said yet."""
         self._as_json = as_json
+        self._told = False
 
     def warned(self, text: str) -> None:
         """In yellow, whatever is asked for."""
@@ -140,6 +141,10 @@ class Shell:
         urls = {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}
         result = {"backend": choice.backend, "reason": choice.reason, "urls": urls, "parity": report.to_json()}
         alone = "" if with_reference else "\nno reference is loaded: nothing was compared with InsightFace"
+        if self._as_json and self._told:  # one document, however often the server is started again
+            terminal.notice(render_table(report))
+            return
+        self._told = True
         hand_over(result, lambda: render_table(report) + alone, self._as_json)
 
     def failed(self, why: str, instead: str | None) -> None:

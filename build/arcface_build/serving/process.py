@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shlex
 import signal
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
@@ -30,6 +32,7 @@ from arcface_clients.errors import WrongUse
 from arcface_clients.triton.admin_key import VARIABLE
 
 STOP_SECONDS = 15.0
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a server of this host is behind no proxy
 # p50 … p99.9 over the last minute; without it Triton has sums only. Wanted by an alert of deploy/prometheus/rules.yml.
 LATENCY_QUANTILES = "--metrics-config=summary_latencies=true"
 # Run before tritonserver takes its place: asks Linux (PR_SET_PDEATHSIG = 1) to end it when we are killed ourselves, so
@@ -239,6 +242,8 @@ class TritonProcess:
             line += guard_options(self._key)
             self._key_files = keep_key((self.ports.http, self.ports.grpc), self._key)
             self._hidden = False
+        if self.log_path.exists():  # what the one before said last
+            self.log_path.replace(self.log_path.with_suffix(".previous.log"))
         with self.log_path.open("wb") as log:
             try:
                 self._child = subprocess.Popen(
@@ -269,7 +274,7 @@ class TritonProcess:
                 self.stop()
                 raise ServerFailed(f"tritonserver cannot load its models: {reason_in_log(self.log_path)}")
             try:
-                with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2):
+                with _OPENER.open(f"http://{self.http_url}/v2/health/ready", timeout=2):
                     answering = pid_listening_on(self.ports.http)
                 if answering is None or os.getpgid(answering) == self._child.pid:  # None: /proc does not tell
                     return
@@ -278,6 +283,15 @@ class TritonProcess:
                 time.sleep(0.1)
         self.stop()
         raise ServerFailed(f"tritonserver was not ready after {timeout_s:g} s. Its log: {self.log_path}")
+
+    def ask(self, path: str, timeout_s: float) -> Any:
+        """The JSON of an HTTP path of the server.
+
+        Raises:
+            OSError, ValueError: no answer, or none that is JSON.
+        """
+        with _OPENER.open(f"http://{self.http_url}{path}", timeout=timeout_s) as answer:
+            return json.load(answer)
 
     def _hide_key(self) -> None:
         """Take the key out of the command line as soon as Triton has read it."""

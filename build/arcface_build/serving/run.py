@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
@@ -25,9 +26,9 @@ from arcface_build.repository.versions import serves_demo, versions
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
 from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess
-from arcface_build.serving.reasons import reason_of_end
 from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
 from arcface_build.serving.variant import take_best_variant
+from arcface_build.serving.watch import RESTARTS, RESTARTS_WITHIN_S, Pulse, Restarts, patience_s, watch
 from arcface_clients.checks.parity import ParityReport, measure_parity
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import GateFailed, Missing
@@ -97,13 +98,37 @@ class Interrupt:
 def serve(asked: ServeRequest, config: EmbeddingConfig, audience: Audience, interrupt: Interrupt) -> bool:
     """Serve until interrupted (with `once` until proved); returns whether the gates were passed.
 
-    A backend that does not load or fails its gate is stopped, and the next of `fallback.chain` is served.
+    A backend that does not load or fails its gate is stopped, and the next of `fallback.chain` is served. A server that
+    ends or hangs is started again, as if for the first time: whatever is in the repository by then is proved anew.
 
     Raises:
-        Missing: weights, a program or a port is not there, or the server ended by itself.
+        Missing: weights, a program or a port is not there, or the server ended by itself too often.
         GateFailed: no backend passed.
     """
     asked.ports.check_free(asked.host)  # before any work
+    restarts = Restarts()
+    try:
+        while True:
+            try:
+                return _serve(asked, config, audience, interrupt, restarts)
+            except ServerFailed as exc:
+                if not restarts.served:
+                    raise
+                pause_s = restarts.pause_s()
+                if pause_s is None:
+                    raise ServerFailed(f"given up after {RESTARTS} restarts in {RESTARTS_WITHIN_S:g} s: {exc}") from exc
+                audience.warned(f"RESTART in {pause_s:g} s: {exc}")
+                time.sleep(pause_s)
+    except KeyboardInterrupt:
+        if restarts.served:  # it is how one ends it
+            return True
+        raise
+
+
+def _serve(
+    asked: ServeRequest, config: EmbeddingConfig, audience: Audience, interrupt: Interrupt, restarts: Restarts
+) -> bool:
+    """One life of the server, from the choice of its backend to its end."""
     choice, with_reference = _prepare(asked, config, audience)
     binary = find_tritonserver()
     audience.chosen(f"tritonserver {binary.origin}")
@@ -142,28 +167,20 @@ def serve(asked: ServeRequest, config: EmbeddingConfig, audience: Audience, inte
             if asked.once:
                 return report.passed
             if report.passed or name == "reference":
-                with suppress(KeyboardInterrupt):  # from here on it is how one ends it
-                    audience.serving(server)
-                    wait_for_the_end(server, interrupt)
-                return True
+                restarts.served = True
+                audience.serving(server)
+                served = next(row for row in report.rows if row.model == "arcface")
+                with closing(Pulse(server, asked.faces_bgr_u8[:1], patience_s(served.faces_per_s))) as pulse:
+                    try:
+                        watch(server, pulse, interrupt)
+                    except ServerFailed:
+                        server.kill()  # one that hangs would not finish its requests either
+                        raise
             failed = "; ".join(f"{row.model} {row.gate}" for row in report.rows if not row.passed)
             audience.failed(f"VALIDATION FAILED: {failed}", instead)
     raise GateFailed(
         "no backend passed its gate, nothing is served. See which faces: arcface compare; go back: arcface rollback"
     )
-
-
-def wait_for_the_end(server: TritonProcess, interrupt: Interrupt) -> NoReturn:
-    """Wait until the server ends by itself, which it should not, or until we are interrupted.
-
-    Raises:
-        KeyboardInterrupt: interrupted.
-        ServerFailed: the server ended.
-    """
-    while (status := server.wait(timeout_s=1.0)) is None:
-        if interrupt.came:
-            raise KeyboardInterrupt
-    raise ServerFailed(f"tritonserver ended by itself {reason_of_end(status, server.log_path)}")
 
 
 def log_path(repository: Path, http_port: int) -> Path:

@@ -25,7 +25,7 @@ class GrpcTransport:
         self._metadata = messages.metadata(connection.headers)
         self._closed = threading.Event()
         self._rpc_error = grpc.RpcError
-        options, target = messages.CHANNEL_OPTIONS, connection.address.target
+        options, target = messages.channel_options(connection), connection.address.target
         credentials, compression = messages.credentials(connection), messages.compression(connection)
         if credentials is None:
             self._channel = grpc.insecure_channel(target, options, compression)

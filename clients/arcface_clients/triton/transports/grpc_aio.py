@@ -25,7 +25,7 @@ class AsyncGrpcTransport:
         self._metadata = messages.metadata(connection.headers)
         self._closed = False
         self._rpc_error = grpc.RpcError
-        options, target = messages.CHANNEL_OPTIONS, connection.address.target
+        options, target = messages.channel_options(connection), connection.address.target
         credentials, compression = messages.credentials(connection), messages.compression(connection)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options, compression)

@@ -13,7 +13,7 @@ from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, DependencyMissing
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.memory.cuda import CudaSlot
-from arcface_clients.triton.memory.system import Slot, memory_of
+from arcface_clients.triton.memory.system import Slot, is_local, memory_of
 from arcface_clients.triton.transports import refusals
 
 INFER_METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -64,6 +64,11 @@ def drivers() -> tuple[Any, Any, Any]:
             f"gRPC needs the package tritonclient ({exc}): pip install 'tritonclient[grpc]'"
         ) from exc
     return grpc, service_pb2, service_pb2_grpc
+
+
+def channel_options(connection: Connection) -> list[tuple[str, int]]:
+    """Of every channel; one to this host never goes through a proxy, whatever http_proxy says."""
+    return [*CHANNEL_OPTIONS, *([("grpc.enable_http_proxy", 0)] if is_local(connection.address.host) else [])]
 
 
 def metadata(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
