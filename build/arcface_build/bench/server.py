@@ -12,7 +12,8 @@ from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.listener import pid_listening_on
 from arcface_build.serving.process import TritonProcess, free_ports
 from arcface_clients.errors import WrongUse
-from arcface_clients.triton.address import Access
+from arcface_clients.triton.address import Access, Address
+from arcface_clients.triton.admin_key import GRPC_HEADER, HTTP_HEADER, find_key
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class ServerUnderTest:
 
     def options(self) -> list[str]:
         """perf_analyzer's options besides the address."""
-        return access_options(self.access, self.encrypted)
+        key = find_key(Address.parse(self.grpc_url))  # for the requests through shared memory
+        admin = {HTTP_HEADER: key, GRPC_HEADER: key} if key else {}
+        headers = {**admin, **self.access.get("headers", {})}
+        return access_options({**self.access, "headers": headers}, self.encrypted)
 
 
 @contextmanager

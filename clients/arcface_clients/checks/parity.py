@@ -23,7 +23,7 @@ from arcface_clients.errors import (
 )
 from arcface_clients.evidence.gate import judge_embeddings
 from arcface_clients.faces.check import check_faces
-from arcface_clients.triton.address import Access, Address, Tls
+from arcface_clients.triton.address import Access, Address, Connection, Tls
 from arcface_clients.triton.embedder import TritonEmbedder
 
 REFERENCE = "arcface_reference"
@@ -208,6 +208,8 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0, access: Acc
     """
     from tritonclient import grpc as triton
 
+    from arcface_clients.triton.transports.grpc_messages import channel_options
+
     address = Address.parse(url)
     if address.protocol != "grpc":
         raise ConfigError(f"drift is counted over gRPC only; got {url}. Give the gRPC port: --url grpc://HOST:8001")
@@ -220,7 +222,10 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0, access: Acc
         "certificate_chain": tls.cert_file,
     }
     with triton.InferenceServerClient(
-        address.target, ssl=address.tls, **{name: str(file) for name, file in files.items() if file}
+        address.target,
+        ssl=address.tls,
+        channel_args=channel_options(Connection(address)),
+        **{name: str(file) for name, file in files.items() if file},
     ) as client:
         try:
             if not client.is_model_ready(COUNTING, headers=headers, client_timeout=timeout_s):

@@ -9,6 +9,7 @@ from typing import Any
 
 from arcface_clients.arrays import Array
 from arcface_clients.triton.address import Connection
+from arcface_clients.triton.admin_key import admin_headers
 from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import grpc_messages as messages
@@ -22,7 +23,7 @@ class GrpcTransport:
         """Open a channel lazily: gRPC connects with the first request."""
         grpc, self._pb, stubs = messages.drivers()
         self._connection = connection
-        self._metadata = tuple((key.lower(), value) for key, value in connection.headers.items())
+        self._metadata = messages.metadata(connection.headers)
         self._closed = threading.Event()
         self._rpc_error = grpc.RpcError
         options, target = messages.channel_options(connection), connection.address.target
@@ -56,7 +57,7 @@ class GrpcTransport:
     def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
         try:
-            self._call(*messages.register_request(slot), timeout_s)
+            self._call_restricted(*messages.register_request(slot), timeout_s)
         except self._rpc_error as exc:
             if "already" not in (exc.details() or ""):
                 raise messages.translated(exc, self._connection, "shared memory", timeout_s) from exc
@@ -64,12 +65,12 @@ class GrpcTransport:
     def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
         with self._errors("shared memory", timeout_s):
-            self._call(*messages.unregister_request(name), timeout_s)
+            self._call_restricted(*messages.unregister_request(name), timeout_s)
 
     def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
         with self._errors("shared memory", timeout_s):
-            reply = self._call(*messages.regions_request(memory), timeout_s)
+            reply = self._call_restricted(*messages.regions_request(memory), timeout_s)
         return list(reply.regions)
 
     def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
@@ -86,6 +87,10 @@ class GrpcTransport:
         """Close the channel; requests under way fail."""
         self._closed.set()
         self._channel.close()
+
+    def _call_restricted(self, method: str, request: Any, timeout_s: float) -> Any:
+        metadata = messages.metadata(admin_headers(self._connection))
+        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
 
     def _call(self, method: str, request: Any, timeout_s: float) -> Any:
         return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)

@@ -9,6 +9,7 @@ from typing import Any
 
 from arcface_clients.arrays import Array
 from arcface_clients.triton.address import Connection
+from arcface_clients.triton.admin_key import admin_headers
 from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import grpc_messages as messages
@@ -22,7 +23,7 @@ class AsyncGrpcTransport:
         """Open a channel lazily: gRPC connects with the first request."""
         grpc, self._pb, stubs = messages.drivers()
         self._connection = connection
-        self._metadata = tuple((key.lower(), value) for key, value in connection.headers.items())
+        self._metadata = messages.metadata(connection.headers)
         self._closed = False
         self._rpc_error = grpc.RpcError
         options, target = messages.channel_options(connection), connection.address.target
@@ -58,7 +59,7 @@ class AsyncGrpcTransport:
     async def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
         try:
-            await self._call(*messages.register_request(slot), timeout_s)
+            await self._call_restricted(*messages.register_request(slot), timeout_s)
         except self._rpc_error as exc:
             if "already" not in (exc.details() or ""):
                 raise messages.translated(exc, self._connection, "shared memory", timeout_s) from exc
@@ -66,12 +67,12 @@ class AsyncGrpcTransport:
     async def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
         with self._errors("shared memory", timeout_s):
-            await self._call(*messages.unregister_request(name), timeout_s)
+            await self._call_restricted(*messages.unregister_request(name), timeout_s)
 
     async def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
         with self._errors("shared memory", timeout_s):
-            reply = await self._call(*messages.regions_request(memory), timeout_s)
+            reply = await self._call_restricted(*messages.regions_request(memory), timeout_s)
         return list(reply.regions)
 
     async def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
@@ -88,6 +89,10 @@ class AsyncGrpcTransport:
         """Close the channel; requests under way fail."""
         self._closed = True
         await self._channel.close()
+
+    async def _call_restricted(self, method: str, request: Any, timeout_s: float) -> Any:
+        metadata = messages.metadata(admin_headers(self._connection))
+        return await getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
 
     async def _call(self, method: str, request: Any, timeout_s: float) -> Any:
         return await getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -70,6 +70,11 @@ def drivers() -> tuple[Any, Any, Any]:
 def channel_options(connection: Connection) -> list[tuple[str, int]]:
     """Options of a channel to this server; one on this host is never asked for through http_proxy."""
     return [*_CHANNEL_OPTIONS, *[("grpc.enable_http_proxy", 0)] * connection.address.loopback]
+
+
+def metadata(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Headers as gRPC wants them."""
+    return tuple((key.lower(), value) for key, value in headers.items())
 
 
 def credentials(connection: Connection) -> Any | None:

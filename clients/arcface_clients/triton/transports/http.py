@@ -20,6 +20,7 @@ from typing import Any
 from arcface_clients.arrays import Array
 from arcface_clients.errors import ArcFaceError, InferenceFailed
 from arcface_clients.triton.address import Address, Connection
+from arcface_clients.triton.admin_key import admin_headers
 from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import http_messages as messages
@@ -62,14 +63,14 @@ class HttpTransport:
         """Make a slot known to the server."""
         path = messages.region_path(slot.name, "register")
         try:
-            self._ask("shared memory", "POST", path, timeout_s, _nothing, messages.register_body(slot))
+            self._ask_restricted("POST", path, timeout_s, _nothing, messages.register_body(slot))
         except InferenceFailed as exc:
             if "already" not in str(exc):
                 raise
 
     def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
-        self._ask("shared memory", "POST", messages.region_path(name, "unregister"), timeout_s, _nothing)
+        self._ask_restricted("POST", messages.region_path(name, "unregister"), timeout_s, _nothing)
 
     def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
@@ -77,7 +78,7 @@ class HttpTransport:
         def read(_: str | None, body: bytes) -> list[str]:
             return messages.region_names(self._connection, body)
 
-        return self._ask("shared memory", "GET", f"/v2/{memory}sharedmemory/status", timeout_s, read)
+        return self._ask_restricted("GET", f"/v2/{memory}sharedmemory/status", timeout_s, read)
 
     def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
         """The served configuration."""
@@ -101,6 +102,13 @@ class HttpTransport:
             connection.close()
         for connection in busy:
             _cut(connection)  # its own thread then closes it
+
+    def _ask_restricted(
+        self, method: str, path: str, timeout_s: float, read: messages.Read[messages.T], body: bytes | None = None
+    ) -> messages.T:
+        """`_ask` with the server's admin key, where one is known."""
+        headers = admin_headers(self._connection)
+        return self._ask("shared memory", method, path, timeout_s, read, body, headers)
 
     def _ask(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 from arcface_clients.arrays import Array
 from arcface_clients.errors import ArcFaceError, DependencyMissing, InferenceFailed, InvalidAnswer
 from arcface_clients.triton.address import Connection
+from arcface_clients.triton.admin_key import admin_headers
 from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import http_messages as messages
@@ -55,14 +56,14 @@ class AsyncHttpTransport:
         """Make a slot known to the server."""
         path = messages.region_path(slot.name, "register")
         try:
-            await self._ask("shared memory", "POST", path, timeout_s, _nothing, messages.register_body(slot))
+            await self._ask_restricted("POST", path, timeout_s, _nothing, messages.register_body(slot))
         except InferenceFailed as exc:
             if "already" not in str(exc):
                 raise
 
     async def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
-        await self._ask("shared memory", "POST", messages.region_path(name, "unregister"), timeout_s, _nothing)
+        await self._ask_restricted("POST", messages.region_path(name, "unregister"), timeout_s, _nothing)
 
     async def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
@@ -70,7 +71,7 @@ class AsyncHttpTransport:
         def read(_: str | None, body: bytes) -> list[str]:
             return messages.region_names(self._connection, body)
 
-        return await self._ask("shared memory", "GET", f"/v2/{memory}sharedmemory/status", timeout_s, read)
+        return await self._ask_restricted("GET", f"/v2/{memory}sharedmemory/status", timeout_s, read)
 
     async def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
         """The served configuration."""
@@ -88,6 +89,13 @@ class AsyncHttpTransport:
         """Close all connections; requests under way fail."""
         for session in (*self._former, self._session):
             await session.close()
+
+    async def _ask_restricted(
+        self, method: str, path: str, timeout_s: float, read: messages.Read[messages.T], body: bytes | None = None
+    ) -> messages.T:
+        """`_ask` with the server's admin key, where one is known."""
+        headers = admin_headers(self._connection)
+        return await self._ask("shared memory", method, path, timeout_s, read, body, headers)
 
     async def _ask(
         self,
