@@ -383,6 +383,14 @@ def test_the_command_finds_the_faces_of_photos(server, assets: Path, tmp_path: P
         assert len(rows) >= 8
         assert {path.rsplit("[", 1)[0] for path in rows} == {str(path) for path in person.iterdir()}
         assert np.abs(saved["embeddings"] - np.stack([row for _, row in rows.values()])).max() < 1e-4
+        table = pq.read_table(tmp_path / "out.parquet")
+        for column, name in (("score", "scores"), ("box", "boxes"), ("landmarks", "landmarks")):
+            values = np.array(table[column].to_pylist(), np.float32)
+            assert np.array_equal(values, saved[name].reshape(values.shape))
+        assert saved["landmarks"].shape == (len(rows), 5, 2)
+        corner, size = saved["boxes"][:, None, :2], saved["boxes"][:, None, 2:]
+        assert ((saved["landmarks"] > corner - 5) & (saved["landmarks"] < corner + size + 5)).all()
+        assert ((saved["scores"] >= 0.7) & (saved["scores"] <= 1)).all()
 
 
 @pytest.mark.parametrize(

@@ -117,8 +117,59 @@ def test_other_contracts_are_not_compared(tmp_path):
     rows = np.eye(3, dtype=np.float32)
     np.savez(tmp_path / "a.npz", embeddings=rows, contract_id="a" * 64)
     np.savez(tmp_path / "b.npz", embeddings=rows, contract_id="b" * 64)
-    with pytest.raises(ContractMismatch, match=r"is of contract aaaaaaaaaaaa…, .* of bbbbbbbbbbbb…"):
+    with pytest.raises(
+        ContractMismatch, match=r"is of contract aaaaaaaaaaaa…, .* of bbbbbbbbbbbb….*--across-contracts"
+    ):
         compare(tmp_path / "a.npz", tmp_path / "b.npz")
+
+
+def test_two_contracts_are_compared_where_that_is_asked_for_and_it_is_said_everywhere(tmp_path):
+    rows = np.eye(3, dtype=np.float32)
+    np.savez(tmp_path / "a.npz", embeddings=rows, contract_id="a" * 64)
+    np.savez(tmp_path / "b.npz", embeddings=rows, contract_id="b" * 64)
+    options = ("--across-contracts", "--report", tmp_path / "r.json", "--html", tmp_path / "r.html")
+    result = compare(tmp_path / "a.npz", tmp_path / "b.npz", *options)
+    assert "WARNING: A and B are of two contracts" in result.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["across_contracts"] is True
+    assert "A and B are of two contracts" in (tmp_path / "r.html").read_text()
+
+
+def test_what_keeps_an_explanation_from_being_tried_is_said_with_what_to_give(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(12, 64)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    np.save(tmp_path / "a.npy", rows)
+    np.save(tmp_path / "b.npy", np.random.default_rng(1).permutation(64 * 12).reshape(12, 64) / 768 - 0.5)
+    result = compare(tmp_path / "a.npy", tmp_path / "b.npy")
+    assert result.return_value == 1
+    assert "finding     another network: " in result.stdout
+    assert (
+        "explanation only the embeddings were looked at; faults of the input need the network too. "
+        "Give the faces: --faces FOLDER, and the source ONNX of A: --source models/NAME/source.onnx" in result.stdout
+    )
+
+
+def test_lengths_and_coarser_numbers_are_found_in_saved_embeddings_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(12, 64))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    np.save(tmp_path / "a.npy", rows)
+    np.save(tmp_path / "long.npy", 3 * rows)
+    np.save(tmp_path / "coarse.npy", rows + 0.012 * rng.normal(size=rows.shape))
+    report = json.loads(compare(tmp_path / "a.npy", tmp_path / "long.npy", "--no-explain", "--json").stdout)
+    assert [finding["fault"] for finding in report["findings"]] == ["not L2-normalised"]
+    assert report["not_explained"] is None
+    assert "same network, coarser numbers" in compare(tmp_path / "a.npy", tmp_path / "coarse.npy").stdout
+
+
+def test_the_source_of_another_network_explains_nothing_and_that_is_said(model, people, tmp_path):
+    from arcface_clients.faces.images import load_faces
+
+    faces, names, _ = load_faces([people])
+    rows = np.random.default_rng(0).normal(size=(2, len(faces), 512))
+    for name, saved in zip(("a", "b"), rows, strict=True):
+        np.savez(tmp_path / f"{name}.npz", embeddings=saved, paths=names)
+    result = compare(tmp_path / "a.npz", tmp_path / "b.npz", "--source", model / "source.onnx")
+    assert "explanation source.onnx is not the network of A" in result.stdout
 
 
 @pytest.mark.parametrize("damage", DAMAGED_ARRAYS)

@@ -379,7 +379,11 @@ def test_both_benches_measure_regions_on_the_gpu_with_faces_of_the_host_and_on_i
         None, server.url, "", model="arcface", batch=8, in_flight=(2,), transports=names, rounds=1, sample_s=0.02
     )
     assert [row["name"] for row in result["variants"]] == [f"client {name} in flight 2" for name in names]
-    check, served = SimpleNamespace(faces=FACES, batches=(1, 8), seconds=0.01), {}
+
+    def row(embed, batch: int) -> dict:
+        return {"batch": batch, "rows": len(embed(np.resize(FACES, (batch, *FACES.shape[1:]))))}
+
+    check, served = SimpleNamespace(faces=FACES, batches=(1, 8), row=row), {}
     _cuda_shared_memory(check, served, server.url, projected(FACES))
     assert served["cuda_drift"]["max_drift"] < 1e-6
     assert [row["batch"] for row in served["cuda_rows"] + served["gpu_faces_rows"]] == [1, 8, 1, 8]

@@ -21,6 +21,7 @@ from arcface_build.variants.choose import VariantChoice
 from arcface_build.variants.eval_set import FaceSet
 from arcface_build.variants.gate import judge_variant
 from arcface_clients.checks import parity
+from arcface_clients.contract import Preprocessing
 from arcface_clients.engines import EngineRegistry
 from arcface_clients.engines.validation import StoredReference, validate_engine
 from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed, InferenceFailed, PlanRefused
@@ -29,7 +30,7 @@ from arcface_clients.evidence.gate import judge_embeddings, judge_record, run_em
 from arcface_clients.plans.manifest import manifest_bytes, manifest_path
 from conftest import copy_repository
 from plan_samples import spec, write_plan
-from tiny_model import write_model
+from tiny_model import write_manifest, write_model
 
 LIMIT = 0.01
 LIMITS = dict.fromkeys(("fp32", "fp16", "bf16", "int8"), LIMIT)
@@ -93,7 +94,7 @@ def in_a_regression_test(folder: Path, candidate: np.ndarray, monkeypatch) -> No
 
 def at_startup(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
     file = table_model(folder / "serving.onnx", candidate)
-    (folder / "manifest.json").write_text(json.dumps({"contract_id": "c" * 64}))
+    write_manifest(folder, "0" * 64, Preprocessing(), DIM, contract_id="c" * 64)
     engine = EngineRegistry.get("onnx", file=file, device="cpu", threads=1)
     validate_engine(engine, StoredReference(FACES, REFERENCE, "c" * 64, "a file"), "int8", LIMITS, "onnx")
 
@@ -123,7 +124,7 @@ def at_plan_build(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
     }.items():
         monkeypatch.setattr(plan_build, name, stub)
     typed = SimpleNamespace(path=folder / "x.onnx", layers={"int8": 1}, dim=DIM, sha256="ab" * 32)
-    proof = plan_build.Proof(FACES, REFERENCE, LIMITS)
+    proof = plan_build.PlanProof(FACES, REFERENCE, LIMITS)
     plan_build.build_plan(typed, spec(precision="int8"), folder / "out" / "x.plan", proof)
 
 

@@ -16,7 +16,7 @@ from arcface_build.errors import ProofFailed
 from arcface_build.repository.assemble import assemble
 from arcface_build.variants import make
 from arcface_build.variants.calibrate import clipped_shares, conv_inputs
-from arcface_build.variants.choose import Choice, choose
+from arcface_build.variants.choose import VariantChoice, choose
 from arcface_build.variants.eval_set import FaceSet
 from arcface_build.variants.gate import judge_variant
 from arcface_build.variants.held_back import MIN_PEOPLE, likeness, part, without
@@ -199,7 +199,7 @@ def test_a_variant_that_fails_on_other_faces_is_set_aside_and_no_door_serves_it(
     assert refused["passed"] is False
     assert not judge_sidecar(refused)["onnxruntime"].passed
     with pytest.raises(ProofFailed, match="has not passed its gate: drift"):
-        assemble(variant, copy_repository(tmp_path), Choice(before["file"], "int8", "onnxruntime", "", refused))
+        assemble(variant, copy_repository(tmp_path), VariantChoice(before["file"], "int8", "onnxruntime", "", refused))
     with pytest.raises(Missing, match="no int8-tensorrt variant of demo-mobile: its gate refused it"):
         raise verify(variant, others(tmp_path)).exception
 

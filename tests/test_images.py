@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arcface_clients.bulk.units import plan_units
-from arcface_clients.faces.images import find_files, load_faces
+from arcface_clients.bulk.units import iter_units
+from arcface_clients.errors import WrongUse
+from arcface_clients.faces.images import find_files, load_faces, load_or_draw
 from arcface_clients.faces.synthetic import synthetic_faces
 
 cv2 = pytest.importorskip("cv2")
@@ -42,11 +43,53 @@ def test_links_to_folders_are_followed_loops_and_pipes_are_not(folder: Path, tmp
     linked = tmp_path_factory.mktemp("linked")
     (linked / "person").symlink_to(folder / "b")
     (linked / "person" / "back").symlink_to(linked)
-    (linked / "gone.png").symlink_to(linked / "nowhere.png")
     os.mkfifo(linked / "pipe.png")
     expected = [str(linked / "person" / name) for name in ("10.PNG", "2.png")]
     assert find_files([linked]) == expected
-    assert [item[0] for unit in plan_units([linked], 100) for item in unit["items"]] == expected
+    assert [item[0] for unit in iter_units([linked], 100) for item in unit["items"]] == expected
+
+
+def test_everything_in_a_folder_that_is_an_image_is_read_or_listed(folder: Path) -> None:
+    from PIL import Image
+
+    face = Image.fromarray(synthetic_faces(1)[0, :, :, ::-1])
+    face.save(folder / "no_suffix", "PNG")
+    face.save(folder / "c.photo", "JPEG")
+    face.save(folder / "d.gif", save_all=True, append_images=[face.rotate(90)])
+    face.convert("CMYK").save(folder / "e.jpg")
+    (folder / "f.heic").write_bytes(b"\0\0\0\x18ftypheic and no more")
+    (folder / "g.png").symlink_to(folder / "nowhere.png")
+    _, names, refused = load_faces([folder])
+    assert [Path(name).name for name in names] == [
+        *("1.png", "10.PNG", "2.png"),
+        *("c.photo", "d.gif", "e.jpg", "no_suffix"),
+    ]
+    reasons = {Path(crop.name).name: crop.refused for crop in refused}
+    assert list(reasons) == ["f.heic", "g.png"]
+    assert reasons["g.png"] == "No such file or directory"
+    assert next(unit["items"] for unit in iter_units([folder], 100))[-1][0] == str(folder / "no_suffix")
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_heic_and_avif_are_decoded_where_there_is_a_decoder_and_said_where_not(kind, tmp_path, monkeypatch) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    from PIL import Image
+
+    from arcface_clients.faces import photos
+
+    pillow_heif.register_heif_opener()
+    pixels = synthetic_faces(1)[0]
+    try:
+        Image.fromarray(pixels[:, :, ::-1]).save(tmp_path / "a.heic", kind, quality=95)
+    except (KeyError, OSError, RuntimeError) as exc:
+        pytest.skip(f"no encoder for {kind} here: {exc}")
+    faces, _, refused = load_faces([tmp_path])
+    assert refused == []
+    assert np.abs(faces[0].astype(int) - pixels.astype(int)).mean() < 6
+    if kind == "HEIF":
+        monkeypatch.setattr(Image, "ID", [known for known in Image.ID if known != "HEIF"])
+        monkeypatch.setattr(photos, "_know_heif", lambda: None)
+        assert "pip install 'arcface-triton[heif]'" in load_faces([tmp_path])[2][0].refused
 
 
 def test_what_cannot_be_read_is_named_with_its_reason(folder: Path) -> None:
@@ -99,3 +142,15 @@ def test_grey_and_transparent_images_become_bgr(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "rgba.png"), np.dstack([grey, grey, grey, np.full_like(grey, 9)]))
     faces, _, _ = load_faces([tmp_path])
     np.testing.assert_array_equal(faces, np.repeat(np.dstack([grey] * 3)[None], 2, axis=0))
+
+
+def test_without_sources_faces_are_drawn_and_with_them_at_least_one_must_be_read(folder: Path) -> None:
+    faces, names = load_or_draw((), 5)
+    assert (len(faces), names) == (5, None)
+    (folder / "bad.jpg").write_text("not an image")
+    said: list[str] = []
+    faces, names = load_or_draw([folder], 5, said.append)
+    assert len(faces) == len(names or ()) == 3
+    assert said == [f"not read: {folder}/bad.jpg: not an image that OpenCV can decode, or cut off"]
+    with pytest.raises(WrongUse, match=r"no face could be read from .*bad\.jpg: expected aligned 112×112 crops"):
+        load_or_draw([folder / "bad.jpg"], 5)

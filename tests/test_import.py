@@ -13,7 +13,9 @@ import pytest
 
 from arcface_build.errors import ProofFailed, SourceRefused
 from arcface_build.imports.importing import existing_import, import_model
-from arcface_build.imports.proof import Reference, reference_embeddings
+from arcface_build.imports.preprocessing import Stated
+from arcface_build.imports.proof import Reference, prove, reference_embeddings
+from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
 from arcface_clients.contract import Preprocessing, contract_id, contract_prefix
 from arcface_clients.engines.import_manifest import ImportManifest, read_import_manifest
@@ -58,10 +60,10 @@ def save(model: onnx.ModelProto, path: Path) -> Path:
     return path
 
 
-def run_import(path: Path, faces: np.ndarray, stated: Preprocessing | None = None) -> ImportManifest:
+def run_import(path: Path, faces: np.ndarray, stated: Stated | None = None) -> ImportManifest:
     folder = path.parent / "models" / path.stem
     source = resolve(str(path), path.parent, known=known_models())
-    return import_model(source, folder, faces, "drawn", stated=stated)
+    return import_model(source, folder, ProofFaces(faces, "drawn"), stated=stated)
 
 
 def assert_reference_answers_for_what_it_says(path: Path) -> None:
@@ -75,7 +77,9 @@ def assert_reference_answers_for_what_it_says(path: Path) -> None:
 
 @pytest.mark.parametrize("name", FLAVOURS)
 def test_each_flavour_becomes_the_serving_form(name: str, tmp_path: Path, faces: np.ndarray) -> None:
-    manifest = run_import(save(tiny_net(**FLAVOURS[name]), tmp_path / "net.onnx"), faces)
+    asked = "bn_before_conv" in FLAVOURS[name]  # the first one's statistics are of normalised pixels
+    stated = Stated("rgb", (127.5,) * 3, (127.5,) * 3) if asked else None
+    manifest = run_import(save(tiny_net(**FLAVOURS[name]), tmp_path / "net.onnx"), faces, stated)
     folder = tmp_path / "models" / "net"
     session = onnxruntime.InferenceSession(str(folder / "serving.onnx"), providers=["CPUExecutionProvider"])
     (face,), (embedding, norm, contract) = session.get_inputs(), session.get_outputs()
@@ -118,7 +122,7 @@ def test_preprocessing_inside_the_graph_is_found_even_where_insightface_would_mi
 )
 def test_stated_preprocessing_is_what_the_graph_does(stated: Preprocessing, tmp_path: Path, faces: np.ndarray) -> None:
     path = save(tiny_net(), tmp_path / "net.onnx")
-    manifest = run_import(path, faces, stated)
+    manifest = run_import(path, faces, Stated(stated.color, stated.mean, stated.std))
     plain = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     serving = onnxruntime.InferenceSession(
         str(tmp_path / "models/net/serving.onnx"), providers=["CPUExecutionProvider"]
@@ -147,18 +151,29 @@ def test_a_graph_that_mixes_faces_of_a_batch_is_refused_and_nothing_is_left(tmp_
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["net.onnx"]
 
 
+def test_the_colour_alone_answers_a_question_about_the_colour(tmp_path: Path, faces: np.ndarray) -> None:
+    path = save(tiny_net(inside="mxnet"), tmp_path / "net.onnx")
+    manifest = run_import(path, faces, Stated("bgr"))
+    assert manifest.wants() == Preprocessing("bgr", (0, 0, 0), (1, 1, 1))
+    assert manifest.preprocessing["why"] == (
+        "the graph itself maps pixels 0..255 to -0.9961..0.9961; stated by the caller"
+    )
+    assert manifest.preprocessing["stated"] == {"color": "bgr"}
+
+
 def test_double_normalisation_is_refused(tmp_path: Path, faces: np.ndarray) -> None:
     path = save(tiny_net(inside="mxnet"), tmp_path / "net.onnx")
     with pytest.raises(WrongUse, match="normalises inside its graph: expected --mean 0 --std 1, got mean"):
-        run_import(path, faces, Preprocessing())
+        run_import(path, faces, Stated(None, (127.5,) * 3, (127.5,) * 3))
 
 
 def test_a_graph_that_only_half_normalises_asks_for_flags(tmp_path: Path, faces: np.ndarray) -> None:
     path = save(tiny_net(inside="half"), tmp_path / "net.onnx")
     with pytest.raises(SourceRefused, match=r"the graph maps pixels 0..255 to -1..509"):
         run_import(path, faces)
-    manifest = run_import(path, faces, Preprocessing("rgb", (0, 0, 0), (255, 255, 255)))
+    manifest = run_import(path, faces, Stated("rgb", (0, 0, 0), (255, 255, 255)))
     assert manifest.preprocessing["why"] == "stated by the caller"
+    assert manifest.preprocessing["network"] == {"color": "rgb", "mean": [127.5] * 3, "std": [127.5] * 3}
 
 
 def test_the_copy_of_the_source_is_the_file_itself_unless_it_had_to_be_repaired(
@@ -193,7 +208,7 @@ def test_a_second_import_of_the_same_file_has_nothing_to_do(tmp_path: Path, face
     source = resolve(str(path), tmp_path, known=known_models())
     folder = tmp_path / "models" / "net"
     assert existing_import(folder, source, None) == manifest
-    assert existing_import(folder, source, Preprocessing("bgr")) is None
+    assert existing_import(folder, source, Stated("bgr")) is None
     (folder / "serving.onnx").write_bytes(b"damaged")
     assert existing_import(folder, source, None) is None
 
@@ -206,7 +221,7 @@ def test_variants_outlive_an_import_that_gives_the_same_serving_onnx(tmp_path: P
     (variants / "int8-cpu.json").write_text("{}")
     run_import(path, faces)
     assert (variants / "int8-cpu.json").read_text() == "{}"
-    run_import(path, faces, Preprocessing("bgr"))
+    run_import(path, faces, Stated("bgr"))
     assert not variants.exists()
 
 
@@ -256,7 +271,7 @@ def test_the_real_mobilefacenet_is_known_by_its_digest_and_equal_on_real_faces(
     assets: Path, lfw_faces: np.ndarray, tmp_path: Path
 ) -> None:
     source = resolve(str(assets / "models" / "MobileFaceNet.onnx"), tmp_path, known=known_models())
-    manifest = import_model(source, tmp_path / "models" / "m", lfw_faces[::4], "lfw")
+    manifest = import_model(source, tmp_path / "models" / "m", ProofFaces(lfw_faces[::4], "lfw"))
     assert source.name == "mobilefacenet" and manifest.source["licence"] == "Apache-2.0"
     assert manifest.wants() == Preprocessing("rgb", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
     assert manifest.proof["faces"] == 100 and manifest.proof["min_cosine"] >= 0.99999
@@ -272,3 +287,15 @@ def test_a_missing_model_is_refused_with_those_that_are_there(tmp_path):
         Missing, match=r"no imported model in .*/demo: expected manifest.json there \(.* contains demo-mobile\)"
     ):
         read_import_manifest(tmp_path / "demo")
+
+
+def test_the_proof_covers_the_outputs_norm_and_contract(tmp_path: Path, faces: np.ndarray) -> None:
+    manifest = run_import(save(tiny_net(dim=64), tmp_path / "net.onnx"), faces)
+    folder = tmp_path / "models" / "net"
+    reference = Reference(folder / "source.onnx", manifest.wants())
+    raw = reference_embeddings(reference, faces)
+    prove(folder / "serving.onnx", faces, raw, reference, "drawn", contract=manifest.contract_id)
+    with pytest.raises(ProofFailed, match="does not call itself ffff"):
+        prove(folder / "serving.onnx", faces, raw, reference, "drawn", contract="f" * 64)
+    with pytest.raises(ProofFailed, match=r"`norm` of face \d+ is .*: expected"):
+        prove(folder / "serving.onnx", faces, 2 * raw, reference, "drawn", contract=manifest.contract_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,12 @@ import onnx
 import pytest
 
 from arcface_build.cli import main
+from arcface_build.imports.importing import existing_import
+from arcface_build.imports.source import known_models, resolve
 from arcface_build.plans.gpu import gpu_sm
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import copy_repository
+from test_checkpoint import state_dict, write_safetensors
 from tiny_nets import tiny_net
 
 # Warnings are errors, but for one of protobuf 4.25 about itself, on Python 3.12.
@@ -52,19 +57,14 @@ def test_a_file_is_imported_installed_and_the_second_time_left_alone(workplace: 
     assert "served from: arcface_reference/1, arcface_onnx/1" in again.stdout
 
 
-def test_a_demo_that_is_there_is_not_built_again(
-    demo_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_demo_that_is_there_is_not_built_again(demo_repository: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"
     shutil.copytree(demo_repository.parent / "models", models)
-    monkeypatch.setattr("arcface_build.imports.source.build_demo", None)  # whoever calls it fails
-    again = ["import", "demo", "--no-assemble", "--models-dir", str(models)]
-    with pytest.raises(SystemExit) as caught:
-        main(again)
-    assert (caught.value.code or 0, "unchanged: " in capsys.readouterr().out) == (0, True)
-    monkeypatch.setattr("arcface_build.imports.source.recipe", lambda arch: "demo mobile, seed 0, of other code")
-    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
-        main(again)
+    again = arcface_import(tmp_path, "demo", "--no-assemble", "--models-dir", str(models))
+    assert (again.returncode, "unchanged: " in again.stdout) == (0, True)
+    source = resolve("demo", tmp_path, known=known_models())
+    assert existing_import(models / source.name, source, None)
+    assert not existing_import(models / source.name, replace(source, recipe="demo mobile, seed 0, of other code"), None)
 
 
 def test_the_report_says_what_was_found_and_proved(workplace: Path) -> None:
@@ -101,7 +101,7 @@ WRONG = {
     "faces of another size": (
         ["net.onnx", "--faces", "pictures"],
         2,
-        "WrongUse: pictures/a.png is 90×100×3: expected an aligned 112×112 crop.",
+        "WrongUse: pictures/a.png is no crop: expected an aligned crop of 112×112 pixels, got 100×90. ",
     ),
     "a pack without licence": (
         ["buffalo_l", "--insightface-root", "none"],
@@ -142,18 +142,30 @@ def test_a_model_repository_that_is_none_is_said_before_the_work(workplace: Path
     assert not (workplace / "models").exists()
 
 
-def test_ctrl_c_leaves_nothing_behind(workplace: Path) -> None:
+def children_in(folder: Path) -> list[str]:
+    """Processes that work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").resolve() == folder.resolve():
+                found.append((process / "cmdline").read_text())
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_kill_leave_nothing_behind(workplace: Path, number: signal.Signals) -> None:
     np.savez(workplace / "many.npz", faces=np.repeat(synthetic_faces(8), 1000, axis=0))
     arguments = ["net.onnx", "--no-assemble", "--faces", "many.npz"]
     without_warnings = [part for part in COMMAND if part not in WARNINGS]  # an import cut short leaves files open
     process = subprocess.Popen([*without_warnings, *arguments], cwd=workplace, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list(workplace.glob("models/.net.*/source.onnx")) and time.monotonic() < deadline:
+    while not list(workplace.glob("models/.import-*/made/.net.*/source.onnx")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors.strip()) == (130, "interrupted")
     assert list((workplace / "models").iterdir()) == []
+    assert not children_in(workplace)
 
 
 def test_own_crops_prove_it(assets: Path, workplace: Path) -> None:
@@ -161,3 +173,12 @@ def test_own_crops_prove_it(assets: Path, workplace: Path) -> None:
     answer = arcface_import(workplace, "net.onnx", "--no-assemble", "--faces", crops, "--json")
     proof = json.loads(answer.stdout)["proof"]
     assert (proof["faces"], proof["faces_from"]) == (400, "aligned112")
+
+
+def test_a_checkpoint_is_imported_by_the_command(workplace: Path) -> None:
+    write_safetensors(workplace / "backbone.safetensors", state_dict((2, 2, 2, 2), dim=128))
+    answer = arcface_import(workplace, "backbone.safetensors", "--no-assemble")
+    assert answer.returncode == 0, answer.stderr
+    assert "backbone: backbone.safetensors (" in answer.stdout
+    assert "written: models/backbone (128-d, opset 17)" in answer.stdout
+    assert [p.name for p in (workplace / "models").iterdir()] == ["backbone"]

@@ -18,6 +18,7 @@ import pytest
 from onnx import numpy_helper
 
 from arcface_build.imports.importing import import_model
+from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
 from arcface_build.repository.assemble import assemble
 from arcface_build.repository.mend import faults, mend
@@ -48,7 +49,7 @@ class Place:
 
     def import_source(self, name: str) -> None:
         source = resolve(str(self.folder / f"{name}.onnx"), self.folder, known=known_models())
-        import_model(source, self.model(name), FACES, "drawn")
+        import_model(source, self.model(name), ProofFaces(FACES, "drawn"))
 
 
 @pytest.fixture(scope="module")

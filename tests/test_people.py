@@ -13,8 +13,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from arcface_build.commands.consensus import run
+from arcface_build.commands.consensus import command, run
 from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_people
 from arcface_clients.people.cache import EmbeddingCache
@@ -47,9 +48,28 @@ def test_strangers_in_each_folder_are_found(folder: Path, tmp_path: Path) -> Non
         assert [Path(path).name for path in record["references"]] == [f"{i}.png" for i in range(5)]
         assert len(record["refused"]) == (name == "p0")
     written = json.loads((tmp_path / "out.json").read_text())
-    assert (written["format"], written["version"], written["contract_id"]) == ("arcface-consensus", 1, CONTRACT)
+    assert (written["format"], written["version"], written["contract_id"]) == ("arcface-consensus", 2, CONTRACT)
     assert np.linalg.norm(written["people"]["p3"]["embedding"]) == pytest.approx(1, abs=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_an_undecided_person_has_both_groups_in_the_output_and_on_the_screen(tmp_path: Path, monkeypatch) -> None:
+    faces = synthetic_people(2, 3, seed=6)
+    (tmp_path / "people" / "twins").mkdir(parents=True)
+    files = [tmp_path / "people" / "twins" / f"{name}{view}.png" for name in "ab" for view in range(3)]
+    for file, face in zip(files, faces.reshape(-1, 112, 112, 3), strict=True):
+        cv2.imwrite(str(file), face)
+    records = run(tmp_path / "people", tmp_path / "out.json", PixelEngine(), LIMITS, 1, None, False)
+    monkeypatch.setattr("arcface_clients.TritonEmbedder", lambda *_, **__: PixelEngine())
+    shown = CliRunner().invoke(
+        command, [str(tmp_path / "people"), "-o", str(tmp_path / "two.json"), "--max-distance", "0.12"]
+    )
+    groups = [[str(file) for file in files[:3]], [str(file) for file in files[3:]]]
+    record = json.loads((tmp_path / "out.json").read_text())["people"]["twins"]
+    assert (record["agreed"], record["references"], record["outliers"], record["embedding"]) == (False, [], [], None)
+    assert sorted(record["groups"]) == sorted(records["twins"]["groups"]) == groups
+    assert "undecided: twins: 3 of 6 different faces agree" in shown.output
+    assert all(f"3 faces: {', '.join(group)}" in shown.output for group in groups)
 
 
 def test_a_cache_spares_the_engine_and_forgets_one_person(folder: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import onnx
 import pytest
 
 from arcface_build.errors import ProofFailed
-from arcface_build.plans.build import Proof, build_plan, child_error, timing_cache_path
+from arcface_build.plans.build import PlanProof, build_plan, child_error, timing_cache_path
 from arcface_build.plans.float_weights import float_weights
 from arcface_build.plans.inspect import check_precision, count_precisions, layer_precision
 from arcface_build.plans.loaders import pin_precisions
@@ -269,7 +269,7 @@ def build(
     tmp_path: Path, faces: np.ndarray, precision: str = "fp16", version: str = "10.3.0", **more: Any
 ) -> PlanManifest:
     typed, spec, source = ask(tmp_path, precision, version, **more.pop("options", {}))
-    proof = Proof(faces, source.embed(faces), LOOSE)
+    proof = PlanProof(faces, source.embed(faces), LOOSE)
     return build_plan(typed, spec, tmp_path / "out" / spec.file_name, proof, contract_id="c" * 64, **more)
 
 
@@ -500,7 +500,7 @@ def test_the_real_tensorrt_builds_what_was_asked(tmp_path: Path, faces: np.ndarr
 
     typed, spec, source = ask(tmp_path, precision, tensorrt_version())
     spec = type(spec)(**{**spec.to_json(), "sm": find_gpus()[0].sm, "options": BuilderOptions(external_tactics=False)})
-    proof = Proof(faces, source.embed(faces), LOOSE)
+    proof = PlanProof(faces, source.embed(faces), LOOSE)
     manifest = build_plan(typed, spec, tmp_path / "out" / spec.file_name, proof)
     assert manifest.precision_proof["compute"].get(precision)
     assert left(tmp_path) == [spec.file_name]

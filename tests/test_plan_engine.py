@@ -168,7 +168,7 @@ def test_device_that_a_plan_cannot_run_on_is_wrong_use(device):
 @pytest.mark.gpu
 def test_plan_equals_onnx_runtime_on_a_gpu(tmp_path):
     """Builds an fp32 plan of a tiny model here, for batches up to 8."""
-    from arcface_build.plans.build import Proof, build_plan, tensorrt_version
+    from arcface_build.plans.build import PlanProof, build_plan, tensorrt_version
     from arcface_build.plans.get_or_build import get_or_build
     from arcface_build.plans.gpu import find_gpus
     from arcface_build.plans.typed import read_typed_onnx
@@ -178,7 +178,7 @@ def test_plan_equals_onnx_runtime_on_a_gpu(tmp_path):
     options = BuilderOptions(external_tactics=False)
     wanted = PlanSpec("tiny", typed.sha256, "fp32", find_gpus()[0].sm, tensorrt_version(), 1, 4, 8, options)
     with EngineRegistry.get("onnx", file=serving, device="cpu") as expected:
-        proof = Proof(faces, expected.encode(faces))
+        proof = PlanProof(faces, expected.encode(faces))
         cache = PlanStore(open_store(str(tmp_path / "cache")))
         get_or_build(wanted, cache, None, lambda of, target: build_plan(typed, of, target, proof))
         with EngineRegistry.get("tensorrt", cache=tmp_path / "cache", precision="fp32") as got:

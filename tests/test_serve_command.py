@@ -222,7 +222,7 @@ def test_a_busy_port_is_named_before_any_work(demo_repository):
         ),
         (
             ("--faces", "no such folder"),
-            "InvalidFaces: no faces in no such folder: expected aligned crops of 112×112 pixels, or .npz of them.\n",
+            "WrongUse: no face could be read from no such folder: expected aligned 112×112 crops.\n",
         ),
     ],
 )

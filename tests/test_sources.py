@@ -210,3 +210,28 @@ def test_a_broken_models_yaml_is_named(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"models": {"m": {"sha256": "00", "preprocessing": {"color": "rgb"}}}}))
     with pytest.raises(WrongUse, match=r"models\.yaml cannot be used: KeyError\('mean'\)"):
         known_models(path)
+
+
+def zipped(path: Path, prefix: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in pack_files().items():
+            archive.writestr(prefix + name, data)
+    return path
+
+
+def test_a_zipped_pack_is_read_whatever_places_it_names(tmp_path: Path) -> None:
+    workspace = tmp_path / "work"
+    workspace.mkdir()
+    found = resolve(str(zipped(tmp_path / "pack.zip", "../../")), workspace, known=KnownModels())
+    assert found.path == workspace / "pack" / "called_anything.onnx"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pack.zip", "work"]
+
+
+def test_a_pack_that_lies_zipped_in_insightfaces_folder_is_read(tmp_path: Path) -> None:
+    zipped(tmp_path / "models" / "buffalo_s.zip")
+    workspace = tmp_path / "work"
+    workspace.mkdir()
+    known = KnownModels(packs={"buffalo_s": PACK})
+    found = resolve("buffalo_s", workspace, known=known, insightface_root=tmp_path)
+    assert (found.kind, found.path.name) == ("pack", "called_anything.onnx")

@@ -185,7 +185,7 @@ def test_a_host_without_a_gpu_says_so(
 def test_a_real_plan_is_served_on_a_real_gpu(
     repository: Path, triton_binary: TritonBinary, start_triton: Callable[..., Any], tmp_path: Path
 ) -> None:
-    from arcface_build.plans.build import Proof, build_plan, tensorrt_version
+    from arcface_build.plans.build import PlanProof, build_plan, tensorrt_version
     from arcface_build.plans.gpu import find_gpus
     from arcface_build.plans.typed import read_typed_onnx
     from arcface_clients.plans.spec import BuilderOptions, PlanSpec, sm_tag
@@ -195,7 +195,7 @@ def test_a_real_plan_is_served_on_a_real_gpu(
     options = BuilderOptions(external_tactics=False)
     asked = PlanSpec("tiny", typed.sha256, "fp32", sm, tensorrt_version(), 1, 32, 64, options)
     plan = repository / "arcface_trt" / "1" / f"{sm_tag(sm)}.plan"
-    write_manifest(plan, build_plan(typed, asked, plan, Proof(faces, reference(faces))))
+    write_manifest(plan, build_plan(typed, asked, plan, PlanProof(faces, reference(faces))))
     server = start_triton(repository, ["arcface_trt"])
     with triton.InferenceServerClient(server.grpc_url) as client:
         for count in (1, 2, 7, 64):

@@ -166,6 +166,6 @@ def test_impossible_tls_is_refused_before_anything_is_opened(certificates: Path)
     with pytest.raises(ConfigError, match="both cert_file and key_file"):
         Tls(cert_file=certificates / "client.pem")
     with pytest.raises(ConfigError, match=r"TLS ca_file nowhere.pem is not there; expected a PEM file"):
-        Tls("nowhere.pem")
+        TritonEmbedder("grpcs://localhost:8001", tls=Tls("nowhere.pem"))
     with pytest.raises(ConfigError, match=r"not encrypted: use grpcs:// or https://"):
         TritonEmbedder("localhost:8001", tls=ours(certificates))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from arcface_build.imports.proof_faces import read_faces
-from arcface_build.variants.eval_set import FaceSet, load_faces
+from arcface_build.variants.eval_set import FaceSet, evaluation_faces
 from arcface_build.variants.gate import judge_variant
 from arcface_build.variants.int8 import quantize_convolutions
 from arcface_build.variants.recipe import load_recipe
@@ -125,44 +125,46 @@ def test_folder_of_people_gives_identities_and_a_stable_digest(tmp_path):
     for i, face in enumerate(synthetic_faces(6)):
         (tmp_path / f"person{i % 3}").mkdir(exist_ok=True)
         cv2.imwrite(str(tmp_path / f"person{i % 3}" / f"{i}.png"), face)
-    found = load_faces(str(tmp_path), 100)
+    found = evaluation_faces(str(tmp_path), 100)
     assert list(found.identities) == ["person0", "person0", "person1", "person1", "person2", "person2"]
     assert found.faces.shape == (6, 112, 112, 3)
-    assert found.sha256 == load_faces(str(tmp_path), 100).sha256
-    assert len(load_faces(str(tmp_path), 4).faces) == 4
+    assert found.sha256 == evaluation_faces(str(tmp_path), 100).sha256
+    assert len(evaluation_faces(str(tmp_path), 4).faces) == 4
     cv2.imwrite(str(tmp_path / "person0" / "big.png"), np.zeros((250, 250, 3), np.uint8))
-    with pytest.raises(WrongUse, match=r"big.png is 250×250: expected aligned crops of 112×112"):
-        load_faces(str(tmp_path), 100)
+    with pytest.raises(WrongUse, match=r"big.png: expected an aligned crop of 112×112 pixels, got 250×250; expected"):
+        evaluation_faces(str(tmp_path), 100)
 
 
 def test_faces_that_are_not_there_or_not_faces_are_refused(tmp_path):
     with pytest.raises(Missing, match="no faces at nowhere: expected a folder"):
-        load_faces("nowhere", 4)
+        evaluation_faces("nowhere", 4)
     with pytest.raises(Missing, match="no pictures"):
-        load_faces(str(tmp_path), 4)
+        evaluation_faces(str(tmp_path), 4)
     np.savez(tmp_path / "x.npz", crops=np.zeros(3))
-    with pytest.raises(WrongUse, match=r"x.npz: expected an array `faces` in it, found: crops; expected an .npz with"):
-        load_faces(str(tmp_path / "x.npz"), 4)
+    with pytest.raises(
+        WrongUse, match=r"x.npz: expected an array `faces` in it, found: crops; expected .* an .npz with"
+    ):
+        evaluation_faces(str(tmp_path / "x.npz"), 4)
 
 
 @pytest.mark.parametrize("damage", DAMAGED_ARRAYS)
 def test_a_damaged_file_of_faces_is_refused_in_one_sentence(damage, tmp_path):
     path = write_damaged(tmp_path / "faces.npz", damage)
-    with pytest.raises(WrongUse, match=r"faces\.npz: .*expected an \.npz with `faces`"):
-        load_faces(str(path), 4)
-    with pytest.raises(WrongUse, match=r"faces\.npz is no \.npz of crops"):
+    with pytest.raises(WrongUse, match=r"faces\.npz: .*expected .* an \.npz with `faces`"):
+        evaluation_faces(str(path), 4)
+    with pytest.raises(WrongUse, match=r"faces\.npz is no crop: "):
         read_faces(path)
 
 
 @pytest.mark.parametrize("identities", [np.arange(1), np.zeros((2, 2)), np.array([None, None], object)])
 def test_identities_that_do_not_fit_the_faces_are_refused(identities, tmp_path):
     np.savez(tmp_path / "x.npz", faces=synthetic_faces(2), identities=identities)
-    with pytest.raises(WrongUse, match=r"expected an \.npz with `faces` .*, and optionally `identities` \(N,\)"):
-        load_faces(str(tmp_path / "x.npz"), 4)
+    with pytest.raises(WrongUse, match=r"an \.npz with `faces` .*, and perhaps `identities` \(N,\)"):
+        evaluation_faces(str(tmp_path / "x.npz"), 4)
 
 
 def test_drawn_calibration_faces_are_not_those_that_judge():
-    judged, calibrated = load_faces("synthetic", 8), load_faces("synthetic", 8, seed=1)
+    judged, calibrated = evaluation_faces("synthetic", 8), evaluation_faces("synthetic", 8, seed=1)
     assert judged.sha256 != calibrated.sha256
     assert list(judged.identities) == [0, 0, 0, 0, 1, 1, 1, 1]
 

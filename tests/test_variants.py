@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from arcface_build.errors import ProofFailed
 from arcface_build.graph.embedding_only import embedding_only
 from arcface_build.variants.calibrate import Histogram, conv_inputs, least_error_range, on_grid
-from arcface_build.variants.eval_set import load_faces
+from arcface_build.variants.eval_set import evaluation_faces
 from arcface_build.variants.int8 import make_coarse, quantizable_layers, quantize_convolutions
 from arcface_build.variants.make import Wish, make_variant
 from arcface_build.variants.sensitivity import cut_tensors, measure_sensitivities, part_from
@@ -335,7 +335,7 @@ def test_benchmark_puts_drift_beside_the_speed_of_each_variant(model_dir, tmp_pa
     make_variant(
         model_dir, Wish("int8", eval_source=str(tmp_path / "strangers.npz"), limits={"int8": 0.5}, search=False)
     )
-    result = run(model_dir, [2], rounds=1, sample_s=0, faces=load_faces("synthetic", 4))
+    result = run(model_dir, [2], rounds=1, sample_s=0, faces=evaluation_faces("synthetic", 4))
     rows = {row["name"]: row for row in result["variants"]}
     assert next(iter(rows)) == "bare b2"
     assert rows["fp32 openvino b2"]["drift"]["max_drift"] < 1e-5

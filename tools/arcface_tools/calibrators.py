@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from arcface_build.variants.calibrate import collect_histograms, conv_inputs, least_error_range
-from arcface_build.variants.eval_set import load_faces
+from arcface_build.variants.eval_set import evaluation_faces
 from arcface_build.variants.gate import embed_all
 from arcface_build.variants.int8 import Range, quantizable_layers, quantize_convolutions
 from arcface_build.variants.make import CALIBRATION_FACES, load_named
@@ -46,8 +46,8 @@ def run(model_dir: Path, source: str = "synthetic", eval_faces: int = 64) -> dic
     """Drift of int8 for each method, with all layers but the first quantised, on ONNX Runtime."""
     path = model_dir / read_import_manifest(model_dir).serving["file"]
     model = load_named(path)
-    faces = load_faces(source, eval_faces)
-    calibration = load_faces(source, CALIBRATION_FACES, seed=1).faces
+    faces = evaluation_faces(source, eval_faces)
+    calibration = evaluation_faces(source, CALIBRATION_FACES, seed=1).faces
     reference = embed_all(open_session(model), faces.faces)
     keep = quantizable_layers(model)[:1]
     rows: dict[str, dict[str, Any]] = {}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from arcface_build.bench.host import describe_host
 from arcface_clients.arrays import unit_rows
 from arcface_clients.errors import WrongUse
 from arcface_clients.faces.images import load_faces
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
     from arcface_clients.faces.detect import FaceDetector
 
+EQUAL_CROWDS = ((2, 2), (2, 2, 2), (3, 3), (4, 4), (5, 5), (6, 6))  # photos of each of two or three people
 TIMED_PEOPLE = 3  # whose pairs are verified one by one; more would take minutes and show the same
 
 
@@ -66,13 +68,22 @@ def run(
         raise WrongUse(f"{folder} holds {len(people)} people with three faces or more; expected at least 4.")
     names = np.repeat(list(people), [len(faces) for faces in people.values()])
     say(f"{len(people)} people, {len(names)} faces, engine {getattr(engine, 'name', engine)!s}")
-    report: dict[str, Any] = {"people": len(people), "faces": len(names), "contract_id": engine.contract_id}
+    report: dict[str, Any] = {
+        "host": describe_host(),
+        "people": len(people),
+        "faces": len(names),
+        "contract_id": engine.contract_id,
+    }
     report["extraction"], embeddings = _extract(people, engine, say)
     report["distances"] = _all_pairs(embeddings, say)
     report["thresholds"] = _thresholds(embeddings, names, say)
     rng = np.random.default_rng(seed)
     report["strangers"] = find_strangers(embeddings, names, MAX_DISTANCE, rounds, rng)
     say(f"strangers mixed in, at {MAX_DISTANCE}: {_told(report['strangers'])}")
+    report["mixtures"] = [find_mixtures(embeddings, names, crowd, 400 * rounds, seed) for crowd in EQUAL_CROWDS]
+    for row in report["mixtures"]:
+        photos = " + ".join(map(str, row["photos"]))
+        say(f"{photos} photos of different people: {row['agreed']} of {row['draws']} agreed on")
     report["calibrated"] = _cross_calibrated(embeddings, names, rounds, rng, say)
     report["against_pairwise"] = _against_pairwise(people, engine, rng, say)
     if images is not None:
@@ -110,6 +121,20 @@ def find_strangers(
         "undecided": undecided,
         "ms_per_person": 1000 * (time.perf_counter() - start) / calls,
     }
+
+
+def find_mixtures(
+    embeddings: np.ndarray, names: np.ndarray, photos: tuple[int, ...], draws: int, seed: int
+) -> dict[str, Any]:
+    """How often as many photos each of different people are agreed on, which is wrong whomever it takes them for."""
+    rng = np.random.default_rng(seed)
+    people = [own for name in np.unique(names) if len(own := np.flatnonzero(names == name)) >= max(photos)]
+    agreed, draws = 0, draws if len(people) >= len(photos) else 0
+    for _ in range(draws):
+        chosen = rng.choice(len(people), len(photos), replace=False)
+        rows = [rng.choice(people[who], count, replace=False) for who, count in zip(chosen, photos, strict=True)]
+        agreed += find_consensus(embeddings[np.concatenate(rows)]).agreed
+    return {"photos": list(photos), "draws": draws, "agreed": agreed}
 
 
 def _extract(

@@ -12,7 +12,7 @@ import numpy as np
 
 from arcface_build.bench.interleaved import Variant, Work
 from arcface_build.bench.perf_analyzer import Load, PerfAnalyzer
-from arcface_build.bench.server import Target
+from arcface_build.bench.server import ServerUnderTest
 from arcface_build.bench.triton_statistics import read_statistics, server_split
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.runtimes import open_session
@@ -87,7 +87,7 @@ def insightface_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequen
     ]
 
 
-def served(program: PerfAnalyzer, load: Load, target: Target, input_data: Path) -> Variant:
+def served(program: PerfAnalyzer, load: Load, target: ServerUnderTest, input_data: Path) -> Variant:
     """A variant measured with perf_analyzer through the server; each sample includes Triton's breakdown of its time.
 
     Args:

@@ -18,7 +18,7 @@ from arcface_build.bench.contestants import served
 from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import Sample, measure_in_turns, ratio, undisturbed_rounds
 from arcface_build.bench.perf_analyzer import Load, PerfAnalyzer, write_input_data
-from arcface_build.bench.server import Target
+from arcface_build.bench.server import ServerUnderTest
 from arcface_build.bench.tune import (
     LEAF,
     Duel,
@@ -126,7 +126,7 @@ def _duel(
                 TritonProcess(find_tritonserver(), small, [LEAF], config_name="", ports=free_ports(), log_path=log)
             )
             server.wait_ready()
-            target = Target(server.grpc_url, server.http_url, server.pid)
+            target = ServerUnderTest(server.grpc_url, server.http_url, server.pid)
             variants.append(replace(served(program, load, target, data), name=name))
         samples = measure_in_turns(variants, tuning.rounds, tuning.sample_s)
     kept, disturbed = undisturbed_rounds(samples)

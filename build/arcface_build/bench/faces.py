@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from arcface_clients.errors import WrongUse
-from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.faces.images import load_or_draw
 
 
 def faces_for_load(sources: Sequence[str], batch: int, refused: Callable[[str], None]) -> npt.NDArray[Any]:
@@ -22,13 +21,4 @@ def faces_for_load(sources: Sequence[str], batch: int, refused: Callable[[str], 
     Raises:
         WrongUse: not one could be read.
     """
-    if not sources:
-        return synthetic_faces(max(64, batch))
-    from arcface_clients.faces.images import load_faces
-
-    faces, _, unread = load_faces(sources)
-    for crop in unread:
-        refused(f"not read: {crop.name}: {crop.refused}")
-    if not len(faces):
-        raise WrongUse(f"no face could be read from {' '.join(sources)}: expected aligned 112×112 crops.")
-    return faces[: max(256, batch)]
+    return load_or_draw(sources, max(64, batch), refused)[0][: max(256, batch)]

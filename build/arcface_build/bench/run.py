@@ -18,7 +18,7 @@ from arcface_build.bench.interleaved import Variant, measure_in_turns
 from arcface_build.bench.perf_analyzer import Load, PerfAnalyzer, write_input_data
 from arcface_build.bench.pytorch import pytorch_sessions
 from arcface_build.bench.result import summarise
-from arcface_build.bench.server import Target, own_server
+from arcface_build.bench.server import ServerUnderTest, own_server
 from arcface_build.bench.waterfall import waterfall, waterfall_loads
 from arcface_build.repository.versions import served_folder
 from arcface_clients.errors import WrongUse
@@ -72,7 +72,7 @@ def run_benchmark(
     *,
     repository: Callable[[], Path],
     config: str = "onnx",
-    target: Target | None = None,
+    target: ServerUnderTest | None = None,
     bars: Bars,
 ) -> dict[str, Any]:
     """Measure; returns the benchmark's JSON (docs/reports.md).

@@ -16,7 +16,7 @@ from arcface_clients.triton.address import Access
 
 
 @dataclass(frozen=True)
-class Target:
+class ServerUnderTest:
     """The server under test: host:port of both protocols; `pid` only if it runs on this host."""
 
     grpc_url: str
@@ -35,7 +35,7 @@ class Target:
 
 
 @contextmanager
-def own_server(repository: Path, models: Sequence[str], config: str, folder: Path) -> Iterator[Target]:
+def own_server(repository: Path, models: Sequence[str], config: str, folder: Path) -> Iterator[ServerUnderTest]:
     """Our own tritonserver on a model repository, stopped at the end; its log goes into `folder`.
 
     Raises:
@@ -48,10 +48,10 @@ def own_server(repository: Path, models: Sequence[str], config: str, folder: Pat
         find_tritonserver(), repository, models, config_name=config, ports=free_ports(), log_path=log
     ) as server:
         server.wait_ready()
-        yield Target(server.grpc_url, server.http_url, server.pid)
+        yield ServerUnderTest(server.grpc_url, server.http_url, server.pid)
 
 
-def running_server(url: str, http_url: str | None = None, access: Access | None = None) -> Target:
+def running_server(url: str, http_url: str | None = None, access: Access | None = None) -> ServerUnderTest:
     """The running server with gRPC at host:port; its HTTP is at the port below unless stated.
 
     Raises:
@@ -61,7 +61,7 @@ def running_server(url: str, http_url: str | None = None, access: Access | None 
     host, _, port = rest.rpartition(":")
     if scheme not in ("", "grpc", "grpcs") or not host or not port.isdecimal():
         raise WrongUse(f"--url is {url!r}: expected host:port of the server's gRPC, such as localhost:8001.")
-    return Target(
+    return ServerUnderTest(
         f"{host}:{port}",
         http_url or f"{host}:{int(port) - 1}",
         pid_listening_on(int(port)) if host in ("localhost", "127.0.0.1") else None,

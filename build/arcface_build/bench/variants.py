@@ -16,7 +16,7 @@ from arcface_build.bench.contestants import in_process, insightface_sessions
 from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import Variant, measure_in_turns
 from arcface_build.bench.result import summarise
-from arcface_build.variants.eval_set import FaceSet, load_faces
+from arcface_build.variants.eval_set import FaceSet, evaluation_faces
 from arcface_build.variants.gate import embed_all
 from arcface_build.variants.int8 import quantizable_layers
 from arcface_build.variants.make import load_named
@@ -72,7 +72,7 @@ def run(
         The benchmark's JSON (docs/reports.md) with kind "variants"; each variant has `ratio` (to ONNX Runtime fp32 of
         the same batch), `drift` on `faces`, and `gate` (its verdict on the eval set) if it has one.
     """
-    faces = faces or load_faces("synthetic", 64)
+    faces = faces or evaluation_faces("synthetic", 64)
     entrants = contestants(model_dir)
     reference: np.ndarray | None = None
     variants: list[Variant] = []

@@ -47,14 +47,14 @@ def command(
     """
     from arcface_build.bench.variants import run, speeds, table
     from arcface_build.variants.choose import speeds_file
-    from arcface_build.variants.eval_set import load_faces
+    from arcface_build.variants.eval_set import evaluation_faces
     from arcface_clients.atomic import write_json
 
     with terminal.status_line("loading") as progress:
         result = run(
             models_dir / name,
             batches,
-            faces=load_faces(faces_from, 64),
+            faces=evaluation_faces(faces_from, 64),
             on_sample=lambda variant, number: progress(f"round {number}: {variant}"),
             **how_long,
         )

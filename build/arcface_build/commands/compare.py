@@ -38,6 +38,7 @@ Examples:
 @click.option("--tensorrt", is_flag=True, help="With --layers: build B with TensorRT.")
 @click.option("--source", type=click.Path(path_type=Path, exists=True), help="Source ONNX to explain the drift with.")
 @click.option("--explain/--no-explain", default=None, help="Look for the fault; default: when the gate fails.")
+@click.option("--across-contracts", is_flag=True, help="Compare though A and B are known to be different models.")
 @models_dir_option
 @local_model_option
 @json_option
@@ -57,12 +58,15 @@ def command(
 
     Exit code 1: a face drifted beyond --max-drift, or a figure is beyond its warning.
     """
+    from arcface_build.compare.comparison import ACROSS_CONTRACTS
     from arcface_build.compare.run import CompareRequest, compare
     from arcface_build.reports.compare_page import compare_page
     from arcface_build.reports.compare_text import compare_text
 
     asked = CompareRequest(**asked_for)
     result, faces = compare(a, b, asked, with_local(models_dir, model), terminal.complaint)
+    if result.report["across_contracts"]:
+        terminal.complaint(f"WARNING: {ACROSS_CONTRACTS}")
     pages = {html: lambda: compare_page(result.report, faces.pixels)}
     hand_over(result.report, lambda: compare_text(result.report), as_json, report, pages)
     return 0 if result.passed else 1

@@ -78,7 +78,8 @@ def command(
     """Find for each person who most of the photos show, and which photos show somebody else.
 
     FOLDER_OF_PERSONS holds one folder of aligned 112×112 crops (with --detect: of photos) a person. The output names
-    each person's references, outliers with their distance, what could not be read, and the consensus embedding.
+    each person's references, outliers with their distance, what could not be read, and the consensus embedding. A
+    person whose photos show no clear majority is undecided, and the groups that they form are listed.
     """
     from arcface_clients import TritonEmbedder
 
@@ -98,7 +99,7 @@ def command(
         "output": str(output),
         "people": len(records),
         "agreed": len(records) - len(undecided),
-        "outliers": sum(len(record["outliers"]) for record in records.values() if record["agreed"]),
+        "outliers": sum(len(record["outliers"]) for record in records.values()),
         "refused": sum(len(record["refused"]) for record in records.values()),
         "undecided": undecided,
     }
@@ -116,6 +117,8 @@ def _told(records: dict[str, dict], summary: dict[str, Any]) -> str:
             lines += [f"outlier: {row['path']}: distance {row['distance']:.3f}" for row in record["outliers"]]
         else:
             lines.append(f"undecided: {name}: {record['reason']}")
+            for number, group in enumerate(record["groups"], start=1):
+                lines.append(f"  group {number}, {len(group)} faces: {', '.join(group)}")
     lines.append(
         f"{summary['output']}: {summary['agreed']} of {summary['people']} people agreed, "
         f"{summary['outliers']} outliers, {summary['refused']} files not read"

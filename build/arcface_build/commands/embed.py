@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +14,9 @@ from arcface_build.commands.options.server import served_model_option, timeout_o
 from arcface_build.commands.options.settings import access_to
 from arcface_clients.errors import WrongUse
 from arcface_clients.extras import require
+
+if TYPE_CHECKING:
+    pass
 
 EPILOG = """\b
 Examples:
@@ -67,6 +71,7 @@ def command(
 
     What cannot be read is listed with the reason and left out. A .npz holds `paths`, `embeddings` float32 (N,D) of
     unit length, `contract_id` and `model`; a .parquet the columns path, identity, embedding, contract_id and digest.
+    With --detect both hold where each face was found, in pixels of the upright photo (docs/people.md).
     """
     if output.suffix not in (".npz", ".parquet"):
         raise WrongUse(

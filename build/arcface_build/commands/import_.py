@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,7 @@ from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import WrongUse
 
 if TYPE_CHECKING:
+    from arcface_build.imports.preprocessing import Stated
     from arcface_build.repository.bring_in import BroughtIn
 
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--color", type=click.Choice(["rgb", "bgr"]), help="Channel order that the network expects.")
 @click.option("--mean", help="One number or three (123.675,116.28,103.53), 0..255 units, in --color's order.")
 @click.option("--std", help="One number or three, like --mean.")
+@click.option("--output", help="The output that is the embedding, where several can be.")
 @click.option(
     "--faces",
     type=click.Path(exists=True, path_type=Path),
@@ -39,6 +41,14 @@ if TYPE_CHECKING:
 @models_dir_option
 @model_repository_option
 @click.option("--no-assemble", is_flag=True, help="Only write models/NAME/; do not touch the model repository.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1800,
+    show_default=True,
+    metavar="SECONDS",
+    help="End an import that takes longer.",
+)
 @click.option("--force", is_flag=True, help="Import again even if nothing has changed.")
 @json_option
 def command(
@@ -47,25 +57,29 @@ def command(
     color: str | None,
     mean: str | None,
     std: str | None,
+    output: str | None,
     faces: Path | None,
     accept_license: bool,
     insightface_root: Path | None,
     models_dir: Path,
     model_repository: Path | None,
     no_assemble: bool,
+    timeout: float,
     force: bool,
     as_json: bool,
 ) -> None:
     """Turn an ArcFace ONNX into a verified serving ONNX and install it in the model repository.
 
-    SOURCE is an ONNX file, a name from config/models.yaml (mobilefacenet), an InsightFace pack (buffalo_l, buffalo_s,
-    antelopev2) or a demo network with random weights (demo, demo-r18, demo-r34, demo-r50, demo-r100).
+    SOURCE is an ONNX file, a checkpoint of an arcface_torch IResNet (.pth, .safetensors), a folder or zip with a pack,
+    a name from config/models.yaml (mobilefacenet), an InsightFace pack (buffalo_l, buffalo_s, antelopev2) or a demo
+    network with random weights (demo, demo-r18, demo-r34, demo-r50, demo-r100).
 
     \b
     Examples:
       arcface import demo
       arcface import buffalo_l --accept-license
       arcface import my_r50.onnx --name r50
+      arcface import backbone.pth --name r100
       arcface import other.onnx --color bgr --mean 127.5 --std 128
 
     Nothing is written unless the result matches InsightFace's: cosine ≥ 0.99999 on every face, and each row of a batch
@@ -84,14 +98,19 @@ def command(
             name=name,
             cache=settings().storage.cache,
             stated=stated,
+            output=output,
             faces=faces,
             accept_licence=accept_license,
             insightface_root=insightface_root,
             force=force,
+            timeout_s=timeout,
             say=terminal.notice,
             progress=progress,
         )
     imported = done.imported
+    look = imported.manifest.preprocessing["look"]
+    if look and look["warning"]:
+        terminal.complaint(f"preprocessing may be wrong: {look['warning']}. See --color, --mean, --std")
     if imported.variants_gone:
         terminal.complaint(
             f"the serving ONNX has changed: {imported.folder}/variants belonged to the old one and were removed"
@@ -99,19 +118,22 @@ def command(
     hand_over(imported.manifest.to_json(), lambda: _told(done), as_json)
 
 
-def _stated(color: str | None, mean: str | None, std: str | None) -> Preprocessing | None:
-    """The preprocessing that the user states; anything omitted is InsightFace's."""
-    if color is None and mean is None and std is None:
-        return None
+def _stated(color: str | None, mean: str | None, std: str | None) -> Stated:
+    """What the user says about preprocessing, part by part."""
+    from arcface_build.imports.preprocessing import Stated
+
     if (mean is None) != (std is None):
         raise WrongUse("--mean and --std belong together: expected both, got one.")
-    means, stds = _three("--mean", mean or "127.5"), _three("--std", std or "127.5")
+    if mean is None or std is None:
+        return Stated(color)
+    means, stds = _three("--mean", mean), _three("--std", std)
     if 0 < max(means) <= 1 and max(stds) <= 1:
         raise WrongUse(f"--mean {mean} --std {std} look like units of 0..1: expected 0..255. Multiply both by 255.")
     try:
-        return Preprocessing(color or "rgb", means, stds)
+        Preprocessing("rgb", means, stds)
     except ValueError as exc:
         raise WrongUse(f"--mean, --std: {exc}.") from exc
+    return Stated(color, means, stds)
 
 
 def _three(option: str, text: str) -> tuple[float, float, float]:
@@ -132,6 +154,7 @@ def _told(done: BroughtIn) -> str:
     lines = [click.style(source["note"], fg="yellow", bold=True)] if source["kind"] == "demo" else []
     lines.append(f"{manifest.name}: {source['file']} ({source['sha256'][:12]}…), licence {source['licence']}")
     lines.append(f"  preprocessing  {wants['color']}, mean {wants['mean']}, std {wants['std']} ({wants['why']})")
+    lines.append(f"  network sees   {_network(wants['network'])}")
     lines += [f"  {step['step']:<14} {step['why']}" for step in manifest.steps if step["changed"]]
     lines.append(
         f"  proof          {proof['faces']} faces ({proof['faces_from']}) against {proof['reference']}: "
@@ -145,3 +168,10 @@ def _told(done: BroughtIn) -> str:
     if done.installed:
         lines.append("served from: " + ", ".join(f"{model}/{version}" for model, version in done.installed.items()))
     return "\n".join(lines)
+
+
+def _network(seen: dict[str, Any] | None) -> str:
+    """What the network sees of the pixels, in words."""
+    if seen is None:
+        return "something else than a map of each channel by itself; stated by the caller, not measured"
+    return f"{seen['color']}, (x − {seen['mean']}) / {seen['std']}: outside and inside the graph together"

@@ -44,16 +44,9 @@ def command(
     Exit code 1 if a backend's drift is above the limit of its precision, 3 if no reference is loaded.
     """
     from arcface_clients.checks.parity import COUNTING, count_drift, measure_parity, render_table
-    from arcface_clients.faces.synthetic import synthetic_faces
+    from arcface_clients.faces.images import load_or_draw
 
-    faces = None
-    if sources:
-        from arcface_clients.faces.images import load_faces
-
-        faces, _, refused = load_faces(sources)
-        faces = faces[:limit]
-        for crop in refused:
-            terminal.complaint(f"not read: {crop.name}: {crop.refused}")
+    faces = load_or_draw(sources, 32, terminal.complaint)[0][:limit]
     access, limits = access_to(url), settings().comparison.max_drift.model_dump()
     with terminal.status_line() as progress:
         result = measure_parity(
@@ -64,8 +57,7 @@ def command(
             access=access,
             progress=lambda model: progress(f"asking {model} …"),
         )
-        drawn = synthetic_faces(32) if faces is None else faces
-        counted = count and count_drift(url, drawn, timeout_s=timeout_s, access=access)
+        counted = count and count_drift(url, faces, timeout_s=timeout_s, access=access)
     hand_over(result.to_json(), lambda: render_table(result), as_json, report)
     for reason in result.skipped.values():
         terminal.notice(f"not compared: {reason}")

@@ -10,7 +10,7 @@ import click
 
 from arcface_build import terminal
 from arcface_build.commands.options.folders import models_dir_option
-from arcface_build.commands.options.numbers import DRIFT
+from arcface_build.commands.options.numbers import DRIFT, SHARE
 from arcface_build.commands.options.output import hand_over, json_option
 from arcface_build.commands.options.settings import settings
 
@@ -41,7 +41,7 @@ Exit codes: 0 passed, 1 refused by the gate, 2 wrong use, 3 something needed is 
 )
 @click.option(
     "--margin",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=SHARE,
     help="The search aims at this share of the limit; default: comparison.margin from the configuration.",
 )
 @click.option("--search/--no-search", default=True, help="If the plain variant misses the limit, find layers to keep.")

@@ -152,21 +152,11 @@ def _faces(faces_from: Path | None, count: int) -> npt.NDArray[Any]:
     """What the table is made of: uint8 (N,112,112,3) BGR, N ≥ 1.
 
     Raises:
-        InvalidFaces: there is not one face in `faces_from`.
+        WrongUse: there is not one face in `faces_from`.
     """
-    from arcface_clients.faces.synthetic import synthetic_faces
+    from arcface_clients.faces.images import load_or_draw
 
-    if faces_from is None:
-        return synthetic_faces(count)
-    from arcface_clients.errors import InvalidFaces
-    from arcface_clients.faces.images import load_faces
-
-    faces, _, refused = load_faces([faces_from])
-    for crop in refused:
-        terminal.complaint(f"not read: {crop.name}: {crop.refused}")
-    if not len(faces):
-        raise InvalidFaces(f"no faces in {faces_from}: expected aligned crops of 112×112 pixels, or .npz of them.")
-    return faces
+    return load_or_draw([faces_from] if faces_from else [], count, terminal.complaint)[0]
 
 
 def _invitation(server: TritonProcess) -> str:

@@ -12,10 +12,22 @@ import numpy as np
 from arcface_build.compare.sides import Side
 from arcface_clients.errors import ContractMismatch, WrongUse
 from arcface_clients.evidence.accuracy import Pairs, changed_decisions, measure_accuracy
-from arcface_clients.evidence.diagnose import Finding, diagnose
-from arcface_clients.evidence.drift import TARGETS, DriftReport, TargetCheck, check_targets, compare_embeddings
+from arcface_clients.evidence.diagnose import diagnose, diagnose_embeddings
+from arcface_clients.evidence.drift import (
+    TARGETS,
+    DriftReport,
+    TargetCheck,
+    check_targets,
+    compare_embeddings,
+    cosine_per_face,
+)
 
 FORMAT = 1
+ACROSS_CONTRACTS = (
+    "A and B are of two contracts: their embeddings must not be mixed or searched together, however alike they are."
+)
+_FACES_OF_A = 8
+_NETWORK_OF_A = 0.95  # int8 stays above
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Faces:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CompareResult:
     """Result of `compare_sides`; `report` is what is written as JSON."""
 
     report: dict[str, Any]
@@ -61,7 +73,8 @@ def compare_sides(
     pairs: Pairs | None = None,
     threshold: float | None = None,
     targets: Mapping[str, tuple[float, float]] = TARGETS,
-) -> Comparison:
+    across_contracts: bool = False,
+) -> CompareResult:
     """Embed the faces with both sides and compare; `a` is what is right.
 
     Args:
@@ -72,12 +85,15 @@ def compare_sides(
         pairs: labelled pairs of rows, for accuracy.
         threshold: cosine from which a pair counts as one person; None takes A's best one (ten-fold).
         targets: (target, warning) for each figure.
+        across_contracts: compare though the contracts are known and differ; the report says so.
 
     Raises:
-        ContractMismatch: both sides know their contract, and the two differ.
+        ContractMismatch: both sides know their contract, the two differ, and that was not asked for.
         WrongUse: saved embeddings do not fit the faces.
     """
-    check_contracts(a, b)
+    across = differ(a, b)
+    if not across_contracts:
+        check_contracts(a, b)
     reference, candidate = embeddings_of(a, faces), embeddings_of(b, faces)
     drift = compare_embeddings(reference, candidate, [_key(name) for name in faces.names] if faces.names else None)
     verdicts = check_targets(drift, targets)
@@ -92,11 +108,13 @@ def compare_sides(
         "gate": {"max_drift": max_drift, "passed": gate},
         "targets": [asdict(verdict) for verdict in verdicts],
         "accuracy": _accuracy(reference, candidate, pairs, threshold) if pairs is not None else None,
-        "findings": [],
+        "across_contracts": across,
+        "findings": [f.to_json() for f in diagnose_embeddings(reference, candidate, sized=not gate)],
+        "not_explained": None,
         "layers": None,
         "passed": gate and all(verdict.status != "warning" for verdict in verdicts),
     }
-    return Comparison(report, drift, verdicts, reference, candidate)
+    return CompareResult(report, drift, verdicts, reference, candidate)
 
 
 def check_contracts(a: Side, b: Side) -> None:
@@ -105,11 +123,18 @@ def check_contracts(a: Side, b: Side) -> None:
     Raises:
         ContractMismatch: the two differ.
     """
-    if a.contract_id and b.contract_id and a.contract_id != b.contract_id:
+    if differ(a, b):
+        ids = [(side.contract_id or "")[:12] for side in (a, b)]
         raise ContractMismatch(
-            f"{a.label} is of contract {a.contract_id[:12]}…, {b.label} of {b.contract_id[:12]}…: their embeddings "
-            "come from different weights or preprocessing and cannot be compared. Embed again with one of them"
+            f"{a.label} is of contract {ids[0]}…, {b.label} of {ids[1]}…: their embeddings come from different weights "
+            "or preprocessing and cannot be compared. Embed again with one of them, or see how much they differ all "
+            "the same: --across-contracts"
         )
+
+
+def differ(a: Side, b: Side) -> bool:
+    """Whether both sides know their contract and it is not the same."""
+    return bool(a.contract_id and b.contract_id and a.contract_id != b.contract_id)
 
 
 def embeddings_of(side: Side, faces: Faces) -> np.ndarray:
@@ -133,16 +158,28 @@ def embeddings_of(side: Side, faces: Faces) -> np.ndarray:
     return side.saved
 
 
-def explain(comparison: Comparison, b: Side, faces: Faces, source: Path) -> list[Finding]:
-    """Faults that explain the candidate, tried out on the network of a source ONNX; also put into the report."""
+def explain(result: CompareResult, b: Side, faces: Faces, source: Path | None) -> None:
+    """Put into the report what explains the candidate, tried on the network of A's source ONNX; or why it is not."""
     from arcface_build.compare.reference import reference_network
 
-    if faces.pixels is None:
-        return []
-    network, preprocessing = reference_network(source)
-    findings = diagnose(faces.pixels, comparison.candidate, network, preprocessing, b.encode)
-    comparison.report["findings"] = [finding.to_json() for finding in findings]
-    return findings
+    findings, why = None, None
+    if faces.pixels is None or source is None:
+        absent = ["the faces: --faces FOLDER"] if faces.pixels is None else []
+        absent += ["the source ONNX of A: --source models/NAME/source.onnx"] if source is None else []
+        told = ", and ".join(absent)
+        why = f"only the embeddings were looked at; faults of the input need the network too. Give {told}"
+    else:
+        network, preprocessing = reference_network(source)
+        own = network(preprocessing.apply(faces.pixels[:_FACES_OF_A]))
+        expected = result.reference[:_FACES_OF_A]
+        if own.shape == expected.shape and cosine_per_face(own, expected).min() > _NETWORK_OF_A:
+            findings = diagnose(faces.pixels, result.candidate, network, preprocessing, b.encode)
+        else:
+            why = f"{source.name} is not the network of A, so faults of the input were not tried. Give A's: --source"
+    if findings is None:
+        findings = diagnose_embeddings(result.reference, result.candidate)
+    result.report["findings"] = [finding.to_json() for finding in findings]
+    result.report["not_explained"] = why
 
 
 def _accuracy(reference: np.ndarray, candidate: np.ndarray, pairs: Pairs, threshold: float | None) -> dict[str, Any]:

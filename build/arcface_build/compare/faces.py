@@ -9,26 +9,17 @@ from arcface_build.compare.comparison import Faces, names_of
 from arcface_build.compare.sides import Side
 from arcface_clients.errors import WrongUse
 from arcface_clients.evidence.accuracy import Pairs, identities_from_paths, pairs_from_csv, pairs_from_identities
-from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.faces.images import load_or_draw
 
 
 def faces_of(sources: Sequence[str], sides: Sequence[Side], refused: Callable[[str], None]) -> Faces:
     """Named crops; else those that saved embeddings name, where they are still there; else drawn ones."""
     names = names_of(sides)
     wanted = sources or (names if names and all(Path(name).is_file() for name in names) else ())
-    if wanted:
-        from arcface_clients.faces.images import load_faces
-
-        pixels, read, unread = load_faces(wanted)
-        for crop in unread:
-            refused(f"not read: {crop.name}: {crop.refused}")
-        if not len(pixels):
-            raise WrongUse(f"no face could be read from {' '.join(wanted[:3])}: expected aligned 112×112 crops.")
-        return Faces(pixels, tuple(read))
     saved = next((side.saved for side in sides if side.saved is not None), None)
-    if saved is not None:
+    if saved is not None and not wanted:
         return Faces(None, names or tuple(f"row {i}" for i in range(len(saved))))
-    return Faces(synthetic_faces(64), None)
+    return Faces(*load_or_draw(wanted, 64, refused))
 
 
 def pairs_of(path: Path | None, identities: bool, faces: Faces) -> Pairs | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from arcface_build.compare.comparison import Faces, check_contracts, embeddings_of
+from arcface_build.compare.comparison import Faces, check_contracts
 from arcface_build.compare.sides import Side
 from arcface_clients.engines.model_folder import find_model
 from arcface_clients.errors import WrongUse
@@ -44,21 +44,22 @@ def parity_matrix(
         progress: called before each combination.
     """
     progress(f"{reference.label}, the reference")
-    if faces.pixels is None:
-        raise WrongUse("a matrix embeds the faces at each batch size: name crops with --faces FOLDER.")
-    pixels, expected = faces.pixels, embeddings_of(reference, faces)
+    pixels = faces.pixels
+    if pixels is None:
+        raise WrongUse("a matrix embeds faces and there are none: name crops with --faces FOLDER.")
+    expected = _encoder(reference)(pixels)
     if pairs is not None and threshold is None:
         threshold = measure_accuracy(expected, pairs, resamples=0).fold_threshold
     rows: list[dict[str, Any]] = []
     for opened in open_candidates:
         with opened() as side:
             check_contracts(reference, side)
+            encode = _encoder(side)
             limit = limits.get(side.precision, limits["fp32"])
             alone: np.ndarray | None = None
             for batch in sorted({1, *batches}):
                 progress(f"{side.label} {side.precision}, batch {batch}")
-                parts = [Faces(pixels[i : i + batch], None) for i in range(0, len(pixels), batch)]
-                got = np.concatenate([embeddings_of(side, part) for part in parts])
+                got = np.concatenate([encode(pixels[i : i + batch]) for i in range(0, len(pixels), batch)])
                 alone = got if alone is None else alone
                 rows.append(_row(side, batch, expected, got, alone, limit, pairs, threshold))
     return {
@@ -72,6 +73,14 @@ def parity_matrix(
         "rows": rows,
         "passed": all(row["passed"] for row in rows),
     }
+
+
+def _encoder(side: Side) -> Callable[[np.ndarray], np.ndarray]:
+    if side.encode is None:
+        raise WrongUse(
+            f"{side.label} holds saved embeddings: a matrix needs an engine, a server, an ONNX file or a plan."
+        )
+    return side.encode
 
 
 def _row(

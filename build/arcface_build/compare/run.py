@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arcface_build.compare.comparison import Comparison, Faces, compare_sides
+from arcface_build.compare.comparison import CompareResult, Faces, compare_sides
 from arcface_build.compare.comparison import explain as explain_drift
 from arcface_build.compare.faces import faces_of, pairs_of
 from arcface_build.compare.layers import compare_layers
@@ -36,11 +36,12 @@ class CompareRequest:
     tensorrt: bool = False
     source: Path | None = None
     explain: bool | None = None
+    across_contracts: bool = False
 
 
 def compare(
     a: str, b: str, asked: CompareRequest, config: EmbeddingConfig, refused: Callable[[str], None]
-) -> tuple[Comparison, Faces]:
+) -> tuple[CompareResult, Faces]:
     """Compare B with A, which is right; the result, and the faces that it is about.
 
     Raises:
@@ -63,10 +64,11 @@ def compare(
             pairs_of(asked.pairs_from, asked.identities, faces),
             asked.threshold,
             {name: (target.target, target.warn) for name in TARGETS for target in [getattr(targets, name)]},
+            asked.across_contracts,
         )
         network = asked.source or source_beside(a, b) or _source_of_engines(config.local, a, b)
         wanted = not result.report["gate"]["passed"] if asked.explain is None else asked.explain
-        if network is not None and wanted:
+        if wanted:
             explain_drift(result, side_b, faces, network)
     if asked.layers:
         result.report["layers"] = _layers(a, b, faces, asked.layer_tolerance, asked.tensorrt)

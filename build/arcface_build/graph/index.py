@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ class GraphIndex:
         self.maker = {name: node for node in graph.node for name in node.output if name}
         self.users: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
-            for name in node.input:
+            for name in [*node.input, *captured(node)]:
                 self.users.setdefault(name, []).append(node)
         self.outputs = {value.name for value in graph.output}
         self._constant = set(self.initializers)
@@ -70,6 +70,15 @@ class GraphIndex:
         self.graph.initializer.append(tensor)
         self.initializers[free] = self.graph.initializer[-1]
         return free
+
+
+def captured(node: onnx.NodeProto) -> Iterator[str]:
+    """What the bodies of an If, Loop or Scan read; their own tensors are among it."""
+    for item in node.attribute:
+        for graph in (item.g, *item.graphs):
+            for inner in graph.node:
+                yield from inner.input
+                yield from captured(inner)
 
 
 def _is_constant(node: onnx.NodeProto, constants: set[str]) -> bool:
@@ -142,12 +151,15 @@ def replace_nodes(graph: onnx.GraphProto, instead: Mapping[str, Sequence[onnx.No
 
 
 def reconnect(graph: onnx.GraphProto, instead: Mapping[str, str]) -> None:
-    """Redirect every node that reads tensor `old` to `instead[old]`; chains are followed."""
+    """Let every node that reads tensor `old` read `instead[old]`, bodies of If and Loop too; chains are followed."""
     for node in graph.node:
         for position, name in enumerate(node.input):
             while name in instead:
                 name = instead[name]
             node.input[position] = name
+        for item in node.attribute:
+            for body in (item.g, *item.graphs):
+                reconnect(body, instead)
 
 
 def drop_unused(graph: onnx.GraphProto) -> None:
@@ -156,7 +168,7 @@ def drop_unused(graph: onnx.GraphProto) -> None:
     kept = []
     for node in reversed(graph.node):
         if needed.intersection(node.output):
-            needed.update(node.input)
+            needed.update(node.input, captured(node))
             kept.append(node.output[0])
     alive = set(kept)
     replace_nodes(graph, {node.output[0]: [] for node in graph.node if node.output[0] not in alive})

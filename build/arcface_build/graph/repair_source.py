@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from arcface_build.graph import Step
 from arcface_build.graph.dynamic_batch import baked_reshapes, declared_batch, dynamic_batch
 from arcface_build.graph.index import GraphIndex, attribute, reconnect, replace_nodes, shapes
+from arcface_build.graph.plain_types import plain_types
 from arcface_clients.contract import FACE_SIZE
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ def repair_source(model: onnx.ModelProto) -> Step:
     done = [
         text
         for text in (
+            plain_types(model),
             _spatial_batchnorm(model),
             _flat_gemm(model),
             _channel_slopes(model),
@@ -157,11 +161,13 @@ def _channels_first(model: onnx.ModelProto) -> str:
 
 
 def _flat_output(model: onnx.ModelProto) -> str:
-    """Flatten an embedding of shape [N,D,1,1]: the reference normalises along axis 1 of [N,D]."""
+    """An embedding that leaves as [N,D,1,1] or [D] becomes [N,D]: the reference normalises along axis 1 of that."""
     import onnx
 
     output = model.graph.output[0]
     shape = shapes(model).get(output.name, [])
+    if len(shape) == 1:
+        return _row_output(model, shape[0])
     if len(shape) != 4:
         return ""
     flat = f"{output.name}_flat"
@@ -169,6 +175,23 @@ def _flat_output(model: onnx.ModelProto) -> str:
     dim = next((size for size in shape[1:] if size != 1), None)
     output.CopyFrom(onnx.helper.make_tensor_value_info(flat, onnx.TensorProto.FLOAT, [shape[0], dim]))
     return "output [N,D,1,1] flattened to [N,D]"
+
+
+def _row_output(model: onnx.ModelProto, dim: int | str | None) -> str:
+    """The last node of an export for one face takes its row out of [1,D]: without that node it is [N,D] again."""
+    import onnx
+
+    output, index = model.graph.output[0], GraphIndex(model.graph)
+    last = index.maker[output.name]
+    if last.op_type not in ("Gather", "Squeeze", "Reshape", "Flatten"):
+        return ""
+    rows = f"{output.name}_rows"
+    shape = index.add_constant(f"{rows}_shape", np.array([-1, dim if isinstance(dim, int) else 0], np.int64))
+    made = onnx.helper.make_node("Reshape", [last.input[0], shape], [rows], name=rows)
+    replace_nodes(model.graph, {last.output[0]: [made]})
+    batch = declared_batch(index.inputs()[0]) or 1
+    output.CopyFrom(onnx.helper.make_tensor_value_info(rows, onnx.TensorProto.FLOAT, [batch, dim]))
+    return "output [D] is [N,D]"
 
 
 def _batch(model: onnx.ModelProto) -> str:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SMALLEST_NORM = 1e-6  # a zero embedding stays zero instead of NaN; representable in fp16
 BATCH = "N"
+SERVING_NAME = "arcface_serving"  # of the graph: by this an import knows its own product
 _FIRST = (("starts", 0), ("ends", 1))  # Slice: the first of the dimensions
 
 
@@ -62,7 +63,7 @@ def serving_form(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int,
     for name in OUTPUTS:
         kind, width = kinds[name]
         graph.output.append(onnx.helper.make_tensor_value_info(name, kind, [BATCH, width]))
-    graph.name = "arcface_serving"
+    graph.name = SERVING_NAME
     drop_unused(graph)
     order = "none needed" if preprocessing.color == "bgr" else "first Conv's weights" if turned else "Gather"
     return Step("serving_form", model, True, f"uint8 BGR in, unit rows out; channel order: {order}")

@@ -9,9 +9,11 @@ import numpy as np
 
 from arcface_build.errors import SourceRefused
 from arcface_build.graph.index import GraphIndex, attribute, shapes
+from arcface_build.graph.serving import SERVING_NAME
 from arcface_build.graph.upgrade_opset import opset_of
 from arcface_build.imports.onnx_file import IMPORT_ITSELF
-from arcface_clients.contract import FACE_SIZE, Preprocessing
+from arcface_build.imports.outputs import is_width
+from arcface_clients.contract import FACE_SIZE
 
 if TYPE_CHECKING:
     import onnx
@@ -28,23 +30,28 @@ OTHER_SIZES = {
 }
 
 
+FLOAT16 = 10  # onnx.TensorProto's numbers
+INPUT_TYPES = {1: "float32", FLOAT16: "float16", 11: "float64", 2: "uint8"}
+
+
 @dataclass(frozen=True)
 class Flavour:
-    """What stands in the file; `scale` and `shift` are the affine map (per channel) that the graph applies to pixels.
+    """What stands in the file.
 
     `insightface_says_inside` is InsightFace's own rule: a node named Sub… (or _minus…) and one named Mul… (_mul…)
     among the first eight (insightface.model_zoo.arcface_onnx).
     """
 
     input: str
+    input_type: str
     layout: str
+    output: str
+    float16: bool
     batch: int | str
     opset: int
     producer: str
     nodes: int
     dim: int | None
-    scale: list[float]
-    shift: list[float]
     insightface_says_inside: bool
     prelu_slopes: str
     batchnorms: int
@@ -60,6 +67,7 @@ def flavour_of(model: onnx.ModelProto, file: str) -> Flavour:
     Raises:
         SourceRefused: it cannot be a face recognition model for 112×112 crops; `file` names it in the message.
     """
+    _check_trained_form(model, file)
     index = GraphIndex(model.graph)
     known = shapes(model)
     face, layout = _face_input(index, file)
@@ -67,18 +75,18 @@ def flavour_of(model: onnx.ModelProto, file: str) -> Flavour:
     _check_training(model.graph, file)
     _check_weights(index, file)
     shape = face.type.tensor_type.shape.dim
-    scale, shift = affine_at_input(index, face.name)
     names = [node.name for node in model.graph.node[:8]]
     return Flavour(
         input=face.name,
+        input_type=INPUT_TYPES[face.type.tensor_type.elem_type],
+        output=model.graph.output[0].name,
+        float16=any(tensor.data_type == FLOAT16 for tensor in model.graph.initializer),
         layout=layout,
         batch=shape[0].dim_value if shape[0].dim_value > 0 else shape[0].dim_param or "unnamed",
         opset=opset_of(model),
         producer=f"{model.producer_name} {model.producer_version}".strip() or "unknown",
         nodes=len(model.graph.node),
         dim=dim,
-        scale=scale,
-        shift=shift,
         insightface_says_inside=any(name.startswith(("Sub", "_minus")) for name in names)
         and any(name.startswith(("Mul", "_mul")) for name in names),
         prelu_slopes=_slopes(index),
@@ -86,64 +94,25 @@ def flavour_of(model: onnx.ModelProto, file: str) -> Flavour:
     )
 
 
-def guess_preprocessing(flavour: Flavour, file: str) -> tuple[Preprocessing, str]:
-    """What the network wants, and from what that was read.
-
-    Raises:
-        SourceRefused: the file contradicts itself; the caller has to say it.
-    """
-    ends = np.array([flavour.shift, np.add(flavour.shift, np.multiply(flavour.scale, 255))])
-    plain = flavour.scale == [1.0] * 3 and flavour.shift == [0.0] * 3
-    ask = "Say what it wants: --color rgb --mean 127.5 --std 127.5 (in 0..255 units)."
-    if plain and flavour.insightface_says_inside:
+def _check_trained_form(model: onnx.ModelProto, file: str) -> None:
+    """A file that was made for one runtime, from the file that should be imported."""
+    ops = {node.op_type for node in model.graph.node}
+    domains = {node.domain for node in model.graph.node}
+    quantised = ops & {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger"}
+    if model.graph.name == SERVING_NAME:
         raise SourceRefused(
-            f"{file}: cannot tell the preprocessing: InsightFace reads 'inside the graph' from node names, but no "
-            f"constant is subtracted from or multiplied with the input. {ask}"
+            f"{file} is a serving ONNX that an import made: expected its source. Import the source.onnx beside it."
         )
-    if plain:
-        return Preprocessing(), "InsightFace's rule for a graph without normalisation; --mean, --std, --color override"
-    if np.abs(ends).max() > 4 or np.ptp(ends, axis=0).min() < 0.5:
+    if quantised:
         raise SourceRefused(
-            f"{file}: cannot tell the preprocessing: the graph maps pixels 0..255 to "
-            f"{ends.min():g}..{ends.max():g}, expected about −1..1 or no change. {ask}"
+            f"{file} is quantised already ({', '.join(sorted(quantised))}): expected the float file that it was made "
+            "from. Import that; int8 is made from it: arcface quantize"
         )
-    inside = Preprocessing("rgb", (0, 0, 0), (1, 1, 1))
-    return inside, f"the graph itself maps pixels 0..255 to {ends.min():.4g}..{ends.max():.4g}"
-
-
-def normalises_inside(flavour: Flavour) -> bool:
-    """Whether the graph maps raw pixels into the range that networks are trained on."""
-    ends = np.array([flavour.shift, np.add(flavour.shift, np.multiply(flavour.scale, 255))])
-    return bool(np.abs(ends).max() <= 4)
-
-
-def affine_at_input(index: GraphIndex, face: str) -> tuple[list[float], list[float]]:
-    """(scale, shift) per channel of the Sub, Add, Mul and Div with constants that the input goes through first."""
-    scale, shift = np.ones(3), np.zeros(3)
-    name = face
-    while (node := index.only_user(name)) is not None:
-        if node.op_type in ("Identity", "Transpose"):
-            name = node.output[0]
-            continue
-        if node.op_type not in ("Sub", "Add", "Mul", "Div"):
-            break
-        first = index.constant(node.input[0])
-        value = first if first is not None else index.constant(node.input[1])
-        if value is None or value.size not in (1, 3):
-            break
-        number = value.astype(np.float64).reshape(-1)
-        if node.op_type == "Div" and first is not None:
-            break
-        if node.op_type == "Mul":
-            scale, shift = scale * number, shift * number
-        elif node.op_type == "Div":
-            scale, shift = scale / number, shift / number
-        elif node.op_type == "Add":
-            shift = shift + number
-        else:
-            scale, shift = (-scale, number - shift) if first is not None else (scale, shift - number)
-        name = node.output[0]
-    return [float(v) for v in np.broadcast_to(scale, 3)], [float(v) for v in np.broadcast_to(shift, 3)]
+    if "com.microsoft.nchwc" in domains:
+        raise SourceRefused(
+            f"{file} was optimised by ONNX Runtime for one CPU (com.microsoft.nchwc): expected the file that it was "
+            "made from. Import that."
+        )
 
 
 def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]:
@@ -158,14 +127,9 @@ def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]
     kind = face.type.tensor_type.elem_type
     shape = [dim.dim_value if dim.dim_value > 0 else None for dim in face.type.tensor_type.shape.dim]
     shown = "×".join(str(size or "?") for size in shape) or "no shape"
-    if kind == onnx.TensorProto.UINT8:
-        raise SourceRefused(
-            f"{file} takes uint8, so preprocessing is inside it already: expected the float32 source of a model. "
-            "Import the file that it was made from."
-        )
-    if kind != onnx.TensorProto.FLOAT:
+    if kind not in INPUT_TYPES:
         got = onnx.TensorProto.DataType.Name(kind).lower()
-        raise SourceRefused(f"{file} takes {got}: expected float32. Export it in float32; variants are made from that.")
+        raise SourceRefused(f"{file} takes {got}: expected float32, float16, float64 or uint8. Export it in float32.")
     if len(shape) != 4 or 3 not in (shape[1] or 3, shape[3] or 3):
         raise SourceRefused(f"{file} takes {shown}: expected one RGB image, N×3×112×112. {IMPORT_ITSELF}.")
     layout = "NHWC" if shape[3] == 3 and shape[1] != 3 else "NCHW"
@@ -180,11 +144,6 @@ def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]
 def _embedding(index: GraphIndex, known: dict[str, list], model: onnx.ModelProto, file: str) -> int | None:
     """The width of the one output where the file tells it, checked."""
     outputs = model.graph.output
-    if len(outputs) != 1:
-        what = "a face detector" if len(outputs) >= 5 else "no recognition model, or one with its training head"
-        raise SourceRefused(
-            f"{file} has {len(outputs)} outputs, so it is {what}: expected one embedding. {IMPORT_ITSELF}."
-        )
     shape = known.get(outputs[0].name)
     maker = index.maker.get(outputs[0].name)
     if maker is not None and maker.op_type in ("Softmax", "LogSoftmax", "Sigmoid", "ArgMax"):
@@ -193,18 +152,19 @@ def _embedding(index: GraphIndex, known: dict[str, list], model: onnx.ModelProto
         )
     if shape is None or not isinstance(shape[-1], int):
         return _gemm_width(index, maker)
-    width = [size for size in shape[1:] if size != 1]
-    if len(shape) not in (2, 4) or len(width) != 1:
+    width = [size for size in shape[1:] if size != 1] if len(shape) > 1 else shape
+    if len(shape) not in (1, 2, 4) or len(width) != 1:
         shown = "×".join(str(size or "?") for size in shape)
         raise SourceRefused(f"{file} gives {shown}: expected an embedding, N×D. {IMPORT_ITSELF}.")
     return check_width(width[0], file)
 
 
 def check_width(dim: int, file: str) -> int:
-    """D, refused where no recognition model has it: landmark, age and class counts are not multiples of 32."""
-    if dim < 64 or dim > 4096 or dim % 32:
+    """D, refused where no recognition model has it."""
+    if not is_width(dim):
+        head = " (a training head's classes?)" if dim > 4096 else ""
         raise SourceRefused(
-            f"{file} gives {dim} numbers a face: expected an embedding of 128, 256 or 512. {IMPORT_ITSELF}."
+            f"{file} gives {dim} numbers a face{head}: expected an embedding of 128, 256 or 512. {IMPORT_ITSELF}."
         )
     return dim
 
@@ -236,7 +196,13 @@ def _check_weights(index: GraphIndex, file: str) -> None:
     for tensor in index.graph.initializer:
         if tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE):
             continue
-        value = onnx.numpy_helper.to_array(tensor)
+        try:
+            value = onnx.numpy_helper.to_array(tensor)
+        except ValueError as exc:
+            shown = "×".join(map(str, tensor.dims))
+            raise SourceRefused(
+                f"{file}: weight {tensor.name} is damaged: expected {shown} numbers, got others. Download it again."
+            ) from exc
         floats += value.size
         if not np.isfinite(value).all():
             bad = int((~np.isfinite(value)).sum())

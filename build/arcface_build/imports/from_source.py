@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from arcface_build.imports.importing import check_name, existing_import, import_model
-from arcface_build.imports.proof_faces import drawn_faces, read_faces
-from arcface_build.imports.source import CACHE, known_models, resolve, with_file
-from arcface_clients.contract import Preprocessing
+from arcface_build.imports.child import TIMEOUT_S, Job, run_child
+from arcface_build.imports.preprocessing import Stated
+from arcface_build.imports.source import CACHE
+from arcface_clients.atomic import new_folder
 from arcface_clients.engines.import_manifest import ImportManifest
 
 
@@ -30,15 +30,17 @@ def import_source(
     *,
     cache: Path = CACHE,
     name: str | None = None,
-    stated: Preprocessing | None = None,
+    stated: Stated | None = None,
+    output: str | None = None,
     faces: Path | None = None,
     accept_licence: bool = False,
     insightface_root: Path | None = None,
     force: bool = False,
+    timeout_s: float = TIMEOUT_S,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> Imported:
-    """Import what `source` means into a folder under `models_dir`.
+    """Import what `source` means into a folder under `models_dir`: made aside in a child process, then moved.
 
     Args:
         source: an ONNX file, a known model, an InsightFace pack or a demo.
@@ -46,32 +48,39 @@ def import_source(
         cache: where downloads are kept.
         name: of the folder under it; None takes the source's.
         stated: the user's word on preprocessing.
+        output: the embedding, where the file has several outputs that can be one.
         faces: crops to prove on; None takes drawn ones.
         accept_licence: agree to the licence of what has to be downloaded.
         insightface_root: where InsightFace keeps its packs.
         force: import again although nothing has changed.
+        timeout_s: end an import that takes longer.
         say: told of downloads.
         progress: told (phase, done, total).
 
     Raises:
         Missing, WrongUse, SourceRefused, ProofFailed: nothing is left behind.
     """
-    with tempfile.TemporaryDirectory(prefix="arcface-import-") as workspace:
-        found = resolve(
-            source,
-            Path(workspace),
-            known=known_models(),
-            cache=cache,
+    models_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".import-", dir=models_dir) as scratch:
+        job = Job(
+            source=source,
+            models_dir=str(models_dir),
+            scratch=scratch,
+            cache=str(cache),
+            name=name,
+            stated=(stated or Stated()).to_json(),
+            output=output,
+            faces=str(faces) if faces else None,
             accept_licence=accept_licence,
-            insightface_root=insightface_root,
-            say=say,
+            insightface_root=str(insightface_root) if insightface_root else None,
+            force=force,
         )
-        folder = models_dir / check_name(name or found.name)
-        had_variants = (folder / "variants").is_dir()
-        manifest = None if force else existing_import(folder, found, stated)
-        if manifest is not None:
+        done = run_child(job, timeout_s, progress, say)
+        manifest, folder = ImportManifest(**done.manifest), models_dir / done.name
+        if not done.made:
             return Imported(manifest, folder, True, False)
-        found = with_file(found, lambda done, total: progress("build the demo network", done, total))
-        crops, faces_from = read_faces(faces) if faces else drawn_faces()
-        manifest = import_model(found, folder, crops, faces_from, stated=stated, progress=progress)
+        had_variants = (folder / "variants").is_dir()
+        with new_folder(folder) as whole:
+            for part in Path(done.made).iterdir():
+                part.rename(whole / part.name)
     return Imported(manifest, folder, False, had_variants and not (folder / "variants").is_dir())

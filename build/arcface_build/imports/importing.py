@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,8 +11,6 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from arcface_build.errors import SourceRefused
 from arcface_build.graph import Step
@@ -22,10 +21,17 @@ from arcface_build.graph.fold_constants import fold_constants
 from arcface_build.graph.repair_source import repair_source
 from arcface_build.graph.serving import serving_form
 from arcface_build.graph.upgrade_opset import opset_of, upgrade_opset
-from arcface_build.imports.flavour import Flavour, check_width, flavour_of, guess_preprocessing, normalises_inside
+from arcface_build.imports.as_given import check_as_given
+from arcface_build.imports.flavour import check_width, flavour_of
+from arcface_build.imports.front import Front
 from arcface_build.imports.onnx_file import external_files, read_source
+from arcface_build.imports.outputs import keep_embedding
+from arcface_build.imports.preprocessing import Stated, decide_preprocessing
 from arcface_build.imports.proof import Proof, Reference, prove, reference_embeddings
+from arcface_build.imports.proof_faces import ProofFaces
+from arcface_build.imports.second_look import second_look
 from arcface_build.imports.source import Source, file_digest
+from arcface_clients.arrays import Array
 from arcface_clients.atomic import new_folder, write_json
 from arcface_clients.contract import Preprocessing, contract_id
 from arcface_clients.engines.import_manifest import IMPORT_MANIFEST, ImportManifest, read_import_manifest
@@ -38,7 +44,7 @@ if TYPE_CHECKING:
 SOURCE_FILE = "source.onnx"
 SERVING_FILE = "serving.onnx"
 CPU_FILE = "serving_cpu.onnx"
-CONVERSION = 3  # raise it when the steps give another graph: earlier imports are then done again
+CONVERSION = 4  # raise it when the steps give another graph: earlier imports are then done again
 TOOLS = ("arcface-triton", "onnx", "onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu", "insightface", "numpy")
 OnStep = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -46,10 +52,11 @@ OnStep = Callable[[str, int, int], None]  # (what, done, total)
 def import_model(
     source: Source,
     folder: Path,
-    faces: np.ndarray,
-    faces_from: str,
+    faces: ProofFaces,
     *,
-    stated: Preprocessing | None = None,
+    stated: Stated | None = None,
+    output: str | None = None,
+    variants_of: Path | None = None,
     limits: Mapping[str, float] = DRIFT_LIMITS,
     progress: OnStep = lambda what, done, total: None,
 ) -> ImportManifest:
@@ -58,9 +65,10 @@ def import_model(
     Args:
         source: what `arcface_build.imports.source.resolve` gave, its file there (`sources.with_file`).
         folder: models/NAME.
-        faces: uint8 (N,112,112,3) BGR to prove on.
-        faces_from: where they come from, for the manifest.
-        stated: the user's word on preprocessing; it wins over everything.
+        faces: to prove on.
+        stated: the user's word on preprocessing; each part of it wins over everything.
+        output: the name of the embedding, where the file has several outputs that can be one.
+        variants_of: the folder of an earlier import whose variants may be kept; by default `folder`.
         limits: largest drift by precision; the proof applies that of fp32.
         progress: told what is being done.
 
@@ -70,52 +78,69 @@ def import_model(
     label = source.path.name
     progress("read", 0, 1)
     model = read_source(source.path)
+    outputs = len(model.graph.output)
+    keep_embedding(model, label, output)
     flavour = flavour_of(model, label)
-    preprocessing, why = decide_preprocessing(source, flavour, stated)
     with new_folder(folder) as temporary:
         repaired = repair_source(model)
-        copy = _keep_source(source, repaired, temporary / SOURCE_FILE)
+        decision = decide_preprocessing(
+            Front(repaired.model),
+            label,
+            stated,
+            known=(source.preprocessing, source.note) if source.preprocessing else None,
+            says_inside=flavour.insightface_says_inside,
+            whole_pixels=flavour.input_type == "uint8",
+        )
+        preprocessing = decision.fed
+        copy = _keep_source(source, repaired, temporary / SOURCE_FILE, whole=outputs == 1 and not source.checkpoint)
         reference = Reference(temporary / SOURCE_FILE, preprocessing, label)
-        expected = reference_embeddings(reference, faces, partial(progress, "reference"))
+        expected = reference_embeddings(reference, faces.faces, partial(progress, "reference"))
         dim = check_width(expected.shape[1], label)
+        as_given = None
+        if not copy["exact"] and not source.checkpoint:
+            as_given = check_as_given(source.path, flavour, preprocessing, faces.faces, expected)
+        look = None
+        if source.preprocessing is None:
+            progress("look again", 0, 1)
+            look = second_look(repaired.model, preprocessing, faces)
         progress("convert", 0, 1)
-        contract = contract_id(source.sha256, preprocessing, dim)
+        contract = contract_id(_identity(source, output if outputs > 1 else None), preprocessing, dim)
         serving, steps = to_serving(repaired.model, preprocessing, dim, contract)
         _save_checked(serving, temporary / SERVING_FILE)
         opset = opset_of(serving)
-        for_cpu = blocked_layout(serving)
-        if for_cpu.changed:
-            _save_checked(for_cpu.model, temporary / CPU_FILE)
-        del serving, model, for_cpu.model.graph.initializer[:], repaired.model.graph.initializer[:]
-
-        proofs = {
-            file: prove(
-                temporary / file, faces, expected, reference, faces_from, partial(progress, f"prove {file}"), limits
-            )
-            for file in ((SERVING_FILE, CPU_FILE) if for_cpu.changed else (SERVING_FILE,))
-        }
+        prove_file = partial(
+            _prove,
+            faces=faces,
+            expected=expected,
+            reference=reference,
+            limits=limits,
+            contract=contract,
+            progress=progress,
+        )
+        proof = prove_file(temporary / SERVING_FILE)
+        cpu, cpu_step = _cpu_form(serving, temporary / CPU_FILE, prove_file)
         manifest = ImportManifest(
             name=folder.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            source=_source_told(source, copy),
+            source=_source_told(source, {**copy, "min_cosine_to_file": as_given}, output),
             flavour=flavour.to_json(),
-            preprocessing={**preprocessing.to_json(), "why": why},
+            preprocessing={**decision.to_json(), "look": look.to_json() if look else None},
             dim=dim,
             contract_id=contract,
-            steps=[step.to_json() for step in (repaired, *steps)],
+            steps=[step.to_json() for step in (repaired, *steps, cpu_step)],
             serving={**_described(temporary / SERVING_FILE), "opset": opset, "conversion": CONVERSION},
-            proof=proofs[SERVING_FILE].to_json(),
+            proof=proof.to_json(),
             tools=tool_versions(),
-            cpu=_cpu_told(temporary / CPU_FILE, for_cpu.why, proofs[CPU_FILE]) if for_cpu.changed else None,
+            cpu=cpu,
         )
         write_json(temporary / IMPORT_MANIFEST, manifest.to_json())
-        _keep_variants(folder, temporary, manifest)
+        _keep_variants(variants_of or folder, temporary, manifest)
     return manifest
 
 
-def _keep_source(source: Source, repaired: Step, target: Path) -> dict[str, Any]:
+def _keep_source(source: Source, repaired: Step, target: Path, *, whole: bool) -> dict[str, Any]:
     """Write what the reference will run: the source byte for byte, or its repaired form in one file."""
-    exact = not repaired.changed and not external_files(source.path)
+    exact = whole and not repaired.changed and not external_files(source.path)
     if exact:
         shutil.copyfile(source.path, target)
     else:
@@ -123,17 +148,57 @@ def _keep_source(source: Source, repaired: Step, target: Path) -> dict[str, Any]
     return {"file": target.name, "sha256": file_digest(target), "exact": exact}
 
 
-def _source_told(source: Source, copy: dict[str, Any]) -> dict[str, Any]:
+def _identity(source: Source, output: str | None) -> str:
+    """What makes embeddings of this source comparable: its digest, and the output that was named."""
+    return source.sha256 if output is None else hashlib.sha256(f"{source.sha256} {output}".encode()).hexdigest()
+
+
+def _source_told(source: Source, copy: dict[str, Any], output: str | None) -> dict[str, Any]:
     """What the manifest says of the source."""
-    told = {"sha256": source.sha256, "file": source.path.name, "kind": source.kind, "licence": source.licence}
+    told = {
+        "sha256": source.sha256,
+        "file": (source.checkpoint or source.path).name,
+        "kind": source.kind,
+        "licence": source.licence,
+    }
     told |= {"url": source.url, "note": source.note}
+    told |= {"output": output} if output else {}
     return told | ({"recipe": source.recipe} if source.recipe else {}) | {"copy": copy}
 
 
-def _cpu_told(file: Path, why: str, proof: Proof) -> dict[str, Any]:
-    """What the manifest says of the CPU form."""
+def _prove(
+    file: Path,
+    faces: ProofFaces,
+    expected: Array,
+    reference: Reference,
+    limits: Mapping[str, float],
+    contract: str,
+    progress: OnStep,
+) -> Proof:
+    on_face = partial(progress, f"prove {file.name}")
+    return prove(file, faces.faces, expected, reference, faces.origin, on_face, limits, contract)
+
+
+def _cpu_form(
+    serving: onnx.ModelProto, file: Path, prove_file: Callable[[Path], Proof]
+) -> tuple[dict[str, Any] | None, Step]:
+    """Write and prove the form for ONNX Runtime's CPU provider; what the manifest says of it.
+
+    It is a gain, not a need: where it fails, the import goes on without it.
+    """
+    step = Step("blocked_layout", serving, False, "")
+    try:
+        step = blocked_layout(serving)
+        if not step.changed:
+            return None, step
+        _save_checked(step.model, file)
+        proof = prove_file(file)
+    except Exception as exc:  # of any kind: ONNX, ONNX Runtime and our own proof
+        file.unlink(missing_ok=True)
+        reason = (str(exc).splitlines() or [""])[0]
+        return None, Step(step.name, serving, False, f"not for this network: {type(exc).__name__}: {reason}")
     proved = {"min_cosine": proof.min_cosine, "max_row_difference": proof.max_row_difference}
-    return {**_described(file), "why": why, **proved}
+    return {**_described(file), "why": step.why, **proved}, step
 
 
 def to_serving(
@@ -147,41 +212,26 @@ def to_serving(
     return steps[-1].model, steps
 
 
-def decide_preprocessing(source: Source, flavour: Flavour, stated: Preprocessing | None) -> tuple[Preprocessing, str]:
-    """The user's word, else config/models.yaml's, else the file's own; with the reason.
-
-    Raises:
-        SourceRefused: the file cannot tell.
-        WrongUse: the user's word would normalise twice.
-    """
-    chosen, why = (stated, "stated by the caller") if stated else (source.preprocessing, source.note)
-    if chosen is None:
-        return guess_preprocessing(flavour, source.path.name)
-    if normalises_inside(flavour) and (any(chosen.mean) or set(chosen.std) != {1.0}):
-        raise WrongUse(
-            f"{source.path.name} normalises inside its graph: expected --mean 0 --std 1, got mean {list(chosen.mean)}, "
-            f"std {list(chosen.std)}; it would be done twice."
-        )
-    return chosen, why
-
-
-def existing_import(folder: Path, source: Source, stated: Preprocessing | None) -> ImportManifest | None:
+def existing_import(
+    folder: Path, source: Source, stated: Stated | None, output: str | None = None
+) -> ImportManifest | None:
     """The manifest of an earlier import of the same source by the same version, where its files are still whole.
 
-    A demo is the same where its recipe is: it need not be built to know.
+    The word on preprocessing has to be the same, too. A demo is the same where its recipe is: it need not be built.
     """
     if not (folder / IMPORT_MANIFEST).is_file():
         return None
+    said = (stated or Stated()).to_json()
     try:
         manifest = read_import_manifest(folder)
         same = (
             manifest.source.get("recipe", "") == source.recipe
             and (bool(source.recipe) or manifest.source["sha256"] == source.sha256)
+            and manifest.source.get("output") == output
             and manifest.tools == tool_versions()
             and manifest.serving["conversion"] == CONVERSION
-            and (stated is None or manifest.wants() == stated)
-            and (source.preprocessing is None or stated is not None or manifest.wants() == source.preprocessing)
-            and (stated is not None or manifest.preprocessing["why"] != "stated by the caller")
+            and manifest.preprocessing["stated"] == said
+            and (bool(said) or source.preprocessing in (None, manifest.wants()))
             and all(
                 file_digest(folder / part["file"]) == part["sha256"]
                 for part in (manifest.serving, manifest.source["copy"], manifest.cpu)

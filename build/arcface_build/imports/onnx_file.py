@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ FOREIGN_FILES = (
     (b"ftrt", "a TensorRT plan", "Import the ONNX that it was built from"),
     (b"ptrt", "a TensorRT plan", "Import the ONNX that it was built from"),
     (b"\x89HDF", "an HDF5 file (Keras)", "Export it with tf2onnx"),
+    (b"ORTM", "an .ort file (ONNX Runtime's own format)", "Import the ONNX that it was made from"),
     (b"<", "a web page or XML", "Download the file itself"),
     (b"\xff\xd8\xff", "a JPEG picture", "Name the ONNX file"),
     (b"\x89PNG", "a PNG picture", "Name the ONNX file"),
@@ -41,6 +43,8 @@ def read_source(path: Path) -> onnx.ModelProto:
         raise Missing(f"{path} is not there: expected an ONNX file. See what can be imported: arcface import --help")
     with path.open("rb") as file:
         head = file.read(64)
+    if head[4:8] == b"ORTM":  # a flatbuffer: four bytes of offset stand before its name
+        head = head[4:]
     try:
         model = onnx.load(str(path), load_external_data=False)
         sound = bool(model.graph.node and opset_of(model))
@@ -52,11 +56,48 @@ def read_source(path: Path) -> onnx.ModelProto:
         onnx.load_external_data_for_model(model, str(path.parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as exc:
         wanted = sorted({_location(tensor) for tensor in model.graph.initializer if tensor.external_data})
+        for name in wanted:
+            if _is_odd(path.parent / name):
+                raise SourceRefused(
+                    f"{path.name} keeps its weights in {name}, which is a link or no file: expected a plain file "
+                    "beside it. Copy it there."
+                ) from exc
         raise SourceRefused(
             f"{path.name} keeps its weights in another file: expected {', '.join(wanted)} beside it. "
             "Copy it into the same folder."
         ) from exc
-    return model
+    return _inlined(model, path.name)
+
+
+def _inlined(model: onnx.ModelProto, file: str) -> onnx.ModelProto:
+    """The functions that a file defines, written out where they are called.
+
+    Raises:
+        SourceRefused: a function calls itself, over however many others.
+    """
+    if not model.functions:
+        return model
+    from onnx.inliner import inline_local_functions
+
+    calls = {
+        (function.domain, function.name): {(node.domain, node.op_type) for node in _all_nodes(function.node)}
+        for function in model.functions
+    }
+    while leaves := [key for key, called in calls.items() if not called & calls.keys()]:
+        for key in leaves:
+            del calls[key]
+    if calls:
+        names = ", ".join(sorted(name for _, name in calls))
+        raise SourceRefused(f"{file} defines functions that call themselves ({names}): expected none. Export it again.")
+    return inline_local_functions(model)
+
+
+def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for item in node.attribute:
+            for body in (item.g, *item.graphs):
+                yield from _all_nodes(body.node)
 
 
 def external_files(path: Path) -> list[Path]:
@@ -66,6 +107,11 @@ def external_files(path: Path) -> list[Path]:
     model = onnx.load(str(path), load_external_data=False)
     names = {_location(tensor) for tensor in model.graph.initializer if tensor.external_data}
     return [path.parent / name for name in sorted(names)]
+
+
+def _is_odd(path: Path) -> bool:
+    """Whether something is there that is no plain file with one name: through a link a file could reach any other."""
+    return path.is_symlink() or (path.exists() and (not path.is_file() or path.stat().st_nlink > 1))
 
 
 def _not_onnx(path: Path, head: bytes) -> str:

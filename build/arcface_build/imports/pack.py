@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from typing import Any
 from arcface_build.errors import LicenceNotAccepted, SourceRefused
 from arcface_build.imports.flavour import flavour_of
 from arcface_build.imports.onnx_file import read_source
+from arcface_build.imports.outputs import keep_embedding
 from arcface_clients.atomic import new_folder
 from arcface_clients.errors import Missing
+
+LARGEST_PACK = 4_000_000_000  # antelopev2 is 400 MB
 
 
 def insightface_home(given: Path | None = None) -> Path:
@@ -23,9 +28,16 @@ def insightface_home(given: Path | None = None) -> Path:
 
 
 def find_recognition(
-    pack: str, entry: dict[str, Any], root: Path | None, accept_licence: bool, say: Callable[[str], None]
+    pack: str,
+    entry: dict[str, Any],
+    root: Path | None,
+    accept_licence: bool,
+    say: Callable[[str], None],
+    workspace: Path,
 ) -> Path:
     """The recognition file of a pack in InsightFace's cache; downloaded by InsightFace itself where it is absent.
+
+    A pack that lies there zipped is read, its files taken out into `workspace`.
 
     Raises:
         LicenceNotAccepted: a download is needed and was not agreed to.
@@ -34,7 +46,33 @@ def find_recognition(
     """
     folder = insightface_home(root) / "models" / pack
     if not any(folder.rglob("*.onnx")):
+        zipped = folder.with_name(f"{pack}.zip")
+        if zipped.is_file():
+            return unzipped(zipped, workspace)
         _download(pack, entry, folder, accept_licence, say)
+    return recognition_in(folder)
+
+
+def unzipped(path: Path, workspace: Path) -> Path:
+    """The recognition model in a zipped pack, taken out into the workspace; a file that is no pack is itself.
+
+    Raises:
+        SourceRefused: no member, or more than one, is a recognition model; or they would be too large.
+    """
+    if not zipfile.is_zipfile(path):
+        return path
+    folder = workspace / path.stem
+    with zipfile.ZipFile(path) as archive:
+        members = [entry for entry in archive.infolist() if entry.filename.endswith(".onnx")]
+        if not members:
+            return path
+        total = sum(entry.file_size for entry in members)
+        if total > LARGEST_PACK:
+            raise SourceRefused(f"{path.name} holds {total:,} bytes of ONNX: expected at most {LARGEST_PACK:,}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in members:  # by its last name only: a zip may name any place
+            with archive.open(entry) as packed, (folder / Path(entry.filename).name).open("wb") as file:
+                shutil.copyfileobj(packed, file)
     return recognition_in(folder)
 
 
@@ -57,7 +95,9 @@ def recognition_in(folder: Path) -> Path:
 def _is_recognition(path: Path) -> bool:
     """Whether the file passes the checks of an import; what it is called does not matter."""
     try:
-        flavour_of(read_source(path), path.name)
+        model = read_source(path)
+        keep_embedding(model, path.name)
+        flavour_of(model, path.name)
     except SourceRefused:
         return False
     return True

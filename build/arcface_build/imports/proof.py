@@ -10,11 +10,20 @@ from typing import Any
 import numpy as np
 
 from arcface_build.errors import ProofFailed, SourceRefused
-from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, Preprocessing
-from arcface_clients.engines.runtimes import first_line, open_session
+from arcface_clients.contract import (
+    CONTRACT_OUTPUT,
+    EMBEDDING_OUTPUT,
+    FACE_INPUT,
+    FACE_SHAPE,
+    NORM_OUTPUT,
+    Preprocessing,
+    contract_words,
+)
+from arcface_clients.engines.runtimes import OnnxSession, first_line, open_session
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.evidence.gate import judge_embeddings
 
+MAX_NORM_ERROR = 1e-3  # of a length; the embedding itself is held to its gate
 MAX_ROW_DIFFERENCE = 1e-5
 BATCHES = (1, 2, 7, 32)
 MIN_FACES = 64
@@ -126,11 +135,14 @@ def prove(
     faces_from: str,
     progress: OnCount | None = None,
     limits: Mapping[str, float] = DRIFT_LIMITS,
+    contract: str | None = None,
 ) -> Proof:
     """Compare batch rows of the serving model with single runs, then judge it by the gate for fp32.
 
+    With a contract id, also that the outputs `norm` and `contract` say what they should.
+
     Raises:
-        ProofFailed: a batch row departs from the single run, or the gate refuses it.
+        ProofFailed: a batch row departs from the single run, the gate refuses it, or another output is wrong.
     """
     session = open_session(serving, threads=0, settings={}, label=serving.name, refused=SourceRefused)
     hostile = hostile_batches(faces)
@@ -167,6 +179,8 @@ def prove(
             f"the serving model differs from {reference.name}: {verdict.why}. Nothing was written; please report the "
             "file's flavour."
         )
+    if contract is not None:
+        _prove_outputs(session, faces[:32], expected[:32], contract)
     return Proof(
         faces=len(faces),
         faces_from=faces_from,
@@ -178,6 +192,22 @@ def prove(
         reference=reference.name,
         reference_why=reference.why,
     )
+
+
+def _prove_outputs(session: OnnxSession, faces: np.ndarray, expected: np.ndarray, contract: str) -> None:
+    """That each row carries the contract's words, and the length of the reference's raw embedding."""
+    try:
+        norms, words = session.run([NORM_OUTPUT, CONTRACT_OUTPUT], {FACE_INPUT: faces})
+    except Exception as exc:  # pybind raises a class an error code
+        raise ProofFailed(f"the serving model does not give norm and contract: {first_line(exc)}.") from exc
+    if not np.array_equal(words, np.tile(contract_words(contract), (len(faces), 1))):
+        raise ProofFailed(f"the serving model does not call itself {contract[:32]} in every row of `contract`.")
+    lengths = np.linalg.norm(expected, axis=1)
+    off = np.abs(norms[:, 0] / lengths - 1)
+    if not off.max() <= MAX_NORM_ERROR:
+        raise ProofFailed(
+            f"`norm` of face {int(off.argmax())} is {norms[off.argmax(), 0]:g}: expected {lengths[off.argmax()]:g}."
+        )
 
 
 def hostile_batches(faces: np.ndarray) -> list[np.ndarray]:

@@ -10,8 +10,10 @@ from typing import Any
 
 from arcface_build.errors import LicenceNotAccepted, SourceRefused
 from arcface_build.imports.demo import ARCHITECTURES, build_demo, recipe
+from arcface_build.imports.iresnet import iresnet
 from arcface_build.imports.onnx_file import external_files
-from arcface_build.imports.pack import find_recognition, recognition_in
+from arcface_build.imports.pack import find_recognition, recognition_in, unzipped
+from arcface_build.imports.tensors import CHECKPOINTS, read_tensors
 from arcface_clients.atomic import new_file
 from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import Missing, WrongUse
@@ -27,12 +29,13 @@ class Source:
 
     path: Path
     name: str
-    kind: str  # file, known, pack, demo
+    kind: str  # file, known, pack, demo, checkpoint
     sha256: str
     licence: str
     url: str = ""
     preprocessing: Preprocessing | None = None
     note: str = ""
+    checkpoint: Path | None = None  # what `with_file` makes the file of
     recipe: str = ""  # of a demo: what the file is made from; until `with_file` has made it, there is no sha256
 
 
@@ -91,15 +94,18 @@ def resolve(
         SourceRefused: a download is not the file that config/models.yaml describes, a pack holds no recognition model.
     """
     path = Path(text).expanduser()
+    if path.is_file() and path.suffix.lower() in CHECKPOINTS:
+        made = workspace / f"{path.stem}.onnx"
+        return Source(made, path.stem, "checkpoint", file_digest(path), "unknown", checkpoint=path)
     if path.is_file():
-        return _from_file(path, known)
+        return _from_file(unzipped(path, workspace), known)
     if path.is_dir() and text not in (*DEMOS, *known.packs, *known.models):
         return _from_file(recognition_in(path), known)
     if text in DEMOS:
         return _from_demo(DEMOS[text], workspace)
     if text in known.packs:
         entry = known.packs[text]
-        path = find_recognition(text, entry, insightface_root, accept_licence, say)
+        path = find_recognition(text, entry, insightface_root, accept_licence, say, workspace)
         return Source(
             path, text, "pack", file_digest(path), entry["licence"], entry["url"], note=f"{path.name} of {text}"
         )
@@ -115,7 +121,11 @@ def resolve(
 
 
 def with_file(source: Source, progress: Callable[[int, int], None] | None = None) -> Source:
-    """The same source, its file there and its digest known: a demo is built now, all others have theirs already."""
+    """The same source, its file there and its digest known: a demo or a checkpoint's network is built now."""
+    if source.checkpoint:
+        model, note = iresnet(read_tensors(source.checkpoint), source.checkpoint.name)
+        source.path.write_bytes(model.SerializeToString(deterministic=True))
+        return replace(source, note=note)
     if not source.recipe:
         return source
     model = build_demo(source.name.removeprefix("demo-"), progress=progress)

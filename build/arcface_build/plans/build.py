@@ -39,7 +39,7 @@ OnPhase = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Proof:
+class PlanProof:
     """What a plan is measured on: faces uint8 (N,112,112,3) BGR and the reference's unit embeddings float32 (N,D)."""
 
     faces: np.ndarray
@@ -67,7 +67,7 @@ def build_plan(
     typed: TypedOnnx,
     spec: PlanSpec,
     target: Path,
-    proof: Proof,
+    proof: PlanProof,
     *,
     contract_id: str | None = None,
     timing_caches: Path | None = None,
@@ -200,7 +200,7 @@ def _last_errors(log: str) -> str:
 
 
 def _measured(
-    folder: Path, typed: TypedOnnx, spec: PlanSpec, gpu: Gpu, peak: int | None, proof: Proof, contract: str | None
+    folder: Path, typed: TypedOnnx, spec: PlanSpec, gpu: Gpu, peak: int | None, proof: PlanProof, contract: str | None
 ) -> tuple[PlanManifest, PrecisionProof, GateVerdict]:
     """The child's results: the manifest, the precision proof and the gate's verdict."""
     import polygraphy

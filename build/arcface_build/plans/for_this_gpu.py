@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arcface_build.imports.proof_faces import drawn_faces, read_faces
-from arcface_build.plans.build import Proof, build_plan, tensorrt_version
+from arcface_build.plans.build import PlanProof, build_plan, tensorrt_version
 from arcface_build.plans.get_or_build import Obtained, get_or_build
 from arcface_build.plans.gpu import find_gpus
 from arcface_build.plans.places import Places
@@ -71,8 +71,8 @@ def plan_for_this_gpu(asked: PlanRequest, places: Places, phases: PhaseBar) -> t
     check_buildable(typed, precision, version)
 
     def build(spec: PlanSpec, target: Path) -> PlanManifest:
-        crops, _ = read_faces(asked.faces) if asked.faces else drawn_faces()
-        proof = Proof(crops, source.embed(crops), config.comparison.max_drift.model_dump())
+        crops = (read_faces(asked.faces) if asked.faces else drawn_faces()).faces
+        proof = PlanProof(crops, source.embed(crops), config.comparison.max_drift.model_dump())
         with phases() as on_phase:
             return build_plan(
                 typed,

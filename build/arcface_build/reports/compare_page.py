@@ -26,7 +26,13 @@ def compare_page(report: dict[str, Any], pixels: np.ndarray | None) -> str:
             report["passed"],
             f"largest drift {drift['max_drift']:.2e}, allowed {gate['max_drift']:g} (1 − cosine per face)",
         ),
+        *(
+            [paragraph("A and B are of two contracts: their embeddings must not be mixed.", "bad")]
+            if report["across_contracts"]
+            else []
+        ),
         *(paragraph(f"{f['fault']}: {f['sentence']}", "bad") for f in report["findings"]),
+        *([paragraph(report["not_explained"], "soft")] if report["not_explained"] else []),
         section("Drift", _figures_of(report), figures(_histogram(drift))),
     ]
     if report["accuracy"]:

@@ -27,6 +27,8 @@ def compare_text(report: dict[str, Any]) -> str:
     if report["accuracy"]:
         lines += _accuracy_lines(report["accuracy"])
     lines += [f"finding     {finding['fault']}: {finding['sentence']}" for finding in report["findings"]]
+    if report["not_explained"]:
+        lines.append(f"explanation {report['not_explained']}")
     if report["layers"]:
         lines.append(f"layers      {report['layers']['told']}")
     return "\n".join(lines)

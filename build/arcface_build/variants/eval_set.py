@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from arcface_clients.contract import FACE_SHAPE
-from arcface_clients.errors import InvalidFaces, Missing, WrongUse
-from arcface_clients.faces.images import read_array
+from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.faces.images import ARRAY_SUFFIXES, load_faces
 from arcface_clients.faces.synthetic import synthetic_people
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-VIEWS = 4  # synthetic views per person
+VIEWS = 4  # drawn views a person
+_EXPECTED = (
+    "expected aligned crops of 112×112, or an .npz with `faces` (N,112,112,3) uint8 BGR, and perhaps `identities` (N,)"
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class FaceSet:
         return {"origin": self.origin, "faces": len(self.faces), "sha256": self.sha256}
 
 
-def load_faces(source: str, count: int, seed: int = 0) -> FaceSet:
-    """Faces from a folder, an .npz, or synthetic ones.
+def evaluation_faces(source: str, count: int, seed: int = 0) -> FaceSet:
+    """Faces from a folder, an .npz, or drawn ones.
 
     Args:
         source: a folder of 112×112 crops (one subfolder per person, if identities are known); an .npz with `faces` and
@@ -56,8 +59,8 @@ def load_faces(source: str, count: int, seed: int = 0) -> FaceSet:
         seed: of the sample.
 
     Raises:
-        Missing: no faces there.
-        WrongUse: crops of another size, or another kind of file.
+        Missing: nothing there.
+        WrongUse: a file that is no crop, or identities that do not fit.
     """
     if source == "synthetic":
         people = -(-count // VIEWS)
@@ -65,46 +68,31 @@ def load_faces(source: str, count: int, seed: int = 0) -> FaceSet:
         who = np.repeat(np.arange(people), VIEWS)[:count]
         return FaceSet(source, faces, [f"synthetic {seed}:{i}" for i in range(len(faces))], who)
     path = Path(source)
-    if path.suffix == ".npz" and path.is_file():
-        found = _from_npz(path)
-    elif path.is_dir():
-        found = _from_folder(path)
-    else:
+    if not path.is_dir() and not (path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES):
         raise Missing(f"no faces at {source}: expected a folder of 112×112 crops, an .npz, or the word synthetic.")
-    return found.sample(count, seed)
+    faces, paths, refused = load_faces([path])
+    if refused:
+        raise WrongUse(f"{refused[0].name}: {refused[0].refused}; {_EXPECTED}. arcface embed --detect aligns photos")
+    if not len(faces):
+        raise Missing(f"no pictures in {source}: {_EXPECTED}.")
+    names = [os.path.relpath(name, path.parent if path.is_file() else path) for name in paths]
+    identities = _saved_identities(path, len(faces)) if path.is_file() else _folders(names)
+    return FaceSet(path.name, faces, names, identities).sample(count, seed)
 
 
-def _from_npz(path: Path) -> FaceSet:
-    expected = "expected an .npz with `faces` (N,112,112,3) uint8 BGR, and optionally `identities` (N,)"
+def _folders(names: Sequence[str]) -> np.ndarray | None:
+    """The folder that holds each face is who it shows, where every one has a folder."""
+    folders = [Path(name).parent.name for name in names]
+    return np.array(folders) if all(folders) else None
+
+
+def _saved_identities(path: Path, count: int) -> np.ndarray | None:
     try:
-        faces = read_array(path)
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
             identities = None if isinstance(loaded, np.ndarray) else loaded.get("identities")
-    except (InvalidFaces, ValueError) as exc:
-        raise WrongUse(f"{path}: {exc}; {expected}.") from exc
-    if identities is not None and identities.shape != (len(faces),):
-        raise WrongUse(f"{path} has {len(faces)} faces and identities {identities.shape}: {expected}.")
-    return FaceSet(path.name, faces, [f"{path.name}[{i}]" for i in range(len(faces))], identities)
-
-
-def _from_folder(folder: Path) -> FaceSet:
-    try:
-        import cv2
-    except ImportError as exc:
-        raise Missing(
-            f"cannot read pictures: {exc}. Next: pip install opencv-python-headless, or give an .npz"
-        ) from exc
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise Missing(f"no pictures ({', '.join(sorted(SUFFIXES))}) in {folder}.")
-    faces = []
-    for path in paths:
-        face = cv2.imread(str(path))
-        if face is None or face.shape != FACE_SHAPE:
-            got = "not a picture" if face is None else f"{face.shape[1]}×{face.shape[0]}"
-            raise WrongUse(f"{path} is {got}: expected aligned crops of 112×112. arcface embed --detect aligns photos")
-        faces.append(face)
-    names = [str(p.relative_to(folder)) for p in paths]
-    people = [p.parent.name for p in paths] if all(p.parent != folder for p in paths) else None
-    return FaceSet(folder.name, np.stack(faces), names, None if people is None else np.array(people))
+    except ValueError as exc:
+        raise WrongUse(f"{path}: {exc}; {_EXPECTED}.") from exc
+    if identities is not None and identities.shape != (count,):
+        raise WrongUse(f"{path} holds {count} faces and identities {identities.shape}: {_EXPECTED}.")
+    return identities

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from arcface_build.errors import ProofFailed
 from arcface_build.variants.calibrate import LEVELS, collect_histograms, conv_inputs, least_error_range
-from arcface_build.variants.eval_set import FaceSet, load_faces
+from arcface_build.variants.eval_set import FaceSet, evaluation_faces
 from arcface_build.variants.gate import HELD_BACK, VariantVerdict
 from arcface_build.variants.held_back import Parts, light, likeness, part, without
 from arcface_build.variants.int8 import make_coarse, quantizable_layers
@@ -42,9 +42,9 @@ class Wish:
     Attributes:
         precision: fp16, bf16 or int8.
         target: cpu or tensorrt.
-        eval_source, eval_faces: faces (`eval_set.load_faces`) and their maximum number; one half is for the search, the
-            other for judging.
-        calibration: faces to calibrate on; default: a sample of the first half, or new ones if the faces are synthetic.
+        eval_source, eval_faces: faces (`eval_set.evaluation_faces`) and at most how many; one half is searched on, the
+            other judges.
+        calibration: faces to calibrate on; default: a sample of the first half, or new ones if the faces are drawn.
         limits: largest drift (1 − cosine) allowed for any face, by precision.
         margin: share of the limit that the search aims at, so that nothing passes only just.
         search: search for layers to keep if the variant as requested misses that aim.
@@ -84,8 +84,8 @@ def make_variant(model_dir: Path, wish: Wish, stage: Stage = silent) -> tuple[di
     if not serving_path.is_file():
         raise Missing(f"{serving_path} is gone, though its manifest names it. Next: arcface import SOURCE --force")
     runtimes = runtimes_for(wish.precision, target)
-    if wish.precision == "bf16":  # nothing is fitted, so all faces judge
-        faces = load_faces(wish.eval_source, wish.eval_faces)
+    if wish.precision == "bf16":  # nothing is fitted to any face: all of them judge
+        faces = evaluation_faces(wish.eval_source, wish.eval_faces)
         gate = open_trial(model_dir, manifest, "bf16", wish.limits, faces, stage)
         verdicts = [gate.judge(serving_path, runtime, f"gate in {runtime}") for runtime in runtimes]
         return _written(model_dir, manifest, wish, target, None, None, verdicts, None, faces)
@@ -148,13 +148,13 @@ def _written(
 def _faces(wish: Wish) -> tuple[Parts, FaceSet]:
     """The two parts, and the faces to calibrate on, none of which judge."""
     drawn = wish.eval_source == "synthetic"
-    everything = load_faces(wish.eval_source, wish.eval_faces if drawn else _ALL_FACES)
+    everything = evaluation_faces(wish.eval_source, wish.eval_faces if drawn else _ALL_FACES)
     parts = part(everything, wish.eval_faces)
     if wish.calibration is None and not drawn:
         return parts, parts.searched.sample(CALIBRATION_FACES, seed=1)
     if wish.calibration == wish.eval_source and not drawn:
         return parts, parts.searched.sample(CALIBRATION_FACES, seed=1)
-    calibration = load_faces(wish.calibration or "synthetic", CALIBRATION_FACES, seed=1)
+    calibration = evaluation_faces(wish.calibration or "synthetic", CALIBRATION_FACES, seed=1)
     return replace(parts, held_back=without(parts.held_back, calibration)), calibration
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcface_build.errors import ProofFailed
-from arcface_build.variants.eval_set import FaceSet, load_faces
+from arcface_build.variants.eval_set import FaceSet, evaluation_faces
 from arcface_build.variants.gate import VariantVerdict
 from arcface_build.variants.held_back import light
 from arcface_build.variants.make import load_named
@@ -41,7 +41,7 @@ def verify_variant(
     Args:
         model_dir: models/NAME/.
         precision, target: which variant.
-        source, count: the faces (`eval_set.load_faces`) and their maximum number.
+        source, count: the faces (`eval_set.evaluation_faces`) and at most how many.
         limits: largest drift by precision.
         stage: takes a title and returns the progress callback of that stage.
 
@@ -59,7 +59,7 @@ def verify_variant(
             f"no {name} variant of {manifest.name}{': its gate refused it' if refused else ''}. "
             f"Make it: arcface quantize {manifest.name} --precision {precision} --target {target}"
         )
-    faces = load_faces(source, count)
+    faces = evaluation_faces(source, count)
     _check_unseen(sidecar, faces)
     verdicts = _judge(model_dir, manifest, sidecar, faces, limits, stage)
     told = [verdict.to_json() for verdict in verdicts]

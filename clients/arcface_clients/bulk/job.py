@@ -29,6 +29,7 @@ from arcface_clients.bulk.parts import is_whole, merge_parts, part_path, schema,
 from arcface_clients.bulk.read import Item, read_unit
 from arcface_clients.bulk.units import Unit, iter_units, unit_size
 from arcface_clients.errors import ConfigError, ContractMismatch
+from arcface_clients.faces.images import Found
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
@@ -149,7 +150,7 @@ class Job:
     def finish(self) -> tuple[int, int]:
         """Merge the parts into the output and remove the folder; returns rows and refusals."""
         parts = (part_path(self.folder, number) for number in range(self.units))
-        counts = merge_parts(parts, self.output, schema(self.spec.dim, self.spec.contract_id))
+        counts = merge_parts(parts, self.output, schema(self.spec.dim, self.spec.contract_id, bool(self.spec.detector)))
         self.discard()
         return counts
 
@@ -202,6 +203,7 @@ def embed_unit(
     identities: list[str | None] = []
     digests: list[bytes] = []
     refused: list[tuple[str, str]] = []
+    found: list[Found] = []
 
     def faces() -> Iterator[Array]:
         for item in read_unit(unit, detector):
@@ -213,6 +215,8 @@ def embed_unit(
             names.append(item.name)
             identities.append(item.identity)
             digests.append(_digest(item))
+            if item.found is not None:
+                found.append(item.found)
             yield item.face
 
     rows: list[Array] = []
@@ -221,7 +225,8 @@ def embed_unit(
         advance(len(row))
     advance(unit_size(unit) - len(names))
     embeddings = np.concatenate(rows) if rows else np.empty((0, spec.dim), np.float32)
-    write_part(part_path(folder, number), names, identities, embeddings, digests, refused, spec.contract_id)
+    where = found if spec.detector else None
+    write_part(part_path(folder, number), names, identities, embeddings, digests, refused, spec.contract_id, where)
     return len(names), len(refused)
 
 

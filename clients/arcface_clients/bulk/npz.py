@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import Array, FloatArray
 from arcface_clients.atomic import new_file
-from arcface_clients.faces.images import Crop, read_crops
+from arcface_clients.faces.images import Crop, Found, read_crops
 
 if TYPE_CHECKING:
     from arcface_clients.faces.detect import FaceDetector
@@ -43,7 +43,8 @@ def embed_to_npz(
     detector: FaceDetector | None = None,
     on_file: Callable[[], None] = lambda: None,
 ) -> Written:
-    """Embed every face of `files` into `output`: `paths`, `embeddings` float32 (N,D), `contract_id`, `model`.
+    """Embed every face of `files` into `output`: `paths`, `embeddings` float32 (N,D), `contract_id`, `model`; with a
+    detector also `scores`, `boxes` and `landmarks`.
 
     Files are read while the server works. Without one face nothing is written.
 
@@ -58,6 +59,7 @@ def embed_to_npz(
     """
     names: list[str] = []
     refused: list[Crop] = []
+    found: list[Found] = []
 
     def told() -> Iterator[str]:
         for name in files:
@@ -70,15 +72,27 @@ def embed_to_npz(
                 refused.append(crop)
             else:
                 names.append(crop.name)
+                if crop.found is not None:
+                    found.append(crop.found)
                 yield crop.face
 
     rows = list(embedder.encode_stream(readable()))
     if rows:
         columns: dict[str, Any] = {"paths": np.array(names), "embeddings": np.stack(rows)}
         columns |= {"contract_id": np.array(contract_id or ""), "model": np.array(model)}
+        columns |= _places(found) if detector else {}
         with new_file(output) as temporary, temporary.open("wb") as file:
             np.savez(file, **columns)
     return Written(len(rows), len(rows[0]) if rows else 0, tuple(refused))
+
+
+def _places(found: Sequence[Found]) -> dict[str, FloatArray]:
+    """Scores (N,), boxes (N,4) and landmarks (N,5,2), float32, in pixels of the upright photo."""
+    return {
+        "scores": np.array([each.score for each in found], np.float32),
+        "boxes": np.array([each.box for each in found], np.float32),
+        "landmarks": np.array([each.landmarks for each in found], np.float32),
+    }
 
 
 def _crops(files: Iterator[str], detector: FaceDetector | None) -> Iterator[Crop]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from arcface_clients.arrays import Array
 from arcface_clients.atomic import new_file
 from arcface_clients.errors import DependencyMissing
+from arcface_clients.faces.images import Found
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,8 +21,11 @@ FORMAT, VERSION = "arcface-embeddings", 1
 ROW_GROUP_ROWS = 16_384  # 34 MB of 512-d embeddings; small enough to merge, large enough to scan
 
 
-def schema(dim: int, contract_id: str | None) -> pa.Schema:
-    """Columns of the output; format, version and contract id are in its metadata too."""
+def schema(dim: int, contract_id: str | None, found: bool = False) -> pa.Schema:
+    """Columns of the output, with those of detection where faces were `found` in photos.
+
+    Format, version and contract id are in its metadata too.
+    """
     pa = _pyarrow()
     columns = [
         ("path", pa.string()),
@@ -30,6 +34,12 @@ def schema(dim: int, contract_id: str | None) -> pa.Schema:
         ("contract_id", pa.dictionary(pa.int32(), pa.string())),
         ("digest", pa.binary(32)),  # sha256 of the face's pixels
     ]
+    if found:
+        columns += [
+            ("score", pa.float32()),
+            ("box", pa.list_(pa.float32(), 4)),  # x, y, width, height
+            ("landmarks", pa.list_(pa.float32(), 10)),  # x, y of eye, eye, nose, mouth corners
+        ]
     metadata = {"format": FORMAT, "version": str(VERSION), "contract_id": contract_id or ""}
     return pa.schema(columns, metadata=metadata)
 
@@ -47,6 +57,7 @@ def write_part(
     digests: list[bytes],
     refused: list[tuple[str, str]],
     contract_id: str | None,
+    found: Sequence[Found] | None = None,
 ) -> None:
     """Write a unit's rows and what was refused in it (in the metadata), atomically and synced to disk.
 
@@ -58,11 +69,12 @@ def write_part(
         digests: N of 32 bytes.
         refused: (path, reason) of what gave no row.
         contract_id: of the engine.
+        found: N, where the faces were found in photos.
     """
     pa = _pyarrow()
     import pyarrow.parquet as pq
 
-    columns = schema(embeddings.shape[1], contract_id)
+    columns = schema(embeddings.shape[1], contract_id, found is not None)
     columns = columns.with_metadata({**columns.metadata, b"refused": json.dumps(refused).encode()})
     values = pa.array(np.ascontiguousarray(embeddings, np.float32).reshape(-1))
     arrays = [
@@ -72,6 +84,14 @@ def write_part(
         pa.array([contract_id] * len(names), pa.string()).dictionary_encode(),
         pa.array(digests, pa.binary(32)),
     ]
+    if found is not None:
+        boxes = np.array([each.box for each in found], np.float32).reshape(-1)
+        landmarks = np.array([each.landmarks for each in found], np.float32).reshape(-1)
+        arrays += [
+            pa.array([each.score for each in found], pa.float32()),
+            pa.FixedSizeListArray.from_arrays(pa.array(boxes), 4),
+            pa.FixedSizeListArray.from_arrays(pa.array(landmarks), 10),
+        ]
     with new_file(path) as temporary:
         pq.write_table(pa.Table.from_arrays(arrays, schema=columns), temporary, **_options())
 

@@ -15,7 +15,7 @@ from arcface_clients.contract import FACE_BYTES, FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces
 from arcface_clients.faces.check import check_faces
 from arcface_clients.faces.detect import detect_crops
-from arcface_clients.faces.images import decode_face, read_crops
+from arcface_clients.faces.images import Found, decode_face, read_crops
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -34,6 +34,7 @@ class Item:
     identity: str | None
     face: Array | None
     refused: str = ""
+    found: Found | None = None  # where a detector found it
 
 
 def read_unit(unit: dict[str, Any], detector: FaceDetector | None = None) -> Iterator[Item]:
@@ -44,7 +45,7 @@ def read_unit(unit: dict[str, Any], detector: FaceDetector | None = None) -> Ite
                 yield Item(path, identity, None, reason)
                 continue
             for crop in detect_crops([path], detector) if detector else read_crops([path]):
-                yield Item(crop.name, identity, crop.face, crop.refused)
+                yield Item(crop.name, identity, crop.face, crop.refused, crop.found)
         return
     rows = _array_rows if unit["kind"] == "array" else _parquet_rows
     done = unit["start"]

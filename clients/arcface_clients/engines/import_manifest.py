@@ -24,7 +24,9 @@ class ImportManifest:
     source: sha256 and file (as given by the user), kind (file, known, pack, demo), licence, url, note, recipe (of
         a demo), copy: file, sha256 and exact (false if source.onnx is a repaired or joined version of it).
     flavour: the fields of `arcface_build.imports.flavour.Flavour`.
-    preprocessing: color, mean, std (0..255 units) and `why`, the evidence for it.
+    preprocessing: color, mean, std (0..255 units) that the file is fed and `why`; stated: the parts that the user said;
+        network: color, mean, std as the network sees pixels, outside and inside the graph together, or None;
+        look: see `arcface_build.imports.second_look.Look`, None for a file whose preprocessing is known.
     steps: step, changed, why, in the order in which they ran.
     serving: file, sha256, opset, bytes, conversion.
     proof: see `arcface_build.imports.proof.Proof`.

@@ -8,15 +8,16 @@ candidate can also be called, the test covers whether a face's embedding depends
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from arcface_clients.arrays import Array
-from arcface_clients.contract import FACE_SIZE, Preprocessing
+from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import InvalidFaces
 from arcface_clients.evidence.drift import cosine_per_face
+from arcface_clients.evidence.hypotheses import Hypothesis, crop_faults, exact_faults, moved, stretched_faults
 from arcface_clients.faces.check import check_faces
 
 NOISE = 1e-6  # float32 networks on two runtimes differ by less
@@ -26,8 +27,13 @@ _EXPLAINED_EACH = 0.5  # picking the best of many shifts for each face flatters 
 _CROP_DRIFT = 1e-3  # a crop shifted by one pixel drifts further than this
 _FACES = 6  # enough to tell hypotheses apart
 _FACES_FOR_CROPS = 4  # of these; there are many crops to try
+_EXPLAINED_BY_STRETCH = 0.75  # no box is like another; counted on faces that did not choose the hypothesis
+_SAME = 1e-4  # below this two embeddings are called the same
+_COARSER = 0.05  # lossy numbers or pictures drift up to here: int8 0.01, JPEG of quality 40 0.03
+_RELATED = 0.05  # a face's embeddings are nearer to each other than to other faces' by this cosine: one network
 _SAME_FACE = 0.95
-_THE_OTHER_FACE = 0.6  # this close to another face, and this much closer than to its own: it is the other face's
+_FLIPPED = 0.1
+_THE_OTHER_FACE = 0.6  # this near to another face, and this much nearer than to its own: it is the other's
 
 Network = Callable[[Array], Array]
 """The reference without preprocessing: float32 (N,3,112,112) network input → float (N,D), of any length."""
@@ -44,14 +50,6 @@ class Finding:
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the field names as keys."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Hypothesis:
-    fault: str
-    words: str
-    prepare: Callable[[Array], Array]
-    at: tuple[float, float, float] = (1.0, 0.0, 0.0)  # zoom, px right, px down
 
 
 def diagnose(
@@ -78,25 +76,96 @@ def diagnose(
     faces, candidate = check_faces(faces), np.asarray(candidate, np.float64)
     if candidate.ndim != 2 or len(candidate) != len(faces) or not len(faces):
         raise InvalidFaces(f"expected an embedding for each of {len(faces)} faces, got {candidate.shape}.")
+    reference = network(preprocessing.apply(faces))
+    findings, rest = _without_network(reference, candidate)
+    if encode is not None:
+        mixed = list(_batch_dependence(faces, encode, batch_tolerance))
+        findings += mixed
+        if mixed:
+            return findings
+    if not rest.size:
+        return findings
+    drift = 1 - cosine_per_face(reference[rest], candidate[rest])
+    if np.median(drift) > NOISE:
+        rows = rest[:: max(1, len(rest) // _FACES)][:_FACES]
+        found = _preprocessing_fault(faces[rows], candidate[rows], network, preprocessing)
+        findings.append(found or _size(reference[rest], candidate[rest]))
+    return findings
+
+
+def diagnose_embeddings(reference: Array, candidate: Array, sized: bool = True) -> list[Finding]:
+    """What two sets of embeddings (N,D) of the same faces tell without the network; what only it can tell is left open.
+
+    Bad rows, lengths, flipped signs, places of rows; and where `sized`, what the drift that is left can be by its size.
+
+    Raises:
+        InvalidFaces: shapes differ, or a row of the reference is bad.
+    """
+    reference, candidate = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
+    findings, rest = _without_network(reference, candidate)
+    if sized and rest.size and np.median(1 - cosine_per_face(reference[rest], candidate[rest])) > NOISE:
+        findings.append(_size(reference[rest], candidate[rest]))
+    return findings
+
+
+def _without_network(reference: Array, candidate: Array) -> tuple[list[Finding], Array]:
+    """Findings, and the rows whose drift they leave unexplained."""
+    if reference.shape != candidate.shape:
+        raise InvalidFaces(
+            f"expected embeddings {reference.shape}, as the reference gives them, got {candidate.shape}."
+        )
     norms = np.linalg.norm(candidate, axis=1)
     usable = np.flatnonzero(np.isfinite(norms) & (norms > 0))
     findings = [*_bad_rows(norms), *_not_normalised(norms[usable])]
-    if not len(usable):
-        return findings
-    if encode is not None:
-        findings += _batch_dependence(faces, encode, batch_tolerance)
-    reference = _unit(network(preprocessing.apply(faces)))
-    if reference.shape != candidate.shape:
-        raise InvalidFaces(f"expected embeddings of width {reference.shape[1]}, got {candidate.shape[1]}.")
-    drift = 1 - cosine_per_face(reference[usable], candidate[usable])
-    moved, stray = _misplaced(reference, _unit(candidate[usable]), usable, drift)
-    findings += moved
-    rest = ~np.isin(usable, stray)
-    mixed = any(finding.fault == "batch contamination" for finding in findings)
-    if rest.any() and np.median(drift[rest]) > NOISE and not mixed:
-        rows = usable[rest][:: max(1, int(rest.sum()) // _FACES)][:_FACES]
-        findings.append(_preprocessing_fault(faces[rows], candidate[rows], network, preprocessing, drift[rest]))
-    return findings
+    if not usable.size:
+        return findings, usable
+    unit, drift = _unit(reference), 1 - cosine_per_face(reference[usable], candidate[usable])
+    if np.median(drift) > 2 - _FLIPPED:
+        return [
+            *findings,
+            Finding(
+                "sign flipped",
+                f"The signs are flipped: each embedding is the reference's times −1 (mean cosine "
+                f"{1 - drift.mean():.4f}). Negate the output.",
+            ),
+        ], usable[:0]
+    moved_rows, stray = _misplaced(unit, _unit(candidate[usable]), usable, drift)
+    return findings + moved_rows, usable[~np.isin(usable, stray)]
+
+
+def _size(reference: Array, candidate: Array) -> Finding:
+    """The finding where nothing explains the drift: which of the three it can be, by how much there is."""
+    similar = _unit(candidate) @ _unit(reference).T
+    own = similar.diagonal()
+    count = len(own)
+    foreign = (similar.sum() - own.sum()) / (count * (count - 1)) if count > 1 else 0.0
+    median, largest = float(1 - np.median(own)), float(1 - own.min())
+    told = f"(1 − cosine: median {median:.1e}, largest {largest:.1e})"
+    nearer = float(own.mean() - foreign)
+    if nearer < max(_RELATED, 4 * float(own.std()) / np.sqrt(count)):
+        return Finding(
+            "another network",
+            f"The embeddings have nothing to do with the reference's: a face's cosine to itself is {own.mean():.2f}, "
+            f"to other faces {foreign:.2f}. Another network, or pictures of other faces.",
+        )
+    if median < _CROP_DRIFT:
+        return Finding(
+            "weights or precision",
+            f"A small drift on all faces {told}, and no fault that explains it: the weights or the precision "
+            "differ. Which layer: arcface compare A.onnx B.onnx --layers",
+        )
+    if median < _COARSER:
+        return Finding(
+            "same network, coarser numbers",
+            f"The same network, less exactly {told}: every face stays by far nearest to itself and no changed input "
+            "was recognised. A low precision (int8), lossy pictures (JPEG) or averaged views do this.",
+        )
+    return Finding(
+        "same network, changed input",
+        f"The same network on changed input {told}: faces stay nearer to themselves than to others "
+        f"(cosine {own.mean():.2f} against {foreign:.2f}), but how the pictures were changed was not recognised. "
+        "Compare the crops: size, alignment, blur, heavy compression.",
+    )
 
 
 def _bad_rows(norms: Array) -> Iterator[Finding]:
@@ -172,26 +241,20 @@ def _misplaced(reference: Array, unit: Array, usable: Array, drift: Array) -> tu
     return findings, usable[alone]
 
 
-def _preprocessing_fault(
-    faces: Array, candidate: Array, network: Network, stated: Preprocessing, drift: Array
-) -> Finding:
-    """The hypothesis that explains the most, or a finding that none does."""
+def _preprocessing_fault(faces: Array, candidate: Array, network: Network, stated: Preprocessing) -> Finding | None:
+    """The hypothesis that explains most, or None where none does."""
 
-    def left(hypothesis: _Hypothesis, count: int | None = None) -> Array:
+    def left(hypothesis: Hypothesis, count: int | None = None) -> Array:
         return 1 - cosine_per_face(network(hypothesis.prepare(faces[:count])), candidate[:count])
 
-    before = float(left(_Hypothesis("", "", stated.apply)).mean())
-    best, after = min(((h, float(left(h).mean())) for h in _pixel_faults(stated)), key=lambda pair: pair[1])
+    untouched = left(Hypothesis("", "", stated.apply))
+    before = float(untouched.mean())
+    best, after = min(((h, float(left(h).mean())) for h in exact_faults(stated)), key=lambda pair: pair[1])
     if after < _EXPLAINED * before:
         return _explained(best, before, after)
-    median, largest = float(np.median(drift)), float(drift.max())
     if before < _CROP_DRIFT:
-        return Finding(
-            "weights or precision",
-            f"No preprocessing fault explains the drift (median {median:.1e}, largest {largest:.1e}, on all faces): "
-            "the weights or the precision differ. Find the layer: arcface compare A.onnx B.onnx --layers",
-        )
-    crops = [(hypothesis, left(hypothesis, _FACES_FOR_CROPS)) for hypothesis in _crop_faults(stated)]
+        return None
+    crops = [(hypothesis, left(hypothesis, _FACES_FOR_CROPS)) for hypothesis in crop_faults(stated)]
     best, _ = min(crops, key=lambda pair: pair[1].mean())
     best, after = _refined(best, float(left(best).mean()), stated, lambda h: float(left(h).mean()))
     if after < _EXPLAINED_BY_CROP * before:
@@ -203,91 +266,27 @@ def _preprocessing_fault(
             f"The crops are cut differently from face to face: a separate shift or zoom brings each one closer "
             f"(1 − cosine {before:.1e} → {each:.1e}). Align five landmarks to the ArcFace template.",
         )
-    return Finding(
-        "another network or other pictures",
-        f"No known fault explains a drift this large (median {median:.1e}, largest {largest:.1e}): "
-        "it is another network, or these are crops of other pictures.",
-    )
+    half = len(faces) // 2
+    if half:
+        stretched = min(stretched_faults(stated), key=lambda h: float(left(h, half).mean()))
+        now = float(left(stretched)[half:].mean())
+        if now < _EXPLAINED_BY_STRETCH * float(untouched[half:].mean()):
+            return _explained(stretched, float(untouched[half:].mean()), now)
+    return None
 
 
-def _explained(hypothesis: _Hypothesis, before: float, after: float) -> Finding:
+def _explained(hypothesis: Hypothesis, before: float, after: float) -> Finding:
     return Finding(
         hypothesis.fault,
-        f"{hypothesis.words} With this fault the reference gives the same embeddings "
-        f"(1 − cosine {after:.1e}; without it {before:.1e}).",
-    )
-
-
-def _pixel_faults(stated: Preprocessing) -> Iterator[_Hypothesis]:
-    """Wrong channel order, wrong mean or std, and both together."""
-    other = "bgr" if stated.color == "rgb" else "rgb"
-    swapped = f"The channels are swapped: the network expects {stated.color.upper()} and gets {other.upper()}."
-    mean, std = np.array(stated.mean), np.array(stated.std)
-    numbers: list[tuple[str, str, Array, Array]] = [
-        (
-            "wrong scale",
-            f"Pixels are divided by {std[0] * 128 / 127.5:g} instead of {std[0]:g} (/128 for /127.5).",
-            mean,
-            std * 128 / 127.5,
-        ),
-        ("missing normalisation", "The normalisation is missing: the network gets 0..255.", 0 * mean, 0 * std + 1),
-        ("missing normalisation", "Pixels are only divided by 255: the network gets 0..1.", 0 * mean, 0 * std + 255),
-        ("missing normalisation", "The mean is not subtracted; pixels are only divided.", 0 * mean, std),
-        ("normalised twice", "The normalisation is applied twice.", mean + std * mean, std * std),
-        ("wrong numbers", "Mean and std are given in the other channel order.", mean[::-1], std[::-1]),
-        ("wrong numbers", "Mean 127.5 and std 127.5 (InsightFace's) are used.", 0 * mean + 127.5, 0 * std + 127.5),
-        ("wrong numbers", "Mean 127.5 and std 128 are used.", 0 * mean + 127.5, 0 * std + 128),
-        (
-            "wrong numbers",
-            "ImageNet's mean and std are used.",
-            255 * np.array([0.485, 0.456, 0.406]),
-            255 * np.array([0.229, 0.224, 0.225]),
-        ),
-    ]
-    yield _Hypothesis("channels swapped", swapped, replace(stated, color=other).apply)
-    for fault, words, m, s in numbers:
-        wrong = Preprocessing(stated.color, tuple(m), tuple(s))
-        if np.allclose(m, mean) and np.allclose(s, std):
-            continue
-        if fault == "wrong numbers":
-            words = f"{words} The network expects mean {_written(mean)}, std {_written(std)}."
-        yield _Hypothesis(fault, words, wrong.apply)
-        yield _Hypothesis(f"channels swapped, {fault}", f"{swapped} {words}", replace(wrong, color=other).apply)
-    yield _Hypothesis(
-        "layout",
-        "The pixels are reshaped to NCHW instead of transposed.",
-        lambda faces: stated.apply(faces).transpose(0, 2, 3, 1).reshape(len(faces), 3, FACE_SIZE, FACE_SIZE),
-    )
-
-
-def _crop_faults(stated: Preprocessing) -> Iterator[_Hypothesis]:
-    """Crops that do not follow the template: mirrored, upside down, shifted or zoomed."""
-    yield _Hypothesis("crop mirrored", "The crops are mirrored.", lambda faces: stated.apply(faces[:, :, ::-1]))
-    yield _Hypothesis("crop turned", "The crops are upside down.", lambda faces: stated.apply(faces[:, ::-1, ::-1]))
-    for scale, dx, dy in (
-        *((1.0, dx, dy) for dx in (-8, -4, 0, 4, 8) for dy in (-8, -4, 0, 4, 8) if dx or dy),
-        *((scale, 0, dy) for scale in (0.8, 0.9, 1.1, 1.25) for dy in (-6, 0, 6)),
-    ):
-        yield _moved(stated, scale, dx, dy)
-
-
-def _moved(stated: Preprocessing, scale: float, dx: float, dy: float) -> _Hypothesis:
-    parts = [f"shifted by {dx:+g} px to the right and {dy:+g} px down"] if dx or dy else []
-    parts += [f"zoomed by {scale:.3g}"] if scale != 1 else []
-    return _Hypothesis(
-        "crop template off",
-        f"The crops do not follow the ArcFace template: {' and '.join(parts)}.",
-        lambda faces: stated.apply(warp(faces, scale, dx, dy)),
-        (scale, dx, dy),
+        f"{hypothesis.words} With that fault the reference gives "
+        f"{'the same' if after < _SAME else 'nearer'} embeddings (1 − cosine {after:.1e}, without it {before:.1e}).",
     )
 
 
 def _refined(
-    best: _Hypothesis, after: float, stated: Preprocessing, left: Callable[[_Hypothesis], float]
-) -> tuple[_Hypothesis, float]:
-    """Refine the best grid point with halving steps, so that the message states accurate figures."""
-    if best.fault != "crop template off":  # mirrored or upside down: nothing to refine
-        return best, after
+    best: Hypothesis, after: float, stated: Preprocessing, left: Callable[[Hypothesis], float]
+) -> tuple[Hypothesis, float]:
+    """Half-step descent from the best grid point, so that the sentence gives the right figures."""
     step = np.array([0.05, 2.0, 2.0])
     at = np.array(best.at)
     for _ in range(3):
@@ -295,7 +294,7 @@ def _refined(
             for sign in (-1, 1):
                 trial = at.copy()
                 trial[axis] += sign * step[axis]
-                hypothesis = _moved(stated, *trial)
+                hypothesis = moved(stated, *trial)
                 drift_left = left(hypothesis)
                 if drift_left < after:
                     best, after, at = hypothesis, drift_left, trial
@@ -303,28 +302,6 @@ def _refined(
     return best, after
 
 
-def warp(faces: Array, scale: float, dx: float, dy: float) -> Array:
-    """Faces uint8 (N,112,112,3) zoomed about their centre and shifted, in pixels; bilinear, borders repeated."""
-    centre = (FACE_SIZE - 1) / 2
-
-    def along(values: Array, axis: int, shift: float) -> Array:
-        source = np.clip((np.arange(FACE_SIZE) - centre - shift) / scale + centre, 0, FACE_SIZE - 1)
-        low = np.minimum(source.astype(int), FACE_SIZE - 2)
-        part = (source - low).astype(np.float32)
-        part = part.reshape(-1, *[1] * (values.ndim - axis - 1))
-        between: Array = values.take(low, axis) * (1 - part) + values.take(low + 1, axis) * part
-        return between
-
-    moved = along(along(faces.astype(np.float32), 1, dy), 2, dx)
-    return np.rint(moved).astype(np.uint8)
-
-
 def _unit(embeddings: Sequence[Sequence[float]] | Array) -> Array:
     array = np.asarray(embeddings, np.float64)
-    unit: Array = array / np.linalg.norm(array, axis=1, keepdims=True)
-    return unit
-
-
-def _written(values: Array) -> str:
-    rounded = [f"{v:g}" for v in np.round(values, 3)]
-    return rounded[0] if len(set(rounded)) == 1 else f"({', '.join(rounded)})"
+    return np.asarray(array / np.linalg.norm(array, axis=1, keepdims=True))

@@ -14,7 +14,7 @@ import numpy as np
 from arcface_clients.arrays import Array, FaceArray
 from arcface_clients.errors import ConfigError, DependencyMissing, InvalidFaces
 from arcface_clients.faces.align import align_face
-from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, find_files, stacked
+from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, Found, find_files, gather
 from arcface_clients.faces.photos import read_photo
 
 if TYPE_CHECKING:
@@ -191,9 +191,9 @@ def detect_crops(files: Iterable[str], detector: FaceDetector) -> Iterator[Crop]
             yield Crop(name, None, exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc))
             continue
         for index, found in enumerate(faces):
-            yield Crop(f"{name}[{index}]", found.face)
+            yield Crop(f"{name}[{index}]", found.face, found=Found(found.score, found.box, found.landmarks))
 
 
 def load_detected(sources: Iterable[str | Path], detector: FaceDetector) -> tuple[FaceArray, list[str], list[Crop]]:
     """All faces of all images at once: uint8 (N,112,112,3) BGR, their N names, and what was refused."""
-    return stacked(detect_crops(find_files(sources), detector))
+    return gather(detect_crops(find_files(sources), detector))

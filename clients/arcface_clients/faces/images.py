@@ -6,7 +6,7 @@ import glob
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,26 @@ import numpy as np
 
 from arcface_clients.arrays import Array, FaceArray
 from arcface_clients.contract import FACE_SHAPE
-from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces
+from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces, WrongUse
 from arcface_clients.faces.check import check_faces
+from arcface_clients.faces.synthetic import synthetic_faces
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"),
+    *(".gif", ".heic", ".heif", ".avif", ".jp2"),
+)
+IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\x00", b"MM\x00*")
+HEIF_STARTS = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis"))
 ARRAY_SUFFIXES = (".npz", ".npy")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a detector found a face, in pixels of the photo as its EXIF orientation turns it upright."""
+
+    score: float  # 0..1
+    box: tuple[float, float, float, float]  # x, y, width, height
+    landmarks: Array  # float32 (5,2): eye, eye, nose, mouth corners, from left to right
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,7 @@ class Crop:
     name: str  # path, or path[index] for a row of an array file
     face: FaceArray | None
     refused: str = ""
+    found: Found | None = None  # where it was found, if the file is a photo
 
 
 def find_files(sources: Iterable[str | Path]) -> list[str]:
@@ -50,10 +66,10 @@ def find_files(sources: Iterable[str | Path]) -> list[str]:
 def files_below(
     folder: str, suffixes: tuple[str, ...], above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[str]:
-    """Files with these suffixes in a folder and all below it, sorted folder by folder.
+    """Files with these suffixes in a folder and all below it, sorted folder by folder; and images by another name.
 
-    Links are followed, but not one that leads back to a folder `above` (device and inode). os.scandir, because a Path
-    for each of millions of files costs more.
+    Links are followed, but not one that leads back to a folder `above` (device and inode); one that leads nowhere is
+    given, so that reading it says so. os.scandir, because a Path for each of millions of files costs more.
 
     Raises:
         OSError: a folder cannot be read.
@@ -63,12 +79,25 @@ def files_below(
     if here in above:
         return
     with os.scandir(folder) as entries:
-        found = sorted((entry.path, entry.is_dir()) for entry in entries if entry.is_dir() or entry.is_file())
-    for path, is_folder in found:
+        found = sorted((entry.path, entry.is_dir(), entry.is_file()) for entry in entries)
+    for path, is_folder, is_file in found:
         if is_folder:
             yield from files_below(path, suffixes, above | {here})
         elif path.lower().endswith(suffixes):
+            if is_file or not Path(path).exists():  # no pipes, no sockets
+                yield path
+        elif is_file and _looks_like_an_image(path):
             yield path
+
+
+def _looks_like_an_image(path: str) -> bool:
+    """Whether a file begins as JPEG, PNG, GIF, BMP, TIFF, WebP or the HEIF family (HEIC, AVIF) do."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head.startswith(IMAGE_STARTS) or (head[:4] == b"RIFF" and head[8:] == b"WEBP") or head[4:12] in HEIF_STARTS
 
 
 def read_crops(files: Iterable[str]) -> Iterator[Crop]:
@@ -92,10 +121,10 @@ def read_crops(files: Iterable[str]) -> Iterator[Crop]:
 
 def load_faces(sources: Iterable[str | Path]) -> tuple[FaceArray, list[str], list[Crop]]:
     """All crops at once: faces uint8 (N,112,112,3) BGR, their N names, and what was refused."""
-    return stacked(read_crops(find_files(sources)))
+    return gather(read_crops(find_files(sources)))
 
 
-def stacked(crops: Iterable[Crop]) -> tuple[FaceArray, list[str], list[Crop]]:
+def gather(crops: Iterable[Crop]) -> tuple[FaceArray, list[str], list[Crop]]:
     """The faces uint8 (N,112,112,3) of all crops, their N names, and the crops without one."""
     faces: list[FaceArray] = []
     names: list[str] = []
@@ -107,6 +136,29 @@ def stacked(crops: Iterable[Crop]) -> tuple[FaceArray, list[str], list[Crop]]:
             faces.append(crop.face)
             names.append(crop.name)
     return np.stack(faces) if faces else np.empty((0, *FACE_SHAPE), np.uint8), names, refused
+
+
+def load_or_draw(
+    sources: Sequence[str | Path], count: int, say: Callable[[str], object] = lambda told: None
+) -> tuple[Array, tuple[str, ...] | None]:
+    """(faces uint8 (N,112,112,3) BGR, their names) of files; without sources `count` drawn ones, which have no names.
+
+    Args:
+        sources: folders, files, globs, .npz and .npy.
+        count: how many are drawn.
+        say: takes a line for each file that cannot be read.
+
+    Raises:
+        WrongUse: sources were given, and not one face could be read from them.
+    """
+    if not sources:
+        return synthetic_faces(count), None
+    faces, names, refused = load_faces(sources)
+    for crop in refused:
+        say(f"not read: {crop.name}: {crop.refused}")
+    if not len(faces):
+        raise WrongUse(f"no face could be read from {' '.join(map(str, sources[:3]))}: expected aligned 112×112 crops.")
+    return faces, tuple(names)
 
 
 def read_face(path: str | Path) -> Array:
@@ -141,11 +193,20 @@ def decode_face(data: Array) -> Array:
     except cv2.error as exc:  # larger than OpenCV's limit on pixels
         raise InvalidFaces(f"OpenCV cannot decode it: {exc.err or exc}") from exc
     if image is None:
-        raise InvalidFaces("not an image that OpenCV can decode, or cut off")
+        image = _decode_otherwise(encoded)
     if image.shape != FACE_SHAPE:
         height, width = image.shape[:2]
         raise InvalidFaces(f"expected an aligned crop of 112×112 pixels, got {width}×{height}")
-    return image
+    return np.asarray(image)
+
+
+def _decode_otherwise(encoded: bytes) -> Array:
+    """GIF, HEIC, AVIF and CMYK by way of Pillow: what OpenCV does not know."""
+    from arcface_clients.faces.photos import decode_photo
+
+    if not encoded.startswith(b"GIF8") and encoded[4:12] not in HEIF_STARTS:
+        raise InvalidFaces("not an image that OpenCV can decode, or cut off")
+    return decode_photo(encoded)
 
 
 def read_array(path: str | Path) -> Array:

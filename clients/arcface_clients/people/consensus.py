@@ -9,6 +9,7 @@ import numpy as np
 
 from arcface_clients.arrays import Array, unit_rows
 from arcface_clients.errors import ConfigError, InvalidEmbeddings
+from arcface_clients.people.grouping import distances_to_others, divide, join_nearest, settle
 from arcface_clients.people.vectors import cosine_distances, unit_pair
 
 # Distances of a face to the mean of a person's other faces, read off 50 LFW people with MobileFaceNet: where own and
@@ -17,6 +18,7 @@ from arcface_clients.people.vectors import cosine_distances, unit_pair
 MAX_DISTANCE = 0.62
 ACCEPT_DISTANCE = 0.55
 REJECT_DISTANCE = 0.70
+VOTE_SHARE = 0.95  # a majority must not hang on a face that is beyond this share of max_distance
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,17 @@ class Outlier:
 
 @dataclass(frozen=True)
 class Consensus:
-    """What `find_consensus` found; indices are places in its input."""
+    """What `find_consensus` found; indices are places in its input. Undecided: no members, outliers or embedding."""
 
     agreed: bool
     reason: str
     members: tuple[int, ...]
     outliers: tuple[Outlier, ...]
-    embedding: Array | None = field(repr=False)  # float32 (D,), unit length; None where nothing was agreed
-    distances: Array = field(repr=False)  # float32 (N,): to the mean of the members, a member's own share left out
+    groups: tuple[
+        tuple[int, ...], ...
+    ]  # all of two faces or more that agree among themselves: the members', or largest, first
+    embedding: Array | None = field(repr=False)  # float32 (D,), unit length
+    distances: Array = field(repr=False)  # float32 (N,): to the mean of the first group, a face's own share left out
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the embedding, with plain numbers; distances are rounded to six digits."""
@@ -45,12 +50,13 @@ class Consensus:
             "reason": self.reason,
             "members": list(self.members),
             "outliers": [{"index": o.index, "distance": round(o.distance, 6)} for o in self.outliers],
+            "groups": [list(group) for group in self.groups],
             "distances": [round(float(d), 6) for d in self.distances],
         }
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CandidateDecision:
     """What `validate_candidate` decided, with the scores it stands on (all distances, 0..2)."""
 
     decision: Literal["accept", "reject", "unsure"]
@@ -68,11 +74,11 @@ class Verdict:
 def find_consensus(
     embeddings: Array, max_distance: float = MAX_DISTANCE, min_support: int = 3, min_share: float = 0.5
 ) -> Consensus:
-    """The majority of (N,D) embeddings that agree with each other; the same answer for any order of the input.
+    """The clear majority of (N,D) embeddings that agree with each other; the same answer for any order of the input.
 
-    The face whose neighbours are nearest starts, with as many of them as must agree. Then, until nothing changes,
-    everybody within `max_distance` of the mean of the *other* members is a member. Bit-equal embeddings (one file
-    twice) have one vote.
+    Members are all faces within `max_distance` of the mean of the *other* members. Undecided, with the groups that
+    there are: no group is large enough, another is as large, the members look like two people, or so many of them
+    are nearer to another group that the rest is too few. Bit-equal embeddings (one file twice) have one vote.
 
     Args:
         embeddings: any length of rows; they are normalised.
@@ -91,26 +97,75 @@ def find_consensus(
         )
     unit = unit_rows(embeddings)
     if not len(unit):
-        return Consensus(False, "there is no face", (), (), None, np.empty(0, np.float32))
+        return Consensus(False, "there is no face", (), (), (), None, np.empty(0, np.float32))
     # Sorted by content: neither the matrix product's rounding nor a tie can depend on the order of the input.
     _, first, place = np.unique(unit.view(f"V{unit.itemsize * unit.shape[1]}"), return_index=True, return_inverse=True)
     different, place = unit[first], place.reshape(-1)
-    total = len(different)
-    needed = max(min_support, int(min_share * total) + 1)
-    member, distances = _grow(1 - cosine_distances(different).astype(np.float64), max_distance, min(needed, total))
-    inside = member[place]
-    agreeing = int(member.sum())
-    agreed = agreeing >= needed
-    reason = f"{agreeing} of {total} different faces agree" + ("" if agreed else f"; at least {needed} must")
-    mean = different[member].sum(axis=0, dtype=np.float64)
+    cosines = 1 - cosine_distances(different).astype(np.float64)
+    needed = max(min_support, int(min_share * len(different)) + 1)
+    groups, reason = _majority(cosines, max_distance, needed)
+    agreed = not reason
+    distances = distances_to_others(cosines, groups[0])[place]
+    inside = groups[0][place] if agreed else np.zeros(len(unit), bool)
+    mean = different[groups[0]].sum(axis=0, dtype=np.float64)
     return Consensus(
         agreed=agreed,
-        reason=reason,
+        reason=reason or f"{groups[0].sum()} of {len(different)} different faces agree",
         members=tuple(np.flatnonzero(inside).tolist()),
-        outliers=tuple(Outlier(i, float(distances[place[i]])) for i in np.flatnonzero(~inside).tolist()),
+        outliers=tuple(Outlier(int(i), float(distances[i])) for i in np.flatnonzero(~inside)) if agreed else (),
+        groups=tuple(tuple(np.flatnonzero(group[place]).tolist()) for group in groups if group.sum() > 1),
         embedding=(mean / np.linalg.norm(mean)).astype(np.float32) if agreed else None,
-        distances=distances[place],
+        distances=distances,
     )
+
+
+def _majority(cosines: Array, max_distance: float, needed: int) -> tuple[list[Array], str]:
+    """Groups bool (N,) of different faces, the one that may be agreed on first; and why it is not, else ""."""
+    total = len(cosines)
+    starts = [_mask(group, total) for group in join_nearest(cosines, max_distance)]
+    settled = [member for start in starts if (member := settle(cosines, start, max_distance)) is not None]
+    if not settled:
+        return starts, "the faces form no group that keeps its members"
+    member = max(settled, key=lambda mask: int(mask.sum()))
+    while member.sum() >= needed and (part := divide(cosines[np.ix_(member, member)], max_distance)) is not None:
+        inside = np.flatnonzero(member)
+        larger, smaller = _mask(inside[part], total), _mask(inside[~part], total)
+        if larger.sum() < max(needed, 2 * smaller.sum()):
+            reason = (
+                f"{member.sum()} of {total} different faces are alike, but in two groups as of two people who are: "
+                f"{larger.sum()} and {smaller.sum()}"
+            )
+            return [larger, smaller, *_others(cosines, member, max_distance)], reason
+        if 1 - cosines[np.ix_(larger, smaller)].mean() <= max_distance:
+            break  # odd photos of the same person as well may be
+        member = larger
+    nearer = np.zeros(total, bool)
+    for group in _others(cosines, member, max_distance):
+        nearer |= distances_to_others(cosines, group) < distances_to_others(cosines, member)
+    contested = int((member & nearer).sum())
+    member = member & ~nearer if (member & ~nearer).any() else member
+    barely = int((distances_to_others(cosines, member)[member] > VOTE_SHARE * max_distance).sum())
+    others = _others(cosines, member, max_distance)
+    reason = f"{member.sum()} of {total} different faces agree"
+    if member.sum() - barely < needed:
+        reason += f", {barely} of them barely" if barely else ""
+        reason += f", {contested} more are nearer to others" if contested else ""
+        return sorted([member, *others], key=lambda mask: -int(mask.sum())), f"{reason}; at least {needed} must"
+    if any(group.sum() >= member.sum() for group in others):
+        return [member, *others], f"{reason}, and as many others with each other"
+    return [member, *others], ""
+
+
+def _others(cosines: Array, member: Array, max_distance: float) -> list[Array]:
+    """The groups that the faces outside of `member` form, largest first."""
+    rest = np.flatnonzero(~member)
+    return [_mask(rest[group], len(cosines)) for group in join_nearest(cosines[np.ix_(rest, rest)], max_distance)]
+
+
+def _mask(rows: Array | list[int], total: int) -> Array:
+    mask = np.zeros(total, bool)
+    mask[rows] = True
+    return mask
 
 
 def validate_candidate(
@@ -118,7 +173,7 @@ def validate_candidate(
     references: Array,
     accept_distance: float = ACCEPT_DISTANCE,
     reject_distance: float = REJECT_DISTANCE,
-) -> Verdict:
+) -> CandidateDecision:
     """Whether an embedding (D,) shows the person of the reference embeddings (R,D), R ≥ 1.
 
     accept: within `accept_distance` of the references' mean; reject: beyond `reject_distance`; unsure between.
@@ -139,7 +194,7 @@ def validate_candidate(
     decision: Literal["accept", "reject", "unsure"] = (
         "accept" if distance <= accept_distance else "reject" if distance > reject_distance else "unsure"
     )
-    return Verdict(decision, distance, float(each.min()), float(np.median(each)), each)
+    return CandidateDecision(decision, distance, float(each.min()), float(np.median(each)), each)
 
 
 def calibrate(embeddings: Array, identities: Array, false_alarms: float = 0.005) -> float:
@@ -161,38 +216,7 @@ def calibrate(embeddings: Array, identities: Array, false_alarms: float = 0.005)
         rows = unit[names == name]
         if len(rows) >= 2:
             everybody = np.ones(len(rows), bool)
-            own.append(_to_others(1 - cosine_distances(rows).astype(np.float64), everybody))
+            own.append(distances_to_others(1 - cosine_distances(rows).astype(np.float64), everybody))
     if not own:
         raise InvalidEmbeddings("nobody has two faces: calibration needs labelled people with several faces each.")
     return float(np.quantile(np.concatenate(own), 1 - false_alarms))
-
-
-def _grow(cosines: Array, max_distance: float, start: int) -> tuple[Array, Array]:
-    """Members bool (N,) and distances float32 (N,) from the cosines float64 (N,N) of different faces."""
-    neighbours = np.argsort(-cosines, axis=1, kind="stable")[:, :start]
-    seed = int(np.take_along_axis(cosines, neighbours, axis=1).sum(axis=1).argmax())
-    member = np.zeros(len(cosines), bool)
-    member[neighbours[seed]] = True
-    seen: set[bytes] = set()
-    while member.tobytes() not in seen:  # a state met twice would come round for ever
-        seen.add(member.tobytes())
-        member = _to_others(cosines, member) <= max_distance
-        if not member.any():
-            member[seed] = True
-    return member, _to_others(cosines, member)
-
-
-def _to_others(cosines: Array, member: Array) -> Array:
-    """Distance float32 (N,) of each face to the mean of the members other than itself, from cosines alone.
-
-    With S the sum of the members: x·(S − x) = x·S − 1 and |S − x|² = |S|² − 2 x·S + 1. A lone member is at 0.
-    """
-    to_sum = cosines[:, member].sum(axis=1)
-    squared = to_sum[member].sum()
-    dot = np.where(member, to_sum - 1, to_sum)
-    length = np.sqrt(np.maximum(np.where(member, squared - 2 * to_sum + 1, squared), 0))
-    alone = length < 1e-6
-    cosine = np.where(alone, 0, dot / np.where(alone, 1, length))
-    if member.sum() == 1:
-        cosine = np.where(member, 1, cosine)
-    return np.clip(1 - cosine, 0, 2).astype(np.float32)

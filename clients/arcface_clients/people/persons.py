@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
     from arcface_clients.people.cache import EmbeddingCache
 
-FORMAT, VERSION = "arcface-consensus", 1
+FORMAT, VERSION = "arcface-consensus", 2
 Loader = Callable[[Sequence[str]], tuple[Array, list[str], list[Crop]]]
 
 
@@ -54,7 +54,7 @@ def consensus_of_person(
     cache: EmbeddingCache | None = None,
     load: Loader = load_faces,
 ) -> dict[str, Any]:
-    """One person's record, plain JSON: agreed, reason, references, outliers, refused, distances, embedding.
+    """One person's record, plain JSON: agreed, reason, references, outliers, groups, refused, distances, embedding.
 
     Raises:
         ArcFaceError: what the engine raises. A file that cannot be read is listed under `refused`.
@@ -67,8 +67,9 @@ def consensus_of_person(
         "signature": signature(files),
         "agreed": found.agreed,
         "reason": found.reason,
-        "references": [names[i] for i in found.members] if found.agreed else [],
+        "references": [names[i] for i in found.members],
         "outliers": [{"path": names[o.index], "distance": round(o.distance, 6)} for o in found.outliers],
+        "groups": [[names[i] for i in group] for group in found.groups],
         "refused": [{"path": crop.name, "reason": crop.refused} for crop in refused],
         "distances": {n: round(float(d), 6) for n, d in zip(names, found.distances, strict=True)},
         "embedding": [float(f"{x:.8g}") for x in found.embedding] if found.embedding is not None else None,

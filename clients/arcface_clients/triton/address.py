@@ -74,9 +74,16 @@ class Tls:
     key_file: str | Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuse half a key pair and files that are not there."""
+        """Refuse half a key pair."""
         if bool(self.cert_file) != bool(self.key_file):
             raise ConfigError("mutual TLS needs both cert_file and key_file; got only one of them.")
+
+    def check_files(self) -> None:
+        """Asked when a client is made, not when it is configured: another host's files need not be here.
+
+        Raises:
+            ConfigError: a file is not there.
+        """
         for name in ("ca_file", "cert_file", "key_file"):
             path = getattr(self, name)
             if path and not Path(path).is_file():

@@ -52,6 +52,7 @@ class TritonClient(ABC):
             headers={} if headers is None else headers,
             tls=tls or Tls(),
         )
+        self.options.tls.check_files()
         self._session = Session(self.options)
         self._set_up()
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from arcface_build.plans.build import Proof, build_plan, tensorrt_version
+from arcface_build.plans.build import PlanProof, build_plan, tensorrt_version
 from arcface_build.plans.gpu import find_gpus
 from arcface_build.plans.source import find_source
 from arcface_build.plans.typed import read_typed_onnx
@@ -164,7 +164,7 @@ def _plan(check: GpuCheck, model: str, precision: str, sm: str, version: str) ->
     check.report["models"][model]["plans"][precision] = entry
     reference = check.reference(source)
     # The gate is judged below: a plan that drifts is still worth measuring, and the report says so.
-    proof = Proof(check.faces, reference, dict.fromkeys(DRIFT_LIMITS, 2.0))
+    proof = PlanProof(check.faces, reference, dict.fromkeys(DRIFT_LIMITS, 2.0))
     plan = check.scratch / model / precision / spec.file_name
     try:
         manifest = build_plan(

@@ -27,5 +27,6 @@ class FiniteNumber(click.FloatRange):
 
 POSITIVE = FiniteNumber(0, min_open=True)
 NOT_NEGATIVE = FiniteNumber(0)
+SHARE = FiniteNumber(0, 1, min_open=True)
 COSINE = FiniteNumber(-1, 1)
 DRIFT = FiniteNumber(0, 2)  # 1 − cosine

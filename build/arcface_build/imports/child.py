@@ -1,0 +1,219 @@
+"""The process that reads a file nobody has looked at yet: where it hangs, eats memory or crashes, the import says so.
+
+    python -m arcface_build.imports.child   < job.json
+
+The child resolves the source, converts and proves it, and writes into a scratch folder; the parent alone publishes.
+Standard output carries one JSON object a line: {"progress"}, {"say"}, {"error", "message"} or {"manifest", ...};
+everything else that is printed goes to standard error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from arcface_clients.errors import ArcFaceError
+
+TIMEOUT_S = 1800.0
+MEMORY_SHARE = 0.8  # of the host's memory; a ResNet100 takes less than 2 GB
+PR_SET_PDEATHSIG = 1
+EXIT_TOLD = 4  # the child has said what was wrong
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be imported; paths as text, `stated` as `Stated.to_json` gives it."""
+
+    source: str
+    models_dir: str
+    scratch: str
+    cache: str
+    name: str | None = None
+    stated: dict[str, Any] | None = None
+    output: str | None = None
+    faces: str | None = None
+    accept_licence: bool = False
+    insightface_root: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a child did: the manifest as JSON, its name, and the finished folder, or "" where none was due."""
+
+    manifest: dict[str, Any]
+    name: str
+    made: str
+
+
+def run_child(
+    job: Job,
+    timeout_s: float,
+    progress: Callable[[str, int, int], None],
+    say: Callable[[str], None],
+) -> Done:
+    """Do the job in a child process, which is gone when this returns or raises, whatever became of it.
+
+    Raises:
+        ArcFaceError: what the child raised; SourceRefused where it ran out of time or memory, or crashed.
+    """
+    log = Path(job.scratch) / "stderr.log"
+    with log.open("w") as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "arcface_build.imports.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,  # Ctrl-C is ours to pass on
+        )
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        _kill(child)
+
+    timer = threading.Timer(timeout_s, stop)
+    told: dict[str, Any] = {}
+    try:
+        timer.start()
+        stdin, stdout = cast(IO[str], child.stdin), cast(IO[str], child.stdout)
+        with stdin:
+            stdin.write(json.dumps(asdict(job)))
+        for line in stdout:
+            said = json.loads(line)
+            if "progress" in said:
+                progress(*said["progress"])
+            elif "say" in said:
+                say(said["say"])
+            else:
+                told = said
+        code = child.wait()
+    except BrokenPipeError:
+        code = child.wait()
+    finally:
+        timer.cancel()
+        _kill(child)
+        child.wait()
+        if child.stdout:
+            child.stdout.close()
+    if os.environ.get("ARCFACE_TRACEBACK"):
+        sys.stderr.write(log.read_text(errors="replace"))
+    if code == 0 and "manifest" in told:
+        return Done(**told)
+    raise _error(told, code, job.source, timeout_s if late.is_set() else None)
+
+
+def _error(told: dict[str, Any], code: int, source: str, timeout_s: float | None) -> Exception:
+    """What the child's end means."""
+    import arcface_build.errors
+    import arcface_clients.errors
+
+    refused = arcface_build.errors.SourceRefused
+    file = Path(source).name
+    if timeout_s is not None:
+        return refused(f"{file} was not imported within {timeout_s:g} s and was stopped. Give it more: --timeout")
+    if told.get("error") == "OSError":
+        return OSError(told["message"])
+    for module in (arcface_build.errors, arcface_clients.errors):
+        kind = getattr(module, told.get("error", ""), None)
+        if isinstance(kind, type) and issubclass(kind, ArcFaceError):
+            return kind(told["message"])
+    if told.get("error") == "MemoryError":
+        return refused(f"{file} needs more than {memory_limit() / 1e9:.0f} GB: expected a recognition model below 2.")
+    if "error" in told:
+        return refused(
+            f"{file}: the import failed on it: {told['error']}: {told['message']}. ARCFACE_TRACEBACK=1 shows where."
+        )
+    if code == -signal.SIGKILL:
+        return refused(f"the import of {file} was killed (by the kernel for want of memory, or by hand).")
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return refused(f"{file} makes the ONNX libraries crash ({how}): expected a sound file. Export it again.")
+
+
+def memory_limit() -> int:
+    """Bytes that a child may allocate."""
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE)
+
+
+def _kill(child: subprocess.Popen[str]) -> None:
+    """End the child and whatever it started."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def main() -> int:
+    """Do the job that stands on standard input; 0, or EXIT_TOLD after the reason was said."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return EXIT_TOLD
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = memory_limit() if hard == resource.RLIM_INFINITY else min(memory_limit(), hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # C++ code and InsightFace print to standard output too
+    try:
+        _tell(lines, **asdict(_work(Job(**json.load(sys.stdin)), lines)))
+    except MemoryError:
+        _tell(lines, error="MemoryError", message="")
+    except OSError as exc:
+        kind = type(exc).__name__ if isinstance(exc, ArcFaceError) else "OSError"
+        _tell(lines, error=kind, message=str(exc))
+    except Exception as exc:
+        traceback.print_exc()
+        _tell(lines, error=type(exc).__name__, message=" ".join(str(exc).split()))
+    else:
+        return 0
+    return EXIT_TOLD
+
+
+def _work(job: Job, lines: IO[str]) -> Done:
+    from arcface_build.imports.importing import check_name, existing_import, import_model
+    from arcface_build.imports.preprocessing import Stated
+    from arcface_build.imports.proof_faces import drawn_faces, read_faces
+    from arcface_build.imports.source import known_models, resolve, with_file
+
+    def progress(what: str, done: int, total: int) -> None:
+        _tell(lines, progress=[what, done, total])
+
+    stated = Stated.from_json(job.stated or {})
+    scratch = Path(job.scratch)
+    found = resolve(
+        job.source,
+        scratch,
+        known=known_models(),
+        cache=Path(job.cache),
+        accept_licence=job.accept_licence,
+        insightface_root=Path(job.insightface_root) if job.insightface_root else None,
+        say=lambda line: _tell(lines, say=line),
+    )
+    name = check_name(job.name or found.name)
+    folder = Path(job.models_dir) / name
+    there = None if job.force else existing_import(folder, found, stated, job.output)
+    if there is not None:
+        return Done(there.to_json(), name, "")
+    found = with_file(found, lambda done, total: progress("build the demo network", done, total))
+    faces = read_faces(Path(job.faces)) if job.faces else drawn_faces()
+    made = scratch / "made" / name
+    manifest = import_model(found, made, faces, stated=stated, output=job.output, variants_of=folder, progress=progress)
+    return Done(manifest.to_json(), name, str(made))
+
+
+def _tell(lines: IO[str], **fields: Any) -> None:
+    print(json.dumps(fields), file=lines, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""What stands between a file's input and its network, measured: the first nodes are run on pixels, never guessed from.
+
+The front of a graph ends where its pixels meet the first weights that are no preprocessing: a convolution or matrix
+product that does not give three channels. Whatever stands before it (Sub, Clip, Cast, Gather, a BatchNormalization, a
+depthwise Conv, …) is cut out, run on noise in 0..255, and compared with an affine map per channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arcface_build.graph.cut_out import ancestors, cut_out
+from arcface_build.graph.index import GraphIndex
+from arcface_clients.arrays import Array
+from arcface_clients.contract import FACE_SIZE, Preprocessing
+from arcface_clients.engines.runtimes import open_session
+
+if TYPE_CHECKING:
+    import onnx
+
+RAW = Preprocessing("bgr", (0, 0, 0), (1, 1, 1))  # pixels as they are; no channel moves
+LARGEST_BORDER = 16  # pixels that a Pad or crop in front may add or take, both sides together
+FLOAT32_ERROR, FLOAT16_ERROR = 1e-4, 4e-3  # of the map's own span: what rounding may do
+CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "ConvInteger", "QLinearConv")
+PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "QLinearMatMul", "FusedMatMul")
+
+
+@dataclass(frozen=True)
+class PixelMap:
+    """What the network sees of a pixel x in 0..255: its channel c is scale[c]·x[channels[c]] + shift[c]."""
+
+    channels: tuple[int, int, int]
+    scale: tuple[float, float, float]
+    shift: tuple[float, float, float]
+
+    @property
+    def ends(self) -> Array:
+        """(2,3): what 0 and 255 become in each channel."""
+        return np.array([self.shift, np.add(self.shift, np.multiply(self.scale, 255))])
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """The pixel that becomes 0, in the network's channel order."""
+        return _three(-np.divide(self.shift, self.scale))
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """The change of a pixel that is a change of 1, in the network's channel order."""
+        return _three(1 / np.array(self.scale))
+
+    def is_close(self, other: PixelMap) -> bool:
+        """Whether both are the same map but for rounding."""
+        return self.channels == other.channels and np.allclose(self.ends, other.ends, rtol=1e-3, atol=1e-3)
+
+    def told(self, color: str) -> dict[str, Any]:
+        """The map for a manifest, where the input's channels are in the order `color`: color, mean, std."""
+        order = "".join(color[channel] for channel in self.channels)
+        mean, std = ([round(value, 4) + 0.0 for value in values] for values in (self.mean, self.std))
+        return {"color": order, "mean": mean, "std": std}
+
+
+class Front:
+    """The nodes between a graph's one image input and its network, ready to be run on pixels.
+
+    `ops` names them in their order.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        """Find the nodes and cut them out; the model is left as it is."""
+        import onnx
+
+        index = GraphIndex(model.graph)
+        self._face = index.inputs()[0]
+        self.borders = _borders(index, self._face.name)
+        nodes = ancestors(index, self.borders)
+        self.ops = [node.op_type for node in nodes if node.op_type != "Constant"]
+        self._cut = cut_out(model, index, self.borders)
+        self._session: Any = None
+        kinds = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+        casts = {item.i for node in nodes for item in node.attribute if node.op_type == "Cast" and item.name == "to"}
+        self._error = FLOAT16_ERROR if kinds & (casts | {self._face.type.tensor_type.elem_type}) else FLOAT32_ERROR
+
+    def pixel_map(self, fed: Preprocessing = RAW) -> PixelMap | None:
+        """What becomes of pixels that are fed as (x − mean) / std of `fed`; None: no affine map per channel does that.
+
+        The channels of `fed` are the input's own, by position: its color plays no part.
+        """
+        if not self.borders:
+            return None
+        pixels = _pixels()
+        blob = (pixels - np.reshape(fed.mean, (1, 3, 1, 1))) / np.reshape(fed.std, (1, 3, 1, 1))
+        try:
+            seen = self._run(blob)
+        except Exception:  # ONNX Runtime's own classes without a root: a front that cannot run is not understood
+            return None
+        maps = [_affine(pixels, border, self._error) for border in seen]
+        return maps[0] if all(found and maps[0] and found.is_close(maps[0]) for found in maps) else None
+
+    def _run(self, blob: Array) -> list[Array]:
+        """Each border tensor for float64 (K,3,112,112), face by face (a fixed batch is filled with copies)."""
+        import onnx
+
+        if not self.ops:
+            return [blob]
+        self._session = self._session or open_session(self._cut)
+        tensor = self._face.type.tensor_type
+        dims = [dim.dim_value for dim in tensor.shape.dim]
+        blob = blob.astype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        if dims[3] == 3 and dims[1] != 3:
+            blob = blob.transpose(0, 2, 3, 1)
+        batch = max(1, dims[0])
+        seen = [self._session.run(None, {self._face.name: np.repeat(face[None], batch, axis=0)}) for face in blob]
+        return [np.concatenate([faces[i][:1] for faces in seen]) for i in range(len(self.borders))]
+
+
+def _borders(index: GraphIndex, face: str) -> list[str]:
+    """The tensors at which pixels meet the network, in the order in which they are found."""
+    found, seen, todo = [], {face}, [face]
+    while todo:
+        name = todo.pop()
+        for node in index.users.get(name, []):
+            if node.op_type in ("Shape", "Size"):  # they read no pixels
+                continue
+            if _is_network(index, node):
+                if name not in found:
+                    found.append(name)
+                continue
+            new = [output for output in node.output if output and output not in seen]
+            seen.update(new)
+            todo.extend(new)
+    return found
+
+
+def _is_network(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether the node's weights are the network's: preprocessing gives three channels for three."""
+    if node.op_type not in (*CONVOLUTIONS, *PRODUCTS):
+        return False
+    for name in node.input:
+        dims = _dims(index, name)
+        if node.op_type in CONVOLUTIONS and len(dims) == 4:
+            return dims[0] != 3
+        if node.op_type in PRODUCTS and len(dims) >= 2:
+            return dims[-2:] != [3, 3]
+    return True
+
+
+def _dims(index: GraphIndex, name: str) -> list[int]:
+    """The shape of a constant; [] of anything else."""
+    if name in index.initializers:
+        return list(index.initializers[name].dims)
+    value = index.constant(name) if name else None
+    return [] if value is None else list(value.shape)
+
+
+def _pixels() -> Array:
+    """(4,3,112,112) float64, whole numbers in 0..255: noise over all of it, dark, light, and one colour each channel.
+
+    Their statistics differ, so that a front which normalises by the picture's own mean or range is seen.
+    """
+    rng = np.random.default_rng(112)
+    ranges = [[(0, 256)] * 3, [(0, 90)] * 3, [(150, 256)] * 3, [(0, 60), (90, 170), (190, 256)]]
+    shape = (FACE_SIZE, FACE_SIZE)
+    return np.array([[rng.integers(low, high, shape) for low, high in each] for each in ranges], np.float64)
+
+
+def _affine(pixels: Array, seen: Array, error: float) -> PixelMap | None:
+    """The map of `pixels` (K,3,112,112) to `seen` (K,3,h,w) or (K,h,w,3); None: there is none."""
+    if seen.ndim != 4 or 3 not in (seen.shape[1], seen.shape[3]):
+        return None
+    seen = seen.astype(np.float64)
+    if seen.shape[1] != 3:
+        seen = seen.transpose(0, 3, 1, 2)
+    for given, window in _windows(pixels, seen):
+        fits = [_channel(given, window[:, c], error) for c in range(3)]
+        if all(fits):
+            return PixelMap(*(tuple(values) for values in zip(*(fit for fit in fits if fit), strict=True)))
+    return None
+
+
+def _windows(pixels: Array, seen: Array) -> Iterator[tuple[Array, Array]]:
+    """Where the picture may lie in what is seen, or what is seen in the picture: a Pad or a crop may stand in front."""
+    grown = [seen.shape[2] - FACE_SIZE, seen.shape[3] - FACE_SIZE]
+    if max(map(abs, grown)) > LARGEST_BORDER or min(grown) * max(grown) < 0:
+        return
+    height, width = (min(FACE_SIZE, size) for size in seen.shape[2:])
+    for top in range(abs(grown[0]) + 1):
+        for left in range(abs(grown[1]) + 1):
+            part = (..., slice(top, top + height), slice(left, left + width))
+            yield (pixels, seen[part]) if min(grown) >= 0 else (pixels[part], seen)
+
+
+def _channel(pixels: Array, seen: Array, error: float) -> tuple[int, float, float] | None:
+    """(channel, scale, shift) of the one channel of `pixels` (K,3,h,w) that `seen` (K,h,w) is an affine map of."""
+    y = seen.reshape(-1)
+    if not np.isfinite(y).all():
+        return None
+    for channel in range(3):
+        x = pixels[:, channel].reshape(-1)
+        scale = float(np.cov(x, y)[0, 1] / x.var(ddof=1))
+        shift = float(y.mean() - scale * x.mean())
+        if scale and np.abs(scale * x + shift - y).max() <= error * max(abs(scale) * 255, abs(shift)):
+            return channel, scale, shift if abs(shift) > FLOAT32_ERROR * abs(scale) else 0.0
+    return None
+
+
+def _three(values: Array) -> tuple[float, float, float]:
+    return float(values[0]), float(values[1]), float(values[2])
