@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from arcface_clients.faces.detect import FaceDetector
 
 EQUAL_CROWDS = ((2, 2), (2, 2, 2), (3, 3), (4, 4), (5, 5), (6, 6))  # photos of each of two or three people
-TIMED_PEOPLE = 3  # whose pairs are really verified one by one; more would take minutes and say the same
+TIMED_PEOPLE = 3  # whose pairs are verified one by one; more would take minutes and show the same
 
 
 def run(
@@ -79,7 +79,7 @@ def run(
     report["thresholds"] = _thresholds(embeddings, names, say)
     rng = np.random.default_rng(seed)
     report["strangers"] = find_strangers(embeddings, names, MAX_DISTANCE, rounds, rng)
-    say(f"strangers put in, at {MAX_DISTANCE}: {_told(report['strangers'])}")
+    say(f"strangers mixed in, at {MAX_DISTANCE}: {_told(report['strangers'])}")
     report["mixtures"] = [find_mixtures(embeddings, names, crowd, 400 * rounds, seed) for crowd in EQUAL_CROWDS]
     for row in report["mixtures"]:
         photos = " + ".join(map(str, row["photos"]))

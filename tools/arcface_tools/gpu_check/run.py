@@ -163,7 +163,7 @@ def _plan(check: GpuCheck, model: str, precision: str, sm: str, version: str) ->
     entry: dict[str, Any] = {}
     check.report["models"][model]["plans"][precision] = entry
     reference = check.reference(source)
-    # The gate is judged below: a plan that drifts is still worth measuring, and the report says that it drifts.
+    # The gate is judged below: a plan that drifts is still worth measuring, and the report says so.
     proof = PlanProof(check.faces, reference, dict.fromkeys(DRIFT_LIMITS, 2.0))
     plan = check.scratch / model / precision / spec.file_name
     try:
