@@ -101,7 +101,7 @@ def test_a_failed_gate_is_exit_code_1_and_names_the_fault(model, people, tmp_pat
     result = compare(model / "serving.onnx", tmp_path / "swapped.npz")  # the faces are found by the saved paths
     assert result.return_value == 1
     assert "gate        FAILED" in result.stdout
-    assert "channels swapped: The channels are swapped: the network expects RGB and gets BGR." in result.stdout
+    assert "channels swapped: The channels are swapped: the network expects RGB and gets BGR" in result.stdout
 
 
 def test_saved_embeddings_are_matched_by_name_not_by_row(tmp_path):
@@ -175,7 +175,7 @@ def test_the_source_of_another_network_explains_nothing_and_that_is_said(model, 
 @pytest.mark.parametrize("damage", DAMAGED_ARRAYS)
 def test_damaged_embeddings_are_refused_in_one_sentence(tmp_path, damage):
     np.save(tmp_path / "a.npy", np.eye(2))
-    with pytest.raises(WrongUse, match=r"b\.npz (is not a NumPy file, or cut off|holds )"):
+    with pytest.raises(WrongUse, match=r"b\.npz (is not a NumPy file, or truncated|holds )"):
         compare(tmp_path / "a.npy", write_damaged(tmp_path / "b.npz", damage))
 
 
@@ -183,7 +183,7 @@ def test_damaged_embeddings_are_refused_in_one_sentence(tmp_path, damage):
     ("name", "content", "error", "message"),
     [
         ("gone.npz", None, Missing, "there is no file"),
-        ("text.npz", b"hello", WrongUse, "is not a NumPy file, or cut off"),
+        ("text.npz", b"hello", WrongUse, "is not a NumPy file, or truncated"),
         ("text.onnx", b"hello", WrongUse, "is not an ONNX file"),
         ("photo.tiff", b"hello", WrongUse, "is neither .npz, .npy, .onnx nor .plan, .engine"),
         ("sm86.plan", b"hello", Missing, "needs TensorRT and its GPU"),

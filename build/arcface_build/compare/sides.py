@@ -108,7 +108,7 @@ def _saved(path: Path) -> Side:
         if isinstance(exc, WrongUse):
             raise
         raise WrongUse(
-            f"{path} is not a NumPy file, or cut off ({exc}). Next: arcface embed FOLDER -o FILE.npz"
+            f"{path} is not a NumPy file, or truncated ({exc}). Next: arcface embed FOLDER -o FILE.npz"
         ) from exc
 
 
