@@ -397,7 +397,7 @@ def test_the_command_finds_the_faces_of_photos(server, assets: Path, tmp_path: P
     ("arguments", "message"),
     [
         (["-o", "out.npz", "--url", "a:1", "--url", "b:1"], "several servers and --engine ray write Parquet"),
-        (["-o", "out.csv"], "expected a name that ends in .npz or .parquet, such as out.npz"),
+        (["-o", "out.csv"], "expected a name ending in .npz or .parquet, such as out.npz"),
         (["-o", "out.npz", "--detector", "x.onnx"], "--detector is for photos: add --detect"),
     ],
 )

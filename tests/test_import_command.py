@@ -80,7 +80,7 @@ WRONG = {
     "no such name": (["no"], 2, "WrongUse: no file and no known model 'no': expected an ONNX file or one of demo,"),
     "not ONNX": (["not.onnx"], 2, "SourceRefused: not.onnx is not an ONNX file (it starts with 6e 6f 74)."),
     "mixes faces": (["mixes.onnx"], 1, "ProofFailed: the faces of a batch affect each other: row 1 of 2 differs"),
-    "mean without std": (["net.onnx", "--mean", "1"], 2, "WrongUse: --mean and --std belong together: expected both"),
+    "mean without std": (["net.onnx", "--mean", "1"], 2, "WrongUse: --mean and --std go together: expected both"),
     "units of 0..1": (
         ["net.onnx", "--mean", "0.5", "--std", "0.5"],
         2,

@@ -185,7 +185,7 @@ def test_the_command_asks_a_real_server(server, folder: Path, assets: Path, tmp_
     assert (summary["people"], summary["refused"]) == (8, 1)
     again = subprocess.run([*line, folder, "-o", tmp_path / "out.json", *options], capture_output=True, text=True)
     assert again.returncode == 2
-    assert "is there already" in again.stderr
+    assert "already exists" in again.stderr
     photos = tmp_path / "photos"
     photos.mkdir()
     for person in sorted((assets / "faces" / "raw250").iterdir())[:2]:
