@@ -290,7 +290,12 @@ FORMS = [
     Form("a BatchNormalization of normalised pixels", lambda: Front().batch_norm(0.1, 0.6), USUAL, "maps pixels"),
     Form("a mirrored map", lambda: Front().sub(127.5).div(-127.5), USUAL, "maps pixels 0..255 to -1..1"),
     Form("Gather only", lambda: Front().gather(), USUAL, "swaps red and blue but does not normalise"),
-    Form("channels turned round by one", lambda: usual().gather(order=(1, 2, 0)), USUAL, "into the order [1, 2, 0]"),
+    Form(
+        "channels turned round by one",
+        lambda: usual().gather(order=(1, 2, 0)),
+        USUAL,
+        "reorders its channels to [1, 2, 0]",
+    ),
     Form("one channel three times", lambda: usual().gather(order=(1, 1, 1)), USUAL, "sees the input's channels"),
     Form(
         "means that rise",

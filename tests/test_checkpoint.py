@@ -163,8 +163,8 @@ def test_files_that_lie_about_their_tensors_are_refused(tmp_path: Path) -> None:
 
 
 OTHERS = {
-    "a head": ({"weight": np.zeros((100, 512), np.float32)}, "holds the classification head (weight)"),
-    "another network": ({"stem.w": np.zeros(3, np.float32)}, "holds another network"),
+    "a head": ({"weight": np.zeros((100, 512), np.float32)}, "contains the classification head (weight)"),
+    "another network": ({"stem.w": np.zeros(3, np.float32)}, "contains another network"),
 }
 
 

@@ -184,7 +184,7 @@ def test_damaged_embeddings_are_refused_in_one_sentence(tmp_path, damage):
         ("text.npz", b"hello", WrongUse, "is not a NumPy file, or truncated"),
         ("text.onnx", b"hello", WrongUse, "is not an ONNX file"),
         ("photo.tiff", b"hello", WrongUse, "is neither .npz, .npy, .onnx nor .plan, .engine"),
-        ("sm86.plan", b"hello", Missing, "needs TensorRT and its GPU"),
+        ("sm86.plan", b"hello", Missing, "needs TensorRT and a GPU"),
     ],
 )
 def test_what_cannot_be_compared_is_said(tmp_path, name, content, error, message):
@@ -200,7 +200,7 @@ def test_what_cannot_be_compared_is_said(tmp_path, name, content, error, message
 
 def test_layers_of_a_plan_are_refused_with_the_way_that_works(tmp_path):
     np.save(tmp_path / "a.npy", np.eye(2))
-    with pytest.raises(WrongUse, match=r"A plan's layers cannot be read: name the ONNX .* add --tensorrt"):
+    with pytest.raises(WrongUse, match=r"A plan's layers cannot be read: give the ONNX .* add --tensorrt"):
         compare(tmp_path / "a.npy", tmp_path / "a.npy", "--layers")
 
 

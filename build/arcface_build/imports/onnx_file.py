@@ -24,8 +24,8 @@ FOREIGN_FILES = (
     (b"\x89HDF", "an HDF5 file (Keras)", "Export it with tf2onnx"),
     (b"ORTM", "an .ort file (ONNX Runtime's own format)", "Import the ONNX that it was made from"),
     (b"<", "a web page or XML", "Download the file itself"),
-    (b"\xff\xd8\xff", "a JPEG picture", "Name the ONNX file"),
-    (b"\x89PNG", "a PNG picture", "Name the ONNX file"),
+    (b"\xff\xd8\xff", "a JPEG image", "Name the ONNX file"),
+    (b"\x89PNG", "a PNG image", "Name the ONNX file"),
 )
 
 
