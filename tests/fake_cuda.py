@@ -138,6 +138,7 @@ class FakeGpuServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         reply.outputs.add(name="embedding", datatype="FP32", shape=rows.shape)
         if "shared_memory_region" in embedding.parameters:
             np.frombuffer(self._place(embedding, context), np.float32).reshape(rows.shape)[:] = rows
+            reply.raw_output_contents.append(b"")  # as Triton does, so that outputs and contents stay in step
         else:
             self.wire_requests += 1
             reply.raw_output_contents.append(rows.tobytes())
