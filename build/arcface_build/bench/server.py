@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from arcface_build.bench.perf_analyzer import access_options
+from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.listener import pid_listening_on
 from arcface_build.serving.process import TritonProcess, free_ports
@@ -35,20 +38,38 @@ class ServerUnderTest:
 
 
 @contextmanager
-def own_server(repository: Path, models: Sequence[str], config: str, folder: Path) -> Iterator[ServerUnderTest]:
-    """A tritonserver of ours on a model repository, stopped at the end; its log goes into `folder`.
+def own_server(repository: Path, models: Sequence[str], config: str) -> Iterator[ServerUnderTest]:
+    """A tritonserver of ours on a model repository, stopped at the end.
 
     Raises:
         WrongUse: a model or a config that the repository has not.
         Missing: no tritonserver, or it did not start.
     """
     check_served(repository, models, config)
-    log = folder / "tritonserver.log"
-    with TritonProcess(
-        find_tritonserver(), repository, models, config_name=config, ports=free_ports(), log_path=log
-    ) as server:
+    with (
+        server_log() as log,
+        TritonProcess(
+            find_tritonserver(), repository, models, config_name=config, ports=free_ports(), log_path=log
+        ) as server,
+    ):
         server.wait_ready()
         yield ServerUnderTest(server.grpc_url, server.http_url, server.pid)
+
+
+@contextmanager
+def server_log() -> Iterator[Path]:
+    """A temporary log file, which stays where the server fails, because the error names it."""
+    handle, name = tempfile.mkstemp(prefix="arcface-tritonserver-", suffix=".log")
+    os.close(handle)
+    failed = False
+    try:
+        yield Path(name)
+    except ServerFailed:
+        failed = True
+        raise
+    finally:
+        if not failed:
+            Path(name).unlink(missing_ok=True)
 
 
 def running_server(url: str, http_url: str | None = None, access: Access | None = None) -> ServerUnderTest:
