@@ -16,7 +16,13 @@ import triton_python_backend_utils as pb_utils
 class TritonPythonModel:
     def initialize(self, args):
         self.name = args["model_name"]
-        self.weights = np.random.default_rng(5).standard_normal((28 * 28 * 3, 64)).astype(np.float32)
+        config = json.loads(args["model_config"])
+        contract = config["parameters"]["contract_id"]["string_value"]
+        seed, self.words = 5, None
+        if len(contract) == 64:  # weights of their own, and rows that name them
+            self.words = np.frombuffer(bytes.fromhex(contract)[:16], ">i4").astype(np.int32)
+            seed = int(contract[:4], 16)
+        self.weights = np.random.default_rng(seed).standard_normal((28 * 28 * 3, 64)).astype(np.float32)
 
     def execute(self, requests):
         answers = []
@@ -34,7 +40,12 @@ class TritonPythonModel:
                 rows[-1] = np.nan
             if self.name == "long":
                 rows *= 3
-            answers.append(pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("embedding", rows)]))
+            tensors = [pb_utils.Tensor("embedding", rows)]
+            if self.words is not None:
+                lengths = np.full((len(faces), 1), 20, np.float32)
+                words = np.tile(self.words, (len(faces), 1))
+                tensors += [pb_utils.Tensor("norm", lengths), pb_utils.Tensor("contract", words)]
+            answers.append(pb_utils.InferenceResponse(output_tensors=tensors))
         return answers
 """
 CONFIG = """
@@ -46,16 +57,26 @@ instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 dynamic_batching {{ }}
 parameters {{ key: "contract_id" value: {{ string_value: "{contract}" }} }}
 """
+NAMED = """
+output [ { name: "norm" data_type: TYPE_FP32 dims: [ 1 ] }, { name: "contract" data_type: TYPE_INT32 dims: [ 4 ] } ]
+"""
+LEFT, RIGHT = "1" * 64, "2" * 64  # two contracts
 
 
 def write_model(
     repository: Path, name: str, *, contract: str = "odd", width: int = 64, config: str | None = None
 ) -> None:
-    """Put the model `name` into a repository; its name says how it misbehaves, any other name behaves."""
+    """Put the model `name` into a repository; its name says how it misbehaves, any other name behaves.
+
+    A `contract` of 64 digits has weights of its own, and the outputs `norm` and `contract`.
+    """
     folder = repository / name
     (folder / "1").mkdir(parents=True, exist_ok=True)
     (folder / "1" / "model.py").write_text(MODEL)
-    (folder / "config.pbtxt").write_text(config or CONFIG.format(width=width, contract=contract))
+    text = config or CONFIG.format(width=width, contract=contract)
+    if len(contract) == 64:
+        text += NAMED
+    (folder / "config.pbtxt").write_text(text)
 
 
 def write_models(repository: Path) -> list[str]:
@@ -63,6 +84,7 @@ def write_models(repository: Path) -> list[str]:
     open_width = CONFIG.format(width=-1, contract="odd")
     for name in ("good", "slow", "failing", "nan", "long"):
         write_model(repository, name)
+    write_model(repository, "named", contract=LEFT)
     write_model(repository, "open", config=open_width)
     write_model(repository, "foreign", config=open_width.replace("TYPE_UINT8", "TYPE_FP32"))
     return sorted(folder.name for folder in repository.iterdir())

@@ -149,11 +149,11 @@ def test_results_without_a_common_ratio_are_not_compared() -> None:
         (b"\xff", "cannot be read as JSON"),
         (
             "[1]",
-            "is no benchmark of format 1: got format None, kind None; expected what arcface bench --report FILE wrote",
+            "is not a benchmark of format 1: format None, kind None; expected what arcface bench --report FILE wrote",
         ),
-        ("{}", "is no benchmark of format 1: got format None"),
+        ("{}", "is not a benchmark of format 1: format None"),
         ('{"format": 1, "kind": "tune"}', "got format 1, kind 'tune'"),
-        ('{"format": 1, "kind": "bench"}', "is no benchmark"),
+        ('{"format": 1, "kind": "bench"}', "is not a benchmark"),
     ],
 )
 def test_what_is_no_older_result_is_refused_before_anything_is_measured(content: str | bytes, message: str, tmp_path):
@@ -242,7 +242,7 @@ def test_missing_library_is_named_with_its_package() -> None:
     program = _perf_analyzer()
     if program.path.read_bytes()[:4] != b"\x7fELF":
         pytest.skip("this perf_analyzer is a script")
-    with pytest.raises(Missing, match=r"needs libcudart.so.12, which this host has not. Next: pip install"):
+    with pytest.raises(Missing, match=r"needs libcudart.so.12, which this host lacks. Next: pip install"):
         PerfAnalyzer(program.path, {"LD_LIBRARY_PATH": "/nonexistent"}).check()
 
 
@@ -280,7 +280,7 @@ def test_bench_measures_the_running_server_with_the_real_perf_analyzer(server, d
     told = f"the ensemble adds {cost['added_ms']['median']:.3f} ms"
     assert f"arcface grpc b4 c2: {told}" in first.output and f"{share:.4%} (" in first.output
     assert (tmp_path / "bench.csv").read_text().splitlines()[-1].endswith(f",{share:.6f}")
-    assert "What the ensemble adds" in (tmp_path / "bench.html").read_text()
+    assert "Ensemble overhead" in (tmp_path / "bench.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_hang_is_tried_once_more_and_then_told(hangs: int, tmp_path: Path, mon
     if hangs == 1:
         assert program.measure(Load("m", "grpc", 1, 1), "host:1", tmp_path / "in", 1).faces == 3
     else:
-        with pytest.raises(ArcFaceError, match=r"perf_analyzer hung: twice it did not finish within 2 s\. Is the ser"):
+        with pytest.raises(ArcFaceError, match=r"perf_analyzer hung: it did not finish within 2 s, twice\. Check"):
             program.measure(Load("m", "grpc", 1, 1), "host:1", tmp_path / "in", 1)
     assert (tmp_path / "runs").read_text() == "run\n" * 2
 

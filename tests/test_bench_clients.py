@@ -29,7 +29,7 @@ def test_a_transport_over_the_gpu_is_never_measured_as_another_one(odd_server) -
 
 
 def test_a_transport_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(WrongUse, match="no transport is called 'smoke': expected one of grpc, grpc-shm, http"):
+    with pytest.raises(WrongUse, match="unknown transport 'smoke': expected one of grpc, grpc-shm, http"):
         run(None, "localhost:1", "localhost:1", transports=("smoke",))
 
 

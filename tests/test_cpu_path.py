@@ -69,7 +69,7 @@ BOTH = {"int8": {"openvino-bf16": 0.009, "openvino-fp32": 0.008}, "bf16": {"open
             None,
             "fp32",
             "onnxruntime",
-            "passed its gate in openvino-bf16, openvino-fp32, this host has onnxruntime",
+            "passed its gate in openvino-bf16, openvino-fp32, but this host has onnxruntime",
         ),
         ({}, SAPPHIRE, True, None, "fp32", "openvino-fp32", "not int8: none that passed its gate"),
         (
@@ -89,7 +89,7 @@ BOTH = {"int8": {"openvino-bf16": 0.009, "openvino-fp32": 0.008}, "bf16": {"open
             None,
             "fp32",
             "openvino-fp32",
-            "not int8: int8 passed its gate in openvino-bf16, this",
+            "not int8: int8 passed its gate in openvino-bf16, but this",
         ),
     ],
 )

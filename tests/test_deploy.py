@@ -157,7 +157,7 @@ def flags(container: dict[str, Any], **variables: str) -> list[str]:
 def test_a_real_server_with_these_flags_embeds_and_unloads_for_the_keys_owner_only(
     container: dict[str, Any], demo_repository: Path, start_triton: Callable[..., Any]
 ) -> None:
-    server = start_triton(demo_repository, ["arcface"], extra=flags(container, ARCFACE_ADMIN_KEY="k3y"))
+    server = start_triton(demo_repository, ["arcface"], guarded=False, extra=flags(container, ARCFACE_ADMIN_KEY="k3y"))
     with TritonEmbedder(server.grpc_url) as embedder:
         assert embedder.encode(synthetic_faces(3)).shape == (3, 512)
         assert embedder.shared_memory.kind is None  # guarded by the key as well
@@ -188,7 +188,7 @@ def test_sigterm_lets_the_request_in_flight_finish_and_takes_no_new_one(
 
     write_model(tmp_path / "repository", "slow")
     extra = flags(container, ARCFACE_ADMIN_KEY="k3y")
-    server = start_triton(tmp_path / "repository", ["slow"], config_name="", extra=extra)
+    server = start_triton(tmp_path / "repository", ["slow"], config_name="", guarded=False, extra=extra)
     slow = np.full((1, 112, 112, 3), 255, np.uint8)  # computes for two seconds
     answers: list[np.ndarray] = []
     with TritonEmbedder(server.grpc_url, "slow", retry_for_s=0) as embedder:
@@ -217,7 +217,7 @@ def test_a_client_outlives_the_connections_that_the_server_ends(
     write_model(tmp_path / "repository", "good")
     lines = flags(container, ARCFACE_ADMIN_KEY="k3y")
     extra = [re.sub(r"(--grpc-max-connection-age)=\d+", r"\1=300", line) for line in lines]
-    server = start_triton(tmp_path / "repository", ["good"], config_name="", extra=extra)
+    server = start_triton(tmp_path / "repository", ["good"], config_name="", guarded=False, extra=extra)
     faces = synthetic_faces(2)
     with TritonEmbedder(server.grpc_url, "good", retry_for_s=0, shared_memory=False) as embedder:
         first = embedder.encode(faces)

@@ -71,8 +71,7 @@ def test_it_is_fetched_once_said_and_found_from_then_on(packages: Path, tmp_path
     first = find(packages, cache, write_wheel(tmp_path / "wheels", "perf_client", "perf_analyzer"))
     assert (first.returncode, first.stdout) == (0, f"{program}\n"), first.stderr
     assert first.stderr == (
-        "no perf_analyzer on this host: fetching tritonclient==2.50.0, which holds it, into "
-        f"{cache}/perf_analyzer-2.50.0\n"
+        f"no perf_analyzer on this host: fetching it from tritonclient==2.50.0 into {cache}/perf_analyzer-2.50.0\n"
     )
     assert program.stat().st_mode & 0o777 == 0o755
     again = find(packages, cache, tmp_path / "no index any more")
@@ -83,7 +82,7 @@ def test_it_is_fetched_once_said_and_found_from_then_on(packages: Path, tmp_path
     ("programs", "why"),
     [
         (None, "pip says: No matching distribution found for tritonclient==2.50.0"),
-        (("perf_client",), "tritonclient-2.50.0-py3-none-any.whl holds none"),
+        (("perf_client",), "tritonclient-2.50.0-py3-none-any.whl does not contain it"),
     ],
 )
 def test_what_cannot_be_fetched_is_said_and_leaves_nothing(
@@ -95,6 +94,6 @@ def test_what_cannot_be_fetched_is_said_and_leaves_nothing(
     assert done.returncode == 1
     assert done.stderr.splitlines()[1:] == [
         "Missing: no perf_analyzer: it is neither on PATH nor in this Python environment, and fetching it failed "
-        f"({why}). The wheel that holds it (newer ones do not): pip install 'tritonclient[grpc,http]==2.50.0'"
+        f"({why}). Install a wheel that contains it (newer ones do not): pip install 'tritonclient[grpc,http]==2.50.0'"
     ]
     assert not list((tmp_path / "cache").rglob("*"))

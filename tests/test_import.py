@@ -284,7 +284,7 @@ def test_a_missing_model_is_refused_with_those_that_are_there(tmp_path):
     (tmp_path / "demo-mobile").mkdir()
     (tmp_path / "demo-mobile" / "manifest.json").write_text("{}")
     with pytest.raises(
-        Missing, match=r"no imported model in .*/demo: expected manifest.json there \(.* has demo-mobile\)"
+        Missing, match=r"no imported model in .*/demo: expected manifest.json there \(.* contains demo-mobile\)"
     ):
         read_import_manifest(tmp_path / "demo")
 

@@ -13,6 +13,8 @@ import tritonclient.grpc as triton
 from onnx import TensorProto, helper
 
 from arcface_build.errors import ServerFailed
+from arcface_clients.triton.address import Address, Connection
+from arcface_clients.triton.admin_key import admin_headers
 
 
 def lookup_model() -> onnx.ModelProto:
@@ -83,7 +85,7 @@ def test_inputs_outputs_and_threads_come_from_the_file_and_the_config(lookup, st
     [
         (
             lambda f: (f / "1" / "lookup.onnx").unlink(),
-            r"lookup: .*no weights at .*1/lookup\.onnx\. Put some there: arcface",
+            r"lookup: .*no weights at .*1/lookup\.onnx\. Install some: arcface",
         ),
         (
             lambda f: (f / "1" / "lookup.onnx").write_bytes(b"no"),
@@ -160,14 +162,15 @@ def test_a_config_loads_exactly_where_the_native_backend_loads_it(lookup, start_
                 f'value: {{ string_value: "1" }} }}\n{text}'
             )
     server = start_triton(lookup, ["lookup"])
+    key = admin_headers(Connection(Address.parse(server.grpc_url)))
     with triton.InferenceServerClient(server.grpc_url) as client:
         for model, why_not in expected.items():
             if why_not is None:
-                client.load_model(model)
+                client.load_model(model, headers=key)
                 assert client.is_model_ready(model), model
             else:
                 with pytest.raises(triton.InferenceServerException, match=why_not):
-                    client.load_model(model)
+                    client.load_model(model, headers=key)
         completed = client.get_model_config("nothing-0").config
     assert completed.max_batch_size == 4 and completed.HasField("dynamic_batching")
     assert [list(tensor.dims) for tensor in (*completed.input, *completed.output)] == [[1], [3]]

@@ -63,7 +63,7 @@ def test_what_a_weakly_typed_builder_must_be_told(tmp_path: Path) -> None:
 
 def test_a_uint8_input_that_is_not_cast_first_is_refused(tmp_path: Path) -> None:
     onnx.save(tiny_onnx(first_op="Transpose"), tmp_path / "x.onnx")
-    with pytest.raises(WrongUse, match="face is read by Transpose: expected Cast alone"):
+    with pytest.raises(WrongUse, match="face is read by Transpose: expected only Cast"):
         read_typed_onnx(tmp_path / "x.onnx")
 
 
@@ -82,7 +82,7 @@ def test_a_file_that_is_no_serving_onnx_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("have", "asked", "tensorrt", "message"),
-    [("fp32", "fp16", "10.3.0", "computes in fp32 .* asked for a fp16 plan: precision lives in the ONNX"),
+    [("fp32", "fp16", "10.3.0", "computes in fp32 .* expected fp16: the ONNX determines the precision"),
      ("fp16", "fp32", "10.3.0", "computes in fp16"),
      ("int8", "fp16", "8.6.0", "computes in int8")],
 )  # fmt: skip
@@ -224,16 +224,16 @@ def test_what_proves_nothing_is_refused(text: str) -> None:
     [({"fp16": 50}, "fp16", {"fp16": 50}, None),
      ({"fp16": 48}, "fp16", {"fp16": 50}, None),
      ({"fp16": 49, "fp32": 1}, "fp16", {"fp16": 49, "fp32": 1}, None),
-     ({"fp16": 49, "fp32": 1}, "fp16", {"fp16": 50}, "was to be fp16 and holds 1 fp32"),
-     ({"fp32": 50}, "fp16", {"fp16": 50}, "was to be fp16 and holds 50 fp32"),
-     ({}, "fp16", {"fp16": 50}, "no fp16 convolution or matrix product is found"),
-     ({"fp16": 49, "unknown": 1}, "fp16", {"fp16": 50}, "holds 1 unknown"),
+     ({"fp16": 49, "fp32": 1}, "fp16", {"fp16": 50}, "should be fp16 but has 1 fp32"),
+     ({"fp32": 50}, "fp16", {"fp16": 50}, "should be fp16 but has 50 fp32"),
+     ({}, "fp16", {"fp16": 50}, "the plan has no fp16 convolution or matrix product"),
+     ({"fp16": 49, "unknown": 1}, "fp16", {"fp16": 50}, "has 1 unknown"),
      ({"int8": 40, "fp16": 10}, "int8", {"int8": 40, "fp16": 10}, None),
-     ({"int8": 39, "fp16": 11}, "int8", {"int8": 40, "fp16": 10}, "holds 11 fp16"),
-     ({"int8": 40, "fp32": 10}, "int8", {"int8": 40, "fp16": 10}, "holds 10 fp32"),
+     ({"int8": 39, "fp16": 11}, "int8", {"int8": 40, "fp16": 10}, "has 11 fp16"),
+     ({"int8": 40, "fp32": 10}, "int8", {"int8": 40, "fp16": 10}, "has 10 fp32"),
      ({"fp32": 50}, "fp32", {"fp32": 50}, None),
      ({"bf16": 50}, "bf16", {"bf16": 50}, None),
-     ({"fp32": 50}, "bf16", {"bf16": 50}, "holds 50 fp32")],
+     ({"fp32": 50}, "bf16", {"bf16": 50}, "has 50 fp32")],
 )  # fmt: skip
 def test_a_plan_of_a_higher_precision_than_its_onnx_is_refused(
     plan: dict, asked: str, onnx_layers: dict, refused: str | None
@@ -330,11 +330,11 @@ def test_a_plan_for_all_cards_of_an_sm_is_asked_of_the_builder(
 
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
-    [("driver", Missing, r"^TensorRT cannot run here: RuntimeError: CUDA shows no GPU \(error 35, 0 GPUs\)"),
+    [("driver", Missing, r"^TensorRT cannot run here: RuntimeError: CUDA finds no GPU \(error 35, 0 GPUs\)"),
      ("crash", PlanRefused, r"^TensorRT crashed \(SIGABRT\)"),
-     ("oom", Missing, r"^the GPU's memory did not suffice: .*OutOfMemory.*--workspace 512MB"),
+     ("oom", Missing, r"^the GPU ran out of memory: .*OutOfMemory.*--workspace 512MB"),
      ("error", PlanRefused, r"^TensorRT built no plan: .*no kernel for Conv_7"),
-     ("fp32", PlanRefused, r"^the plan was to be fp16 and holds 2 fp32"),
+     ("fp32", PlanRefused, r"^the plan should be fp16 but has 2 fp32"),
      ("drift", ProofFailed, r"^the fp16 plan is refused: drift .* × the limit 0\.001 for fp16")],
 )  # fmt: skip
 def test_a_build_that_fails_is_named_and_leaves_nothing_behind(
@@ -372,7 +372,7 @@ def test_the_log_of_a_build_that_failed_is_kept_where_asked(
     fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray
 ) -> None:
     fake_host(fault="error")
-    with pytest.raises(PlanRefused, match=r"All that it said: .*refused/tiny-fp16-sm86\.plan\.log$"):
+    with pytest.raises(PlanRefused, match=r"Full log: .*refused/tiny-fp16-sm86\.plan\.log$"):
         build(tmp_path, faces, refused=tmp_path / "refused")
     assert "no kernel for Conv_7" in (tmp_path / "refused" / "tiny-fp16-sm86.plan.log").read_text()
     assert left(tmp_path) == []
@@ -455,7 +455,7 @@ def test_plan_build_builds_once_then_finds_it(plan_build: Callable[..., Any], tm
     ("arguments", "code", "message"),
     [(["absent"], 3, "no imported model in"),
      (["tiny", "--precision", "int8"], 3, "arcface quantize tiny --precision int8"),
-     (["tiny", "--precision", "fp32", "--sm", "9.0"], 2, "of SM 8.6, asked for SM 9.0"),
+     (["tiny", "--precision", "fp32", "--sm", "9.0"], 2, "of SM 8.6, expected SM 9.0"),
      (["tiny", "--precision", "fp32", "--min-batch", "9", "--max-batch", "8"], 2, "expected 1 ≤ min ≤ opt ≤ max"),
      (["tiny", "--precision", "fp32", "--workspace", "lots"], 2, "such as 2GB or 2048MB"),
      (["absent.onnx"], 3, "no ONNX file at absent.onnx"),

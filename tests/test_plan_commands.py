@@ -234,7 +234,7 @@ def test_replace_puts_a_signed_manifest_where_an_unsigned_one_was_and_an_older_o
     assert arcface("list", *trusted) == 0
     assert "an older one was put back" in arcface.err
     assert arcface("pull", manifest.key, *trusted) == 1
-    assert "was signed 2020-01-01T00:00:00+00:00, and this host has seen" in arcface.err
+    assert "was signed 2020-01-01T00:00:00+00:00, but this host has seen" in arcface.err
 
 
 def test_gc_removes_leftovers_and_other_versions_and_nothing_else(

@@ -93,7 +93,7 @@ def test_a_missing_sm_lists_the_plans_that_exist(cache: PlanStore, store: PlanSt
 
 @pytest.mark.parametrize(
     ("asked", "have"),
-    [({"tensorrt": "11.0.0"}, "found: TensorRT 10.3.0, asked for 11.0.0"), ({"precision": "int8"}, "found: tiny fp16"),
+    [({"tensorrt": "11.0.0"}, "found: TensorRT 10.3.0, expected 11.0.0"), ({"precision": "int8"}, "found: tiny fp16"),
      ({"model": "r100", "sm": "7.5"}, "found: no plan of this model"),
      ({"max_batch": 128}, "found: the same SM and TensorRT version with another ONNX, profile or builder options")],
 )  # fmt: skip
@@ -222,7 +222,7 @@ def test_a_builder_killed_in_the_middle_frees_the_key_and_leaves_no_plan(cache: 
     """
     process = child(code, cache.url)
     assert process.stdout.readline() == "building\n"
-    with pytest.raises(Missing, match=r"another process has held plan \w{12} for 0\.1 s"):
+    with pytest.raises(Missing, match=r"another process has locked plan \w{12} for 0\.1 s"):
         get_or_build(SPEC, cache, None, builder(), lock_timeout_s=0.1)
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -200,5 +200,5 @@ def test_the_shipped_gpu_table_is_read_and_a_wrong_one_named(tmp_path: Path) -> 
     with pytest.raises(WrongUse, match="is not YAML"):
         load_gpus_yaml(wrong)
     wrong.write_text("[]")
-    with pytest.raises(WrongUse, match="has not the form"):
+    with pytest.raises(WrongUse, match="expected the form"):
         load_gpus_yaml(wrong)

@@ -116,9 +116,9 @@ def test_a_figure_follows_its_own_key_and_no_other() -> None:
     [
         (["ratios", {"base": "nobody"}, "median"], "0 entries, expected one, for [nobody] of ratios[nobody].median"),
         (["ratios", {"variant": "ours"}], "2 entries, expected one"),
-        (["ratio"], "no 'ratio' on the way ratio"),
-        (["rounds", 3], "no 3 on the way rounds[3]"),
-        (["share", "median"], "no 'median' on the way share.median"),
+        (["ratio"], "no 'ratio' in ratio"),
+        (["rounds", 3], "no 3 in rounds[3]"),
+        (["share", "median"], "no 'median' in share.median"),
     ],
 )
 def test_a_key_that_the_report_lacks_is_refused_with_its_row(key: list[Any], says: str, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_key_that_the_report_lacks_is_refused_with_its_row(key: list[Any], say
         "report": "small",
         "figures": {"x": {"key": key, "as": "{}"}},
     }
-    with pytest.raises(Missing, match=r"small\.json does not hold 'x' of the row 'a row'") as caught:
+    with pytest.raises(Missing, match=r"small\.json lacks 'x' of the row 'a row'") as caught:
         read_row(row, tmp_path)
     assert says in str(caught.value)
 

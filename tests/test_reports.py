@@ -129,7 +129,7 @@ def test_the_comparison_shows_verdict_finding_curves_and_the_worst_faces(compare
 
 
 def test_the_matrix_shades_what_is_near_its_limit(matrix):
-    assert "1 of 3 combinations are outside their limits: onnx int8 batch 12" in matrix
+    assert "1 of 3 combinations exceed their limits: onnx int8 batch 12" in matrix
     shades = [float(s) for s in re.findall(r"rgba\(var\(--heat\), ([0-9.]+)\)", matrix)]
     assert len(shades) == 6
     assert max(shades) > 2 * min(shades), "what is outside its limit looks like what is far inside"

@@ -89,7 +89,7 @@ def test_streams_survive_two_restarts_with_every_face_answered_once_and_in_order
 
 def test_server_that_comes_back_with_another_contract_is_refused(repository, start_triton) -> None:
     ports = free_ports()
-    server = start_triton(repository, ["good"], config_name="", ports=ports, extra=GUARD)
+    server = start_triton(repository, ["good"], config_name="", ports=ports, extra=GUARD, guarded=False)
     with TritonEmbedder(server.grpc_url, "good") as embedder, TritonEmbedder(server.http_url, "good") as wrong_port:
         embedder.encode(FACES)
         assert embedder.shared_memory.kind is None

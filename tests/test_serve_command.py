@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import onnx
 import pytest
 
 from arcface_build.errors import ServerFailed
@@ -26,10 +27,10 @@ from arcface_build.serving.process import (
     TritonProcess,
     arguments,
     free_ports,
-    reason_in_log,
-    reason_of_end,
 )
-from arcface_build.serving.run import Interrupt, wait_for_the_end
+from arcface_build.serving.reasons import reason_in_log, reason_of_end
+from arcface_build.serving.run import Interrupt
+from arcface_build.serving.watch import watch
 from conftest import copy_repository
 from tiny_model import write_model
 
@@ -113,7 +114,7 @@ def test_a_signal_is_not_lost_where_python_drops_its_exception(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", lambda dropped: None)
     Finalised()  # the KeyboardInterrupt that is raised in there reaches nobody
     with pytest.raises(KeyboardInterrupt):
-        wait_for_the_end(server, interrupt)
+        watch(server, server, interrupt)
 
 
 class Asleep:
@@ -121,6 +122,9 @@ class Asleep:
 
     def wait(self, timeout_s: float) -> None:
         time.sleep(timeout_s / 100)
+
+    def beats(self) -> bool:
+        return True
 
 
 def test_the_server_ends_when_serve_is_killed(triton_binary, own_repository):
@@ -261,6 +265,44 @@ def test_broken_weights_are_reported_with_the_models_own_reason(triton_binary, o
     assert errors.startswith(
         "ServerFailed: tritonserver ended while starting with status 1: arcface_onnx: ONNX Runtime"
     )
+
+
+def test_weights_that_cannot_be_loaded_are_replaced_by_the_reference_and_loudly(triton_binary, own_repository):
+    (own_repository / "arcface_onnx" / "1" / "model.onnx").write_bytes(b"\x08\x08truncated")
+    process = serve(own_repository)
+    shown = "".join(iter(process.stdout.readline, "Ctrl-C stops it.\n"))
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert "arcface_onnx: ONNX Runtime" in errors and "serving reference instead" in errors
+    assert "arcface  " in shown and process.returncode == 0
+
+
+def test_weights_of_an_older_import_are_named_with_the_command_that_imports_them_again(triton_binary, own_repository):
+    weights = own_repository / "arcface_onnx" / "1" / "model.onnx"
+    model = onnx.load(weights)
+    del model.graph.output[1:]
+    onnx.save(model, weights)
+    process = serve(own_repository, "--no-reference", "--once")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert re.search(
+        "the weights in arcface_onnx come from an older import: they have no output '(norm|contract)'. "
+        "Import the same source again: arcface import SOURCE",
+        errors,
+    )
+
+
+def test_serve_mends_what_a_killed_command_left_and_names_demo_weights(triton_binary, own_repository):
+    overlay = own_repository / "arcface_onnx" / "configs" / "onnx.pbtxt"
+    right = overlay.read_text()
+    assert 'parameters { key: "demo" value: { string_value: "true" } }' in right
+    overlay.write_text("# of another version\n")
+    process = serve(own_repository, "--no-reference", "--once")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert f"mended: {overlay} does not describe the version that is to be served" in output
+    assert "DEMO WEIGHTS: random numbers that recognise nobody. Next: arcface import YOUR.onnx" in output
+    assert overlay.read_text() == right
 
 
 def test_a_stricter_limit_in_the_configuration_acts_in_the_startup_check(triton_binary, own_repository, monkeypatch):

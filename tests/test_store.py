@@ -193,7 +193,7 @@ def test_pushing_again_mends_a_plan_that_was_damaged_in_the_store(
     assert not store.put(plan, manifest).created, "its manifest was there"
     store.verify(manifest)
     objects.delete(plan_name(manifest))
-    with pytest.raises(PlanNotFound, match="is missing, though its manifest is there"):
+    with pytest.raises(PlanNotFound, match="is missing, but its manifest exists"):
         store.verify(manifest)
 
 

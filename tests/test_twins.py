@@ -33,6 +33,23 @@ def encodes(make: Make) -> None:
             embedder.encode(np.zeros((1, 3, 112, 112), np.uint8))
 
 
+def encodes_with_norms(make: Make) -> None:
+    with make() as embedder:
+        rows, norms = embedder.encode_with_norms(FACES)
+        assert (norms.shape, norms.dtype, norms.flags.writeable) == ((11,), np.float32, True)
+        assert (norms > 1).all()
+        np.testing.assert_allclose(rows, embedder.encode(FACES), atol=1e-5)
+        assert [part.shape for part in embedder.encode_with_norms([])] == [(0, WIDTH), (0,)]
+        assert embedder.encode_with_norms(FACES[:2])[1].flags.writeable
+
+
+def tells_what_rows_name_themselves(make: Make) -> None:
+    with make() as embedder:
+        assert embedder.contract_prefix is None
+        embedder.encode(FACES)
+        assert len(embedder.contract_prefix) == 32
+
+
 def streams(make: Make) -> None:
     with make() as embedder:
         rows = embedder.encode(FACES)
@@ -95,9 +112,11 @@ MEMBERS: dict[str, Callable[[Make], None]] = {
     "address": tells_its_options,
     "close": closes,
     "contract_id": tells_what_is_served,
+    "contract_prefix": tells_what_rows_name_themselves,
     "embedding_dim": tells(lambda embedder: embedder.embedding_dim, WIDTH),
     "encode": encodes,
     "encode_stream": streams,
+    "encode_with_norms": encodes_with_norms,
     "ensure_ready": gets_ready,
     "gpu_shared_memory": tells(lambda embedder: embedder.gpu_shared_memory, None),
     "max_batch_size": tells(lambda embedder: embedder.max_batch_size, SIZE),
@@ -152,8 +171,8 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[[], Any]]:
 
     def new() -> Any:
         if request.param == "real":
-            return TritonEmbedder(server.grpc_url, "good", shared_memory=False)
-        made.append(Awaited(server.grpc_url, "good", shared_memory=False))
+            return TritonEmbedder(server.grpc_url, "named", shared_memory=False)
+        made.append(Awaited(server.grpc_url, "named", shared_memory=False))
         return made[-1]
 
     yield new

@@ -1,11 +1,11 @@
-"""Triton backend `onnxruntime` in Python: serves the native backend's config.pbtxt where only the wheel is at hand.
+"""Triton's `onnxruntime` backend in Python: serves the native backend's config.pbtxt where only the wheel is installed.
 
-It reads what the native backend reads: default_model_filename, instance_group, the parameters intra_op_thread_count,
-inter_op_thread_count and execution_mode, optimization.graph.level and optimization.execution_accelerators; and it
-refuses at load what the native one refuses, so that a config.pbtxt that works here works there.
-Differences, both measured: threads default to cores / instances, and they stop spinning when a run ends. Requests of
-one batch are computed in one run. I/O binding to buffers of our own was tried: no faster than `run` (1.00 × on a
-0.4 ms network), so it is not used.
+It reads the settings that the native backend reads: default_model_filename, instance_group, the parameters
+intra_op_thread_count, inter_op_thread_count and execution_mode, optimization.graph.level and
+optimization.execution_accelerators. At load it refuses what the native one refuses, so that a config.pbtxt that works
+here works there. Differences, both measured: threads default to cores / instances, and they stop spinning when a run
+ends. Requests of one batch are computed in one run. I/O binding to our own buffers is not used, because it was no
+faster than `run` (1.00 × on a 0.4 ms network).
 """
 
 import json
@@ -33,7 +33,7 @@ PROVIDERS = {
     "openvino": "OpenVINOExecutionProvider",
 }
 GRAPH_LEVELS = {-1: "ORT_ENABLE_BASIC", 0: "ORT_ENABLE_ALL", 1: "ORT_ENABLE_EXTENDED", 2: "ORT_DISABLE_ALL"}
-AUTOFILLED_BATCH = 4  # tritonserver's --backend-config=default-max-batch-size, which a python-based backend is not told
+AUTOFILLED_BATCH = 4  # tritonserver's default-max-batch-size, which is not passed to python-based backends
 
 
 class TritonPythonModel:
@@ -41,10 +41,10 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config):
-        """Add the inputs and outputs that config.pbtxt leaves out, read from the ONNX file.
+        """Add the inputs and outputs that config.pbtxt omits, read from the ONNX file.
 
-        As in the native backend, a config.pbtxt with both is left alone; one without max_batch_size gets one where
-        every tensor of the file has an open first dimension.
+        As in the native backend, a config.pbtxt with both is unchanged; one without max_batch_size gets one if every
+        tensor of the file has an open first dimension.
         """
         current = config.as_dict()
         if current["input"] and current["output"]:
@@ -68,7 +68,7 @@ class TritonPythonModel:
         return config
 
     def initialize(self, args):
-        """Open the session that this instance owns."""
+        """Open the session of this instance."""
         config = json.loads(args["model_config"])
         filename = config.get("default_model_filename") or "model.onnx"
         path = Path(args["model_repository"]) / args["model_version"] / filename
@@ -78,7 +78,7 @@ class TritonPythonModel:
         taken, expected = self.session.get_providers()[0], wanted[0][0] if isinstance(wanted[0], tuple) else wanted[0]
         if taken != expected:  # ONNX Runtime falls back to the CPU without an error
             raise pb_utils.TritonModelException(
-                f"{args['model_name']}: ONNX Runtime took {taken} where {expected} was configured; its log says why. "
+                f"{args['model_name']}: ONNX Runtime used {taken}, but {expected} is configured; its log says why. "
                 "To run on the CPU on purpose: instance_group kind KIND_CPU and no execution accelerator"
             )
         _check_tensors("input", config, self.session.get_inputs(), path)
@@ -91,7 +91,7 @@ class TritonPythonModel:
         )
 
     def execute(self, requests):
-        """Answer all requests from one run; where it fails, each alone, so that one cannot fail its neighbours."""
+        """Answer all requests from one run; if it fails, run each alone, so that one cannot fail the others."""
         try:
             return self._run(requests)
         except Exception as exc:
@@ -108,7 +108,7 @@ class TritonPythonModel:
         results = dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
         responses, start = [], 0
         for request, count in zip(requests, rows, strict=True):
-            # A whole result or a slice of its rows is C-contiguous: Tensor takes it without a copy.
+            # A whole result or a slice of its rows is C-contiguous, so Tensor does not copy it.
             mine = slice(start, start + count)
             tensors = [pb_utils.Tensor(name, results[name][mine]) for name in request.requested_output_names()]
             responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
@@ -117,7 +117,7 @@ class TritonPythonModel:
 
 
 def _model_file_of_this_stub(config):
-    """The ONNX file; auto_complete_config is told no path, but the stub process has it as its first argument."""
+    """The ONNX file; auto_complete_config gets no path, but the stub process has it as its first argument."""
     first = Path(Path("/proc/self/cmdline").read_bytes().split(b"\0")[1].decode())
     return first.parent / (config["default_model_filename"] or "model.onnx")
 
@@ -125,7 +125,7 @@ def _model_file_of_this_stub(config):
 def _open(path, options, providers):
     if not path.is_file():
         raise pb_utils.TritonModelException(
-            f"no weights at {path}. Put some there: arcface import demo (for trying), or arcface import YOUR.onnx"
+            f"no weights at {path}. Install some: arcface import demo (to try it), or arcface import YOUR.onnx"
         )
     try:
         return ort.InferenceSession(str(path), options, providers=providers)
@@ -151,7 +151,7 @@ def _session_options(config, threads):
 
 
 def _threads(config):
-    """intra_op_thread_count where it is set above 0, else the cores of this process over the instances."""
+    """intra_op_thread_count if it is above 0, else the cores of this process divided by the instances."""
     configured = int(_parameter(config, "intra_op_thread_count", 0))
     if configured > 0:
         return configured
@@ -160,7 +160,7 @@ def _threads(config):
 
 
 def _wanted_providers(config, kind, device_id):
-    """Providers in order of preference; the first is the one that the session must end up with."""
+    """Providers in order of preference; the session must use the first."""
     accelerators = config.get("optimization", {}).get("execution_accelerators", {})
     side = "gpu_execution_accelerator" if kind == "GPU" else "cpu_execution_accelerator"
     available, wanted = ort.get_available_providers(), []
@@ -177,7 +177,7 @@ def _wanted_providers(config, kind, device_id):
             wanted.append((PROVIDERS["cuda"], {"device_id": str(device_id)}))
         else:
             pb_utils.Logger.log_warn(
-                "a GPU is here but this ONNX Runtime has no CUDA provider: install onnxruntime-gpu. Using the CPU"
+                "there is a GPU, but this ONNX Runtime has no CUDA provider: install onnxruntime-gpu. Using the CPU"
             )
     return [*wanted, "CPUExecutionProvider"]
 
@@ -187,7 +187,7 @@ def _accelerator_options(accelerator, threads, device_id):
         return {"device_id": str(device_id)}
     precision = accelerator.get("parameters", {}).get("precision", "fp32").lower()
     if precision == "bf16" and not _cpu_has_bf16():
-        pb_utils.Logger.log_warn("precision bf16 is configured, this CPU has no bf16 instructions: OpenVINO runs fp32")
+        pb_utils.Logger.log_warn("bf16 is configured, but this CPU has no bf16 instructions: OpenVINO runs fp32")
         precision = "fp32"
     hints = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "fp16": "f16"}.get(precision, precision)}
     hints |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1"}
@@ -209,22 +209,22 @@ def _tensor_config(tensor, batched):
 
 
 def _shape(tensor):
-    """Dimensions of a tensor of the file, open ones as -1."""
+    """Dimensions of a tensor of the file, with open ones as -1."""
     return [d if isinstance(d, int) and d > 0 else -1 for d in tensor.shape]
 
 
 def _check_tensors(kind, config, tensors, path):
-    """Hold config.pbtxt against the file as the native backend does.
+    """Check config.pbtxt against the file as the native backend does.
 
-    All inputs must be stated, outputs may be left out. Where the file leaves an input's dimension open, config.pbtxt
-    may state it; an output's dimensions must be the file's own, so -1 only where the file says so.
+    All inputs must be stated, outputs may be omitted. config.pbtxt may fix an input's dimension that the file leaves
+    open; an output's dimensions must equal the file's, with -1 only where the file has it.
     """
     have = {tensor.name: tensor for tensor in tensors}
     stated = config.get(kind, [])
     if kind == "input" and len(stated) != len(have):
         raise pb_utils.TritonModelException(
             f"config.pbtxt states {len(stated)} inputs, {path} has {len(have)} ({', '.join(have)}). "
-            "Leave them out: they are read from the file"
+            "Omit them: they are read from the file"
         )
     for entry in stated:
         name, tensor = entry["name"], have.get(entry["name"])
@@ -247,5 +247,5 @@ def _check_tensors(kind, config, tensors, path):
             raise pb_utils.TritonModelException(
                 f"{kind} {name!r} has shape {shape} in {path}, config.pbtxt says {wanted}"
                 + ", the first for max_batch_size" * batched
-                + ". Leave its dims out: they are read from the file"
+                + ". Omit its dims: they are read from the file"
             )

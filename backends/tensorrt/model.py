@@ -1,11 +1,10 @@
-"""Triton backend `tensorrt` in Python: serves the native backend's config.pbtxt where only the wheel is at hand.
+"""Triton's `tensorrt` backend in Python: serves the native backend's config.pbtxt where only the wheel is installed.
 
-In: requests for a model whose version folder holds plans. Out: one response a request, computed in one run.
-It reads what the native backend reads: cc_model_filenames (SM of the GPU → plan), instance_group, max_batch_size.
-Differences: a GPU whose SM is not mapped is an error (no default_model_filename, no model.plan: a plan of another SM
-does not load), and the first optimization profile is used.
-All buffers are allocated once, for the largest batch of the profile; a request costs one copy into pinned memory.
-It needs tensorrt, polygraphy and a CUDA runtime (arcface-triton[tensorrt] brings the last two); CUDA is called through
+It reads the settings that the native backend reads: cc_model_filenames (SM of the GPU → plan), instance_group,
+max_batch_size. Differences: a GPU whose SM is not mapped is an error (no default_model_filename, no model.plan: a plan
+of another SM does not load), and the first optimization profile is used. Requests of one batch are computed in one run.
+All buffers are allocated once, for the largest batch of the profile; a request costs one copy into pinned memory. It
+needs tensorrt, polygraphy and a CUDA runtime (arcface-triton[tensorrt] installs the last two); CUDA is called through
 polygraphy.cuda.
 """
 
@@ -51,7 +50,7 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config):
-        """Add the inputs and outputs that config.pbtxt leaves out, read from the plan for this GPU."""
+        """Add the inputs and outputs that config.pbtxt omits, read from the plan for this GPU."""
         current = config.as_dict()
         if current["input"] and current["output"]:
             return config
@@ -80,7 +79,7 @@ class TritonPythonModel:
         self.context = self.engine.create_execution_context()
         if not self.context:
             raise pb_utils.TritonModelException(
-                f"no execution context for {args['model_name']}: the GPU's memory does not suffice. "
+                f"no execution context for {args['model_name']}: the GPU is out of memory. "
                 "Free some, or lower instance_group count"
             )
         self.max_batch = _max_batch(self.engine, args["model_name"], int(config["max_batch_size"]))
@@ -94,7 +93,7 @@ class TritonPythonModel:
         )
 
     def execute(self, requests):
-        """Answer all requests from one run; where it fails, each alone, so that one cannot fail its neighbours."""
+        """Answer all requests from one run; if it fails, run each alone, so that one cannot fail the others."""
         answers, good = [None] * len(requests), []
         for i, request in enumerate(requests):
             try:
@@ -112,7 +111,7 @@ class TritonPythonModel:
         return answers
 
     def finalize(self):
-        """Give the memory back; the context first, because it still points there."""
+        """Free the memory; the context first, because it still points there."""
         self.context = self.engine = None
         for host, _, device in [*self.inputs.values(), *self.outputs.values()]:
             self.cuda.free(device)
@@ -120,7 +119,7 @@ class TritonPythonModel:
         self.cuda.destroy_stream(self.stream)
 
     def _parts(self, request):
-        """The arrays of a request, all of one number of rows, which the profile takes."""
+        """The arrays of a request, checked for a common number of rows that fits the profile."""
         parts = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
         rows = {len(part) for part in parts.values()}
         if len(rows) != 1 or not 0 < max(rows) <= self.max_batch:
@@ -134,10 +133,10 @@ class TritonPythonModel:
         return parts
 
     def _answer(self, good, answers, last=True):
-        """Run in groups that fit the profile (one group, when Triton's max_batch_size is right) and fill `answers`.
+        """Run in groups that fit the profile (one group if Triton's max_batch_size is right) and fill `answers`.
 
-        Of the last run of an execute call the answers are views of pinned memory, which Triton takes over before the
-        next call; another run would overwrite them, so before that they are copies.
+        Answers of the last run in an execute call are views of pinned memory, which Triton copies before the next call;
+        answers of earlier runs are copies, because the next run would overwrite them.
         """
         while good:
             rows, group = 0, []
@@ -186,7 +185,7 @@ class TritonPythonModel:
         host = np.frombuffer(memory, dtype).reshape(shape)
         device = self.cuda.malloc(size)
         if not self.context.set_tensor_address(name, device):
-            raise pb_utils.TritonModelException(f"TensorRT takes no buffer for {name}")
+            raise pb_utils.TritonModelException(f"TensorRT accepts no buffer for {name}")
         return host, size // self.max_batch, device
 
 
@@ -195,7 +194,7 @@ def _error(exc):
 
 
 def _use_device(device):
-    """Make a GPU current in this process; its number, if it is there."""
+    """Make a GPU current in this process, and return its number; an error if it does not exist."""
     if NOT_INSTALLED:
         raise pb_utils.TritonModelException(
             f"TensorRT is not installed for this server ({NOT_INSTALLED}). Next: serve with ONNX Runtime "
@@ -205,7 +204,7 @@ def _use_device(device):
     try:
         runtime = cuda.wrapper().handle
         status = runtime.cudaGetDeviceCount(ctypes.byref(count))
-    except Exception as exc:  # polygraphy raises its own exception where no CUDA runtime is found
+    except Exception as exc:  # polygraphy raises its own exception if it finds no CUDA runtime
         raise pb_utils.TritonModelException(
             f"no CUDA runtime can be loaded ({str(exc).splitlines()[0]}). Next: pip install 'arcface-triton[tensorrt]'"
         ) from exc
@@ -230,7 +229,7 @@ def _sm(device):
 
 
 def _plan_name(folder, config, device):
-    """The plan that the config maps to this GPU; there is no default, because a plan of another SM does not load."""
+    """The plan mapped to this GPU; there is no default, because a plan of another SM does not load."""
     sm, mapped = _sm(device), config.get("cc_model_filenames") or {}
     have = ", ".join(sorted(path.name for path in folder.glob("*.plan"))) or "none"
     if sm not in mapped:
@@ -240,7 +239,7 @@ def _plan_name(folder, config, device):
         )
     if not (folder / mapped[sm]).is_file():
         raise pb_utils.TritonModelException(
-            f"no plan {mapped[sm]} for SM {sm} in {folder} (plans there: {have}). "
+            f"no plan {mapped[sm]} for SM {sm} in {folder} (found: {have}). "
             f"Next, on an SM {sm} GPU: arcface plan build NAME, then arcface assemble"
         )
     return mapped[sm]
@@ -249,7 +248,7 @@ def _plan_name(folder, config, device):
 def _load(folder, config, device):
     """The engine of the plan for this GPU."""
     path = folder / _plan_name(folder, config, device)
-    content = _checked(path)  # before TensorRT sees it: a plan is code, and runs with the rights of the server
+    content = _checked(path)  # before TensorRT sees it: a plan is code, and runs with the server's rights
     logger = trt.Logger(trt.Logger.WARNING)
     trt.init_libnvinfer_plugins(logger, "")
     engine = trt.Runtime(logger).deserialize_cuda_engine(content)
@@ -262,9 +261,9 @@ def _load(folder, config, device):
 
 
 def _checked(path):
-    """The plan's bytes, where the manifest beside it has their digest and this TensorRT's version.
+    """The plan's bytes, if the manifest beside it has their digest and this TensorRT's version.
 
-    The manifest's signature is checked by `arcface serve` before the server starts, with the public key that it has.
+    `arcface serve` checks the manifest's signature before it starts the server, with the public key that it has.
     """
     manifest = path.with_name(path.name + ".json")
     try:
@@ -273,13 +272,13 @@ def _checked(path):
         sha256, version = str(said["sha256"]), str(said["spec"]["tensorrt"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
         raise pb_utils.TritonModelException(
-            f"{path.name} has no manifest that can be read in {manifest} ({type(exc).__name__}: {exc}), so nothing "
+            f"{path.name} has no readable manifest at {manifest} ({type(exc).__name__}: {exc}), so nothing "
             "says what it is. Next: arcface assemble NAME --plan FILE"
         ) from exc
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise pb_utils.TritonModelException(
-            f"{path.name} is not the plan of its manifest (sha256 {sha256[:12]} expected): it was damaged or changed. "
+            f"{path.name} does not match its manifest (expected sha256 {sha256[:12]}): it was damaged or changed. "
             "Next: arcface assemble NAME --plan FILE, or arcface rollback --model arcface_trt"
         )
     if version.split("+")[0].split(".")[:3] != trt.__version__.split("+")[0].split(".")[:3]:
@@ -295,7 +294,7 @@ def _max_batch(engine, model, configured):
     limits = [int(engine.get_tensor_profile_shape(n, 0)[2][0]) for n in _tensors(engine) if _is_input(engine, n)]
     if configured > min(limits):
         raise pb_utils.TritonModelException(
-            f"{model}: max_batch_size is {configured}, the plan takes batches up to {min(limits)}. "
+            f"{model}: max_batch_size is {configured}, but the plan accepts batches up to {min(limits)}. "
             f"Next: lower max_batch_size, or arcface plan build NAME --max-batch {configured}"
         )
     return min(limits)
@@ -310,5 +309,5 @@ def _is_input(engine, name):
 
 
 def _version_folder_of_this_stub():
-    """The version folder; auto_complete_config is told no path, but the stub process has it as its first argument."""
+    """The version folder; auto_complete_config gets no path, but the stub process has it as its first argument."""
     return Path(Path("/proc/self/cmdline").read_bytes().split(b"\0")[1].decode()).parent

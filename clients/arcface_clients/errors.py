@@ -16,7 +16,9 @@ ArcFaceError
     ├── ServerUnreachable     no server answers at the address
     ├── ModelNotReady         the server has no such model, or it is not loaded
     ├── ModelMissing          no ONNX file or plan for this host
-    ├── DeadlineExceeded      no answer within timeout_s
+    ├── InvalidAnswer         what answers there is no Triton server, or the answer is damaged or another request's
+    ├── Overloaded            the server's queue is full, or it dropped the request from it
+    ├── DeadlineExceeded      no answer within timeout_s or total_timeout_s
     ├── DependencyMissing     a package or a program is not installed
     └── CudaFailed            the CUDA driver refused: out of memory, no such GPU, or the GPU is lost
 
@@ -117,8 +119,19 @@ class ModelMissing(BackendUnavailable):
     """The file that an in-process engine reads (serving ONNX, plan, source) is not on this host. Falls back."""
 
 
+class InvalidAnswer(BackendUnavailable):
+    """The answer is no Triton answer, is damaged or is another request's; it is asked again. Falls back.
+
+    A well-formed answer with the wrong tensors in it (NaN, other shapes) is the model's fault: `InferenceFailed`.
+    """
+
+
+class Overloaded(BackendUnavailable):
+    """The server is there and has too much to do; it is asked again, with growing pauses. Falls back."""
+
+
 class DeadlineExceeded(BackendUnavailable, TimeoutError):
-    """No answer within `timeout_s`. Falls back."""
+    """No answer within `timeout_s`, or not all of them within `total_timeout_s`. Falls back."""
 
 
 class DependencyMissing(BackendUnavailable):

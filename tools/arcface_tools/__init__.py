@@ -1,1 +1,1 @@
-"""What measures this project itself; used from a checkout, not part of the wheel."""
+"""Benchmarks of this project itself; used from a checkout, not part of the wheel."""

@@ -9,10 +9,10 @@ from arcface_build.lazy_group import LazyGroup
 from arcface_build.terminal import quiet_option
 
 COMMANDS = {  # name -> (module under arcface_tools.commands, one line for --help)
-    "bench-clients": ("bench_clients", "Measure our client on every transport beside the bare runtime."),
-    "bench-vectors": ("bench_vectors", "Measure distances, neighbours and gallery search beside the obvious ways."),
-    "consensus-demo": ("consensus_demo", "Put strangers among people's faces and measure who is found, and how fast."),
-    "measured-table": ("measured_table", "Make the pages of measured figures from the reports."),
+    "bench-clients": ("bench_clients", "Measure our client on every transport against the bare runtime."),
+    "bench-vectors": ("bench_vectors", "Measure distances, neighbours and gallery search against naive code."),
+    "consensus-demo": ("consensus_demo", "Mix strangers into people's faces; measure who is found, and how fast."),
+    "measured-table": ("measured_table", "Generate the pages of measured figures from the reports."),
 }
 
 

@@ -1,7 +1,7 @@
-"""A number of generated faces in; the rate, the memory and the rows of a bulk job that embeds nothing but copies, out.
+"""Measures rate and memory of a bulk job with generated faces and a trivial engine.
 
-The engine costs next to nothing, so what is measured is the job: reading, hashing, writing parts, merging them. The
-faces are a sparse .npy file: they take no room on disk.
+The engine costs almost nothing, so the job itself is measured: reading, hashing, writing and merging parts. The
+faces are a sparse .npy file, which takes no disk space.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CHILD = "import sys; from arcface_tools.bulk import job; job(sys.argv[1], sys.a
 
 
 class CopyingEngine:
-    """The first bytes of a face, scaled: distinct rows for distinct faces, at the price of a copy."""
+    """The first bytes of a face, scaled: distinct rows for distinct faces, at the cost of a copy."""
 
     name = "copy"
     contract_id = "0" * 64
@@ -42,18 +42,18 @@ class CopyingEngine:
         """Always ready."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
     def __enter__(self) -> CopyingEngine:
         """The engine itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 def run(count: int = 1_000_000, dim: int = 512, folder: Path | None = None) -> dict[str, Any]:
-    """Embed `count` faces to Parquet in a process of its own; needs twice `count` × `dim` × 4 bytes on disk."""
+    """Embed `count` faces to Parquet in a separate process; needs twice `count` × `dim` × 4 bytes on disk."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         source, output = Path(scratch) / "faces.npy", Path(scratch) / "out.parquet"
         faces = np.lib.format.open_memmap(source, mode="w+", dtype=np.uint8, shape=(count, *FACE_SHAPE))
@@ -64,7 +64,7 @@ def run(count: int = 1_000_000, dim: int = 512, folder: Path | None = None) -> d
 
 
 def job(source: str, output: str, dim: int) -> None:
-    """What the process of its own does; prints JSON."""
+    """The job of the separate process; prints JSON."""
     import time
 
     from arcface_clients.bulk.job import Job, JobSpec, run_local

@@ -1,7 +1,7 @@
-"""Ways to choose int8 ranges, side by side: a model folder in; the drift that each way ends with, as JSON out.
+"""Compares methods of choosing int8 ranges by the drift that each one causes.
 
-It is the reason why `variants.calibrate` is own code: min/max, percentile and entropy of onnxruntime.quantization with
-our placement of Q/DQ (convolution inputs and weights only), and its quantize_static as it comes.
+The results justify our own `variants.calibrate`: min/max, percentile and entropy of onnxruntime.quantization with our
+placement of Q/DQ (convolution inputs and weights only), and its unmodified quantize_static.
 
     python -m arcface_tools.calibrators models/NAME [FACES]
 """
@@ -32,7 +32,7 @@ METHODS = {"min/max": "MinMax", "percentile": "Percentile", "entropy": "Entropy"
 
 
 class _Reader:
-    """Calibration faces one at a time, as onnxruntime.quantization asks for them."""
+    """Calibration faces one at a time, as onnxruntime.quantization expects them."""
 
     def __init__(self, faces: np.ndarray) -> None:
         self._feeds: Iterator[dict[str, np.ndarray]] = ({FACE_INPUT: face[None]} for face in faces)
@@ -43,7 +43,7 @@ class _Reader:
 
 
 def run(model_dir: Path, source: str = "synthetic", eval_faces: int = 64) -> dict[str, Any]:
-    """Drift of int8 by each way to choose ranges, all layers but the first quantised, on ONNX Runtime."""
+    """Drift of int8 for each method, with all layers but the first quantised, on ONNX Runtime."""
     path = model_dir / read_import_manifest(model_dir).serving["file"]
     model = load_named(path)
     faces = evaluation_faces(source, eval_faces)

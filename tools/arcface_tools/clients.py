@@ -1,7 +1,7 @@
-"""What the client costs and survives: throughput against the bare runtime, memory of streams, restarts of the server.
+"""Measures our client: throughput against the bare runtime, memory of streams, and server restarts.
 
-The ratios are taken on real models. Memory and restarts are about the client, so they run against a server of their
-own with a model that does next to nothing, and each answer is checked against the face it belongs to.
+The ratios are measured on real models. Memory and restarts concern only the client, so they use a separate server with
+a trivial model, and every answer is checked against its face.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.triton.memory.choice import SharedMemoryOption
 
 TRANSPORTS = ("grpc", "grpc-shm", "http", "http-shm")
-# Through regions on the GPU: with faces of the host, and with faces that are on the GPU already.
+# Through regions on the GPU: with faces on the host, and with faces already on the GPU.
 GPU_TRANSPORTS = ("grpc-cudashm", "grpc-gpufaces", "http-cudashm", "http-gpufaces")
-QUICK = "quick"  # the model that does next to nothing
+QUICK = "quick"  # the trivial model
 _QUICK_MODEL = """
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -78,29 +78,29 @@ def run(
     threads: int = 0,
     on_sample: Callable[[str, int], None] = lambda name, round_: None,
 ) -> dict[str, Any]:
-    """Throughput of the client over each transport, in turns with the bare session; as `arcface bench` tells it.
+    """Throughput of the client over each transport, interleaved with the bare session; JSON as from `arcface bench`.
 
     Args:
-        onnx: the serving ONNX that the server runs; None leaves the bare session out.
+        onnx: the serving ONNX that the server runs; None omits the bare session.
         grpc_url: host:port of its gRPC.
         http_url: host:port of its HTTP.
         model: served model.
-        server_pid: tritonserver's, when it runs on this host; its CPU time is then told.
-        batch: faces in a request.
-        in_flight: requests under way; each is a variant of its own.
-        transports: of `TRANSPORTS` and `GPU_TRANSPORTS`.
+        server_pid: tritonserver's, if it runs on this host; its CPU time is then reported.
+        batch: faces per request.
+        in_flight: numbers of requests in flight; each is a separate variant.
+        transports: from `TRANSPORTS` and `GPU_TRANSPORTS`.
         rounds: undisturbed rounds.
-        sample_s: about how long one sample takes; several batches should fit.
-        threads: of the bare session; 0 leaves ONNX Runtime's default.
+        sample_s: approximate length of a sample; several batches should fit.
+        threads: of the bare session; 0 keeps ONNX Runtime's default.
         on_sample: called with the variant's name and the round.
 
     Raises:
-        Missing: one of `GPU_TRANSPORTS` was asked for, and the server does not open regions on a GPU.
-        WrongUse: a transport that is none of them.
+        Missing: one of `GPU_TRANSPORTS` was requested, but the server does not open regions on a GPU.
+        WrongUse: an unknown transport.
     """
     known = (*TRANSPORTS, *GPU_TRANSPORTS)
     if unknown := [transport for transport in transports if transport not in known]:
-        raise WrongUse(f"no transport is called {unknown[0]!r}: expected one of {', '.join(known)}.")
+        raise WrongUse(f"unknown transport {unknown[0]!r}: expected one of {', '.join(known)}.")
     faces = synthetic_faces(4 * batch)
     urls = {"grpc": f"grpc://{grpc_url}", "http": f"http://{http_url}"}
     with contextlib.ExitStack() as stack:
@@ -118,7 +118,7 @@ def run(
 
 
 def run_quick(in_flight: Sequence[int], transports: Sequence[str] = TRANSPORTS, **settings: Any) -> dict[str, Any]:
-    """`run` against the quick model, where the client and the transport are all there is."""
+    """`run` against the quick model, which leaves only the client and the transport to measure."""
     with quick_server() as server:
         process = server.start()
         return run(
@@ -157,7 +157,7 @@ def stream_memory(count: int = 1_000_000, transport: str = "grpc-shm") -> dict[s
 
 
 def restarts(requests: int = 10_000, batch: int = 4, kills: int = 2, transport: str = "grpc-shm") -> dict[str, Any]:
-    """`requests` requests of `batch` faces while the server is killed and restarted `kills` times.
+    """Send `requests` requests of `batch` faces while the server is killed and restarted `kills` times.
 
     Raises:
         ProofFailed: a face was answered wrongly, twice, out of order or not at all.
@@ -220,7 +220,7 @@ class QuickServer:
         return self.process
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill it, as a crash would."""
         if self.process:
             self.process.kill()
             self.kills += 1
@@ -243,7 +243,7 @@ def quick_server() -> Iterator[QuickServer]:
 
 
 def _kill_at(server: QuickServer, seen: Callable[[], int], total: int, kills: int, done: threading.Event) -> None:
-    """Kill and restart the server when the stream has passed each of `kills` even parts of its way."""
+    """Kill and restart the server `kills` times, at even intervals of the stream."""
     for number in range(1, kills + 1):
         while seen() < total * number / (kills + 1):
             if done.wait(0.01):
@@ -254,7 +254,7 @@ def _kill_at(server: QuickServer, seen: Callable[[], int], total: int, kills: in
 
 
 def _streaming(name: str, embedder: TritonEmbedder, faces: Faces, batch: int, pid: int | None) -> Variant:
-    """A variant that streams batches through a client for some seconds; all that was sent is answered in its time."""
+    """A variant that streams batches through a client for some seconds; the time includes all answers."""
     batches = [faces[i : i + batch] for i in range(0, len(faces), batch)]
 
     def sample(seconds: float) -> Work:

@@ -1,7 +1,7 @@
-"""Folders of faces, one a person, in; how well and how fast strangers among them are found, out.
+"""Measures how well and how fast strangers among a person's faces are found.
 
-Into each person's faces strangers are put, drawn from the other people; who is called an outlier is then counted. The
-same faces answer what a verification call for every pair would have cost.
+Strangers, drawn from the other people, are mixed into each person's faces, and the faces reported as outliers are
+counted. The same faces show what a verification call for every pair would have cost.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from arcface_clients.faces.detect import FaceDetector
 
 EQUAL_CROWDS = ((2, 2), (2, 2, 2), (3, 3), (4, 4), (5, 5), (6, 6))  # photos of each of two or three people
-TIMED_PEOPLE = 3  # whose pairs are really verified one by one; more would take minutes and say the same
+TIMED_PEOPLE = 3  # whose pairs are verified one by one; more would take minutes and show the same
 
 
 def run(
@@ -41,23 +41,23 @@ def run(
     seed: int = 0,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Measure, say each figure as it is known, and return all as JSON.
+    """Measure, report each figure as soon as it is known, and return all as JSON.
 
     Args:
         folder: FOLDER/PERSON/*.jpg, aligned crops; at least four people with three faces each.
         engine: embeds them; states a contract id.
-        images: the same people's photos, FOLDER/PERSON/*, for the figures of detection and alignment.
+        images: the same people's photos, FOLDER/PERSON/*, for detection and alignment.
         detector: YuNet's file.
-        rounds: times that strangers are drawn anew for everybody.
-        seed: of the draw.
-        say: takes a line.
+        rounds: how often new strangers are drawn for everyone.
+        seed: of the random choice.
+        say: called with each line of output.
 
     Raises:
         WrongUse: too few people.
-        ConfigError: `images` holds no folders, or `detector` is none.
-        ArcFaceError: what the engine raises.
+        ConfigError: `images` contains no folders, or `detector` is None.
+        ArcFaceError: from the engine.
     """
-    if images is not None:  # a wrong path is told now, not after minutes
+    if images is not None:  # report a wrong path now, not after minutes
         from arcface_clients.faces.detect import FaceDetector
 
         FaceDetector(detector)
@@ -79,7 +79,7 @@ def run(
     report["thresholds"] = _thresholds(embeddings, names, say)
     rng = np.random.default_rng(seed)
     report["strangers"] = find_strangers(embeddings, names, MAX_DISTANCE, rounds, rng)
-    say(f"strangers put in, at {MAX_DISTANCE}: {_told(report['strangers'])}")
+    say(f"strangers mixed in, at {MAX_DISTANCE}: {_told(report['strangers'])}")
     report["mixtures"] = [find_mixtures(embeddings, names, crowd, 400 * rounds, seed) for crowd in EQUAL_CROWDS]
     for row in report["mixtures"]:
         photos = " + ".join(map(str, row["photos"]))
@@ -94,7 +94,7 @@ def run(
 def find_strangers(
     embeddings: np.ndarray, names: np.ndarray, max_distance: float, rounds: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Counts over `rounds`: each person's faces with one to three faces of others among them, in random order."""
+    """Counts over `rounds`: each person's faces mixed with one to three faces of others, in random order."""
     strangers = found = own = alarms = undecided = 0
     start = time.perf_counter()
     for _ in range(rounds):
@@ -140,7 +140,7 @@ def find_mixtures(
 def _extract(
     people: dict[str, np.ndarray], engine: EmbeddingEngine, say: Callable[[str], object]
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Embed everybody through a cache, twice."""
+    """Embed everyone through a cache, twice."""
     engine.ensure_ready()
     engine.encode(next(iter(people.values())))  # warm-up
     seconds: list[float] = []
@@ -172,7 +172,7 @@ def _all_pairs(embeddings: np.ndarray, say: Callable[[str], object]) -> dict[str
 
 
 def _thresholds(embeddings: np.ndarray, names: np.ndarray, say: Callable[[str], object]) -> dict[str, Any]:
-    """How many own and foreign faces lie on the wrong side of the package's three distances."""
+    """The numbers of own and foreign faces on the wrong side of the package's three distances."""
     own: list[float] = []
     foreign: list[np.ndarray] = []
     for name in np.unique(names):
@@ -195,7 +195,7 @@ def _thresholds(embeddings: np.ndarray, names: np.ndarray, say: Callable[[str], 
 def _cross_calibrated(
     embeddings: np.ndarray, names: np.ndarray, rounds: int, rng: np.random.Generator, say: Callable[[str], object]
 ) -> list[dict[str, Any]]:
-    """Calibrated on one half of the people, counted on the other, both ways round."""
+    """Calibrate on one half of the people and count on the other, then swap the halves."""
     halves = np.array_split(rng.permutation(np.unique(names)), 2)
     figures = []
     for learned, counted in (halves, halves[::-1]):
@@ -210,7 +210,7 @@ def _cross_calibrated(
 def _against_pairwise(
     people: dict[str, np.ndarray], engine: EmbeddingEngine, rng: np.random.Generator, say: Callable[[str], object]
 ) -> dict[str, float]:
-    """A person's faces with a stranger's: this way, and by a verification call (two faces in, distance out) a pair."""
+    """A person's faces and a stranger's: with our code, and with one verification call (two faces) per pair."""
     chosen = rng.choice(list(people), TIMED_PEOPLE + 1, replace=False).tolist()
     once = one_by_one = 0.0
     pairs = 0
@@ -242,7 +242,7 @@ def _against_pairwise(
 def _images(
     folder: Path, detector: Path | None, engine: EmbeddingEngine, say: Callable[[str], object]
 ) -> dict[str, Any]:
-    """Each photo's largest face, aligned with one look and with three: how well pairs are told apart."""
+    """Each photo's largest face, aligned with one look and with three: how well pairs are separated."""
     from arcface_clients.faces.detect import FaceDetector
 
     figures: dict[str, Any] = {}
@@ -261,7 +261,7 @@ def _images(
         }
         told = figures[label]
         say(
-            f"photos, {label}: {missed} of {told['photos']} without a face, {told['ms_per_photo']:.0f} ms a photo, "
+            f"photos, {label}: {missed} of {told['photos']} without a face, {told['ms_per_photo']:.0f} ms per photo, "
             f"genuine mean cosine {told['genuine_mean_cosine']:.3f}, "
             f"EER {100 * told['eer']:.2f} % of {len(pairs)} pairs"
         )
@@ -287,7 +287,7 @@ def _largest_faces(folder: Path, detector: FaceDetector) -> tuple[np.ndarray, np
 
 
 def equal_error_rate(genuine: np.ndarray, impostor: np.ndarray) -> float:
-    """The rate at which as many genuine distances lie above a limit as impostor distances at or below it."""
+    """The equal error rate: as many genuine distances are above a limit as impostor distances at or below it."""
     limits = np.sort(np.concatenate([genuine, impostor]))
     missed = 1 - np.searchsorted(np.sort(genuine), limits, side="right") / len(genuine)
     passed = np.searchsorted(np.sort(impostor), limits, side="right") / len(impostor)

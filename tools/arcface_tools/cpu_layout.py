@@ -1,8 +1,8 @@
-"""Measure the CPU form: demo networks in, a JSON with its throughput against the serving ONNX's out.
+"""Measures throughput of demo networks in the CPU layout against their serving ONNX.
 
 Run: python -m arcface_tools.cpu_layout docs/measured/cpu_layout.json
-Variants take turns within one run, and CPU time is compared beside wall time: other processes disturb the latter.
-The OpenVINO rows need the onnxruntime-openvino wheel; without it they are left out.
+Variants are interleaved within one run, and CPU time is compared as well as wall time, which other processes disturb.
+The OpenVINO rows need the onnxruntime-openvino wheel; without it they are omitted.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(target: Path) -> None:
 
 
 def measure(arch: str) -> dict:
-    """Ratios of one network on each runtime, and how far the two forms are apart."""
+    """Ratios of one network on each runtime, and the difference between the two layouts."""
     serving, _ = to_serving(build_demo(arch), Preprocessing(), 512, "0" * 64)
     plain = serving.SerializeToString()
     blocked = blocked_layout(serving).model.SerializeToString()

@@ -1,8 +1,8 @@
-"""Make docs/measured/README.md and README's table of figures from the reports, so that no figure is typed by hand.
+"""Generates docs/measured/README.md and README's table of figures from the reports, so that no figure is typed by hand.
 
 Run: python -m arcface_tools measured-table [--check]
 
-docs/measured/rows.yaml says what each row is about and where in which report its figures stand.
+docs/measured/rows.yaml says what each row is about, and where its figures are in which report.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Row:
 
 
 def value_at(data: Any, key: Sequence[Step]) -> Any:
-    """What stands in a report under a key; a mapping in it picks the one entry of a list that has these values."""
+    """The value of a report under a key; a mapping in the key selects the only list entry with these values."""
     for step in key:
         if isinstance(step, str | int):
             try:
                 data = data[step]
             except (LookupError, TypeError):
-                raise Missing(f"no {step!r} on the way {key_text(key)}") from None
+                raise Missing(f"no {step!r} in {key_text(key)}") from None
         else:
             found = [entry for entry in data if all(entry.get(name) == value for name, value in step.items())]
             if len(found) != 1:
@@ -68,7 +68,7 @@ def value_at(data: Any, key: Sequence[Step]) -> Any:
 
 
 def key_text(key: Sequence[Step]) -> str:
-    """The key as a reader sees it: variants[arcface grpc b8 c2].gate.drift.max_drift."""
+    """The key in readable form: variants[arcface grpc b8 c2].gate.drift.max_drift."""
     parts = ""
     for step in key:
         if isinstance(step, str):
@@ -79,7 +79,7 @@ def key_text(key: Sequence[Step]) -> str:
 
 
 def figure_text(data: Any, figure: Mapping[str, Any]) -> str:
-    """One figure as it is printed: looked up, scaled, rounded by its format."""
+    """One figure as printed: looked up, scaled, rounded by its format."""
     value = value_at(data, figure["key"])
     if isinstance(value, Mapping):
         return str(figure.get("as", SPREAD)).format(**value)
@@ -99,8 +99,8 @@ def read_row(raw: Mapping[str, Any], folder: Path = MEASURED) -> Row:
             texts[name] = figure_text(_report(folder / f"{report}.json"), figure)
         except Missing as exc:
             raise Missing(
-                f"{report}.json does not hold {name!r} of the row {raw['what']!r}: {exc}\n"
-                "Next: mend the row in docs/measured/rows.yaml, or measure again with its command"
+                f"{report}.json lacks {name!r} of the row {raw['what']!r}: {exc}\n"
+                "Next: fix the row in docs/measured/rows.yaml, or measure again with its command"
             ) from exc
         keys.append((report, key_text(figure["key"])))
     what, says = (raw[name].format(**texts) for name in ("what", "says"))
@@ -147,7 +147,7 @@ def readme_with(table: str, readme: str) -> str:
 
 
 def stale_pages(repo: Path = REPO) -> dict[Path, str]:
-    """The pages that are not what the reports say: path -> what it should hold."""
+    """The pages that do not match the reports: path -> expected content."""
     readme, measured = repo / "README.md", repo / "docs" / "measured"
     wanted = {
         measured / "README.md": page(measured),

@@ -1,8 +1,8 @@
-"""Random embeddings in; times and memory of distances, neighbours and gallery search beside the obvious ways, out.
+"""Measures time and memory of distances, neighbours and gallery search on random embeddings, against naive code.
 
-Ways are measured in turns, so that a ratio is one of neighbours; a way of microseconds is repeated within its turn, as
-timeit does. The share of the processor that others took stands beside each time. Memory is what a fresh process needed
-for that one call, inputs included.
+Methods are interleaved, so that ratios are of adjacent measurements; a method that takes microseconds is repeated, as
+timeit does. Each time comes with the share of the processor used by others. Memory is what a fresh process needed for
+that one call, including inputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from arcface_clients.people.gallery import Gallery
 from arcface_clients.people.neighbours import close_pairs, nearest
 from arcface_clients.people.vectors import cosine_distance, cosine_distances
 
-CLOSE = 0.75  # between random 512-d rows almost nothing is this close: the cost of looking, not of listing
+CLOSE = 0.75  # almost no random 512-d rows are this close: measures the search, not the listing of results
 _SHORTEST_TURN_S = 0.1
 _CHILD = """
 import sys
@@ -44,11 +44,11 @@ def run(
     """Measure and return the figures as JSON: times in ms, memory in MB, ratios, host.
 
     Args:
-        large: rows among which nearest neighbours are looked for.
-        gallery_size: embeddings in the gallery that is searched.
+        large: rows among which to find nearest neighbours.
+        gallery_size: embeddings in the gallery to search.
         dim: width of the embeddings.
         k: neighbours of each row.
-        rounds: turns of each of the long ways; the short ones get more.
+        rounds: samples of each slow method; fast ones get more.
     """
     rng = np.random.default_rng(0)
     few, thousand, many = (rng.standard_normal((count, dim), np.float32) for count in (16, 1000, large))
@@ -129,7 +129,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _compare(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
-    """Each way once a round, in turns; ratios are medians over rounds, of each way to the last one."""
+    """Each method once per round; ratios are medians over rounds, of each method to the last one."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     foreign: dict[str, float] = dict.fromkeys(ways, 0.0)
     repeats = {name: _calls_a_turn(way) for name, way in ways.items()}
@@ -158,14 +158,14 @@ def _compare(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, An
 
 
 def _calls_a_turn(way: Callable[[], object]) -> int:
-    """So many calls that a turn can be timed; the first call, which finds everything cold, does not tell."""
+    """Enough calls to be timed; the first call is not representative, because caches are cold."""
     if _seconds(way, 1) > 10 * _SHORTEST_TURN_S:
         return 1
     return max(1, round(_SHORTEST_TURN_S / _seconds(way, 1)))
 
 
 def _seconds(way: Callable[[], object], calls: int) -> float:
-    """Seconds of one call, as the mean of so many."""
+    """Seconds of one call, as the mean of `calls`."""
     start = time.perf_counter()
     for _ in range(calls):
         way()
@@ -173,13 +173,13 @@ def _seconds(way: Callable[[], object], calls: int) -> float:
 
 
 def _broadcast(rows: np.ndarray) -> np.ndarray:
-    """The way without a product: every pair's elementwise product in memory at once."""
+    """Without a matrix product: every pair's elementwise product in memory at once."""
     norms = np.linalg.norm(rows, axis=1)
     return 1 - (rows[:, None, :] * rows[None, :, :]).sum(axis=-1) / (norms[:, None] * norms[None, :])
 
 
 def _bare_product(unit: np.ndarray, height: int = 2048) -> None:
-    """All similarities, made and dropped: what any exhaustive search must spend."""
+    """All similarities, computed and discarded: the minimum cost of any exhaustive search."""
     block = np.empty((height, len(unit)), np.float32)
     for start in range(0, len(unit), height):
         part = unit[start : start + height]

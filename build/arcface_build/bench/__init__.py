@@ -1,1 +1,1 @@
-"""Measurements: variants taken in turns in one run, so that their ratios hold on a shared machine."""
+"""Benchmarks: variants are measured interleaved in one run, so that their ratios hold on a shared machine."""

@@ -1,4 +1,4 @@
-"""What is measured: a serving ONNX, InsightFace or a served model in; variants for `measure_in_turns` out."""
+"""Makes the variants for `measure_in_turns`: the bare runtime, InsightFace, and served models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from arcface_clients.errors import Missing
 
 
 def in_process(name: str, encode: Callable[[np.ndarray], object], faces_bgr_u8: np.ndarray, batch: int) -> Variant:
-    """A variant that calls `encode` on batches of `batch` faces, taken in turn from `faces_bgr_u8`, in this process."""
+    """A variant that calls `encode` in this process on batches of `batch` faces, cycling through `faces_bgr_u8`."""
     batches = _batches(faces_bgr_u8, batch)
 
     def sample(seconds: float) -> Work:
@@ -39,13 +39,13 @@ def in_process(name: str, encode: Callable[[np.ndarray], object], faces_bgr_u8: 
 
 
 def bare_session(onnx: Path, faces_bgr_u8: np.ndarray, batch: int, threads: int = 0, spinning: bool = True) -> Variant:
-    """ONNX Runtime on a serving ONNX with its default options: what serving is measured against.
+    """ONNX Runtime on a serving ONNX with default options: the baseline for serving.
 
     Args:
         onnx: serving ONNX (`face` uint8 → `embedding`).
         faces_bgr_u8: faces to embed, uint8 (N,112,112,3).
-        batch: faces a call.
-        threads: intra-op threads; 0 leaves ONNX Runtime's default (all cores).
+        batch: faces per call.
+        threads: intra-op threads; 0 keeps ONNX Runtime's default (all cores).
         spinning: idle threads spin (ONNX Runtime's default); without, it keeps its speed beside other processes.
     """
     if not onnx.is_file():
@@ -67,9 +67,9 @@ def bare_session(onnx: Path, faces_bgr_u8: np.ndarray, batch: int, threads: int 
 
 
 def insightface_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequence[int]) -> list[Variant]:
-    """InsightFace's own `get_feat` on an untouched source ONNX, a variant for each batch that the file allows.
+    """InsightFace's own `get_feat` on the unchanged source ONNX, one variant for each batch size the file allows.
 
-    Called as pipelines do today. Its preprocessing may not be the one that the weights were trained with: time only.
+    Called as in existing pipelines. Its preprocessing may differ from that of the weights, so only time is measured.
     """
     if not source.is_file():
         raise Missing(f"no source ONNX at {source}. Next: arcface import demo, or arcface import YOUR.onnx")
@@ -88,13 +88,13 @@ def insightface_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequen
 
 
 def served(program: PerfAnalyzer, load: Load, target: ServerUnderTest, input_data: Path) -> Variant:
-    """A variant that perf_analyzer measures through the server; each sample carries the server's own split of its time.
+    """A variant measured with perf_analyzer through the server; each sample includes Triton's breakdown of its time.
 
     Args:
-        program: what `find_perf_analyzer` found.
+        program: the result of `find_perf_analyzer`.
         load: model, protocol, batch, concurrency.
-        target: the server; its CPU time is told where it runs on this host, its HTTP is asked for the statistics.
-        input_data: file that `write_input_data` wrote.
+        target: the server; its CPU time is reported if it runs on this host, its statistics are read over HTTP.
+        input_data: file written by `write_input_data`.
     """
     url = target.url(load.protocol)
     requests_per_s = 0.0
@@ -113,7 +113,7 @@ def served(program: PerfAnalyzer, load: Load, target: ServerUnderTest, input_dat
 
 
 def _batches(faces_bgr_u8: np.ndarray, batch: int) -> list[np.ndarray]:
-    """At least one whole batch, faces repeated where there are too few."""
+    """At least one whole batch; faces are repeated if there are too few."""
     count = max(1, len(faces_bgr_u8) // batch)
     index = np.arange(count * batch) % len(faces_bgr_u8)
     return [np.ascontiguousarray(faces_bgr_u8[part]) for part in index.reshape(count, batch)]

@@ -1,4 +1,4 @@
-"""CPU time from /proc: a process tree's, the host's, and so what others took while a sample was measured."""
+"""CPU time from /proc: of a process tree, of the host, and of other processes while a sample was measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PROC = Path("/proc")
 
 @dataclass
 class CpuUse:
-    """What `watch_cpu` saw; seconds. `foreign_share` is other processes' part of all cores, 0..1 (and stolen time)."""
+    """Result of `watch_cpu`, in seconds. `foreign_share`: share of all cores used by others or stolen, 0..1."""
 
     wall_s: float = 0.0
     this_process_s: float = 0.0
@@ -24,7 +24,7 @@ class CpuUse:
 
 
 def tree_cpu_s(*pids: int) -> float:
-    """User and system seconds of processes, their living descendants and the children they have waited for."""
+    """User and system seconds of processes, their living descendants and reaped children."""
     stats = dict(_all_stats())
     children: dict[int, list[int]] = {}
     for child, (parent, _) in stats.items():
@@ -40,7 +40,7 @@ def tree_cpu_s(*pids: int) -> float:
 
 
 def host_busy_cpu_s() -> float:
-    """Seconds that all cores together were not idle since boot, stolen time included."""
+    """Busy seconds of all cores since boot, including stolen time."""
     fields = [int(v) for v in (_PROC / "stat").read_text().split("\n", 1)[0].split()[1:9]]
     user, nice, system, _idle, _iowait, irq, softirq, steal = fields
     return (user + nice + system + irq + softirq + steal) * _TICK_S
@@ -48,7 +48,7 @@ def host_busy_cpu_s() -> float:
 
 @contextmanager
 def watch_cpu(*server_pids: int) -> Iterator[CpuUse]:
-    """Fill a CpuUse on exit: this process' tree and those of `server_pids` are ours, the rest is foreign."""
+    """Fill a CpuUse on exit: this process tree and those of `server_pids` are ours, the rest is foreign."""
     use = CpuUse()
     started, busy, ours = time.perf_counter(), host_busy_cpu_s(), tree_cpu_s(os.getpid(), *server_pids)
     mine, servers = time.process_time(), tree_cpu_s(*server_pids)

@@ -1,4 +1,4 @@
-"""`arcface tune`: settings meet in duels through two real servers at a time, measured in turns; what won is written."""
+"""Runs `arcface tune`: compares settings in duels between two real servers, and writes the winner."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from arcface_build.serving.process import TritonProcess, free_ports
 
 @dataclass(frozen=True)
 class Tuning:
-    """The load to tune for, and how long to look."""
+    """The load to tune for, and how long to measure."""
 
     batch: int = 8
     concurrency: int = 4
@@ -51,7 +51,7 @@ def tune(
     program: PerfAnalyzer,
     progress: Callable[[str], None] = lambda told: None,
 ) -> dict[str, Any]:
-    """Search the best settings of arcface_onnx; where they beat the shipped ones, configs/tuned.pbtxt is written.
+    """Find the best settings of arcface_onnx; if they beat the shipped ones, write configs/tuned.pbtxt.
 
     Returns:
         The result as JSON of kind "tune" (docs/reports.md).
@@ -97,7 +97,7 @@ def _told(result: dict[str, Any], last: Duel | None) -> str:
     if last is None or not result["beaten"]:
         disturbed = sum(duel["disturbed"] for duel in result["duels"])
         told = f"{len(result['duels'])} duels: nothing beats the shipped config beyond chance ({result['shipped']})."
-        quiet = f" {disturbed} of them were disturbed by other processes and count for nobody: use a quiet machine."
+        quiet = f" {disturbed} of them were disturbed by other processes and do not count: use an idle machine."
         return told + quiet * (disturbed > 0)
     return (
         f"{result['best']}: {last.ratio} × the shipped config ({result['shipped']}), "
@@ -116,7 +116,7 @@ def _duel(
     challenger: Settings,
     tuning: Tuning,
 ) -> Duel:
-    """Both servers up, measured in turns, both down."""
+    """Start both servers, measure them interleaved, stop them."""
     variants = []
     with ExitStack() as stack:
         for name, settings in (("champion", champion), ("challenger", challenger)):

@@ -1,4 +1,4 @@
-"""What a load sends: crops from files, else drawn ones."""
+"""Faces for a load: crops from files, else synthetic ones."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from arcface_clients.faces.images import load_or_draw
 
 
 def faces_for_load(sources: Sequence[str], batch: int, refused: Callable[[str], None]) -> npt.NDArray[Any]:
-    """Crops uint8 (N,112,112,3) BGR of `sources` (folders, files, .npz), at least one batch of drawn ones without.
+    """Crops uint8 (N,112,112,3) BGR from `sources` (folders, files, .npz); without any, at least one synthetic batch.
 
     Args:
         sources: what the user named.
         batch: the largest batch.
-        refused: told of each crop that could not be read, and why.
+        refused: called with each crop that could not be read, and why.
 
     Raises:
         WrongUse: not one could be read.

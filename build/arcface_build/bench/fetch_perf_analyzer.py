@@ -1,4 +1,4 @@
-"""Triton's load generator from the package index: nothing in, an executable perf_analyzer in our cache out."""
+"""Fetches perf_analyzer, Triton's load generator, from tritonclient's wheel into our cache."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from pathlib import Path
 from arcface_clients.atomic import new_folder
 from arcface_clients.errors import Missing
 
-VERSION = "2.50.0"  # its binary runs on glibc 2.36; that of 2.60 needs 2.38, and newer wheels hold none
-_BY_HAND = f"The wheel that holds it (newer ones do not): pip install 'tritonclient[grpc,http]=={VERSION}'"
+VERSION = "2.50.0"  # its binary runs on glibc 2.36; that of 2.60 needs 2.38, and newer wheels have none
+_BY_HAND = f"Install a wheel that contains it (newer ones do not): pip install 'tritonclient[grpc,http]=={VERSION}'"
 
 
 def cached_perf_analyzer(cache: Path) -> Path:
-    """Where a fetched one is kept; it need not be there."""
+    """Path of a fetched perf_analyzer, which need not exist."""
     return cache.expanduser() / f"perf_analyzer-{VERSION}" / "perf_analyzer"
 
 
 def fetch_perf_analyzer(cache: Path, say: Callable[[str], None], timeout_s: float = 300.0) -> Path:
-    """Let this Python's pip download tritonclient's wheel, and take the one program out of it.
+    """Download tritonclient's wheel with this Python's pip, and extract that one program.
 
-    pip's own settings hold (index, proxy, PIP_NO_INDEX, PIP_FIND_LINKS). Nothing is installed: the wheel goes away, and
-    the program appears in the cache whole and executable, or not at all.
+    pip's own settings apply (index, proxy, PIP_NO_INDEX, PIP_FIND_LINKS). Nothing is installed: the wheel is deleted,
+    and the program appears in the cache atomically.
 
     Args:
         cache: the folder of downloads.
-        say: told before the download.
-        timeout_s: for all of it.
+        say: called with a message before the download.
+        timeout_s: for the whole operation.
 
     Raises:
-        Missing: the wheel cannot be had, or holds no perf_analyzer.
+        Missing: the wheel cannot be downloaded, or contains no perf_analyzer.
     """
     target = cached_perf_analyzer(cache)
-    say(f"no perf_analyzer on this host: fetching tritonclient=={VERSION}, which holds it, into {target.parent}")
+    say(f"no perf_analyzer on this host: fetching it from tritonclient=={VERSION} into {target.parent}")
     with tempfile.TemporaryDirectory(prefix="perf_analyzer-wheel-") as name:
         line = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1"]
         line += ["--no-deps", "--only-binary=:all:", "--dest", name, f"tritonclient=={VERSION}"]
@@ -53,7 +53,7 @@ def fetch_perf_analyzer(cache: Path, say: Callable[[str], None], timeout_s: floa
         with zipfile.ZipFile(wheel) as archive:
             member = next((item for item in archive.namelist() if item.endswith("/perf_analyzer")), None)
             if member is None:
-                raise Missing(_not_there(f"{wheel.name} holds none"))
+                raise Missing(_not_there(f"{wheel.name} does not contain it"))
             with new_folder(target.parent) as folder:
                 program = folder / target.name
                 with archive.open(member) as source, program.open("wb") as file:

@@ -1,4 +1,4 @@
-"""What the GPU did while a sample was measured: nvidia-smi's readings in, mean load and largest memory out."""
+"""Mean load and peak memory of the GPU while a sample was measured, from nvidia-smi."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _QUERY = ("--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,noun
 
 @contextmanager
 def watch_gpu() -> Iterator[dict[str, Any]]:
-    """Fill `utilization_percent` and `memory_mib` on exit; stays empty where there is no nvidia-smi or no GPU."""
+    """Fill `utilization_percent` and `memory_mib` on exit; stays empty without nvidia-smi or a GPU."""
     use: dict[str, Any] = {}
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -28,7 +28,7 @@ def watch_gpu() -> Iterator[dict[str, Any]]:
 
 
 def gpu_use(readings: str) -> dict[str, float]:
-    """Mean utilisation in percent and largest memory in MiB of lines "37, 1024"; other lines are left out."""
+    """Mean utilisation in percent and peak memory in MiB from lines such as "37, 1024"; other lines are ignored."""
     rows = [[part.strip() for part in line.split(",")] for line in readings.splitlines()]
     numbers = [(float(a), float(b)) for a, b in (row for row in rows if len(row) == 2) if a.isdigit() and b.isdigit()]
     if not numbers:

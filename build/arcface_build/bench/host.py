@@ -1,4 +1,4 @@
-"""Where a measurement was taken: hardware, versions, governor and load, as JSON."""
+"""The host of a measurement as JSON: hardware, versions, governor and load."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def describe_host() -> dict[str, Any]:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    """The GPUs that this process may use, as `arcface_clients.gpu.cards.Gpu` names their fields."""
+    """The GPUs that this process may use, with the fields of `arcface_clients.gpu.cards.Gpu`."""
     try:
         return [asdict(gpu) for gpu in find_gpus()]
     except DependencyMissing:

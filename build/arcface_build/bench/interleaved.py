@@ -1,7 +1,7 @@
-"""Variants measured in turns in one run: samples in; medians, spreads and paired ratios out.
+"""Measures variants interleaved in one run, and gives medians, spreads and paired ratios.
 
-On a shared machine a figure drifts by tens of percent within minutes, a ratio of neighbours hardly. So each round
-measures every variant once, in an order that rotates, and a ratio is taken within its round.
+On a shared machine absolute figures drift by tens of percent within minutes, but ratios of adjacent samples hardly do.
+So each round measures every variant once, in rotating order, and ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from arcface_build.bench.cpu_time import CpuUse, watch_cpu
 from arcface_build.bench.gpu_use import watch_gpu
 from arcface_clients.errors import WrongUse
 
-FOREIGN_LIMIT = 0.05  # a sample in which others took more of the cores is dropped
-MIN_ROUNDS = 3  # fewer undisturbed rounds than this: keep the least disturbed ones, and say so
+FOREIGN_LIMIT = 0.05  # a sample is dropped if other processes used more of the cores than this
+MIN_ROUNDS = 3  # with fewer undisturbed rounds, keep the least disturbed ones and say so
 
 
 @dataclass
 class Work:
-    """What a variant did in one sample: faces embedded, and in which time. `latencies_ms` is one number a call."""
+    """One sample of a variant: faces embedded and the time taken. `latencies_ms` has one number per call."""
 
     faces: int
     wall_s: float
     latencies_ms: Sequence[float] = ()
-    faces_in_all: int = 0  # with those that were computed but not counted (warm-up); 0: the same
+    faces_in_all: int = 0  # including those computed but not counted (warm-up); 0: the same
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -39,7 +39,7 @@ class Work:
 
 @dataclass
 class Variant:
-    """Something to measure: `sample(seconds)` works for about that long, `where` is "process" or "server"."""
+    """Something to measure: `sample(seconds)` runs for about that long, `where` is "process" or "server"."""
 
     name: str
     sample: Callable[[float], Work]
@@ -50,11 +50,11 @@ class Variant:
 
 @dataclass
 class Sample:
-    """One turn of one variant. `cpu_ms_per_face` is the CPU time of the process that computes: the server, or this."""
+    """One sample of one variant. `cpu_ms_per_face`: CPU time of the process that computes, the server or this one."""
 
     round_number: int
     faces_per_s: float
-    cpu_ms_per_face: float | None  # None where the server is on another host
+    cpu_ms_per_face: float | None  # None if the server is on another host
     foreign_share: float
     latencies_ms: list[float]
     details: dict[str, Any]
@@ -62,7 +62,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with the 10th and 90th percentile of what was seen."""
+    """A median with the 10th and 90th percentile."""
 
     median: float
     low: float
@@ -71,7 +71,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Spread of at least one value."""
+        """Spread of one or more values."""
         low, high = np.percentile(values, [10, 90])
         return cls(statistics.median(values), float(low), float(high), len(values))
 
@@ -100,7 +100,7 @@ def measure_in_turns(
     Returns samples by variant name, disturbed ones included; `undisturbed_rounds` chooses among them.
     """
     if len({v.name for v in variants}) != len(variants):
-        raise WrongUse(f"two variants have one name: {[v.name for v in variants]}. Give each its own.")
+        raise WrongUse(f"variants must have different names, got {[v.name for v in variants]}.")
     for variant in variants:
         variant.sample(0.0)
         on_sample(variant.name, -1)
@@ -139,7 +139,7 @@ def _cpu_ms_per_face(variant: Variant, cpu: CpuUse, work: Work) -> float | None:
 def undisturbed_rounds(
     samples: Mapping[str, Sequence[Sample]], foreign_limit: float = FOREIGN_LIMIT
 ) -> tuple[list[int], bool]:
-    """Rounds in which no sample was disturbed; too few: the least disturbed MIN_ROUNDS, and True as a warning."""
+    """Rounds without a disturbed sample; if too few, the least disturbed MIN_ROUNDS, and True as a warning."""
     worst = [max(s.foreign_share for s in turn) for turn in zip(*samples.values(), strict=True)]
     clean = [number for number, share in enumerate(worst) if share <= foreign_limit]
     if len(clean) >= min(MIN_ROUNDS, len(worst)):

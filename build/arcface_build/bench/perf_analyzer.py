@@ -1,4 +1,4 @@
-"""Triton's own load generator on real crops: a load in, the faces it got through and each request's latency out."""
+"""Runs perf_analyzer, Triton's load generator, on real crops, and computes throughput and latencies itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from arcface_clients.contract import FACE_INPUT
 from arcface_clients.errors import ArcFaceError, Missing, WrongUse
 from arcface_clients.triton.address import Access, Tls
 
-# What --protocol may be → perf_analyzer's arguments; the first word tells which of the server's ports is used.
+# Values of --protocol → perf_analyzer's arguments; the first word says which port of the server is used.
 PROTOCOLS: dict[str, tuple[str, ...]] = {
     "grpc": ("-i", "grpc"),
     "grpc-shm": ("-i", "grpc", "--shared-memory", "system"),
@@ -36,19 +36,19 @@ PROTOCOLS: dict[str, tuple[str, ...]] = {
     "http-shm": ("-i", "http", "--shared-memory", "system"),
     "http-json": ("-i", "http", "--input-tensor-format", "json", "--output-tensor-format", "json"),
 }
-# The export holds one face and all embeddings of each request as decimal text: bound the file, not the patience.
+# The export contains one face and all embeddings of each request as decimal text, so the file size is bounded.
 _MOST_EXPORT_BYTES = 120e6
 _TEXT_BYTES_OF_FACE, _TEXT_BYTES_OF_EMBEDDING = 150e3, 10.5e3
 _FEWEST_GENERATIONS = 3
-# It has been seen to hang on a loaded machine: a sample that takes so much longer than it should is begun once more.
+# perf_analyzer sometimes hangs on a loaded machine: a sample that takes this much too long is restarted once.
 START_S = 30.0
-_SLOWEST_FACES_PER_S = 1.0  # where no rate was measured yet; a large network on one old core
-_PATIENCE = 10.0  # times the duration that the measured rate lets expect
+_SLOWEST_FACES_PER_S = 1.0  # assumed until a rate is measured: a large network on one old core
+_PATIENCE = 10.0  # times the duration expected from the measured rate
 
 
 @dataclass(frozen=True)
 class Load:
-    """One point of a benchmark: `concurrency` callers, each with a request of `batch` faces always under way."""
+    """One point of a benchmark: `concurrency` callers, each with one request of `batch` faces always in flight."""
 
     model: str
     protocol: str = "grpc"
@@ -56,7 +56,7 @@ class Load:
     concurrency: int = 2
 
     def __post_init__(self) -> None:
-        """Refuse an unknown protocol and counts below one."""
+        """Reject an unknown protocol and counts below one."""
         if self.protocol not in PROTOCOLS:
             raise WrongUse(f"unknown protocol {self.protocol!r}: expected one of {', '.join(PROTOCOLS)}.")
         if self.batch < 1 or self.concurrency < 1:
@@ -68,13 +68,13 @@ class Load:
         return f"{self.model} {self.protocol} b{self.batch} c{self.concurrency}"
 
     def most_requests(self) -> int:
-        """How many requests one sample may have, so that the exported timestamps stay a file of bounded size."""
+        """Maximum number of requests in a sample, which bounds the size of the exported file."""
         return int(_MOST_EXPORT_BYTES / (_TEXT_BYTES_OF_FACE + self.batch * _TEXT_BYTES_OF_EMBEDDING))
 
 
 @dataclass
 class PerfAnalyzer:
-    """A perf_analyzer that was seen to start, with the environment that its libraries need."""
+    """A perf_analyzer that is known to start, with the environment that its libraries need."""
 
     path: Path
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -90,25 +90,25 @@ class PerfAnalyzer:
     ) -> Work:
         """Send `requests` requests in a closed loop and time them from their own timestamps.
 
-        perf_analyzer's printed throughput counts whole windows, which is wrong by a request in each: with two seconds
-        a request that is all there is. So the rate is that of all generations (one request of each caller) after the
-        first, which starts on an idle server: (n − c) · batch / (end of request n − end of request c).
+        perf_analyzer's printed throughput counts whole windows, which is off by up to a request in each: too much if a
+        request takes two seconds. So the rate is that of all generations (one request of each caller) after the first,
+        which starts on an idle server: (n − c) · batch / (end of request n − end of request c).
 
         Args:
             load: what to send, and to which model.
             url: host:port of the protocol that the load names.
-            input_data: file that `write_input_data` wrote.
-            requests: how many at least; made a whole number of generations, and bounded by `Load.most_requests`.
-            requests_per_s: rate of an earlier sample, 0 where there is none; says when a run is taken for hung.
+            input_data: file written by `write_input_data`.
+            requests: minimum number; rounded up to whole generations, and bounded by `Load.most_requests`.
+            requests_per_s: rate of an earlier sample, 0 if there is none; decides when a run counts as hung.
             access: perf_analyzer's own options for headers and TLS (`access_options`).
 
         Raises:
-            ArcFaceError: it failed, a request did, or it hung twice; the message carries perf_analyzer's own.
+            ArcFaceError: it or a request failed, or it hung twice; the message includes perf_analyzer's own.
         """
         generations = max(_FEWEST_GENERATIONS, -(-min(requests, load.most_requests()) // load.concurrency)) + 1
         count = generations * load.concurrency
         with tempfile.TemporaryDirectory(prefix="perf_analyzer-") as folder:
-            export = Path(folder) / "requests.json"  # an existing file would be refused
+            export = Path(folder) / "requests.json"  # must not exist yet
             line = [str(self.path), "-m", load.model, "-u", url, *PROTOCOLS[load.protocol], "-b", str(load.batch)]
             line += ["--concurrency-range", f"{load.concurrency}:{load.concurrency}:1", "--request-count", str(count)]
             line += ["--input-data", str(input_data), "--profile-export-file", str(export), *access]
@@ -131,12 +131,12 @@ class PerfAnalyzer:
             return self._run(line, timeout_s)
         except subprocess.TimeoutExpired as exc:
             raise ArcFaceError(
-                f"perf_analyzer hung: twice it did not finish within {timeout_s:.0f} s. "
-                "Is the server alive (curl http://HOST:8000/v2/health/ready)? Ask for a smaller batch."
+                f"perf_analyzer hung: it did not finish within {timeout_s:.0f} s, twice. "
+                "Check the server (curl http://HOST:8000/v2/health/ready), or use a smaller batch."
             ) from exc
 
     def check(self) -> None:
-        """Start it once.
+        """Check that it starts.
 
         Raises:
             Missing: one of its libraries is not on this host; the message names the package.
@@ -151,10 +151,10 @@ class PerfAnalyzer:
             name = library.group(1) or library.group(2)
             package = {
                 "libb64.so.0d": "apt-get install libb64-0d",
-                "libcudart.so.12": "pip install 'arcface-triton[evidence]' (it brings nvidia-cuda-runtime-cu12)",
+                "libcudart.so.12": "pip install 'arcface-triton[evidence]' (it includes nvidia-cuda-runtime-cu12)",
             }
             raise Missing(
-                f"{self.path} needs {name}, which this host has not. Next: {package.get(name, f'install {name}')}"
+                f"{self.path} needs {name}, which this host lacks. Next: {package.get(name, f'install {name}')}"
             )
         if answer.returncode:
             raise Missing(f"{self.path} does not start (status {answer.returncode}): {_reason(answer)}")
@@ -167,13 +167,13 @@ class PerfAnalyzer:
 
 
 def deadline_s(requests: int, batch: int, requests_per_s: float = 0.0) -> float:
-    """Seconds after which a run of so many requests is taken for hung."""
+    """Seconds after which a run of this many requests counts as hung."""
     expected_s = requests / requests_per_s * _PATIENCE if requests_per_s else requests * batch / _SLOWEST_FACES_PER_S
     return START_S + expected_s
 
 
 def access_options(access: Access, encrypted: bool) -> list[str]:
-    """perf_analyzer's options for the headers and TLS files of a server; who lists processes can read them."""
+    """perf_analyzer's options for a server's headers and TLS files; visible to anyone who can list processes."""
     line = [word for name, value in access.get("headers", {}).items() for word in ("-H", f"{name}:{value}")]
     tls = access.get("tls") or Tls()
     if encrypted:
@@ -206,7 +206,7 @@ def work_from_timestamps(starts_ns: np.ndarray, ends_ns: np.ndarray, batch: int,
 
 
 def write_input_data(faces_bgr_u8: np.ndarray, path: Path) -> Path:
-    """Write faces, uint8 (N,112,112,3), as perf_analyzer's JSON: one step a face, which it fills batches from."""
+    """Write faces, uint8 (N,112,112,3), as perf_analyzer's JSON: one step per face, from which it fills batches."""
     steps = [{FACE_INPUT: {"b64": base64.b64encode(face.tobytes()).decode()}} for face in faces_bgr_u8]
     path.write_text(json.dumps({"data": steps}))
     return path
@@ -215,7 +215,7 @@ def write_input_data(faces_bgr_u8: np.ndarray, path: Path) -> Path:
 def find_perf_analyzer(cache: Path = CACHE, say: Callable[[str], None] = lambda line: None) -> PerfAnalyzer:
     """The perf_analyzer on PATH, of this environment, or of the installed tritonclient wheel; else a fetched one.
 
-    It is fetched once, from the wheel that holds it, into the folder `cache`; `say` is told.
+    It is fetched once into the folder `cache`; `say` is called with a message.
 
     Raises:
         Missing: there is none, or one of its libraries is not on this host; the message names the package.
@@ -227,7 +227,7 @@ def find_perf_analyzer(cache: Path = CACHE, say: Callable[[str], None] = lambda 
 
 
 def _binary(cache: Path) -> Path | None:
-    """PATH, then beside this Python, then where the wheel's record says, then what was fetched earlier."""
+    """Search PATH, beside this Python, the wheel's record, and what was fetched earlier, in this order."""
     candidates = [Path(sys.executable).with_name("perf_analyzer")]
     if on_path := shutil.which("perf_analyzer"):
         candidates.insert(0, Path(on_path))
@@ -239,7 +239,7 @@ def _binary(cache: Path) -> Path | None:
 
 
 def _library_environment() -> dict[str, str]:
-    """LD_LIBRARY_PATH for that process only: CUDA's runtime from its wheel, libb64 from the one that Triton brings."""
+    """LD_LIBRARY_PATH for that process only: CUDA's runtime from its wheel, libb64 from Triton's wheel."""
     folders = []
     cuda = util.find_spec("nvidia.cuda_runtime") if util.find_spec("nvidia") else None
     if cuda and cuda.submodule_search_locations:
@@ -247,7 +247,7 @@ def _library_environment() -> dict[str, str]:
     pytriton = util.find_spec("pytriton")
     if pytriton and pytriton.origin:
         bundled = sorted((Path(pytriton.origin).parent.parent / "nvidia_pytriton.libs").glob("libb64-*.so.0d"))
-        if bundled:  # auditwheel has put a digest into its name
+        if bundled:  # auditwheel added a digest to its name
             folder = tempfile.mkdtemp(prefix="libb64-")
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             (Path(folder) / "libb64.so.0d").symlink_to(bundled[0])
@@ -257,7 +257,7 @@ def _library_environment() -> dict[str, str]:
 
 
 def _timestamps(export: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(start, end) of each request in nanoseconds, without parsing the tensors that the export holds too."""
+    """(start, end) of each request in nanoseconds, without parsing the tensors in the export."""
     pattern = re.compile(rb'"timestamp":\s*(\d+)|"response_timestamps":\s*\[(?:\d+,\s*)*(\d+)\]')
     starts: list[int] = []
     ends: list[int] = []
@@ -269,7 +269,7 @@ def _timestamps(export: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _reason(answer: subprocess.CompletedProcess[str]) -> str:
-    """The line of its output that tells why, without its usage text."""
+    """The line of its output that says why, without its usage text."""
     lines = [line.strip() for line in (answer.stderr + "\n" + answer.stdout).splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"error|fail|thread|unable|not found|invalid", line, re.IGNORECASE)]
     return " ".join((telling or lines or ["it printed nothing"])[:3])

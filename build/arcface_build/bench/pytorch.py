@@ -1,4 +1,4 @@
-"""A source ONNX in; its network in eager PyTorch, fp32 and proved against ONNX Runtime, as variants out."""
+"""The PyTorch contestant: runs a source ONNX in eager fp32 PyTorch, verified against ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PROOF_FACES = 8
 
 
 def pytorch_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequence[int]) -> list[Variant]:
-    """Eager PyTorch on the CPU in this process, all its threads, a variant for each batch.
+    """Eager PyTorch on the CPU in this process, with all its threads, one variant per batch size.
 
     Args:
         source: the source ONNX of a served reference; the manifest.json beside it states its preprocessing.
         faces_bgr_u8: faces to embed, uint8 (N,112,112,3).
-        batches: faces a call.
+        batches: faces per call.
 
     Raises:
-        Missing: no source, no PyTorch, or an operator that the baseline does not know.
-        ProofFailed: its embeddings are not those of ONNX Runtime on the same graph.
+        Missing: no source, no PyTorch, or an operator that the baseline does not support.
+        ProofFailed: its embeddings differ from those of ONNX Runtime on the same graph.
     """
     if not source.is_file():
         raise Missing(f"no source ONNX at {source}. Next: arcface import demo, or arcface import YOUR.onnx")
@@ -45,10 +45,10 @@ def pytorch_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequence[i
 
 
 def proved_network(source: Path, faces_bgr_u8: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """The serving form of a source as a PyTorch callable: uint8 (N,112,112,3) BGR → float32 (N,D), unit rows.
+    """The serving model of a source as a PyTorch callable: uint8 (N,112,112,3) BGR → float32 (N,D), unit rows.
 
-    It is made by the steps of an import from the source, whatever variant is served: PRelu stays PRelu, and each
-    BatchNormalization that ONNX Runtime would fold is folded for PyTorch too, which can only make it faster.
+    It is made from the source by the transformations of an import, whichever variant is served: PRelu stays PRelu, and
+    each BatchNormalization that ONNX Runtime would fold is folded for PyTorch too, which can only make it faster.
     """
     import torch
 

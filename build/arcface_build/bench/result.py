@@ -1,6 +1,6 @@
-"""Samples in; the benchmark's JSON out, and its comparison with an older one.
+"""Turns samples into the benchmark's JSON, and compares it with an older one.
 
-The format is described in docs/reports.md. Ratios are the result; faces a second are what this host gave that day.
+The format is described in docs/reports.md. The ratios are the result; faces/s depend on the host and the day.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from arcface_build.bench.triton_statistics import ensemble_cost
 from arcface_clients.errors import WrongUse
 
 FORMAT = 1
-DEFAULT_MARGIN = 0.03  # closer than this two runs on a shared machine cannot be told apart
+DEFAULT_MARGIN = 0.03  # smaller differences between two runs on a shared machine are not significant
 
 
 def summarise(
     variants: Sequence[Variant], samples: Mapping[str, Sequence[Sample]], host: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The result as a JSON object: host, rounds, a row for each variant, and the ratios between them."""
+    """The result as a JSON object: host, rounds, one row per variant, and the ratios between them."""
     rounds, disturbed = undisturbed_rounds(samples)
     return {
         "format": FORMAT,
@@ -39,9 +39,9 @@ def summarise(
 
 
 def comparisons(variants: Sequence[Variant]) -> list[tuple[str, str]]:
-    """(variant, base) pairs worth a ratio.
+    """(variant, base) pairs to compute ratios for.
 
-    Base: the bare runtime of that batch, InsightFace b1, for a served one PyTorch of that batch, an ensemble's leaf.
+    Bases: the bare runtime at that batch, InsightFace b1, an ensemble's leaf, for served ones PyTorch at that batch.
     """
     pairs = []
     for variant in variants:
@@ -74,12 +74,12 @@ def read_result(path: Path) -> dict[str, Any]:
         raise WrongUse(f"{path} cannot be read as JSON ({exc}): {expected}.") from exc
     got = (result.get("format"), result.get("kind")) if isinstance(result, dict) else (None, None)
     if got != (FORMAT, "bench") or not isinstance(result.get("ratios"), list):
-        raise WrongUse(f"{path} is no benchmark of format {FORMAT}: got format {got[0]}, kind {got[1]!r}; {expected}.")
+        raise WrongUse(f"{path} is not a benchmark of format {FORMAT}: format {got[0]}, kind {got[1]!r}; {expected}.")
     return result
 
 
 def regressions(old: Mapping[str, Any], new: Mapping[str, Any], margin: float = DEFAULT_MARGIN) -> list[str]:
-    """One sentence for each ratio that fell by more than `margin` (relative) beyond the larger of the two spreads.
+    """A sentence for each ratio that fell by more than `margin` (relative) beyond the larger of the two spreads.
 
     Raises:
         WrongUse: the two results share no ratio.
@@ -89,7 +89,7 @@ def regressions(old: Mapping[str, Any], new: Mapping[str, Any], margin: float = 
     shared = [pair for pair in before if pair in now]
     if not shared:
         raise WrongUse(
-            f"the two results share no ratio: expected some of {sorted(before)}, got {sorted(now)}. Measure the same."
+            f"the two results share no ratio: expected some of {sorted(before)}, got {sorted(now)}. Repeat the options."
         )
     found = []
     for pair in shared:
@@ -124,7 +124,7 @@ def _row(variant: Variant, samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _ensemble(variant: Variant, samples: Sequence[Sample]) -> dict[str, Any] | None:
-    """Spreads over the samples of what the ensemble that was asked adds to its step; None where it is no ensemble."""
+    """Spread over the samples of an ensemble's overhead over its model; None if it is not an ensemble."""
     model = str(variant.about.get("model"))
     costs = [cost for s in samples if (cost := ensemble_cost(s.details.get("server") or {}, model))]
     if not costs:

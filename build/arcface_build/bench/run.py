@@ -1,4 +1,4 @@
-"""One benchmark: perf_analyzer through a server beside the runtimes in this process, measured in turns."""
+"""Runs one benchmark: perf_analyzer through a server and runtimes in this process, interleaved."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from arcface_build.repository.versions import served_folder
 from arcface_clients.errors import WrongUse
 from arcface_clients.extras import require
 
-Bars = Callable[[int], AbstractContextManager[Callable[[str, int], None]]]  # steps in all → what is told of each
+Bars = Callable[[int], AbstractContextManager[Callable[[str, int], None]]]  # total steps → callback for each
 
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What is measured, and how long: each of `models` × `protocols` × `batches` × `callers`, beside the runtimes."""
+    """What to measure, and how long: `models` × `protocols` × `batches` × `callers`, and the runtimes."""
 
     models: Sequence[str]
     protocols: Sequence[str]
@@ -45,13 +45,13 @@ class BenchRequest:
     sample_s: float = 3.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Reject what cannot be measured."""
         if self.waterfall and (len(self.batches) > 1 or not self.bare):
-            raise WrongUse("--waterfall wants one --batch and the bare runtime; got several, or --no-bare.")
+            raise WrongUse("--waterfall needs exactly one --batch and the bare runtime; got several, or --no-bare.")
         self.loads()
 
     def loads(self) -> list[Load]:
-        """What perf_analyzer sends.
+        """The loads that perf_analyzer sends.
 
         Raises:
             WrongUse: an unknown protocol.
@@ -61,7 +61,7 @@ class BenchRequest:
         return [Load(*parts) for parts in product(self.models, self.protocols, self.batches, self.callers)]
 
     def served(self) -> tuple[str, ...]:
-        """The models that the server has to have."""
+        """The models that the server must have."""
         return ("arcface_onnx", "arcface") if self.waterfall else tuple(self.models)
 
 
@@ -78,12 +78,12 @@ def run_benchmark(
     """Measure; returns the benchmark's JSON (docs/reports.md).
 
     Args:
-        asked: what.
+        asked: what to measure.
         faces_bgr_u8: crops to send, uint8 (N,112,112,3).
-        program: what `find_perf_analyzer` found.
-        repository: gives the model repository, where the bare runtimes and a server of our own find their files; not
-            called where nothing needs it.
-        config: Triton's --model-config-name of a server of our own.
+        program: the result of `find_perf_analyzer`.
+        repository: returns the model repository, where the bare runtimes and our own server find their files; called
+            only if needed.
+        config: Triton's --model-config-name for our own server.
         target: a running server; None starts one.
         bars: shows progress.
     """

@@ -1,4 +1,4 @@
-"""The server that is measured: a running one by its address, else one of our own on free ports."""
+"""The server under test: a running one by its address, else our own on free ports."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.listener import pid_listening_on
 from arcface_build.serving.process import TritonProcess, free_ports
 from arcface_clients.errors import WrongUse
-from arcface_clients.triton.address import Access
+from arcface_clients.triton.address import Access, Address
+from arcface_clients.triton.admin_key import GRPC_HEADER, HTTP_HEADER, find_key
 
 
 @dataclass(frozen=True)
 class ServerUnderTest:
-    """The server under test: host:port of both protocols; `pid` only where it runs on this host."""
+    """The server under test: host:port of both protocols; `pid` only if it runs on this host."""
 
     grpc_url: str
     http_url: str
@@ -33,16 +34,19 @@ class ServerUnderTest:
         return self.grpc_url if protocol.startswith("grpc") else self.http_url
 
     def options(self) -> list[str]:
-        """What perf_analyzer has to be told beside the address."""
-        return access_options(self.access, self.encrypted)
+        """perf_analyzer's options besides the address."""
+        key = find_key(Address.parse(self.grpc_url))  # for the requests through shared memory
+        admin = {HTTP_HEADER: key, GRPC_HEADER: key} if key else {}
+        headers = {**admin, **self.access.get("headers", {})}
+        return access_options({**self.access, "headers": headers}, self.encrypted)
 
 
 @contextmanager
 def own_server(repository: Path, models: Sequence[str], config: str) -> Iterator[ServerUnderTest]:
-    """A tritonserver of ours on a model repository, stopped at the end.
+    """Our own tritonserver on a model repository, stopped at the end.
 
     Raises:
-        WrongUse: a model or a config that the repository has not.
+        WrongUse: the repository lacks a model or the config.
         Missing: no tritonserver, or it did not start.
     """
     check_served(repository, models, config)
@@ -73,10 +77,10 @@ def server_log() -> Iterator[Path]:
 
 
 def running_server(url: str, http_url: str | None = None, access: Access | None = None) -> ServerUnderTest:
-    """The running server at host:port of its gRPC; its HTTP is at the port below where nobody says otherwise.
+    """The running server with gRPC at host:port; its HTTP is at the port below unless stated.
 
     Raises:
-        WrongUse: no such address.
+        WrongUse: not a valid address.
     """
     scheme, _, rest = url.rpartition("://")
     host, _, port = rest.rpartition(":")
@@ -92,10 +96,10 @@ def running_server(url: str, http_url: str | None = None, access: Access | None 
 
 
 def check_served(repository: Path, models: Sequence[str], config: str) -> None:
-    """Refuse names that Triton would not: it says little of a model that is not there, and nothing of a config.
+    """Check names, because Triton says little about a missing model and nothing about a missing config.
 
     Raises:
-        WrongUse: a model that the repository has not, or a config (configs/NAME.pbtxt) that no model of it has.
+        WrongUse: the repository lacks a model, or none of its models has the config (configs/NAME.pbtxt).
     """
     there = sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
     if absent := [model for model in models if model not in there]:

@@ -1,13 +1,13 @@
-"""The PyTorch baseline, run by any Python that has torch: its speed on an exported graph, in each way to run it.
+"""The PyTorch baseline, for any Python that has torch: the speed of an exported graph in several modes.
 
     python torch_baseline.py FOLDER BATCHES SECONDS [DEVICE]
 
-FOLDER holds graph.json and weights.npz as `export_graph` writes them, faces.npy and reference.npy. This file imports
-nothing but numpy and torch, because the Python that has torch on a GPU host is seldom the one that has TensorRT. The
-network is walked node by node with torch.nn.functional, which is what a converted module does when it is called.
+FOLDER contains graph.json and weights.npz as written by `export_graph`, faces.npy and reference.npy. This file imports
+only numpy and torch, because on a GPU host the Python with torch is seldom the one with TensorRT. The network is
+executed node by node with torch.nn.functional, just as a converted module would when called.
 
-It prints one JSON object a line, each as soon as it is known: the versions, the peak of a matrix product, then a line
-for each way to run the network. A baseline is the best of its kind, so every kind is run in both memory layouts.
+It prints one JSON object per line, as soon as it is known: the versions, the peak of a matrix product, then one for
+each mode. A baseline is the best of its kind, so every kind is run in both memory layouts.
 """
 
 import json
@@ -30,13 +30,13 @@ WAYS = [
     ("tf32", torch.float32, True, True, False),
     ("fp16", torch.float16, True, False, False),
     ("fp16", torch.float16, True, True, False),
-    ("tf32", torch.float32, True, True, True),  # compiling takes a minute: last
+    ("tf32", torch.float32, True, True, True),  # last, because compiling takes a minute
     ("fp16", torch.float16, True, True, True),
 ]
 
 
 def main(folder, batches, seconds, device="cuda"):
-    """Print what was measured, a line each; a way that fails is a line with its error."""
+    """Print one line per measurement; a mode that fails gives a line with its error."""
     faces, reference = np.load(folder / "faces.npy"), np.load(folder / "reference.npy")
     torch.backends.cudnn.benchmark = True
     _tell({"torch": torch.__version__, "cuda": torch.version.cuda, "device": device, "python": sys.executable})
@@ -44,7 +44,7 @@ def main(folder, batches, seconds, device="cuda"):
         _tell({"gemm_tflops": {kind: _gemm_tflops(kind) for kind in ("fp32", "tf32", "fp16")}})
     for kind, dtype, tf32, channels_last, compiled in WAYS:
         if device != "cuda" and (tf32 or compiled):
-            continue  # the CPU is for tests: it has no TF32, and fp16 takes for ever
+            continue  # the CPU is only for tests: it has no TF32, and fp16 takes forever
         way = {"kind": kind, "layout": "NHWC" if channels_last else "NCHW", "compiled": compiled}
         try:
             _allow_tf32(tf32)
@@ -60,12 +60,12 @@ def main(folder, batches, seconds, device="cuda"):
             _tell({**way, "min_cosine": float(cosine.min()), "batches": rows})
         except NotImplementedError:
             raise
-        except Exception as exc:  # the other ways are still worth measuring
+        except Exception as exc:  # the other modes are still worth measuring
             _tell({**way, "error": f"{type(exc).__name__}: {exc}"[:400]})
 
 
 def eager_network(folder, dtype, device, channels_last=True):
-    """What FOLDER holds as a callable: uint8 (N,112,112,3) on the host to float32 (N,D) on the host.
+    """The network in FOLDER as a callable: uint8 (N,112,112,3) on the host to float32 (N,D) on the host.
 
     Raises NotImplementedError with the names of operators that are not in OPS.
     """
@@ -73,7 +73,7 @@ def eager_network(folder, dtype, device, channels_last=True):
 
 
 def device_network(folder, dtype, device, channels_last=True):
-    """The same from a tensor on the device to a tensor on the device."""
+    """The same, from a tensor on the device to a tensor on the device."""
     graph = json.loads((folder / "graph.json").read_text())
     unknown = sorted({node["op"] for node in graph["nodes"]} - set(OPS))
     if unknown:
@@ -82,7 +82,7 @@ def device_network(folder, dtype, device, channels_last=True):
     with np.load(folder / "weights.npz") as arrays:
         weights = {key: _weight(arrays[key], dtype, device, layout) for key in arrays.files}
     needed = {graph["output"]}
-    for node in reversed(graph["nodes"]):  # a tensor that nobody needs any more gives its memory to the next one
+    for node in reversed(graph["nodes"]):  # free a tensor after its last use, so that the next can reuse its memory
         node["frees"] = sorted(set(node["inputs"]) - needed - set(weights))
         needed.update(node["inputs"])
     return partial(_run, graph, weights, dtype, layout)
@@ -103,7 +103,7 @@ def _weight(array, dtype, device, layout):
 
 
 def _measure(embed, forward, faces, batch, seconds, device):
-    """Median of calls from host to host, and on a GPU of the network alone with everything there."""
+    """Median of calls from host to host and, on a GPU, of the network alone with all data there."""
     part = np.resize(faces, (batch, *faces.shape[1:]))
     _repeat(lambda i: embed(part), WARM_UP_S if device == "cuda" else 0)
     times = _repeat(lambda i: embed(part), seconds)
@@ -139,7 +139,7 @@ def _events_ms(call, seconds):
 
 
 def _gemm_tflops(kind):
-    """TFLOP/s of a square matrix product: what this GPU reaches, not what its data sheet says."""
+    """Achieved TFLOP/s of a square matrix product, rather than the data sheet's figure."""
     _allow_tf32(kind == "tf32")
     dtype = torch.float16 if kind == "fp16" else torch.float32
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=dtype) for _ in range(2))

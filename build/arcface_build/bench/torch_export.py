@@ -1,4 +1,4 @@
-"""An ONNX graph as plain arrays and JSON, so that a Python without onnx can run it in PyTorch (`torch_baseline`)."""
+"""Exports an ONNX graph as plain arrays and JSON, for a Python without onnx (`torch_baseline`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 
 
 def export_graph(onnx_path: Path, folder: Path) -> None:
-    """Write an ONNX as graph.json (nodes in order) and weights.npz, for a Python that has no onnx."""
+    """Write an ONNX as graph.json (nodes in order) and weights.npz."""
     import onnx
     from onnx import numpy_helper
 
@@ -34,7 +34,7 @@ def export_graph(onnx_path: Path, folder: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """ONNX keeps strings as bytes, which JSON does not take."""
+    """Decode strings, which ONNX stores as bytes, for JSON."""
     if isinstance(value, bytes):
         return value.decode()
     return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What Triton says of its own time: counters before and after in, milliseconds a request and faces a batch out."""
+"""Triton's own statistics: time per request and faces per batch between two readings of its counters."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _PARTS = ("queue", "compute_input", "compute_infer", "compute_output")
 
 
 def read_statistics(http_url: str, access: Access | None = None, timeout_s: float = 10.0) -> dict[str, dict[str, Any]]:
-    """Counters since its start of every loaded model, by name; `http_url` is host:port, or begins with https://.
+    """Counters of every loaded model since the server's start, by name; `http_url` is host:port or starts with https://.
 
     Raises:
-        ServerUnreachable: no answer there.
+        ServerUnreachable: no answer.
     """
     access = access or {}
     base = http_url if "://" in http_url else f"http://{http_url}"
@@ -41,9 +41,9 @@ def _tls_context(tls: Tls) -> ssl.SSLContext:
 
 
 def server_split(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Per model that worked in between: requests, faces an execution, and milliseconds a request by part.
+    """For each model that ran in between: requests, faces per execution, and milliseconds per request by part.
 
-    An ensemble's own parts are the sums of its steps'; `executions` is how often the model ran (batches).
+    An ensemble's parts are the sums over its steps; `executions` is how often the model ran (batches).
     """
     split: dict[str, dict[str, float]] = {}
     for name, end in after.items():
@@ -62,18 +62,18 @@ def server_split(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
 
 
 def ensemble_cost(split: Mapping[str, Mapping[str, float]], ensemble: str) -> dict[str, Any] | None:
-    """What an ensemble of one step adds to a request: its total time less the total time of its step.
+    """The overhead of a one-step ensemble per request: its total time minus the total time of its step.
 
-    Both means are over the same requests, so that the spread between two runs, which is larger, plays no part.
+    Both means are over the same requests, which excludes the larger spread between two runs.
 
     Args:
-        split: what `server_split` told of one sample.
-        ensemble: the model that was asked.
+        split: the result of `server_split` for one sample.
+        ensemble: the model that was called.
 
     Returns:
-        over (the step's model), added_ms (a request), compute_ms (a request: input, inference and output of the step,
-        queue excluded) and share_of_compute (added_ms / compute_ms). None where the model is no ensemble, where more
-        than one model worked (steps may run side by side), or where others asked one of the two meanwhile.
+        over (the step's model), added_ms (per request), compute_ms (per request: input, inference and output of the
+        step, queue excluded) and share_of_compute (added_ms / compute_ms). None if the model is not an ensemble, if
+        more than one model ran (steps may run in parallel), or if others called one of the two in the meantime.
     """
     others = [name for name in split if name != ensemble]
     if ensemble not in split or len(others) != 1:

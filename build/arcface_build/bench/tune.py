@@ -1,7 +1,7 @@
-"""The best settings of arcface_onnx on this host: a shipped config in; duels through real servers; a tuned config out.
+"""Searches for the best settings of arcface_onnx on this host in duels between real servers.
 
-Two servers at a time are measured in turns. A challenger takes the champion's place only when it wins in nearly every
-round, so that chance does not tune; at the end the champion has to beat the shipped config the same way.
+Two servers at a time are measured, interleaved. A challenger replaces the champion only if it wins in nearly every
+round, so that chance does not decide; at the end the champion must beat the shipped config in the same manner.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LEAST_GAIN = 0.02
 
 @dataclass(frozen=True)
 class Settings:
-    """What is searched. `threads` is ONNX Runtime's intra-op threads an instance; 0: cores / instances."""
+    """The settings to search. `threads` is ONNX Runtime's intra-op threads per instance; 0: cores / instances."""
 
     instances: int = 1
     threads: int = 0
@@ -34,7 +34,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Duel:
-    """One comparison: throughput of the challenger over the champion's within a round, and both latencies (p95, ms)."""
+    """One comparison: throughput of challenger over champion within a round, and both latencies (p95, ms)."""
 
     champion: Settings
     challenger: Settings
@@ -43,10 +43,10 @@ class Duel:
     challenger_p95_ms: float
     champion_faces_per_s: float
     challenger_faces_per_s: float
-    disturbed: bool = False  # other processes took CPU in nearly every round: nobody wins
+    disturbed: bool = False  # other processes used the CPU in nearly every round, so nobody wins
 
     def won(self, latency_limit_ms: float | None) -> bool:
-        """Whether the challenger is better: faster in nearly every round, or alone within the latency limit."""
+        """Whether the challenger is better: faster in nearly every round, or the only one within the latency limit."""
         if self.disturbed or self.ratio.count < MIN_ROUNDS:
             return False
         if latency_limit_ms is not None:
@@ -63,7 +63,7 @@ class Duel:
 
 
 def stages(cores: int, batch: int) -> Iterator[Callable[[Settings], list[Settings]]]:
-    """One group of settings after the other: instances with threads, then the queue delay, then the largest batch."""
+    """The challengers of one stage: instances with threads, then the queue delay, then the largest batch."""
     counts = sorted({1, 2, cores} - {0})
     pairs = sorted({(n, max(1, cores // n)) for n in counts} | {(1, max(1, cores - 1)), (2, 1)})
     yield lambda best: [replace(best, instances=n, threads=t) for n, t in pairs]
@@ -78,10 +78,10 @@ def search(
     duel: Callable[[Settings, Settings], Duel],
     latency_limit_ms: float | None = None,
 ) -> tuple[Settings, list[Duel]]:
-    """Let challengers meet the champion, stage by stage, then the champion the shipped settings.
+    """Compare challengers with the champion, stage by stage, then the champion with the shipped settings.
 
     Returns:
-        What to use (the shipped settings when nothing beat them), and all duels.
+        The settings to use (the shipped ones if nothing beat them), and all duels.
     """
     champion, duels, met = shipped, [], {_same(shipped, cores)}
     for stage in stages(cores, batch):
@@ -147,7 +147,7 @@ def small_repository(repository: Path, settings: Settings, folder: Path) -> Path
 
 
 def base_config(repository: Path) -> str:
-    """The config that is served today: the build's overlay where it has written one."""
+    """The config served by default: the build's overlay if there is one."""
     overlay = repository / LEAF / "configs" / "onnx.pbtxt"
     return (overlay if overlay.is_file() else repository / LEAF / "config.pbtxt").read_text()
 
@@ -160,7 +160,7 @@ def write_tuned(repository: Path, settings: Settings, note: str) -> Sequence[Pat
     texts = {LEAF: with_settings(base_config(repository), settings, note)}
     for name in ("arcface", "arcface_parity"):
         (repository / name / "configs" / "tuned.pbtxt").unlink(missing_ok=True)  # of an earlier tuning
-        if settings.max_batch < shipped.max_batch:  # an ensemble may not take more than what is inside it
+        if settings.max_batch < shipped.max_batch:  # an ensemble may not accept more than the model inside it
             texts[name] = with_max_batch((repository / name / "config.pbtxt").read_text(), settings.max_batch, note)
     written = []
     for name, text in texts.items():
@@ -187,5 +187,5 @@ def _parse(config: str) -> Any:
 
 
 def _same(settings: Settings, cores: int) -> Settings:
-    """Settings with the threads that 0 stands for, so that equal ones are met once."""
+    """Settings with 0 threads resolved, so that equal ones are tried only once."""
     return replace(settings, threads=settings.threads or max(1, cores // settings.instances))

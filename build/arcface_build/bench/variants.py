@@ -1,6 +1,6 @@
-"""Variants side by side: a model folder with its variants in; speed against ONNX Runtime fp32, and drift, as JSON out.
+"""Measures speed and drift of a model's variants against ONNX Runtime fp32.
 
-Everything is measured in turns in one process, with as many threads for each: the ratios hold on a shared machine.
+All are interleaved in one process with the same number of threads, so that the ratios hold on a shared machine.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from arcface_clients.evidence.drift import compare_embeddings
 if TYPE_CHECKING:
     import onnx
 
-BASE = "bare"  # what `result.comparisons` takes as the base of a batch size
+BASE = "bare"  # the name that `result.comparisons` uses as base of a batch size
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One file in one runtime; `gate` is its verdict from a sidecar where it has one."""
+    """One file in one runtime; `gate` is its verdict from a sidecar, if any."""
 
     name: str
     model: Path | onnx.ModelProto
@@ -60,17 +60,17 @@ def run(
 
     Args:
         model_dir: models/NAME/ with what `arcface quantize` made.
-        batches: faces a call.
+        batches: faces per call.
         threads: for every session.
-        rounds: undisturbed rounds; in each everything is measured once.
-        sample_s: seconds of one sample, about.
-        faces: what is embedded, and what `drift` is measured on; default: 64 drawn ones.
-        insightface: also InsightFace in-process, one face a call (its own thread default).
+        rounds: undisturbed rounds; each measures everything once.
+        sample_s: approximate length of a sample in seconds.
+        faces: faces to embed and to measure `drift` on; default: 64 synthetic ones.
+        insightface: also InsightFace in-process, one face per call (with its own default threads).
         on_sample: progress.
 
     Returns:
         The benchmark's JSON (docs/reports.md) with kind "variants"; each variant has `ratio` (to ONNX Runtime fp32 of
-        the same batch), `drift` on `faces`, and `gate` (its verdict on the eval set) where it has one.
+        the same batch), `drift` on `faces`, and `gate` (its verdict on the eval set) if it has one.
     """
     faces = faces or evaluation_faces("synthetic", 64)
     entrants = contestants(model_dir)
@@ -99,7 +99,7 @@ def run(
 
 
 def speeds(result: dict[str, Any]) -> dict[str, Any]:
-    """What `variants.choose.choose` reads: ratio of each precision at the smallest batch, and on which CPU."""
+    """The input of `variants.choose.choose`: the ratio of each precision at the smallest batch, and the CPU's name."""
     batch = min(row["batch"] for row in result["variants"])
     ratio = {
         row["name"].split()[0]: row["ratio"]["median"]
@@ -110,7 +110,7 @@ def speeds(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def contestants(model_dir: Path) -> list[Contestant]:
-    """ONNX Runtime fp32 first, then what this host can run: OpenVINO fp32, bf16, int8 at its gate, int8 of every layer.
+    """ONNX Runtime fp32 first, then what this host can run: OpenVINO fp32, bf16, gated int8, int8 of every layer.
 
     Raises:
         WrongUse: the model has no int8 variant yet, and no bf16 one either.
@@ -136,13 +136,13 @@ def contestants(model_dir: Path) -> list[Contestant]:
 
 
 def every_layer(serving: Path, recipe: Recipe) -> onnx.ModelProto:
-    """The int8 model that keeps nothing but the first convolution: how fast int8 would be without a gate."""
+    """The int8 model that keeps only the first convolution, to show how fast int8 would be without a gate."""
     model = load_named(serving)
     return replace(recipe, keep=tuple(quantizable_layers(model)[:1])).apply(model)
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of text, the heading first: variant, faces/s, ratio, drift on the faces sent, gate."""
+    """Rows of text, header first: variant, faces/s, ratio, drift on the faces sent, gate."""
     head = ("variant", "faces/s", "× ONNX Runtime fp32", "drift mean / worst", "layers kept", "gate on the eval set")
     rows: list[tuple[str, ...]] = [head]
     for row in result["variants"]:

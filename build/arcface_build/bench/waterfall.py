@@ -1,4 +1,4 @@
-"""Where time goes between the bare runtime and a caller: samples in; milliseconds a face by step out."""
+"""Shows where the time goes between the bare runtime and a caller, in milliseconds per face."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _WAYS = (
 
 
 def waterfall_loads(batch: int) -> list[Load]:
-    """What has to be measured: one caller, so that nothing overlaps and time adds up."""
+    """The loads to measure: with one caller, so that nothing overlaps and times add up."""
     return [Load(model, protocol, batch, 1) for _, model, protocol in _WAYS]
 
 
 def waterfall(samples: Mapping[str, Sequence[Sample]], rounds: Sequence[int], batch: int) -> list[dict[str, Any]]:
     """Rows {step, ms_per_face, over_bare_us}: medians with spread, overheads paired within a round.
 
-    The backend's own step is the time that Triton counts as compute in the shared-memory run: what the model costs
-    inside the server, before any transport.
+    The backend's step is the time that Triton counts as compute in the shared-memory run: the cost of the model inside
+    the server, before any transport.
     """
     bare = {r: 1000 / samples[f"bare b{batch}"][r].faces_per_s for r in rounds}
     shm = samples[Load(LEAF, "grpc-shm", batch, 1).name]

@@ -123,6 +123,12 @@ class Shell:
     def __init__(self, as_json: bool) -> None:
         """Nothing is said yet."""
         self._as_json = as_json
+        self._told = False
+
+    def warned(self, text: str) -> None:
+        """In yellow, whatever is asked for."""
+        line = click.style(text, fg="yellow", bold=True)
+        (terminal.complaint if self._as_json else click.echo)(line)
 
     def chosen(self, line: str) -> None:
         """What will serve, and why."""
@@ -135,13 +141,16 @@ class Shell:
         urls = {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}
         result = {"backend": choice.backend, "reason": choice.reason, "urls": urls, "parity": report.to_json()}
         alone = "" if with_reference else "\nno reference is loaded: nothing was compared with InsightFace"
+        if self._as_json and self._told:  # one document, however often the server is started again
+            terminal.notice(render_table(report))
+            return
+        self._told = True
         hand_over(result, lambda: render_table(report) + alone, self._as_json)
 
-    def failed(self, report: ParityReport, instead: str | None) -> None:
+    def failed(self, why: str, instead: str | None) -> None:
         """In red: a backend is not served."""
-        failed = "; ".join(f"{row.model} {row.gate}" for row in report.rows if not row.passed)
         following = f"serving {instead} instead" if instead else "no fallback is left"
-        terminal.complaint(click.style(f"VALIDATION FAILED: {failed}; {following}", fg="red", bold=True))
+        terminal.complaint(click.style(f"{why}; {following}", fg="red", bold=True))
 
     def serving(self, server: TritonProcess) -> None:
         """How to use it and how to end it."""

@@ -1,1 +1,1 @@
-"""TensorRT plans: what identifies one, what proves one, how it is built, kept and found again."""
+"""TensorRT plans: building them, proving their precision, storing and finding them."""

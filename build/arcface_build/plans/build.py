@@ -1,7 +1,7 @@
-"""Builds a plan in a child process: typed ONNX and spec in; a proved plan file and its manifest out, or nothing at all.
+"""Builds a plan in a child process, and writes it with its manifest only if it passes the proof.
 
-A crash, an out-of-memory or a Ctrl-C costs the child. The plan gets its name only after its precision is proved from
-the engine inspector and its drift against the reference embeddings is within the limit.
+A crash, running out of memory or Ctrl-C ends only the child. The plan gets its final name only after the engine
+inspector has proved its precision and its drift from the reference embeddings is within the limit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from arcface_clients.plans.manifest import PlanManifest, file_sha256, now_utc
 from arcface_clients.plans.spec import PlanSpec
 
 OnPhase = Callable[[str, int, int], None]
-"""Called with a phase's name, the steps done and the steps in all (0: unknown)."""
+"""Called with a phase's name, the steps done and the total number of steps (0: unknown)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def tensorrt_version() -> str:
     except (ImportError, OSError) as exc:
         raise Missing(
             f"TensorRT is not installed here ({exc}). Use the server's image (docker compose run triton), or a plan "
-            "that was built elsewhere: arcface plan pull"
+            "built elsewhere: arcface plan pull"
         ) from exc
     return tensorrt.__version__
 
@@ -75,16 +75,16 @@ def build_plan(
     timeout_s: float = 1800.0,
     on_phase: OnPhase | None = None,
 ) -> PlanManifest:
-    """Build, prove and write the plan `target`; on any failure `target` is not there and no temporary file is left.
+    """Build, prove and write the plan `target`; on any failure neither `target` nor a temporary file is left.
 
     timing_caches: folder of TensorRT's timing caches, one per TensorRT version and GPU; None: no cache.
-    refused: folder that keeps what failed: the log of the build, and of a plan that failed its proof the plan, what the
-        engine inspector said of it, and its report; None: not kept.
+    refused: folder that keeps failures: the log of the build and, if the plan failed its proof, the plan, the engine
+        inspector's output and its report; None: not kept.
 
     Raises:
         WrongUse: the ONNX does not fit the spec.
         Missing: no GPU, no TensorRT, or out of memory.
-        PlanRefused: TensorRT failed, or the plan is not of the asked precision.
+        PlanRefused: TensorRT failed, or the plan is not of the requested precision.
         ProofFailed: the gate refuses its embeddings.
     """
     check_buildable(typed, spec.precision, spec.tensorrt)
@@ -104,7 +104,7 @@ def build_plan(
             if refused is None:
                 raise
             copy_file(folder / "stderr.log", refused / f"{spec.file_name}.log")
-            raise type(exc)(f"{exc} All that it said: {refused / f'{spec.file_name}.log'}") from exc
+            raise type(exc)(f"{exc} Full log: {refused / f'{spec.file_name}.log'}") from exc
         manifest, counts, verdict = _measured(folder, typed, spec, gpu, vram.peak_bytes, proof, contract_id)
         try:
             check_precision(counts, spec.precision, typed.layers)
@@ -130,16 +130,16 @@ def build_plan(
 
 
 def timing_cache_path(folder: Path, tensorrt: str, gpu_name: str) -> Path:
-    """One timing cache per TensorRT version and kind of GPU: no other may be mixed with it."""
+    """One timing cache per TensorRT version and kind of GPU; they must not be mixed."""
     return folder / f"trt-{tensorrt}-{re.sub(r'[^a-z0-9]+', '-', gpu_name.lower()).strip('-')}.cache"
 
 
 def _run_child(folder: Path, timeout_s: float, on_phase: OnPhase) -> None:
-    """Run build_child to its end; forward its progress; kill it on Ctrl-C or timeout."""
+    """Run build_child to its end, forwarding its progress; kill it on Ctrl-C or timeout."""
     command = [sys.executable, "-m", "arcface_build.plans.build_child", str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts
-    environment.setdefault("CUDA_MODULE_LOADING", "LAZY")  # kernels that are never called stay out of the GPU's memory
+    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of nvidia-smi
+    environment.setdefault("CUDA_MODULE_LOADING", "LAZY")  # keep unused kernels out of the GPU's memory
     with (folder / "stderr.log").open("w") as log:
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
     late = threading.Event()
@@ -150,7 +150,7 @@ def _run_child(folder: Path, timeout_s: float, on_phase: OnPhase) -> None:
 
     timer = threading.Timer(timeout_s, stop)
     timer.start()
-    error, said_lines = "", cast("IO[str]", child.stdout)  # a pipe was asked for
+    error, said_lines = "", cast("IO[str]", child.stdout)  # it is a pipe
     try:
         for line in said_lines:
             told = json.loads(line)
@@ -170,7 +170,7 @@ def _run_child(folder: Path, timeout_s: float, on_phase: OnPhase) -> None:
 
 
 def child_error(code: int, error: str, log: str, timeout_s: float | None = None) -> ArcFaceError:
-    """What a failed child means: its exit code, the error it named, and the last errors of its log."""
+    """The error for a failed child, from its exit code, its error message and the last errors of its log."""
     words = _last_errors(log) or error or "it said nothing"
     if timeout_s is not None:
         return PlanRefused(f"the build took longer than {timeout_s:g} s and was stopped. Give it more: --timeout-s")
@@ -179,14 +179,14 @@ def child_error(code: int, error: str, log: str, timeout_s: float | None = None)
             f"TensorRT cannot run here: {error}. Check the driver and the CUDA runtime: "
             "pip install 'arcface-triton[tensorrt]'"
         )
-    # Only the last errors: a build that goes well also logs kernels which it could not try for want of memory.
+    # Only the last errors: a successful build also logs kernels that it could not try for lack of memory.
     if re.search(r"out of memory|OutOfMemory|insufficient memory|CUDA Error: 2\b", words + error, re.IGNORECASE):
         return Missing(
-            f"the GPU's memory did not suffice: {words}. Free it, or build with less: --workspace 512MB --max-batch 32"
+            f"the GPU ran out of memory: {words}. Free some, or build with less: --workspace 512MB --max-batch 32"
         )
     if code == -signal.SIGKILL:
         return Missing(
-            "the build was killed (by the kernel for want of memory, or by hand). Free memory and try again."
+            "the build was killed (by the kernel for lack of memory, or by hand). Free memory and try again."
         )
     if code < 0:
         return PlanRefused(f"TensorRT crashed ({signal.Signals(-code).name}): {words}. Nothing was written.")
@@ -202,14 +202,14 @@ def _last_errors(log: str) -> str:
 def _measured(
     folder: Path, typed: TypedOnnx, spec: PlanSpec, gpu: Gpu, peak: int | None, proof: PlanProof, contract: str | None
 ) -> tuple[PlanManifest, PrecisionProof, GateVerdict]:
-    """What the child left, as a manifest, what computes in which precision, and the gate's verdict on it."""
+    """The child's results: the manifest, the precision proof and the gate's verdict."""
     import polygraphy
 
     import arcface_clients
 
     result = json.loads((folder / "result.json").read_text())
     if result["tensorrt"] != spec.tensorrt:
-        raise PlanRefused(f"TensorRT {result['tensorrt']} built this, asked for {spec.tensorrt}.")
+        raise PlanRefused(f"built with TensorRT {result['tensorrt']}, expected {spec.tensorrt}.")
     counts = count_precisions((folder / "inspector.json").read_text())
     verdict = judge_embeddings(proof.reference, np.load(folder / "embeddings.npy"), spec.precision, proof.limits)
     tools = {"arcface-triton": arcface_clients.__version__, "polygraphy": polygraphy.__version__}
@@ -229,9 +229,9 @@ def _measured(
 
 
 class _VramWatch:
-    """The most memory that the GPU gave out beyond what it had given before, sampled through nvidia-smi.
+    """Peak GPU memory above the level at the start, sampled through nvidia-smi.
 
-    nvidia-smi counts the whole GPU (it does not see process ids across containers), so other work on it is counted too.
+    nvidia-smi counts the whole GPU (it does not see process ids across containers), so other work on it is included.
     """
 
     def __init__(self, gpu: Gpu, interval_s: float = 0.5) -> None:

@@ -1,10 +1,10 @@
-"""The process in which TensorRT builds: a request file in; plan, inspector JSON, embeddings and progress lines out.
+"""The child process in which TensorRT builds a plan.
 
     python -m arcface_build.plans.build_child FOLDER
 
-FOLDER holds request.json and faces.npy; plan, inspector.json, embeddings.npy, timing.cache and result.json are written
-there. Standard output carries one JSON object a line: {"phase", "step", "steps"} or {"error"}; everything else that
-TensorRT and Polygraphy print goes to standard error. A crash here leaves the parent alive, with our last words.
+FOLDER contains request.json and faces.npy; plan, inspector.json, embeddings.npy, timing.cache and result.json are
+written there. Standard output has one JSON object per line, {"phase", "step", "steps"} or {"error"}; everything that
+TensorRT and Polygraphy print goes to standard error. The parent survives a crash here and has the output so far.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(folder: Path) -> int:
     try:
         import tensorrt as trt
 
-        _check_gpu()  # before minutes of building, not after them
+        _check_gpu()  # fail before minutes of building, not after
     except Exception as exc:
         say(error=f"{type(exc).__name__}: {exc}")
         return EXIT_MISSING
@@ -48,17 +48,17 @@ def main(folder: Path) -> int:
 
 
 def _check_gpu() -> None:
-    """Ask the CUDA runtime for a GPU: opening its library says nothing of the driver.
+    """Ask the CUDA runtime for a GPU: that its library loads says nothing about the driver.
 
     Raises:
-        RuntimeError: no driver, one that is too old, or no GPU that CUDA shows.
+        RuntimeError: no driver, one that is too old, or no GPU visible to CUDA.
     """
     from polygraphy import cuda
 
     count = ctypes.c_int()
     status = cuda.wrapper().handle.cudaGetDeviceCount(ctypes.byref(count))
     if status or not count.value:
-        raise RuntimeError(f"CUDA shows no GPU (error {status}, {count.value} GPUs)")
+        raise RuntimeError(f"CUDA finds no GPU (error {status}, {count.value} GPUs)")
 
 
 def _build(folder: Path, trt: Any, say: Any) -> None:
@@ -101,19 +101,19 @@ def _with_float_weights(typed: TypedOnnx, path: Path) -> TypedOnnx:
 
 
 def inspector_json(trt: Any, engine: Any, batch: int) -> str:
-    """The inspector's JSON. It has the formats of a dynamic plan only with a context whose shapes are set."""
+    """The inspector's JSON. For a dynamic plan it contains formats only if a context with shapes is set."""
     from arcface_clients.contract import FACE_INPUT, FACE_SHAPE
 
     context = engine.create_execution_context()
     if context is None or not context.set_input_shape(FACE_INPUT, (batch, *FACE_SHAPE)):
-        raise RuntimeError(f"the plan takes no batch of {batch} faces")
+        raise RuntimeError(f"the plan does not accept a batch of {batch} faces")
     inspector = engine.create_engine_inspector()
     inspector.execution_context = context
     return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
 
 def _embed(folder: Path, engine: Any, max_batch: int, say: Any) -> None:
-    """Embeddings of faces.npy in batches of 1, 2, 3 … up to the largest: the whole profile has to be right."""
+    """Embeddings of faces.npy in batches of 1, 2, 3 … up to the largest, to test the whole profile."""
     import numpy as np
     from polygraphy.backend.trt import TrtRunner
 
@@ -136,7 +136,7 @@ def _monitor(trt: Any, say: Any) -> Any:
             self.steps: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            if parent_phase is None:  # inner phases come by the thousand
+            if parent_phase is None:  # there are thousands of inner phases
                 self.steps[phase_name] = num_steps
 
         def phase_finish(self, phase_name: str) -> None:

@@ -1,7 +1,7 @@
-"""For TensorRT 8.6: an int8 ONNX with stored int8 weights in; the same with float weights before a QuantizeLinear out.
+"""For TensorRT 8.6: replaces stored int8 weights in an ONNX by float weights and a QuantizeLinear.
 
-TensorRT quantises the weights itself before version 10; a convolution over stored int8 weights ends there with "invalid
-weights type of Int8" (microsoft/onnxruntime issue 11535). It also asks for zero points as many as scales.
+Before version 10, TensorRT quantises weights itself and rejects a convolution over stored int8 weights with "invalid
+weights type of Int8" (microsoft/onnxruntime issue 11535). It also requires as many zero points as scales.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def float_weights(model: ModelProto) -> int:
-    """Rewrite `model` in place; the number of weights that were changed.
+    """Rewrite `model` in place, and return the number of weights changed.
 
-    The float weight is the int8 one times its scale. Dividing by the same scale and rounding gives the int8 one back
-    exactly: the error of product and quotient is below 127 × 2**-23, far from one half.
+    The float weight is the int8 one times its scale. Dividing by the same scale and rounding restores the int8 one
+    exactly: the error of product and quotient is below 127 × 2**-23, far less than one half.
     """
     from onnx import helper, numpy_helper
 

@@ -1,4 +1,4 @@
-"""A plan of an imported model for this host's GPU: what is asked for, and the way from cache, store or a build."""
+"""Gets a plan of an imported model for this host's GPU, from the cache, the store or a build."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PhaseBar = Callable[[], AbstractContextManager[Callable[[str, int, int], None]]]
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is wanted; None is what the configuration says. The options of `arcface plan build`."""
+    """The requested plan, with the options of `arcface plan build`; None: from the configuration."""
 
     model: str  # a name under models_dir, or a typed ONNX
     models_dir: Path
@@ -50,19 +50,19 @@ class PlanRequest:
 
 
 def plan_for_this_gpu(asked: PlanRequest, places: Places, phases: PhaseBar) -> tuple[Obtained, Path]:
-    """The verified plan, and where it was put: the cache, or `asked.output`.
+    """The verified plan, and where it is: in the cache, or in `asked.output`.
 
     Raises:
-        WrongUse: the GPU is of another SM, or the model cannot be built so.
-        Missing: no GPU, no TensorRT, no plan and building is switched off.
-        PlanRefused: what was built failed its proof.
+        WrongUse: the GPU has another SM, or the model cannot be built this way.
+        Missing: no GPU or no TensorRT; or no plan, and building is disabled.
+        PlanRefused: the built plan failed its proof.
     """
     config = places.config
     precision = asked.precision or config.precision
     gpu, version = find_gpus()[0], tensorrt_version()
     if asked.sm != "auto" and parse_sm(asked.sm) != gpu.sm:
         raise WrongUse(
-            f"this GPU is an {gpu.name} of SM {gpu.sm}, asked for SM {parse_sm(asked.sm)}: build it on such a GPU."
+            f"this GPU is an {gpu.name} of SM {gpu.sm}, expected SM {parse_sm(asked.sm)}: build on a GPU of that SM."
         )
     if asked.upload:
         places.need_store()
@@ -102,7 +102,7 @@ def plan_for_this_gpu(asked: PlanRequest, places: Places, phases: PhaseBar) -> t
 def spec_of(
     asked: PlanRequest, config: EmbeddingConfig, model: str, onnx_sha256: str, gpu: Gpu, tensorrt: str
 ) -> PlanSpec:
-    """The plan's key and its parts: what was asked for, completed by the configuration."""
+    """The spec of the plan: the request, completed by the configuration."""
     batch = config.batch
     return PlanSpec(
         model=model,

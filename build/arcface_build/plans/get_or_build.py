@@ -1,4 +1,4 @@
-"""A plan for a spec: from the cache, else from the store, else built here; which it was is said, with the reasons."""
+"""Gets the plan for a spec from the cache, else from the store, else by building it, and says which and why."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from arcface_clients.plans.signing import sign
 from arcface_clients.plans.spec import PlanSpec
 
 Builder = Callable[[PlanSpec, Path], PlanManifest]
-"""Builds the plan of a spec into the given file and returns its manifest; leaves nothing behind when it fails."""
+"""Builds the plan of a spec into the given file and returns its manifest; leaves nothing behind if it fails."""
 
 
 @dataclass(frozen=True)
 class Obtained:
-    """A verified plan on this host. source: "cache", "store" or "build"; notes: why the steps before it did not do."""
+    """A verified plan on this host. source: "cache", "store" or "build"; notes: why earlier sources had none."""
 
     path: Path
     manifest: PlanManifest
@@ -46,15 +46,15 @@ def get_or_build(
 ) -> Obtained:
     """The plan of this spec, verified, in the cache folder; one process per key and host at a time.
 
-    Steps: the cache (`read_cache`), the store (`read_store`; None: there is none), a build (None: switched off). A
-    damaged or refused plan counts as none and is noted; a store that does not answer is noted too where a build may
-    follow. With `upload` a plan built here is published; losing that race to another host is noted, and the plan built
-    here is used.
+    Sources, in order: the cache (`read_cache`), the store (`read_store`; None: no store), a build (None: disabled). A
+    damaged or refused plan counts as missing and is noted; so is a store that does not answer, if a build may follow.
+    With `upload` a plan built here is published; if another host was first, that is noted, and the plan built here is
+    used.
 
     Raises:
-        PlanNotFound: no step had it.
-        PlanRefused, StoreUnreachable: the only plan was refused, or the store failed, and nothing may be built.
-        WrongUse: a build here could not be accepted: a public key is configured and no key to sign with.
+        PlanNotFound: no source had it.
+        PlanRefused, StoreUnreachable: the only plan was refused, or the store failed, and building is disabled.
+        WrongUse: a plan built here would be refused: a public key is configured, but no key to sign with.
         Missing: another process held the key for lock_timeout_s.
     """
     folder = _folder(cache)
@@ -126,7 +126,7 @@ def _build(cache: PlanStore, spec: PlanSpec, build: Builder, sign_key: Path | No
 
 
 def _adopt(cache: PlanStore, manifest: PlanManifest) -> PlanManifest:
-    """Make the plan that now lies in the cache the plan of its key there; the lock makes this ours alone."""
+    """Register the plan file in the cache as the plan of its key; the caller holds the lock."""
     cache.objects.delete(manifest_name(manifest))
     cache.objects.create(manifest_name(manifest), manifest_bytes(manifest))
     for stored in cache.objects.stored(f"{manifest.key}/"):
@@ -175,7 +175,7 @@ def _locked(folder: LocalStore, key: str, timeout_s: float) -> Iterator[None]:
             yield
     except Timeout as exc:
         raise Missing(
-            f"another process has held plan {key[:12]} for {timeout_s:g} s (lock {path}). Try again when it is done."
+            f"another process has locked plan {key[:12]} for {timeout_s:g} s (lock {path}). Try again when it is done."
         ) from exc
     except OSError as exc:
         raise disk_error(exc, folder.url) from exc

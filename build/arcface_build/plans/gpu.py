@@ -1,4 +1,4 @@
-"""The GPUs of this host as nvidia-smi tells them, and config/gpus.yaml: SM → cards and the plans wanted for it."""
+"""The GPUs of this host as nvidia-smi reports them, and config/gpus.yaml: the cards and expected plans of each SM."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def find_gpus() -> list[Gpu]:
 
 
 def gpu_sm() -> str | None:
-    """SM of the first GPU ("8.6"), None where there is no usable GPU."""
+    """SM of the first GPU ("8.6"), None if there is no usable GPU."""
     try:
         return find_gpus()[0].sm
     except Missing:
@@ -48,7 +48,7 @@ def load_gpus_yaml(path: Path) -> dict[str, SmInfo]:
 
     Raises:
         Missing: no such file.
-        WrongUse: not of the form shown in the file that ships.
+        WrongUse: not in the format of the shipped file.
     """
     import yaml
 
@@ -64,7 +64,7 @@ def load_gpus_yaml(path: Path) -> dict[str, SmInfo]:
             for sm, block in data["sms"].items()
         ]
     except (TypeError, KeyError, AttributeError) as exc:
-        raise WrongUse(f"{path} has not the form sms: {{SM: {{architecture, cards, plans}}}} ({exc!r}).") from exc
+        raise WrongUse(f"{path}: expected the form sms: {{SM: {{architecture, cards, plans}}}} ({exc!r}).") from exc
     for block in blocks:
         if wrong := [p for p in block.plans if p not in PRECISIONS]:
             raise WrongUse(f"{path}: SM {block.sm} lists plans {wrong}: expected some of {', '.join(PRECISIONS)}.")

@@ -1,7 +1,7 @@
-"""Polygraphy's loaders for one plan: typed ONNX and spec in; a callable that returns the serialized engine out.
+"""Polygraphy loaders that build a plan from a typed ONNX and a spec.
 
 Nothing of TensorRT runs until the loader is called. `trt` is the tensorrt module; its version decides how precision is
-said: strong typing from 10 on; on 8.6 builder flags, and the layers pinned to the precision that the ONNX says.
+specified: from 10 on by strong typing; on 8.6 by builder flags and by pinning layers to the precision in the ONNX.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _EXTERNAL_TACTICS = ("CUBLAS", "CUBLAS_LT", "CUDNN")
 def engine_loader(
     trt: ModuleType, typed: TypedOnnx, spec: PlanSpec, timing_cache: str | None = None, progress_monitor: Any = None
 ) -> Callable[[], Any]:
-    """An EngineBytesFromNetwork: called, it parses, builds and returns the plan's bytes."""
+    """An EngineBytesFromNetwork: when called, it parses, builds and returns the plan's bytes."""
     from polygraphy.backend.trt import EngineBytesFromNetwork
 
     return EngineBytesFromNetwork(
@@ -30,7 +30,7 @@ def engine_loader(
 
 
 def network_loader(trt: ModuleType, typed: TypedOnnx) -> Callable[[], Any]:
-    """A loader that parses the ONNX from its path (external weights lie beside it), strongly typed where it can be."""
+    """A loader that parses the ONNX from its path (external weights are beside it), strongly typed if possible."""
     from polygraphy.backend.trt import NetworkFromOnnxPath, PostprocessNetwork
 
     if strongly_typed(trt):
@@ -74,16 +74,16 @@ def config_loader(
 
 
 def strongly_typed(trt: ModuleType) -> bool:
-    """Whether this TensorRT builds what the ONNX says: from 10 on (11 keeps the flag and ignores it)."""
+    """Whether this TensorRT supports strong typing: from 10 on (11 keeps the flag and ignores it)."""
     return parse_version(trt.__version__) >= (10,) and hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
 
 def pin_precisions(trt: ModuleType, network: Iterable[Any], pins: Mapping[str, str]) -> None:
-    """Ask a weakly typed network to compute as the ONNX says.
+    """Make a weakly typed network compute in the precisions of the ONNX.
 
-    The parser names a layer after its ONNX node, with _N where a node makes several, and the last tensor of a node
-    after the node's output. Some of them it leaves unnamed, before the named one (ReduceL2: the layer that squares,
-    which overflows in fp16): they go with the next named layer where that one is pinned to fp32.
+    The parser names a layer after its ONNX node, with _N if a node becomes several layers, and the last tensor of a
+    node after the node's output. Some layers before the named one stay unnamed (ReduceL2: the layer that squares, which
+    overflows in fp16): they follow the next named layer if that one is pinned to fp32.
     """
     kinds = {"fp32": trt.float32, "fp16": trt.float16}
     data_only = (trt.LayerType.CONSTANT, trt.LayerType.SHUFFLE, trt.LayerType.SHAPE, trt.LayerType.CAST)

@@ -1,4 +1,4 @@
-"""Where this user's plans are: config/embedding.yaml and options in; the cache and the store behind it out."""
+"""Where this user's plans are: the cache and the store, from the configuration and options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from arcface_clients.plans.read import read_plan
 
 @dataclass(frozen=True)
 class Places:
-    """The cache in its folder, the store (None: there is none), and the configuration that they came from."""
+    """The cache in its folder, the store (None: there is none), and the configuration they came from."""
 
     cache: PlanStore
     store: PlanStore | None
@@ -28,7 +28,7 @@ class Places:
 
     @property
     def timing_caches(self) -> Path:
-        """TensorRT's timing caches; a dot folder, so no object of the cache."""
+        """TensorRT's timing caches; a dot folder, so not an object of the cache."""
         return self.folder / ".timing"
 
     @property
@@ -50,7 +50,7 @@ class Places:
         return self.store
 
     def all(self) -> Iterator[tuple[str, PlanStore]]:
-        """("cache", …) and, where there is one, ("store", …)."""
+        """("cache", …) and, if there is one, ("store", …)."""
         yield "cache", self.cache
         if self.store is not None:
             yield "store", self.store
@@ -59,7 +59,7 @@ class Places:
 def open_places(
     config: EmbeddingConfig, store: str | None = None, cache: Path | None = None, public_key: Path | None = None
 ) -> Places:
-    """The configured places; an option that is given wins over the configuration. Nothing is contacted yet."""
+    """The configured places; given options override the configuration. Nothing is contacted yet."""
     storage = config.storage
     key = public_key or storage.public_key
     url = store or (f"s3://{storage.bucket}/{storage.prefix}" if storage.type == "s3" else None)
@@ -82,11 +82,11 @@ def open_places(
 
 
 def plan_by_name(places: Places, name: str) -> tuple[PlanManifest, Path | None, str]:
-    """A plan by file (the plan or its .json), by key or by name: its manifest, its file if local, and where it is.
+    """Find a plan by file (the plan or its .json), key or name: its manifest, its file if local, and where it is.
 
     Raises:
-        PlanNotFound: nowhere.
-        PlanRefused: a file that is not what its manifest says.
+        PlanNotFound: it is nowhere.
+        PlanRefused: a file that does not match its manifest.
     """
     path = Path(name)
     if path.is_file():

@@ -1,4 +1,4 @@
-"""Which typed ONNX a plan is built from: a model's name or a file in; the ONNX, its reference and its contract out."""
+"""Finds the typed ONNX to build a plan from, its reference and its contract, by a model's name or a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arcface_clients.errors import Missing, WrongUse
 
 @dataclass(frozen=True)
 class PlanSource:
-    """name: of the model. onnx: what is built. reference: the fp32 serving ONNX, itself proved against InsightFace."""
+    """name: of the model. onnx: the file to build. reference: the fp32 serving ONNX, proved against InsightFace."""
 
     name: str
     onnx: Path
@@ -29,7 +29,7 @@ class PlanSource:
 
 
 def find_source(model: str, precision: str, models_dir: Path, reference: Path | None = None) -> PlanSource:
-    """models/NAME/serving.onnx for fp32, models/NAME/variants/<precision>-tensorrt.onnx else; or an ONNX file as given.
+    """models/NAME/serving.onnx for fp32, else models/NAME/variants/<precision>-tensorrt.onnx; or the given ONNX file.
 
     Raises:
         Missing: the model is not imported, or has no variant of this precision (a refused one counts as none).
@@ -44,7 +44,7 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
         if reference is None and precision != "fp32":
             raise WrongUse(
                 f"{path} alone says nothing about its drift: add --reference SERVING.onnx (the fp32 one), "
-                "or build by the model's name."
+                "or give the model's name."
             )
         return PlanSource(path.stem, path, reference or path, None)
     folder = models_dir / model

@@ -1,6 +1,6 @@
-"""What a typed ONNX says about precision: a model in; which layers compute in what, and what cannot be built, out.
+"""Reads the precision of each layer from a typed ONNX, and rejects what TensorRT cannot build.
 
-Precision lives in the ONNX: TensorRT 10 and newer follow it (strong typing), 8.6 gets the builder flags that match it.
+The ONNX determines precision: TensorRT 10 and newer follow it (strong typing), 8.6 gets builder flags that match it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LAST_OPSET_OF_8_6 = 17  # onnx-tensorrt 8.6-GA, docs/operators.md
 
 @dataclass(frozen=True)
 class TypedOnnx:
-    """Facts about one typed ONNX file.
+    """Facts about a typed ONNX file.
 
     layers: Conv, Gemm and MatMul nodes by the precision in which they compute ("fp32", "fp16", "bf16", "int8").
     pins: node or output name → "fp32" or "fp16", for what a weakly typed builder (8.6) must be told.
@@ -41,7 +41,7 @@ class TypedOnnx:
 
     @property
     def precision(self) -> str:
-        """The lowest precision that any layer computes in: what the plan is called."""
+        """The lowest precision that any layer computes in, which names the plan."""
         return next((p for p in ("int8", "fp16", "bf16") if self.layers.get(p)), "fp32")
 
 
@@ -50,7 +50,7 @@ def read_typed_onnx(path: Path) -> TypedOnnx:
 
     Raises:
         Missing: no such file, or onnx is not installed.
-        WrongUse: not ONNX, not the tensor contract, or a uint8 input that TensorRT does not take.
+        WrongUse: not ONNX, not the tensor contract, or a uint8 input that TensorRT does not accept.
     """
     try:
         import onnx
@@ -60,7 +60,7 @@ def read_typed_onnx(path: Path) -> TypedOnnx:
         raise Missing(f"no ONNX file at {path}. Make one: arcface import SOURCE, then arcface quantize NAME")
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except Exception as exc:  # protobuf's DecodeError, which has no home to import from
+    except Exception as exc:  # protobuf's DecodeError, which has no public import path
         raise WrongUse(f"{path} is not an ONNX file ({type(exc).__name__}).") from exc
     check_interface(model, str(path))
     types = tensor_types(model.graph)
@@ -77,9 +77,9 @@ def read_typed_onnx(path: Path) -> TypedOnnx:
 
 
 def check_interface(model: ModelProto, where: str) -> None:
-    """Input `face` uint8 [N,112,112,3] that only Cast nodes read, output `embedding` float32.
+    """Check for input `face` uint8 [N,112,112,3], read only by Cast nodes, and output `embedding` float32.
 
-    TensorRT takes UINT8 network inputs since 8.5, but computes nothing in it: the first layer must be a cast.
+    TensorRT accepts UINT8 network inputs since 8.5, but computes nothing in it: the first layer must be a cast.
 
     Raises:
         WrongUse: anything else.
@@ -104,13 +104,13 @@ def check_interface(model: ModelProto, where: str) -> None:
     readers = sorted({node.op_type for node in model.graph.node if FACE_INPUT in node.input})
     if readers != ["Cast"]:
         raise WrongUse(
-            f"{where}: {FACE_INPUT} is read by {', '.join(readers) or 'nothing'}: expected Cast alone, because "
+            f"{where}: {FACE_INPUT} is read by {', '.join(readers) or 'nothing'}: expected only Cast, because "
             "TensorRT computes nothing in uint8. Import the source again: arcface import SOURCE"
         )
 
 
 def tensor_types(graph: GraphProto) -> dict[str, int]:
-    """The element type of every tensor, walked forward by the rules of the few operators that change it."""
+    """The element type of every tensor, propagated through the few operators that change it."""
     from onnx import TensorProto
 
     types = {i.name: i.data_type for i in graph.initializer}
@@ -138,7 +138,7 @@ def tensor_types(graph: GraphProto) -> dict[str, int]:
 
 
 def layer_precisions(graph: GraphProto, types: Mapping[str, int]) -> dict[str, str]:
-    """Output name of each Conv, Gemm and MatMul → its precision; int8 where input and weights are dequantised ones."""
+    """Output name of each Conv, Gemm and MatMul → its precision; int8 if input and weights are dequantised."""
     producers = {name: node.op_type for node in graph.node for name in node.output}
     found = {}
     for node in graph.node:
@@ -151,10 +151,10 @@ def layer_precisions(graph: GraphProto, types: Mapping[str, int]) -> dict[str, s
 
 
 def precision_pins(graph: GraphProto, types: Mapping[str, int]) -> dict[str, str]:
-    """What a weakly typed builder must be told, by node name and by output name; {} where nothing computes in fp16.
+    """The pins for a weakly typed builder, by node name and by output name; {} if nothing computes in fp16.
 
-    fp32: every node that computes in float32, because the FP16 flag would let it fall. fp16: Conv, Gemm and MatMul
-    alone; the rest may stay where it is fastest. int8 layers need no pin: their Q/DQ nodes say it.
+    fp32: every node that computes in float32, because the FP16 flag would let TensorRT lower it. fp16: only Conv, Gemm
+    and MatMul; the rest may run in whatever is fastest. int8 layers need no pin: their Q/DQ nodes are enough.
     """
     moving = ("Cast", "Constant", "QuantizeLinear", "DequantizeLinear", "Identity", *_SHAPE_OPS)
     precisions = layer_precisions(graph, types)
@@ -170,15 +170,15 @@ def precision_pins(graph: GraphProto, types: Mapping[str, int]) -> dict[str, str
 
 
 def check_buildable(typed: TypedOnnx, precision: str, tensorrt: str) -> None:
-    """Refuse before a build what could only fail after minutes, or build something else than asked.
+    """Reject up front what would fail after minutes of building, or build something other than requested.
 
     Raises:
         WrongUse: the ONNX is of another precision, or this TensorRT cannot build it.
     """
     if typed.precision != precision:
         raise WrongUse(
-            f"{typed.path} computes in {typed.precision} ({dict(typed.layers)}), asked for a {precision} plan: "
-            "precision lives in the ONNX. Make that one: "
+            f"{typed.path} computes in {typed.precision} ({dict(typed.layers)}), expected {precision}: the ONNX "
+            "determines the precision of a plan. Make that one: "
             f"arcface quantize NAME --precision {precision} --target tensorrt"
         )
     if parse_version(tensorrt) >= (10,):

@@ -1,1 +1,1 @@
-"""Reports as one HTML page without network: pieces of a page, plots as SVG, and a page for each kind of report."""
+"""Reports as text and as self-contained HTML pages with SVG plots."""

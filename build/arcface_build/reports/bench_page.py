@@ -1,4 +1,4 @@
-"""The JSON of `arcface bench` in; its HTML page and its CSV out."""
+"""Renders the JSON of `arcface bench` as an HTML page and as CSV."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COLUMNS += ["ensemble_added_ms", "ensemble_added_ms_p10", "ensemble_added_ms_p9
 
 
 def bench_page(result: dict[str, Any]) -> str:
-    """One page: ratios, what ensembles add, waterfall, latency against throughput, every variant, and the host."""
+    """One page: ratios, ensemble overhead, waterfall, latency against throughput, every variant, and the host."""
     blocks = []
     if result["rounds"]["disturbed"]:
         blocks.append(paragraph("Not reliable: other processes took CPU in nearly every round.", "bad"))
@@ -25,19 +25,19 @@ def bench_page(result: dict[str, Any]) -> str:
     ]
     blocks.append(
         section(
-            "Ratios of throughput",
-            paragraph("Within a round, so that a slow minute of the machine cancels: median, and p10–p90.", "soft"),
+            "Throughput ratios",
+            paragraph("Taken within a round, so that slow minutes of the machine cancel: median, p10–p90.", "soft"),
             table(("variant", "over", "ratio", "spread"), rows),
         )
     )
     ensembles = _ensembles(result["variants"])
     if ensembles:
         told = (
-            "Triton's total time of the ensemble less that of the model inside it, in the same requests; the share is "
-            "of that model's compute time (input, inference, output; queue excluded). Median over samples, and p10–p90."
+            "Triton's total time of the ensemble minus that of the model inside it, in the same requests; the share is "
+            "of that model's compute time (input, inference, output; queue excluded). Median over samples, p10–p90."
         )
-        head = ("variant", "over", "added, ms a request", "p10–p90", "compute, ms a request", "share", "p10–p90")
-        blocks.append(section("What the ensemble adds", paragraph(told, "soft"), table(head, ensembles)))
+        head = ("variant", "over", "added, ms/request", "p10–p90", "compute, ms/request", "share", "p10–p90")
+        blocks.append(section("Ensemble overhead", paragraph(told, "soft"), table(head, ensembles)))
     if result.get("waterfall"):
         blocks.append(section("Where the time goes", figures(_waterfall(result["waterfall"]))))
     curves = _curves(result["variants"])
@@ -52,7 +52,7 @@ def bench_page(result: dict[str, Any]) -> str:
 
 
 def bench_csv(result: dict[str, Any]) -> str:
-    """A line for each variant, medians and spreads, for a spreadsheet."""
+    """CSV with one line per variant: medians and spreads."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
@@ -99,7 +99,7 @@ def _variants(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[s
 
 
 def _ensembles(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A line for each variant that asked an ensemble."""
+    """One row per variant that called an ensemble."""
     cells: list[tuple[str, ...]] = []
     for row in rows:
         if cost := row.get("ensemble"):  # older results have none
@@ -119,7 +119,7 @@ def _ensembles(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _leaf(row: dict[str, Any]) -> dict[str, float] | None:
-    """Triton's statistics of the model that computes: the slowest of those that took part (an ensemble only sums)."""
+    """Triton's statistics of the model that computes: the slowest of those involved (an ensemble only sums)."""
     server = {name: split for name, split in (row.get("server") or {}).items() if name != "arcface"}
     return max(server.values(), key=lambda split: split["compute_infer_ms"], default=None)
 
@@ -130,11 +130,11 @@ def _waterfall(rows: list[dict[str, Any]]) -> str:
         ms, over = row["ms_per_face"]["median"], row["over_bare_us"]
         more = f", {over['median']:+.0f} µs ({over['low']:+.0f} … {over['high']:+.0f})" if i else ""
         steps.append((row["step"], ms, f"{ms:.3f} ms{more}"))
-    return waterfall("From the bare runtime to the caller, one caller", steps, "ms a face")
+    return waterfall("From the bare runtime to the caller, one caller", steps, "ms/face")
 
 
 def _curves(rows: list[dict[str, Any]]) -> str:
-    """Throughput over median latency, a curve for each model, protocol and batch that was asked by several callers."""
+    """Throughput over median latency: a curve per model, protocol and batch with several caller counts."""
     groups: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["where"] == "server" and row["latency_ms"]:
@@ -148,8 +148,8 @@ def _curves(rows: list[dict[str, Any]]) -> str:
     if not series:
         return ""
     most_x, most_y = max(max(s.x) for s in series), max(max(s.y) for s in series)
-    x, y = Axis("median latency, ms", 0, 1.1 * most_x), Axis("faces a second", 0, 1.1 * most_y)
-    return lines("Each point a number of callers", series, x, y, marks=True)
+    x, y = Axis("median latency, ms", 0, 1.1 * most_x), Axis("faces/s", 0, 1.1 * most_y)
+    return lines("One point per number of callers", series, x, y, marks=True)
 
 
 def _told(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The JSON of `arcface compare` and the faces in; its HTML page out."""
+"""Renders the JSON of `arcface compare`, with the worst faces, as an HTML page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def compare_page(report: dict[str, Any], pixels: np.ndarray | None) -> str:
     blocks = [
         verdict(
             report["passed"],
-            f"largest drift {drift['max_drift']:.2e}, allowed {gate['max_drift']:g} (1 − cosine a face)",
+            f"largest drift {drift['max_drift']:.2e}, allowed {gate['max_drift']:g} (1 − cosine per face)",
         ),
         *(
             [paragraph("A and B are of two contracts: their embeddings must not be mixed.", "bad")]
@@ -44,7 +44,7 @@ def compare_page(report: dict[str, Any], pixels: np.ndarray | None) -> str:
             section("Layer by layer", paragraph(report["layers"]["told"]), figures(_layers(report["layers"])))
         )
     title = f"{report['b']['label']} against {report['a']['label']}"
-    return page(title, f"{report['faces']} faces; contract {report['a']['contract_id'] or 'not known'}", *blocks)
+    return page(title, f"{report['faces']} faces; contract {report['a']['contract_id'] or 'unknown'}", *blocks)
 
 
 def _figures_of(report: dict[str, Any]) -> str:
@@ -71,7 +71,7 @@ def _figures_of(report: dict[str, Any]) -> str:
 
 
 def _histogram(drift: dict[str, Any]) -> str:
-    """Bars around the bins that hold a face; whole decades are labelled."""
+    """Bars for the range of bins with faces; whole decades are labelled."""
     edges, counts = drift["histogram"]["edges"], drift["histogram"]["counts"]
     held = [i for i, count in enumerate(counts) if count]
     shown = range(max(0, held[0] - 3), min(len(counts), held[-1] + 4))
@@ -113,7 +113,7 @@ def _accuracy(accuracy: dict[str, Any]) -> list[str]:
     ]
     low = min(0.9, *(y for curve in curves for x, y in zip(curve.x, curve.y, strict=True) if x > least))
     roc = lines(
-        "ROC: true accepts at each share of false accepts",
+        "ROC: true-accept rate by false-accept rate",
         curves,
         Axis("false accepts", least, 1, log=True),
         Axis("true accepts", low, 1),

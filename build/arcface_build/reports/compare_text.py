@@ -1,4 +1,4 @@
-"""A comparison of two sides as text."""
+"""Renders a comparison of two sides as text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def compare_text(report: dict[str, Any]) -> str:
         for row in report["targets"]
     ]
     if drift["bad_rows"]:
-        lines.append(f"bad rows    {drift['bad_rows']} of B are zero or hold NaN")
+        lines.append(f"bad rows    {drift['bad_rows']} of B are zero or contain NaN")
     worst = [f"{w['name'] or w['index']} ({1 - w['cosine']:.1e})" for w in drift["worst_faces"][:3]]
     lines.append(f"worst       {', '.join(worst)}")
     if report["accuracy"]:

@@ -1,4 +1,4 @@
-"""The JSON of `arcface matrix` in; its HTML page, with the matrix as a heat map, out."""
+"""Renders the JSON of `arcface matrix` as an HTML page with a heat map."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def matrix_page(report: dict[str, Any]) -> str:
     told = (
         f"{len(rows)} combinations within their limits"
         if not failed
-        else f"{len(failed)} of {len(rows)} combinations are outside their limits: "
+        else f"{len(failed)} of {len(rows)} combinations exceed their limits: "
         + ", ".join(f"{row['backend']} {row['precision']} batch {row['batch']}" for row in failed)
     )
     blocks = [
         verdict(report["passed"], told),
         section(
             "Largest drift (1 − cosine)",
-            paragraph("The darker, the nearer to what the precision may drift.", "soft"),
+            paragraph("The darker, the closer to the limit of the precision.", "soft"),
             _map(rows, lambda row: (_short(1 - row["min_cosine"]), _heat(1 - row["min_cosine"], row["max_drift"]))),
         ),
         section("Mean cosine", _map(rows, lambda row: (f"{row['mean_cosine']:.7f}", None))),
         section(
-            "Batch invariance: a row in a batch against the same row alone (1 − cosine)",
+            "Batch invariance: a face in a batch against the same face alone (1 − cosine)",
             _map(
                 rows,
                 lambda row: (
@@ -40,16 +40,16 @@ def matrix_page(report: dict[str, Any]) -> str:
     if report["pairs"]:
         blocks.append(
             section(
-                f"Decisions that change, of {report['pairs']} pairs at cosine {report['threshold']:.4f}",
+                f"Changed decisions, of {report['pairs']} pairs at cosine {report['threshold']:.4f}",
                 _map(rows, lambda row: (str(row["changed"]), 20 * row["changed"] / report["pairs"])),
             )
         )
-    subtitle = f"{report['faces']} faces; contract {report['contract_id'] or 'not known'}"
+    subtitle = f"{report['faces']} faces; contract {report['contract_id'] or 'unknown'}"
     return page(f"Parity matrix against {report['reference']}", subtitle, *blocks)
 
 
 def _map(rows: list[dict[str, Any]], cell: Any) -> str:
-    """Backends and precisions downwards, batch sizes across."""
+    """Backends and precisions as rows, batch sizes as columns."""
     batches = sorted({row["batch"] for row in rows})
     sides = list(dict.fromkeys((row["backend"], row["precision"]) for row in rows))
     found = {(row["backend"], row["precision"], row["batch"]): row for row in rows}
@@ -60,7 +60,7 @@ def _map(rows: list[dict[str, Any]], cell: Any) -> str:
         )
         for side in sides
     ]
-    return heat_map(("faces a batch:", *(str(batch) for batch in batches)), body)
+    return heat_map(("batch size:", *(str(batch) for batch in batches)), body)
 
 
 def _heat(value: float, limit: float) -> float:

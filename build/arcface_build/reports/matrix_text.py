@@ -1,4 +1,4 @@
-"""A matrix of backends, precisions and batch sizes as text."""
+"""Renders a matrix of backends, precisions and batch sizes as text."""
 
 from __future__ import annotations
 

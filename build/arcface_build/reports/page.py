@@ -1,4 +1,4 @@
-"""Pieces of a report in; one self-contained HTML page out (light and dark, phone and print, no script, no network)."""
+"""Builds a self-contained HTML page: light and dark, for phone and print, without scripts or network."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ def page(title: str, subtitle: str, *blocks: str) -> str:
 
 
 def section(heading: str, *content: str) -> str:
-    """A heading and what stands below it (HTML)."""
+    """A heading and its content (HTML)."""
     return f"<section><h2>{escape(heading)}</h2>{''.join(content)}</section>"
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of text; kind: soft, good, note, bad or nothing."""
+    """A paragraph of text; kind: soft, good, note, bad or empty."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
-    """Rows of cells; numbers are set right; a cell that is a pair is (text, class)."""
+    """A table; numbers are right-aligned; a cell that is a pair is (text, class)."""
     number = [all(_is_number(row[i]) for row in rows) if rows else False for i in range(len(head))]
     top = "".join(f'<th class="{"n" if n else ""}">{escape(h)}</th>' for h, n in zip(head, number, strict=True))
     body = "".join(
@@ -83,7 +83,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "")
 
 
 def heat_map(head: Sequence[str], rows: Sequence[tuple[str, Sequence[tuple[str, float | None]]]]) -> str:
-    """A table whose cells (text, 0..1 or None) are shaded by it, red beyond 1; each row starts with its label."""
+    """A table of cells (text, 0..1 or None) shaded by that value, red beyond 1; each row starts with its label."""
     top = "".join(f'<th class="{"n" if i else ""}">{escape(h)}</th>' for i, h in enumerate(head))
     body = ""
     for label, cells in rows:
@@ -98,12 +98,12 @@ def heat_map(head: Sequence[str], rows: Sequence[tuple[str, Sequence[tuple[str, 
 
 
 def figures(*plots: str) -> str:
-    """Plots side by side where there is room, below each other where there is not."""
+    """Plots side by side if there is room, otherwise below each other."""
     return f'<div class="plots">{"".join(plots)}</div>'
 
 
 def picture(face_bgr_u8: np.ndarray, caption: str) -> str:
-    """A crop, uint8 (112,112,3) BGR, inside the page, with its caption."""
+    """A crop, uint8 (112,112,3) BGR, embedded in the page with a caption."""
     import cv2
 
     data = base64.b64encode(cv2.imencode(".png", face_bgr_u8)[1].tobytes()).decode()
@@ -119,7 +119,7 @@ def faces(*pictures: str) -> str:
 
 
 def verdict(passed: bool, text: str) -> str:
-    """The line that a reader looks for first."""
+    """The verdict: the line that a reader looks for first."""
     return f'<p class="verdict {"good" if passed else "bad"}">{"Passed" if passed else "Failed"}: {escape(text)}</p>'
 
 
@@ -130,6 +130,6 @@ def _cell(cell: Any, number: bool) -> str:
 
 
 def _is_number(cell: Any) -> bool:
-    """A figure, with its spread and unit or without; not a text that merely begins with one."""
+    """Whether a text is a number, with or without spread and unit, and does not merely begin with one."""
     text = str(cell[0] if isinstance(cell, tuple) else cell)
     return text == "—" or re.fullmatch(r"[-+−]?\d[\d.,e %±()–+−-]*", text) is not None

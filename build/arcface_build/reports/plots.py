@@ -1,4 +1,4 @@
-"""Numbers in; plots as SVG figures out, coloured by the page's own variables so that they follow light and dark."""
+"""Plots as SVG figures, coloured by the page's CSS variables so that they follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COLOURS = 6  # --s0 … --s5 of the page
 
 @dataclass(frozen=True)
 class Series:
-    """A line or a set of points with a name; `band` gives low and high for each point."""
+    """A named line or set of points; `band` gives low and high for each point."""
 
     name: str
     x: Sequence[float]
@@ -24,7 +24,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its title and its range; `log` for decades."""
+    """One axis: its title and range; `log` for a logarithmic one."""
 
     title: str
     low: float
@@ -32,7 +32,7 @@ class Axis:
     log: bool = False
 
     def part(self, value: float) -> float:
-        """Where a value lies between the ends, 0..1."""
+        """The position of a value between the ends, 0..1."""
         if self.log:
             value = min(max(value, self.low), self.high)
             return (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
@@ -49,7 +49,7 @@ class Axis:
 
 
 def lines(title: str, series: Sequence[Series], x: Axis, y: Axis, marks: bool = False) -> str:
-    """Lines over two axes, with a legend below; `marks` draws the points too, numbered where colours run out."""
+    """Line plot with a legend below; `marks` also draws the points, numbered if colours run out."""
     body, many = _frame(x, y), marks and len(series) > _COLOURS
     for number, line in enumerate(series):
         points = [(_across(x, a), _up(y, b)) for a, b in zip(line.x, line.y, strict=True)]
@@ -67,7 +67,7 @@ def lines(title: str, series: Sequence[Series], x: Axis, y: Axis, marks: bool = 
 
 
 def bars(title: str, labels: Sequence[str], values: Sequence[float], x_title: str, y_title: str) -> str:
-    """Upright bars with their counts on top; a label stands at the left edge of its bar."""
+    """Vertical bars with their counts on top; a label is at the left edge of its bar."""
     y = Axis(y_title, 0, max(*values, 1) * 1.12)
     room = (WIDTH - _LEFT - _RIGHT) / len(values)
     bottom = HEIGHT - _BOTTOM
@@ -86,7 +86,7 @@ def bars(title: str, labels: Sequence[str], values: Sequence[float], x_title: st
 
 
 def waterfall(title: str, steps: Sequence[tuple[str, float, str]], unit: str) -> str:
-    """Lying bars, one below the other: (name, value, text at its end); a line marks the first one's end."""
+    """Horizontal bars: (name, value, text at its end); a line marks the end of the first one."""
     row, top, label = 46, 8, 20
     height = top + row * len(steps) + 8
     most = max((value for _, value, _ in steps), default=1) or 1

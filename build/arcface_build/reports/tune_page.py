@@ -1,4 +1,4 @@
-"""The JSON of `arcface tune` in; its HTML page, with the frontier of latency and throughput, out."""
+"""Renders the JSON of `arcface tune` as an HTML page with the frontier of latency and throughput."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def tune_page(result: dict[str, Any]) -> str:
     blocks = [outcome]
     if result["duels"]:
         blocks.append(section("Frontier", figures(_frontier(result["duels"]))))
-    blocks.append(section("Duels, each in turns on two servers", table(head, rows)))
+    blocks.append(section("Duels, each interleaved on two servers", table(head, rows)))
     subtitle = f"{load['concurrency']} callers of {load['batch']} faces{limit}; {result['host'].get('cpu', '')}"
     return page("Tuning of arcface_onnx", subtitle, *blocks)
 
 
 def _frontier(duels: list[dict[str, Any]]) -> str:
-    """Every setting once, as (p95, faces a second) of its last duel, and the line of those that none beats in both."""
+    """Every setting once, as (p95, faces/s) of its last duel, and the Pareto frontier."""
     points: dict[str, tuple[float, float]] = {}
     for duel in duels:
         for side in ("champion", "challenger"):
@@ -49,7 +49,7 @@ def _frontier(duels: list[dict[str, Any]]) -> str:
         if not any(p[0] <= point[0] and p[1] >= point[1] and p != point for p in points.values())
     )
     x = Axis("p95, ms", 0, 1.1 * max(p[0] for p in points.values()))
-    y = Axis("faces a second", 0, 1.1 * max(p[1] for p in points.values()))
+    y = Axis("faces/s", 0, 1.1 * max(p[1] for p in points.values()))
     series = [Series("frontier", *map(list, zip(*frontier, strict=True)))]
     series += [Series(name, [point[0]], [point[1]]) for name, point in points.items()]
     return lines("Settings by latency and throughput", series, x, y, marks=True)

@@ -96,6 +96,16 @@ def _manifest(version: Path) -> dict[str, Any]:
     return data
 
 
+def serves_demo(repository: Path, model: str) -> bool:
+    """Whether the version that is to be served holds random weights, which recognise nobody.
+
+    Raises:
+        Missing: its manifest cannot be read.
+    """
+    manifest = served_manifest(repository, model)
+    return manifest is not None and manifest["source"].get("kind") == DEMO
+
+
 def served_folder(repository: Path, model: str) -> Path:
     """The version folder that Triton would serve.
 
@@ -207,6 +217,8 @@ def _overlay_text(model: Path, version: int) -> str:
         "source_sha256": manifest["source"]["sha256"],
         "model_name": manifest["name"],
     }
+    if manifest["source"].get("kind") == DEMO:
+        parameters["demo"] = "true"
     lines = "".join(f'parameters {{ key: "{k}" value: {{ string_value: "{v}" }} }}\n' for k, v in parameters.items())
     pin = f"version_policy: {{ specific {{ versions: [ {version} ] }} }}\n"
     return (

@@ -36,6 +36,7 @@ def check_tritonserver() -> Check:
 
 def check_weights(settings: EmbeddingConfig) -> Check:
     """Versions with weights in the model repository."""
+    from arcface_build.repository.mend import faults
     from arcface_build.repository.versions import find_repository, versions
 
     given = settings.local.model_repository
@@ -45,6 +46,9 @@ def check_weights(settings: EmbeddingConfig) -> Check:
         return Check("weights", "absent", fact_and_fix(exc)[0], "run from a checkout, or set local.model_repository")
     models = ("arcface_trt", "arcface_onnx", "arcface_reference")
     have = {name: versions(repository / name) for name in models}
+    damage = faults(repository)
+    if damage:
+        return Check("weights", "problem", "; ".join(damage), "arcface serve mends it")
     found = ", ".join(f"{name} {'version ' + str(v[-1]) if v else 'none'}" for name, v in have.items())
     if not any(have.values()):
         return Check(

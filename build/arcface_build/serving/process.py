@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
-import re
 import shlex
 import signal
 import socket
@@ -21,13 +21,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
+from arcface_build.serving.guard import forget_key, guard_options, hide_key, keep_key, new_key
 from arcface_build.serving.listener import pid_listening_on
+from arcface_build.serving.reasons import missing_library, reason_in_log, reason_of_end
 from arcface_clients.errors import WrongUse
+from arcface_clients.triton.admin_key import VARIABLE
 
 STOP_SECONDS = 15.0
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a server of this host is behind no proxy
 # p50 … p99.9 over the last minute; without it Triton has sums only. Wanted by an alert of deploy/prometheus/rules.yml.
 LATENCY_QUANTILES = "--metrics-config=summary_latencies=true"
 # Run before tritonserver takes its place: asks Linux (PR_SET_PDEATHSIG = 1) to end it when we are killed ourselves, so
@@ -156,6 +161,8 @@ class TritonProcess:
         config_name: Triton's --model-config-name: tensorrt, onnx or reference.
         log_path: where the server's output goes.
         extra: further arguments for tritonserver, as they are.
+        guarded: whether model control, shared memory, trace and log settings want a key, which this user's clients
+            find by themselves; False only where `extra` says how they are guarded.
     """
 
     def __init__(
@@ -170,6 +177,7 @@ class TritonProcess:
         host: str = "127.0.0.1",
         extra: Sequence[str] = (),
         environment: dict[str, str] | None = None,
+        guarded: bool = True,
     ) -> None:
         self.ports = ports or Ports()
         self.host = host
@@ -179,6 +187,9 @@ class TritonProcess:
         self._binary, self._repository, self._extra = binary, repository, extra
         self._links: tempfile.TemporaryDirectory[str] | None = None
         self._regions = f"arcface_{uuid.uuid4().hex}_"  # how the names of its shared memory begin
+        self._key = new_key() if guarded else ""
+        self._key_files: list[Path] = []
+        self._hidden = not guarded
         self._environment = {"CUDA_MODULE_LOADING": "LAZY", **os.environ, **binary.environment, **(environment or {})}
         self._child: subprocess.Popen[bytes] | None = None
         self._lock: PortLock | None = None
@@ -227,6 +238,12 @@ class TritonProcess:
         line = [*self._line_of(binary, self._plain(self._repository, "repository")), *self._extra]
         for backend in ("python", *(p.name for p in backends.iterdir() if p.is_symlink())) if backends else ("python",):
             line.append(f"--backend-config={backend},shm-region-prefix-name={self._regions}")
+        if self._key:
+            line += guard_options(self._key)
+            self._key_files = keep_key((self.ports.http, self.ports.grpc), self._key)
+            self._hidden = False
+        if self.log_path.exists():  # what the one before said last
+            self.log_path.replace(self.log_path.with_suffix(".previous.log"))
         with self.log_path.open("wb") as log:
             try:
                 self._child = subprocess.Popen(
@@ -234,7 +251,7 @@ class TritonProcess:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
-                    env=self._environment,
+                    env={name: text for name, text in self._environment.items() if name != VARIABLE},
                     start_new_session=True,  # Ctrl-C reaches us first; the group is ours to end as a whole
                 )
             except OSError as exc:
@@ -252,11 +269,12 @@ class TritonProcess:
         while time.monotonic() < deadline:
             if self._child.poll() is not None:
                 raise ServerFailed(self._why_it_ended())
+            self._hide_key()
             if missing_library(self.log_path):  # a stub that cannot start: Triton would wait for it for ever
                 self.stop()
                 raise ServerFailed(f"tritonserver cannot load its models: {reason_in_log(self.log_path)}")
             try:
-                with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2):
+                with _OPENER.open(f"http://{self.http_url}/v2/health/ready", timeout=2):
                     answering = pid_listening_on(self.ports.http)
                 if answering is None or os.getpgid(answering) == self._child.pid:  # None: /proc does not tell
                     return
@@ -265,6 +283,20 @@ class TritonProcess:
                 time.sleep(0.1)
         self.stop()
         raise ServerFailed(f"tritonserver was not ready after {timeout_s:g} s. Its log: {self.log_path}")
+
+    def ask(self, path: str, timeout_s: float) -> Any:
+        """The JSON of an HTTP path of the server.
+
+        Raises:
+            OSError, ValueError: no answer, or none that is JSON.
+        """
+        with _OPENER.open(f"http://{self.http_url}{path}", timeout=timeout_s) as answer:
+            return json.load(answer)
+
+    def _hide_key(self) -> None:
+        """Take the key out of the command line as soon as Triton has read it."""
+        if not self._hidden and self._child is not None and self.log_path.stat().st_size:
+            self._hidden = hide_key(self._child.pid, self._key)
 
     def wait(self, timeout_s: float | None = None) -> int | None:
         """Block until the server ends by itself; returns its exit status, None where it still runs after the time."""
@@ -298,6 +330,7 @@ class TritonProcess:
             child.wait()
             for region in Path("/dev/shm").glob(f"{self._regions}*"):
                 region.unlink(missing_ok=True)
+        forget_key(self._key_files, self._key)
         if self._lock is not None:
             self._lock.release()
         if self._links is not None:
@@ -324,45 +357,6 @@ class TritonProcess:
     def _why_it_ended(self) -> str:
         status = self._child.returncode if self._child else 0
         return f"tritonserver ended while starting {reason_of_end(status, self.log_path)}"
-
-
-def reason_of_end(status: int, log_path: Path) -> str:
-    """Why a tritonserver ended: the signal that it was sent, else its status and what its log says."""
-    if status >= 0:
-        return f"with status {status}: {reason_in_log(log_path)}"
-    memory = " (out of memory? Next: dmesg)" if status == -signal.SIGKILL else ""
-    return f"by {signal.Signals(-status).name}{memory} (log: {log_path})"
-
-
-def reason_in_log(path: Path) -> str:
-    """The cause in a tritonserver log, as one sentence: a missing library, or why models could not be loaded."""
-    library = missing_library(path)
-    if library:
-        return f"it needs {library}, which this host has not. Install it, or use the NGC container: docker-compose up"
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    reasons = re.findall(r"failed to load '(\w+)' version \d+: \w+(?: \w+)*: (.+)", text)
-    if reasons:
-        told = {model: _first_line(reason) for model, reason in reasons}
-        return "; ".join(f"{model}: {reason}" for model, reason in told.items()) + f" (log: {path})"
-    unread = re.findall(r"Poll failed for model directory '(\w+)': (.+?)\"?$", text, re.MULTILINE)
-    if unread:
-        return "; ".join(f"{model}: {reason}" for model, reason in unread) + f" (log: {path})"
-    errors = [line for line in text.splitlines() if re.match(r"E\d{4} |error: |.*unrecognized option", line)]
-    reason = re.sub(r"^\S*/tritonserver: ", "", errors[-1]) if errors else "no reason in its output"
-    return f"{reason} (log: {path})"
-
-
-def missing_library(path: Path) -> str | None:
-    """The shared library (or GLIBC version) that the server or one of its stubs did not find, None if none."""
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    found = re.search(r"error while loading shared libraries: (\S+?):|version `(GLIBC_[0-9.]+)' not found", text)
-    return found and (found.group(1) or found.group(2))
-
-
-def _first_line(reason: str) -> str:
-    """What a model said, without the exception's class and the stack that the python backend appends."""
-    plain = re.sub(r"^(?:\w+Exception|\w+Error): ", "", reason.strip().strip('"'))
-    return re.split(r"\\n|\n| At:", plain)[0].strip()
 
 
 def _reachable(host: str) -> str:

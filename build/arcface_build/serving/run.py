@@ -7,28 +7,33 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from arcface_build.errors import ServerFailed
 from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.bring_in import bring_in
-from arcface_build.repository.versions import versions
+from arcface_build.repository.mend import mend
+from arcface_build.repository.versions import serves_demo, versions
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
-from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess, reason_of_end
+from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess
 from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
 from arcface_build.serving.variant import take_best_variant
+from arcface_build.serving.watch import RESTARTS, RESTARTS_WITHIN_S, Pulse, Restarts, patience_s, watch
 from arcface_clients.checks.parity import ParityReport, measure_parity
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import GateFailed, Missing
+
+LEAF_OF = {"tensorrt": "arcface_trt", "onnx": "arcface_onnx", "reference": "arcface_reference"}
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,17 @@ class Audience(Protocol):
     def notice(self, text: str) -> None:
         """Something that need not be known."""
 
+    def warned(self, text: str) -> None:
+        """Something that whoever serves has to know."""
+
     def chosen(self, line: str) -> None:
         """What will serve, and why; a line."""
 
     def proved(self, server: TritonProcess, choice: BackendChoice, report: ParityReport, with_reference: bool) -> None:
         """Every loaded backend beside the reference."""
 
-    def failed(self, report: ParityReport, instead: str | None) -> None:
-        """A backend did not pass its gate; `instead` is tried next, None: nothing is left."""
+    def failed(self, why: str, instead: str | None) -> None:
+        """A backend did not load, or did not pass its gate; `instead` is tried next, None: nothing is left."""
 
     def serving(self, server: TritonProcess) -> None:
         """From now on it serves, until it is interrupted."""
@@ -90,13 +98,37 @@ class Interrupt:
 def serve(asked: ServeRequest, config: EmbeddingConfig, audience: Audience, interrupt: Interrupt) -> bool:
     """Serve until interrupted (with `once` until proved); returns whether the gates were passed.
 
-    A backend that fails its gate is stopped, and the next of `fallback.chain` is served.
+    A backend that does not load or fails its gate is stopped, and the next of `fallback.chain` is served. A server that
+    ends or hangs is started again, as if for the first time: whatever is in the repository by then is proved anew.
 
     Raises:
-        Missing: weights, a program or a port is not there, or the server ended by itself.
+        Missing: weights, a program or a port is not there, or the server ended by itself too often.
         GateFailed: no backend passed.
     """
     asked.ports.check_free(asked.host)  # before any work
+    restarts = Restarts()
+    try:
+        while True:
+            try:
+                return _serve(asked, config, audience, interrupt, restarts)
+            except ServerFailed as exc:
+                if not restarts.served:
+                    raise
+                pause_s = restarts.pause_s()
+                if pause_s is None:
+                    raise ServerFailed(f"given up after {RESTARTS} restarts in {RESTARTS_WITHIN_S:g} s: {exc}") from exc
+                audience.warned(f"RESTART in {pause_s:g} s: {exc}")
+                time.sleep(pause_s)
+    except KeyboardInterrupt:
+        if restarts.served:  # it is how one ends it
+            return True
+        raise
+
+
+def _serve(
+    asked: ServeRequest, config: EmbeddingConfig, audience: Audience, interrupt: Interrupt, restarts: Restarts
+) -> bool:
+    """One life of the server, from the choice of its backend to its end."""
     choice, with_reference = _prepare(asked, config, audience)
     binary = find_tritonserver()
     audience.chosen(f"tritonserver {binary.origin}")
@@ -118,35 +150,37 @@ def serve(asked: ServeRequest, config: EmbeddingConfig, audience: Audience, inte
             log_path=log_path(asked.repository, asked.ports.http),
             extra=(LATENCY_QUANTILES, *asked.extra),
         )
+        instead = next(iter(backends[position + 1 :]), None)
         with server:
-            server.wait_ready(asked.ready_timeout_s)
+            try:
+                server.wait_ready(asked.ready_timeout_s)
+            except ServerFailed as exc:
+                if instead is None:
+                    raise
+                audience.failed(str(exc), instead)
+                continue
             limits = config.comparison.max_drift.model_dump()
             report = measure_parity(server.grpc_url, asked.faces_bgr_u8, limits=limits)
             audience.proved(server, BackendChoice(name, choice.reason), report, with_reference)
+            if serves_demo(asked.repository, LEAF_OF[name]):
+                audience.warned("DEMO WEIGHTS: random numbers that recognise nobody. Next: arcface import YOUR.onnx")
             if asked.once:
                 return report.passed
             if report.passed or name == "reference":
-                with suppress(KeyboardInterrupt):  # from here on it is how one ends it
-                    audience.serving(server)
-                    wait_for_the_end(server, interrupt)
-                return True
-            audience.failed(report, next(iter(backends[position + 1 :]), None))
+                restarts.served = True
+                audience.serving(server)
+                served = next(row for row in report.rows if row.model == "arcface")
+                with closing(Pulse(server, asked.faces_bgr_u8[:1], patience_s(served.faces_per_s))) as pulse:
+                    try:
+                        watch(server, pulse, interrupt)
+                    except ServerFailed:
+                        server.kill()  # one that hangs would not finish its requests either
+                        raise
+            failed = "; ".join(f"{row.model} {row.gate}" for row in report.rows if not row.passed)
+            audience.failed(f"VALIDATION FAILED: {failed}", instead)
     raise GateFailed(
         "no backend passed its gate, nothing is served. See which faces: arcface compare; go back: arcface rollback"
     )
-
-
-def wait_for_the_end(server: TritonProcess, interrupt: Interrupt) -> NoReturn:
-    """Wait until the server ends by itself, which it should not, or until we are interrupted.
-
-    Raises:
-        KeyboardInterrupt: interrupted.
-        ServerFailed: the server ended.
-    """
-    while (status := server.wait(timeout_s=1.0)) is None:
-        if interrupt.came:
-            raise KeyboardInterrupt
-    raise ServerFailed(f"tritonserver ended by itself {reason_of_end(status, server.log_path)}")
 
 
 def log_path(repository: Path, http_port: int) -> Path:
@@ -161,6 +195,9 @@ def log_path(repository: Path, http_port: int) -> Path:
 def _prepare(asked: ServeRequest, config: EmbeddingConfig, audience: Audience) -> tuple[BackendChoice, bool]:
     """Weights where there are none, then the backend choice and whether InsightFace is loaded beside it."""
     repository, backend = asked.repository, asked.backend
+    if os.access(repository, os.W_OK):
+        for fault in mend(repository):
+            audience.warned(f"mended: {fault}")
     if asked.demo and not versions(repository / "arcface_onnx") and not versions(repository / "arcface_trt"):
         audience.notice("no weights in model_repository/: importing the demo network (NOT for recognition)")
         with audience.importing() as progress:

@@ -185,7 +185,7 @@ def _search(
     Raises:
         ProofFailed: no set of layers reaches it.
     """
-    first = trial.judge_everywhere(start.stand_in(serving), runtimes, "as asked for")
+    first = trial.judge_everywhere(start.stand_in(serving), runtimes, "as requested")
     if first.passed:
         return start
     layers, int8 = quantizable_layers(serving), start.precision == "int8"

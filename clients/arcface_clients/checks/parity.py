@@ -14,6 +14,7 @@ from arcface_clients.arrays import Array
 from arcface_clients.contract import FACE_INPUT
 from arcface_clients.errors import (
     ConfigError,
+    ContractMismatch,
     GateFailed,
     InferenceFailed,
     InvalidFaces,
@@ -22,7 +23,7 @@ from arcface_clients.errors import (
 )
 from arcface_clients.evidence.gate import judge_embeddings
 from arcface_clients.faces.check import check_faces
-from arcface_clients.triton.address import Access, Address, Tls
+from arcface_clients.triton.address import Access, Address, Connection, Tls
 from arcface_clients.triton.embedder import TritonEmbedder
 
 REFERENCE = "arcface_reference"
@@ -139,6 +140,7 @@ def measure_parity(
     skipped: dict[str, str] = {}
     reference: Array | None = None
     contract: str | None = None
+    named: str | None = None  # what the rows of the first model say, where the server was started without the overlays
     for model in sorted(models, key=lambda name: name != REFERENCE):
         progress(model)
         with TritonEmbedder(
@@ -159,6 +161,7 @@ def measure_parity(
                 if model == REFERENCE:
                     raise
                 broken = str(exc)
+            named = _one_contract(model, named, embedder.contract_prefix)
         if model == REFERENCE:
             reference = embeddings
         contract = contract or served.contract_id
@@ -205,6 +208,8 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0, access: Acc
     """
     from tritonclient import grpc as triton
 
+    from arcface_clients.triton.transports.grpc_messages import channel_options
+
     address = Address.parse(url)
     if address.protocol != "grpc":
         raise ConfigError(f"drift is counted over gRPC only; got {url}. Give the gRPC port: --url grpc://HOST:8001")
@@ -217,7 +222,10 @@ def count_drift(url: str, faces: Array, *, timeout_s: float = 120.0, access: Acc
         "certificate_chain": tls.cert_file,
     }
     with triton.InferenceServerClient(
-        address.target, ssl=address.tls, **{name: str(file) for name, file in files.items() if file}
+        address.target,
+        ssl=address.tls,
+        channel_args=channel_options(Connection(address)),
+        **{name: str(file) for name, file in files.items() if file},
     ) as client:
         try:
             if not client.is_model_ready(COUNTING, headers=headers, client_timeout=timeout_s):
@@ -244,6 +252,20 @@ def render_table(report: ParityReport) -> str:
         "  ".join(cell.rjust(width) if i in (1, 2, 3) else cell.ljust(width) for i, (cell, width) in columns).rstrip()
         for columns in (list(enumerate(zip(line, widths, strict=True))) for line in lines)
     )
+
+
+def _one_contract(model: str, before: str | None, now: str | None) -> str | None:
+    """What the rows of all models name, so far as they do.
+
+    Raises:
+        ContractMismatch: two things.
+    """
+    if before and now and before != now:
+        raise ContractMismatch(
+            f"rows of {model!r} are of contract {now[:12]}, those before of {before[:12]}: expected one model "
+            "behind all backends. Import it again: arcface import SOURCE"
+        )
+    return before or now
 
 
 def _faces(faces: Array | None, faces_from: str | Path | None) -> Array:

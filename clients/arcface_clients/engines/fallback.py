@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from arcface_clients.arrays import FloatArray
 from arcface_clients.engines.protocol import EmbeddingEngine, takes_gpu_faces
-from arcface_clients.errors import BackendUnavailable, ConfigError, ContractMismatch, DeadlineExceeded, GateFailed
+from arcface_clients.errors import (
+    BackendUnavailable,
+    ConfigError,
+    ContractMismatch,
+    DeadlineExceeded,
+    GateFailed,
+    Overloaded,
+)
 from arcface_clients.faces.check import FacesLike, check_faces, check_in_place
 
 if TYPE_CHECKING:
@@ -263,7 +270,7 @@ class FallbackEmbedder:
             state.left_alone_until = self._clock() + pause_s
             state.why = f"{type(error).__name__}: {error}"
             # After a slow answer it is still the same engine; after a lost connection it may not be.
-            state.accepted = state.accepted and isinstance(error, DeadlineExceeded)
+            state.accepted = state.accepted and isinstance(error, DeadlineExceeded | Overloaded)
             if state.failures == 1:
                 _log.warning("%s is unavailable, will retry in %g s: %s", state.name, pause_s, state.why)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TypedDict
 from urllib.parse import urlsplit
@@ -51,6 +53,13 @@ class Address:
         if path and protocol == "grpc":
             raise ConfigError(f"the server URL {url!r} has a path, which gRPC knows nothing of. {_EXAMPLES}", key="url")
         return cls(protocol, tls, parts.hostname, usual_port if port is None else port, path)
+
+    @property
+    def loopback(self) -> bool:
+        """Whether the host is this one by name; nothing is looked up."""
+        with suppress(ValueError):
+            return ip_address(self.host).is_loopback
+        return self.host.rstrip(".").lower() == "localhost"
 
     @property
     def target(self) -> str:

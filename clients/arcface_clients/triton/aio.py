@@ -7,14 +7,14 @@ import os
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from contextlib import aclosing
+from math import inf
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
-
-import numpy as np
 
 from arcface_clients.arrays import FloatArray
 from arcface_clients.errors import ClientUnusable
 from arcface_clients.faces.check import Faces, FacesLike, check_in_place
+from arcface_clients.triton.answer import Answer, Rows
 from arcface_clients.triton.client import STREAM_RETRY_FOR_S, TritonClient
 from arcface_clients.triton.sansio import arun
 from arcface_clients.triton.served import ServedModel
@@ -47,16 +47,12 @@ class AsyncTritonEmbedder(TritonClient):
 
         The event loop stands still while the producer of faces on a GPU finishes, and while they are copied.
         """
-        checked = check_in_place(faces)
-        size = (await self._served()).max_batch_size
-        rows = np.empty((len(checked), self._session.embedding_dim), np.float32)
-        done = 0
-        chunks: AsyncIterator[list[Faces]] = _each([checked[i : i + size]] for i in range(0, len(checked), size))
-        async with aclosing(self._in_order(chunks, None)) as answers:
-            async for answer in answers:
-                rows[done : done + len(answer)] = answer
-                done += len(answer)
-        return rows
+        return (await self._encode(faces, norms=False)).embeddings
+
+    async def encode_with_norms(self, faces: FacesLike) -> tuple[FloatArray, FloatArray]:
+        """Embeddings, and their lengths before they were cut; see `TritonEmbedder.encode_with_norms`."""
+        answer = await self._encode(faces, norms=True)
+        return answer.embeddings, answer.norms
 
     async def encode_stream(
         self,
@@ -66,11 +62,11 @@ class AsyncTritonEmbedder(TritonClient):
         retry_for_s: float = STREAM_RETRY_FOR_S,
     ) -> AsyncGenerator[FloatArray, None]:
         """Embeddings of a stream, one for each item and in order; see `TritonEmbedder.encode_stream`."""
-        served = await self._served()
+        served = await self._known()
         stream = Stream(self._stream_size(served, batch_size), self._session.embedding_dim)
         async with aclosing(self._in_order(_chunks(items, stream), retry_for_s)) as answers:
-            async for rows in answers:
-                for item in stream.give(rows):
+            async for answer in answers:
+                for item in stream.give(answer.embeddings):
                     yield item
         for item in stream.finished():
             yield item
@@ -84,11 +80,11 @@ class AsyncTritonEmbedder(TritonClient):
         """
         if self._session.served is None:
             raise ClientUnusable("this client has not asked the server yet: await ensure_ready() first.")
-        return self._session.served
+        return self._session.tell(self._session.served)
 
     async def ensure_ready(self) -> ServedModel:
         """Ask the server for the model now, and check its contract; see `TritonEmbedder.ensure_ready`."""
-        return await arun(self._session.connect(), self._opened())
+        return self._session.tell(await arun(self._session.connect(), self._opened()))
 
     async def close(self) -> None:
         """Give up the connection and the shared memory; may be called twice. Requests under way fail."""
@@ -98,28 +94,44 @@ class AsyncTritonEmbedder(TritonClient):
             await arun(self._session.regions.detach(), transport)
             await transport.close()
 
-    async def _served(self) -> ServedModel:
-        return self._session.served or await self.ensure_ready()
+    async def _known(self, deadline_s: float = inf) -> ServedModel:
+        session = self._session
+        known = session.served
+        return known if known else await arun(session.in_time(session.connect(), deadline_s), self._opened())
+
+    async def _encode(self, faces: FacesLike, norms: bool) -> Answer:
+        checked, deadline_s = check_in_place(faces), self._session.deadline_s()
+        size = (await self._known(deadline_s)).max_batch_size
+        chunks: AsyncIterator[list[Faces]] = _each([checked[i : i + size]] for i in range(0, len(checked), size))
+        rows = Rows(len(checked), self._session.embedding_dim, norms)
+        async with aclosing(self._in_order(chunks, None, norms, deadline_s)) as answers:
+            async for answer in answers:
+                rows.add(answer)
+        return rows.whole
 
     async def _in_order(
-        self, chunks: AsyncIterable[list[Faces]], retry_for_s: float | None
-    ) -> AsyncGenerator[FloatArray, None]:
-        """Embeddings of each chunk in order, `in_flight` requests under way."""
-        window: deque[tuple[asyncio.Task[FloatArray], InferRequest]] = deque()
+        self,
+        chunks: AsyncIterable[list[Faces]],
+        retry_for_s: float | None,
+        norms: bool = False,
+        deadline_s: float | None = None,
+    ) -> AsyncGenerator[Answer, None]:
+        """The answer to each chunk in order, `in_flight` requests under way."""
+        window: deque[tuple[asyncio.Task[Answer], InferRequest]] = deque()
         try:
             async for chunk in chunks:
                 transport = self._opened()
                 await arun(self._session.welcome(chunk), transport)
-                request = self._session.prepare(chunk, transport.pack)
-                window.append((asyncio.create_task(self._embed(request, retry_for_s)), request))
+                request = self._session.prepare(chunk, transport.pack, norms)
+                window.append((asyncio.create_task(self._embed(request, retry_for_s, deadline_s)), request))
                 while window and (len(window) == self.options.in_flight or window[0][0].done()):
-                    rows = await window[0][0]
+                    answer = await window[0][0]
                     window.popleft()
-                    yield rows
+                    yield answer
             while window:
-                rows = await window[0][0]
+                answer = await window[0][0]
                 window.popleft()
-                yield rows
+                yield answer
         finally:
             for task, _ in window:
                 task.cancel()
@@ -127,8 +139,10 @@ class AsyncTritonEmbedder(TritonClient):
             for _, request in window:
                 self._session.drop(request)
 
-    async def _embed(self, request: InferRequest, retry_for_s: float | None) -> FloatArray:
-        return await arun(self._session.embed(request, retry_for_s), self._opened())
+    async def _embed(self, request: InferRequest, retry_for_s: float | None, deadline_s: float | None) -> Answer:
+        session = self._session
+        deadline_s = session.deadline_s() if deadline_s is None else deadline_s
+        return await arun(session.in_time(session.embed(request, retry_for_s), deadline_s), self._opened())
 
     def _opened(self) -> AsyncTransport:
         here = (os.getpid(), asyncio.get_running_loop())

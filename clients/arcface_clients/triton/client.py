@@ -31,6 +31,7 @@ class TritonClient(ABC):
         model: str = "arcface",
         *,
         timeout_s: float = 120.0,
+        total_timeout_s: float | None = None,
         retry_for_s: float = 5.0,
         in_flight: int = 4,
         expected_contract: str | None = None,
@@ -44,6 +45,7 @@ class TritonClient(ABC):
             url=url,
             model=model,
             timeout_s=timeout_s,
+            total_timeout_s=total_timeout_s,
             retry_for_s=retry_for_s,
             in_flight=in_flight,
             expected_contract=expected_contract,
@@ -79,6 +81,15 @@ class TritonClient(ABC):
     def contract_id(self) -> str | None:
         """The served embedding contract; None when Triton was started without the import's overlay."""
         return self.served.contract_id
+
+    @property
+    def contract_prefix(self) -> str | None:
+        """The first 32 digits of the contract id, as every answer has to name it; never connects.
+
+        None: nothing was asked yet, or the model does not name its contract. Where Triton was started without the
+        import's overlay, `contract_id` is None and this is known from the first answer.
+        """
+        return self._session.contract_prefix
 
     @property
     def max_batch_size(self) -> int:

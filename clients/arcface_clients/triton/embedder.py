@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import chain, islice
+from math import inf
 from types import TracebackType
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from arcface_clients.arrays import FloatArray
 from arcface_clients.errors import ClientUnusable
 from arcface_clients.faces.check import Faces, FacesLike, check_in_place
+from arcface_clients.triton.answer import Answer, Rows
 from arcface_clients.triton.client import STREAM_RETRY_FOR_S, TritonClient
 from arcface_clients.triton.sansio import run
 from arcface_clients.triton.served import ServedModel
@@ -55,17 +55,31 @@ class TritonEmbedder(TritonClient):
             ContractMismatch: see `expected_contract`; or the model changed under way.
             CudaFailed, DependencyMissing: the faces are on a GPU that this process cannot reach (these fall back).
         """
-        checked = check_in_place(faces)
-        size = self.served.max_batch_size
+        return self._encode(faces, norms=False).embeddings
+
+    def encode_with_norms(self, faces: FacesLike) -> tuple[FloatArray, FloatArray]:
+        """Embeddings as `encode` gives them, and float32 (N,): their lengths before they were cut to unit length.
+
+        A short one is the mark of a poor picture: blurred, dark, turned away, or no face at all.
+
+        Raises:
+            WrongUse: the model was imported before it told them.
+            What `encode` raises.
+        """
+        answer = self._encode(faces, norms=True)
+        return answer.embeddings, answer.norms
+
+    def _encode(self, faces: FacesLike, norms: bool) -> Answer:
+        checked, deadline_s = check_in_place(faces), self._session.deadline_s()
+        size = self._known(deadline_s).max_batch_size
+        chunks = ([checked[i : i + size]] for i in range(0, len(checked), size))
         if 0 < len(checked) <= size:
-            rows = self._embed(self._prepared([checked]))
-            return rows if rows.flags.writeable else rows.copy()
-        rows = np.empty((len(checked), self._session.embedding_dim), np.float32)
-        done = 0
-        for answer in self._in_order(([checked[i : i + size]] for i in range(0, len(checked), size)), None):
-            rows[done : done + len(answer)] = answer
-            done += len(answer)
-        return rows
+            (answer,) = self._in_order(chunks, None, norms, deadline_s)
+            return answer.owned()
+        rows = Rows(len(checked), self._session.embedding_dim, norms)
+        for answer in self._in_order(chunks, None, norms, deadline_s):
+            rows.add(answer)
+        return rows.whole
 
     def encode_stream(
         self,
@@ -89,13 +103,13 @@ class TritonEmbedder(TritonClient):
             ConfigError: batch_size is not in 1..max_batch_size.
             What `encode` raises, when the item's turn comes.
         """
-        size = self._stream_size(self.served, batch_size)
+        size = self._stream_size(self._known(), batch_size)
         return self._streamed(items, Stream(size, self._session.embedding_dim), retry_for_s)
 
     @property
     def served(self) -> ServedModel:
         """What the server says of the model; the first use connects, and raises what `ensure_ready` raises."""
-        return self._session.served or self.ensure_ready()
+        return self._session.tell(self._known())
 
     def ensure_ready(self) -> ServedModel:
         """Ask the server for the model now, and check its contract.
@@ -104,31 +118,46 @@ class TritonEmbedder(TritonClient):
             ServerUnreachable, ModelNotReady, DeadlineExceeded: the server cannot answer (these fall back).
             ConfigError, ContractMismatch: it serves something else than was expected.
         """
-        return run(self._session.connect(), self._transport())
+        return self._session.tell(run(self._session.connect(), self._transport()))
 
     def close(self) -> None:
         """Give up the connection and the shared memory; may be called twice. Requests under way fail."""
         if self._finalizer.detach():
             self._live.end(wait=True)
 
+    def _known(self, deadline_s: float = inf) -> ServedModel:
+        session = self._session
+        return session.served or run(session.in_time(session.connect(), deadline_s), self._transport())
+
     def _streamed(self, items: Iterable[FacesLike], stream: Stream, retry_for_s: float) -> Iterator[FloatArray]:
         chunks = chain(chain.from_iterable(map(stream.take, items)), _later(stream.rest))
-        for rows in self._in_order(chunks, retry_for_s):
-            yield from stream.give(rows)
+        for answer in self._in_order(chunks, retry_for_s):
+            yield from stream.give(answer.embeddings)
         yield from stream.finished()
 
-    def _in_order(self, chunks: Iterable[list[Faces]], retry_for_s: float | None) -> Iterator[FloatArray]:
-        """Embeddings of each chunk in order, `in_flight` requests under way; a lone chunk goes out on this thread."""
-        requests, in_flight = map(self._prepared, chunks), self.options.in_flight
+    def _in_order(
+        self,
+        chunks: Iterable[list[Faces]],
+        retry_for_s: float | None,
+        norms: bool = False,
+        deadline_s: float | None = None,
+    ) -> Iterator[Answer]:
+        """The answer to each chunk in order, `in_flight` requests under way; a lone chunk goes out on this thread.
+
+        `deadline_s`: of all of them; None: each has `total_timeout_s` for itself.
+        """
+        requests, in_flight = (self._prepared(chunk, norms) for chunk in chunks), self.options.in_flight
         head = list(islice(requests, 2))
         if len(head) < 2:
             for request in head:
-                yield self._embed(request, retry_for_s)
+                yield self._embed(request, retry_for_s, deadline_s)
             return
-        window: deque[tuple[Future[FloatArray], InferRequest]] = deque()
+        window: deque[tuple[Future[Answer], InferRequest]] = deque()
         try:
             for request in chain(head, requests):
-                window.append((self._live.workers(in_flight).submit(self._embed, request, retry_for_s), request))
+                window.append(
+                    (self._live.workers(in_flight).submit(self._embed, request, retry_for_s, deadline_s), request)
+                )
                 while window and (len(window) == in_flight or window[0][0].done()):
                     yield window.popleft()[0].result()
             while window:
@@ -138,13 +167,15 @@ class TritonEmbedder(TritonClient):
                 if future.cancel():
                     self._session.drop(request)
 
-    def _prepared(self, parts: list[Faces]) -> InferRequest:
+    def _prepared(self, parts: list[Faces], norms: bool) -> InferRequest:
         transport = self._transport()
         run(self._session.welcome(parts), transport)
-        return self._session.prepare(parts, transport.pack)
+        return self._session.prepare(parts, transport.pack, norms)
 
-    def _embed(self, request: InferRequest, retry_for_s: float | None = None) -> FloatArray:
-        return run(self._session.embed(request, retry_for_s), self._transport())
+    def _embed(self, request: InferRequest, retry_for_s: float | None, deadline_s: float | None) -> Answer:
+        session = self._session
+        deadline_s = session.deadline_s() if deadline_s is None else deadline_s
+        return run(session.in_time(session.embed(request, retry_for_s), deadline_s), self._transport())
 
     def _transport(self) -> Transport:
         return self._live.transport()

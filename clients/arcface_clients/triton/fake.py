@@ -8,9 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from arcface_clients.arrays import Array, FloatArray
-from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
+from arcface_clients.arrays import Array
+from arcface_clients.contract import (
+    CONTRACT_OUTPUT,
+    EMBEDDING_OUTPUT,
+    FACE_INPUT,
+    FACE_SHAPE,
+    NORM_OUTPUT,
+    contract_words,
+)
 from arcface_clients.errors import InferenceFailed
+from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.embedder import TritonEmbedder
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import Transport
@@ -69,12 +77,12 @@ class FakeTransport:
         self._embedding_dim, self._contract_id, self._max_batch_size = embedding_dim, contract_id, max_batch_size
         self._fails, self._calls = fails, calls
 
-    def pack(self, model: str, parts: Sequence[Array]) -> Array:
+    def pack(self, model: str, parts: Sequence[Array], outputs: Sequence[str]) -> Array:
         """A copy of the faces."""
         return np.concatenate(parts)
 
-    def infer(self, model: str, body: Array, timeout_s: float) -> FloatArray:
-        """Unit rows float32 (N,D) from the digest of each face, or what `fails` says."""
+    def infer(self, model: str, body: Array, timeout_s: float) -> Tensors:
+        """Rows float32 (N,D) from the digest of each face, cut to unit length, or what `fails` says."""
         self._calls.append(len(body))
         failure = next(self._fails, None)
         if failure is not None:
@@ -83,22 +91,33 @@ class FakeTransport:
         for row, face in zip(rows, body, strict=True):
             seed = int.from_bytes(hashlib.sha256(face.data).digest()[:8], "little")
             row[:] = np.random.default_rng(seed).standard_normal(self._embedding_dim, np.float32)
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        return rows
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        tensors = {EMBEDDING_OUTPUT: rows / norms, NORM_OUTPUT: norms}
+        if self._contract_id:
+            tensors[CONTRACT_OUTPUT] = np.tile(self._contract_row(), (len(body), 1))
+        return tensors
+
+    def _contract_row(self) -> Array:
+        """Int32 (4,): of a contract id, or of any other name that a test has for one."""
+        name = str(self._contract_id)
+        return contract_words(name if len(name) == 64 else hashlib.sha256(name.encode()).hexdigest())
 
     def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
         """A configuration as Triton's JSON."""
+        outputs = [(EMBEDDING_OUTPUT, "TYPE_FP32", self._embedding_dim), (NORM_OUTPUT, "TYPE_FP32", 1)]
+        if self._contract_id:
+            outputs.append((CONTRACT_OUTPUT, "TYPE_INT32", 4))
         parameters = {"contract_id": self._contract_id, "precision": "fp32"}
         return {
             "name": model,
             "backend": "fake",
             "max_batch_size": self._max_batch_size,
             "input": [{"name": FACE_INPUT, "data_type": "TYPE_UINT8", "dims": list(FACE_SHAPE)}],
-            "output": [{"name": EMBEDDING_OUTPUT, "data_type": "TYPE_FP32", "dims": [self._embedding_dim]}],
+            "output": [{"name": name, "data_type": kind, "dims": [width]} for name, kind, width in outputs],
             "parameters": {name: {"string_value": value} for name, value in parameters.items() if value},
         }
 
-    def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+    def infer_shared(self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float) -> Tensors:
         """Never asked: shared memory is switched off."""
         raise InferenceFailed("the fake has no shared memory")
 

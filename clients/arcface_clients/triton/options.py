@@ -17,7 +17,10 @@ class ClientOptions:
     Attributes:
         url: `host:port` or `grpc://…`, `grpcs://…`, `http://…`, `https://…`.
         model: served model, normally the ensemble `arcface`.
-        timeout_s: longest wait for the answer to one request of up to max_batch_size faces, queueing included.
+        timeout_s: longest wait for the answer to one request of up to max_batch_size faces, queueing included. A
+            request that is sent again, after a lost server, begins anew.
+        total_timeout_s: longest wait for all that one call of `encode` takes: connecting, every request, every new
+            attempt and the pauses between; of a stream, for each request. None: no limit of its own.
         retry_for_s: how long a lost server or an unloaded model is tried again; 0: not at all.
         in_flight: requests under way at a time when there are more faces than fit one.
         expected_contract: contract id that the served model must have.
@@ -36,6 +39,7 @@ class ClientOptions:
     url: str = "localhost:8001"
     model: str = "arcface"
     timeout_s: float = 120.0
+    total_timeout_s: float | None = None
     retry_for_s: float = 5.0
     in_flight: int = 4
     expected_contract: str | None = None
@@ -48,6 +52,8 @@ class ClientOptions:
         """Refuse what cannot be before anything is opened."""
         _check("model", self.model, isinstance(self.model, str) and self.model, "a served model's name")
         _check("timeout_s", self.timeout_s, self.timeout_s > 0, "more than 0")
+        total_s = self.total_timeout_s
+        _check("total_timeout_s", total_s, total_s is None or total_s > 0, "more than 0, or None")
         _check("in_flight", self.in_flight, 1 <= self.in_flight <= 256, "1..256")
         _check("retry_for_s", self.retry_for_s, self.retry_for_s >= 0, "0 or more")
         _check(

@@ -8,13 +8,17 @@ shared memory) is written so, and serves both embedders; httpx does its authenti
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from inspect import isawaitable
 from typing import Any, TypeVar
 
+from arcface_clients.errors import DeadlineExceeded
 from arcface_clients.triton.transports import AsyncTransport, Transport
 
 CONTROL_TIMEOUT_S = 10.0  # for everything that is asked of a server but inference
+_CLOCK_S = 0.05  # by so much a driver's clock may run ahead of ours
+_WITHOUT_LIMIT = ("pack",)
 T = TypeVar("T")
 Steps = Generator[tuple[Any, ...], Any, T]
 
@@ -49,6 +53,35 @@ async def arun(steps: Steps[T], transport: AsyncTransport) -> T:
             if isawaitable(argument):
                 argument = await argument
             act = steps.send
+        except BaseException as exc:
+            act, argument = steps.throw, exc
+
+
+def within(steps: Steps[T], deadline_s: float, late: Callable[[], Exception]) -> Steps[T]:
+    """The same exchange, each step cut to what is left until `deadline_s` (monotonic).
+
+    Args:
+        steps: their last argument is the step's own limit in seconds, but for those of `_WITHOUT_LIMIT`.
+        deadline_s: when all of it has to be done.
+        late: makes the error that is raised at the `yield` when nothing is left, or a cut step came too late.
+    """
+    act, argument = steps.send, None
+    while True:
+        try:
+            step = act(argument)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        try:
+            if step[0] not in _WITHOUT_LIMIT:
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    raise late()
+                step = (*step[:-1], min(step[-1], left_s))
+            argument = yield step
+            act = steps.send
+        except DeadlineExceeded as exc:
+            act, argument = steps.throw, exc if time.monotonic() < deadline_s - _CLOCK_S else late()
         except BaseException as exc:
             act, argument = steps.throw, exc
 

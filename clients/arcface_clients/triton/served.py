@@ -1,4 +1,4 @@
-"""What a server says of a model (batch limit, width, contract id), and whether an answer is unit embeddings."""
+"""What a server says of a model: batch limit, width, contract id, outputs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from arcface_clients.arrays import Array, FloatArray
-from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, UNIT_TOLERANCE
-from arcface_clients.errors import ConfigError, InferenceFailed
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, OUTPUTS
+from arcface_clients.errors import ConfigError
 
 UNLIMITED_BATCH = 64  # what is sent at once to a model that states no limit (max_batch_size 0, batch in its dims)
+MAX_SIZE = 65_536  # of a batch and of an embedding; what is stated beyond is a slip or a lie, and would be allocated
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,8 @@ class ServedModel:
     contract_id: str | None  # None: Triton was started without the overlay that `arcface import` writes
     precision: str | None
     gpu: int | None  # the leaf's first GPU as the server numbers them; None: it runs on the CPU
+    outputs: tuple[str, ...] = (EMBEDDING_OUTPUT,)  # those of the tensor contract that it has
+    demo: bool = False  # random weights: its embeddings recognise nobody
 
 
 def next_step(config: Mapping[str, Any]) -> str | None:
@@ -55,6 +55,11 @@ def served_model(name: str, configs: Sequence[Mapping[str, Any]]) -> ServedModel
             "Put an imported model there: arcface import SOURCE"
         )
     width = (_dims(_tensor(leaf, "output", EMBEDDING_OUTPUT) or embedding) or [-1])[-1]
+    if not (0 <= max_batch_size <= MAX_SIZE and width <= MAX_SIZE):
+        raise ConfigError(
+            f"the model {name!r} states max_batch_size {max_batch_size} and embeddings of {width} numbers; expected "
+            f"neither to be above {MAX_SIZE}. Look at its config.pbtxt"
+        )
     parameters = leaf.get("parameters", {})
     return ServedModel(
         name=name,
@@ -65,29 +70,9 @@ def served_model(name: str, configs: Sequence[Mapping[str, Any]]) -> ServedModel
         contract_id=parameters.get("contract_id", {}).get("string_value") or None,
         precision=parameters.get("precision", {}).get("string_value") or None,
         gpu=_gpu(leaf),
+        outputs=tuple(name for name in OUTPUTS if _tensor(top, "output", name)),
+        demo=parameters.get("demo", {}).get("string_value", "").lower() in ("true", "1", "yes"),
     )
-
-
-def checked_rows(rows: Array, shape: tuple[int, int], who: str) -> FloatArray:
-    """An answer as it is, if it is unit embeddings of this shape; `who` answered, for the message.
-
-    Raises:
-        InferenceFailed: it is not.
-    """
-    if rows.shape != shape:
-        raise InferenceFailed(
-            f"{who} answered {rows.shape} for {shape[0]} faces; expected {shape}. "
-            "Was another model loaded? Make a new client"
-        )
-    squared = np.einsum("nd,nd->n", rows, rows)
-    good = np.abs(squared - 1) <= UNIT_TOLERANCE  # NaN is not good either
-    if not good.all():
-        bad = np.flatnonzero(~good)
-        raise InferenceFailed(
-            f"{who} answered {bad.size} of {len(rows)} embeddings that are not of unit length "
-            f"(row {bad[0]}: norm {np.sqrt(squared[bad[0]]):.4g}). Check the model: arcface parity"
-        )
-    return rows
 
 
 def _gpu(config: Mapping[str, Any]) -> int | None:

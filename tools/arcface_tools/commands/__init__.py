@@ -1,1 +1,1 @@
-"""The command lines of the tools, one module each."""
+"""The commands of the tools, one module each."""

@@ -1,4 +1,4 @@
-"""`scripts/bench clients`: our client over each transport beside the bare runtime; memory of streams and bulk jobs."""
+"""`scripts/bench clients`: our client over each transport against the bare runtime; memory of streams and bulk jobs."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ Examples:
   scripts/bench clients                              gRPC and shared memory against the bare session, batch 32
   scripts/bench clients --transport grpc-cudashm --transport grpc-gpufaces       on a GPU host: regions on the GPU
   scripts/bench clients --quick --in-flight 1 --in-flight 2 --in-flight 4 --in-flight 8
-  scripts/bench clients --stream 1000000             peak memory while a million generated faces go through
-  scripts/bench clients --restarts 10000             every face answered once though the server is killed twice
+  scripts/bench clients --stream 1000000             peak memory while a million generated faces are streamed
+  scripts/bench clients --restarts 10000             every face is answered once although the server is killed twice
   scripts/bench clients --bulk 1000000               rate and memory of a bulk job to Parquet, without an engine
 """
 
 
 @click.command("bench-clients", epilog=EPILOG)
 @click.option("--model-repository", type=click.Path(path_type=Path), help="Default: model_repository/ here or above.")
-@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Faces a request.")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Faces per request.")
 @click.option(
     "--transport",
     "transports",
     multiple=True,
     default=("grpc", "grpc-shm"),
     show_default=True,
-    help="grpc or http, alone or with -shm, -cudashm, -gpufaces (faces that are on the GPU). Repeatable.",
+    help="grpc or http, alone or with -shm, -cudashm, -gpufaces (faces already on the GPU). Repeatable.",
 )
 @click.option("--in-flight", multiple=True, default=(4,), show_default=True, type=click.IntRange(1))
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--sample-s", default=5.0, show_default=True, type=NOT_NEGATIVE)
-@click.option("--quick", is_flag=True, help="Against a model that does next to nothing: the client and the way alone.")
-@click.option("--stream", type=click.IntRange(1), help="Instead: memory of a stream of so many faces.")
-@click.option("--restarts", "requests", type=click.IntRange(1), help="Instead: so many requests across two kills.")
-@click.option("--bulk", type=click.IntRange(1), help="Instead: rate and memory of a bulk job of so many faces.")
+@click.option("--quick", is_flag=True, help="Use a trivial model, to measure only the client and the transport.")
+@click.option("--stream", type=click.IntRange(1), help="Instead: memory of a stream of this many faces.")
+@click.option("--restarts", "requests", type=click.IntRange(1), help="Instead: this many requests across two kills.")
+@click.option("--bulk", type=click.IntRange(1), help="Instead: rate and memory of a bulk job of this many faces.")
 @json_option
 @report_option
 def command(
@@ -58,7 +58,7 @@ def command(
     as_json: bool,
     report: Path | None,
 ) -> None:
-    """Measure our client in turns with the bare ONNX Runtime session, in one run."""
+    """Measure our client and the bare ONNX Runtime session, interleaved in one run."""
     from arcface_build.bench.host import describe_host
     from arcface_build.bench.run import served_file
     from arcface_build.bench.server import own_server
@@ -75,7 +75,7 @@ def command(
     ]
     chosen = [(kind, count, measure) for kind, count, measure in instead if count]
     if len(chosen) > 1:
-        raise WrongUse("--stream, --restarts and --bulk each take the place of the rest: expected at most one.")
+        raise WrongUse("--stream, --restarts and --bulk exclude each other: expected at most one.")
     if chosen:
         kind, count, measure = chosen[0]
         measured = measure(count)

@@ -1,4 +1,4 @@
-"""`scripts/bench vectors`: distances, neighbours and gallery search beside the obvious ways, with their memory."""
+"""`scripts/bench vectors`: time and memory of distances, neighbours and gallery search against naive code."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ Examples:
 
 
 @click.command("bench-vectors", epilog=EPILOG)
-@click.option(
-    "--rows", default=50_000, show_default=True, type=click.IntRange(100), help="Embeddings among which to look."
-)
+@click.option("--rows", default=50_000, show_default=True, type=click.IntRange(100), help="Embeddings to search among.")
 @click.option(
     "--gallery", default=100_000, show_default=True, type=click.IntRange(100), help="Embeddings in the gallery."
 )
@@ -28,7 +26,7 @@ Examples:
 @json_option
 @report_option
 def command(rows: int, gallery: int, dim: int, k: int, rounds: int, as_json: bool, report: Path | None) -> None:
-    """Measure distances by matrix product in turns with the obvious ways, in one run."""
+    """Measure distances by matrix product against naive code, interleaved in one run."""
     from arcface_tools import vectors
 
     result = vectors.run(rows, gallery, dim, k, rounds)

@@ -1,4 +1,4 @@
-"""`scripts/consensus-demo`: folders of people and a model in, the figures of `bench.consensus` out."""
+"""`scripts/consensus-demo`: measures how well and how fast strangers among people's faces are found."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Examples:
 
 @click.command(epilog=EPILOG, context_settings={"show_default": True})
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER_OF_PERSONS")
-@click.option("--url", help="Embed through this server; without, in this process.")
-@click.option("--model", help="Model under --models-dir (or served); the only one there by default.")
+@click.option("--url", help="Embed through this server; default: in this process.")
+@click.option("--model", help="Model under --models-dir (or served); default: the only one.")
 @click.option("--models-dir", type=click.Path(path_type=Path), default=Path("models"))
 @click.option("--images", type=click.Path(path_type=Path, exists=True, file_okay=False), help="The people's photos.")
 @click.option("--detector", type=click.Path(path_type=Path, dir_okay=False), help="YuNet's ONNX, for --images.")
-@click.option("--rounds", type=click.IntRange(1), default=5, help="Times that strangers are drawn anew.")
+@click.option("--rounds", type=click.IntRange(1), default=5, help="How often new strangers are drawn.")
 @click.option("--seed", type=int, default=0)
 @json_option
 @report_option
@@ -39,7 +39,7 @@ def command(
     as_json: bool,
     report: Path | None,
 ) -> None:
-    """Put strangers among each person's faces and count who is found; measure extraction, cache, distances, pairs."""
+    """Mix strangers into each person's faces and count who is found; measure extraction, cache, distances, pairs."""
     from arcface_tools.consensus import run
 
     lines: list[str] = []

@@ -1,1 +1,1 @@
-"""One bounded run on a GPU host: plans built, proved, served and measured; one report."""
+"""One time-bounded run on a GPU host that builds, proves, serves and measures plans, and writes a report."""

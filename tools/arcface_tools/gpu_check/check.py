@@ -1,4 +1,4 @@
-"""A run against the clock: steps that fit into what is left of it, and the report as it grows."""
+"""A run within a time budget: steps that fit into the remaining time, and a report written after each."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ RESERVE_S = 5.0  # of the budget, for ending processes and writing the report
 
 
 class Stopped(BaseException):
-    """SIGTERM; no `except Exception` of a step holds it up."""
+    """SIGTERM; not caught by a step's `except Exception`."""
 
 
 @dataclass
 class GpuCheck:
-    """One run: what is asked, the clock, and the report as it grows."""
+    """One run: the options, the clock, and the report so far."""
 
     models_dir: Path
     scratch: Path
@@ -44,11 +44,11 @@ class GpuCheck:
 
     @property
     def left_s(self) -> float:
-        """Seconds of the budget that are left, less a reserve; every wait is bounded by them."""
+        """Seconds left in the budget, minus a reserve; every wait is bounded by them."""
         return max(self.deadline - time.monotonic() - RESERVE_S, 0.0)
 
     def step(self, name: str, needs_s: float, action: Callable[[], Any]) -> None:
-        """Run one step if the budget allows, and write the report; where it fails, with the reason."""
+        """Run one step if the budget allows, and write the report, with the reason if the step fails."""
         if self.left_s < needs_s:
             self.report["not_measured"].append({"step": name, "why": f"{self.left_s:.0f} s of the budget were left"})
             return
@@ -58,7 +58,7 @@ class GpuCheck:
         try:
             print(f"[{self.left_s:4.0f} s left] {name}", file=sys.stderr, flush=True)
             action()
-        except Exception as exc:  # a report with a gap is worth more than none
+        except Exception as exc:  # a report with a gap is better than none
             self.report["not_measured"].append({"step": name, "why": f"{type(exc).__name__}: {exc}"[:800]})
         except BaseException as exc:
             self.report["not_measured"].append({"step": name, "why": f"the run was ended: {type(exc).__name__}"})
@@ -68,7 +68,7 @@ class GpuCheck:
             self.write()
 
     def write(self) -> None:
-        """The report as it stands, as JSON and Markdown, each whole or not at all."""
+        """Write the report so far as JSON and Markdown, atomically."""
         write_json(self.target, self.report)
         with new_file(self.target.with_suffix(".md")) as temporary:
             temporary.write_text(to_markdown(self.report))
@@ -78,7 +78,7 @@ class GpuCheck:
         return measure(embed, self.faces, batch, self.seconds, self.log, callers)
 
     def reference(self, source: PlanSource) -> np.ndarray:
-        """The CPU's embeddings of the faces, computed once a model and kept beside it."""
+        """The CPU's embeddings of the faces, computed once per model and stored beside it."""
         digest = file_digest(source.reference)[:12]
         kept = source.reference.with_name(f"gpu-check-{digest}-{FACES}-{FACES_SEED}.npy")
         if not kept.is_file():

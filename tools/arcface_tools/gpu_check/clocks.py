@@ -1,4 +1,4 @@
-"""One nvidia-smi for a whole run: the GPU's clocks, power, temperature and memory while something was measured."""
+"""Records the GPU's clocks, power, temperature and memory during a run, with a single nvidia-smi process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ EVERY_MS = 100
 
 
 class GpuLog:
-    """Readings every 100 ms from entering to leaving; empty where there is no nvidia-smi."""
+    """A context manager that reads every 100 ms; empty if there is no nvidia-smi."""
 
     def __init__(self) -> None:
-        """Nothing is started yet."""
+        """Set up; nothing is started yet."""
         self._readings: list[tuple[float, tuple[float, ...]]] = []
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -50,7 +50,7 @@ class GpuLog:
             self._reader.join(timeout=2)
 
     def since(self, started_s: float) -> dict[str, float]:
-        """What was read since a time of `time.monotonic`, or the last reading before it; empty where there is none.
+        """The readings since a time of `time.monotonic`, or the last one before it; empty if there are none.
 
         Medians of clocks (MHz) and power (W), the largest temperature (°C), memory (MiB) and the mean load (percent).
         """
@@ -84,5 +84,5 @@ def parse_reading(line: str) -> tuple[float, ...] | None:
         return None
     try:
         return tuple(float(part) for part in parts)
-    except ValueError:  # [N/A] on cards that do not tell
+    except ValueError:  # [N/A] on cards that do not report it
         return None

@@ -1,4 +1,4 @@
-"""What is measured: a plan, ONNX Runtime on CUDA, PyTorch, a served plan; each a callable from faces to embeddings."""
+"""The contestants: a plan, ONNX Runtime on CUDA, PyTorch and a served plan, as callables from faces to embeddings."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ WARM_UP_S = 0.5  # idle clocks are a fifth of busy ones
 
 
 def measure(embed: Embed, faces: np.ndarray, batch: int, seconds: float, log: GpuLog, callers: int = 1) -> Row:
-    """Median latency and faces/s at one batch size, host copies included, after half a second that does not count.
+    """Median latency and faces/s at one batch size, including host copies, after half a second of warm-up.
 
-    With several callers faces/s is what all of them got in `seconds`. `gpu` is what its clocks were meanwhile.
+    With several callers faces/s is their total in `seconds`. `gpu` has the GPU's clocks during that time.
     """
     part = np.resize(faces, (batch, *faces.shape[1:]))
     warm = time.perf_counter() + WARM_UP_S
@@ -68,7 +68,7 @@ def measure(embed: Embed, faces: np.ndarray, batch: int, seconds: float, log: Gp
 
 @contextmanager
 def plan_in_process(plan: Path) -> Iterator[Embed]:
-    """A plan in this process through Polygraphy's runner, from host to host: what a pipeline that calls it sees."""
+    """A plan in this process through Polygraphy's runner, from host to host, as a pipeline would call it."""
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
     with TrtRunner(EngineFromBytes(plan.read_bytes())) as runner:
@@ -86,10 +86,10 @@ def onnxruntime_cuda(onnx: Path, tf32: bool) -> Embed:
 
 
 def find_torch_python(given: str | None) -> str:
-    """A Python that imports torch and sees a GPU: the given one, else the first of PATH, of /usr/bin or of /opt/conda.
+    """A Python whose torch sees a GPU: the given one, else the first on PATH, in /usr/bin or in /opt/conda.
 
     Raises:
-        Missing: none does; the message has what each said.
+        Missing: there is none; the message has the error of each.
     """
     folders = [*os.environ.get("PATH", "").split(os.pathsep), "/usr/bin", "/usr/local/bin", "/opt/conda/bin"]
     found = [sys.executable, *(str(Path(folder) / "python3") for folder in folders if folder)]
@@ -130,10 +130,10 @@ def torch_baseline(
 ) -> dict[str, Any]:
     """PyTorch in another Python's process: its versions, `ways` as torch_baseline.py prints them, and why it stopped.
 
-    What was printed before a limit or a fault is kept.
+    Output from before a timeout or a crash is kept.
 
     Raises:
-        Missing: nothing was measured, for instance because the graph has an operator that the baseline does not know.
+        Missing: nothing was measured, for instance because the baseline lacks an operator of the graph.
     """
     folder.mkdir(parents=True, exist_ok=True)
     export_graph(onnx, folder)
@@ -155,7 +155,7 @@ def torch_baseline(
                 stopped = (lines or ["no reason"])[-1]
     result: dict[str, Any] = {"ways": []}
     for line in (folder / "said.jsonl").read_text().splitlines():
-        with suppress(ValueError):  # the last one may be cut off
+        with suppress(ValueError):  # the last line may be incomplete
             said = json.loads(line)
             if "kind" in said:
                 result["ways"].append(said)
@@ -168,13 +168,13 @@ def torch_baseline(
 
 
 def _clean_environment() -> dict[str, str]:
-    """The other Python must not see the packages of this one."""
+    """An environment in which the other Python does not see this one's packages."""
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH", "LD_LIBRARY_PATH")}
 
 
 @contextmanager
 def served_plan(plan: Path, sm: str, folder: Path, ready_timeout_s: float) -> Iterator[tuple[Embed, Any]]:
-    """A plan behind a tritonserver of its own, asked over gRPC: the callable, and the server.
+    """A plan behind its own tritonserver, called over gRPC: the callable, and the server.
 
     Raises:
         Missing, ServerFailed: no tritonserver here, or it does not load the plan.

@@ -1,7 +1,7 @@
-"""A plan's own time: faces and embeddings stay on the GPU, each run is a CUDA graph, and CUDA events time the replays.
+"""Times a plan alone: faces and embeddings stay on the GPU, each run is a CUDA graph, and CUDA events time the replays.
 
-A client's latency holds copies and Python besides; `contestants.measure` is for that. It follows CUDA's and TensorRT's
-documented calls and has run on a stand-in only: no GPU has seen it.
+A client's latency also includes copies and Python; `contestants.measure` is for that. This code follows the documented
+calls of CUDA and TensorRT, and has run only on a stand-in, never on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_BYTES, FACE_INPUT, FACE_SHAPE
 from arcface_clients.errors import InferenceFailed
 
-INPUTS = 4  # runs take turns on them, so that no input stays in the GPU's cache from one run to the next
+INPUTS = 4  # used in turn, so that no input stays in the GPU's cache from one run to the next
 FEWEST_REPLAYS, MOST_REPLAYS = 200, 2000
 WARM_UP_S = 0.5  # idle clocks are a fifth of busy ones
 _LARGEST_ELEMENT = 8  # bytes; outputs are a few kilobytes, so their buffers may be too large
@@ -57,7 +57,7 @@ class PlanTimer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Free what is on the GPU."""
+        """Free the GPU memory."""
         self._free()
         self._cuda.destroy_stream(self._stream)
         del self._engine, self._runtime
@@ -66,13 +66,13 @@ class PlanTimer:
         """Time at least 200 replays of a batch; the row of the report, and the embeddings of the first `batch` faces.
 
         Args:
-            faces_bgr_u8: uint8 (N,112,112,3), repeated where there are too few.
+            faces_bgr_u8: uint8 (N,112,112,3), repeated if there are too few.
             batch: within the plan's profile.
             seconds: how long to replay, within 200 to 2,000 replays.
 
         Returns:
-            median_ms, p10_ms, p90_ms, faces_per_s, replays and graph (false, with why, where capture was refused);
-            embeddings float32 (batch,D), which the timed work itself left behind.
+            median_ms, p10_ms, p90_ms, faces_per_s, replays and graph (false, with why, if capture was refused);
+            embeddings float32 (batch,D), produced by the timed runs themselves.
         """
         context = self._engine.create_execution_context()
         try:
@@ -97,7 +97,7 @@ class PlanTimer:
             if not context.execute_async_v3(self._stream):
                 raise InferenceFailed(f"TensorRT refused a run of batch {batch}; its log says why.")
 
-        enqueue(inputs[0])  # TensorRT wants one run of a shape before its capture
+        enqueue(inputs[0])  # TensorRT requires one run of a shape before its capture
         self._synchronize()
         graphs, why_not = self._capture_all(enqueue, inputs)
         try:
@@ -125,7 +125,7 @@ class PlanTimer:
         return (row if graphs else row | {"why_no_graph": why_not}), embeddings
 
     def _capture_all(self, enqueue: Any, inputs: list[int]) -> tuple[list[ctypes.c_void_p], str]:
-        """A graph for each input; none, and why, where capture is refused: a plain launch is timed then."""
+        """A graph for each input; none, and why, if capture is refused: plain launches are timed then."""
         graphs: list[ctypes.c_void_p] = []
         try:
             for address in inputs:
@@ -142,7 +142,7 @@ class PlanTimer:
         self._call("cudaStreamBeginCapture", self._stream_p, ctypes.c_int(_CAPTURE_THREAD_LOCAL))
         try:
             enqueue()
-        finally:  # the stream is of no use while it captures
+        finally:  # the stream is unusable while it captures
             status = self._cuda.handle.cudaStreamEndCapture(self._stream_p, ctypes.byref(graph))
         self._cuda.check(status)
         # Its plain form has other arguments in CUDA 11 than in 12; this one is the same since 11.4.

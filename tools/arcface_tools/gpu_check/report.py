@@ -1,4 +1,4 @@
-"""The report for readers: the JSON of a run in, Markdown out. Every figure comes from the JSON."""
+"""Renders the JSON of a run as Markdown; every figure comes from the JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RATIOS = [f"× PyTorch {kind}" for kind in KINDS]
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """Tables of plans and of speed, and what was not measured with the reason."""
+    """Tables of plans and speed, and what was not measured, with the reason."""
     host = report["host"]
     lines = [
         f"# {host['gpu']}",
@@ -18,7 +18,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         f"SM {host['sm']}, driver {host['driver']}, CUDA {host['cuda']}, TensorRT {host['tensorrt']}, "
         f"{host['memory_bytes'] / 2**30:.0f} GiB. {report['created']}.",
         f"`{report['command']}`; {report['faces']['count']} {report['faces']['origin']} faces. "
-        "Medians; the clocks of each measurement stand in the JSON.",
+        "Medians; the clocks of each measurement are in the JSON.",
         "",
     ]
     for model, entry in report["models"].items():
@@ -69,7 +69,7 @@ def _plan_row(precision: str, plan: Mapping[str, Any]) -> list[str]:
 
 
 def _speed_rows(entry: Mapping[str, Any]) -> list[list[str]]:
-    """One row a runtime and batch, with the ratio to the best PyTorch of each kind at the same batch."""
+    """One row per runtime and batch, with the ratio to the best PyTorch of each kind at the same batch."""
     ways = [way for way in entry.get("pytorch", {}).get("ways", []) if "batches" in way]
     groups: list[tuple[str, Sequence[Mapping[str, Any]]]] = []
     for precision, plan in entry["plans"].items():
@@ -91,7 +91,7 @@ def _speed_rows(entry: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _gpu_rows(entry: Mapping[str, Any]) -> list[list[str]]:
-    """The GPU's own time: plans by CUDA graph, PyTorch by its calls; both with everything on the GPU."""
+    """GPU time alone: plans by CUDA graph, PyTorch by its calls; both with all data on the GPU."""
     pytorch = entry.get("pytorch", {})
     ways = [way for way in pytorch.get("ways", []) if "batches" in way]
     peaks = pytorch.get("gemm_tflops", {})
@@ -109,7 +109,7 @@ def _gpu_rows(entry: Mapping[str, Any]) -> list[list[str]]:
 
 
 def best_ms(ways: Sequence[Mapping[str, Any]], kind: str, batch: int, key: str) -> float | None:
-    """The shortest median of a kind of PyTorch at a batch, whatever its layout and compiled or not."""
+    """The shortest median of a kind of PyTorch at a batch size, over layouts, compiled or not."""
     times = [
         row[key]
         for way in ways

@@ -1,7 +1,7 @@
-"""The run: plans of some models are built, proved and measured within a time budget; docs/measured/<gpu>.json and .md.
+"""Builds, proves and measures plans of some models within a time budget; writes docs/measured/<gpu>.json and .md.
 
-The report is written after every step, so that whatever ends the run leaves what was measured. A step that fails is
-written down with its reason, and the next one runs. What the budget does not reach is listed. Nothing is estimated.
+The report is written after every step, so that an interrupted run keeps its measurements. A step that fails is recorded
+with its reason, and the next one runs. Steps beyond the budget are listed. Nothing is estimated.
 """
 
 from __future__ import annotations
@@ -106,12 +106,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _stop(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: what unwinds may take a moment
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: unwinding may take a moment
     raise Stopped
 
 
 def _run(check: GpuCheck, models: dict[str, str], sm: str, version: str) -> None:
-    """The most telling first: the first model's fp16 plan and its baselines, the other models', other precisions."""
+    """All steps, most informative first: the first model's fp16 plan with baselines, other models, other precisions."""
     for precision in PRECISIONS:
         for model, source in models.items():
             if precision == "fp16":
@@ -127,7 +127,7 @@ def _run(check: GpuCheck, models: dict[str, str], sm: str, version: str) -> None
 
 
 def _arcface(check: GpuCheck, *arguments: str) -> None:
-    """One of our own commands in a process of its own, bounded by the budget."""
+    """Run one of our commands in a separate process, bounded by the budget."""
     command = [sys.executable, "-c", "from arcface_build.cli import main; main()", *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
@@ -143,7 +143,7 @@ def _import(check: GpuCheck, model: str, source: str) -> None:
 
 
 def _quantize(check: GpuCheck, model: str, precision: str) -> None:
-    """A variant for TensorRT; int8 without the search: speed is asked here, and its drift is reported."""
+    """A variant for TensorRT; int8 without the search, because this measures speed; its drift is reported."""
     variant = check.models_dir / model / "variants" / f"{precision}-tensorrt.onnx"
     if variant.is_file():
         return
@@ -153,17 +153,17 @@ def _quantize(check: GpuCheck, model: str, precision: str) -> None:
 
 
 def _plan(check: GpuCheck, model: str, precision: str, sm: str, version: str) -> None:
-    """Build, prove, measure in this process and through tritonserver; each part is reported as soon as it is known."""
+    """Build, prove and measure in this process and through tritonserver; each result is reported at once."""
     source = find_source(model, precision, check.models_dir)
     typed = read_typed_onnx(source.onnx)
     options = BuilderOptions(external_tactics=check.external_tactics)
     largest = max(check.batches)
-    # Kernels are tuned for opt, and the goal is read at 64.
+    # Kernels are tuned for opt, and the goal is defined at 64.
     spec = PlanSpec(source.name, typed.sha256, precision, sm, version, 1, min(64, largest), largest, options)
     entry: dict[str, Any] = {}
     check.report["models"][model]["plans"][precision] = entry
     reference = check.reference(source)
-    # The gate is judged below: a plan that drifts is still worth measuring, and the report says that it drifts.
+    # The gate is judged below: a plan that drifts is still worth measuring, and the report says so.
     proof = PlanProof(check.faces, reference, dict.fromkeys(DRIFT_LIMITS, 2.0))
     plan = check.scratch / model / precision / spec.file_name
     try:
@@ -189,7 +189,7 @@ def _plan(check: GpuCheck, model: str, precision: str, sm: str, version: str) ->
 
 
 def _on_the_gpu(check: GpuCheck, entry: dict[str, Any], plan: Path, reference: np.ndarray, gflop: float) -> None:
-    """Runs replayed with faces and embeddings on the GPU; their embeddings are held against the reference, too."""
+    """Replays with faces and embeddings on the GPU; their embeddings are compared with the reference too."""
     entry["gflop_per_face"] = gflop
     rows: list[Row] = []
     entry["on_gpu"] = rows
@@ -231,7 +231,7 @@ def _served(check: GpuCheck, entry: dict[str, Any], plan: Path, sm: str, referen
 
 
 def _cuda_shared_memory(check: GpuCheck, served: dict[str, Any], url: str, reference: np.ndarray) -> None:
-    """The same requests with faces of the host, and with faces on the GPU, in regions on the GPU."""
+    """The same requests with faces on the host and with faces on the GPU, through regions on the GPU."""
     with TritonEmbedder(url, model="arcface_trt", shared_memory="cuda") as client:
         client.ensure_ready()
         if client.shared_memory.kind != "cuda":
@@ -266,16 +266,16 @@ def gflop_per_face(serving: Path) -> float:
 
 
 def _named(text: str) -> tuple[str, str]:
-    """("real", "files/x.onnx") from "real=files/x.onnx"; without a name a file's stem or the source itself is it."""
+    """("real", "files/x.onnx") from "real=files/x.onnx"; the name defaults to a file's stem or the source itself."""
     name, given, source = text.partition("=")
     return (name, source) if given else (Path(text).stem.lower() if text.endswith(".onnx") else text, text)
 
 
 @contextmanager
 def _packages_shown_to_the_stub() -> Iterator[None]:
-    """While it lasts, a .pth with what only PYTHONPATH says: the python backend's stub does not read that variable.
+    """A temporary .pth file with the paths of PYTHONPATH, which the python backend's stub does not read.
 
-    Only outside a virtual environment: a carried interpreter has its packages beside it, a virtual one in it.
+    Only outside a virtual environment: a bundled interpreter has its packages beside it, a virtual one in it.
     """
     extra = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     pth = Path(site.getsitepackages()[0]) / "arcface-gpu-check.pth"

@@ -12,16 +12,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from arcface_clients.arrays import Array
-from arcface_clients.contract import FACE_SHAPE
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, ConfigError, CudaFailed, InferenceFailed
 from arcface_clients.faces.check import Faces
+from arcface_clients.triton.answer import Tensors, checked_rows
 from arcface_clients.triton.memory.choice import Kind, SharedMemory
 from arcface_clients.triton.memory.reclaim import forget_lost, sweep
 from arcface_clients.triton.memory.slots import SlotPool
 from arcface_clients.triton.memory.system import Slot, is_local
 from arcface_clients.triton.options import ClientOptions
 from arcface_clients.triton.sansio import CONTROL_TIMEOUT_S, Steps
-from arcface_clients.triton.served import ServedModel, checked_rows
+from arcface_clients.triton.served import ServedModel
 
 MAX_DOUBTFUL = 16  # regions that late answers may still be written to; beyond, the wire is kinder to /dev/shm
 _log = logging.getLogger(__name__)
@@ -105,8 +106,11 @@ class Regions:
             return None
         return self._filled(parts, self._gpu if self.chosen.kind == "cuda" else None)
 
-    def infer(self, slot: Slot, count: int) -> Steps[Array]:
-        """Embeddings float32 (count,D) of the faces in a slot, which is made known to the server if need be."""
+    def infer(self, slot: Slot, count: int, outputs: Sequence[str]) -> Steps[Tensors]:
+        """These outputs for the `count` faces in a slot, which is made known to the server if need be.
+
+        The embeddings are written into the slot, the rest comes in the answer.
+        """
         life = self._server_life
         if slot.registered_with is not life:
             try:
@@ -114,18 +118,18 @@ class Regions:
             except InferenceFailed as exc:
                 # it could before; whatever changed, the faces are still in the slot and go over the wire
                 self._give_up(slot.memory, f"the server cannot open our region any more: {exc}")
-                body = yield "pack", self._model, [slot.faces(count)]
-                rows: Array = yield "infer", self._model, body, self._timeout_s
-                return rows
+                body = yield "pack", self._model, [slot.faces(count)], outputs
+                tensors: Tensors = yield "infer", self._model, body, self._timeout_s
+                return tensors
             slot.registered_with = life
         try:
-            yield "infer_shared", self._model, slot, count, self._timeout_s
+            rest: Tensors = yield "infer_shared", self._model, slot, count, outputs, self._timeout_s
         except InferenceFailed:
             raise  # answered, if badly: the server is done with the slot
         except BaseException:
             self._doubt(slot)
             raise
-        return slot.rows(count)
+        return {**rest, EMBEDDING_OUTPUT: slot.rows(count)}
 
     def server_lost(self) -> None:
         """The server may have been restarted: every region is registered again before its next use."""
@@ -210,8 +214,8 @@ class Regions:
         """Embed one black face in a region on a GPU: that the server opened it does not say that its backend can."""
         try:
             slot.put([np.zeros((1, *FACE_SHAPE), np.uint8)])
-            rows = yield from self.infer(slot, 1)
-            checked_rows(rows, (1, self._embedding_dim), f"{self._model!r} at {self._address}")
+            tensors = yield from self.infer(slot, 1, (EMBEDDING_OUTPUT,))
+            checked_rows(tensors, (1, self._embedding_dim), f"{self._model!r} at {self._address}")
         except (InferenceFailed, CudaFailed) as exc:
             return f"one face through GPU {slot.device} did not come back: {exc}"
         return ""

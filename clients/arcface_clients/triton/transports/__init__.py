@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from arcface_clients.arrays import Array
 from arcface_clients.triton.address import Connection
+from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 
 
@@ -16,16 +17,18 @@ class Transport(Protocol):
     Every method raises only errors of `arcface_clients.errors`; `timeout_s` covers the whole exchange.
     """
 
-    def pack(self, model: str, parts: Sequence[Array]) -> Any:
-        """The request for `parts`, C-contiguous uint8 (n_i,112,112,3) each, one after the other. A copy, no I/O."""
+    def pack(self, model: str, parts: Sequence[Array], outputs: Sequence[str]) -> Any:
+        """A request for these outputs of `parts`, C-contiguous uint8 (n_i,112,112,3) each, in turn. A copy, no I/O."""
         ...
 
-    def infer(self, model: str, body: Any, timeout_s: float) -> Array:
-        """Embeddings float32 (N,D) for a packed request; the array may be read-only."""
+    def infer(self, model: str, body: Any, timeout_s: float) -> Tensors:
+        """`embedding`, and what else a packed request asks for; the arrays may be read-only."""
         ...
 
-    def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+    def infer_shared(self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float) -> Tensors:
         """Have the server embed the `count` faces in a registered slot, and write the embeddings into it.
+
+        The other outputs, which are small, come back.
 
         Raises:
             SharedMemoryLost: the server does not know the region (any more).
@@ -60,15 +63,17 @@ class Transport(Protocol):
 class AsyncTransport(Protocol):
     """`Transport` for asyncio: the same methods, awaited; belongs to the event loop that it was opened in."""
 
-    def pack(self, model: str, parts: Sequence[Array]) -> Any:
+    def pack(self, model: str, parts: Sequence[Array], outputs: Sequence[str]) -> Any:
         """As `Transport.pack`: a copy, no I/O."""
         ...
 
-    async def infer(self, model: str, body: Any, timeout_s: float) -> Array:
+    async def infer(self, model: str, body: Any, timeout_s: float) -> Tensors:
         """As `Transport.infer`."""
         ...
 
-    async def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+    async def infer_shared(
+        self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float
+    ) -> Tensors:
         """As `Transport.infer_shared`."""
         ...
 

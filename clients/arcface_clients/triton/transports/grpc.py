@@ -9,6 +9,8 @@ from typing import Any
 
 from arcface_clients.arrays import Array
 from arcface_clients.triton.address import Connection
+from arcface_clients.triton.admin_key import admin_headers
+from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import grpc_messages as messages
 from arcface_clients.triton.transports import refusals
@@ -21,10 +23,10 @@ class GrpcTransport:
         """Open a channel lazily: gRPC connects with the first request."""
         grpc, self._pb, stubs = messages.drivers()
         self._connection = connection
-        self._metadata = tuple((key.lower(), value) for key, value in connection.headers.items())
+        self._metadata = messages.metadata(connection.headers)
         self._closed = threading.Event()
         self._rpc_error = grpc.RpcError
-        options, target = messages.CHANNEL_OPTIONS, connection.address.target
+        options, target = messages.channel_options(connection), connection.address.target
         credentials, compression = messages.credentials(connection), messages.compression(connection)
         if credentials is None:
             self._channel = grpc.insecure_channel(target, options, compression)
@@ -35,25 +37,27 @@ class GrpcTransport:
             messages.INFER_METHOD, response_deserializer=self._pb.ModelInferResponse.FromString
         )
 
-    def pack(self, model: str, parts: Sequence[Array]) -> bytes:
+    def pack(self, model: str, parts: Sequence[Array], outputs: Sequence[str]) -> bytes:
         """A serialized ModelInferRequest."""
-        return messages.pack(model, parts)
+        return messages.pack(model, parts, outputs)
 
-    def infer(self, model: str, body: bytes, timeout_s: float) -> Array:
-        """Embeddings float32 (N,D), read-only."""
+    def infer(self, model: str, body: bytes, timeout_s: float) -> Tensors:
+        """The outputs asked for, read-only."""
         with self._errors(model, timeout_s):
             reply = self._infer(body, timeout=timeout_s, metadata=self._metadata)
         return messages.unpack(self._connection, model, reply)
 
-    def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+    def infer_shared(self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float) -> Tensors:
         """Faces and embeddings stay in the slot."""
+        body = messages.pack_shared(model, slot, count, outputs)
         with self._errors(model, timeout_s):
-            self._infer(messages.pack_shared(model, slot, count), timeout=timeout_s, metadata=self._metadata)
+            reply = self._infer(body, timeout=timeout_s, metadata=self._metadata)
+        return messages.unpack(self._connection, model, reply, in_slot=(count, slot.embedding_dim))
 
     def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
         try:
-            self._call(*messages.register_request(slot), timeout_s)
+            self._call_restricted(*messages.register_request(slot), timeout_s)
         except self._rpc_error as exc:
             if "already" not in (exc.details() or ""):
                 raise messages.translated(exc, self._connection, "shared memory", timeout_s) from exc
@@ -61,19 +65,19 @@ class GrpcTransport:
     def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
         with self._errors("shared memory", timeout_s):
-            self._call(*messages.unregister_request(name), timeout_s)
+            self._call_restricted(*messages.unregister_request(name), timeout_s)
 
     def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
         with self._errors("shared memory", timeout_s):
-            reply = self._call(*messages.regions_request(memory), timeout_s)
+            reply = self._call_restricted(*messages.regions_request(memory), timeout_s)
         return list(reply.regions)
 
     def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
         """The served configuration; int64 values are strings, as protobuf's JSON has them."""
         with self._errors(model, timeout_s):
             reply = self._call("ModelConfig", self._pb.ModelConfigRequest(name=model), timeout_s)
-        return messages.config_json(reply)
+        return messages.config_json(self._connection, model, reply)
 
     def sleep(self, seconds: float) -> None:
         """Wait; returns early when closed."""
@@ -83,6 +87,10 @@ class GrpcTransport:
         """Close the channel; requests under way fail."""
         self._closed.set()
         self._channel.close()
+
+    def _call_restricted(self, method: str, request: Any, timeout_s: float) -> Any:
+        metadata = messages.metadata(admin_headers(self._connection))
+        return getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
 
     def _call(self, method: str, request: Any, timeout_s: float) -> Any:
         return getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)

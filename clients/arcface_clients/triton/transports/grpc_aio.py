@@ -9,6 +9,8 @@ from typing import Any
 
 from arcface_clients.arrays import Array
 from arcface_clients.triton.address import Connection
+from arcface_clients.triton.admin_key import admin_headers
+from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import grpc_messages as messages
 from arcface_clients.triton.transports import refusals
@@ -21,10 +23,10 @@ class AsyncGrpcTransport:
         """Open a channel lazily: gRPC connects with the first request."""
         grpc, self._pb, stubs = messages.drivers()
         self._connection = connection
-        self._metadata = tuple((key.lower(), value) for key, value in connection.headers.items())
+        self._metadata = messages.metadata(connection.headers)
         self._closed = False
         self._rpc_error = grpc.RpcError
-        options, target = messages.CHANNEL_OPTIONS, connection.address.target
+        options, target = messages.channel_options(connection), connection.address.target
         credentials, compression = messages.credentials(connection), messages.compression(connection)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, options, compression)
@@ -35,25 +37,29 @@ class AsyncGrpcTransport:
             messages.INFER_METHOD, response_deserializer=self._pb.ModelInferResponse.FromString
         )
 
-    def pack(self, model: str, parts: Sequence[Array]) -> bytes:
+    def pack(self, model: str, parts: Sequence[Array], outputs: Sequence[str]) -> bytes:
         """A serialized ModelInferRequest."""
-        return messages.pack(model, parts)
+        return messages.pack(model, parts, outputs)
 
-    async def infer(self, model: str, body: bytes, timeout_s: float) -> Array:
-        """Embeddings float32 (N,D), read-only."""
+    async def infer(self, model: str, body: bytes, timeout_s: float) -> Tensors:
+        """The outputs asked for, read-only."""
         with self._errors(model, timeout_s):
             reply = await self._infer(body, timeout=timeout_s, metadata=self._metadata)
         return messages.unpack(self._connection, model, reply)
 
-    async def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+    async def infer_shared(
+        self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float
+    ) -> Tensors:
         """Faces and embeddings stay in the slot."""
+        body = messages.pack_shared(model, slot, count, outputs)
         with self._errors(model, timeout_s):
-            await self._infer(messages.pack_shared(model, slot, count), timeout=timeout_s, metadata=self._metadata)
+            reply = await self._infer(body, timeout=timeout_s, metadata=self._metadata)
+        return messages.unpack(self._connection, model, reply, in_slot=(count, slot.embedding_dim))
 
     async def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
         try:
-            await self._call(*messages.register_request(slot), timeout_s)
+            await self._call_restricted(*messages.register_request(slot), timeout_s)
         except self._rpc_error as exc:
             if "already" not in (exc.details() or ""):
                 raise messages.translated(exc, self._connection, "shared memory", timeout_s) from exc
@@ -61,19 +67,19 @@ class AsyncGrpcTransport:
     async def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
         with self._errors("shared memory", timeout_s):
-            await self._call(*messages.unregister_request(name), timeout_s)
+            await self._call_restricted(*messages.unregister_request(name), timeout_s)
 
     async def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
         with self._errors("shared memory", timeout_s):
-            reply = await self._call(*messages.regions_request(memory), timeout_s)
+            reply = await self._call_restricted(*messages.regions_request(memory), timeout_s)
         return list(reply.regions)
 
     async def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
         """The served configuration; int64 values are strings, as protobuf's JSON has them."""
         with self._errors(model, timeout_s):
             reply = await self._call("ModelConfig", self._pb.ModelConfigRequest(name=model), timeout_s)
-        return messages.config_json(reply)
+        return messages.config_json(self._connection, model, reply)
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""
@@ -83,6 +89,10 @@ class AsyncGrpcTransport:
         """Close the channel; requests under way fail."""
         self._closed = True
         await self._channel.close()
+
+    async def _call_restricted(self, method: str, request: Any, timeout_s: float) -> Any:
+        metadata = messages.metadata(admin_headers(self._connection))
+        return await getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
 
     async def _call(self, method: str, request: Any, timeout_s: float) -> Any:
         return await getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
-from arcface_clients.arrays import Array, FloatArray
+from arcface_clients.arrays import Array
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, DependencyMissing
 from arcface_clients.triton.address import Connection
+from arcface_clients.triton.answer import KINDS, Tensors, tensor_of
 from arcface_clients.triton.memory.cuda import CudaSlot
 from arcface_clients.triton.memory.system import Slot, memory_of
 from arcface_clients.triton.transports import refusals
 
 INFER_METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _MESSAGE_LIMIT = 2**31 - 1  # gRPC's own default of 4 MB is less than 128 faces
-CHANNEL_OPTIONS = [
+_CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", _MESSAGE_LIMIT),
     ("grpc.max_receive_message_length", _MESSAGE_LIMIT),
     ("grpc.use_local_subchannel_pool", 1),  # one TCP connection for each client, not one for the process
@@ -29,6 +28,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 2000),  # gRPC would wait up to two minutes for a restarted server
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.client_idle_timeout_ms", 60_000),  # an idle connection is ended: what stands between may have forgotten it
 ]
 _UNREACHABLE = (
     "failed to connect",
@@ -48,6 +48,7 @@ _UNREACHABLE = (
     "sendmsg",
     "rst_stream",
 )
+_NO_TRITON = ("exception deserializing", "received http2 header", "invalid content-type")
 
 
 def drivers() -> tuple[Any, Any, Any]:
@@ -66,6 +67,16 @@ def drivers() -> tuple[Any, Any, Any]:
     return grpc, service_pb2, service_pb2_grpc
 
 
+def channel_options(connection: Connection) -> list[tuple[str, int]]:
+    """Options of a channel to this server; one on this host is never asked for through http_proxy."""
+    return [*_CHANNEL_OPTIONS, *[("grpc.enable_http_proxy", 0)] * connection.address.loopback]
+
+
+def metadata(headers: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Headers as gRPC wants them."""
+    return tuple((key.lower(), value) for key, value in headers.items())
+
+
 def credentials(connection: Connection) -> Any | None:
     """Channel credentials for `grpcs://`, None for `grpc://`."""
     if not connection.address.tls:
@@ -82,18 +93,19 @@ def compression(connection: Connection) -> Any:
     return getattr(grpc.Compression, kinds[connection.compression])
 
 
-def pack(model: str, parts: Sequence[Array]) -> bytes:
+def pack(model: str, parts: Sequence[Array], outputs: Sequence[str]) -> bytes:
     """A serialized ModelInferRequest with the faces in it; they are copied once."""
     count = sum(len(part) for part in parts)
-    return b"".join([_head(model, count), *_raw_input_contents(parts)])
+    return b"".join([_head(model, count, tuple(outputs)), *_raw_input_contents(parts)])
 
 
-def pack_shared(model: str, slot: Slot, count: int) -> bytes:
-    """A serialized ModelInferRequest that points into a registered slot, for its input and its output."""
+def pack_shared(model: str, slot: Slot, count: int, outputs: Sequence[str]) -> bytes:
+    """A serialized ModelInferRequest that points into a registered slot, for the faces and the embeddings."""
     _, messages, _ = drivers()
     request = messages.ModelInferRequest(model_name=model)
     face = request.inputs.add(name=FACE_INPUT, datatype="UINT8", shape=[count, *FACE_SHAPE])
-    embedding = request.outputs.add(name=EMBEDDING_OUTPUT)
+    asked = {name: request.outputs.add(name=name) for name in outputs}
+    embedding = asked[EMBEDDING_OUTPUT]
     for tensor, (offset, length) in ((face, slot.faces_at(count)), (embedding, slot.rows_at(count))):
         tensor.parameters["shared_memory_region"].string_param = slot.name
         tensor.parameters["shared_memory_byte_size"].int64_param = length
@@ -125,27 +137,50 @@ def regions_request(memory: str) -> tuple[str, Any]:
     return method, getattr(drivers()[1], f"{method}Request")()
 
 
-def unpack(connection: Connection, model: str, reply: Any) -> FloatArray:
-    """The `embedding` of a ModelInferResponse as float32 (N,D), a view on its bytes.
+def unpack(connection: Connection, model: str, reply: Any, in_slot: tuple[int, int] | None = None) -> Tensors:
+    """The outputs of ours in a ModelInferResponse, views on its bytes.
+
+    Args:
+        connection: to whom, for the message.
+        model: served model.
+        reply: ModelInferResponse; None where its bytes were none.
+        in_slot: the shape of the embeddings where they are in shared memory; they are not returned then.
 
     Raises:
-        InferenceFailed: no such output, or not as many bytes as its shape says.
+        InvalidAnswer: no ModelInferResponse.
+        InferenceFailed: no embeddings, or not as many bytes as a shape says.
     """
-    for output, raw in zip(reply.outputs, reply.raw_output_contents, strict=False):
-        if output.name == EMBEDDING_OUTPUT and output.datatype == "FP32":
-            rows = np.frombuffer(raw, np.float32)
-            shape = tuple(output.shape)
-            if len(shape) == 2 and rows.size == shape[0] * shape[1]:
-                return rows.reshape(shape)
-    got = ", ".join(f"{o.name} {o.datatype} {list(o.shape)}" for o in reply.outputs) or "no output"
-    sizes = [len(raw) for raw in reply.raw_output_contents]
-    raise refusals.wrong_answer(connection.address, model, f"{got} in {sizes} bytes")
+    if reply is None:  # grpc.aio's answer to what is no such message
+        raise refusals.no_answer(connection.address, model, "bytes that are no ModelInferResponse")
+    outputs, raws = list(reply.outputs), list(reply.raw_output_contents)
+    tensors: Tensors = {}
+    written = False
+    for output, raw in zip(outputs, raws, strict=False):
+        shape = tuple(output.shape)
+        if output.name == EMBEDDING_OUTPUT and in_slot:
+            written = output.datatype == "FP32" and shape == in_slot
+        elif output.name in KINDS:
+            tensor = tensor_of(output.name, output.datatype, shape, raw)
+            if tensor is None:
+                break
+            tensors[output.name] = tensor
+    else:
+        if len(outputs) == len(raws) and (written or EMBEDDING_OUTPUT in tensors):
+            return tensors
+    got = ", ".join(f"{o.name} {o.datatype} {list(o.shape)}" for o in outputs) or "no output"
+    raise refusals.wrong_answer(connection.address, model, f"{got} in {[len(raw) for raw in raws]} bytes")
 
 
-def config_json(reply: Any) -> dict[str, Any]:
-    """The configuration in a ModelConfigResponse; int64 values are strings, as protobuf's JSON has them."""
+def config_json(connection: Connection, model: str, reply: Any) -> dict[str, Any]:
+    """The configuration in a ModelConfigResponse; int64 values are strings, as protobuf's JSON has them.
+
+    Raises:
+        InvalidAnswer: there is none in it.
+    """
     from google.protobuf.json_format import MessageToDict
 
+    if reply is None or not reply.config.name:
+        raise refusals.no_answer(connection.address, model, "no model configuration")
     config: dict[str, Any] = MessageToDict(reply.config, preserving_proto_field_name=True)
     return config
 
@@ -155,6 +190,8 @@ def translated(exc: Any, connection: Connection, model: str, timeout_s: float) -
     status, words = exc.code().name, exc.details() or ""
     if status == "DEADLINE_EXCEEDED":
         return refusals.too_late(connection.address, model, timeout_s)
+    if any(part in words.lower() for part in _NO_TRITON):
+        return refusals.no_answer(connection.address, model, f"{status}: {words}")
     lost = status in ("UNAVAILABLE", "UNKNOWN", "INTERNAL") and any(part in words.lower() for part in _UNREACHABLE)
     if lost or status == "CANCELLED":  # we cancel nothing here: a server that shuts down does
         return refusals.unreachable(connection.address, words)
@@ -163,12 +200,13 @@ def translated(exc: Any, connection: Connection, model: str, timeout_s: float) -
 
 
 @lru_cache(maxsize=1024)
-def _head(model: str, count: int) -> bytes:
-    """Everything of a ModelInferRequest but the faces; it depends on the count alone."""
+def _head(model: str, count: int, outputs: tuple[str, ...]) -> bytes:
+    """Everything of a ModelInferRequest but the faces."""
     _, messages, _ = drivers()
     request = messages.ModelInferRequest(model_name=model)
     request.inputs.add(name=FACE_INPUT, datatype="UINT8", shape=[count, *FACE_SHAPE])
-    request.outputs.add(name=EMBEDDING_OUTPUT)
+    for name in outputs:
+        request.outputs.add(name=name)
     return bytes(request.SerializeToString())
 
 

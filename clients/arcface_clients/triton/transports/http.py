@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
+import select
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from arcface_clients.arrays import Array
-from arcface_clients.errors import InferenceFailed
-from arcface_clients.triton.address import Connection
+from arcface_clients.errors import ArcFaceError, InferenceFailed
+from arcface_clients.triton.address import Address, Connection
+from arcface_clients.triton.admin_key import admin_headers
+from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import http_messages as messages
 from arcface_clients.triton.transports import refusals
 
+IDLE_S = 60.0  # a connection that was idle for longer is replaced: what stands between may have forgotten it
+_KEEPALIVE = (("SO_KEEPALIVE", 1), ("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+_PIECE_BYTES = 1 << 20
 _STALE = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
 
 
@@ -31,45 +40,53 @@ class HttpTransport:
         self._connection = connection
         self._context = messages.tls_context(connection)
         self._lock = threading.Lock()
-        self._idle: list[http.client.HTTPConnection] = []
+        self._idle: list[tuple[float, http.client.HTTPConnection]] = []  # since when, the longest idle first
         self._busy: set[http.client.HTTPConnection] = set()
         self._closed = threading.Event()
 
-    def pack(self, model: str, parts: Sequence[Array]) -> messages.Request:
+    def pack(self, model: str, parts: Sequence[Array], outputs: Sequence[str]) -> messages.Request:
         """The request body."""
-        return messages.pack(parts, self._connection.compression)
+        return messages.pack(parts, outputs, self._connection.compression)
 
-    def infer(self, model: str, body: messages.Request, timeout_s: float) -> Array:
-        """Embeddings float32 (N,D), read-only."""
-        head_length, reply = self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, body.body, body.headers)
-        return messages.unpack(self._connection, model, head_length, reply)
+    def infer(self, model: str, body: messages.Request, timeout_s: float) -> Tensors:
+        """The outputs asked for, read-only."""
+        read = partial(messages.unpack, self._connection, model, body.id)
+        return self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, read, body.body, body.headers)
 
-    def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+    def infer_shared(self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float) -> Tensors:
         """Faces and embeddings stay in the slot."""
-        request = messages.pack_shared(slot, count)
-        self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, request.body, request.headers)
+        body = messages.pack_shared(slot, count, outputs)
+        read = partial(messages.unpack, self._connection, model, body.id, in_slot=(count, slot.embedding_dim))
+        return self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, read, body.body, body.headers)
 
     def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
         path = messages.region_path(slot.name, "register")
         try:
-            self._ask("shared memory", "POST", path, timeout_s, messages.register_body(slot))
+            self._ask_restricted("POST", path, timeout_s, _nothing, messages.register_body(slot))
         except InferenceFailed as exc:
             if "already" not in str(exc):
                 raise
 
     def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
-        self._ask("shared memory", "POST", messages.region_path(name, "unregister"), timeout_s)
+        self._ask_restricted("POST", messages.region_path(name, "unregister"), timeout_s, _nothing)
 
     def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
-        _, reply = self._ask("shared memory", "GET", f"/v2/{memory}sharedmemory/status", timeout_s)
-        return messages.region_names(reply)
+
+        def read(_: str | None, body: bytes) -> list[str]:
+            return messages.region_names(self._connection, body)
+
+        return self._ask_restricted("GET", f"/v2/{memory}sharedmemory/status", timeout_s, read)
 
     def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
         """The served configuration."""
-        return messages.config_json(self._ask(model, "GET", f"/v2/models/{model}/config", timeout_s)[1])
+
+        def read(_: str | None, body: bytes) -> dict[str, Any]:
+            return messages.config_json(self._connection, model, body)
+
+        return self._ask(model, "GET", f"/v2/models/{model}/config", timeout_s, read)
 
     def sleep(self, seconds: float) -> None:
         """Wait; returns early when closed."""
@@ -81,10 +98,17 @@ class HttpTransport:
         with self._lock:
             idle, self._idle = self._idle, []
             busy = list(self._busy)
-        for connection in idle:
+        for _, connection in idle:
             connection.close()
         for connection in busy:
             _cut(connection)  # its own thread then closes it
+
+    def _ask_restricted(
+        self, method: str, path: str, timeout_s: float, read: messages.Read[messages.T], body: bytes | None = None
+    ) -> messages.T:
+        """`_ask` with the server's admin key, where one is known."""
+        headers = admin_headers(self._connection)
+        return self._ask("shared memory", method, path, timeout_s, read, body, headers)
 
     def _ask(
         self,
@@ -92,38 +116,44 @@ class HttpTransport:
         method: str,
         path: str,
         timeout_s: float,
+        read: messages.Read[messages.T],
         body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> tuple[str | None, bytes]:
-        """`HEADER_LENGTH` and body of a reply with status 200."""
+        headers: dict[str, str] | None = None,
+    ) -> messages.T:
+        """What `read` makes of a reply with status 200. A connection is used again only after a sound answer."""
         deadline_s = time.monotonic() + timeout_s
+        address = self._connection.address
         while True:
             connection, reused = self._take()
+            sound = False
             try:
                 status, head_length, reply = self._exchange(connection, method, path, body, headers, deadline_s)
+                if status != 200:
+                    raise messages.translated(self._connection, model, status, reply)
+                answer = read(head_length, reply)
+                sound = True
+                return answer
+            except ArcFaceError:
+                raise
             except _STALE as exc:
-                self._give(connection, keep=False)
                 if self._closed.is_set():
                     raise refusals.closed() from exc
                 if reused:  # the server had closed it while it was idle; a fresh one tells whether it is there
                     continue
-                raise refusals.unreachable(self._connection.address, exc or type(exc).__name__) from exc
+                raise refusals.unreachable(address, exc or type(exc).__name__) from exc
             except TimeoutError as exc:
-                self._give(connection, keep=False)
-                raise refusals.too_late(self._connection.address, model, timeout_s) from exc
+                raise refusals.too_late(address, model, timeout_s) from exc
             except (OSError, http.client.HTTPException) as exc:
-                self._give(connection, keep=False)
                 if self._closed.is_set():
                     raise refusals.closed() from exc
                 why = f"{type(exc).__name__} {exc}" if isinstance(exc, http.client.HTTPException) else exc
-                raise refusals.unreachable(self._connection.address, why) from exc
-            except BaseException:
-                self._give(connection, keep=False)
-                raise
-            self._give(connection, keep=True)
-            if status != 200:
-                raise messages.translated(self._connection, model, status, reply)
-            return head_length, reply
+                raise refusals.unreachable(address, why) from exc
+            except (ValueError, OverflowError, MemoryError) as exc:  # sizes that no answer of Triton has
+                if self._closed.is_set():  # what was shut down under our hands can be a ValueError too
+                    raise refusals.closed() from exc
+                raise refusals.no_answer(address, model, f"no HTTP answer ({exc})") from exc
+            finally:
+                self._give(connection, keep=sound)
 
     def _exchange(
         self,
@@ -131,43 +161,107 @@ class HttpTransport:
         method: str,
         path: str,
         body: bytes | None,
-        headers: Mapping[str, str] | None,
+        headers: dict[str, str] | None,
         deadline_s: float,
     ) -> tuple[int, str | None, bytes]:
         if connection.sock is None:
             connection.timeout = _left_s(deadline_s)
             connection.connect()
+            _end_if_dead(connection)
         connection.sock.settimeout(_left_s(deadline_s))
+        connection.response_class = partial(_Reply, deadline_s)  # type: ignore[assignment]  # made with a socket
         connection.request(
             method, self._connection.address.path + path, body, {**self._connection.headers, **(headers or {})}
         )
-        connection.sock.settimeout(_left_s(deadline_s))
         reply = connection.getresponse()
-        return reply.status, reply.headers.get(messages.HEADER_LENGTH), reply.read()
+        if (reply.length or 0) > messages.MAX_ANSWER_BYTES:
+            raise ValueError(f"{reply.length} bytes long")
+        expected, size, pieces = reply.length, 0, []
+        while piece := reply.read(_PIECE_BYTES):
+            pieces.append(piece)
+            size += len(piece)
+            if size > messages.MAX_ANSWER_BYTES:
+                raise ValueError(f"longer than {messages.MAX_ANSWER_BYTES} bytes")
+        if expected is not None and size < expected:
+            raise http.client.IncompleteRead(b"", expected - size)
+        return reply.status, reply.headers.get(messages.HEADER_LENGTH), b"".join(pieces)
 
     def _take(self) -> tuple[http.client.HTTPConnection, bool]:
-        address = self._connection.address
         with self._lock:
             if self._closed.is_set():
                 raise refusals.closed()
-            reused = bool(self._idle)
-            if reused:
-                connection = self._idle.pop()
-            elif self._context:
-                connection = http.client.HTTPSConnection(address.host, address.port, context=self._context)
-            else:
-                connection = http.client.HTTPConnection(address.host, address.port)
+            kept = None
+            while self._idle and kept is None:
+                since_s, kept = self._idle.pop()
+                if time.monotonic() - since_s > IDLE_S or _has_strays(kept):
+                    kept.close()
+                    kept = None
+            connection = kept or _new(self._connection.address, self._context)
             self._busy.add(connection)
-        return connection, reused
+        return connection, kept is not None
 
     def _give(self, connection: http.client.HTTPConnection, *, keep: bool) -> None:
         with self._lock:
             self._busy.discard(connection)
             keep = keep and not self._closed.is_set() and connection.sock is not None
             if keep:
-                self._idle.append(connection)
+                self._idle.append((time.monotonic(), connection))
+            while self._idle and time.monotonic() - self._idle[0][0] > IDLE_S:
+                self._idle.pop(0)[1].close()
         if not keep:
             connection.close()
+
+
+class _Reply(http.client.HTTPResponse):
+    """A reply that has to be there, to its last byte, before a deadline; a socket's timeout is for each byte."""
+
+    def __init__(self, deadline_s: float, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Timed(deadline_s, sock), 1 << 16)
+
+
+class _Timed(io.RawIOBase):
+    def __init__(self, deadline_s: float, sock: socket.socket) -> None:
+        super().__init__()
+        self._deadline_s, self._sock = deadline_s, sock
+        self._raw = sock.makefile("rb", buffering=0)  # keeps the socket open for as long as the reply is read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(_left_s(self._deadline_s))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _new(address: Address, context: ssl.SSLContext | None) -> http.client.HTTPConnection:
+    if context:
+        return http.client.HTTPSConnection(address.host, address.port, context=context)
+    return http.client.HTTPConnection(address.host, address.port)
+
+
+def _has_strays(connection: http.client.HTTPConnection) -> bool:
+    """Whether something came in that nobody asked for: a second answer, or the end of the connection."""
+    poll = select.poll()
+    poll.register(connection.sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _end_if_dead(connection: http.client.HTTPConnection) -> None:
+    """Have the system notice a peer that is gone without a word."""
+    for name, value in _KEEPALIVE:
+        if hasattr(socket, name):
+            level = socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP
+            connection.sock.setsockopt(level, getattr(socket, name), value)
+
+
+def _nothing(head_length: str | None, body: bytes) -> None:
+    """Of a reply whose status says it all."""
 
 
 def _left_s(deadline_s: float) -> float:

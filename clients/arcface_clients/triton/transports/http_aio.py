@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from arcface_clients.arrays import Array
-from arcface_clients.errors import DependencyMissing, InferenceFailed
+from arcface_clients.errors import ArcFaceError, DependencyMissing, InferenceFailed, InvalidAnswer
 from arcface_clients.triton.address import Connection
+from arcface_clients.triton.admin_key import admin_headers
+from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import http_messages as messages
 from arcface_clients.triton.transports import refusals
@@ -28,46 +31,55 @@ class AsyncHttpTransport:
         self._connection = connection
         address = connection.address
         self._base = f"{'https' if address.tls else 'http'}://{address.target}{address.path}"
-        connector = aiohttp.TCPConnector(limit=0, ssl=messages.tls_context(connection) or True)
-        self._session = aiohttp.ClientSession(connector=connector, headers=connection.headers)
+        self._context = messages.tls_context(connection)
+        self._session = self._new_session()
+        self._former: list[Any] = []  # sessions with a connection that cannot be trusted; others may be under way there
 
-    def pack(self, model: str, parts: Sequence[Array]) -> messages.Request:
+    def pack(self, model: str, parts: Sequence[Array], outputs: Sequence[str]) -> messages.Request:
         """The request body."""
-        return messages.pack(parts, self._connection.compression)
+        return messages.pack(parts, outputs, self._connection.compression)
 
-    async def infer(self, model: str, body: messages.Request, timeout_s: float) -> Array:
-        """Embeddings float32 (N,D), read-only."""
-        head_length, reply = await self._ask(
-            model, "POST", f"/v2/models/{model}/infer", timeout_s, body.body, body.headers
-        )
-        return messages.unpack(self._connection, model, head_length, reply)
+    async def infer(self, model: str, body: messages.Request, timeout_s: float) -> Tensors:
+        """The outputs asked for, read-only."""
+        read = partial(messages.unpack, self._connection, model, body.id)
+        return await self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, read, body.body, body.headers)
 
-    async def infer_shared(self, model: str, slot: Slot, count: int, timeout_s: float) -> None:
+    async def infer_shared(
+        self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float
+    ) -> Tensors:
         """Faces and embeddings stay in the slot."""
-        request = messages.pack_shared(slot, count)
-        await self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, request.body, request.headers)
+        body = messages.pack_shared(slot, count, outputs)
+        read = partial(messages.unpack, self._connection, model, body.id, in_slot=(count, slot.embedding_dim))
+        return await self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, read, body.body, body.headers)
 
     async def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
         path = messages.region_path(slot.name, "register")
         try:
-            await self._ask("shared memory", "POST", path, timeout_s, messages.register_body(slot))
+            await self._ask_restricted("POST", path, timeout_s, _nothing, messages.register_body(slot))
         except InferenceFailed as exc:
             if "already" not in str(exc):
                 raise
 
     async def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""
-        await self._ask("shared memory", "POST", messages.region_path(name, "unregister"), timeout_s)
+        await self._ask_restricted("POST", messages.region_path(name, "unregister"), timeout_s, _nothing)
 
     async def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of the regions that the server knows."""
-        _, reply = await self._ask("shared memory", "GET", f"/v2/{memory}sharedmemory/status", timeout_s)
-        return messages.region_names(reply)
+
+        def read(_: str | None, body: bytes) -> list[str]:
+            return messages.region_names(self._connection, body)
+
+        return await self._ask_restricted("GET", f"/v2/{memory}sharedmemory/status", timeout_s, read)
 
     async def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
         """The served configuration."""
-        return messages.config_json((await self._ask(model, "GET", f"/v2/models/{model}/config", timeout_s))[1])
+
+        def read(_: str | None, body: bytes) -> dict[str, Any]:
+            return messages.config_json(self._connection, model, body)
+
+        return await self._ask(model, "GET", f"/v2/models/{model}/config", timeout_s, read)
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""
@@ -75,7 +87,15 @@ class AsyncHttpTransport:
 
     async def close(self) -> None:
         """Close all connections; requests under way fail."""
-        await self._session.close()
+        for session in (*self._former, self._session):
+            await session.close()
+
+    async def _ask_restricted(
+        self, method: str, path: str, timeout_s: float, read: messages.Read[messages.T], body: bytes | None = None
+    ) -> messages.T:
+        """`_ask` with the server's admin key, where one is known."""
+        headers = admin_headers(self._connection)
+        return await self._ask("shared memory", method, path, timeout_s, read, body, headers)
 
     async def _ask(
         self,
@@ -83,27 +103,50 @@ class AsyncHttpTransport:
         method: str,
         path: str,
         timeout_s: float,
+        read: messages.Read[messages.T],
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> tuple[str | None, bytes]:
-        """`HEADER_LENGTH` and body of a reply with status 200; connections gone stale while idle aiohttp replaces."""
+    ) -> messages.T:
+        """What `read` makes of a reply with status 200; connections gone stale while idle aiohttp replaces."""
         timeout = self._aiohttp.ClientTimeout(total=timeout_s)
         data = io.BytesIO(body) if body else None  # bytes as they are would be written in one go, blocking the loop
+        session, address = self._session, self._connection.address
         try:
-            async with self._session.request(
+            async with session.request(
                 method, self._base + path, data=data, headers=headers, timeout=timeout
             ) as response:
-                reply = await response.read()
+                reply = bytearray()
+                async for piece in response.content.iter_any():
+                    reply += piece
+                    if len(reply) > messages.MAX_ANSWER_BYTES:
+                        raise ValueError(f"longer than {messages.MAX_ANSWER_BYTES} bytes")
+            if response.status != 200:
+                raise messages.translated(self._connection, model, response.status, bytes(reply))
+            return read(response.headers.get(messages.HEADER_LENGTH), bytes(reply))
+        except InvalidAnswer:
+            if session is self._session:  # which connection it came from aiohttp does not say any more
+                self._former.append(session)
+                self._session = self._new_session()
+            raise
+        except ArcFaceError:
+            raise
         except asyncio.TimeoutError as exc:
-            raise refusals.too_late(self._connection.address, model, timeout_s) from exc
+            raise refusals.too_late(address, model, timeout_s) from exc
         except (self._aiohttp.ClientError, OSError) as exc:
-            if self._session.closed:
+            if session.closed:
                 raise refusals.closed() from exc
-            raise refusals.unreachable(self._connection.address, str(exc) or type(exc).__name__) from exc
+            raise refusals.unreachable(address, str(exc) or type(exc).__name__) from exc
         except RuntimeError as exc:  # aiohttp's answer to a request on a closed session
-            if self._session.closed:
+            if session.closed:
                 raise refusals.closed() from exc
             raise
-        if response.status != 200:
-            raise messages.translated(self._connection, model, response.status, reply)
-        return response.headers.get(messages.HEADER_LENGTH), reply
+        except (ValueError, OverflowError, MemoryError) as exc:  # sizes that no answer of Triton has
+            raise refusals.no_answer(address, model, f"no HTTP answer ({exc})") from exc
+
+    def _new_session(self) -> Any:
+        connector = self._aiohttp.TCPConnector(limit=0, ssl=self._context or True)
+        return self._aiohttp.ClientSession(connector=connector, headers=self._connection.headers)
+
+
+def _nothing(head_length: str | None, body: bytes) -> None:
+    """Of a reply whose status says it all."""

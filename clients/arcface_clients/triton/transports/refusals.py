@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from arcface_clients.errors import (
     ArcFaceError,
     ClientUnusable,
     ConfigError,
     DeadlineExceeded,
     InferenceFailed,
+    InvalidAnswer,
     ModelNotReady,
+    Overloaded,
     ServerUnreachable,
     SharedMemoryLost,
 )
 from arcface_clients.triton.address import Address
 
-_NOT_READY = ("unknown model", "is not found", "is not ready", "version not ready", "has no available versions")
+_NOT_READY = (
+    "unknown model",
+    "is not found",
+    "is not ready",
+    "version not ready",
+    "has no available versions",
+    "is not healthy",  # the process behind a Python model died; Triton starts it again
+    "stub process",
+)
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
+"""What an answer of the wrong shape raises in the hands of someone who expects the right one."""
+_OVERLOADED = ("exceeds maximum queue size", "request timeout expired")
 
 
 def closed() -> ClientUnusable:
@@ -45,9 +61,33 @@ def refused(address: Address, model: str, status: str, words: str, *, busy: bool
         return ConfigError(f"{address} guards this with a key: {words}. Pass it as headers={{name: key}}")
     if "shared memory region" in text and ("unable to find" in text or "not found" in text):
         return SharedMemoryLost(f"{address} does not know our shared memory: {words}")
+    if any(part in text for part in _OVERLOADED):
+        return Overloaded(
+            f"{model!r} at {address} has too much to do: {words}. Send fewer requests at once (in_flight), or give the "
+            "server more instances"
+        )
     if busy:
         return ModelNotReady(f"{model!r} at {address} cannot answer now: {words}")
     return InferenceFailed(f"{model!r} at {address} answered {status}: {words}")
+
+
+def no_answer(address: Address, model: str, got: str) -> InvalidAnswer:
+    """What came back is no answer of a Triton server, or none to this request."""
+    return InvalidAnswer(
+        f"asked for {model!r}, {address} answered with {got}; expected a Triton server's answer to this request. "
+        "Look at what stands at that address, or between: arcface doctor"
+    )
+
+
+@contextmanager
+def damage_is_no_answer(address: Address, model: str) -> Iterator[None]:
+    """Whoever trips, while reading a configuration, over what no Triton server writes raises InvalidAnswer."""
+    try:
+        yield
+    except ArcFaceError:
+        raise
+    except MALFORMED as exc:
+        raise no_answer(address, model, f"a damaged configuration ({type(exc).__name__}: {exc})") from exc
 
 
 def wrong_answer(address: Address, model: str, got: str) -> InferenceFailed:
