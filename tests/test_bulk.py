@@ -109,8 +109,8 @@ def test_a_folder_of_people_becomes_rows_with_identity_digest_and_contract(
         assert digest == hashlib.sha256(faces[number].tobytes()).digest()
     bad = {Path(path).name: reason for path, reason in bad_of(output).items()}
     assert bad == {
-        "broken.jpg": "not an image that OpenCV can decode, or cut off",
-        "cut_off.jpg": "a JPEG that is cut off",
+        "broken.jpg": "not an image that OpenCV can decode, or truncated",
+        "cut_off.jpg": "truncated JPEG",
         "large.png": "expected an aligned crop of 112×112 pixels, got 200×200",
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet", "out.parquet.bad.jsonl"]
@@ -397,7 +397,7 @@ def test_the_command_finds_the_faces_of_photos(server, assets: Path, tmp_path: P
     ("arguments", "message"),
     [
         (["-o", "out.npz", "--url", "a:1", "--url", "b:1"], "several servers and --engine ray write Parquet"),
-        (["-o", "out.csv"], "expected a name that ends in .npz or .parquet, such as out.npz"),
+        (["-o", "out.csv"], "expected a name ending in .npz or .parquet, such as out.npz"),
         (["-o", "out.npz", "--detector", "x.onnx"], "--detector is for photos: add --detect"),
     ],
 )

@@ -149,7 +149,7 @@ def test_a_file_that_is_no_cache_is_refused_and_left_alone(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"notes\.txt is not an embedding cache"):
         EmbeddingCache(path=path)
     assert path.read_text().startswith("these are my notes")
-    with pytest.raises(ConfigError, match=r"cannot be opened .* writable file on a disk with room"):
+    with pytest.raises(ConfigError, match=r"cannot be opened .* writable file on a disk with free space"):
         EmbeddingCache(path=tmp_path)  # a folder
     with pytest.raises(ConfigError, match="max_bytes of at least 0"):
         EmbeddingCache(max_bytes=-1)

@@ -86,7 +86,7 @@ def test_the_layer_that_was_changed_by_one_percent_is_named(model, perturbed, pe
     assert report["layers"]["first"]["tensor"] == tensor
     assert report["layers"]["first"]["relative"] == pytest.approx(0.01, rel=0.5)
     assert report["findings"][0]["fault"] == "weights or precision"
-    assert f"the first that departs is {tensor} (Conv, relative error" in report["layers"]["told"]
+    assert f"the first that differs is {tensor} (Conv, relative error" in report["layers"]["told"]
 
 
 def test_a_failed_gate_is_exit_code_1_and_names_the_fault(model, people, tmp_path):
@@ -117,9 +117,7 @@ def test_other_contracts_are_not_compared(tmp_path):
     rows = np.eye(3, dtype=np.float32)
     np.savez(tmp_path / "a.npz", embeddings=rows, contract_id="a" * 64)
     np.savez(tmp_path / "b.npz", embeddings=rows, contract_id="b" * 64)
-    with pytest.raises(
-        ContractMismatch, match=r"is of contract aaaaaaaaaaaa…, .* of bbbbbbbbbbbb….*--across-contracts"
-    ):
+    with pytest.raises(ContractMismatch, match=r"has contract aaaaaaaaaaaa…, .* has bbbbbbbbbbbb….*--across-contracts"):
         compare(tmp_path / "a.npz", tmp_path / "b.npz")
 
 
@@ -129,9 +127,9 @@ def test_two_contracts_are_compared_where_that_is_asked_for_and_it_is_said_every
     np.savez(tmp_path / "b.npz", embeddings=rows, contract_id="b" * 64)
     options = ("--across-contracts", "--report", tmp_path / "r.json", "--html", tmp_path / "r.html")
     result = compare(tmp_path / "a.npz", tmp_path / "b.npz", *options)
-    assert "WARNING: A and B are of two contracts" in result.stderr
+    assert "WARNING: A and B have different contracts" in result.stderr
     assert json.loads((tmp_path / "r.json").read_text())["across_contracts"] is True
-    assert "A and B are of two contracts" in (tmp_path / "r.html").read_text()
+    assert "A and B have different contracts" in (tmp_path / "r.html").read_text()
 
 
 def test_what_keeps_an_explanation_from_being_tried_is_said_with_what_to_give(tmp_path):
@@ -143,7 +141,7 @@ def test_what_keeps_an_explanation_from_being_tried_is_said_with_what_to_give(tm
     assert result.return_value == 1
     assert "finding     another network: " in result.stdout
     assert (
-        "explanation only the embeddings were looked at; faults of the input need the network too. "
+        "explanation only the embeddings were checked; faults of the input need the network too. "
         "Give the faces: --faces FOLDER, and the source ONNX of A: --source models/NAME/source.onnx" in result.stdout
     )
 
@@ -175,18 +173,18 @@ def test_the_source_of_another_network_explains_nothing_and_that_is_said(model, 
 @pytest.mark.parametrize("damage", DAMAGED_ARRAYS)
 def test_damaged_embeddings_are_refused_in_one_sentence(tmp_path, damage):
     np.save(tmp_path / "a.npy", np.eye(2))
-    with pytest.raises(WrongUse, match=r"b\.npz (is not a NumPy file, or cut off|holds )"):
+    with pytest.raises(WrongUse, match=r"b\.npz (is not a NumPy file, or truncated|holds )"):
         compare(tmp_path / "a.npy", write_damaged(tmp_path / "b.npz", damage))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("gone.npz", None, Missing, "there is no file"),
-        ("text.npz", b"hello", WrongUse, "is not a NumPy file, or cut off"),
+        ("gone.npz", None, Missing, "does not exist"),
+        ("text.npz", b"hello", WrongUse, "is not a NumPy file, or truncated"),
         ("text.onnx", b"hello", WrongUse, "is not an ONNX file"),
         ("photo.tiff", b"hello", WrongUse, "is neither .npz, .npy, .onnx nor .plan, .engine"),
-        ("sm86.plan", b"hello", Missing, "needs TensorRT and its GPU"),
+        ("sm86.plan", b"hello", Missing, "needs TensorRT and a GPU"),
     ],
 )
 def test_what_cannot_be_compared_is_said(tmp_path, name, content, error, message):
@@ -202,7 +200,7 @@ def test_what_cannot_be_compared_is_said(tmp_path, name, content, error, message
 
 def test_layers_of_a_plan_are_refused_with_the_way_that_works(tmp_path):
     np.save(tmp_path / "a.npy", np.eye(2))
-    with pytest.raises(WrongUse, match=r"A plan's layers cannot be read: name the ONNX .* add --tensorrt"):
+    with pytest.raises(WrongUse, match=r"A plan's layers cannot be read: give the ONNX .* add --tensorrt"):
         compare(tmp_path / "a.npy", tmp_path / "a.npy", "--layers")
 
 

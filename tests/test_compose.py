@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 
 import pytest
 import yaml
 
+from arcface_build.serving.guard import RESTRICTED
 from conftest import REPO
+
+KEYS = ("ARCFACE_ADMIN_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
 @pytest.mark.parametrize(
@@ -19,8 +23,29 @@ def test_docker_compose_accepts_the_file(files):
     if program is None:
         pytest.skip("docker-compose is not installed")
     line = [program, *(part for file in files for part in ("-f", file)), "config", "-q"]
-    answer = subprocess.run(line, cwd=REPO, capture_output=True, text=True)
+    keys = {name: "k3y-of-the-test" for name in KEYS}
+    answer = subprocess.run(line, cwd=REPO, capture_output=True, text=True, env={**os.environ, **keys})
     assert answer.returncode == 0, answer.stderr
+    for name in KEYS:
+        without = {**os.environ, **keys, name: ""}
+        answer = subprocess.run(line, cwd=REPO, capture_output=True, text=True, env=without)
+        assert answer.returncode != 0 and name in answer.stderr, f"{name} has a default"
+
+
+def test_nothing_but_grpc_can_be_reached_from_elsewhere_and_that_only_on_request():
+    services = yaml.safe_load((REPO / "docker-compose.yml").read_text())["services"]
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert len(ports) == 7
+    assert {port for port in ports if not port.startswith("127.0.0.1:")} == {"${ARCFACE_BIND:-127.0.0.1}:8001:8001"}
+
+
+def test_triton_runs_without_rights_and_with_its_administration_restricted():
+    triton = yaml.safe_load((REPO / "docker-compose.yml").read_text())["services"]["triton"]
+    assert triton["user"] == "1000:1000" and triton["read_only"] is True and triton["cap_drop"] == ["ALL"]
+    for option in ("--http-restricted-api", "--grpc-restricted-protocol"):
+        assert any(
+            line.startswith(f"{option}={RESTRICTED}:admin-key=${{ARCFACE_ADMIN_KEY:?") for line in triton["command"]
+        )
 
 
 def test_triton_loads_the_ensemble_alone_and_its_version_stands_in_one_place():

@@ -81,7 +81,7 @@ def test_a_draw_between_two_people_is_no_consensus() -> None:
 
 def test_two_groups_of_one_size_are_undecided_however_small_the_share_asked_for() -> None:
     consensus = find_consensus(np.concatenate([views(1, 4), views(2, 4), views(3, 2)]), min_share=0.2)
-    assert consensus.reason == "4 of 10 different faces agree, and as many others with each other"
+    assert consensus.reason == "4 of 10 different faces agree, and as many others agree with each other"
     assert consensus.groups[2] == (8, 9)
     assert find_consensus(np.concatenate([views(1, 4), views(2, 3), views(3, 2)]), min_share=0.2).agreed
 
@@ -131,7 +131,7 @@ def lookalikes(cosine: float, counts: tuple[int, int], seed: int = 0) -> np.ndar
 def test_lookalikes_within_the_limit_are_two_groups_and_not_one_person() -> None:
     consensus = find_consensus(lookalikes(0.55, (4, 4)))
     assert (consensus.distances <= 0.62).all()
-    assert consensus.reason.startswith("8 of 8 different faces are alike, but in two groups as of two people")
+    assert consensus.reason.startswith("8 of 8 different faces are alike, but form two groups, like two people")
     assert sorted(consensus.groups) == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert find_consensus(lookalikes(0.8, (4, 4))).agreed
 
@@ -203,5 +203,5 @@ def test_calibration_finds_the_distance_that_own_faces_reach() -> None:
     assert 0.02 * len(faces) <= sum(alarms) <= 0.08 * len(faces)
     with pytest.raises(InvalidEmbeddings, match="nobody has two faces"):
         calibrate(faces[:1], names[:1])
-    with pytest.raises(InvalidEmbeddings, match="expected a name for each of 2 embeddings"):
+    with pytest.raises(InvalidEmbeddings, match="expected one name for each of 2 embeddings"):
         calibrate(faces[:2], names[:1])

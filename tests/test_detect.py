@@ -138,12 +138,12 @@ def test_what_cannot_be_used_is_reported_and_the_rest_goes_on(
     assert [Path(name).name for name in names] == ["a_good.jpg[0]", "i_good.jpg[0]"]
     assert np.array_equal(faces[0], faces[1])
     reasons = {Path(crop.name).name: crop.refused for crop in refused}
-    assert reasons["b_cut_off.jpg"].startswith("damaged or cut off (image file is truncated")
-    assert reasons["c_text.jpg"] == reasons["d_empty.png"] == "not an image, or of a kind that Pillow does not know"
+    assert reasons["b_cut_off.jpg"].startswith("damaged or truncated (image file is truncated")
+    assert reasons["c_text.jpg"] == reasons["d_empty.png"] == "not an image, or a format that Pillow does not know"
     assert reasons["e_nobody.png"] == "no face found (score of at least 0.7)"
-    assert reasons["f_huge.png"] == "10000×8500 pixels; expected up to 80,000,000. Shrink it first"
+    assert reasons["f_huge.png"] == "10000×8500 pixels; expected at most 80,000,000. Shrink it first"
     assert reasons["f_vast.png"].startswith("too large")
-    assert reasons["g_damaged.png"].startswith("damaged or cut off")
+    assert reasons["g_damaged.png"].startswith("damaged or truncated")
     assert reasons["h_array.npy"].startswith("an array of crops")
     missing = list(detect_crops([str(tmp_path / "nowhere.jpg")], detector))
     assert missing[0].refused == "No such file or directory"

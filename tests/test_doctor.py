@@ -72,6 +72,7 @@ def test_host_without_a_server_has_one_problem_with_its_fix(doctor):
         "shared memory",
         "local model",
         "server",
+        "restrictions",
         "tritonserver",
         "weights",
         "plans",
@@ -236,3 +237,27 @@ def test_diagnostics_of_an_engine_have_every_figure(tmp_path):
         "validation",
     }
     assert (told["provider"], told["batch_size"], told["vram_bytes"]) == ("CPUExecutionProvider", 64, None)
+
+
+def test_doctor_of_a_url_embeds_a_face_and_expects_a_refusal_without_the_key(server, monkeypatch):
+    monkeypatch.setenv("ARCFACE_BACKEND", "onnx")
+    for url in (server.grpc_url, f"http://{server.http_url}"):
+        process = subprocess.run(
+            [sys.executable, "-m", "arcface_build", "doctor", url, "--json"], capture_output=True, text=True
+        )
+        told = {check["name"]: check for check in json.loads(process.stdout)["checks"]}
+        assert told["server"]["status"] == "ok" and "serves arcface, width 512" in told["server"]["found"]
+        assert told["restrictions"]["status"] == "ok", told["restrictions"]
+        assert "refuses model control without its key" in told["restrictions"]["found"]
+
+
+def test_doctor_names_a_server_that_lets_anyone_control_it(tmp_path, start_triton):
+    from arcface_clients.checks.diagnostics import check_restrictions
+    from arcface_clients.config.sources import load_config
+    from odd_models import write_model
+
+    write_model(tmp_path / "repository", "good")
+    open_to_all = start_triton(tmp_path / "repository", ["good"], config_name="", guarded=False)
+    for url in (open_to_all.grpc_url, f"http://{open_to_all.http_url}"):
+        check = check_restrictions(load_config(overrides={"triton": {"url": url}}))
+        assert check.status == "problem" and "lets anyone who reaches it load and unload models" in check.found

@@ -51,7 +51,7 @@ def test_existing_output_is_kept_unless_forced(crops: Path, tmp_path: Path) -> N
     out.write_bytes(b"precious")
     done = arcface(str(crops), "-o", str(out), "--url", "127.0.0.1:1")
     assert (done.returncode, out.read_bytes()) == (2, b"precious")
-    assert done.stderr == f"WrongUse: {out} is there already. Choose another name, or overwrite it: --force\n"
+    assert done.stderr == f"WrongUse: {out} already exists. Choose another name, or overwrite it: --force\n"
 
 
 def test_dead_server_leaves_nothing_behind(crops: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ REFUSED = {
     "an empty file": (written(b""), "net.onnx is empty: expected an ONNX file. Copy or download it again."),
     "noise": (
         written(bytes(range(200, 256)) * 50),
-        f"net.onnx is not an ONNX file (it begins with c8 c9 ca cb). {ITSELF}",
+        f"net.onnx is not an ONNX file (it starts with c8 c9 ca cb). {ITSELF}",
     ),
     "a Git LFS pointer": (
         written(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3998070\n"),
@@ -153,7 +153,7 @@ REFUSED = {
     ),
     "a truncated file": (
         truncated,
-        "net.onnx is damaged or truncated (100,000 bytes): expected a whole ONNX file. Download it again.",
+        "net.onnx is damaged or truncated (100,000 bytes): expected a complete ONNX file. Download it again.",
     ),
     "weights not beside it": (
         without_weights_beside_it,
@@ -182,15 +182,15 @@ REFUSED = {
     ),
     "a landmark model for 112×112": (
         saved(tiny_net(dim=212)),
-        f"net.onnx gives 212 numbers a face: expected an embedding of 128, 256 or 512. {ITSELF}",
+        f"net.onnx gives 212 numbers per face: expected an embedding of 128, 256 or 512. {ITSELF}",
     ),
     "an emotion model for 112×112": (
         saved(tiny_net(dim=7)),
-        f"net.onnx gives 7 numbers a face: expected an embedding of 128, 256 or 512. {ITSELF}",
+        f"net.onnx gives 7 numbers per face: expected an embedding of 128, 256 or 512. {ITSELF}",
     ),
     "a detector": (
         saved(one_node("Relu", FACE, FACE, outputs=9)),
-        f"net.onnx has 9 outputs and none is an embedding, so it is a face detector: expected one of N×D. {ITSELF}",
+        f"net.onnx has 9 outputs, none of them an embedding, so it is a face detector: expected one of N×D. {ITSELF}",
     ),
     "a picture as output": (
         saved(one_node("Relu", FACE, FACE)),
@@ -202,7 +202,7 @@ REFUSED = {
     ),
     "two inputs": (
         changed(second_input),
-        f"net.onnx has 2 inputs (input.1, label): expected one, the face. {ITSELF}",
+        f"net.onnx has 2 inputs (input.1, label): expected only the face. {ITSELF}",
     ),
     "a vector as input": (
         saved(one_node("Relu", ["N", 512], ["N", 512])),
@@ -218,17 +218,17 @@ REFUSED = {
     ),
     "NaN weights": (
         changed(set_weight("fc_w", np.nan)),
-        "net.onnx: weight fc_w holds 1 NaN or infinite numbers of 1,204,224: expected finite ones. "
-        "Export it from a sound checkpoint.",
+        "net.onnx: weight fc_w contains 1 NaN or infinite numbers of 1,204,224: expected finite ones. "
+        "Export it from an intact checkpoint.",
     ),
     "infinite weights": (
         changed(set_weight("fc_b", np.inf)),
-        "net.onnx: weight fc_b holds 1 NaN or infinite numbers of 512: expected finite ones. "
-        "Export it from a sound checkpoint.",
+        "net.onnx: weight fc_b contains 1 NaN or infinite numbers of 512: expected finite ones. "
+        "Export it from an intact checkpoint.",
     ),
     "training mode": (
         changed(training_mode),
-        "net.onnx was exported in training mode, so faces of a batch change each other: expected inference mode. "
+        "net.onnx was exported in training mode, so the faces of a batch affect each other: expected inference mode. "
         "Export it after model.eval().",
     ),
     "the same answer for every face": (
@@ -238,8 +238,8 @@ REFUSED = {
     "names that contradict the graph": (
         changed(name_for_insightface),
         "net.onnx: cannot tell the preprocessing: InsightFace reads 'inside the graph' from node names, but no "
-        "constant is subtracted from or multiplied with the input. "
-        "Say what it wants: --color rgb --mean 127.5 --std 127.5 (in 0..255 units).",
+        "constant is subtracted from the input or multiplied with it. "
+        "State what it expects: --color rgb --mean 127.5 --std 127.5 (in 0..255 units).",
     ),
 }
 
@@ -268,7 +268,7 @@ def test_a_graph_that_onnx_runtime_cannot_load_is_refused_with_its_reason(tmp_pa
 
 
 def test_a_file_that_is_not_there_is_missing_not_refused(tmp_path: Path) -> None:
-    with pytest.raises(Missing, match=r"is not there: expected an ONNX file\. See what can be imported"):
+    with pytest.raises(Missing, match=r"does not exist: expected an ONNX file\. See what can be imported"):
         read_source(tmp_path / "net.onnx")
 
 

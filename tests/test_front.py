@@ -92,7 +92,7 @@ def test_two_branches_that_see_pixels_differently_are_asked_about() -> None:
     model.graph.node.insert(list(model.graph.node).index(first) + 2, both)
     for node in users:
         node.input[:] = ["both" if name == first.output[0] else name for name in node.input]
-    with pytest.raises(SourceRefused, match="no map of each channel by itself"):
+    with pytest.raises(SourceRefused, match="does not map each channel by itself"):
         decide_preprocessing(measured.Front(model), "net.onnx")
 
 

@@ -83,8 +83,8 @@ def test_an_empty_gallery_answers_and_is_saved(tmp_path: Path) -> None:
 def test_another_contract_is_refused_and_the_message_explains_re_enrolment(gallery: Gallery, tmp_path: Path) -> None:
     gallery.save(tmp_path / "people.npz")
     message = re.escape(
-        f"this gallery holds {len(gallery)} embeddings of contract aaaaaaaaaaaa, these are of bbbbbbbbbbbb: expected "
-        "one model for both, since distances between two models mean nothing. Re-enrol: embed everybody's faces"
+        f"this gallery holds {len(gallery)} embeddings of contract aaaaaaaaaaaa, but these are of bbbbbbbbbbbb: "
+        "expected one model for both, since distances between two models mean nothing. Re-enrol: embed everybody's"
     )
     with pytest.raises(ContractMismatch, match=message):
         Gallery.load(tmp_path / "people.npz", contract_id=OTHER)

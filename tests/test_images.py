@@ -104,12 +104,12 @@ def test_what_cannot_be_read_is_named_with_its_reason(folder: Path) -> None:
     assert len(faces) == len(names) == 4
     assert {Path(c.name).name: c.refused for c in refused if not c.name.endswith(".npz")} == {
         "big.png": "expected an aligned crop of 112×112 pixels, got 200×250",
-        "cut.png": "not an image that OpenCV can decode, or cut off",
+        "cut.png": "not an image that OpenCV can decode, or truncated",
         "empty.jpg": "the file is empty",
-        "text.jpg": "not an image that OpenCV can decode, or cut off",
+        "text.jpg": "not an image that OpenCV can decode, or truncated",
         "missing.png": "No such file or directory",
     }
-    assert [c.refused.split(" (")[0] for c in refused if c.name.endswith(".npz")] == ["not a NumPy file, or cut off"]
+    assert [c.refused.split(" (")[0] for c in refused if c.name.endswith(".npz")] == ["not a NumPy file, or truncated"]
 
 
 def test_array_files_give_their_rows_with_an_index(tmp_path: Path) -> None:
@@ -151,6 +151,6 @@ def test_without_sources_faces_are_drawn_and_with_them_at_least_one_must_be_read
     said: list[str] = []
     faces, names = load_or_draw([folder], 5, said.append)
     assert len(faces) == len(names or ()) == 3
-    assert said == [f"not read: {folder}/bad.jpg: not an image that OpenCV can decode, or cut off"]
+    assert said == [f"not read: {folder}/bad.jpg: not an image that OpenCV can decode, or truncated"]
     with pytest.raises(WrongUse, match=r"no face could be read from .*bad\.jpg: expected aligned 112×112 crops"):
         load_or_draw([folder / "bad.jpg"], 5)

@@ -145,7 +145,7 @@ def test_the_reference_is_plain_onnx_runtime_where_insightface_is_not_installed(
 def test_a_graph_that_mixes_faces_of_a_batch_is_refused_and_nothing_is_left(tmp_path: Path, faces: np.ndarray) -> None:
     path = save(tiny_net(across_batch=True), tmp_path / "net.onnx")
     with pytest.raises(
-        ProofFailed, match=r"faces of a batch change each other: row . of 2 differs from its single run"
+        ProofFailed, match=r"the faces of a batch affect each other: row . of 2 differs from its single run"
     ):
         run_import(path, faces)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["net.onnx"]
@@ -295,7 +295,7 @@ def test_the_proof_covers_the_outputs_norm_and_contract(tmp_path: Path, faces: n
     reference = Reference(folder / "source.onnx", manifest.wants())
     raw = reference_embeddings(reference, faces)
     prove(folder / "serving.onnx", faces, raw, reference, "drawn", contract=manifest.contract_id)
-    with pytest.raises(ProofFailed, match="does not call itself ffff"):
+    with pytest.raises(ProofFailed, match="does not return ffff"):
         prove(folder / "serving.onnx", faces, raw, reference, "drawn", contract="f" * 64)
     with pytest.raises(ProofFailed, match=r"`norm` of face \d+ is .*: expected"):
         prove(folder / "serving.onnx", faces, 2 * raw, reference, "drawn", contract=manifest.contract_id)

@@ -110,15 +110,15 @@ HARMFUL = {
     "dimensions without data": (dimensions_without_data, "SourceRefused: net.onnx: weight fc_w is damaged"),
     "weights that are a hard link": (
         hard_link,
-        "SourceRefused: net.onnx keeps its weights in net.bin, which is a link or no file",
+        "SourceRefused: net.onnx keeps its weights in net.bin, which is a link or not a file",
     ),
     "weights linked from outside": (
         link_outside,
-        "SourceRefused: net.onnx keeps its weights in net.bin, which is a link or no file",
+        "SourceRefused: net.onnx keeps its weights in net.bin, which is a link or not a file",
     ),
     "a fifo beside it": (
         fifo_beside,
-        "SourceRefused: net.onnx keeps its weights in net.bin, which is a link or no file",
+        "SourceRefused: net.onnx keeps its weights in net.bin, which is a link or not a file",
     ),
     "a fifo": (fifo, "Missing: "),
 }
@@ -173,9 +173,9 @@ def test_a_killed_import_takes_its_child_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("kill -SEGV $$", "net.onnx makes the ONNX libraries crash (SIGSEGV): expected a sound file. Export it again."),
-        ("exit 7", "net.onnx makes the ONNX libraries crash (exit code 7): expected a sound file. Export it again."),
-        ("kill -KILL $$", "the import of net.onnx was killed (by the kernel for want of memory, or by hand)."),
+        ("kill -SEGV $$", "net.onnx crashes the ONNX libraries (SIGSEGV): expected a valid file. Export it again."),
+        ("exit 7", "net.onnx crashes the ONNX libraries (exit code 7): expected a valid file. Export it again."),
+        ("kill -KILL $$", "the import of net.onnx was killed (by the kernel, out of memory, or by hand)."),
     ],
 )
 def test_a_crash_of_the_child_is_one_sentence(

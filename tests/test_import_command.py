@@ -78,11 +78,11 @@ def test_the_report_says_what_was_found_and_proved(workplace: Path) -> None:
 
 
 WRONG = {
-    "no such file": (["no.onnx"], 3, "Missing: no.onnx is not there: expected an ONNX file."),
+    "no such file": (["no.onnx"], 3, "Missing: no.onnx does not exist: expected an ONNX file."),
     "no such name": (["no"], 2, "WrongUse: no file and no known model 'no': expected an ONNX file or one of demo,"),
-    "not ONNX": (["not.onnx"], 2, "SourceRefused: not.onnx is not an ONNX file (it begins with 6e 6f 74)."),
-    "mixes faces": (["mixes.onnx"], 1, "ProofFailed: faces of a batch change each other: row 1 of 2 differs"),
-    "mean without std": (["net.onnx", "--mean", "1"], 2, "WrongUse: --mean and --std belong together: expected both"),
+    "not ONNX": (["not.onnx"], 2, "SourceRefused: not.onnx is not an ONNX file (it starts with 6e 6f 74)."),
+    "mixes faces": (["mixes.onnx"], 1, "ProofFailed: the faces of a batch affect each other: row 1 of 2 differs"),
+    "mean without std": (["net.onnx", "--mean", "1"], 2, "WrongUse: --mean and --std go together: expected both"),
     "units of 0..1": (
         ["net.onnx", "--mean", "0.5", "--std", "0.5"],
         2,
@@ -99,11 +99,11 @@ WRONG = {
         "WrongUse: --mean, --std: std is (0.0, 0.0, 0.0); expected",
     ),
     "a name for a path": (["net.onnx", "--name", "../up"], 2, "WrongUse: '../up' cannot be a model's name: expected"),
-    "few faces": (["net.onnx", "--faces", "few.npz"], 2, "WrongUse: few.npz holds 3 faces: expected at least 64"),
+    "few faces": (["net.onnx", "--faces", "few.npz"], 2, "WrongUse: few.npz contains 3 faces: expected at least 64"),
     "faces of another size": (
         ["net.onnx", "--faces", "pictures"],
         2,
-        "WrongUse: pictures/a.png is no crop: expected an aligned crop of 112×112 pixels, got 100×90. ",
+        "WrongUse: pictures/a.png is not a crop: expected an aligned crop of 112×112 pixels, got 100×90. ",
     ),
     "a pack without licence": (
         ["buffalo_l", "--insightface-root", "none"],

@@ -141,7 +141,7 @@ def test_a_repair_that_makes_another_network_fails_against_the_file_as_it_came(
     monkeypatch.setattr(importing, "repair_source", broken)
     path = tmp_path / "net.onnx"
     onnx.save(in_type(tiny_net(), HALF, keep_io=False), str(path))
-    with pytest.raises(ProofFailed, match=r"differs from the file as it came: expected cosine ≥ 0\.999, got 0\."):
+    with pytest.raises(ProofFailed, match=r"differs from the original file: expected cosine ≥ 0\.999, got 0\."):
         run_import(path)
 
 
@@ -155,7 +155,7 @@ def test_two_outputs_that_can_be_the_embedding_are_asked_about(tmp_path: Path) -
     with pytest.raises(SourceRefused) as caught:
         run_import(path)
     assert str(caught.value) == (
-        "net.onnx has 2 outputs that can be the embedding (output, second): expected one. Name it: --output NAME"
+        "net.onnx has 2 outputs that could be the embedding (output, second): expected one. Name it: --output NAME"
     )
     with pytest.raises(SourceRefused, match=r"has no output third: expected one of output, second"):
         run_import(path, output="third")
@@ -226,8 +226,8 @@ def optimised(folder: Path) -> onnx.ModelProto:
 OTHER = {
     "int8": (
         lambda folder: quantised(),
-        "net.onnx is quantised already (DequantizeLinear, QuantizeLinear): expected the float file that it was made "
-        "from. Import that; int8 is made from it: arcface quantize",
+        "net.onnx is already quantised (DequantizeLinear, QuantizeLinear): expected the original float file. Import "
+        "that, then make int8 from it: arcface quantize",
     ),
     "functions without end": (
         lambda folder: with_function(endless=True),
@@ -235,7 +235,7 @@ OTHER = {
     ),
     "a training head": (
         lambda folder: tiny_net(dim=10_000),
-        "net.onnx gives 10000 numbers a face (a training head's classes?): expected an embedding of 128, 256 or 512. "
+        "net.onnx gives 10000 numbers per face (a training head's classes?): expected an embedding of 128, 256 or 512. "
         "Import the recognition ONNX itself.",
     ),
 }
@@ -255,7 +255,7 @@ def test_a_serving_onnx_of_ours_names_its_source(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     onnx.save(tiny_net(), str(path))
     run_import(path)
-    with pytest.raises(SourceRefused, match=r"is a serving ONNX that an import made: .* Import the source\.onnx"):
+    with pytest.raises(SourceRefused, match=r"is a serving ONNX made by an import: .* Import the source\.onnx"):
         run_import(tmp_path / "models" / "net" / "serving.onnx")
 
 
@@ -263,7 +263,7 @@ def test_a_file_that_onnx_runtime_optimised_for_a_cpu_is_named(tmp_path: Path) -
     model = optimised(tmp_path)
     if not any(node.domain == "com.microsoft.nchwc" for node in model.graph.node):
         pytest.skip("this CPU has no blocked layout")
-    with pytest.raises(SourceRefused, match=r"optimised by ONNX Runtime for one CPU .*made from"):
+    with pytest.raises(SourceRefused, match=r"optimised by ONNX Runtime for one CPU .*expected the original file"):
         run_import(tmp_path / "optimised.onnx")
 
 

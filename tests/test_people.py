@@ -132,7 +132,7 @@ def test_a_journal_of_another_model_or_other_limits_is_not_mixed_in(tmp_path: Pa
     Journal(path, CONTRACT, LIMITS).close()
     with pytest.raises(ContractMismatch, match="Start over: --force"):
         Journal(path, "d" * 64, LIMITS)
-    with pytest.raises(ConfigError, match=r"was begun with \{'max_distance': 0.12"):
+    with pytest.raises(ConfigError, match=r"was started with \{'max_distance': 0.12"):
         Journal(path, CONTRACT, Limits())
     with pytest.raises(ConfigError, match="'photos': True}: expected the same"):
         Journal(path, CONTRACT, LIMITS, photos=True)
@@ -143,7 +143,7 @@ def test_a_journal_of_another_model_or_other_limits_is_not_mixed_in(tmp_path: Pa
         Journal(path, "d" * 64, LIMITS)
     for text in ("something else", "[1]", '{"contract_id": 1}\n[1]', "{}"):
         path.write_text(f"{text}\n")
-        with pytest.raises(ConfigError, match="is not a journal of this program"):
+        with pytest.raises(ConfigError, match="is not a journal written by this program"):
             Journal(path, CONTRACT, LIMITS)
 
 
@@ -170,7 +170,7 @@ def test_a_dead_server_stops_the_run_and_no_more_people_wait_than_twice_the_work
 
 
 def test_a_folder_without_folders_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected one folder a person"):
+    with pytest.raises(ConfigError, match="expected one per person"):
         people_in(tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_the_command_asks_a_real_server(server, folder: Path, assets: Path, tmp_
     assert (summary["people"], summary["refused"]) == (8, 1)
     again = subprocess.run([*line, folder, "-o", tmp_path / "out.json", *options], capture_output=True, text=True)
     assert again.returncode == 2
-    assert "is there already" in again.stderr
+    assert "already exists" in again.stderr
     photos = tmp_path / "photos"
     photos.mkdir()
     for person in sorted((assets / "faces" / "raw250").iterdir())[:2]:

@@ -44,7 +44,7 @@ def compared() -> str:
     report = compare_sides(a, b, faces, 1e-5, pairs).report
     report["findings"] = [{"fault": "weights or precision", "sentence": "A <long> sentence.", "rows": []}]
     layers = [{"tensor": f"layer{i}", "operator": "Conv", "relative": 10.0 ** (i - 9)} for i in range(9)]
-    report["layers"] = {"layers": layers, "tolerance": 1e-3, "told": "the first that departs is layer7"}
+    report["layers"] = {"layers": layers, "tolerance": 1e-3, "told": "the first that differs is layer7"}
     return compare_page(report, faces.pixels)
 
 
@@ -120,7 +120,7 @@ def test_the_comparison_shows_verdict_finding_curves_and_the_worst_faces(compare
         "A &lt;long&gt; sentence.",
         "ROC",
         "Faces by drift",
-        "the first that departs is layer7",
+        "the first that differs is layer7",
     ):
         assert words in compared
     assert compared.count("data:image/png;base64,") == 8

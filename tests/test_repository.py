@@ -115,3 +115,10 @@ def test_no_plan_is_a_default_so_that_an_unmapped_gpu_fails_loudly():
     assert not config.default_model_filename
     assert config.cc_model_filenames["8.6"] == "sm86.plan"
     assert config.cc_model_filenames["12.0"] == "sm120.plan"
+
+
+@pytest.mark.parametrize("leaf", ["arcface_onnx", "arcface_trt", "arcface_reference"])
+def test_every_leaf_bounds_its_queue_in_requests_and_in_time(leaf):
+    text = (REPO / "model_repository" / leaf / "config.pbtxt").read_text()
+    policy = text_format.Parse(text, model_config_pb2.ModelConfig()).dynamic_batching.default_queue_policy
+    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (256, 60_000_000)

@@ -152,7 +152,7 @@ def test_a_damaged_file_of_faces_is_refused_in_one_sentence(damage, tmp_path):
     path = write_damaged(tmp_path / "faces.npz", damage)
     with pytest.raises(WrongUse, match=r"faces\.npz: .*expected .* an \.npz with `faces`"):
         evaluation_faces(str(path), 4)
-    with pytest.raises(WrongUse, match=r"faces\.npz is no crop: "):
+    with pytest.raises(WrongUse, match=r"faces\.npz is not a crop: "):
         read_faces(path)
 
 

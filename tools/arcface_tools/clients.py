@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import resource
+import signal
 import tempfile
 import threading
 import time
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 
@@ -27,7 +30,7 @@ from arcface_build.errors import ProofFailed
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.process import Ports, TritonProcess, free_ports
 from arcface_clients import TritonEmbedder
-from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.errors import ContractMismatch, Missing, WrongUse
 from arcface_clients.faces.check import Faces, to_gpu
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.triton.memory.choice import SharedMemoryOption
@@ -37,30 +40,43 @@ TRANSPORTS = ("grpc", "grpc-shm", "http", "http-shm")
 GPU_TRANSPORTS = ("grpc-cudashm", "grpc-gpufaces", "http-cudashm", "http-gpufaces")
 QUICK = "quick"  # the trivial model
 _QUICK_MODEL = """
+import json
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.weights = np.random.default_rng(5).standard_normal((7 * 7 * 3, 512)).astype(np.float32)
+        contract = json.loads(args["model_config"])["parameters"]["contract_id"]["string_value"]
+        self.words = np.frombuffer(bytes.fromhex(contract)[:16], ">i4").astype(np.int32)
+        self.weights = np.random.default_rng(self.words[0]).standard_normal((7 * 7 * 3, 512)).astype(np.float32)
 
     def execute(self, requests):
         answers = []
         for request in requests:
             faces = pb_utils.get_input_tensor_by_name(request, "face").as_numpy()
             rows = (faces[:, ::16, ::16].reshape(len(faces), -1).astype(np.float32) - 127.5) @ self.weights
-            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            answers.append(pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("embedding", rows)]))
+            norms = np.linalg.norm(rows, axis=1, keepdims=True)
+            words = np.tile(self.words, (len(faces), 1))
+            tensors = {"embedding": rows / norms, "norm": norms, "contract": words}
+            asked = request.requested_output_names()
+            tensors = [pb_utils.Tensor(name, tensors[name]) for name in asked]
+            answers.append(pb_utils.InferenceResponse(output_tensors=tensors))
         return answers
 """
 _QUICK_CONFIG = """
 backend: "python"
 max_batch_size: 64
 input [ { name: "face" data_type: TYPE_UINT8 dims: [ 112, 112, 3 ] } ]
-output [ { name: "embedding" data_type: TYPE_FP32 dims: [ 512 ] } ]
+output [
+  { name: "embedding" data_type: TYPE_FP32 dims: [ 512 ] },
+  { name: "norm" data_type: TYPE_FP32 dims: [ 1 ] },
+  { name: "contract" data_type: TYPE_INT32 dims: [ 4 ] }
+]
 instance_group [ { kind: KIND_CPU count: 1 } ]
+parameters { key: "contract_id" value: { string_value: "CONTRACT" } }
 """
+_OURS, _OTHER = "1" * 64, "2" * 64  # contracts: the quick model's, and that of the one it is exchanged for
 
 
 def run(
@@ -156,42 +172,57 @@ def stream_memory(count: int = 1_000_000, transport: str = "grpc-shm") -> dict[s
     }
 
 
-def restarts(requests: int = 10_000, batch: int = 4, kills: int = 2, transport: str = "grpc-shm") -> dict[str, Any]:
-    """Send `requests` requests of `batch` faces while the server is killed and restarted `kills` times.
+def restarts(requests: int = 10_000, batch: int = 4, rounds: int = 2, transport: str = "grpc-shm") -> dict[str, Any]:
+    """At least `requests` requests of `batch` faces, while in each round three things happen to the server.
+
+    It is killed and restarted; the process behind its model is killed, and the model loaded again; the model is
+    exchanged for one of another contract, which the client has to notice, and put back.
 
     Raises:
-        ProofFailed: a face was answered wrongly, twice, out of order or not at all.
+        ProofFailed: a face was answered wrongly, by another model, twice, out of order or not at all, or an exchange
+            was not noticed.
     """
     faces = synthetic_faces(61)  # a prime: a lost or doubled batch shifts every later face
+    total, seen, noticed = requests * batch, 0, 0
+    done, exchanged, over = threading.Event(), threading.Event(), threading.Event()
     with quick_server() as server:
         server.start()
         url, shared = _url(server.ports, transport), transport.endswith("-shm")
         with TritonEmbedder(url, QUICK, shared_memory=False) as embedder:
             truth = np.concatenate([embedder.encode(face) for face in faces])
-        seen, done = 0, threading.Event()
-        killer = threading.Thread(target=_kill_at, args=(server, lambda: seen, requests * batch, kills, done))
-        with TritonEmbedder(url, QUICK, shared_memory=shared) as embedder:
-            embedder.ensure_ready()
-            killer.start()
-            started = time.perf_counter()
-            source = (faces[i % len(faces)] for i in range(requests * batch))
-            try:
-                for row in embedder.encode_stream(source, batch_size=batch):
-                    if not np.allclose(row, truth[seen % len(faces)], atol=1e-5):
-                        raise ProofFailed(f"face {seen} of the stream has the embedding of another one.")
-                    seen += 1
-            finally:
-                done.set()
-            seconds = time.perf_counter() - started
-            shared_memory = str(embedder.shared_memory)
-        killer.join()
-    if seen != requests * batch:
-        raise ProofFailed(f"{seen} answers to {requests * batch} faces.")
+        events = [server.restart, server.kill_stub, lambda: server.exchange(exchanged, done)] * rounds
+        trouble = threading.Thread(target=_in_turn, args=(events, lambda: seen, total, over, done))
+        trouble.start()
+        started = time.perf_counter()
+        try:
+            while seen < total or not over.is_set():
+                with TritonEmbedder(url, QUICK, shared_memory=shared) as embedder:
+                    numbers = itertools.takewhile(lambda i: i < total or not over.is_set(), itertools.count(seen))
+                    source = (faces[i % len(faces)] for i in numbers)
+                    try:
+                        for row in embedder.encode_stream(source, batch_size=batch, retry_for_s=30):
+                            if not np.allclose(row, truth[seen % len(faces)], atol=1e-5):
+                                raise ProofFailed(f"face {seen} of the stream has the embedding of another one.")
+                            seen += 1
+                    except ContractMismatch:
+                        noticed += 1
+                        exchanged.set()
+                        while exchanged.is_set() and trouble.is_alive():  # until the model is the former one again
+                            time.sleep(0.01)
+                    shared_memory = str(embedder.shared_memory)
+        finally:
+            done.set()
+        seconds = time.perf_counter() - started
+        trouble.join()
+    if seen < total or noticed != rounds:
+        raise ProofFailed(f"{seen} answers to {total} faces, and {noticed} of {rounds} exchanges were noticed.")
     return {
         "shared_memory": shared_memory,
-        "requests": requests,
+        "requests": -(-seen // batch),
         "faces": seen,
         "kills": server.kills,
+        "stub_kills": server.stub_kills,
+        "exchanges": noticed,
         "wrong": 0,
         "seconds": seconds,
     }
@@ -205,6 +236,7 @@ class QuickServer:
     ports: Ports
     process: TritonProcess | None = None
     kills: int = 0
+    stub_kills: int = 0
 
     def start(self) -> TritonProcess:
         """Start it and wait until it is ready."""
@@ -219,22 +251,53 @@ class QuickServer:
         self.process.wait_ready()
         return self.process
 
-    def kill(self) -> None:
-        """Kill it, as a crash would."""
+    def restart(self) -> None:
+        """End it as a crash would, and start it again."""
         if self.process:
             self.process.kill()
             self.kills += 1
+        self.start()
+
+    def kill_stub(self) -> None:
+        """End the process that runs the model, as a crash in it would; unload and load it, as Triton does not."""
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                line = path.read_bytes()
+                if b"triton_python_backend_stub" in line and os.fsencode(self.folder) in line:
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    self.stub_kills += 1
+        time.sleep(0.5)  # the clients find it dead
+        self.control("unload")
+        self.control("load")
+
+    def control(self, what: str) -> None:
+        """Have the running server "load" or "unload" the model."""
+        url = f"http://127.0.0.1:{self.ports.http}/v2/repository/models/{QUICK}/{what}"
+        urlopen(Request(url, b"{}"), timeout=60).close()
+
+    def serve(self, contract: str) -> None:
+        """Write the model of this contract, with weights of its own."""
+        version = self.folder / "repository" / QUICK / "1"
+        version.mkdir(parents=True, exist_ok=True)
+        (version / "model.py").write_text(_QUICK_MODEL)
+        (version.parent / "config.pbtxt").write_text(_QUICK_CONFIG.replace("CONTRACT", contract))
+
+    def exchange(self, noticed: threading.Event, done: threading.Event) -> None:
+        """Load a model of another contract under the clients, and the former one when one of them noticed."""
+        for contract in (_OTHER, _OURS):
+            self.serve(contract)
+            self.control("load")
+            while contract == _OTHER and not (noticed.is_set() or done.wait(0.01)):
+                pass
+        noticed.clear()
 
 
 @contextlib.contextmanager
 def quick_server() -> Iterator[QuickServer]:
     """The quick server, not started yet; stopped at the end."""
     with tempfile.TemporaryDirectory(prefix="arcface-bench-") as name:
-        version = Path(name) / "repository" / QUICK / "1"
-        version.mkdir(parents=True)
-        (version / "model.py").write_text(_QUICK_MODEL)
-        (version.parent / "config.pbtxt").write_text(_QUICK_CONFIG)
         server = QuickServer(Path(name), free_ports())
+        server.serve(_OURS)
         try:
             yield server
         finally:
@@ -242,14 +305,20 @@ def quick_server() -> Iterator[QuickServer]:
                 server.process.stop()
 
 
-def _kill_at(server: QuickServer, seen: Callable[[], int], total: int, kills: int, done: threading.Event) -> None:
-    """Kill and restart the server `kills` times, at even intervals of the stream."""
-    for number in range(1, kills + 1):
-        while seen() < total * number / (kills + 1):
+def _in_turn(
+    events: Sequence[Callable[[], None]],
+    seen: Callable[[], int],
+    total: int,
+    over: threading.Event,
+    done: threading.Event,
+) -> None:
+    """Each event when the stream has passed another even part of its way; then `over`."""
+    for number, event in enumerate(events, 1):
+        while seen() < total * number / (len(events) + 1):
             if done.wait(0.01):
                 return
-        server.kill()
-        server.start()
+        event()
+    over.set()
     done.wait()  # a server that this thread started would end with it (PR_SET_PDEATHSIG)
 
 

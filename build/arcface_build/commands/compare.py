@@ -1,4 +1,4 @@
-"""`arcface compare`: drift and accuracy of one source of embeddings against another, and what explains them."""
+"""`arcface compare` measures drift and accuracy of one source of embeddings against another, and explains them."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ Examples:
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_COMPARE", "show_default": True})
 @click.argument("a")
 @click.argument("b")
-@click.option("--faces", "sources", multiple=True, help="Crops: folder, files, glob, .npz; default: drawn faces.")
-@click.option("--n-samples", type=click.IntRange(1), help="Compare on this many faces, spread over all.")
-@click.option("--pairs", "pairs_from", type=click.Path(path_type=Path, exists=True), help="CSV a,b,same: accuracy.")
-@click.option("--identities", is_flag=True, help="Folders are people: pairs for accuracy are drawn from them.")
+@click.option("--faces", "sources", multiple=True, help="Crops: folder, files, glob, .npz; default: synthetic faces.")
+@click.option("--n-samples", type=click.IntRange(1), help="Compare on this many faces, evenly spaced.")
+@click.option("--pairs", "pairs_from", type=click.Path(path_type=Path, exists=True), help="CSV a,b,same for accuracy.")
+@click.option("--identities", is_flag=True, help="Folders are people: make the pairs for accuracy from them.")
 @click.option("--threshold", type=COSINE, help="Cosine from which a pair is one person; default: A's best.")
-@click.option("--max-drift", type=DRIFT, help="Largest 1 − cosine; default: that of the coarser precision of the two.")
-@click.option("--layers", is_flag=True, help="Two ONNX files: layer by layer, the first that departs is named.")
+@click.option("--max-drift", type=DRIFT, help="Largest 1 − cosine; default: the limit of the coarser precision.")
+@click.option("--layers", is_flag=True, help="Two ONNX files: compare layer by layer, name the first that differs.")
 @click.option(
     "--layer-tolerance", type=POSITIVE, default=1e-3, help="Relative error up to which a layer counts as equal."
 )
 @click.option("--tensorrt", is_flag=True, help="With --layers: build B with TensorRT.")
-@click.option("--source", type=click.Path(path_type=Path, exists=True), help="Source ONNX to explain the drift with.")
-@click.option("--explain/--no-explain", default=None, help="Look for the fault; default: when the gate fails.")
-@click.option("--across-contracts", is_flag=True, help="Compare though A and B are known to be different models.")
+@click.option("--source", type=click.Path(path_type=Path, exists=True), help="Source ONNX used to explain the drift.")
+@click.option("--explain/--no-explain", default=None, help="Look for the fault; default: if the gate fails.")
+@click.option("--across-contracts", is_flag=True, help="Compare even if A and B are known to be different models.")
 @models_dir_option
 @local_model_option
 @json_option
@@ -54,7 +54,7 @@ def command(
     html: Path | None,
     **asked_for: Any,
 ) -> int:
-    """Compare B with A, which is right: engine name, HOST:PORT/MODEL, ONNX file, plan, or saved embeddings.
+    """Compare B with A, the ground truth; each is an engine, HOST:PORT/MODEL, ONNX file, plan, or saved embeddings.
 
     Exit code 1: a face drifted beyond --max-drift, or a figure is beyond its warning.
     """

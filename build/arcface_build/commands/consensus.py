@@ -1,4 +1,4 @@
-"""`arcface consensus`: folders of faces, one a person, in; who does not belong and each person's embedding out."""
+"""`arcface consensus` finds each person's faces in a folder per person, and those that show somebody else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Examples:
   arcface consensus photos/ -o consensus.json --detect
   arcface consensus people/ -o consensus.json --max-distance 0.58 --workers 8 --cache embeddings.sqlite
 
-Ctrl-C keeps everybody who is finished in OUTPUT.partial; the same command goes on from there.
+Ctrl-C keeps finished people in OUTPUT.partial; the same command resumes from there.
 """
 
 
@@ -40,16 +40,16 @@ Ctrl-C keeps everybody who is finished in OUTPUT.partial; the same command goes 
     "--max-distance",
     type=FiniteNumber(0, 1, min_open=True),
     default=Limits.max_distance,
-    help="From a face to the mean of the person's other faces (1 − cosine).",
+    help="Limit from a face to the mean of the person's other faces (1 − cosine).",
 )
 @click.option("--min-support", type=click.IntRange(1), default=Limits.min_support, help="Faces that must agree.")
 @click.option(
     "--min-share",
     type=FiniteNumber(0, 1, max_open=True),
     default=Limits.min_share,
-    help="And be more than this share of all.",
+    help="They must also exceed this share of all faces.",
 )
-@click.option("--workers", type=click.IntRange(1), default=4, help="People at a time.")
+@click.option("--workers", type=click.IntRange(1), default=4, help="People processed at a time.")
 @click.option("--detect", is_flag=True, help="The files are photos: every face found in them is a candidate.")
 @click.option(
     "--detector",
@@ -57,7 +57,7 @@ Ctrl-C keeps everybody who is finished in OUTPUT.partial; the same command goes 
     envvar="ARCFACE_DETECTOR",
     help="YuNet's ONNX.  [default: in ~/.cache/arcface-triton/detectors]",
 )
-@click.option("--cache", "cache_path", type=click.Path(path_type=Path, dir_okay=False), help="Embeddings kept here.")
+@click.option("--cache", "cache_path", type=click.Path(path_type=Path, dir_okay=False), help="Keep embeddings here.")
 @click.option("--force", is_flag=True, help="Overwrite the output and start over.")
 @json_option
 def command(
@@ -75,16 +75,16 @@ def command(
     force: bool,
     as_json: bool,
 ) -> int:
-    """Find for each person who most of the photos show, and which photos show somebody else.
+    """Find who most photos in each person's folder show, and which photos show somebody else.
 
-    FOLDER_OF_PERSONS holds one folder of aligned 112×112 crops (with --detect: of photos) a person. The output names
-    each person's references, outliers with their distance, what could not be read, and the consensus embedding. A
-    person whose photos show no clear majority is undecided, and the groups that they form are listed.
+    FOLDER_OF_PERSONS has one folder of aligned 112×112 crops (with --detect: of photos) per person. The output lists
+    each person's references, outliers with their distance, files that could not be read, and the consensus embedding.
+    A person without a clear majority is undecided, and the groups of photos are listed.
     """
     from arcface_clients import TritonEmbedder
 
     if output.exists() and not force:
-        raise WrongUse(f"{output} is there already. Choose another name, or overwrite it: --force")
+        raise WrongUse(f"{output} already exists. Choose another name, or overwrite it: --force")
     limits = Limits(max_distance, min_support, min_share)
     load = load_faces
     if detect:
@@ -136,7 +136,7 @@ def run(
     start_over: bool,
     load: Loader = load_faces,
 ) -> dict[str, dict]:
-    """Records of everybody in `folder` by name, written to `output`; an interrupted run's records are taken over."""
+    """Write the records of everybody in `folder` to `output`, resuming an interrupted run; returns them by name."""
     from contextlib import ExitStack
 
     from arcface_clients.people.cache import EmbeddingCache
@@ -155,7 +155,7 @@ def run(
         cache = stack.enter_context(EmbeddingCache(path=cache_path)) if cache_path else None
         left = journal.left(people)
         if len(left) < len(people):
-            terminal.notice(f"going on: {len(people) - len(left)} of {len(people)} people were finished before")
+            terminal.notice(f"resuming: {len(people) - len(left)} of {len(people)} people are already done")
         progress = stack.enter_context(terminal.item_bars())
         bar = progress.add_task("people", total=len(people), completed=len(people) - len(left))
         for record in consensus_of_people(left, engine, limits, workers=workers, cache=cache, load=load):

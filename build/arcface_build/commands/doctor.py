@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   arcface doctor                             what is present and what is wrong, with a fix for each problem
+  arcface doctor localhost:8001              that server instead of the configured one: a face, contract, restrictions
   arcface doctor --json | jq .problems
   arcface doctor --measure                   also load, validate and time the configured engine
   ARCFACE_BACKEND=onnx arcface doctor --measure --faces 64 --batch-size 8
@@ -30,19 +32,26 @@ _MARKS = {"ok": ("ok      ", "green"), "absent": ("absent  ", "yellow"), "proble
 
 
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_DOCTOR", "show_default": True})
+@click.argument("url", required=False)
 @click.option("--measure", is_flag=True, help="Load the configured engine, validate it and time it.")
 @click.option("--faces", default=128, type=click.IntRange(1), help="Faces to time with --measure.")
 @click.option("--batch-size", default=32, type=click.IntRange(1), help="Faces per call with --measure.")
 @json_option
-def command(measure: bool, faces: int, batch_size: int, as_json: bool) -> int:
+def command(url: str | None, measure: bool, faces: int, batch_size: int, as_json: bool) -> int:
     """Check driver, GPU, runtimes, server, plans, store and configuration; say what is wrong and how to fix it."""
     from arcface_build.serving.host_checks import build_checks
     from arcface_clients.checks.diagnostics import Check, client_checks
     from arcface_clients.config.schema import EmbeddingConfig
     from arcface_clients.config.sources import config_file as file_of
+    from arcface_clients.triton.address import Tls
 
     try:
         config = settings()
+        if url is not None:
+            access = config.triton.access_to(url)
+            headers, tls = access.get("headers", {}), access.get("tls", Tls())
+            triton = replace(config.triton, url=url, headers=headers, tls=tls)
+            config = config.model_copy(update={"triton": triton, "backend": "triton"})
         origin = file_of(config_file(), os.environ) or "defaults (no config/embedding.yaml here)"
         found = f"{origin}: backend {config.backend}, precision {config.precision}"
         configuration = Check("configuration", "ok", found)

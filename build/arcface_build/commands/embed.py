@@ -1,4 +1,4 @@
-"""`arcface embed`: face crops, or photos, in; their embeddings and names, as .npz or Parquet, out."""
+"""`arcface embed` writes the embeddings of face crops or photos to .npz or Parquet."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Examples:
   arcface embed photos/ -o photos.npz --detect
   arcface embed crops/ db.parquet -o all.parquet --url gpu-1:8001 --url gpu-2:8001
 
-A .parquet output is for any number of faces: memory stays bounded, an interrupted or killed run is gone on with by the
-same command, what could not be read is listed in OUTPUT.bad.jsonl. With --engine ray Ray Data does it.
+A .parquet output suits any number of faces: memory stays bounded, the same command resumes an interrupted or killed
+run, and unreadable inputs are listed in OUTPUT.bad.jsonl. With --engine ray, Ray Data runs the job.
 """
 
 
@@ -50,9 +50,9 @@ same command, what could not be read is listed in OUTPUT.bad.jsonl. With --engin
     envvar="ARCFACE_DETECTOR",
     help="YuNet's ONNX.  [default: in ~/.cache/arcface-triton/detectors]",
 )
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="Who does the work of a .parquet.")
-@click.option("--actors", type=click.IntRange(1), help="Ray actors.  [default: one a URL]")
-@click.option("--force", is_flag=True, help="Overwrite the output, start an unfinished one over.")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="What runs a .parquet job.")
+@click.option("--actors", type=click.IntRange(1), help="Ray actors.  [default: one per URL]")
+@click.option("--force", is_flag=True, help="Overwrite the output and start over.")
 @json_option
 def command(
     sources: tuple[str, ...],
@@ -69,16 +69,16 @@ def command(
 ) -> int:
     """Embed face crops (112×112, aligned) from folders, files, globs, .npz, .npy or Parquet through a server.
 
-    What cannot be read is listed with the reason and left out. A .npz holds `paths`, `embeddings` float32 (N,D) of
+    Unreadable inputs are skipped and listed with the reason. A .npz contains `paths`, `embeddings` float32 (N,D) of
     unit length, `contract_id` and `model`; a .parquet the columns path, identity, embedding, contract_id and digest.
-    With --detect both hold where each face was found, in pixels of the upright photo (docs/people.md).
+    With --detect, both record where each face was found, in pixels of the upright photo (docs/people.md).
     """
     if output.suffix not in (".npz", ".parquet"):
         raise WrongUse(
-            f"the output is {output.name!r}; expected a name that ends in .npz or .parquet, such as {output.stem}.npz"
+            f"the output is {output.name!r}: expected a name ending in .npz or .parquet, such as {output.stem}.npz"
         )
     if output.exists() and not force:
-        raise WrongUse(f"{output} is there already. Choose another name, or overwrite it: --force")
+        raise WrongUse(f"{output} already exists. Choose another name, or overwrite it: --force")
     if output.suffix == ".npz" and (len(urls) > 1 or engine == "ray"):
         raise WrongUse(f"several servers and --engine ray write Parquet. Name the output {output.stem}.parquet")
     if output.suffix == ".parquet":
@@ -133,7 +133,7 @@ def _embed_to_npz(
     for crop in done.refused:
         terminal.complaint(f"not read: {crop.name}: {crop.refused}")
     if not done.faces:
-        expected = "photos that show a face" if detector else "aligned 112×112 crops; photos need --detect"
+        expected = "photos with a face" if detector else "aligned 112×112 crops; photos need --detect"
         raise WrongUse(
             f"no face could be read from {' '.join(sources)} ({len(files)} files found, {len(done.refused)} refused); "
             f"expected {expected}. Nothing was written"

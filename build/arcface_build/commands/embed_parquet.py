@@ -1,4 +1,4 @@
-"""The Parquet output of `arcface embed`, for sources of any size: a resumable job, and a summary."""
+"""Runs the resumable job behind `arcface embed -o FILE.parquet`, and prints its summary."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def embed_to_parquet(
         output.unlink()
         raise WrongUse(
             f"no face could be read from {' '.join(sources)}: {refused} refused, see {bad_path(output)}. Expected "
-            + ("photos that show a face." if detector else "aligned 112×112 crops; photos need --detect.")
+            + ("photos with a face." if detector else "aligned 112×112 crops; photos need --detect.")
             + f" {output} was not written"
         )
     summary = {
@@ -84,5 +84,5 @@ def embed_to_parquet(
 
 
 def _connect(model: str, timeout_s: float, access: dict[str, Access], url: str) -> TritonEmbedder:
-    """Create the detector; at module level, so that Ray can send it."""
+    """Create a client for a server; at module level, so that Ray can pickle it."""
     return TritonEmbedder(url, model, timeout_s=timeout_s, **access[url])

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 @click.command("import", context_settings={"auto_envvar_prefix": "ARCFACE_IMPORT"})
 @click.argument("source")
 @click.option("--name", help="Name of the folder under models/; default: that of the file or the known model.")
-@click.option("--color", type=click.Choice(["rgb", "bgr"]), help="Channel order that the network expects.")
+@click.option("--color", type=click.Choice(["rgb", "bgr"]), help="Channel order the network expects.")
 @click.option("--mean", help="One number or three (123.675,116.28,103.53), 0..255 units, in --color's order.")
 @click.option("--std", help="One number or three, like --mean.")
-@click.option("--output", help="The output that is the embedding, where several can be.")
+@click.option("--output", help="The output that is the embedding, if several could be.")
 @click.option(
     "--faces",
     type=click.Path(exists=True, path_type=Path),
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     default=1800,
     show_default=True,
     metavar="SECONDS",
-    help="End an import that takes longer.",
+    help="Stop an import that takes longer.",
 )
 @click.option("--force", is_flag=True, help="Import again even if nothing has changed.")
 @json_option
@@ -122,11 +122,11 @@ def command(
 
 
 def _stated(color: str | None, mean: str | None, std: str | None) -> Stated:
-    """What the user says about preprocessing, part by part."""
+    """The preprocessing stated by the user, part by part."""
     from arcface_build.imports.preprocessing import Stated
 
     if (mean is None) != (std is None):
-        raise WrongUse("--mean and --std belong together: expected both, got one.")
+        raise WrongUse("--mean and --std go together: expected both, got one.")
     if mean is None or std is None:
         return Stated(color)
     means, stds = _three("--mean", mean), _three("--std", std)
@@ -151,7 +151,7 @@ def _three(option: str, text: str) -> tuple[float, float, float]:
 
 
 def _told(done: BroughtIn) -> str:
-    """What was found, done and verified, in a few lines."""
+    """A few lines on what was found, done and verified."""
     manifest, folder = done.imported.manifest, done.imported.folder
     source, proof, wants = manifest.source, manifest.proof, manifest.preprocessing
     lines = [click.style(source["note"], fg="yellow", bold=True)] if source["kind"] == "demo" else []
@@ -174,7 +174,7 @@ def _told(done: BroughtIn) -> str:
 
 
 def _network(seen: dict[str, Any] | None) -> str:
-    """What the network sees of the pixels, in words."""
+    """In words, what the network sees of the pixels."""
     if seen is None:
-        return "something else than a map of each channel by itself; stated by the caller, not measured"
+        return "not a separate map of each channel; stated by the caller, not measured"
     return f"{seen['color']}, (x − {seen['mean']}) / {seen['std']}: outside and inside the graph together"

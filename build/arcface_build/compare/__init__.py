@@ -1,1 +1,1 @@
-"""Any two sources of embeddings side by side: drift, accuracy, faults in words, and layer by layer."""
+"""Compares any two sources of embeddings: drift, accuracy, likely faults, and layer by layer."""

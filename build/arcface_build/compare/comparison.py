@@ -1,4 +1,4 @@
-"""Two open sides and faces in; the comparison as one JSON object (docs/reports.md) out."""
+"""Compares two open sides on the same faces; the report is one JSON object (docs/reports.md)."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from arcface_clients.evidence.drift import (
 
 FORMAT = 1
 ACROSS_CONTRACTS = (
-    "A and B are of two contracts: their embeddings must not be mixed or searched together, however alike they are."
+    "A and B have different contracts: their embeddings must not be mixed or searched together, however similar."
 )
 _FACES_OF_A = 8
-_NETWORK_OF_A = 0.95  # int8 stays above
+_NETWORK_OF_A = 0.95  # int8 stays above this
 
 
 @dataclass(frozen=True)
 class Faces:
-    """What is embedded: uint8 (N,112,112,3) BGR, None when both sides are saved; a name for each, None when unnamed."""
+    """The faces to embed: uint8 (N,112,112,3) BGR, or None if both sides are saved; their names, or None."""
 
     pixels: np.ndarray | None
     names: tuple[str, ...] | None
 
     def sample(self, count: int | None) -> Faces:
-        """`count` faces spread evenly over all; None or more than there are: all."""
+        """`count` faces, evenly spaced; all of them if `count` is None or too large."""
         total = len(self.pixels) if self.pixels is not None else len(self.names or ())
         if not count or count >= total:
             return self
@@ -51,7 +51,7 @@ class Faces:
 
 @dataclass(frozen=True)
 class CompareResult:
-    """Result of `compare_sides`; `report` is what is written as JSON."""
+    """Result of `compare_sides`; `report` is the JSON report."""
 
     report: dict[str, Any]
     drift: DriftReport
@@ -75,20 +75,20 @@ def compare_sides(
     targets: Mapping[str, tuple[float, float]] = TARGETS,
     across_contracts: bool = False,
 ) -> CompareResult:
-    """Embed the faces with both sides and compare; `a` is what is right.
+    """Embed the faces with both sides and compare; `a` is the ground truth.
 
     Args:
         a: the reference.
         b: the candidate.
-        faces: what to embed; saved embeddings are matched to them by name where both have names.
-        max_drift: largest 1 − cosine a face may show.
+        faces: what to embed; saved embeddings are matched to them by name if both have names.
+        max_drift: largest allowed 1 − cosine of a face.
         pairs: labelled pairs of rows, for accuracy.
-        threshold: cosine from which a pair counts as one person; None takes A's best one (ten-fold).
+        threshold: cosine from which a pair counts as one person; None uses A's best (ten-fold).
         targets: (target, warning) for each figure.
-        across_contracts: compare though the contracts are known and differ; the report says so.
+        across_contracts: compare even if the contracts are known to differ; the report says so.
 
     Raises:
-        ContractMismatch: both sides know their contract, the two differ, and that was not asked for.
+        ContractMismatch: both sides know their contract, the two differ, and `across_contracts` is false.
         WrongUse: saved embeddings do not fit the faces.
     """
     across = differ(a, b)
@@ -123,7 +123,7 @@ def compare_sides(
 
 
 def check_contracts(a: Side, b: Side) -> None:
-    """Return when both sides are of one contract, or one does not know its own.
+    """Check that both sides have the same contract, or that one does not know its own.
 
     Raises:
         ContractMismatch: the two differ.
@@ -131,40 +131,40 @@ def check_contracts(a: Side, b: Side) -> None:
     if differ(a, b):
         ids = [(side.contract_id or "")[:12] for side in (a, b)]
         raise ContractMismatch(
-            f"{a.label} is of contract {ids[0]}…, {b.label} of {ids[1]}…: their embeddings come from different weights "
-            "or preprocessing and cannot be compared. Embed again with one of them, or see how much they differ all "
-            "the same: --across-contracts"
+            f"{a.label} has contract {ids[0]}…, {b.label} has {ids[1]}…: their embeddings come from different weights "
+            "or preprocessing and cannot be compared. Embed again with one of them, or see how much they differ "
+            "anyway: --across-contracts"
         )
 
 
 def differ(a: Side, b: Side) -> bool:
-    """Whether both sides know their contract and it is not the same."""
+    """Whether both sides know their contract and the two differ."""
     return bool(a.contract_id and b.contract_id and a.contract_id != b.contract_id)
 
 
 def embeddings_of(side: Side, faces: Faces) -> np.ndarray:
-    """A side's embeddings of the faces, in their order."""
+    """A side's embeddings of the faces, in the same order."""
     if side.saved is None:
         if faces.pixels is None or side.encode is None:
-            raise WrongUse(f"{side.label} has to embed faces and there are none: name crops with --faces FOLDER.")
+            raise WrongUse(f"{side.label} needs faces to embed, and there are none: give crops with --faces FOLDER.")
         return side.encode(faces.pixels)
     if side.names and faces.names:
         rows = {_key(name): row for row, name in enumerate(side.names)}
         absent = [name for name in faces.names if _key(name) not in rows]
         if absent:
             raise WrongUse(
-                f"{side.label} holds no embedding of {absent[0]} ({len(absent)} of {len(faces.names)} are not in it). "
+                f"{side.label} has no embedding of {absent[0]} ({len(absent)} of {len(faces.names)} are missing). "
                 "Compare on the faces that were embedded: arcface compare … --faces THE_SAME_FOLDER"
             )
         return side.saved[[rows[_key(name)] for name in faces.names]]
     expected = len(faces.pixels) if faces.pixels is not None else len(faces.names or side.saved)
     if len(side.saved) != expected:
-        raise WrongUse(f"{side.label} holds {len(side.saved)} embeddings without names, expected {expected}.")
+        raise WrongUse(f"{side.label} has {len(side.saved)} embeddings without names: expected {expected}.")
     return side.saved
 
 
 def explain(result: CompareResult, b: Side, faces: Faces, source: Path | None) -> None:
-    """Put into the report what explains the candidate, tried on the network of A's source ONNX; or why it is not."""
+    """Add to the report the faults that explain the candidate, tried on A's source ONNX, or why they were not tried."""
     from arcface_build.compare.reference import reference_network
 
     findings, why = None, None
@@ -172,7 +172,7 @@ def explain(result: CompareResult, b: Side, faces: Faces, source: Path | None) -
         absent = ["the faces: --faces FOLDER"] if faces.pixels is None else []
         absent += ["the source ONNX of A: --source models/NAME/source.onnx"] if source is None else []
         told = ", and ".join(absent)
-        why = f"only the embeddings were looked at; faults of the input need the network too. Give {told}"
+        why = f"only the embeddings were checked; faults of the input need the network too. Give {told}"
     else:
         network, preprocessing = reference_network(source)
         own = network(preprocessing.apply(faces.pixels[:_FACES_OF_A]))
@@ -202,12 +202,12 @@ def _about(side: Side) -> dict[str, Any]:
 
 
 def _key(name: str) -> str:
-    """The last two parts of a path: person and file, whatever folder they lie in."""
+    """The last two parts of a path: person and file, whatever folder they are in."""
     return "/".join(Path(name).parts[-2:])
 
 
 def names_of(sides: Sequence[Side]) -> tuple[str, ...] | None:
-    """Names that all saved sides with names share, in the order of the first."""
+    """Names common to all saved sides with names, in the order of the first."""
     named = [side for side in sides if side.saved is not None and side.names]
     if not named:
         return None

@@ -1,4 +1,4 @@
-"""The faces that two sides are compared on, and the labelled pairs among them."""
+"""Chooses the faces that two sides are compared on, and the labelled pairs among them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arcface_clients.faces.images import load_or_draw
 
 
 def faces_of(sources: Sequence[str], sides: Sequence[Side], refused: Callable[[str], None]) -> Faces:
-    """Named crops; else those that saved embeddings name, where they are still there; else drawn ones."""
+    """The given crops; else the files named by saved embeddings, if they still exist; else synthetic faces."""
     names = names_of(sides)
     wanted = sources or (names if names and all(Path(name).is_file() for name in names) else ())
     saved = next((side.saved for side in sides if side.saved is not None), None)
@@ -23,11 +23,11 @@ def faces_of(sources: Sequence[str], sides: Sequence[Side], refused: Callable[[s
 
 
 def pairs_of(path: Path | None, identities: bool, faces: Faces) -> Pairs | None:
-    """Labelled pairs from a CSV, else from folders as people, else None."""
+    """Labelled pairs from a CSV, or from folders as people, or None."""
     if path is None and not identities:
         return None
     if not faces.names:
-        raise WrongUse("accuracy needs named faces: add --faces FOLDER, with a folder for each person.")
+        raise WrongUse("accuracy needs named faces: add --faces FOLDER, with one subfolder per person.")
     if path is not None:
         return pairs_from_csv(path, faces.names)
     return pairs_from_identities(identities_from_paths(faces.names))

@@ -1,4 +1,4 @@
-"""Two ONNX files and faces in; the error of each layer that both have, and the first that departs, out."""
+"""Compares two ONNX files layer by layer, to find the first layer whose output differs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from arcface_build.compare.runs import run_all, session_runner, tensorrt_runner, tensors_in_order
 from arcface_clients.errors import WrongUse
 
-FACES = 2  # every activation of every layer is held at once
+FACES = 2  # all activations of all layers are in memory at once
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """One tensor that both graphs compute; `relative` is the L2 norm of the difference over that of A's tensor."""
+    """A tensor that both graphs compute; `relative` is the L2 norm of the difference over that of A's tensor."""
 
     tensor: str
     operator: str
@@ -26,7 +26,7 @@ class LayerError:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """All shared tensors in A's order; `first` is the first with more than `tolerance`, `jump` where it grows most."""
+    """All shared tensors in A's order; `first` is the first above `tolerance`, `jump` where it grows most."""
 
     layers: tuple[LayerError, ...]
     tolerance: float
@@ -44,26 +44,26 @@ class LayerReport:
         shared = f"{len(self.layers)} layers compared"
         if self.first is None:
             worst = max(self.layers, key=lambda layer: layer.relative)
-            return f"{shared}: none departs by more than {self.tolerance:g} (most: {_told(worst)})"
-        jump = f"; it grows most at {_told(self.jump)}" if self.jump and self.jump != self.first else ""
-        return f"{shared}: the first that departs is {_told(self.first)}, allowed {self.tolerance:g}{jump}"
+            return f"{shared}: none differs by more than {self.tolerance:g} (largest: {_told(worst)})"
+        jump = f"; the error grows most at {_told(self.jump)}" if self.jump and self.jump != self.first else ""
+        return f"{shared}: the first that differs is {_told(self.first)}, allowed {self.tolerance:g}{jump}"
 
 
 def compare_layers(
     a: Path, b: Path, faces_bgr_u8: np.ndarray, tolerance: float = 1e-3, b_on_tensorrt: bool = False
 ) -> LayerReport:
-    """Run both graphs with all shared tensors as outputs and compare them, A's order.
+    """Run both graphs with all shared tensors as outputs, and compare those in A's order.
 
     Args:
         a: serving ONNX.
-        b: another one made from the same source, or the same file with `b_on_tensorrt`.
-        faces_bgr_u8: faces; the first two are used.
+        b: another one from the same source, or the same file with `b_on_tensorrt`.
+        faces_bgr_u8: faces; only the first two are used.
         tolerance: relative error (L2) up to which a layer counts as equal.
         b_on_tensorrt: build B with TensorRT instead of running it on ONNX Runtime.
 
     Raises:
         WrongUse: the graphs share no tensor names.
-        Missing: TensorRT is wanted and not here.
+        Missing: TensorRT is needed but not installed.
     """
     import onnx
 
@@ -72,7 +72,7 @@ def compare_layers(
     if not shared:
         raise WrongUse(
             f"{a} and {b} share no tensor names, so their layers cannot be matched. "
-            "Compare files that were made from one source: models/NAME/serving.onnx and models/NAME/variants/*.onnx"
+            "Compare files made from the same source: models/NAME/serving.onnx and models/NAME/variants/*.onnx"
         )
     batch = faces_bgr_u8[:FACES]
     runner_b = tensorrt_runner(b, shared, len(batch)) if b_on_tensorrt else session_runner(b, shared)
@@ -95,7 +95,7 @@ def compare_layers(
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Relative L2 error; None for tensors that are no float of one shape."""
+    """Relative L2 error; None unless both are float tensors of the same shape."""
     a, b = np.asarray(a), np.asarray(b)
     if a.dtype.kind != "f" or b.dtype.kind != "f" or a.shape != b.shape or not a.size:
         return None

@@ -1,4 +1,4 @@
-"""Backends and batch sizes in; drift, changed decisions and batch invariance of each combination out."""
+"""Measures drift, changed decisions and batch invariance for each combination of backend and batch size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from arcface_clients.evidence.accuracy import Pairs, changed_decisions, measure_
 from arcface_clients.evidence.drift import compare_embeddings, cosine_per_face
 
 FORMAT = 1
-_OF_LIMIT = 0.1  # a row alone and in a batch may part by this share of what its precision may drift …
-_AT_LEAST = 1e-5  # … and by this always
+_OF_LIMIT = 0.1  # a row alone and in a batch may differ by this share of its precision's drift limit …
+_AT_LEAST = 1e-5  # … or by this, whichever is more
 
 
 def parity_matrix(
@@ -31,22 +31,22 @@ def parity_matrix(
     threshold: float | None = None,
     progress: Callable[[str], None] = lambda told: None,
 ) -> dict[str, Any]:
-    """Every candidate at every batch size against the reference, as a JSON object (docs/reports.md).
+    """Compare every candidate at every batch size with the reference; returns a JSON object (docs/reports.md).
 
     Args:
-        reference: what is right.
-        open_candidates: each opens one candidate; one is open at a time, so that memory stays that of one.
-        faces: what is embedded.
-        batches: faces a call; 1 is always measured, being what batches are compared with.
+        reference: the ground truth.
+        open_candidates: each opens one candidate; only one is open at a time, to save memory.
+        faces: the faces to embed.
+        batches: faces per call; 1 is always measured, since batches are compared with it.
         limits: largest 1 − cosine by precision.
         pairs: labelled pairs, for changed decisions.
-        threshold: cosine from which a pair is one person; None takes the reference's best one.
+        threshold: cosine from which a pair is one person; None uses the reference's best.
         progress: called before each combination.
     """
     progress(f"{reference.label}, the reference")
     pixels = faces.pixels
     if pixels is None:
-        raise WrongUse("a matrix embeds faces and there are none: name crops with --faces FOLDER.")
+        raise WrongUse("a matrix needs faces to embed, and there are none: give crops with --faces FOLDER.")
     expected = _encoder(reference)(pixels)
     if pairs is not None and threshold is None:
         threshold = measure_accuracy(expected, pairs, resamples=0).fold_threshold
@@ -77,9 +77,7 @@ def parity_matrix(
 
 def _encoder(side: Side) -> Callable[[np.ndarray], np.ndarray]:
     if side.encode is None:
-        raise WrongUse(
-            f"{side.label} holds saved embeddings: a matrix needs an engine, a server, an ONNX file or a plan."
-        )
+        raise WrongUse(f"{side.label} is saved embeddings: a matrix needs an engine, a server, an ONNX file or a plan.")
     return side.encode
 
 
@@ -115,6 +113,6 @@ def _row(
 
 
 def files_of(models_dir: Path, model: str | None) -> list[str]:
-    """The serving ONNX of an imported model and the variants that stand beside it; refused ones have another ending."""
+    """The serving ONNX of an imported model and its variants; refused variants have another suffix."""
     folder = find_model(models_dir, model).path
     return [str(folder / "serving.onnx"), *(str(path) for path in sorted((folder / "variants").glob("*.onnx")))]

@@ -1,4 +1,4 @@
-"""The reference network without its preprocessing, for `evidence.diagnose`: a source ONNX in, a function out."""
+"""The reference network as a function without preprocessing, for `evidence.diagnose`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arcface_clients.evidence.diagnose import Network
 
 
 def reference_network(source: Path) -> tuple[Network, Preprocessing]:
-    """The network of an untouched source ONNX, and the preprocessing that the manifest beside it states."""
+    """The network of an unmodified source ONNX, and the preprocessing stated in the manifest beside it."""
     session = open_session(source)
     tensor = session.get_inputs()[0]
     step = tensor.shape[0] if isinstance(tensor.shape[0], int) else 32
@@ -26,7 +26,7 @@ def reference_network(source: Path) -> tuple[Network, Preprocessing]:
 
 
 def source_beside(*texts: str) -> Path | None:
-    """The source ONNX beside one of the files that are compared (models/NAME/source.onnx), or None."""
+    """The source ONNX beside one of the compared files (models/NAME/source.onnx), or None."""
     for text in texts:
         path = Path(text)
         for folder in (path.parent, path.parent.parent) if path.suffix in (".onnx", ".plan") else ():

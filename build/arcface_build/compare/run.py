@@ -1,4 +1,4 @@
-"""One comparison from beginning to end: both sides opened, embedded and judged; a failed gate is explained."""
+"""Runs one comparison end to end: opens both sides, embeds, judges, and explains a failed gate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from arcface_clients.faces.synthetic import synthetic_faces
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """What to compare B with A on, and how; the options of `arcface compare`."""
+    """The options of `arcface compare`."""
 
     sources: Sequence[str] = ()
     n_samples: int | None = None
@@ -42,10 +42,10 @@ class CompareRequest:
 def compare(
     a: str, b: str, asked: CompareRequest, config: EmbeddingConfig, refused: Callable[[str], None]
 ) -> tuple[CompareResult, Faces]:
-    """Compare B with A, which is right; the result, and the faces that it is about.
+    """Compare B with A, the ground truth; returns the result and the faces used.
 
     Raises:
-        WrongUse, Missing: a side or the faces are not what can be compared.
+        WrongUse, Missing: a side or the faces cannot be compared.
     """
     if asked.pairs_from or asked.identities:
         require("sklearn", purpose="accuracy")
@@ -79,7 +79,7 @@ def _layers(a: str, b: str, faces: Faces, tolerance: float, tensorrt: bool) -> d
     if Path(a).suffix != ".onnx" or Path(b).suffix != ".onnx":
         raise WrongUse(
             f"--layers compares two ONNX files, got {a} and {b}. A plan's layers cannot be read: "
-            "name the ONNX that it was built from as B and add --tensorrt"
+            "give the ONNX it was built from as B and add --tensorrt"
         )
     pixels = faces.pixels if faces.pixels is not None else synthetic_faces(2)
     report = compare_layers(Path(a), Path(b), pixels, tolerance, tensorrt)
@@ -87,7 +87,7 @@ def _layers(a: str, b: str, faces: Faces, tolerance: float, tensorrt: bool) -> d
 
 
 def _source_of_engines(local: LocalModel, *texts: str) -> Path | None:
-    """The source ONNX of the imported model that an engine's name stands for."""
+    """The source ONNX of the imported model that an engine's name refers to."""
     if all(Path(text).suffix or ":" in text for text in texts):
         return None
     try:

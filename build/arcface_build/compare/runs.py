@@ -1,4 +1,4 @@
-"""Files run by Polygraphy: an ONNX or a plan and faces in; embeddings, or every layer's output, out."""
+"""Runs an ONNX or a plan with Polygraphy, for its embeddings or the output of every layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH = 32
 
 
 def session_runner(onnx_path: Path, outputs: Sequence[str] | None = None) -> Any:
-    """Polygraphy's OnnxrtRunner on the CPU; `outputs` marks these tensors of the graph as outputs."""
+    """Polygraphy's OnnxrtRunner on the CPU; `outputs` marks these tensors as graph outputs."""
     from polygraphy.backend.onnx import BytesFromOnnx, ModifyOutputs, OnnxFromPath
     from polygraphy.backend.onnxrt import OnnxrtRunner
 
@@ -34,10 +34,10 @@ def session_runner(onnx_path: Path, outputs: Sequence[str] | None = None) -> Any
 
 
 def plan_runner(plan: Path, public_key: Path | None) -> Any:
-    """Polygraphy's TrtRunner on a plan that is what its manifest says, and signed where a public key is given.
+    """Polygraphy's TrtRunner on a plan that matches its manifest, and is signed if a public key is configured.
 
     Raises:
-        Missing: TensorRT is not installed here.
+        Missing: TensorRT is not installed.
         PlanRefused: see `read_plan`.
     """
     _require_tensorrt(f"running {plan}")
@@ -50,7 +50,7 @@ def plan_runner(plan: Path, public_key: Path | None) -> Any:
 
 
 def tensorrt_runner(onnx_path: Path, outputs: Sequence[str], batch: int) -> Any:
-    """Polygraphy's TrtRunner on a plan that is built now, strongly typed where TensorRT can, with layers as outputs."""
+    """Polygraphy's TrtRunner on a plan built now, strongly typed if TensorRT supports it, with layers as outputs."""
     _require_tensorrt(f"building {onnx_path}")
     import tensorrt
     from polygraphy.backend.trt import (
@@ -70,25 +70,25 @@ def tensorrt_runner(onnx_path: Path, outputs: Sequence[str], batch: int) -> Any:
 
 
 def embed_with(runner: Any, faces_bgr_u8: np.ndarray) -> np.ndarray:
-    """Embeddings float32 (N,D) of faces uint8 (N,112,112,3), through a runner that is active."""
+    """Embeddings float32 (N,D) of faces uint8 (N,112,112,3), from an active runner."""
     rows = []
     for start in range(0, len(faces_bgr_u8), BATCH):
         outputs = runner.infer({FACE_INPUT: faces_bgr_u8[start : start + BATCH]})
         if EMBEDDING_OUTPUT not in outputs:
             raise WrongUse(f"{runner.name} has no output `{EMBEDDING_OUTPUT}`: it gives {', '.join(outputs)}.")
-        rows.append(np.array(outputs[EMBEDDING_OUTPUT], np.float32))  # a copy: the runner may use its buffer again
+        rows.append(np.array(outputs[EMBEDDING_OUTPUT], np.float32))  # a copy: the runner may reuse its buffer
     return np.concatenate(rows)
 
 
 @contextmanager
 def active(runner: Any) -> Iterator[Any]:
-    """A runner with its session or engine loaded, and without Polygraphy's log on stdout."""
+    """Activate a runner, loading its session or engine, without Polygraphy's log on stdout."""
     with _quiet(), runner:
         yield runner
 
 
 def run_all(runners: Sequence[Any], batches: Sequence[np.ndarray]) -> list[list[dict[str, np.ndarray]]]:
-    """Outputs by name of each batch, for each runner, each of which sees the same batches."""
+    """For each runner, the outputs by name of each batch; all runners get the same batches."""
     from polygraphy.comparator import Comparator
 
     with _quiet():
@@ -97,7 +97,7 @@ def run_all(runners: Sequence[Any], batches: Sequence[np.ndarray]) -> list[list[
 
 
 def tensors_in_order(model: onnx.ModelProto) -> dict[str, str]:
-    """Float tensors that nodes compute, name → operator, in the order of the graph (which ONNX wants topological)."""
+    """Float tensors computed by nodes, name → operator, in graph order (topological, as ONNX requires)."""
     constants = {"Constant", "Shape", "Cast", "DequantizeLinear", "QuantizeLinear"}
     return {
         name: node.op_type for node in model.graph.node if node.op_type not in constants for name in node.output if name
@@ -106,7 +106,7 @@ def tensors_in_order(model: onnx.ModelProto) -> dict[str, str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Polygraphy logs its progress to stdout, where our JSON goes."""
+    """Silence Polygraphy's progress log, which goes to stdout like our JSON."""
     from polygraphy.logger import G_LOGGER
 
     with G_LOGGER.verbosity(G_LOGGER.ERROR):
@@ -118,6 +118,6 @@ def _require_tensorrt(purpose: str) -> None:
 
     if find_spec("tensorrt") is None:
         raise Missing(
-            f"{purpose} needs TensorRT and its GPU, and TensorRT is not installed here. "
-            "Next: run it on a GPU host (arcface doctor tells what it has), or compare the plan's ONNX instead"
+            f"{purpose} needs TensorRT and a GPU, and TensorRT is not installed here. "
+            "Next: run it on a GPU host (arcface doctor shows what it has), or compare the plan's ONNX instead"
         )

@@ -1,4 +1,4 @@
-"""What can be compared: a name, address or file in; something that embeds faces, or saved embeddings, out."""
+"""Opens what can be compared: an engine, a server, an ONNX file, a plan or saved embeddings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLANS = (".plan", ".engine")
 
 @dataclass(frozen=True)
 class Side:
-    """One side: `encode` embeds faces where it can be called, `saved` holds embeddings (with `names`) where not."""
+    """One side of a comparison: either `encode` embeds faces, or `saved` holds embeddings (with `names`)."""
 
     label: str
     precision: str = "fp32"
@@ -38,14 +38,14 @@ class Side:
 
 @contextmanager
 def open_side(text: str, config: EmbeddingConfig) -> Iterator[Side]:
-    """Open one of: saved embeddings (.npz, .npy), an ONNX file, a plan, HOST:PORT[/MODEL], or ENGINE[@PRECISION].
+    """Open saved embeddings (.npz, .npy), an ONNX file, a plan, HOST:PORT[/MODEL], or ENGINE[@PRECISION].
 
     Args:
-        text: what the user gave.
-        config: what in-process engines read, and how the configured server is spoken to.
+        text: the user's argument.
+        config: settings of in-process engines and of the configured server.
 
     Raises:
-        Missing: a file is not there.
+        Missing: a file does not exist.
         WrongUse: it is none of these.
     """
     path = Path(text)
@@ -53,7 +53,7 @@ def open_side(text: str, config: EmbeddingConfig) -> Iterator[Side]:
     label = "/".join(path.parts[-2:]) if path.is_absolute() else text  # reports are passed on
     if suffix in (*SAVED, ".onnx", *PLANS):
         if not path.is_file():
-            raise Missing(f"there is no file {path}. Expected embeddings, an ONNX file or a plan.")
+            raise Missing(f"{path} does not exist: expected embeddings, an ONNX file or a plan.")
         if suffix in SAVED:
             yield replace(_saved(path), label=label)
         elif suffix == ".onnx" and not _is_serving(path):
@@ -92,14 +92,15 @@ def open_side(text: str, config: EmbeddingConfig) -> Iterator[Side]:
 
 
 def _saved(path: Path) -> Side:
-    """Embeddings float (N,D) of a .npy, or of a .npz as `arcface embed` writes it."""
+    """Embeddings float (N,D) from a .npy, or from a .npz as written by `arcface embed`."""
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 return Side(str(path), saved=_two_dimensional(loaded, path))
             if "embeddings" not in loaded.files:
-                raise WrongUse(f"{path} holds {', '.join(loaded.files) or 'nothing'}: expected an array `embeddings`.")
+                found = ", ".join(loaded.files) or "nothing"
+                raise WrongUse(f"{path} contains {found}: expected an array `embeddings`.")
             names = tuple(str(name) for name in loaded["paths"]) if "paths" in loaded.files else None
             contract = str(loaded["contract_id"]) or None if "contract_id" in loaded.files else None
             precision = str(loaded["precision"]) if "precision" in loaded.files else "fp32"
@@ -108,30 +109,30 @@ def _saved(path: Path) -> Side:
         if isinstance(exc, WrongUse):
             raise
         raise WrongUse(
-            f"{path} is not a NumPy file, or cut off ({exc}). Next: arcface embed FOLDER -o FILE.npz"
+            f"{path} is not a NumPy file, or truncated ({exc}). Next: arcface embed FOLDER -o FILE.npz"
         ) from exc
 
 
 def _two_dimensional(array: np.ndarray, path: Path) -> np.ndarray:
     if array.ndim != 2 or array.dtype.kind != "f":
-        raise WrongUse(f"{path} holds {array.dtype} {array.shape}: expected float embeddings (N, D).")
+        raise WrongUse(f"{path} contains {array.dtype} {array.shape}: expected float embeddings (N, D).")
     return array
 
 
 def _is_serving(path: Path) -> bool:
-    """Whether an ONNX takes `face` as uint8, as `arcface import` makes it."""
+    """Whether an ONNX takes `face` as uint8, like those made by `arcface import`."""
     import onnx
 
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except Exception as exc:  # protobuf raises its own classes
+    except Exception as exc:  # protobuf raises its own exceptions
         raise WrongUse(f"{path} is not an ONNX file: {exc}") from exc
     inputs = {tensor.name: tensor.type.tensor_type.elem_type for tensor in model.graph.input}
     return inputs.get("face") == onnx.TensorProto.UINT8
 
 
 def _facts_beside(path: Path) -> dict[str, str]:
-    """Precision and contract id of a variant, a plan or an import, where a file beside it says."""
+    """Precision and contract id of a variant, a plan or an import, if a file beside it states them."""
     told: dict[str, str | None]
     if path.suffix.lower() in PLANS:
         plan = read_manifest(path)

@@ -30,7 +30,7 @@ def plain_types(model: onnx.ModelProto) -> str:
         for graph in _graphs(model.graph):
             _to_float32(graph, set(other))
     if _takes_pixels(model):
-        done.append("the uint8 input is float32 (a Cast stands behind it)")
+        done.append("the uint8 input is float32 (followed by a Cast)")
     return " and ".join(done)
 
 

@@ -161,7 +161,7 @@ def _channels_first(model: onnx.ModelProto) -> str:
 
 
 def _flat_output(model: onnx.ModelProto) -> str:
-    """An embedding that leaves as [N,D,1,1] or [D] becomes [N,D]: the reference normalises along axis 1 of that."""
+    """Change an output [N,D,1,1] or [D] to [N,D]: the reference normalises along axis 1 of that."""
     import onnx
 
     output = model.graph.output[0]
@@ -178,7 +178,7 @@ def _flat_output(model: onnx.ModelProto) -> str:
 
 
 def _row_output(model: onnx.ModelProto, dim: int | str | None) -> str:
-    """The last node of an export for one face takes its row out of [1,D]: without that node it is [N,D] again."""
+    """Remove the last node of an export for one face if it takes the row out of [1,D]: the output is [N,D] again."""
     import onnx
 
     output, index = model.graph.output[0], GraphIndex(model.graph)
@@ -195,8 +195,9 @@ def _row_output(model: onnx.ModelProto, dim: int | str | None) -> str:
 
 
 def _batch(model: onnx.ModelProto) -> str:
-    """Free a batch that is fixed to more than 1, or declared free over a Reshape that holds 1: the reference is given
-    any number of faces. A batch that really is 1 stays, and the reference runs face by face.
+    """Make a batch dynamic that is fixed above 1, or declared dynamic in spite of a Reshape to 1.
+
+    The reference runs any number of faces. A batch of exactly 1 stays, and the reference runs face by face.
     """
     batch = declared_batch(GraphIndex(model.graph).inputs()[0])
     if batch == 1 or (isinstance(batch, str) and not baked_reshapes(model)):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SMALLEST_NORM = 1e-6  # a zero embedding stays zero instead of NaN; representable in fp16
 BATCH = "N"
-SERVING_NAME = "arcface_serving"  # of the graph: by this an import knows its own product
+SERVING_NAME = "arcface_serving"  # graph name by which an import recognises its own product
 _FIRST = (("starts", 0), ("ends", 1))  # Slice: the first of the dimensions
 
 

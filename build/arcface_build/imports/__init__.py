@@ -1,1 +1,1 @@
-"""An ArcFace file or pack in; models/NAME/ with a serving ONNX, proved equal to the reference, out."""
+"""Imports an ArcFace file or pack into models/NAME/, with a serving ONNX proved equal to the reference."""

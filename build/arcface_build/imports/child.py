@@ -1,9 +1,9 @@
-"""The process that reads a file nobody has looked at yet: where it hangs, eats memory or crashes, the import says so.
+"""Imports an untrusted file in a child process, so that a hang, a crash or memory exhaustion is one clear error.
 
     python -m arcface_build.imports.child   < job.json
 
-The child resolves the source, converts and proves it, and writes into a scratch folder; the parent alone publishes.
-Standard output carries one JSON object a line: {"progress"}, {"say"}, {"error", "message"} or {"manifest", ...};
+The child resolves the source, converts and proves it, and writes into a scratch folder; only the parent publishes.
+Standard output carries one JSON object per line: {"progress"}, {"say"}, {"error", "message"} or {"manifest", ...};
 everything else that is printed goes to standard error.
 """
 
@@ -26,14 +26,14 @@ from typing import IO, Any, cast
 from arcface_clients.errors import ArcFaceError
 
 TIMEOUT_S = 1800.0
-MEMORY_SHARE = 0.8  # of the host's memory; a ResNet100 takes less than 2 GB
+MEMORY_SHARE = 0.8  # of the host's memory; a ResNet100 needs less than 2 GB
 PR_SET_PDEATHSIG = 1
-EXIT_TOLD = 4  # the child has said what was wrong
+EXIT_TOLD = 4  # the child has reported the error
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be imported; paths as text, `stated` as `Stated.to_json` gives it."""
+    """The import to run; paths as text, `stated` as returned by `Stated.to_json`."""
 
     source: str
     models_dir: str
@@ -50,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What a child did: the manifest as JSON, its name, and the finished folder, or "" where none was due."""
+    """The child's result: manifest as JSON, model name, and the finished folder, or "" if it was up to date."""
 
     manifest: dict[str, Any]
     name: str
@@ -63,10 +63,10 @@ def run_child(
     progress: Callable[[str, int, int], None],
     say: Callable[[str], None],
 ) -> Done:
-    """Do the job in a child process, which is gone when this returns or raises, whatever became of it.
+    """Run the job in a child process, which has ended by the time this returns or raises.
 
     Raises:
-        ArcFaceError: what the child raised; SourceRefused where it ran out of time or memory, or crashed.
+        ArcFaceError: raised by the child; SourceRefused if it ran out of time or memory, or crashed.
     """
     log = Path(job.scratch) / "stderr.log"
     with log.open("w") as errors:
@@ -76,7 +76,7 @@ def run_child(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            start_new_session=True,  # Ctrl-C is ours to pass on
+            start_new_session=True,  # the parent handles Ctrl-C
         )
     late = threading.Event()
 
@@ -116,14 +116,14 @@ def run_child(
 
 
 def _error(told: dict[str, Any], code: int, source: str, timeout_s: float | None) -> Exception:
-    """What the child's end means."""
+    """The exception for the way the child ended."""
     import arcface_build.errors
     import arcface_clients.errors
 
     refused = arcface_build.errors.SourceRefused
     file = Path(source).name
     if timeout_s is not None:
-        return refused(f"{file} was not imported within {timeout_s:g} s and was stopped. Give it more: --timeout")
+        return refused(f"{file} was not imported within {timeout_s:g} s and was stopped. Allow more time: --timeout")
     if told.get("error") == "OSError":
         return OSError(told["message"])
     for module in (arcface_build.errors, arcface_clients.errors):
@@ -131,15 +131,15 @@ def _error(told: dict[str, Any], code: int, source: str, timeout_s: float | None
         if isinstance(kind, type) and issubclass(kind, ArcFaceError):
             return kind(told["message"])
     if told.get("error") == "MemoryError":
-        return refused(f"{file} needs more than {memory_limit() / 1e9:.0f} GB: expected a recognition model below 2.")
+        return refused(f"{file} needs more than {memory_limit() / 1e9:.0f} GB: expected less than 2 GB.")
     if "error" in told:
         return refused(
-            f"{file}: the import failed on it: {told['error']}: {told['message']}. ARCFACE_TRACEBACK=1 shows where."
+            f"{file}: the import failed: {told['error']}: {told['message']}. ARCFACE_TRACEBACK=1 shows where."
         )
     if code == -signal.SIGKILL:
-        return refused(f"the import of {file} was killed (by the kernel for want of memory, or by hand).")
+        return refused(f"the import of {file} was killed (by the kernel, out of memory, or by hand).")
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return refused(f"{file} makes the ONNX libraries crash ({how}): expected a sound file. Export it again.")
+    return refused(f"{file} crashes the ONNX libraries ({how}): expected a valid file. Export it again.")
 
 
 def memory_limit() -> int:
@@ -148,13 +148,13 @@ def memory_limit() -> int:
 
 
 def _kill(child: subprocess.Popen[str]) -> None:
-    """End the child and whatever it started."""
+    """Kill the child and everything it started."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
 def main() -> int:
-    """Do the job that stands on standard input; 0, or EXIT_TOLD after the reason was said."""
+    """Run the job given on standard input; returns 0, or EXIT_TOLD after reporting an error."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -1,7 +1,7 @@
-"""Demo networks: a name and a seed in, an ArcFace-shaped ONNX out. NOT FOR RECOGNITION: the weights are random.
+"""Builds demo networks shaped like ArcFace's. NOT FOR RECOGNITION: the weights are random.
 
-The networks have the layers of real ones and BatchNorm statistics measured on drawn faces, so that different faces get
-different embeddings; random weights as they come would make all faces alike, and a drift figure would mean nothing.
+They have the layers of real networks, and BatchNorm statistics measured on synthetic faces, so that different faces get
+different embeddings; with plain random weights all faces would be alike, and drift figures would mean nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OPSET = 17
 DIM = 512
 NOT_FOR_RECOGNITION = "DEMO, NOT FOR RECOGNITION: seeded random weights, never trained"
-# Blocks a stage: IResNet as InsightFace trains it (recognition/arcface_torch/backbones/iresnet.py).
+# Blocks per stage: IResNet as InsightFace trains it (recognition/arcface_torch/backbones/iresnet.py).
 IRESNET_STAGES = {"r18": (2, 2, 2, 2), "r34": (3, 4, 6, 3), "r50": (3, 4, 14, 3), "r100": (3, 13, 30, 3)}
 # MobileFaceNet (arXiv 1804.07573, table 1): expansion, channels, blocks, stride of the first block.
 MOBILE_STAGES = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
@@ -37,16 +37,16 @@ CALIBRATION_FACES = 64
 def build_demo(
     arch: str = "mobile", seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> onnx.ModelProto:
-    """A network with seeded weights and measured BatchNorm statistics; the same model for the same arguments.
+    """Build a network with seeded weights and measured BatchNorm statistics; same arguments, same model.
 
     Args:
         arch: one of `ARCHITECTURES`; mobile takes seconds and 5 MB, r100 up to a minute and 250 MB.
-        seed: draws the weights.
-        progress: called with (convolutions done, all of them).
+        seed: for the weights.
+        progress: called with (convolutions done, total).
 
     Returns:
         ONNX, opset 17: `input.1` float32 [N,3,112,112] RGB, (x − 127.5) / 127.5 → `output` float32 [N,512], not
-        normalised: what InsightFace's own exports look like.
+        normalised, like InsightFace's own exports.
 
     Raises:
         WrongUse: no such architecture.
@@ -63,7 +63,7 @@ def build_demo(
 
 
 def recipe(arch: str, seed: int = 0) -> str:
-    """What `build_demo` depends on besides the installed packages, in a line: arguments, and a digest of the code."""
+    """One line with all that `build_demo` depends on besides installed packages: arguments and a digest of the code."""
     code = hashlib.sha256()
     for module in (__file__, synthetic.__file__):
         code.update(Path(module).read_bytes())
@@ -100,7 +100,7 @@ def _iresnet(net: _Net, arch: str) -> None:
 
 
 def _mobile(net: _Net, arch: str) -> None:
-    """MobileFaceNet with 512 outputs: inverted residual blocks, then a depthwise 7×7 convolution in place of a pool."""
+    """MobileFaceNet with 512 outputs: inverted residual blocks, then a depthwise 7×7 convolution instead of pooling."""
     net.conv(64, 3, 2)
     net.batch_norm()
     net.prelu()
@@ -139,7 +139,7 @@ def _count_convolutions(arch: str) -> int:
 
 
 class _Net:
-    """Writes the graph and runs it at once on the calibration faces, so that each BatchNorm can see its own input."""
+    """Builds the graph and runs it along the way on the calibration faces, so that each BatchNorm sees its input."""
 
     def __init__(
         self, value: np.ndarray, seed: int, convolutions: int, progress: Callable[[int, int], None] | None
@@ -152,11 +152,11 @@ class _Net:
         self._convolutions, self._done, self._progress = convolutions, 0, progress
 
     def mark(self) -> tuple[str, np.ndarray]:
-        """This place in the graph, for `back_to` and `add`."""
+        """The current position in the graph, for `back_to` and `add`."""
         return self.name, self.value
 
     def back_to(self, place: tuple[str, np.ndarray]) -> None:
-        """Go on from an earlier place."""
+        """Continue from an earlier position."""
         self.name, self.value = place
 
     def conv(
@@ -177,7 +177,7 @@ class _Net:
             self._progress(self._done, self._convolutions)
 
     def batch_norm(self, *, affine: bool = True) -> None:
-        """BatchNormalization with the mean and variance of what arrives here; scale and shift drawn, or 1 and 0."""
+        """BatchNormalization with the mean and variance of its input; scale and shift random, or 1 and 0."""
         axes = (0, 2, 3) if self.value.ndim == 4 else (0,)
         channels = self.value.shape[1]
         mean = self.value.mean(axes, dtype=np.float64)
@@ -192,13 +192,13 @@ class _Net:
         self._append("BatchNormalization", {"scale": scale, "shift": shift, "mean": mean, "var": var}, epsilon=epsilon)
 
     def prelu(self) -> None:
-        """PReLU with one drawn slope a channel."""
+        """PReLU with one random slope per channel."""
         slope = self._rng.uniform(0.05, 0.45, (self.value.shape[1], 1, 1)).astype(np.float32)
         self.value = np.maximum(self.value, 0) + slope * np.minimum(self.value, 0)
         self._append("PRelu", {"slope": slope})
 
     def add(self, place: tuple[str, np.ndarray]) -> None:
-        """The sum with an earlier place."""
+        """Add the tensor at an earlier position."""
         self.value = self.value + place[1]
         self._append("Add", {}, extra_inputs=[place[0]])
 
@@ -232,7 +232,7 @@ class _Net:
         model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=8,  # the one of opset 17's time: old runtimes refuse newer ones
+            ir_version=8,  # contemporary with opset 17: old runtimes reject newer ones
             producer_name="arcface-triton demo",
             doc_string=NOT_FOR_RECOGNITION,
         )
@@ -254,7 +254,7 @@ class _Net:
         self.name = f"{node}.out"
 
     def _conv_session(self, kernel: int, stride: int, pad: int, group: int) -> OnnxSession:
-        """One convolution with its weights as an input, so that a handful of sessions serves a whole network."""
+        """One convolution with its weights as an input, so that a few sessions serve a whole network."""
         from onnx import TensorProto, helper
 
         key = (kernel, stride, pad, group)

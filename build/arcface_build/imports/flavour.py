@@ -1,4 +1,4 @@
-"""Flavour: an ONNX model in, what kind of ArcFace export it is out; what is none is refused in one sentence."""
+"""Recognises what kind of ArcFace export an ONNX model is, and refuses anything else in one sentence."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ INPUT_TYPES = {1: "float32", FLOAT16: "float16", 11: "float64", 2: "uint8"}
 
 @dataclass(frozen=True)
 class Flavour:
-    """What stands in the file.
+    """Properties of the file.
 
     `insightface_says_inside` is InsightFace's own rule: a node named Sub… (or _minus…) and one named Mul… (_mul…)
     among the first eight (insightface.model_zoo.arcface_onnx).
@@ -62,10 +62,10 @@ class Flavour:
 
 
 def flavour_of(model: onnx.ModelProto, file: str) -> Flavour:
-    """What the file is.
+    """Inspect and check the model.
 
     Raises:
-        SourceRefused: it cannot be a face recognition model for 112×112 crops; `file` names it in the message.
+        SourceRefused: not a face recognition model for 112×112 crops; `file` names it in the message.
     """
     _check_trained_form(model, file)
     index = GraphIndex(model.graph)
@@ -95,34 +95,34 @@ def flavour_of(model: onnx.ModelProto, file: str) -> Flavour:
 
 
 def _check_trained_form(model: onnx.ModelProto, file: str) -> None:
-    """A file that was made for one runtime, from the file that should be imported."""
+    """Refuse files made for one runtime, or by us, from the file that should be imported."""
     ops = {node.op_type for node in model.graph.node}
     domains = {node.domain for node in model.graph.node}
     quantised = ops & {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "ConvInteger", "MatMulInteger"}
     if model.graph.name == SERVING_NAME:
         raise SourceRefused(
-            f"{file} is a serving ONNX that an import made: expected its source. Import the source.onnx beside it."
+            f"{file} is a serving ONNX made by an import: expected its source. Import the source.onnx beside it."
         )
     if quantised:
         raise SourceRefused(
-            f"{file} is quantised already ({', '.join(sorted(quantised))}): expected the float file that it was made "
-            "from. Import that; int8 is made from it: arcface quantize"
+            f"{file} is already quantised ({', '.join(sorted(quantised))}): expected the original float file. Import "
+            "that, then make int8 from it: arcface quantize"
         )
     if "com.microsoft.nchwc" in domains:
         raise SourceRefused(
-            f"{file} was optimised by ONNX Runtime for one CPU (com.microsoft.nchwc): expected the file that it was "
-            "made from. Import that."
+            f"{file} was optimised by ONNX Runtime for one CPU (com.microsoft.nchwc): expected the original file. "
+            "Import that."
         )
 
 
 def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]:
-    """The one image input and its layout, checked."""
+    """The only image input and its layout, checked."""
     import onnx
 
     inputs = index.inputs()
     if len(inputs) != 1:
         names = ", ".join(value.name for value in inputs) or "none"
-        raise SourceRefused(f"{file} has {len(inputs)} inputs ({names}): expected one, the face. {IMPORT_ITSELF}.")
+        raise SourceRefused(f"{file} has {len(inputs)} inputs ({names}): expected only the face. {IMPORT_ITSELF}.")
     face = inputs[0]
     kind = face.type.tensor_type.elem_type
     shape = [dim.dim_value if dim.dim_value > 0 else None for dim in face.type.tensor_type.shape.dim]
@@ -142,7 +142,7 @@ def _face_input(index: GraphIndex, file: str) -> tuple[onnx.ValueInfoProto, str]
 
 
 def _embedding(index: GraphIndex, known: dict[str, list], model: onnx.ModelProto, file: str) -> int | None:
-    """The width of the one output where the file tells it, checked."""
+    """The width of the only output, checked; None if the file does not state it."""
     outputs = model.graph.output
     shape = known.get(outputs[0].name)
     maker = index.maker.get(outputs[0].name)
@@ -160,17 +160,17 @@ def _embedding(index: GraphIndex, known: dict[str, list], model: onnx.ModelProto
 
 
 def check_width(dim: int, file: str) -> int:
-    """D, refused where no recognition model has it."""
+    """D, refused if no recognition model has that width."""
     if not is_width(dim):
         head = " (a training head's classes?)" if dim > 4096 else ""
         raise SourceRefused(
-            f"{file} gives {dim} numbers a face{head}: expected an embedding of 128, 256 or 512. {IMPORT_ITSELF}."
+            f"{file} gives {dim} numbers per face{head}: expected an embedding of 128, 256 or 512. {IMPORT_ITSELF}."
         )
     return dim
 
 
 def _gemm_width(index: GraphIndex, maker: onnx.NodeProto | None) -> int | None:
-    """D from the weights of a last Gemm, where shape inference gave up."""
+    """D from the weights of the last Gemm, if shape inference failed."""
     while maker is not None and maker.op_type in ("BatchNormalization", "Identity", "Dropout"):
         maker = index.maker.get(maker.input[0])
     if maker is None or maker.op_type != "Gemm":
@@ -183,13 +183,13 @@ def _check_training(graph: onnx.GraphProto, file: str) -> None:
     for node in graph.node:
         if node.op_type == "BatchNormalization" and attribute(node, "training_mode", 0):
             raise SourceRefused(
-                f"{file} was exported in training mode, so faces of a batch change each other: "
+                f"{file} was exported in training mode, so the faces of a batch affect each other: "
                 "expected inference mode. Export it after model.eval()."
             )
 
 
 def _check_weights(index: GraphIndex, file: str) -> None:
-    """Weights must be there and finite."""
+    """Check that weights are present and finite."""
     import onnx
 
     floats = 0
@@ -201,17 +201,17 @@ def _check_weights(index: GraphIndex, file: str) -> None:
         except ValueError as exc:
             shown = "×".join(map(str, tensor.dims))
             raise SourceRefused(
-                f"{file}: weight {tensor.name} is damaged: expected {shown} numbers, got others. Download it again."
+                f"{file}: weight {tensor.name} is damaged: expected {shown} numbers. Download it again."
             ) from exc
         floats += value.size
         if not np.isfinite(value).all():
             bad = int((~np.isfinite(value)).sum())
             raise SourceRefused(
-                f"{file}: weight {tensor.name} holds {bad} NaN or infinite numbers of {value.size:,}: "
-                "expected finite ones. Export it from a sound checkpoint."
+                f"{file}: weight {tensor.name} contains {bad} NaN or infinite numbers of {value.size:,}: "
+                "expected finite ones. Export it from an intact checkpoint."
             )
     if not floats and not any(node.op_type == "Constant" for node in index.graph.node):
-        raise SourceRefused(f"{file} holds no weights: expected a trained network. {IMPORT_ITSELF}.")
+        raise SourceRefused(f"{file} contains no weights: expected a trained network. {IMPORT_ITSELF}.")
 
 
 def _slopes(index: GraphIndex) -> str:

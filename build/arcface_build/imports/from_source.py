@@ -1,4 +1,4 @@
-"""A whole import: the source is found, converted and proved, unless an earlier import of it still stands."""
+"""Runs a whole import: finds, converts and proves the source, unless an earlier import of it is still valid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from arcface_clients.engines.import_manifest import ImportManifest
 
 @dataclass(frozen=True)
 class Imported:
-    """What stands in `folder` now; `reused`: it did before. `variants_gone`: variants were of another serving ONNX."""
+    """The import in `folder`. `reused`: it was already there. `variants_gone`: stale variants were removed."""
 
     manifest: ImportManifest
     folder: Path
@@ -40,22 +40,22 @@ def import_source(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> Imported:
-    """Import what `source` means into a folder under `models_dir`: made aside in a child process, then moved.
+    """Import `source` into a folder under `models_dir`: a child process builds it elsewhere, then it is moved there.
 
     Args:
         source: an ONNX file, a known model, an InsightFace pack or a demo.
         models_dir: the folder `models/`.
         cache: where downloads are kept.
-        name: of the folder under it; None takes the source's.
-        stated: the user's word on preprocessing.
-        output: the embedding, where the file has several outputs that can be one.
-        faces: crops to prove on; None takes drawn ones.
-        accept_licence: agree to the licence of what has to be downloaded.
+        name: name of that folder; None uses the source's.
+        stated: the preprocessing stated by the user.
+        output: name of the embedding, if the file has several possible outputs.
+        faces: crops for the proof; None uses synthetic ones.
+        accept_licence: accept the licence of anything that has to be downloaded.
         insightface_root: where InsightFace keeps its packs.
-        force: import again although nothing has changed.
-        timeout_s: end an import that takes longer.
-        say: told of downloads.
-        progress: told (phase, done, total).
+        force: import again even if nothing has changed.
+        timeout_s: stop an import that takes longer.
+        say: called with a line about each download.
+        progress: called with (phase, done, total).
 
     Raises:
         Missing, WrongUse, SourceRefused, ProofFailed: nothing is left behind.

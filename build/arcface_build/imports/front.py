@@ -1,8 +1,8 @@
-"""What stands between a file's input and its network, measured: the first nodes are run on pixels, never guessed from.
+"""Measures what a file does to its pixels before the network, by running its first nodes instead of guessing.
 
-The front of a graph ends where its pixels meet the first weights that are no preprocessing: a convolution or matrix
-product that does not give three channels. Whatever stands before it (Sub, Clip, Cast, Gather, a BatchNormalization, a
-depthwise Conv, …) is cut out, run on noise in 0..255, and compared with an affine map per channel.
+The front of a graph ends where the pixels meet the first weights that are not preprocessing: a convolution or matrix
+product whose output does not have three channels. Everything before it (Sub, Clip, Cast, Gather, a BatchNormalization,
+a depthwise Conv, …) is cut out, run on noise in 0..255, and compared with an affine map per channel.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from arcface_clients.engines.runtimes import open_session
 if TYPE_CHECKING:
     import onnx
 
-RAW = Preprocessing("bgr", (0, 0, 0), (1, 1, 1))  # pixels as they are; no channel moves
-LARGEST_BORDER = 16  # pixels that a Pad or crop in front may add or take, both sides together
-FLOAT32_ERROR, FLOAT16_ERROR = 1e-4, 4e-3  # of the map's own span: what rounding may do
+RAW = Preprocessing("bgr", (0, 0, 0), (1, 1, 1))  # raw pixels, in their own channel order
+LARGEST_BORDER = 16  # pixels that a Pad or crop in the front may add or remove, both sides together
+FLOAT32_ERROR, FLOAT16_ERROR = 1e-4, 4e-3  # rounding error, relative to the map's span
 CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "ConvInteger", "QLinearConv")
 PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "QLinearMatMul", "FusedMatMul")
 
@@ -39,38 +39,38 @@ class PixelMap:
 
     @property
     def ends(self) -> Array:
-        """(2,3): what 0 and 255 become in each channel."""
+        """(2,3): the values of 0 and 255 in each channel."""
         return np.array([self.shift, np.add(self.shift, np.multiply(self.scale, 255))])
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """The pixel that becomes 0, in the network's channel order."""
+        """The pixel value that maps to 0, in the network's channel order."""
         return _three(-np.divide(self.shift, self.scale))
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """The change of a pixel that is a change of 1, in the network's channel order."""
+        """The change in pixel value that maps to a change of 1, in the network's channel order."""
         return _three(1 / np.array(self.scale))
 
     def is_close(self, other: PixelMap) -> bool:
-        """Whether both are the same map but for rounding."""
+        """Whether both maps are equal up to rounding."""
         return self.channels == other.channels and np.allclose(self.ends, other.ends, rtol=1e-3, atol=1e-3)
 
     def told(self, color: str) -> dict[str, Any]:
-        """The map for a manifest, where the input's channels are in the order `color`: color, mean, std."""
+        """The manifest's entry (color, mean, std), if the input's channels are in the order `color`."""
         order = "".join(color[channel] for channel in self.channels)
         mean, std = ([round(value, 4) + 0.0 for value in values] for values in (self.mean, self.std))
         return {"color": order, "mean": mean, "std": std}
 
 
 class Front:
-    """The nodes between a graph's one image input and its network, ready to be run on pixels.
+    """The nodes between a graph's image input and its network, ready to run on pixels.
 
-    `ops` names them in their order.
+    `ops` names their operators in order.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        """Find the nodes and cut them out; the model is left as it is."""
+        """Find the nodes and extract them; the model itself is not changed."""
         import onnx
 
         index = GraphIndex(model.graph)
@@ -85,9 +85,9 @@ class Front:
         self._error = FLOAT16_ERROR if kinds & (casts | {self._face.type.tensor_type.elem_type}) else FLOAT32_ERROR
 
     def pixel_map(self, fed: Preprocessing = RAW) -> PixelMap | None:
-        """What becomes of pixels that are fed as (x − mean) / std of `fed`; None: no affine map per channel does that.
+        """What the network sees of pixels fed as (x − mean) / std of `fed`; None if that is not affine per channel.
 
-        The channels of `fed` are the input's own, by position: its color plays no part.
+        The channels of `fed` are the input's, by position; its color is ignored.
         """
         if not self.borders:
             return None
@@ -95,7 +95,7 @@ class Front:
         blob = (pixels - np.reshape(fed.mean, (1, 3, 1, 1))) / np.reshape(fed.std, (1, 3, 1, 1))
         try:
             seen = self._run(blob)
-        except Exception:  # ONNX Runtime's own classes without a root: a front that cannot run is not understood
+        except Exception:  # ONNX Runtime's exceptions share no base class; a front that cannot run is not understood
             return None
         maps = [_affine(pixels, border, self._error) for border in seen]
         return maps[0] if all(found and maps[0] and found.is_close(maps[0]) for found in maps) else None
@@ -118,12 +118,12 @@ class Front:
 
 
 def _borders(index: GraphIndex, face: str) -> list[str]:
-    """The tensors at which pixels meet the network, in the order in which they are found."""
+    """The tensors where pixels meet the network, in the order found."""
     found, seen, todo = [], {face}, [face]
     while todo:
         name = todo.pop()
         for node in index.users.get(name, []):
-            if node.op_type in ("Shape", "Size"):  # they read no pixels
+            if node.op_type in ("Shape", "Size"):  # reads no pixels
                 continue
             if _is_network(index, node):
                 if name not in found:
@@ -136,7 +136,7 @@ def _borders(index: GraphIndex, face: str) -> list[str]:
 
 
 def _is_network(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    """Whether the node's weights are the network's: preprocessing gives three channels for three."""
+    """Whether the node's weights belong to the network: preprocessing turns three channels into three."""
     if node.op_type not in (*CONVOLUTIONS, *PRODUCTS):
         return False
     for name in node.input:
@@ -149,7 +149,7 @@ def _is_network(index: GraphIndex, node: onnx.NodeProto) -> bool:
 
 
 def _dims(index: GraphIndex, name: str) -> list[int]:
-    """The shape of a constant; [] of anything else."""
+    """The shape of a constant; [] for anything else."""
     if name in index.initializers:
         return list(index.initializers[name].dims)
     value = index.constant(name) if name else None
@@ -157,9 +157,9 @@ def _dims(index: GraphIndex, name: str) -> list[int]:
 
 
 def _pixels() -> Array:
-    """(4,3,112,112) float64, whole numbers in 0..255: noise over all of it, dark, light, and one colour each channel.
+    """(4,3,112,112) float64, whole numbers in 0..255: full-range noise, dark, light, and one colour per channel.
 
-    Their statistics differ, so that a front which normalises by the picture's own mean or range is seen.
+    Their statistics differ, so that a front which normalises by the image's own mean or range is noticed.
     """
     rng = np.random.default_rng(112)
     ranges = [[(0, 256)] * 3, [(0, 90)] * 3, [(150, 256)] * 3, [(0, 60), (90, 170), (190, 256)]]
@@ -168,7 +168,7 @@ def _pixels() -> Array:
 
 
 def _affine(pixels: Array, seen: Array, error: float) -> PixelMap | None:
-    """The map of `pixels` (K,3,112,112) to `seen` (K,3,h,w) or (K,h,w,3); None: there is none."""
+    """The map from `pixels` (K,3,112,112) to `seen` (K,3,h,w) or (K,h,w,3); None if there is none."""
     if seen.ndim != 4 or 3 not in (seen.shape[1], seen.shape[3]):
         return None
     seen = seen.astype(np.float64)
@@ -182,7 +182,7 @@ def _affine(pixels: Array, seen: Array, error: float) -> PixelMap | None:
 
 
 def _windows(pixels: Array, seen: Array) -> Iterator[tuple[Array, Array]]:
-    """Where the picture may lie in what is seen, or what is seen in the picture: a Pad or a crop may stand in front."""
+    """Possible offsets between the image and what the network sees, since the front may Pad or crop."""
     grown = [seen.shape[2] - FACE_SIZE, seen.shape[3] - FACE_SIZE]
     if max(map(abs, grown)) > LARGEST_BORDER or min(grown) * max(grown) < 0:
         return
@@ -194,7 +194,7 @@ def _windows(pixels: Array, seen: Array) -> Iterator[tuple[Array, Array]]:
 
 
 def _channel(pixels: Array, seen: Array, error: float) -> tuple[int, float, float] | None:
-    """(channel, scale, shift) of the one channel of `pixels` (K,3,h,w) that `seen` (K,h,w) is an affine map of."""
+    """(channel, scale, shift) of the channel of `pixels` (K,3,h,w) that `seen` (K,h,w) is an affine map of."""
     y = seen.reshape(-1)
     if not np.isfinite(y).all():
         return None

@@ -1,4 +1,4 @@
-"""Import: a source and the user's word on it in, models/NAME/ with source, proved serving ONNX and manifest out."""
+"""Converts and proves a source, and writes models/NAME/ with the source, the serving ONNX and the manifest."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 SOURCE_FILE = "source.onnx"
 SERVING_FILE = "serving.onnx"
 CPU_FILE = "serving_cpu.onnx"
-CONVERSION = 4  # raise it when the steps give another graph: earlier imports are then done again
+CONVERSION = 4  # increase it when the steps produce a different graph: earlier imports are then redone
 TOOLS = ("arcface-triton", "onnx", "onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu", "insightface", "numpy")
 OnStep = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -60,20 +60,20 @@ def import_model(
     limits: Mapping[str, float] = DRIFT_LIMITS,
     progress: OnStep = lambda what, done, total: None,
 ) -> ImportManifest:
-    """Convert, prove and write; `folder` appears (or is replaced) whole, or is left as it was.
+    """Convert, prove and write; `folder` appears (or is replaced) as a whole, or stays untouched.
 
     Args:
-        source: what `arcface_build.imports.source.resolve` gave, its file there (`sources.with_file`).
+        source: from `arcface_build.imports.source.resolve`, with its file present (`source.with_file`).
         folder: models/NAME.
-        faces: to prove on.
-        stated: the user's word on preprocessing; each part of it wins over everything.
-        output: the name of the embedding, where the file has several outputs that can be one.
+        faces: for the proof.
+        stated: the preprocessing stated by the user; each part takes precedence over everything else.
+        output: name of the embedding, if the file has several possible outputs.
         variants_of: the folder of an earlier import whose variants may be kept; by default `folder`.
         limits: largest drift by precision; the proof applies that of fp32.
-        progress: told what is being done.
+        progress: called with (phase, done, total).
 
     Raises:
-        SourceRefused, ProofFailed, WrongUse: see there; nothing is left behind.
+        SourceRefused, ProofFailed, WrongUse: the import failed; nothing is left behind.
     """
     label = source.path.name
     progress("read", 0, 1)
@@ -139,7 +139,7 @@ def import_model(
 
 
 def _keep_source(source: Source, repaired: Step, target: Path, *, whole: bool) -> dict[str, Any]:
-    """Write what the reference will run: the source byte for byte, or its repaired form in one file."""
+    """Write the file the reference will run: the source byte for byte, or the repaired model in one file."""
     exact = whole and not repaired.changed and not external_files(source.path)
     if exact:
         shutil.copyfile(source.path, target)
@@ -149,12 +149,12 @@ def _keep_source(source: Source, repaired: Step, target: Path, *, whole: bool) -
 
 
 def _identity(source: Source, output: str | None) -> str:
-    """What makes embeddings of this source comparable: its digest, and the output that was named."""
+    """What makes embeddings of this source comparable: its digest and, if there are several outputs, the chosen one."""
     return source.sha256 if output is None else hashlib.sha256(f"{source.sha256} {output}".encode()).hexdigest()
 
 
 def _source_told(source: Source, copy: dict[str, Any], output: str | None) -> dict[str, Any]:
-    """What the manifest says of the source."""
+    """The manifest's entry for the source."""
     told = {
         "sha256": source.sha256,
         "file": (source.checkpoint or source.path).name,
@@ -182,9 +182,9 @@ def _prove(
 def _cpu_form(
     serving: onnx.ModelProto, file: Path, prove_file: Callable[[Path], Proof]
 ) -> tuple[dict[str, Any] | None, Step]:
-    """Write and prove the form for ONNX Runtime's CPU provider; what the manifest says of it.
+    """Write and prove the form for ONNX Runtime's CPU provider; returns its entry for the manifest.
 
-    It is a gain, not a need: where it fails, the import goes on without it.
+    It only makes serving faster, so if it fails the import continues without it.
     """
     step = Step("blocked_layout", serving, False, "")
     try:
@@ -193,7 +193,7 @@ def _cpu_form(
             return None, step
         _save_checked(step.model, file)
         proof = prove_file(file)
-    except Exception as exc:  # of any kind: ONNX, ONNX Runtime and our own proof
+    except Exception as exc:  # any kind: from ONNX, ONNX Runtime or our own proof
         file.unlink(missing_ok=True)
         reason = (str(exc).splitlines() or [""])[0]
         return None, Step(step.name, serving, False, f"not for this network: {type(exc).__name__}: {reason}")
@@ -204,7 +204,7 @@ def _cpu_form(
 def to_serving(
     model: onnx.ModelProto, preprocessing: Preprocessing, dim: int, contract: str
 ) -> tuple[onnx.ModelProto, list[Step]]:
-    """Run the graph steps in their order; returns the serving model and what each step did."""
+    """Run the graph steps in order; returns the serving model and what each step did."""
     steps = [upgrade_opset(model)]
     for step in (fold_constants, dynamic_batch, fold_batchnorm):
         steps.append(step(steps[-1].model))
@@ -215,9 +215,9 @@ def to_serving(
 def existing_import(
     folder: Path, source: Source, stated: Stated | None, output: str | None = None
 ) -> ImportManifest | None:
-    """The manifest of an earlier import of the same source by the same version, where its files are still whole.
+    """The manifest of an earlier import of the same source by the same version, if its files are intact.
 
-    The word on preprocessing has to be the same, too. A demo is the same where its recipe is: it need not be built.
+    The stated preprocessing must be the same, too. Demos are compared by recipe, so that they need not be built.
     """
     if not (folder / IMPORT_MANIFEST).is_file():
         return None
@@ -244,7 +244,7 @@ def existing_import(
 
 
 def check_name(name: str) -> str:
-    """A model name, refused where a folder or a file on S3 could not have it."""
+    """Refuse a model name that would not work as a folder or S3 key."""
     if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}", name):
         raise WrongUse(
             f"{name!r} cannot be a model's name: expected letters, digits, '.', '_', '-'. Choose one: --name NAME"
@@ -253,7 +253,7 @@ def check_name(name: str) -> str:
 
 
 def tool_versions() -> dict[str, str]:
-    """Installed versions of what takes part in an import."""
+    """Installed versions of the packages that affect an import."""
     found = {}
     for package in TOOLS:
         try:
@@ -264,7 +264,7 @@ def tool_versions() -> dict[str, str]:
 
 
 def _keep_variants(old: Path, new: Path, manifest: ImportManifest) -> None:
-    """Variants (hours of search, perhaps) outlive a new import that gives the same serving ONNX; others are stale."""
+    """Keep variants (perhaps hours of search) if the new import gives the same serving ONNX; others are stale."""
     try:
         same = read_import_manifest(old).serving["sha256"] == manifest.serving["sha256"]
     except (Missing, WrongUse, KeyError):
@@ -286,5 +286,5 @@ def _save_checked(model: onnx.ModelProto, path: Path) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
         line = str(exc).strip().splitlines()[0]
         raise SourceRefused(
-            f"the converted graph breaks the ONNX specification: {line}. Report the file's flavour."
+            f"the converted graph violates the ONNX specification: {line}. Please report which exporter made the file."
         ) from exc

@@ -1,6 +1,7 @@
-"""InsightFace's IResNet (recognition/arcface_torch/backbones/iresnet.py) as ONNX, from the tensors of a checkpoint.
+"""Builds InsightFace's IResNet (recognition/arcface_torch/backbones/iresnet.py) as ONNX from a checkpoint's tensors.
 
-Names and shapes tell the architecture: the number of blocks in each of four stages and the width of the embedding.
+Names and shapes of the tensors give the architecture: the number of blocks in each of four stages, and the embedding
+width.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
 def iresnet(tensors: dict[str, Array], file: str) -> tuple[onnx.ModelProto, str]:
-    """(ONNX: `input.1` float32 [N,3,112,112] → `output` [N,D], what it is in words).
+    """Returns (ONNX: `input.1` float32 [N,3,112,112] → `output` [N,D], a description in words).
 
     Raises:
-        SourceRefused: these are not all and only the tensors of an IResNet; `file` names the checkpoint.
+        SourceRefused: these are not exactly the tensors of an IResNet; `file` names the checkpoint.
     """
     left = {name for name in tensors if not name.endswith("num_batches_tracked")}
     numbers = [{name.split(".")[1] for name in left if name.startswith(f"layer{stage}.")} for stage in (1, 2, 3, 4)]
@@ -42,7 +43,7 @@ def iresnet(tensors: dict[str, Array], file: str) -> tuple[onnx.ModelProto, str]
         what = f"the classification head ({', '.join(sorted(head)[:3])})" if head else "another network"
         some = ", ".join(sorted(left)[:4]) or "no tensors"
         raise SourceRefused(
-            f"{file} holds {what}, not an IResNet of arcface_torch: expected conv1, layer1.0.bn1 … features; "
+            f"{file} contains {what}, not an IResNet of arcface_torch: expected conv1, layer1.0.bn1 … features; "
             f"got {some}. Import its backbone, or export it to ONNX: torch.onnx.export"
         )
     net = _Writer(tensors, file)
@@ -59,7 +60,7 @@ def iresnet(tensors: dict[str, Array], file: str) -> tuple[onnx.ModelProto, str]
     unknown = sorted(left - net.read)
     if unknown:
         raise SourceRefused(
-            f"{file} is an IResNet with more in it ({', '.join(unknown[:3])}): expected arcface_torch's own. "
+            f"{file} is an IResNet with extra tensors ({', '.join(unknown[:3])}): expected arcface_torch's own. "
             "Export it to ONNX: torch.onnx.export"
         )
     name = DEPTHS.get(stages, f"{stages} blocks")
@@ -83,7 +84,7 @@ def _block(net: _Writer, name: str, stride: int) -> None:
 
 
 class _Writer:
-    """Appends nodes; `name` is the tensor that the next one reads, `read` the tensors of the checkpoint in use."""
+    """Appends nodes; `name` is the tensor that the next one reads, `read` the checkpoint's tensors used so far."""
 
     def __init__(self, tensors: dict[str, Array], file: str) -> None:
         self.name, self.read = "input.1", set[str]()
@@ -145,7 +146,7 @@ class _Writer:
         if value is None or value.ndim != rank:
             got = "nothing" if value is None else "×".join(map(str, value.shape))
             raise SourceRefused(
-                f"{self._file} lacks part of an IResNet: expected {name} of rank {rank}, got {got}. Save the whole "
+                f"{self._file} is not a complete IResNet: expected {name} of rank {rank}, got {got}. Save the whole "
                 "state_dict, or export it to ONNX: torch.onnx.export"
             )
         self.read.add(name)

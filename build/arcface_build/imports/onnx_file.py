@@ -1,4 +1,4 @@
-"""ONNX files: a path in, the model with all its weights out; or, in one sentence, what the file is instead."""
+"""Reads an ONNX file with all its weights, or says in one sentence what the file is instead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import onnx
 
 IMPORT_ITSELF = "Import the recognition ONNX itself"
-# First bytes of what people hand over by mistake, and what it is.
+# First bytes of files that people pass by mistake, and what those are.
 FOREIGN_FILES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights", "Fetch them: git lfs pull"),
     (b"PK\x03\x04", "a zip (a PyTorch checkpoint or a model pack)", "Export or unpack the recognition ONNX"),
@@ -24,13 +24,13 @@ FOREIGN_FILES = (
     (b"\x89HDF", "an HDF5 file (Keras)", "Export it with tf2onnx"),
     (b"ORTM", "an .ort file (ONNX Runtime's own format)", "Import the ONNX that it was made from"),
     (b"<", "a web page or XML", "Download the file itself"),
-    (b"\xff\xd8\xff", "a JPEG picture", "Name the ONNX file"),
-    (b"\x89PNG", "a PNG picture", "Name the ONNX file"),
+    (b"\xff\xd8\xff", "a JPEG image", "Name the ONNX file"),
+    (b"\x89PNG", "a PNG image", "Name the ONNX file"),
 )
 
 
 def read_source(path: Path) -> onnx.ModelProto:
-    """The model in a file, weights beside it included.
+    """Read the model in a file, including weights stored beside it.
 
     Raises:
         Missing: no such file.
@@ -40,10 +40,10 @@ def read_source(path: Path) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError
 
     if not path.is_file():
-        raise Missing(f"{path} is not there: expected an ONNX file. See what can be imported: arcface import --help")
+        raise Missing(f"{path} does not exist: expected an ONNX file. See what can be imported: arcface import --help")
     with path.open("rb") as file:
         head = file.read(64)
-    if head[4:8] == b"ORTM":  # a flatbuffer: four bytes of offset stand before its name
+    if head[4:8] == b"ORTM":  # a flatbuffer: a four-byte offset precedes its identifier
         head = head[4:]
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -59,7 +59,7 @@ def read_source(path: Path) -> onnx.ModelProto:
         for name in wanted:
             if _is_odd(path.parent / name):
                 raise SourceRefused(
-                    f"{path.name} keeps its weights in {name}, which is a link or no file: expected a plain file "
+                    f"{path.name} keeps its weights in {name}, which is a link or not a file: expected a regular file "
                     "beside it. Copy it there."
                 ) from exc
         raise SourceRefused(
@@ -70,10 +70,10 @@ def read_source(path: Path) -> onnx.ModelProto:
 
 
 def _inlined(model: onnx.ModelProto, file: str) -> onnx.ModelProto:
-    """The functions that a file defines, written out where they are called.
+    """Inline the functions that a file defines.
 
     Raises:
-        SourceRefused: a function calls itself, over however many others.
+        SourceRefused: a function calls itself, directly or through others.
     """
     if not model.functions:
         return model
@@ -101,7 +101,7 @@ def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 def external_files(path: Path) -> list[Path]:
-    """The files beside an ONNX file that hold its weights, sorted by name; usually none."""
+    """The files beside an ONNX file that contain its weights, sorted by name; usually none."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
@@ -110,7 +110,7 @@ def external_files(path: Path) -> list[Path]:
 
 
 def _is_odd(path: Path) -> bool:
-    """Whether something is there that is no plain file with one name: through a link a file could reach any other."""
+    """Whether the path is anything but a regular file with one name: a link could point to any file on the host."""
     return path.is_symlink() or (path.exists() and (not path.is_file() or path.stat().st_nlink > 1))
 
 
@@ -121,9 +121,10 @@ def _not_onnx(path: Path, head: bytes) -> str:
     for magic, what, todo in FOREIGN_FILES:
         if head.startswith(magic):
             return f"{path.name} is {what}: expected an ONNX file. {todo}."
-    if head[:1] == b"\x08":  # field 1 of ModelProto, ir_version: this was an ONNX file once
-        return f"{path.name} is damaged or truncated ({size:,} bytes): expected a whole ONNX file. Download it again."
-    return f"{path.name} is not an ONNX file (it begins with {head[:4].hex(' ')}). {IMPORT_ITSELF}."
+    if head[:1] == b"\x08":  # field 1 of ModelProto, ir_version: this was once an ONNX file
+        damaged = f"{path.name} is damaged or truncated ({size:,} bytes)"
+        return f"{damaged}: expected a complete ONNX file. Download it again."
+    return f"{path.name} is not an ONNX file (it starts with {head[:4].hex(' ')}). {IMPORT_ITSELF}."
 
 
 def _location(tensor: onnx.TensorProto) -> str:

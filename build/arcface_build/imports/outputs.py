@@ -1,4 +1,4 @@
-"""Which output of a file is the embedding: the one that is named, or the only one that can be."""
+"""Selects the output that is the embedding: the named one, or the only one that can be."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def keep_embedding(model: onnx.ModelProto, file: str, name: str | None = None) -
     """Drop all outputs but the embedding; returns its name.
 
     Raises:
-        SourceRefused: no output is called `name`; or, where none is named, none or more than one can be an embedding.
+        SourceRefused: no output is called `name`; or, without a name, none or more than one can be an embedding.
     """
     outputs = [value.name for value in model.graph.output]
     if name is not None and name not in outputs:
@@ -36,7 +36,7 @@ def keep_embedding(model: onnx.ModelProto, file: str, name: str | None = None) -
 
 
 def is_width(dim: object) -> bool:
-    """Whether a recognition model may have this width: landmark, age and class counts are not multiples of 32."""
+    """Whether a recognition model can have this width: counts of landmarks, ages or classes are not multiples of 32."""
     return isinstance(dim, int) and 64 <= dim <= 4096 and dim % 32 == 0
 
 
@@ -47,12 +47,12 @@ def _only_embedding(model: onnx.ModelProto, outputs: list[str], file: str) -> st
         return fitting[0]
     if len(fitting) > 1:
         raise SourceRefused(
-            f"{file} has {len(fitting)} outputs that can be the embedding ({', '.join(fitting)}): expected one. "
+            f"{file} has {len(fitting)} outputs that could be the embedding ({', '.join(fitting)}): expected one. "
             "Name it: --output NAME"
         )
-    what = "a face detector" if len(outputs) >= DETECTOR_OUTPUTS else "no recognition model"
+    what = "a face detector" if len(outputs) >= DETECTOR_OUTPUTS else "not a recognition model"
     raise SourceRefused(
-        f"{file} has {len(outputs)} outputs and none is an embedding, so it is {what}: expected one of N×D. "
+        f"{file} has {len(outputs)} outputs, none of them an embedding, so it is {what}: expected one of N×D. "
         f"{IMPORT_ITSELF}."
     )
 

@@ -1,4 +1,4 @@
-"""InsightFace packs: a pack's name in, its recognition file out, found by looking at the graphs."""
+"""Finds the recognition model of an InsightFace pack by inspecting the graphs of its files."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def find_recognition(
     say: Callable[[str], None],
     workspace: Path,
 ) -> Path:
-    """The recognition file of a pack in InsightFace's cache; downloaded by InsightFace itself where it is absent.
+    """The recognition file of a pack in InsightFace's cache; if the pack is absent, InsightFace downloads it.
 
-    A pack that lies there zipped is read, its files taken out into `workspace`.
+    A pack that is still zipped there is extracted into `workspace`.
 
     Raises:
-        LicenceNotAccepted: a download is needed and was not agreed to.
+        LicenceNotAccepted: a download is needed, and its licence was not accepted.
         Missing: the download failed, or InsightFace is not installed.
-        SourceRefused: no file of the pack, or more than one, is a recognition model.
+        SourceRefused: no file of the pack is a recognition model, or more than one is.
     """
     folder = insightface_home(root) / "models" / pack
     if not any(folder.rglob("*.onnx")):
@@ -54,10 +54,10 @@ def find_recognition(
 
 
 def unzipped(path: Path, workspace: Path) -> Path:
-    """The recognition model in a zipped pack, taken out into the workspace; a file that is no pack is itself.
+    """Extract a zipped pack into the workspace and return its recognition model; return any other file as it is.
 
     Raises:
-        SourceRefused: no member, or more than one, is a recognition model; or they would be too large.
+        SourceRefused: no member is a recognition model, or more than one is; or they are too large.
     """
     if not zipfile.is_zipfile(path):
         return path
@@ -68,16 +68,16 @@ def unzipped(path: Path, workspace: Path) -> Path:
             return path
         total = sum(entry.file_size for entry in members)
         if total > LARGEST_PACK:
-            raise SourceRefused(f"{path.name} holds {total:,} bytes of ONNX: expected at most {LARGEST_PACK:,}.")
+            raise SourceRefused(f"{path.name} contains {total:,} bytes of ONNX: expected at most {LARGEST_PACK:,}.")
         folder.mkdir(parents=True, exist_ok=True)
-        for entry in members:  # by its last name only: a zip may name any place
+        for entry in members:  # by file name only: a zip may contain any path
             with archive.open(entry) as packed, (folder / Path(entry.filename).name).open("wb") as file:
                 shutil.copyfileobj(packed, file)
     return recognition_in(folder)
 
 
 def recognition_in(folder: Path) -> Path:
-    """The one recognition model in a folder (searched to its bottom).
+    """The only recognition model in a folder, searched recursively.
 
     Raises:
         SourceRefused: there is none, or more than one.
@@ -86,14 +86,14 @@ def recognition_in(folder: Path) -> Path:
     if len(fitting) != 1:
         have = ", ".join(path.name for path in fitting or sorted(folder.rglob("*.onnx"))) or "no ONNX file"
         raise SourceRefused(
-            f"{folder} holds {len(fitting)} recognition models: expected one ({have}). Import the file itself: "
+            f"{folder} contains {len(fitting)} recognition models: expected one ({have}). Import the file itself: "
             f"arcface import {folder}/FILE.onnx"
         )
     return fitting[0]
 
 
 def _is_recognition(path: Path) -> bool:
-    """Whether the file passes the checks of an import; what it is called does not matter."""
+    """Whether the file passes the checks of an import, whatever its name."""
     try:
         model = read_source(path)
         keep_embedding(model, path.name)
@@ -104,12 +104,12 @@ def _is_recognition(path: Path) -> bool:
 
 
 def _download(pack: str, entry: dict[str, Any], folder: Path, accept_licence: bool, say: Callable[[str], None]) -> None:
-    """Let InsightFace download into a temporary root, and move the pack into the cache when it is whole."""
+    """Let InsightFace download into a temporary root, and move the complete pack into the cache."""
     by_hand = f"On a machine with a network: fetch {entry['url']} and unzip it to {folder}"
     if not accept_licence:
         raise LicenceNotAccepted(
             f"{pack} is not in {folder}; its weights are licensed for {entry['licence']}: expected --accept-license "
-            f"before a download. Next: arcface import {pack} --accept-license"
+            f"before the download. Next: arcface import {pack} --accept-license"
         )
     try:
         from insightface.utils.storage import download
@@ -121,9 +121,9 @@ def _download(pack: str, entry: dict[str, Any], folder: Path, accept_licence: bo
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".arcface-", dir=folder.parent) as root:
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # it prints; our stdout may be JSON
+            with contextlib.redirect_stdout(sys.stderr):  # it prints to stdout, which may be our JSON
                 got = Path(download("models", pack, root=root))
-        except Exception as exc:  # requests, zipfile and RuntimeError: whatever it was, there is no pack
+        except Exception as exc:  # errors of requests, zipfile, RuntimeError: in any case there is no pack
             raise Missing(f"{pack} is not in {folder} and cannot be downloaded: {exc}. {by_hand}.") from exc
         with new_folder(folder) as temporary:
             for path in got.rglob("*"):

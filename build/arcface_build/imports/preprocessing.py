@@ -1,7 +1,7 @@
-"""Which preprocessing a file wants at its input: as the user says, as is known of the file, or as its graph shows.
+"""Determines the preprocessing a file expects: stated by the user, known for the file, or measured in its graph.
 
-A graph tells by what its front does with pixels (`arcface_build.imports.front`). Where two readings are plausible, the
-import asks instead of choosing: a wrong choice gives embeddings that look right and compare wrongly.
+A graph reveals it by what its front does to pixels (`arcface_build.imports.front`). If two readings are plausible, the
+import asks instead of choosing: a wrong choice gives embeddings that look right but compare wrongly.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from arcface_clients.errors import WrongUse
 
 Three = tuple[float, float, float]
 NEUTRAL: tuple[Three, Three] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-ASK = "Say what it wants: --color rgb --mean 127.5 --std 127.5 (in 0..255 units)"
-IMAGENET_MEAN = (123.675, 116.28, 103.53)  # red, green, blue of ImageNet's training pictures
+ASK = "State what it expects: --color rgb --mean 127.5 --std 127.5 (in 0..255 units)"
+IMAGENET_MEAN = (123.675, 116.28, 103.53)  # red, green, blue of ImageNet's training images
 LARGEST, SMALLEST = (
     4,
     0.2,
-)  # normalised pixels reach from below −SMALLEST to above SMALLEST, and no further than LARGEST
+)  # normalised pixels extend beyond ±SMALLEST on both sides, and not beyond ±LARGEST
 
 
 @dataclass(frozen=True)
 class Stated:
-    """The user's word on preprocessing; None is a part that was not said. `mean` and `std` go together."""
+    """The preprocessing stated by the user; None for a part not stated. `mean` and `std` go together."""
 
     color: str | None = None
     mean: Three | None = None
     std: Three | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object of the parts that were said."""
+        """A JSON object of the parts that were stated."""
         return {key: list(value) if key != "color" else value for key, value in asdict(self).items() if value}
 
     @classmethod
@@ -48,7 +48,7 @@ class Stated:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the file is fed (`fed`), why, and what its network sees of that: None where the front is no affine map."""
+    """What the file is fed (`fed`), why, and what its network then sees: None if the front is not an affine map."""
 
     fed: Preprocessing
     why: str
@@ -56,7 +56,7 @@ class Decision:
     network: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a manifest: color, mean, std, why, stated, network."""
+        """The manifest's entry: color, mean, std, why, stated, network."""
         return {**self.fed.to_json(), "why": self.why, "stated": self.stated.to_json(), "network": self.network}
 
 
@@ -69,19 +69,19 @@ def decide_preprocessing(
     says_inside: bool = False,
     whole_pixels: bool = False,
 ) -> Decision:
-    """The user's word, else what is known of the file, else what its graph tells beyond doubt.
+    """Decide: what the user stated, else what is known about the file, else what its graph shows beyond doubt.
 
     Args:
         front: of the file's graph.
         file: its name, for messages.
-        stated: the user's word.
-        known: preprocessing and the reason to believe it, of a file that is known by its digest or made by us.
-        says_inside: InsightFace takes the graph for one that normalises, from the names of its nodes.
-        whole_pixels: the input is uint8, so nothing can have been done to the pixels outside.
+        stated: the user's statement.
+        known: preprocessing, and why we know it, of a file known by its digest or made by us.
+        says_inside: InsightFace concludes from node names that the graph normalises.
+        whole_pixels: the input is uint8, so the pixels cannot have been normalised outside.
 
     Raises:
-        SourceRefused: the graph leaves a doubt; the message is the question to answer.
-        WrongUse: the user's word would normalise twice.
+        SourceRefused: the graph is ambiguous; the message is the question to answer.
+        WrongUse: the stated preprocessing would normalise twice.
     """
     stated = stated or Stated()
     reasons: list[str] = []
@@ -106,10 +106,10 @@ def decide_preprocessing(
 
 
 def _span(front: Front, file: str, says_inside: bool, whole_pixels: bool) -> tuple[tuple[Three, Three], str]:
-    """(mean, std) of what the input wants, and why."""
+    """(mean, std) that the input expects, and why."""
     raw = front.pixel_map()
     if raw is None:
-        _ask(file, f"{_named(front)} before the network is no map of each channel by itself")
+        _ask(file, f"{_named(front)} before the network does not map each channel by itself")
     low, high = raw.ends.min(), raw.ends.max()
     if whole_pixels:
         return NEUTRAL, f"the input takes whole pixels; the graph maps 0..255 to {low:.4g}..{high:.4g}"
@@ -117,8 +117,8 @@ def _span(front: Front, file: str, says_inside: bool, whole_pixels: bool) -> tup
         if says_inside:
             _ask(
                 file,
-                "InsightFace reads 'inside the graph' from node names, but no constant is subtracted from or "
-                "multiplied with the input",
+                "InsightFace reads 'inside the graph' from node names, but no constant is subtracted from the "
+                "input or multiplied with it",
             )
         usual = Preprocessing("bgr")
         seen = front.pixel_map(usual)
@@ -138,9 +138,9 @@ def _span(front: Front, file: str, says_inside: bool, whole_pixels: bool) -> tup
 def _color(front: Front, seen: PixelMap | None, file: str, *, inside: bool) -> tuple[str, str]:
     """The input's channel order, and why: from constants that differ by channel, a swap in the graph, or the rule."""
     if seen is None:
-        _ask(file, f"{_named(front)} before the network hides the order of its channels", "Say it: --color rgb")
+        _ask(file, f"{_named(front)} before the network hides the order of its channels", "State it: --color rgb")
     if sorted(seen.channels) != [0, 1, 2]:
-        _ask(file, f"the network sees the input's channels {list(seen.channels)}", "Say their order: --color rgb")
+        _ask(file, f"the network sees the input's channels {list(seen.channels)}", "State their order: --color rgb")
     mean = np.empty(3)
     mean[list(seen.channels)] = seen.mean  # by position in the input
     if np.allclose(mean, IMAGENET_MEAN, atol=1):
@@ -149,27 +149,27 @@ def _color(front: Front, seen: PixelMap | None, file: str, *, inside: bool) -> t
         return "bgr", "its means are ImageNet's, blue first"
     swapped = seen.channels == (2, 1, 0)
     if not swapped and seen.channels != (0, 1, 2):
-        _ask(file, f"the graph puts its channels into the order {list(seen.channels)}", "Say the input's: --color rgb")
+        _ask(file, f"the graph reorders its channels to {list(seen.channels)}", "State the input's order: --color rgb")
     if swapped and not inside:
         _ask(file, "the graph swaps red and blue but does not normalise", ASK.replace("rgb", "bgr"))
-    # In pictures of people red is brighter than green and green than blue; means that say the opposite are a doubt.
+    # In photos of people red is brighter than green, and green than blue; means in the opposite order raise a doubt.
     steps = np.diff(mean)
     if np.ptp(mean) > 0.5 and ((steps < 0).all() if swapped else (steps > 0).all()):
         shown = ", ".join(f"{value:.4g}" for value in mean)
         _ask(
             file,
-            f"its means {shown} speak for blue first"
+            f"its means {shown} suggest blue first"
             if not swapped
-            else f"the graph swaps red and blue, but its means {shown} speak for red first",
-            "Say it: --color bgr",
+            else f"the graph swaps red and blue, but its means {shown} suggest red first",
+            "State it: --color bgr",
         )
     if swapped:
         return "bgr", "the graph swaps red and blue"
-    return "rgb", "red first is InsightFace's rule: a graph cannot tell"
+    return "rgb", "red first is InsightFace's rule: the graph does not show the order"
 
 
 def _is_normalised(seen: PixelMap) -> bool:
-    """Whether pixels become what networks are trained on: each channel on both sides of 0, within ±4, not mirrored."""
+    """Whether pixels are mapped to what networks are trained on: each channel around 0, within ±4, not mirrored."""
     low, high = seen.ends
     return bool(low.min() >= -LARGEST and high.max() <= LARGEST and low.max() <= -SMALLEST and high.min() >= SMALLEST)
 
@@ -181,14 +181,14 @@ def _refuse_twice(front: Front, file: str, span: tuple[Three, Three], whole_pixe
     if whole_pixels or (raw and _is_normalised(raw)):
         does = "takes whole pixels (uint8)" if whole_pixels else "normalises inside its graph"
         raise WrongUse(
-            f"{file} {does}: expected --mean 0 --std 1, got mean {list(span[0])}, std {list(span[1])}; "
-            "it would be done twice."
+            f"{file} {does}: expected --mean 0 --std 1, got mean {list(span[0])}, std {list(span[1])}, "
+            "which would normalise twice."
         )
 
 
 def _named(front: Front) -> str:
     shown = list(dict.fromkeys(front.ops))
-    return " → ".join([*shown[:4], "…"] if len(shown) > 4 else shown) or "what stands"
+    return " → ".join([*shown[:4], "…"] if len(shown) > 4 else shown) or "something"
 
 
 def _ask(file: str, what: str, question: str = ASK) -> NoReturn:

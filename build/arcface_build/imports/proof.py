@@ -1,4 +1,4 @@
-"""Proof of an import: source and serving ONNX and faces in, cosine to the reference and row independence out."""
+"""Proves that a serving ONNX matches the reference on real runs, and that the rows of a batch are independent."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from arcface_clients.engines.runtimes import OnnxSession, first_line, open_sessi
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.evidence.gate import judge_embeddings
 
-MAX_NORM_ERROR = 1e-3  # of a length; the embedding itself is held to its gate
+MAX_NORM_ERROR = 1e-3  # relative, of `norm`; the embedding itself has its gate
 MAX_ROW_DIFFERENCE = 1e-5
 BATCHES = (1, 2, 7, 32)
 MIN_FACES = 64
 OnCount = Callable[[int, int], None]
-"""Called with how many are done, and of how many."""
+"""Called with (done, total)."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was measured; `max_row_difference` is the largest |batch row − single run| of unit embeddings."""
+    """The measurements; `max_row_difference` is the largest |batch row − single run| of unit embeddings."""
 
     faces: int
     faces_from: str
@@ -41,7 +41,7 @@ class Proof:
     mean_cosine: float
     max_row_difference: float
     batches: list[int]
-    between_faces: float  # mean cosine of different faces: near 1 means that the proof could not have seen much
+    between_faces: float  # mean cosine of different faces: near 1, the proof could hardly have noticed a difference
     reference: str
     reference_why: str
 
@@ -51,10 +51,10 @@ class Proof:
 
 
 class Reference:
-    """InsightFace on the source, one face at a time; plain ONNX Runtime where InsightFace is not installed.
+    """InsightFace on the source, one face at a time; plain ONNX Runtime if InsightFace is not installed.
 
-    `name` is insightface.get_feat where InsightFace guesses the preprocessing as stated, insightface.forward where it
-    has to be told, onnxruntime where it is not there; `why` says so in words.
+    `name` is insightface.get_feat if InsightFace guesses the preprocessing correctly, insightface.forward if it had to
+    be given, onnxruntime if InsightFace is not installed; `why` says so in words.
     """
 
     def __init__(self, source: Path, preprocessing: Preprocessing, label: str | None = None) -> None:
@@ -71,7 +71,7 @@ class Reference:
             from insightface.model_zoo.arcface_onnx import ArcFaceONNX
         except ImportError as exc:
             if isinstance(exc.__cause__, KeyboardInterrupt):
-                raise  # Ctrl-C during the import is no missing package
+                raise  # Ctrl-C during the import does not mean that the package is missing
             self._arcface: Any = None
             self.name, self.why = "onnxruntime", f"InsightFace cannot be imported ({exc}); preprocessing as stated"
             return
@@ -82,7 +82,7 @@ class Reference:
             self.name, self.why = "insightface.get_feat", "InsightFace guesses the preprocessing as stated"
             return
         self.name = "insightface.forward"
-        self.why = f"InsightFace would take rgb, mean {guess[0][0]:g}, std {guess[1][0]:g}; it was told the stated ones"
+        self.why = f"InsightFace would take rgb, mean {guess[0][0]:g}, std {guess[1][0]:g}; given the stated ones"
         self._arcface.input_mean = np.array(stated[0], np.float32).reshape(1, 3, 1, 1)
         self._arcface.input_std = np.array(stated[1], np.float32).reshape(1, 3, 1, 1)
 
@@ -100,7 +100,7 @@ def reference_embeddings(reference: Reference, faces: np.ndarray, progress: OnCo
     """Raw embeddings (N,D) of the reference for faces uint8 (N,112,112,3) BGR.
 
     Raises:
-        SourceRefused: the network cannot run on 112×112 crops, or answers the same (or no number) for all of them.
+        SourceRefused: the network cannot run on 112×112 crops, or returns the same embedding or NaN for all of them.
     """
     rows = []
     for face in faces:
@@ -116,8 +116,7 @@ def reference_embeddings(reference: Reference, faces: np.ndarray, progress: OnCo
     raw = np.stack(rows)
     if not np.isfinite(raw).all() or not np.linalg.norm(raw, axis=1).all():
         raise SourceRefused(
-            f"{reference.label} gives embeddings that are zero or hold NaN: expected numbers. "
-            "Export it from a sound checkpoint."
+            f"{reference.label} gives embeddings that are zero or contain NaN. Export it from an intact checkpoint."
         )
     if between_faces(raw) > 1 - 1e-7:
         raise SourceRefused(
@@ -139,10 +138,10 @@ def prove(
 ) -> Proof:
     """Compare batch rows of the serving model with single runs, then judge it by the gate for fp32.
 
-    With a contract id, also that the outputs `norm` and `contract` say what they should.
+    With a contract id, also check the outputs `norm` and `contract`.
 
     Raises:
-        ProofFailed: a batch row departs from the single run, the gate refuses it, or another output is wrong.
+        ProofFailed: a batch row differs from the single run, the gate refuses it, or another output is wrong.
     """
     session = open_session(serving, threads=0, settings={}, label=serving.name, refused=SourceRefused)
     hostile = hostile_batches(faces)
@@ -163,11 +162,11 @@ def prove(
     difference = 0.0
     for batch in hostile:
         rows, single = run(batch), np.concatenate([run(face[None]) for face in batch])
-        # NaN in both is no difference: the gate refuses it below.
+        # NaN in both is no difference here; the gate refuses it below.
         off = np.abs(np.nan_to_num(rows, nan=2.0) - np.nan_to_num(single, nan=2.0)).max(axis=1)
         if not off.max() <= MAX_ROW_DIFFERENCE:
             raise ProofFailed(
-                f"faces of a batch change each other: row {int(off.argmax())} of "
+                f"the faces of a batch affect each other: row {int(off.argmax())} of "
                 f"{len(batch)} differs from its single run by {off.max():.3g}, expected ≤ {MAX_ROW_DIFFERENCE:g}. "
                 "Export the model in inference mode with a dynamic batch."
             )
@@ -195,13 +194,13 @@ def prove(
 
 
 def _prove_outputs(session: OnnxSession, faces: np.ndarray, expected: np.ndarray, contract: str) -> None:
-    """That each row carries the contract's words, and the length of the reference's raw embedding."""
+    """Check that each row carries the contract's words, and the length of the reference's raw embedding."""
     try:
         norms, words = session.run([NORM_OUTPUT, CONTRACT_OUTPUT], {FACE_INPUT: faces})
     except Exception as exc:  # pybind raises a class an error code
-        raise ProofFailed(f"the serving model does not give norm and contract: {first_line(exc)}.") from exc
+        raise ProofFailed(f"the serving model does not return norm and contract: {first_line(exc)}.") from exc
     if not np.array_equal(words, np.tile(contract_words(contract), (len(faces), 1))):
-        raise ProofFailed(f"the serving model does not call itself {contract[:32]} in every row of `contract`.")
+        raise ProofFailed(f"the serving model does not return {contract[:32]} in every row of `contract`.")
     lengths = np.linalg.norm(expected, axis=1)
     off = np.abs(norms[:, 0] / lengths - 1)
     if not off.max() <= MAX_NORM_ERROR:
@@ -211,7 +210,7 @@ def _prove_outputs(session: OnnxSession, faces: np.ndarray, expected: np.ndarray
 
 
 def hostile_batches(faces: np.ndarray) -> list[np.ndarray]:
-    """Batches of each size in `BATCHES`: faces, with all 0, all 255 and noise between them where there is room."""
+    """Batches of each size in `BATCHES`: faces, with all 0, all 255 and noise among them where they fit."""
     rng = np.random.default_rng(0)
     neighbours = [np.zeros(FACE_SHAPE), np.full(FACE_SHAPE, 255), rng.integers(0, 256, FACE_SHAPE)]
     batches = []
@@ -224,7 +223,7 @@ def hostile_batches(faces: np.ndarray) -> list[np.ndarray]:
 
 
 def between_faces(embeddings: np.ndarray) -> float:
-    """Mean cosine of different rows; 0 where there is one row only."""
+    """Mean cosine of different rows; 0 if there is only one row."""
     unit = embeddings.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     count = len(unit)

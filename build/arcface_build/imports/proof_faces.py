@@ -1,4 +1,4 @@
-"""Faces to prove on: a folder or .npz of aligned crops, or drawn ones."""
+"""The faces for the proof: a folder or .npz of aligned crops, or synthetic ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arcface_clients.faces.synthetic import synthetic_faces
 
 @dataclass(frozen=True)
 class ProofFaces:
-    """Aligned crops uint8 (N,112,112,3) BGR, where they come from, and who each is where that is known."""
+    """Aligned crops uint8 (N,112,112,3) BGR, their origin, and the person each shows, if known."""
 
     faces: Array
     origin: str
@@ -22,12 +22,12 @@ class ProofFaces:
 
 
 def drawn_faces() -> ProofFaces:
-    """Drawn ones, the same for everybody."""
+    """Synthetic faces, always the same."""
     return ProofFaces(synthetic_faces(MIN_FACES), "drawn")
 
 
 def read_faces(path: Path) -> ProofFaces:
-    """A folder of pictures (searched to its bottom; a sub-folder is a person) or an .npz with `faces`.
+    """Read a folder of images (recursively; a subfolder is a person) or an .npz with `faces`.
 
     Raises:
         WrongUse: not crops of 112×112, or fewer than the proof needs.
@@ -36,11 +36,11 @@ def read_faces(path: Path) -> ProofFaces:
     faces, names, refused = load_faces([path])
     if refused:
         raise WrongUse(
-            f"{refused[0].name} is no crop: {refused[0].refused}. Expected aligned 112×112 crops, or an .npz with "
-            "`faces` (N,112,112,3) uint8 BGR. Align first, or leave --faces away"
+            f"{refused[0].name} is not a crop: {refused[0].refused}. Expected aligned 112×112 crops, or an .npz with "
+            "`faces` (N,112,112,3) uint8 BGR. Align first, or omit --faces"
         )
     if len(faces) < MIN_FACES:
-        raise WrongUse(f"{path} holds {len(faces)} faces: expected at least {MIN_FACES} for a proof.")
+        raise WrongUse(f"{path} contains {len(faces)} faces: expected at least {MIN_FACES} for a proof.")
     folders = [Path(name).parent for name in names]
     known = path.is_dir() and any(folder != path for folder in folders)
     return ProofFaces(faces, path.name, tuple(map(str, folders)) if known else None)

@@ -1,9 +1,9 @@
-"""A second look at preprocessing that needs no graph: does the network take what it is fed for what it was trained on?
+"""A second check of preprocessing, independent of the graph: does the network get what it was trained on?
 
-Two witnesses, each only where there is one. BatchNormalization keeps the mean and variance that its input had in
-training: fed otherwise than it was trained, the network departs from them. And where it is known who the faces are,
-faces of one person must be closer than faces of two: fed rightly, they are so most clearly. Neither decides; where
-another way of feeding is clearly better than the chosen one, the import says so.
+There are two kinds of evidence, when available. BatchNormalization stores the mean and variance its input had in
+training: with other preprocessing, its input departs from them. And if it is known who the faces show, faces of one
+person must be closer than faces of two, most clearly so with the right preprocessing. Neither decides; if another
+preprocessing is clearly better than the chosen one, the import warns.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from arcface_clients.engines.runtimes import open_session
 if TYPE_CHECKING:
     import onnx
 
-# What networks are trained on, beside 127.5 / 128, which no witness can tell from 127.5 / 127.5.
+# What networks are trained on, except 127.5 / 128, which cannot be told from 127.5 / 127.5.
 USUAL: dict[str, tuple[Any, Any]] = {
     "(x − 127.5) / 127.5": (127.5, 127.5),
     "0..255": (0.0, 1.0),
     "0..1": (0.0, 255.0),
     "ImageNet's": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
-BATCHNORMS, STATISTICS_FACES = 4, 16  # the first ones see the input most directly
+BATCHNORMS, STATISTICS_FACES = 4, 16  # the first ones depend on the input most directly
 PEOPLE, PER_PERSON, FEWEST_PEOPLE = 16, 4, 8
 DRAWS = 200  # bootstrap over people
-# Measured in docs/import.md: rightly fed demos depart by 0.001 to 0.07, the nearest wrong feeding by 0.1 to 0.3.
+# Measured, see docs/import.md: correctly fed demos depart by 0.001 to 0.07, the nearest wrong way by 0.1 to 0.3.
 DEPARTED_MORE, DEPARTED_BY, SOUND = 3.0, 0.1, 1.0
-TRAINED = 2.0  # d′ of a network that recognises: random weights stay below 1.2 on real faces
+TRAINED = 2.0  # d′ of a trained network: random weights stay below 1.2 on real faces
 
 
 @dataclass(frozen=True)
 class Look:
-    """What each way of feeding gave: `departure` from BatchNormalization's statistics, `separation` of people (d′).
+    """Results per way of feeding: `departure` from BatchNormalization's statistics, `separation` of people (d′).
 
-    Each is {way: figure}, empty where there was no such witness; `warning` is "" where the chosen way is not beaten.
+    Each is {way: figure}, empty without such evidence; `warning` is "" unless another way is clearly better.
     """
 
     chosen: str
@@ -57,12 +57,12 @@ class Look:
 
 
 def second_look(model: onnx.ModelProto, fed: Preprocessing, faces: ProofFaces) -> Look:
-    """Feed the model in each usual way and ask the witnesses.
+    """Feed the model in each usual way and compare the evidence.
 
     Args:
         model: float32 NCHW image in, embedding out; as the reference runs it.
         fed: the chosen preprocessing.
-        faces: to look at; who each is helps.
+        faces: what to feed; knowing who each shows helps.
     """
     ways = {_name(way): way for way in [fed, *_usual_ways()]}
     chosen = _name(fed)
@@ -102,7 +102,7 @@ def _name(way: Preprocessing) -> str:
 
 
 def _departures(model: onnx.ModelProto, ways: dict[str, Preprocessing], faces: Array) -> dict[str, float]:
-    """How far the inputs of the first BatchNormalizations are from the statistics these keep, for each way.
+    """How far the inputs of the first BatchNormalizations are from their stored statistics, for each way.
 
     The divergence of two normal distributions, ½ (v/v₀ + (m−m₀)²/v₀ − 1 − ln v/v₀): the median over the channels of
     each node, the mean over the nodes.
@@ -134,7 +134,7 @@ def _departures(model: onnx.ModelProto, ways: dict[str, Preprocessing], faces: A
 def _separations(
     model: onnx.ModelProto, ways: dict[str, Preprocessing], faces: Array, people: Sequence[str], chosen: str
 ) -> tuple[dict[str, float], dict[str, bool]]:
-    """(d′ of genuine against impostor pairs for each way, whether that beats the chosen way in 99 % of all draws)."""
+    """(d′ of genuine against impostor pairs for each way, whether it beats the chosen way in 99 % of all draws)."""
     rows, groups = _pick(people)
     if len(groups) < FEWEST_PEOPLE:
         return {}, {}
@@ -158,7 +158,7 @@ def _separations(
 
 
 def _pick(people: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """(which faces to embed, and for each person which of those are his): up to four faces each of sixteen people."""
+    """(faces to embed, and for each person the indices among those): up to four faces each of sixteen people."""
     by_person: dict[str, list[int]] = {}
     for row, person in enumerate(people):
         by_person.setdefault(person, []).append(row)
@@ -181,7 +181,7 @@ def _d_prime(cosine: Array, groups: list[list[int]], draw: Array) -> float:
 
 
 def _runner(model: onnx.ModelProto) -> Any:
-    """Call with a blob (1,3,112,112): a dict of the outputs."""
+    """A function from a blob (1,3,112,112) to a dict of the outputs."""
     session = open_session(model)
     names = [value.name for value in session.get_outputs()]
     face = session.get_inputs()[0].name

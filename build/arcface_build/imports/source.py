@@ -1,4 +1,4 @@
-"""Sources: what the user named (a file, known model, InsightFace pack or demo) in, an ONNX file and its facts out."""
+"""Resolves what the user named (a file, known model, InsightFace pack or demo) to an ONNX file and its facts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from arcface_clients.errors import Missing, WrongUse
 
 DEMOS = {"demo": "mobile", **{f"demo-{arch}": arch for arch in ARCHITECTURES}}
 Say = Callable[[str], None]
-CACHE = Path("~/.cache/arcface-triton")  # downloads, where nobody says otherwise (storage.cache)
+CACHE = Path("~/.cache/arcface-triton")  # for downloads, unless configured otherwise (storage.cache)
 
 
 @dataclass(frozen=True)
 class Source:
-    """An ONNX file and what is known about it without looking inside."""
+    """An ONNX file and what is known about it without reading its graph."""
 
     path: Path
     name: str
@@ -35,13 +35,13 @@ class Source:
     url: str = ""
     preprocessing: Preprocessing | None = None
     note: str = ""
-    checkpoint: Path | None = None  # what `with_file` makes the file of
-    recipe: str = ""  # of a demo: what the file is made from; until `with_file` has made it, there is no sha256
+    checkpoint: Path | None = None  # what `with_file` makes the file from
+    recipe: str = ""  # of a demo: what it is made from; there is no sha256 until `with_file` has made it
 
 
 @dataclass(frozen=True)
 class KnownModels:
-    """The content of config/models.yaml; both parts are empty where there is no such file."""
+    """The content of config/models.yaml; both parts are empty if there is no such file."""
 
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     packs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -52,10 +52,10 @@ class KnownModels:
 
 
 def known_models(path: Path | None = None) -> KnownModels:
-    """Read config/models.yaml: the given path, else here or above, else of the checkout or the wheel of this code.
+    """Read config/models.yaml: the given path, else in this folder or above it, else in this code's checkout or wheel.
 
     Raises:
-        WrongUse: the file is not what it should be.
+        WrongUse: the file is not valid.
     """
     import yaml
 
@@ -86,12 +86,12 @@ def resolve(
     insightface_root: Path | None = None,
     say: Say = lambda line: None,
 ) -> Source:
-    """The file that `text` means. Downloads go into `cache`, packs into InsightFace's; `with_file` makes a demo.
+    """Find the file that `text` names. Downloads go to `cache`, packs to InsightFace's; demos are built by `with_file`.
 
     Raises:
         Missing: no such file, or a download failed.
-        WrongUse: no such name; LicenceNotAccepted where `--accept-license` is needed first.
-        SourceRefused: a download is not the file that config/models.yaml describes, a pack holds no recognition model.
+        WrongUse: no such name; LicenceNotAccepted if `--accept-license` is needed first.
+        SourceRefused: a download is not the file in config/models.yaml, or a pack has no recognition model.
     """
     path = Path(text).expanduser()
     if path.is_file() and path.suffix.lower() in CHECKPOINTS:
@@ -114,14 +114,14 @@ def resolve(
         return _known(_fetch(text, entry, cache, accept_licence, say), text, entry)
     if path.suffix == ".onnx" or len(path.parts) > 1:
         raise Missing(
-            f"{text} is not there: expected an ONNX file. See what else can be imported: arcface import --help"
+            f"{text} does not exist: expected an ONNX file. See what else can be imported: arcface import --help"
         )
     names = ", ".join([*DEMOS, *known.models, *known.packs])
     raise WrongUse(f"no file and no known model {text!r}: expected an ONNX file or one of {names}.")
 
 
 def with_file(source: Source, progress: Callable[[int, int], None] | None = None) -> Source:
-    """The same source, its file there and its digest known: a demo or a checkpoint's network is built now."""
+    """The source with its file and digest: builds a demo, or the network of a checkpoint."""
     if source.checkpoint:
         model, note = iresnet(read_tensors(source.checkpoint), source.checkpoint.name)
         source.path.write_bytes(model.SerializeToString(deterministic=True))
@@ -134,12 +134,12 @@ def with_file(source: Source, progress: Callable[[int, int], None] | None = None
 
 
 def file_digest(path: Path) -> str:
-    """Sha256 of an ONNX file; weights that stand in files beside it are part of the digest, in order of their names."""
+    """Sha256 of an ONNX file, including any weights in files beside it, in order of their names."""
     digest = hashlib.sha256()
     parts = [path]
     try:
         parts += external_files(path)
-    except Exception:  # no ONNX: what is wrong with it is said where it is read
+    except Exception:  # not ONNX: the error is reported when the file is read
         parts = [path]
     for part in parts:
         if part.is_file():
@@ -184,7 +184,7 @@ def _from_demo(arch: str, workspace: Path) -> Source:
 
 
 def _fetch(name: str, entry: dict[str, Any], cache: Path, accept_licence: bool, say: Say) -> Path:
-    """A known model from the cache or, once its licence is accepted, from its address; the digest decides."""
+    """A known model from the cache or, once its licence is accepted, from its URL; verified by digest."""
     import urllib.error
     import urllib.request
 
@@ -211,6 +211,7 @@ def _fetch(name: str, entry: dict[str, Any], cache: Path, accept_licence: bool, 
         got = file_digest(temporary)
         if got != entry["sha256"]:
             raise SourceRefused(
-                f"{address} gave another file: expected sha256 {entry['sha256'][:12]}…, got {got[:12]}…. {by_hand}."
+                f"{address} returned a different file: expected sha256 {entry['sha256'][:12]}…, got "
+                f"{got[:12]}…. {by_hand}."
             )
     return target

@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint, read without running anything that stands in it: .safetensors, and .pth by its own reader.
+"""Reads the tensors of a checkpoint (.safetensors, .pth) without running any code in it.
 
-A .pth is a zip with a pickle, and a pickle is a program. This reader knows the five names that a dictionary of tensors
-needs and resolves no other, so nothing of the file is ever called; torch is not needed.
+A .pth is a zip with a pickle, and a pickle is a program. This reader resolves only the few names that a dictionary of
+tensors needs, so no code from the file is ever called; torch is not needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from arcface_build.errors import SourceRefused
 from arcface_clients.arrays import Array
 
 CHECKPOINTS = (".pth", ".pt", ".ckpt", ".safetensors")
-BFLOAT16 = "bfloat16"  # numpy has none: the upper half of a float32
+BFLOAT16 = "bfloat16"  # numpy lacks it: the upper half of a float32
 STORAGES = {
     "FloatStorage": "<f4",
     "DoubleStorage": "<f8",
@@ -32,15 +32,15 @@ STORAGES = {
 }
 SAFETENSORS = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": BFLOAT16, "I64": "<i8", "I32": "<i4"}
 LARGEST_HEADER = 100_000_000
-# What training scripts wrap weights in, arcface_torch's first.
+# Keys under which training scripts store the weights, arcface_torch's first.
 HOLDERS = ("state_dict_backbone", "state_dict", "model", "model_state_dict", "backbone", "net")
 
 
 def read_tensors(path: Path) -> dict[str, Array]:
-    """Name → array of a checkpoint; floats as float32. Wrappers such as {"state_dict": …} and `module.` are taken off.
+    """Name → array of a checkpoint; floats as float32. Wrappers such as {"state_dict": …} and `module.` are removed.
 
     Raises:
-        SourceRefused: another format, damaged, or it asks for code.
+        SourceRefused: another format, damaged, or it refers to code.
     """
     try:
         found = _safetensors(path) if path.suffix == ".safetensors" else _pth(path)
@@ -70,7 +70,7 @@ def _safetensors(path: Path) -> dict[str, Array]:
             continue
         begin, end = entry["data_offsets"]
         if not 0 <= begin <= end <= len(data):
-            raise ValueError(f"{name} lies outside of the file")
+            raise ValueError(f"{name} lies outside the file")
         found[name] = _numbers(data[begin:end], SAFETENSORS[entry["dtype"]]).reshape(entry["shape"])
     return found
 
@@ -85,12 +85,12 @@ def _numbers(data: bytes, dtype: str) -> Array:
 
 def _pth(path: Path) -> dict[str, Array]:
     if not zipfile.is_zipfile(path):
-        raise ValueError("it is no zip: torch before 1.6 wrote it; load and save it again with a newer one")
+        raise ValueError("it is not a zip, so torch before 1.6 wrote it; load and save it with a newer torch")
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         pickles = [name for name in names if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise ValueError("it holds no data.pkl, so torch.save did not write it")
+            raise ValueError("it contains no data.pkl, so torch.save did not write it")
         root = pickles[0].removesuffix("data.pkl")
         if any(name.startswith(f"{root}code/") for name in names):
             raise ValueError("it is a TorchScript module")
@@ -101,19 +101,19 @@ def _pth(path: Path) -> dict[str, Array]:
             content = content[holder]
             break
     if not isinstance(content, dict):
-        raise ValueError(f"it holds {type(content).__name__}, not a state_dict")
+        raise ValueError(f"it contains {type(content).__name__}, not a state_dict")
     return {str(name): value for name, value in content.items() if isinstance(value, np.ndarray)}
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """What stands for a class torch.XStorage in the pickle."""
+    """Replaces a class torch.XStorage of the pickle."""
 
     dtype: str
 
 
 class _Reader(pickle.Unpickler):
-    """Unpickles dictionaries of tensors; every other name is refused, so no code of the file runs."""
+    """Unpickles dictionaries of tensors; every other name is refused, so no code from the file runs."""
 
     def __init__(self, file: IO[bytes], archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(file)
@@ -129,7 +129,7 @@ class _Reader(pickle.Unpickler):
         if module == "torch" and name in STORAGES:
             return _Storage(STORAGES[name])
         raise SourceRefused(
-            f"the checkpoint asks for {module}.{name}, which would run code: expected tensors only. "
+            f"the checkpoint refers to {module}.{name}, which would run code: expected only tensors. "
             "Save the weights alone: torch.save(model.state_dict(), PATH)"
         )
 
@@ -139,17 +139,17 @@ class _Reader(pickle.Unpickler):
             raise ValueError(f"it refers to {kind!r}")
         value = _numbers(self._archive.read(f"{self._root}data/{key}"), storage.dtype)
         if value.size < count:
-            raise ValueError(f"storage {key} holds {value.size:,} of {count:,} numbers")
+            raise ValueError(f"storage {key} contains {value.size:,} of {count:,} numbers")
         return value
 
 
 def _rebuild_tensor(storage: Array, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Array:
-    """A view of a storage, copied; it must lie inside."""
+    """Copy a view of a storage, which must lie inside it."""
     if min([offset, *size, *stride], default=0) < 0 or len(size) != len(stride):
         raise ValueError("a tensor has negative sizes")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if prod(size) and last >= storage.size:
-        raise ValueError("a tensor lies outside of its storage")
+        raise ValueError("a tensor lies outside its storage")
     steps = [step * storage.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps).copy()
 

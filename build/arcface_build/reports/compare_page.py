@@ -27,7 +27,7 @@ def compare_page(report: dict[str, Any], pixels: np.ndarray | None) -> str:
             f"largest drift {drift['max_drift']:.2e}, allowed {gate['max_drift']:g} (1 − cosine per face)",
         ),
         *(
-            [paragraph("A and B are of two contracts: their embeddings must not be mixed.", "bad")]
+            [paragraph("A and B have different contracts: their embeddings must not be mixed.", "bad")]
             if report["across_contracts"]
             else []
         ),

@@ -48,6 +48,7 @@ def client_checks(settings: EmbeddingConfig) -> list[Check]:
         "shared memory": check_shared_memory,
         "local model": lambda: check_local_model(settings),
         "server": lambda: check_server(settings),
+        "restrictions": lambda: check_restrictions(settings),
     }
     return [guarded(name, look) for name, look in looks.items()]
 
@@ -162,6 +163,7 @@ def check_local_model(settings: EmbeddingConfig) -> Check:
 def check_server(settings: EmbeddingConfig, timeout_s: float = 3.0) -> Check:
     """Whether the model is served at triton.url, tested with our own client as a pipeline would use it."""
     from arcface_clients.engines.registry import EngineRegistry
+    from arcface_clients.faces.synthetic import synthetic_faces
     from arcface_clients.pipeline import Link, engine_arguments
 
     triton = settings.triton
@@ -176,11 +178,35 @@ def check_server(settings: EmbeddingConfig, timeout_s: float = 3.0) -> Check:
     try:
         with EngineRegistry.get("triton", **{**arguments, "timeout_s": timeout_s, "retry_for_s": 0}) as engine:
             engine.ensure_ready()
+            engine.encode(synthetic_faces(1))  # a server may be ready while the process that computes is dead
             contract = (engine.contract_id or "unknown: started without --model-config-name")[:48]
             found = f"{triton.url} serves {triton.model}, width {engine.embedding_dim}, contract {contract}"
             return Check("server", "ok", found)
     except ArcFaceError as exc:
         return Check("server", status, str(exc), fix)
+
+
+def check_restrictions(settings: EmbeddingConfig, timeout_s: float = 3.0) -> Check:
+    """Whether the server refuses to administer itself for whoever has no key, by asking for its list of models."""
+    from arcface_clients.errors import ServerUnreachable
+    from arcface_clients.triton.address import Address
+    from arcface_clients.triton.transports.listing import models_without_key
+
+    triton, name = settings.triton, "restrictions"
+    address = Address.parse(triton.url)
+    try:
+        listed = models_without_key(triton.connection(), timeout_s)
+    except ServerUnreachable as exc:
+        return Check(name, "absent", f"not asked: {exc}")
+    if listed is None:
+        return Check(name, "ok", f"{address} refuses model control without its key")
+    return Check(
+        name,
+        "problem",
+        f"{address} lets anyone who reaches it load and unload models, which runs code",
+        "serve it by: arcface serve, or give tritonserver --http-restricted-api and --grpc-restricted-protocol "
+        "(docs/operations.md)",
+    )
 
 
 def engine_diagnostics(

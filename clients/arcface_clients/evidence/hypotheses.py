@@ -44,7 +44,7 @@ class Hypothesis:
 def exact_faults(stated: Preprocessing) -> Iterator[Hypothesis]:
     """Wrong channel order, wrong numbers, both, colours lost, and crops mirrored or turned: what can be reproduced."""
     other = "bgr" if stated.color == "rgb" else "rgb"
-    swapped = f"The channels are swapped: the network wants {stated.color.upper()} and gets {other.upper()}."
+    swapped = f"The channels are swapped: the network expects {stated.color.upper()} and gets {other.upper()}."
     mean, std = np.array(stated.mean), np.array(stated.std)
     numbers: list[tuple[str, str, Array, Array]] = [
         (

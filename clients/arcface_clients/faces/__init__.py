@@ -1,1 +1,1 @@
-"""Everything that ends in faces: aligned crops uint8 (N,112,112,3) BGR."""
+"""Loading, detecting, aligning and checking faces: everything that yields aligned crops uint8 (N,112,112,3) BGR."""

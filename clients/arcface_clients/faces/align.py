@@ -1,4 +1,4 @@
-"""Five landmarks in; the similarity warp that brings a face to the ArcFace template, and the warped face, out."""
+"""Aligns a face to the ArcFace template from five landmarks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from arcface_clients.arrays import Array, FaceArray
 from arcface_clients.contract import FACE_SIZE
 from arcface_clients.errors import InvalidFaces
 
-# Eye, eye, nose, mouth corner, mouth corner, as they lie in the 112×112 crop from left to right (x, y in pixels).
+# Eyes, nose and mouth corners in the 112×112 crop, each pair from left to right (x, y in pixels).
 # Source: InsightFace, insightface/utils/face_align.py, arcface_dst.
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
@@ -16,13 +16,13 @@ TEMPLATE = np.array(
 
 
 def similarity_to_template(landmarks: Array) -> Array:
-    """The rotation, scale and shift, float64 (2,3), that bring landmarks (5,2) nearest to `TEMPLATE`.
+    """The rotation, scale and shift, float64 (2,3), that map landmarks (5,2) as close as possible to `TEMPLATE`.
 
-    Least squares over a·z + b with points as complex numbers z = x + iy; in the plane this is what Umeyama (1991)
-    gives without reflection, which is InsightFace's `estimate_norm`.
+    Least squares over a·z + b with points as complex numbers z = x + iy; in the plane this equals Umeyama (1991)
+    without reflection, which is InsightFace's `estimate_norm`.
 
     Raises:
-        InvalidFaces: not (5,2) finite numbers, or all in one place.
+        InvalidFaces: not (5,2) finite numbers, or all points coincide.
     """
     points = np.asarray(landmarks, np.float64)
     if points.shape != (5, 2) or not np.isfinite(points).all():
@@ -31,14 +31,14 @@ def similarity_to_template(landmarks: Array) -> Array:
     spread = source - source.mean()
     size = (np.abs(spread) ** 2).sum()
     if size < 1e-9:
-        raise InvalidFaces("the five landmarks are all in one place: expected eyes, nose and mouth corners.")
+        raise InvalidFaces("the five landmarks coincide: expected eyes, nose and mouth corners.")
     a = (spread.conj() * (target - target.mean())).sum() / size
     b = target.mean() - a * source.mean()
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
 
 
 def align_face(image_bgr: Array, landmarks: Array) -> FaceArray:
-    """The face uint8 (112,112,3) BGR from an image uint8 (H,W,3) BGR: InsightFace's `norm_crop`, black outside."""
+    """Warp a face uint8 (112,112,3) BGR out of an image uint8 (H,W,3) BGR: InsightFace's `norm_crop`, black outside."""
     import cv2
 
     size, black = (FACE_SIZE, FACE_SIZE), (0.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Checks the caller's faces: uint8 (N,112,112,3) BGR as a server wants them, or one sentence that says why not."""
+"""Checks that faces are uint8 (N,112,112,3) BGR, as the models expect, and says what is wrong if they are not."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class DlpackArray(Protocol):
     """An array of torch, CuPy, JAX or Numba, on a GPU or not."""
 
     def __dlpack_device__(self) -> tuple[Any, Any]:
-        """Kind of device, and its number."""
+        """Device type and number."""
         ...
 
 
 class CudaArray(Protocol):
-    """An array on a GPU that speaks the CUDA Array Interface alone."""
+    """An array on a GPU that supports only the CUDA Array Interface."""
 
     @property
     def __cuda_array_interface__(self) -> Mapping[str, Any]:
-        """Where it is, and its layout."""
+        """Address and layout."""
         ...
 
 
 FacesLike = Array | Sequence[Array] | DlpackArray | CudaArray
-"""What callers may pass: it is checked at run time, see `check_faces`."""
+"""What callers may pass; checked at run time by `check_faces`."""
 
 
 def check_faces(faces: FacesLike) -> FaceArray:
-    """Faces as the server wants them: uint8 (N,112,112,3), C-contiguous; one face (112,112,3) becomes N = 1.
+    """Faces as the server expects them: uint8 (N,112,112,3), C-contiguous; one face (112,112,3) becomes N = 1.
 
-    Floats are taken when they are whole numbers in 0..255 (some loaders give those); N = 0 is fine. An array on a GPU
-    (uint8, C-contiguous) is copied to the host.
+    Floats are accepted if they are whole numbers in 0..255 (some loaders return those); N = 0 is fine. An array on a
+    GPU (uint8, C-contiguous) is copied to the host.
 
     Raises:
         InvalidFaces: wrong shape or dtype, values that are not whole numbers in 0..255, NaN.
@@ -70,11 +70,11 @@ def check_faces(faces: FacesLike) -> FaceArray:
 
 
 def check_in_place(faces: FacesLike | Faces) -> Faces:
-    """As `check_faces`, but faces on a GPU stay there.
+    """Like `check_faces`, but faces on a GPU stay there.
 
     Raises:
-        InvalidFaces: see `check_faces`; and on a GPU only uint8, C-contiguous arrays are taken.
-        DependencyMissing, CudaFailed: the array is on a GPU, and the driver cannot be reached.
+        InvalidFaces: see `check_faces`; on a GPU, only uint8, C-contiguous arrays are accepted.
+        DependencyMissing, CudaFailed: the array is on a GPU, but the driver cannot be used.
     """
     if isinstance(faces, np.ndarray) or not is_on_gpu(faces):
         return check_faces(faces)
@@ -87,7 +87,7 @@ def to_gpu(faces_bgr_u8: FacesLike, device: int = 0) -> GpuFaces:
 
 
 def _on_host(faces: Any) -> Any:
-    """Faces on a GPU copied from there; anything else as it is."""
+    """Copy faces from a GPU to the host; return anything else unchanged."""
     if is_on_gpu(faces):
         faces = check_in_place(faces)
         return faces if isinstance(faces, np.ndarray) else faces.to_host()
@@ -97,17 +97,17 @@ def _on_host(faces: Any) -> Any:
 
 
 def _whole_numbers(array: Array) -> FaceArray:
-    """uint8 from numbers that already are whole and within 0..255; everything else is refused, never rounded."""
+    """Cast numbers that are whole and within 0..255 to uint8; anything else is refused, never rounded."""
     if array.dtype.kind not in "fiu":
         raise InvalidFaces(f"expected faces of dtype uint8 (0..255), got {array.dtype}.")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = int(np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))[0])
-        raise InvalidFaces(f"face {bad} holds NaN or infinity: expected pixel values 0..255.")
+        raise InvalidFaces(f"face {bad} contains NaN or infinity: expected pixel values 0..255.")
     if array.size == 0:
         return array.astype(np.uint8)
     low, high = float(array.min()), float(array.max())
     if low < 0 or high > 255:
-        hint = " They look normalised already: pass the raw BGR crop, the server normalises." if low >= -4 else ""
+        hint = " They look already normalised: pass the raw BGR crop, the server normalises." if low >= -4 else ""
         raise InvalidFaces(f"expected pixel values 0..255, got {low:g}..{high:g}.{hint}")
     if array.dtype.kind == "f" and (array != np.floor(array)).any():
         hint = " They look scaled to 0..1: multiply by 255 and round." if high <= 1 else " Round to uint8 yourself."

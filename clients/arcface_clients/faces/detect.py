@@ -1,4 +1,4 @@
-"""Finds and aligns the faces that images show, or says why there is none (YuNet through OpenCV)."""
+"""Detects and aligns the faces in images with YuNet, through OpenCV."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ MODEL_NAME = "face_detection_yunet_2023mar.onnx"
 CACHE = Path("~/.cache/arcface-triton/detectors")
 SOURCE = "https://github.com/opencv/opencv_zoo/tree/main/models/face_detection_yunet"
 
-# YuNet's landmarks wander by several pixels with the size at which it sees a face. Looking again at each face, brought
-# to REFINE_SIDE, and at its mirror image, makes alignment steadier: `scripts/consensus-demo --images` measures by how
-# much verification gains.
+# YuNet's landmarks shift by several pixels with the size of the face. Detecting again on each face, resized to
+# REFINE_SIDE, and on its mirror image makes alignment more stable: `scripts/consensus-demo --images` measures how much
+# verification gains.
 REFINE_SIDE = 320
 REFINE_MARGIN = 1.5
 
 
 @dataclass(frozen=True)
 class DetectedFace:
-    """One face of an image; all places in pixels of the upright image."""
+    """One face of an image; coordinates are in pixels of the upright image."""
 
     face: Array = field(repr=False)  # uint8 (112,112,3) BGR, aligned
     score: float  # 0..1
@@ -42,7 +42,7 @@ class DetectedFace:
 
 
 class FaceDetector:
-    """YuNet with a model file; may be used from several threads (each gets its own network)."""
+    """YuNet; can be used from several threads, each with its own network."""
 
     def __init__(
         self,
@@ -56,14 +56,14 @@ class FaceDetector:
 
         Args:
             model: YuNet's ONNX; None: $ARCFACE_DETECTOR, else ~/.cache/arcface-triton/detectors/.
-            min_score: what YuNet must give a face, 0..1.
-            min_size: smallest side of a face in pixels of the image.
-            max_side: larger images are shrunk to this for detection; faces are cut from the full image.
-            refine: look twice more at each face for better landmarks.
+            min_score: lowest YuNet score of a face, 0..1.
+            min_size: smallest side of a face, in pixels of the image.
+            max_side: larger images are shrunk to this for detection; faces are cropped from the full image.
+            refine: run detection twice more on each face for better landmarks.
 
         Raises:
             DependencyMissing: no OpenCV, or no model file.
-            ConfigError: the file is no YuNet, or a number is out of range.
+            ConfigError: the file is not YuNet, or a number is out of range.
         """
         if not (0 < min_score < 1 and min_size >= 1 and max_side >= 32):
             raise ConfigError(
@@ -76,7 +76,7 @@ class FaceDetector:
         self._network()
 
     def detect(self, image_bgr: Array) -> list[DetectedFace]:
-        """The faces of an image uint8 (H,W,3) BGR, best score first; an empty list where there is none.
+        """The faces in an image uint8 (H,W,3) BGR, best score first; an empty list if there are none.
 
         Raises:
             InvalidFaces: not such an image.
@@ -104,7 +104,7 @@ class FaceDetector:
         return sorted(faces, key=lambda face: (-face.score, face.box))
 
     def _look_again(self, image: Array, small: Array, shrink: float, box: Array, landmarks: Array) -> Array:
-        """The mean of the landmarks found in the face alone and in its mirror image; `landmarks` where it is lost.
+        """Mean of the landmarks found on the cropped face and its mirror image; `landmarks` if it is not found again.
 
         `small` is the image at `shrink`; box and landmarks are in pixels of the image.
         """
@@ -113,7 +113,7 @@ class FaceDetector:
         side = REFINE_MARGIN * float(max(box[2:]))
         scale = REFINE_SIDE / side
         corner = box[:2] + box[2:] / 2 - side / 2
-        # warpAffine does not average: a large face is taken from the copy that was shrunk with averaging.
+        # warpAffine does not average, so a large face is taken from the copy that was shrunk with averaging.
         source, zoom = (small, scale / shrink) if scale < shrink else (image, scale)
         matrix = np.array([[zoom, 0, -scale * corner[0]], [0, zoom, -scale * corner[1]]])
         patch = cv2.warpAffine(source, matrix, (REFINE_SIDE, REFINE_SIDE))
@@ -157,10 +157,10 @@ class FaceDetector:
 
 
 def find_detector(model: Path | str | None = None) -> Path:
-    """The detector's file: as given, $ARCFACE_DETECTOR, or in the cache folder.
+    """Path of the detector's file: the given one, $ARCFACE_DETECTOR, or the one in the cache folder.
 
     Raises:
-        DependencyMissing: OpenCV or the file is not there; the message says what to put where.
+        DependencyMissing: OpenCV or the file is missing; the message says what to put where.
     """
     try:
         import cv2  # noqa: F401
@@ -178,7 +178,7 @@ def find_detector(model: Path | str | None = None) -> Path:
 def detect_crops(files: Iterable[str], detector: FaceDetector) -> Iterator[Crop]:
     """Every face of every image as a crop named `path[0]`, `path[1]` …, best first; one image in memory at a time.
 
-    An image that cannot be read, or shows no face, gives one refused crop under its path.
+    An image that cannot be read, or has no face, yields one refused crop under its path.
     """
     for name in files:
         try:

@@ -1,7 +1,7 @@
-"""Faces that are on a GPU already: a torch, CuPy, JAX or Numba array in, where its bytes lie out. No package is needed.
+"""Locates faces that are already on a GPU, in a torch, CuPy, JAX or Numba array, without importing those packages.
 
-Two protocols are understood: DLPack (__dlpack__), where the producer says when its work is done, and the CUDA Array
-Interface (__cuda_array_interface__).
+Two protocols are supported: DLPack (__dlpack__), in which the producer signals when its work is done, and the CUDA
+Array Interface (__cuda_array_interface__).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _UINT8 = (1, 8, 1)  # DLDataType: code kDLUInt, bits, lanes
 
 @dataclass(frozen=True)
 class GpuFaces:
-    """Faces uint8 (count,112,112,3) BGR, C-contiguous, at an address on a GPU; nothing is at work on them any more.
+    """Faces uint8 (count,112,112,3) BGR, C-contiguous, at an address on a GPU, with no work on them pending.
 
-    device: its number in this process. owner: what keeps the memory.
+    device: the GPU's number in this process. owner: the object that keeps the memory alive.
     """
 
     device: int
@@ -37,14 +37,14 @@ class GpuFaces:
     owner: Any
 
     def __len__(self) -> int:
-        """How many faces."""
+        """Number of faces."""
         return self.count
 
     def __getitem__(self, part: slice) -> GpuFaces:
-        """Some of them, one after the other; not a copy."""
+        """A contiguous range of the faces, without a copy."""
         start, stop, step = part.indices(self.count)
         if step != 1:
-            raise IndexError(f"faces on a GPU are cut one after the other, not by steps of {step}")
+            raise IndexError(f"faces on a GPU can only be sliced contiguously, not with a step of {step}")
         return GpuFaces(self.device, self.address + start * FACE_BYTES, max(stop - start, 0), self.owner)
 
     @property
@@ -59,7 +59,7 @@ class GpuFaces:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """So that torch.as_tensor and cupy.asarray take them."""
+        """Lets torch.as_tensor and cupy.asarray read the faces."""
         return {"shape": self.shape, "typestr": "|u1", "data": (self.address, False), "strides": None, "version": 3}
 
     def to_host(self) -> Array:
@@ -80,15 +80,15 @@ def is_on_gpu(faces: Any) -> bool:
         try:
             return int(faces.__dlpack_device__()[0]) in (_CUDA, _CUDA_MANAGED)
         except (BufferError, RuntimeError, TypeError, ValueError):
-            return False  # on several devices, or of a kind that DLPack has no number for
+            return False  # on several devices, or on a device type unknown to DLPack
     return hasattr(faces, "__cuda_array_interface__")
 
 
 def copy_to_gpu(faces_bgr_u8: Array, device: int = 0) -> GpuFaces:
-    """A copy of checked faces uint8 (N,112,112,3) on a GPU, freed when it is forgotten; for measurements and tests.
+    """Copy checked faces uint8 (N,112,112,3) to a GPU, freed with the last reference; for benchmarks and tests.
 
     Raises:
-        DependencyMissing, CudaFailed: there is no such GPU, or no room on it.
+        DependencyMissing, CudaFailed: there is no such GPU, or not enough memory on it.
     """
     memory = _Memory(driver(), device, max(faces_bgr_u8.nbytes, 1))
     with memory.cuda.on(device):
@@ -98,7 +98,7 @@ def copy_to_gpu(faces_bgr_u8: Array, device: int = 0) -> GpuFaces:
 
 
 class _Memory:
-    """Memory on a GPU that goes when nobody needs it."""
+    """GPU memory that is freed with its last reference."""
 
     def __init__(self, cuda: CudaDriver, device: int, byte_size: int) -> None:
         self.cuda, self.device = cuda, device
@@ -106,13 +106,13 @@ class _Memory:
             self.address = cuda.allocate(byte_size)
 
     def __del__(self) -> None:
-        # never allocated; or the process ends, and the driver before us
+        # never allocated; or the process is exiting and the driver is already gone
         with suppress(AttributeError, CudaFailed), self.cuda.on(self.device):
             self.cuda.free(self.address)
 
 
 def locate(faces: Any) -> Array | GpuFaces:
-    """Where an array on a GPU is, once its producer is done with it."""
+    """Locate an array on a GPU, and wait until its producer has finished with it."""
     if isinstance(faces, GpuFaces):
         return faces
     found = _by_dlpack(faces) if hasattr(faces, "__dlpack_device__") else _by_cuda_array_interface(faces)
@@ -133,13 +133,13 @@ def locate(faces: Any) -> Array | GpuFaces:
     return gpu_faces
 
 
-_Found = tuple[tuple[int, ...], bool, bool, GpuFaces]  # shape, is it uint8, is it contiguous, place
+_Found = tuple[tuple[int, ...], bool, bool, GpuFaces]  # shape, whether uint8, whether contiguous, location
 
 
 def _by_dlpack(faces: Any) -> _Found:
-    """Through DLPack: the legacy stream is made to wait for the producer's, and we for the legacy stream."""
+    """Through DLPack: the legacy stream waits for the producer's, and we wait for the legacy stream."""
     cuda, device = driver(), int(faces.__dlpack_device__()[1])
-    with cuda.on(device):  # torch takes the streams of the current device
+    with cuda.on(device):  # torch uses the streams of the current device
         try:
             capsule = faces.__dlpack__(stream=LEGACY_STREAM)
         except (BufferError, RuntimeError, TypeError) as exc:
@@ -175,7 +175,7 @@ def _faces_in(shape: Sequence[int]) -> int:
 
 
 def _contiguous(shape: Sequence[int], strides: Sequence[int] | None, item: int) -> bool:
-    """Whether these strides (in units of which an item has `item`) are those of a C-contiguous array."""
+    """Whether these strides (in units of which one item takes `item`) are those of a C-contiguous array."""
     expected = item
     for size, stride in zip(reversed(shape), reversed(strides or ()), strict=False):
         if size != 1 and stride != expected:
@@ -185,7 +185,7 @@ def _contiguous(shape: Sequence[int], strides: Sequence[int] | None, item: int) 
 
 
 class _DLTensor(ctypes.Structure):
-    """DLTensor of dlpack.h, with which a DLManagedTensor begins."""
+    """DLTensor of dlpack.h, the first field of a DLManagedTensor."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),

@@ -1,4 +1,4 @@
-"""Face crops from files: folders, files, globs and .npz in; (name, face) out, or (name, the reason why not)."""
+"""Reads face crops from folders, files, globs, .npz and .npy; a file that cannot be read yields the reason instead."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ARRAY_SUFFIXES = (".npz", ".npy")
 
 @dataclass(frozen=True)
 class Found:
-    """Where a detector found a face, in pixels of the photo as its EXIF orientation turns it upright."""
+    """Where a detector found a face, in pixels of the photo after its EXIF orientation is applied."""
 
     score: float  # 0..1
     box: tuple[float, float, float, float]  # x, y, width, height
@@ -38,7 +38,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Crop:
-    """One face that was asked for: its name, and either the crop uint8 (112,112,3) BGR or why there is none."""
+    """One requested face: its name, and either the crop uint8 (112,112,3) BGR or the reason there is none."""
 
     name: str  # path, or path[index] for a row of an array file
     face: FaceArray | None
@@ -47,16 +47,16 @@ class Crop:
 
 
 def find_files(sources: Iterable[str | Path]) -> list[str]:
-    """Files of folders (with all below them), globs (`**` too) and single paths; sorted and once each.
+    """Files from folders (recursively), globs (including `**`) and single paths; sorted, without duplicates.
 
-    A path that does not exist stays in the list: reading it gives the reason.
+    A path that does not exist stays in the list: reading it reports the reason.
     """
     found: set[str] = set()
     for source in map(str, sources):
         if Path(source).is_dir():
             found.update(files_below(source, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)))
         elif glob.has_magic(source) and not Path(source).exists():
-            # Path.glob takes no absolute patterns
+            # Path.glob does not accept absolute patterns
             found.update(p for p in glob.glob(source, recursive=True) if Path(p).is_file())  # noqa: PTH207
         else:
             found.add(source)
@@ -66,10 +66,10 @@ def find_files(sources: Iterable[str | Path]) -> list[str]:
 def files_below(
     folder: str, suffixes: tuple[str, ...], above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[str]:
-    """Files with these suffixes in a folder and all below it, sorted folder by folder; and images by another name.
+    """Files with these suffixes in a folder, recursively and sorted per folder; also images with any other suffix.
 
-    Links are followed, but not one that leads back to a folder `above` (device and inode); one that leads nowhere is
-    given, so that reading it says so. os.scandir, because a Path for each of millions of files costs more.
+    Links are followed, except back to a folder `above` (device and inode); a broken link is listed, so that reading it
+    reports the error. Uses os.scandir, because creating a Path for each of millions of files costs more.
 
     Raises:
         OSError: a folder cannot be read.
@@ -91,7 +91,7 @@ def files_below(
 
 
 def _looks_like_an_image(path: str) -> bool:
-    """Whether a file begins as JPEG, PNG, GIF, BMP, TIFF, WebP or the HEIF family (HEIC, AVIF) do."""
+    """Whether a file starts like JPEG, PNG, GIF, BMP, TIFF, WebP or the HEIF family (HEIC, AVIF)."""
     try:
         with Path(path).open("rb") as file:
             head = file.read(12)
@@ -101,10 +101,10 @@ def _looks_like_an_image(path: str) -> bool:
 
 
 def read_crops(files: Iterable[str]) -> Iterator[Crop]:
-    """The crops of each file in turn, one image in memory at a time; a file that cannot be read gives a refused Crop.
+    """The crops of each file, one image in memory at a time; a file that cannot be read yields a refused Crop.
 
     Raises:
-        DependencyMissing: an image is to be read and OpenCV is not installed.
+        DependencyMissing: there is an image to read, and OpenCV is not installed.
     """
     for name in files:
         try:
@@ -120,12 +120,12 @@ def read_crops(files: Iterable[str]) -> Iterator[Crop]:
 
 
 def load_faces(sources: Iterable[str | Path]) -> tuple[FaceArray, list[str], list[Crop]]:
-    """All crops at once: faces uint8 (N,112,112,3) BGR, their N names, and what was refused."""
+    """All crops at once: faces uint8 (N,112,112,3) BGR, their N names, and the refused crops."""
     return gather(read_crops(find_files(sources)))
 
 
 def gather(crops: Iterable[Crop]) -> tuple[FaceArray, list[str], list[Crop]]:
-    """The faces uint8 (N,112,112,3) of all crops, their N names, and the crops without one."""
+    """Stack crops: faces uint8 (N,112,112,3), their N names, and the crops without a face."""
     faces: list[FaceArray] = []
     names: list[str] = []
     refused: list[Crop] = []
@@ -141,15 +141,15 @@ def gather(crops: Iterable[Crop]) -> tuple[FaceArray, list[str], list[Crop]]:
 def load_or_draw(
     sources: Sequence[str | Path], count: int, say: Callable[[str], object] = lambda told: None
 ) -> tuple[Array, tuple[str, ...] | None]:
-    """(faces uint8 (N,112,112,3) BGR, their names) of files; without sources `count` drawn ones, which have no names.
+    """(faces uint8 (N,112,112,3) BGR, names) from files; without sources, `count` synthetic faces without names.
 
     Args:
         sources: folders, files, globs, .npz and .npy.
-        count: how many are drawn.
-        say: takes a line for each file that cannot be read.
+        count: number of synthetic faces.
+        say: receives a line for each file that cannot be read.
 
     Raises:
-        WrongUse: sources were given, and not one face could be read from them.
+        WrongUse: sources were given, but no face could be read from them.
     """
     if not sources:
         return synthetic_faces(count), None
@@ -165,17 +165,17 @@ def read_face(path: str | Path) -> Array:
     """One crop uint8 (112,112,3) BGR; grey becomes BGR, transparency is dropped, EXIF orientation is applied.
 
     Raises:
-        InvalidFaces: not an image, cut off, or not 112×112.
+        InvalidFaces: not an image, truncated, or not 112×112.
         OSError: the file cannot be read.
     """
     return decode_face(np.fromfile(path, np.uint8))
 
 
 def decode_face(data: Array) -> Array:
-    """A crop as `read_face` gives it, from a file's bytes uint8 (n,).
+    """Like `read_face`, from a file's bytes uint8 (n,).
 
     Raises:
-        InvalidFaces: as `read_face`.
+        InvalidFaces: see `read_face`.
         DependencyMissing: OpenCV is not installed.
     """
     try:
@@ -185,12 +185,12 @@ def decode_face(data: Array) -> Array:
     if not data.size:
         raise InvalidFaces("the file is empty")
     encoded = data.tobytes()
-    # OpenCV fills what is missing of a JPEG with grey and says nothing: scan data must be followed by an end mark.
+    # OpenCV silently fills the missing part of a truncated JPEG with grey, so look for an end marker after scan data.
     if encoded.startswith(b"\xff\xd8") and encoded.rfind(b"\xff\xd9") < encoded.rfind(b"\xff\xda"):
-        raise InvalidFaces("a JPEG that is cut off")
+        raise InvalidFaces("truncated JPEG")
     try:
         image = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    except cv2.error as exc:  # larger than OpenCV's limit on pixels
+    except cv2.error as exc:  # more pixels than OpenCV's limit
         raise InvalidFaces(f"OpenCV cannot decode it: {exc.err or exc}") from exc
     if image is None:
         image = _decode_otherwise(encoded)
@@ -201,16 +201,16 @@ def decode_face(data: Array) -> Array:
 
 
 def _decode_otherwise(encoded: bytes) -> Array:
-    """GIF, HEIC, AVIF and CMYK by way of Pillow: what OpenCV does not know."""
+    """Decode what OpenCV cannot (GIF, HEIC, AVIF, CMYK) with Pillow."""
     from arcface_clients.faces.photos import decode_photo
 
     if not encoded.startswith(b"GIF8") and encoded[4:12] not in HEIF_STARTS:
-        raise InvalidFaces("not an image that OpenCV can decode, or cut off")
+        raise InvalidFaces("not an image that OpenCV can decode, or truncated")
     return decode_photo(encoded)
 
 
 def read_array(path: str | Path) -> Array:
-    """Faces uint8 (N,112,112,3) of a .npy, or of a .npz under `faces` or its only array of four dimensions.
+    """Faces uint8 (N,112,112,3) from a .npy, or from a .npz: its array `faces`, or else its only 4-D array.
 
     Raises:
         InvalidFaces: not such a file, or the array does not fit the tensor contract.
@@ -228,7 +228,7 @@ def read_array(path: str | Path) -> Array:
     except InvalidFaces:
         raise
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
-        raise InvalidFaces(f"not a NumPy file, or cut off ({exc})") from exc
+        raise InvalidFaces(f"not a NumPy file, or truncated ({exc})") from exc
 
 
 def _reason(exc: Exception) -> str:

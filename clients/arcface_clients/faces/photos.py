@@ -1,4 +1,4 @@
-"""Image files in, upright BGR pixels out; what is damaged or too large is refused before it costs memory."""
+"""Decodes photos to upright BGR pixels; damaged and oversized files are refused before they use memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from arcface_clients.errors import DependencyMissing, InvalidFaces
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_PIXELS = 80_000_000  # 240 MB of BGR; below the size at which Pillow warns of a decompression bomb
+MAX_PIXELS = 80_000_000  # 240 MB of BGR; below Pillow's decompression-bomb warning
 
 
 def read_photo(path: Path | str, max_pixels: int = MAX_PIXELS) -> Array:
-    """An image uint8 (H,W,3) BGR, turned as its EXIF orientation says; grey, palette, CMYK and alpha become BGR.
+    """An image uint8 (H,W,3) BGR, with EXIF orientation applied; grey, palette, CMYK and alpha are converted to BGR.
 
-    Of an animation, the first picture. Pillow reads it because it knows the size before it decodes, and says when a
-    file is cut off (OpenCV fills the rest with grey).
+    Of an animation, the first frame. Uses Pillow because it knows the size before decoding, and reports a truncated
+    file (OpenCV fills the rest with grey).
 
     Raises:
-        InvalidFaces: not an image, damaged, cut off, of more than `max_pixels`, or HEIC without pillow-heif.
+        InvalidFaces: not an image, damaged, truncated, more than `max_pixels`, or HEIC without pillow-heif.
         OSError: the file cannot be read.
         DependencyMissing: Pillow is not installed.
     """
@@ -34,10 +34,10 @@ def read_photo(path: Path | str, max_pixels: int = MAX_PIXELS) -> Array:
 
 
 def decode_photo(data: bytes, max_pixels: int = MAX_PIXELS) -> Array:
-    """An image as `read_photo` gives it, from a file's bytes.
+    """Like `read_photo`, from a file's bytes.
 
     Raises:
-        InvalidFaces, DependencyMissing: as `read_photo`.
+        InvalidFaces, DependencyMissing: see `read_photo`.
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
@@ -48,7 +48,7 @@ def decode_photo(data: bytes, max_pixels: int = MAX_PIXELS) -> Array:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise InvalidFaces(f"{width}×{height} pixels; expected up to {max_pixels:,}. Shrink it first")
+                raise InvalidFaces(f"{width}×{height} pixels; expected at most {max_pixels:,}. Shrink it first")
             upright = ImageOps.exif_transpose(_eight_bits(image)) or image
             rgb = np.asarray(upright.convert("RGB"))
     except InvalidFaces:
@@ -56,19 +56,19 @@ def decode_photo(data: bytes, max_pixels: int = MAX_PIXELS) -> Array:
     except UnidentifiedImageError as exc:
         if data[4:8] == b"ftyp":
             raise InvalidFaces(
-                "HEIC or AVIF, which needs a decoder that is not here: pip install 'arcface-triton[heif]'"
+                "HEIC or AVIF, whose decoder is not installed: pip install 'arcface-triton[heif]'"
             ) from exc
-        raise InvalidFaces("not an image, or of a kind that Pillow does not know") from exc
+        raise InvalidFaces("not an image, or a format that Pillow does not know") from exc
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise InvalidFaces(f"too large: {exc}") from exc
     except Exception as exc:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error … on bad bytes
-        raise InvalidFaces(f"damaged or cut off ({exc})") from exc
+        raise InvalidFaces(f"damaged or truncated ({exc})") from exc
     return np.ascontiguousarray(rgb[..., ::-1])
 
 
 @cache
 def _know_heif() -> None:
-    """Let Pillow read HEIC (and AVIF, where it does not itself) with pillow-heif, where that is installed."""
+    """Let Pillow read HEIC (and AVIF, if it cannot by itself) with pillow-heif, if that is installed."""
     try:
         import pillow_heif
     except ImportError:
@@ -77,7 +77,7 @@ def _know_heif() -> None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey images keep their high byte; Pillow's own conversion would clip them to white."""
+    """Reduce 16-bit grey images to their high byte; Pillow's own conversion would clip them to white."""
     if not image.mode.startswith("I"):
         return image
     from PIL import Image

@@ -1,4 +1,4 @@
-"""Drawn faces, seeded: what proofs, warm-up and demos embed where no real crops are at hand. Nobody's likeness."""
+"""Seeded synthetic faces, nobody's likeness, for proofs, warm-up and demos without real crops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from arcface_clients.contract import FACE_SIZE
 
 
 def synthetic_faces(count: int, seed: int = 0) -> FaceArray:
-    """`count` different drawn faces: uint8 (count,112,112,3) BGR, eyes and mouth placed as in the ArcFace template."""
+    """`count` different faces, drawn: uint8 (count,112,112,3) BGR, eyes and mouth placed as in the ArcFace template."""
     return np.stack([_draw(np.random.default_rng([seed, i])) for i in range(count)]) if count else _none()
 
 
@@ -36,7 +36,7 @@ def _none() -> FaceArray:
 
 
 def _draw(rng: np.random.Generator) -> FaceArray:
-    """One face: background, head, hair, eyes, nose, mouth, then texture and light; all proportions random."""
+    """Draw one face: background, head, hair, eyes, nose, mouth, then texture and light; all proportions random."""
     y, x = np.mgrid[0:FACE_SIZE, 0:FACE_SIZE].astype(np.float32)
     image = _texture(rng, amplitude=35) + rng.uniform(40, 200, 3)
 

@@ -1,1 +1,1 @@
-"""What is done with embeddings: distances, search, galleries, and the consensus of a person."""
+"""Working with embeddings: distances, search, galleries, and the consensus on a person."""

@@ -1,4 +1,4 @@
-"""Faces in, embeddings out; only faces that this contract has not embedded before reach the engine."""
+"""Caches embeddings, so that only faces not yet embedded under this contract reach the engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Key = tuple[str, bytes]  # contract id, sha256 of the face's pixels
 
-# What an entry costs beside its vector: key, two digests' objects, array header, a place in the table (sys.getsizeof).
+# Memory of an entry besides its vector: key, two digest objects, array header, table slot (sys.getsizeof).
 ENTRY_OVERHEAD_BYTES = 400
 
 SCHEMA = """
@@ -42,7 +42,7 @@ class CacheStats:
     """Counts since the cache was opened; a hit is a face that was not sent to the engine."""
 
     hits: int = 0
-    disk_hits: int = 0  # those of the hits that came from the file
+    disk_hits: int = 0  # hits that came from the file
     misses: int = 0
     evictions: int = 0
 
@@ -53,17 +53,17 @@ def face_digest(face_bgr_u8: Array) -> bytes:
 
 
 class EmbeddingCache:
-    """Embeddings by face content and contract id: least recently used ones leave memory first; a file keeps all.
+    """Embeddings by face content and contract id: the least recently used leave memory first; a file keeps all.
 
-    The file is SQLite in write-ahead mode: what was committed survives a kill, and several processes may share it.
-    Usable from several threads; the engine runs outside the lock.
+    The file is SQLite in write-ahead mode: commits survive a kill, and several processes may share it. Thread-safe;
+    the engine runs outside the lock.
     """
 
     def __init__(self, max_bytes: int = 256 << 20, path: Path | str | None = None) -> None:
-        """Room for `max_bytes` in memory, and, with `path`, a file that is made where it is missing.
+        """Keep up to `max_bytes` in memory and, with `path`, everything in a file, created if missing.
 
         Raises:
-            ConfigError: a limit below 0, or `path` is no such file.
+            ConfigError: a limit below 0, or `path` is not a cache file.
         """
         if max_bytes < 0:
             raise ConfigError(f"expected max_bytes of at least 0, got {max_bytes}.")
@@ -72,8 +72,8 @@ class EmbeddingCache:
         self.stats = CacheStats()
         self._lock = threading.Lock()
         self._vectors: OrderedDict[Key, Array] = OrderedDict()
-        self._people: dict[str, set[Key]] = {}  # of what is in memory
-        self._owners: dict[Key, set[str]] = {}  # the same, the other way round
+        self._people: dict[str, set[Key]] = {}  # only what is in memory
+        self._owners: dict[Key, set[str]] = {}  # the inverse
         self._path = Path(path) if path is not None else None
         self._file = _open(self._path) if self._path is not None else None
 
@@ -81,27 +81,27 @@ class EmbeddingCache:
         """Embeddings float32 (N,D) of faces uint8 (N,112,112,3) BGR, in order; a face given twice is embedded once.
 
         Args:
-            engine: asked for what is missing, in one call.
+            engine: embeds the missing faces, in one call.
             faces: as for the engine.
-            person: remembered with these faces, so that `clear` can forget them.
+            person: stored with these faces, so that `clear` can forget them.
 
         Raises:
-            ContractMismatch: the engine states no contract id, so nothing may be kept under it.
+            ContractMismatch: the engine states no contract id, so nothing can be cached.
             ConfigError: the file cannot be read or written (disk full, damaged).
-            ArcFaceError: what `engine.encode` raises.
+            ArcFaceError: raised by `engine.encode`.
         """
         faces = check_faces(faces)
         contract = engine.contract_id
         if not contract:
             raise ContractMismatch(
                 "the engine states no contract id, so its embeddings cannot be told from another model's: expected a "
-                "server that was started on an assembled repository. Start it with scripts/serve, or go without cache."
+                "server that was started on an assembled repository. Start it with scripts/serve, or use no cache."
             )
         keys = [(contract, face_digest(face)) for face in faces]
         with self._lock, self._file_errors():
             known = self._find(keys)
             missing = [i for i, key in enumerate(keys) if key not in known]
-            first = {keys[i]: i for i in reversed(missing)}  # each content once, at its first place
+            first = {keys[i]: i for i in reversed(missing)}  # each distinct face once, at its first index
             self.stats.misses += len(first)
             self.stats.hits += len(keys) - len(first)
         if not keys:
@@ -117,7 +117,7 @@ class EmbeddingCache:
         return np.stack([known[key] for key in keys])
 
     def clear(self, person: str | None = None) -> int:
-        """Forget a person's faces (those that nobody else has), or everything; returns how many embeddings went."""
+        """Forget a person's faces (unless shared with another), or everything; returns the number removed."""
         with self._lock, self._file_errors():
             own = set(self._vectors) if person is None else self._people.pop(person, set())
             for key in own:
@@ -131,7 +131,7 @@ class EmbeddingCache:
             return len(gone)
 
     def close(self) -> None:
-        """Close the file and empty the memory; the file can be opened again."""
+        """Close the file and clear the memory; the file can be opened again."""
         with self._lock:
             for key in list(self._vectors):
                 self._drop(key)
@@ -170,7 +170,7 @@ class EmbeddingCache:
 
     def _keep(self, keys: Sequence[Key], known: dict[Key, Array], new: dict[Key, Array], person: str | None) -> None:
         if self._file is not None:
-            with self._file:  # one transaction: embeddings and whose they are, or neither
+            with self._file:  # one transaction: embeddings and their owners, or neither
                 self._file.executemany(
                     "INSERT OR IGNORE INTO embeddings VALUES (?, ?, ?)",
                     [(*key, vector.astype("<f4").tobytes()) for key, vector in new.items()],
@@ -208,8 +208,8 @@ class EmbeddingCache:
             yield
         except sqlite3.Error as exc:
             raise ConfigError(
-                f"the embedding cache {self._path} failed ({exc}): expected a writable file on a disk with room. "
-                "Free space, give another path, or delete it: a cache can be filled again."
+                f"the embedding cache {self._path} failed ({exc}): expected a writable file on a disk with free space. "
+                "Free some, give another path, or delete it: a cache can be rebuilt."
             ) from exc
 
 
@@ -221,25 +221,25 @@ def _open(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.executescript(SCHEMA)
-    except sqlite3.OperationalError as exc:  # no room, no rights, locked: the file may well be a cache
+    except sqlite3.OperationalError as exc:  # disk full, no permission, locked: the file may well be a cache
         if connection is not None:
             connection.close()
         raise ConfigError(
-            f"the embedding cache {path} cannot be opened ({exc}): expected a writable file on a disk with room. "
-            "Free space, or give another path."
+            f"the embedding cache {path} cannot be opened ({exc}): expected a writable file on a disk with free space. "
+            "Free some, or give another path."
         ) from exc
     except sqlite3.DatabaseError as exc:
         if connection is not None:
             connection.close()
         raise ConfigError(
-            f"{path} is not an embedding cache ({exc}): expected a file that this program made. "
-            "Give another path, or delete it: a cache can be filled again."
+            f"{path} is not an embedding cache ({exc}): expected a file written by this program. "
+            "Give another path, or delete it: a cache can be rebuilt."
         ) from exc
     return connection
 
 
 def _forget(file: sqlite3.Connection, person: str | None) -> set[Key]:
-    """Delete a person (None: everybody) from the file; the keys that nobody holds any more."""
+    """Delete a person (None: everybody) from the file; returns the keys that nobody has any more."""
     with file:
         if person is None:
             keys = set(file.execute("SELECT contract, digest FROM embeddings"))

@@ -1,4 +1,4 @@
-"""Embeddings of photos said to show one person in; who most of them show, and which do not belong, out."""
+"""Finds the person that most of a set of faces show, and the faces that show somebody else."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from arcface_clients.errors import ConfigError, InvalidEmbeddings
 from arcface_clients.people.grouping import distances_to_others, divide, join_nearest, settle
 from arcface_clients.people.vectors import cosine_distances, unit_pair
 
-# Distances of a face to the mean of a person's other faces, read off 50 LFW people with MobileFaceNet: where own and
-# foreign faces overlap. `scripts/consensus-demo` prints how many lie on the wrong side of each; `calibrate` finds
-# max_distance for your model and photos.
+# Distances from a face to the mean of a person's other faces, where the person's own and other people's faces overlap:
+# 50 LFW people, MobileFaceNet. `scripts/consensus-demo` prints how many faces are on the wrong side of each limit;
+# `calibrate` finds max_distance for your model and photos.
 MAX_DISTANCE = 0.62
 ACCEPT_DISTANCE = 0.55
 REJECT_DISTANCE = 0.70
-VOTE_SHARE = 0.95  # a majority must not hang on a face that is beyond this share of max_distance
+VOTE_SHARE = 0.95  # a majority must not depend on a face beyond this share of max_distance
 
 
 @dataclass(frozen=True)
 class Outlier:
-    """A face that does not show the person: its place in the input and its distance to the members' mean."""
+    """A face that does not show the person: its index in the input and its distance to the members' mean."""
 
     index: int
     distance: float
@@ -31,7 +31,7 @@ class Outlier:
 
 @dataclass(frozen=True)
 class Consensus:
-    """What `find_consensus` found; indices are places in its input. Undecided: no members, outliers or embedding."""
+    """What `find_consensus` found; indices refer to its input. If undecided: no members, outliers or embedding."""
 
     agreed: bool
     reason: str
@@ -39,12 +39,12 @@ class Consensus:
     outliers: tuple[Outlier, ...]
     groups: tuple[
         tuple[int, ...], ...
-    ]  # all of two faces or more that agree among themselves: the members', or largest, first
+    ]  # two or more faces that agree with each other; the members' group first, else the largest
     embedding: Array | None = field(repr=False)  # float32 (D,), unit length
-    distances: Array = field(repr=False)  # float32 (N,): to the mean of the first group, a face's own share left out
+    distances: Array = field(repr=False)  # float32 (N,): to the mean of the first group without the face itself
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the embedding, with plain numbers; distances are rounded to six digits."""
+        """Everything but the embedding, as plain numbers; distances are rounded to six digits."""
         return {
             "agreed": self.agreed,
             "reason": self.reason,
@@ -57,10 +57,10 @@ class Consensus:
 
 @dataclass(frozen=True)
 class CandidateDecision:
-    """What `validate_candidate` decided, with the scores it stands on (all distances, 0..2)."""
+    """Result of `validate_candidate`, with the scores behind it (all distances, 0..2)."""
 
     decision: Literal["accept", "reject", "unsure"]
-    distance: float  # to the mean of the references; the decision is made on this one
+    distance: float  # to the mean of the references; the decision depends on this one alone
     nearest: float
     median: float
     per_reference: Array = field(repr=False)  # float32 (R,)
@@ -74,21 +74,21 @@ class CandidateDecision:
 def find_consensus(
     embeddings: Array, max_distance: float = MAX_DISTANCE, min_support: int = 3, min_share: float = 0.5
 ) -> Consensus:
-    """The clear majority of (N,D) embeddings that agree with each other; the same answer for any order of the input.
+    """Find the clear majority of (N,D) embeddings that agree with each other, whatever the order of the input.
 
-    Members are all faces within `max_distance` of the mean of the *other* members. Undecided, with the groups that
-    there are: no group is large enough, another is as large, the members look like two people, or so many of them
-    are nearer to another group that the rest is too few. Bit-equal embeddings (one file twice) have one vote.
+    Members are all faces within `max_distance` of the mean of the *other* members. The result is undecided, with the
+    groups that were found, if no group is large enough, another is as large, the members look like two people, or so
+    many of them are nearer to another group that too few remain. Bit-equal embeddings (one file twice) count once.
 
     Args:
-        embeddings: any length of rows; they are normalised.
+        embeddings: rows of any length; they are normalised.
         max_distance: from a face to the mean of the other members, above 0 and up to 1.
-        min_support: so many different faces must agree.
-        min_share: and they must be more than this share of all different faces.
+        min_support: at least this many different faces must agree.
+        min_share: they must also be more than this share of all different faces.
 
     Raises:
-        InvalidEmbeddings: not (N,D), or a row is all zero or holds NaN.
-        ConfigError: a limit that cannot be meant.
+        InvalidEmbeddings: not (N,D), or a row is all zero or contains NaN.
+        ConfigError: a limit out of range.
     """
     if not (0 < max_distance <= 1 and min_support >= 1 and 0 <= min_share < 1):
         raise ConfigError(
@@ -98,7 +98,7 @@ def find_consensus(
     unit = unit_rows(embeddings)
     if not len(unit):
         return Consensus(False, "there is no face", (), (), (), None, np.empty(0, np.float32))
-    # Sorted by content: neither the matrix product's rounding nor a tie can depend on the order of the input.
+    # Sorted by content, so that neither the matrix product's rounding nor ties depend on the order of the input.
     _, first, place = np.unique(unit.view(f"V{unit.itemsize * unit.shape[1]}"), return_index=True, return_inverse=True)
     different, place = unit[first], place.reshape(-1)
     cosines = 1 - cosine_distances(different).astype(np.float64)
@@ -120,24 +120,24 @@ def find_consensus(
 
 
 def _majority(cosines: Array, max_distance: float, needed: int) -> tuple[list[Array], str]:
-    """Groups bool (N,) of different faces, the one that may be agreed on first; and why it is not, else ""."""
+    """Groups bool (N,) of different faces, the candidate majority first; and why it is not one, else ""."""
     total = len(cosines)
     starts = [_mask(group, total) for group in join_nearest(cosines, max_distance)]
     settled = [member for start in starts if (member := settle(cosines, start, max_distance)) is not None]
     if not settled:
-        return starts, "the faces form no group that keeps its members"
+        return starts, "the faces form no stable group"
     member = max(settled, key=lambda mask: int(mask.sum()))
     while member.sum() >= needed and (part := divide(cosines[np.ix_(member, member)], max_distance)) is not None:
         inside = np.flatnonzero(member)
         larger, smaller = _mask(inside[part], total), _mask(inside[~part], total)
         if larger.sum() < max(needed, 2 * smaller.sum()):
             reason = (
-                f"{member.sum()} of {total} different faces are alike, but in two groups as of two people who are: "
+                f"{member.sum()} of {total} different faces are alike, but form two groups, like two people: "
                 f"{larger.sum()} and {smaller.sum()}"
             )
             return [larger, smaller, *_others(cosines, member, max_distance)], reason
         if 1 - cosines[np.ix_(larger, smaller)].mean() <= max_distance:
-            break  # odd photos of the same person as well may be
+            break  # the smaller part may just as well be odd photos of the same person
         member = larger
     nearer = np.zeros(total, bool)
     for group in _others(cosines, member, max_distance):
@@ -152,12 +152,12 @@ def _majority(cosines: Array, max_distance: float, needed: int) -> tuple[list[Ar
         reason += f", {contested} more are nearer to others" if contested else ""
         return sorted([member, *others], key=lambda mask: -int(mask.sum())), f"{reason}; at least {needed} must"
     if any(group.sum() >= member.sum() for group in others):
-        return [member, *others], f"{reason}, and as many others with each other"
+        return [member, *others], f"{reason}, and as many others agree with each other"
     return [member, *others], ""
 
 
 def _others(cosines: Array, member: Array, max_distance: float) -> list[Array]:
-    """The groups that the faces outside of `member` form, largest first."""
+    """The groups formed by the faces outside `member`, largest first."""
     rest = np.flatnonzero(~member)
     return [_mask(rest[group], len(cosines)) for group in join_nearest(cosines[np.ix_(rest, rest)], max_distance)]
 
@@ -174,12 +174,12 @@ def validate_candidate(
     accept_distance: float = ACCEPT_DISTANCE,
     reject_distance: float = REJECT_DISTANCE,
 ) -> CandidateDecision:
-    """Whether an embedding (D,) shows the person of the reference embeddings (R,D), R ≥ 1.
+    """Decide whether an embedding (D,) shows the person of the reference embeddings (R,D), R ≥ 1.
 
     accept: within `accept_distance` of the references' mean; reject: beyond `reject_distance`; unsure between.
 
     Raises:
-        InvalidEmbeddings: no reference, widths differ, zero or NaN.
+        InvalidEmbeddings: no reference, different widths, zero or NaN rows.
         ConfigError: accept_distance above reject_distance.
     """
     if not 0 <= accept_distance <= reject_distance <= 2:
@@ -198,19 +198,19 @@ def validate_candidate(
 
 
 def calibrate(embeddings: Array, identities: Array, false_alarms: float = 0.005) -> float:
-    """The `max_distance` beyond which `false_alarms` of the labelled people's own faces lie.
+    """The `max_distance` that a share `false_alarms` of the labelled people's own faces exceeds.
 
     Args:
-        embeddings: (N,D) of people with at least two faces each, none of them wrong; others are left out.
+        embeddings: (N,D), correctly labelled; people with only one face are ignored.
         identities: (N,) names.
-        false_alarms: share of own faces that may be called strangers, 0..1.
+        false_alarms: share of a person's own faces that may be rejected, 0..1.
 
     Raises:
-        InvalidEmbeddings: nobody has two faces, zero or NaN rows, more or fewer names than rows.
+        InvalidEmbeddings: nobody has two faces, zero or NaN rows, or not one name per row.
     """
     unit, names = unit_rows(embeddings), np.asarray(identities)
     if names.shape != unit.shape[:1]:
-        raise InvalidEmbeddings(f"expected a name for each of {len(unit)} embeddings, got {names.size}.")
+        raise InvalidEmbeddings(f"expected one name for each of {len(unit)} embeddings, got {names.size}.")
     own: list[Array] = []
     for name in np.unique(names):
         rows = unit[names == name]

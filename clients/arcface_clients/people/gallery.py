@@ -1,4 +1,4 @@
-"""Embeddings under names in; the nearest names to a query, or one versioned file, out."""
+"""A gallery of named embeddings: search for the nearest people, save to one versioned file."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ FORMAT, VERSION = "arcface-gallery", 1
 
 @dataclass(frozen=True)
 class Match:
-    """One answer of a search."""
+    """One result of a search."""
 
     identity: str
     distance: float
 
 
 class Gallery:
-    """People and their embeddings, all of one contract id; searched exhaustively by one matrix product.
+    """People and their embeddings, all of one contract id; searched exhaustively with one matrix product.
 
-    Searching needs no lock: it works on the rows that were there when it began. Adding and removing take turns.
+    A search takes no lock: it works on the rows present when it started. Adding and removing are serialised.
     """
 
     def __init__(self, contract_id: str) -> None:
-        """An empty gallery for embeddings of this contract (an engine's `contract_id`)."""
+        """Create an empty gallery for embeddings of this contract (an engine's `contract_id`)."""
         if not contract_id:
             raise ContractMismatch(
                 "a gallery needs the contract id of its embeddings, and this engine states none: expected a server "
@@ -45,19 +45,19 @@ class Gallery:
         self._number: dict[str, int] = {}
         self._count = 0
         self._rows = np.empty((0, 0), np.float32)  # unit rows; the first _count are in use
-        self._owner = np.empty(0, np.int32)  # place of each row's name in _names
+        self._owner = np.empty(0, np.int32)  # index of each row's name in _names
 
     def __len__(self) -> int:
-        """How many embeddings are held."""
+        """Number of embeddings."""
         return self._count
 
     @property
     def dim(self) -> int | None:
-        """Width of the embeddings; None while there are none."""
+        """Width of the embeddings; None while the gallery is empty."""
         return self._rows.shape[1] or None
 
     def identities(self) -> dict[str, int]:
-        """Names in the order in which they came, with the number of their embeddings."""
+        """Names in order of first enrolment, with the number of embeddings of each."""
         with self._lock:
             counts = np.bincount(self._owner[: self._count], minlength=len(self._names))
             return {name: int(count) for name, count in zip(self._names, counts, strict=True) if count}
@@ -66,23 +66,23 @@ class Gallery:
         """Refuse embeddings of another model.
 
         Raises:
-            ContractMismatch: `contract_id` is another one, or None.
+            ContractMismatch: `contract_id` is a different one, or None.
         """
         if contract_id != self.contract_id:
             raise ContractMismatch(
-                f"this gallery holds {self._count} embeddings of contract {self.contract_id[:12]}, these are of "
+                f"this gallery holds {self._count} embeddings of contract {self.contract_id[:12]}, but these are of "
                 f"{contract_id[:12] if contract_id else 'an unknown contract'}: expected one model for both, since "
-                "distances between two models mean nothing. Re-enrol: embed everybody's faces with the model that is "
-                "served now (arcface embed FACES -o new.npz) into a new gallery; or serve the model of this gallery "
-                "again (arcface rollback)."
+                "distances between two models mean nothing. Re-enrol: embed everybody's faces with the model "
+                "served now (arcface embed FACES -o new.npz) into a new gallery; or go back to serving this gallery's "
+                "model (arcface rollback)."
             )
 
     def add(self, identity: str, embeddings: Array, contract_id: str) -> None:
-        """Add one embedding (D,) or several (N,D) under a name that may be there already; stored with unit length.
+        """Add one embedding (D,) or several (N,D) under a new or existing name; stored with unit length.
 
         Raises:
-            ContractMismatch: `contract_id` (the engine's that made them) is not this gallery's.
-            InvalidEmbeddings: another width, zero or NaN rows; nothing is added then.
+            ContractMismatch: `contract_id` (of the engine that made them) is not this gallery's.
+            InvalidEmbeddings: wrong width, zero or NaN rows; nothing is added.
         """
         self.check_contract(contract_id)
         array = np.asarray(embeddings)
@@ -101,12 +101,12 @@ class Gallery:
             self._count = needed
 
     def remove(self, *identities: str) -> int:
-        """Forget these people; returns how many embeddings went. Unknown names are ignored. One copy of the rest."""
+        """Forget these people; returns the number of embeddings removed. Unknown names are ignored."""
         with self._lock:
             gone = [self._number[name] for name in identities if name in self._number]
             kept = ~np.isin(self._owner[: self._count], gone)
             removed = int(self._count - kept.sum())
-            if gone:  # new arrays: a search that is under way goes on with the old ones
+            if gone:  # new arrays: a running search keeps using the old ones
                 self._rows, self._owner = self._rows[: self._count][kept], self._owner[: self._count][kept]
                 self._count -= removed
             return removed
@@ -114,17 +114,17 @@ class Gallery:
     def search(
         self, queries: Array, k: int = 5, contract_id: str | None = None, per_identity: bool = True
     ) -> list[list[Match]]:
-        """The k nearest people to each query, nearest first.
+        """Find the k nearest people to each query, nearest first.
 
         Args:
             queries: one embedding (D,) or several (Q,D).
-            k: fewer come back where the gallery has fewer.
-            contract_id: the engine's that made the queries; None says that the caller has checked it.
+            k: number of results; fewer if the gallery has fewer.
+            contract_id: of the engine that made the queries; None if the caller has already checked it.
             per_identity: each name once, with its nearest embedding; False: the k nearest embeddings.
 
         Raises:
-            ContractMismatch: `contract_id` is given and not this gallery's.
-            InvalidEmbeddings: another width, zero or NaN rows, k < 1.
+            ContractMismatch: `contract_id` is given but is not this gallery's.
+            InvalidEmbeddings: wrong width, zero or NaN rows, k < 1.
         """
         if contract_id is not None:
             self.check_contract(contract_id)
@@ -136,7 +136,7 @@ class Gallery:
             return [[] for _ in rows]
         if rows.shape[1] != held.shape[1]:
             raise InvalidEmbeddings(f"expected queries of {held.shape[1]} dimensions, got {rows.shape[1]}.")
-        # Among so many nearest rows there are k different names, whoever they belong to.
+        # This many nearest rows contain k different names, whoever they belong to.
         wanted = (k - 1) * int(np.bincount(owner).max()) + 1 if per_identity and k > 0 else k
         distances, found = nearest_unit(rows, held, min(wanted, len(held)))
         return [
@@ -145,10 +145,10 @@ class Gallery:
         ]
 
     def save(self, path: Path | str) -> None:
-        """Write one .npz file, atomically: header (format, version, contract id), embeddings, names."""
+        """Write one .npz file atomically: header (format, version, contract id), embeddings, names."""
         with self._lock:
             rows, names = self._rows[: self._count], self._names
-            used, owner = np.unique(self._owner[: self._count], return_inverse=True)  # names without a row stay out
+            used, owner = np.unique(self._owner[: self._count], return_inverse=True)  # names without a row are left out
         names = [names[i] for i in used]
         header = json.dumps({"format": FORMAT, "version": VERSION, "contract_id": self.contract_id})
         with new_file(Path(path)) as temporary, temporary.open("wb") as file:
@@ -162,11 +162,11 @@ class Gallery:
 
     @classmethod
     def load(cls, path: Path | str, contract_id: str | None = None) -> Gallery:
-        """Read what `save` wrote; with `contract_id` (the engine's that is used now) a foreign gallery is refused.
+        """Read a file written by `save`; with `contract_id` (of the current engine), refuse another model's gallery.
 
         Raises:
-            InvalidEmbeddings: no gallery, a damaged one, or one of a newer version.
-            ContractMismatch: `contract_id` is given and not the file's.
+            InvalidEmbeddings: not a gallery, damaged, or of a newer version.
+            ContractMismatch: `contract_id` is given but is not the file's.
         """
         try:
             with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
@@ -182,8 +182,8 @@ class Gallery:
                 raise ValueError("names and owners do not fit")
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
             raise InvalidEmbeddings(
-                f"{path} cannot be read as a gallery ({exc}): expected {FORMAT} up to version {VERSION}, whole. "
-                "Save it again, or update arcface-triton."
+                f"{path} cannot be read as a gallery ({exc}): expected a complete {FORMAT} file, "
+                f"version {VERSION} or older. Save it again, or update arcface-triton."
             ) from exc
         gallery._count = len(gallery._rows)
         gallery._number = {name: i for i, name in enumerate(gallery._names)}

@@ -1,6 +1,6 @@
-"""Divides faces by whom they show, from the cosines between them alone.
+"""Groups faces by the person they show, using only the cosines between them.
 
-All functions take cosines float64 (N,N) of N different faces, with ones on the diagonal.
+All functions take the cosines float64 (N,N) of N different faces, with ones on the diagonal.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import numpy as np
 
 from arcface_clients.arrays import Array
 
-# When two groups that lie within one limit are two people who look alike: faces of different groups are on average
-# beyond this share of the limit, and both groups are tighter by this much of cosine. Read off 50 LFW people with
-# MobileFaceNet: of those pairs of people whose faces all lie within the limit the gap is 0.21 or more; of eight faces
-# of one person, divided in the worst way, 98 in 100 stay below 0.18.
+# Two groups within one limit are two people who look alike if the mean distance between the groups exceeds this share
+# of the limit, and both groups are tighter by this much in cosine. From 50 LFW people with MobileFaceNet: for pairs of
+# people whose faces all lie within the limit, the gap is 0.21 or more; for eight faces of one person, split in the
+# worst way, it is below 0.18 in 98 of 100 cases.
 ALIKE_SHARE = 0.9
 ALIKE_GAP = 0.18
 
 
 def distances_to_others(cosines: Array, member: Array) -> Array:
-    """Distance float32 (N,) of each face to the mean of the members, bool (N,), other than itself.
+    """Distance float32 (N,) of each face to the mean of the members, bool (N,), excluding itself.
 
     With S the sum of the members: x·(S − x) = x·S − 1 and |S − x|² = |S|² − 2 x·S + 1. A lone member is at 0.
     """
@@ -34,16 +34,15 @@ def distances_to_others(cosines: Array, member: Array) -> Array:
 
 
 def join_nearest(cosines: Array, max_distance: float) -> list[list[int]]:
-    """Groups of faces, largest first: the two whose means are nearest are joined until none are within the limit."""
+    """Groups of faces, largest first; joins the two with the nearest means until none are within the limit."""
     groups = [sorted(group) for group in _merge(cosines, max_distance)[1]]
     return sorted(groups, key=lambda group: (-len(group), group))
 
 
 def settle(cosines: Array, start: Array, max_distance: float) -> Array | None:
-    """Members bool (N,), reached from those of `start`: just who is within the limit of the mean of the others.
+    """A stable set of members bool (N,), reached from `start`: exactly the faces within the limit of the others' mean.
 
-    The face that is furthest on the wrong side changes sides, one at a time. None: that comes round for ever, or
-    nobody is left.
+    Moves one face at a time, the one furthest on the wrong side. None if this cycles, or no members are left.
     """
     member, seen = start, set()
     while member.any() and member.tobytes() not in seen:
@@ -59,10 +58,10 @@ def settle(cosines: Array, start: Array, max_distance: float) -> Array | None:
 
 
 def divide(cosines: Array, max_distance: float) -> Array | None:
-    """The larger part, bool (N,), where all faces but for the limit look like two people; else None.
+    """The larger part, bool (N,), if the faces look like two people in spite of the limit; else None.
 
-    Tried are the groups that joining the nearest passes through, then moving single faces. A part has at least two
-    faces: one alone has nothing to be tighter than.
+    Tries the groups formed while joining the nearest, then moves single faces. A part has at least two faces, since
+    the tightness of a single face is undefined.
     """
     count, to_all = len(cosines), cosines.sum(axis=1)
     total = float(to_all.sum())
@@ -80,7 +79,7 @@ def divide(cosines: Array, max_distance: float) -> Array | None:
         to_part, sign = cosines[:, best].sum(axis=1), np.where(best, -1, 1)
         size, within = best.sum(), to_part[best].sum()
         cross = to_all[best].sum() - within
-        # Face i changes sides: its cosines to the part, itself left out, leave or enter `within`; and so for `cross`.
+        # Moving face i adds or removes its cosines to the part (without itself) in `within`; likewise for `cross`.
         own = to_part - best
         rest = to_all - to_part - ~best
         gaps = _gap(
@@ -97,9 +96,9 @@ def divide(cosines: Array, max_distance: float) -> Array | None:
 
 
 def _gap(size: Array, within: Array, cross: Array, count: int, total: float, max_distance: float) -> Array:
-    """By how much both parts are tighter than faces across them: mean cosines, −inf where they cannot be two people.
+    """How much tighter both parts are than faces across them, in mean cosine; −inf if they cannot be two people.
 
-    Of one part its `size`, the sum of cosines `within` it, and `cross`, from it to the other part; `total` of all.
+    Takes one part's `size`, its sum of cosines `within`, the sum `cross` to the other part, and the `total` of all.
     """
     other = count - size
     possible = (size >= 2) & (other >= 2)
@@ -110,15 +109,15 @@ def _gap(size: Array, within: Array, cross: Array, count: int, total: float, max
 
 
 def _merge(cosines: Array, max_distance: float) -> tuple[list[tuple[list[int], float]], list[list[int]]]:
-    """Every group that came to be, with the sum of cosines in it, and the groups at the end.
+    """Every group formed on the way, with its sum of cosines, and the final groups.
 
-    The two whose means are nearest are joined, up to the limit.
+    Joins the two groups with the nearest means, up to the limit.
     """
     count = len(cosines)
     if not count:
         return [], []
     sums, length = cosines.copy(), np.ones(count)
-    near = cosines.copy()  # cosines between means; −inf where a group is no more
+    near = cosines.copy()  # cosines between means; −inf for groups that no longer exist
     np.fill_diagonal(near, -np.inf)
     nearest = near.argmax(axis=1)
     how_near = near.max(axis=1)
@@ -134,7 +133,7 @@ def _merge(cosines: Array, max_distance: float) -> tuple[list[tuple[list[int], f
         sums[:, a] += sums[:, b]
         made.append((groups[a], float(sums[a, a])))
         length[a] = np.sqrt(max(sums[a, a], 1e-12))
-        gone = np.isneginf(near[a])  # a itself too
+        gone = np.isneginf(near[a])  # including a itself
         near[b] = near[:, b] = -np.inf
         near[a] = np.where(gone, -np.inf, sums[a] / (length[a] * length))
         near[a, b] = -np.inf

@@ -1,8 +1,8 @@
-"""Embeddings in; each one's nearest, or all pairs within a distance, out: the full distance matrix never exists.
+"""Finds nearest neighbours, or all pairs within a distance, without building the full distance matrix.
 
-Both work on blocks of 2,048 × 2,048 similarities that stay in the cache. A block is compared with what each row would
-have to beat; few entries survive that, so almost nothing is sorted. Among themselves (`b` None) embeddings are
-compared once a pair: a block of the upper triangle serves its rows and its columns.
+Both work on blocks of 2,048 × 2,048 similarities, which fit the CPU cache. Each block is compared with the score that
+its rows have to beat; few entries do, so almost nothing is sorted. Within one set (`b` None) each pair is compared
+once: a block of the upper triangle serves its rows and its columns.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ BLOCK = 2048
 
 
 def nearest(a: Array, b: Array | None = None, k: int = 10) -> tuple[Array, Array]:
-    """The k nearest rows of `b` (M,D) to each row of `a` (N,D), or of `a` itself without the row itself.
+    """The k nearest rows of `b` (M,D) to each row of `a` (N,D); without `b`, the k nearest other rows of `a`.
 
     Returns:
-        distances float32 (N,k) ascending, rows int64 (N,k); k is lowered to what there is. Of equal distances the
-        smaller row comes first.
+        distances float32 (N,k) ascending, rows int64 (N,k); k is capped at the number of candidates. Ties go to the
+        smaller row.
 
     Raises:
-        InvalidEmbeddings: k < 1, widths do not fit, or a row is all zero or holds NaN.
+        InvalidEmbeddings: k < 1, different widths, or a row is all zero or contains NaN.
     """
     return nearest_unit(*unit_pair(a, b), k=k)
 
 
 def nearest_unit(rows: Array, columns: Array, k: int) -> tuple[Array, Array]:
-    """`nearest` on rows that are float32 and of unit norm already; `columns is rows` means "among themselves"."""
+    """`nearest` on float32 rows that already have unit norm; `columns is rows` means within one set."""
     if k < 1:
         raise InvalidEmbeddings(f"expected k of at least 1, got {k}.")
     alone = columns is rows
@@ -56,7 +56,7 @@ def close_pairs(
     """All pairs within `max_distance`: (i int64, j int64, distance float32), ordered by i, then j; i < j without `b`.
 
     Raises:
-        InvalidEmbeddings: more than `max_pairs` pairs (20 bytes each), widths do not fit, zero or NaN rows.
+        InvalidEmbeddings: more than `max_pairs` pairs (20 bytes each), different widths, zero or NaN rows.
     """
     found: list[tuple[Array, Array, Array]] = []
     total = 0
@@ -65,7 +65,7 @@ def close_pairs(
         if total > max_pairs:
             raise InvalidEmbeddings(
                 f"more than {max_pairs:,} pairs lie within {max_distance}: expected a distance that separates people. "
-                "Lower max_distance, raise max_pairs, or take the blocks one by one with iter_close_pairs()."
+                "Lower max_distance, raise max_pairs, or iterate block by block with iter_close_pairs()."
             )
         found.append(part)
     if not found:
@@ -78,10 +78,10 @@ def close_pairs(
 def iter_close_pairs(
     a: Array, b: Array | None = None, max_distance: float = 0.5
 ) -> Iterator[tuple[Array, Array, Array]]:
-    """The pairs of `close_pairs` block by block, so that any number of them fits."""
+    """Yield the pairs of `close_pairs` block by block, so that any number of them fits in memory."""
     rows, columns = unit_pair(a, b)
     alone = columns is rows
-    # A pair at max_distance belongs to the result although 1 − cosine was rounded.
+    # A pair at exactly max_distance belongs to the result even though 1 − cosine is rounded.
     floor = np.nextafter(np.float32(1 - max_distance), np.float32(-np.inf))
     mask = np.empty(BLOCK * BLOCK, bool)
     for r, c, block in _blocks(rows, columns, alone):
@@ -95,7 +95,7 @@ def iter_close_pairs(
 
 
 def _blocks(rows: Array, columns: Array, alone: bool) -> Iterator[tuple[int, int, Array]]:
-    """(first row, first column, similarities) of blocks in row order; the upper triangle only where `alone`.
+    """(first row, first column, similarities) of blocks in row order; only the upper triangle if `alone`.
 
     The array is reused. Few rows get wide blocks: one query against 100,000 is one product.
     """
@@ -115,13 +115,13 @@ def _offer(best: Array, index: Array, block: Array, first: int, axis: int, mask:
     Args:
         best: similarities, descending.
         index: their rows in the candidates.
-        block: similarities; candidates lie along `axis`, the first of them is candidate `first`.
+        block: similarities; candidates lie along `axis`, starting with candidate `first`.
         mask: scratch bool (BLOCK·BLOCK,).
     """
     k = best.shape[1]
     floor = best[:, -1]
     hits = _above(block, floor, axis, mask)
-    if len(hits) > 8 * k * len(best):  # the first block, or candidates that come ever nearer: raise the floor first
+    if len(hits) > 8 * k * len(best):  # the first block, or steadily nearer candidates: raise the floor first
         floor = np.maximum(floor, np.nextafter(_kth_bound(block, k, axis), np.float32(-np.inf)))
         hits = _above(block, floor, axis, mask)
     if not len(hits):
@@ -129,7 +129,7 @@ def _offer(best: Array, index: Array, block: Array, first: int, axis: int, mask:
     i, j = np.divmod(hits, block.shape[1])
     row, candidate = (i, j) if axis else (j, i)
     similarity = block.ravel()[hits]
-    order = np.lexsort((-similarity, row))  # stable: of equal ones the smaller candidate stays first
+    order = np.lexsort((-similarity, row))  # stable: among equals the smaller candidate stays first
     row, candidate, similarity = row[order], candidate[order], similarity[order]
     starts = np.flatnonzero(np.r_[True, row[1:] != row[:-1]])
     group = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(row)]))
@@ -147,14 +147,14 @@ def _offer(best: Array, index: Array, block: Array, first: int, axis: int, mask:
 
 
 def _above(block: Array, floor: Array, axis: int, mask: Array) -> Array:
-    """Flat positions in `block` (C order) of what is above its row's or column's floor."""
+    """Flat positions in `block` (C order) of the entries above the floor of their row or column."""
     part = mask[: block.size]
     np.greater(block, floor[:, None] if axis else floor[None, :], out=part.reshape(block.shape))
     return np.flatnonzero(part)
 
 
 def _kth_bound(block: Array, k: int, axis: int) -> Array:
-    """A value that at least k candidates of each row reach: the k-th largest of maxima over groups of candidates."""
+    """A value that at least k candidates of each row reach: the k-th largest maximum over groups of candidates."""
     count = block.shape[axis]
     groups = min(count, max(4 * k, 64))
     if groups < k:

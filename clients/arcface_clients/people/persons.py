@@ -1,4 +1,4 @@
-"""Folders of faces, one a person, in; each person's consensus out, as it is found, and never found twice."""
+"""Runs the consensus over folders of faces, one per person, and resumes an interrupted run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Loader = Callable[[Sequence[str]], tuple[Array, list[str], list[Crop]]]
 
 @dataclass(frozen=True)
 class Limits:
-    """When faces agree; see `consensus.find_consensus`."""
+    """Limits for agreement; see `consensus.find_consensus`."""
 
     max_distance: float = MAX_DISTANCE
     min_support: int = 3
@@ -35,14 +35,14 @@ class Limits:
 
 
 def people_in(folder: Path | str) -> dict[str, list[str]]:
-    """Each subfolder's image files under the subfolder's name, both sorted.
+    """Subfolder name → its image files, both sorted.
 
     Raises:
-        ConfigError: there is no subfolder.
+        ConfigError: there are no subfolders.
     """
     people = {path.name: find_files([path]) for path in sorted(Path(folder).iterdir()) if path.is_dir()}
     if not people:
-        raise ConfigError(f"{folder} holds no folders: expected one folder a person, FOLDER/NAME/*.jpg.")
+        raise ConfigError(f"{folder} has no subfolders: expected one per person, FOLDER/NAME/*.jpg.")
     return people
 
 
@@ -57,7 +57,7 @@ def consensus_of_person(
     """One person's record, plain JSON: agreed, reason, references, outliers, groups, refused, distances, embedding.
 
     Raises:
-        ArcFaceError: what the engine raises. A file that cannot be read is listed under `refused`.
+        ArcFaceError: raised by the engine. A file that cannot be read is listed under `refused`.
     """
     faces, names, refused = load(files)
     embeddings = cache.embed(engine, faces, person=name) if cache is not None else engine.encode(faces)
@@ -85,13 +85,13 @@ def consensus_of_people(
     cache: EmbeddingCache | None = None,
     load: Loader = load_faces,
 ) -> Iterator[dict[str, Any]]:
-    """Records of `consensus_of_person`, in the order in which they are finished; `workers` people at a time.
+    """Records of `consensus_of_person`, in order of completion; `workers` people at a time.
 
-    At most twice as many wait in line, so memory does not grow with the number of people. Closing the iterator, or an
-    exception in the loop around it, lets the people under way finish and starts no more.
+    At most twice as many are queued, so memory does not grow with the number of people. Closing the iterator, or an
+    exception in the loop around it, lets the running people finish and starts no more.
 
     Raises:
-        ArcFaceError: what the engine raises; nobody is started after that.
+        ArcFaceError: raised by the engine; no more people are started.
     """
     limits = limits or Limits()
     waiting = iter(people.items())
@@ -111,7 +111,7 @@ def consensus_of_people(
 
 
 def signature(files: Sequence[str]) -> str:
-    """Changes when a file is added, removed or written: sha256 over names, sizes and modification times."""
+    """A sha256 over names, sizes and modification times; changes if a file is added, removed or written."""
     digest = hashlib.sha256()
     for name in files:
         path = Path(name)
@@ -121,16 +121,16 @@ def signature(files: Sequence[str]) -> str:
 
 
 class Journal:
-    """Finished records, a line each, in a file beside the output; a line that a kill cut off is dropped."""
+    """Finished records, one per line, in a file beside the output; a line cut short by a kill is dropped."""
 
     def __init__(
         self, path: Path, contract_id: str | None, limits: Limits, start_over: bool = False, photos: bool = False
     ) -> None:
-        """Open or begin the journal; `photos` says that faces were looked for, so the files are not crops.
+        """Open or start the journal; `photos` means that the files are photos with faces to detect, not crops.
 
         Raises:
-            ContractMismatch: it was begun with another model.
-            ConfigError: it was begun with other limits, or another process is writing it.
+            ContractMismatch: it was started with another model.
+            ConfigError: it was started with other limits, or another process is writing it.
         """
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
@@ -139,11 +139,11 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
         except OSError as exc:
             self._file.close()
             raise ConfigError(
-                f"another process is writing {path}: expected one at a time. Wait for it, or give another output."
+                f"another process is writing {path}: expected only one. Wait for it, or choose another output."
             ) from exc
         try:
             lines = [] if start_over else self._begun(head)
@@ -155,7 +155,7 @@ class Journal:
             raise
 
     def _begun(self, head: dict[str, Any]) -> list[bytes]:
-        """The whole lines of an earlier run with this head, its records taken over."""
+        """The complete lines of an earlier run with this header; loads its records."""
         self._file.seek(0)
         lines = self._file.read().split(b"\n")[:-1]
         if not lines:
@@ -165,21 +165,23 @@ class Journal:
             began_with = begun["contract_id"]
             self.records = {record["person"]: record for record in records}
         except (ValueError, KeyError, TypeError) as exc:
-            raise ConfigError(f"{self.path} is not a journal of this program ({exc}). Start over: --force") from exc
+            raise ConfigError(
+                f"{self.path} is not a journal written by this program ({exc}). Start over: --force"
+            ) from exc
         if began_with != head["contract_id"]:
             raise ContractMismatch(
-                f"{self.path} was begun with contract {began_with}, this model's is {head['contract_id']}: "
+                f"{self.path} was started with contract {began_with}, this model's is {head['contract_id']}: "
                 "expected one model for all people. Start over: --force"
             )
         if begun != head:
             raise ConfigError(
-                f"{self.path} was begun with {begun.get('settings')}, now it is {head['settings']}: expected the same. "
-                "Give those, or start over: --force"
+                f"{self.path} was started with {begun.get('settings')}, now it is {head['settings']}: "
+                "expected the same. Use the earlier settings, or start over: --force"
             )
         return lines
 
     def left(self, people: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
-        """Who is not recorded yet, or whose files have changed since."""
+        """People who are not recorded yet, or whose files have changed since."""
         return {
             name: files
             for name, files in people.items()
@@ -192,9 +194,9 @@ class Journal:
         self._write(record)
 
     def close(self, delete: bool = False) -> None:
-        """Close the file; `delete` it once its records are where they belong."""
+        """Close the file; `delete` it once the output is written."""
         if delete:
-            self.path.unlink(missing_ok=True)  # before another process may have it
+            self.path.unlink(missing_ok=True)  # before another process can lock it
         self._file.close()
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Embeddings in, cosine distances (1 − cosine, 0..2) out, by matrix product in float32 and bounded memory."""
+"""Cosine distances (1 − cosine, 0..2) between embeddings, by float32 matrix products in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from arcface_clients.arrays import Array, no_direction, unit_rows
 from arcface_clients.errors import InvalidEmbeddings
 
-# Entries of a distance matrix made at once: 100 MB of float32, so 512 rows against 50,000.
+# Entries of a distance matrix computed at once: 100 MB of float32, such as 512 rows against 50,000.
 BLOCK_ENTRIES = 25 << 20
 
 
@@ -17,7 +17,7 @@ def cosine_distance(a: Array | Sequence[float], b: Array | Sequence[float]) -> f
     """1 − cosine of two embeddings (D,), in float64.
 
     Raises:
-        InvalidEmbeddings: not two vectors of one width, or one of them is zero or holds NaN.
+        InvalidEmbeddings: not two vectors of one width, or one of them is zero or contains NaN.
     """
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if x.ndim != 1 or x.shape != y.shape:
@@ -31,13 +31,13 @@ def cosine_distance(a: Array | Sequence[float], b: Array | Sequence[float]) -> f
 
 
 def cosine_distances(a: Array, b: Array | None = None, out: Array | None = None) -> Array:
-    """All distances of rows of `a` (N,D) to rows of `b` (M,D), or to each other: float32 (N,M).
+    """All distances between rows of `a` (N,D) and rows of `b` (M,D), or within `a`: float32 (N,M).
 
-    The result is the only large array: `out` may be an np.memmap where it does not fit into memory. Where only the
-    nearest or the close ones are wanted, `neighbours.nearest` and `neighbours.close_pairs` never hold it.
+    The result is the only large array: if it does not fit in memory, `out` may be an np.memmap. If you need only the
+    nearest or the close pairs, use `neighbours.nearest` or `neighbours.close_pairs`, which never build it.
 
     Raises:
-        InvalidEmbeddings: widths or `out` do not fit, or a row is all zero or holds NaN.
+        InvalidEmbeddings: the widths differ, `out` does not fit, or a row is all zero or contains NaN.
     """
     rows, columns = unit_pair(a, b)
     shape = (len(rows), len(columns))
@@ -55,7 +55,7 @@ def distance_blocks(a: Array, b: Array | None = None) -> Iterator[tuple[int, Arr
     """The same matrix, up to 100 MB at a time: (first row, float32 (R,M)); a block is overwritten by the next.
 
     Raises:
-        InvalidEmbeddings: as `cosine_distances`.
+        InvalidEmbeddings: see `cosine_distances`.
     """
     rows, columns = unit_pair(a, b)
     height = _block_rows(columns)
@@ -65,7 +65,7 @@ def distance_blocks(a: Array, b: Array | None = None) -> Iterator[tuple[int, Arr
 
 
 def unit_pair(a: Array, b: Array | None) -> tuple[Array, Array]:
-    """Unit rows of both; where `b` is None, the same array twice (callers test identity)."""
+    """Unit rows of both; if `b` is None, the same array twice (callers test identity)."""
     rows = unit_rows(a)
     columns = rows if b is None else unit_rows(b, "the second embeddings")
     if rows.shape[1] != columns.shape[1]:
@@ -81,7 +81,7 @@ def _block_rows(columns: Array) -> int:
 
 
 def _distances(rows: Array, columns: Array, start: int, out: Array) -> Array:
-    """Distances of rows[start:start+len(out)] to all columns, into `out`; a row is at exactly 0 from itself."""
+    """Distances of rows[start:start+len(out)] to all columns, into `out`; exactly 0 from a row to itself."""
     np.dot(rows[start : start + len(out)], columns.T, out=out)
     np.subtract(1, out, out=out)
     np.minimum(np.maximum(out, 0, out=out), 2, out=out)  # a quarter of the time of np.clip

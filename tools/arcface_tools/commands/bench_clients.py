@@ -19,7 +19,7 @@ Examples:
   scripts/bench clients --transport grpc-cudashm --transport grpc-gpufaces       on a GPU host: regions on the GPU
   scripts/bench clients --quick --in-flight 1 --in-flight 2 --in-flight 4 --in-flight 8
   scripts/bench clients --stream 1000000             peak memory while a million generated faces are streamed
-  scripts/bench clients --restarts 10000             every face is answered once although the server is killed twice
+  scripts/bench clients --restarts 10000             every face is answered once although server and model come and go
   scripts/bench clients --bulk 1000000               rate and memory of a bulk job to Parquet, without an engine
 """
 
@@ -40,7 +40,9 @@ Examples:
 @click.option("--sample-s", default=5.0, show_default=True, type=NOT_NEGATIVE)
 @click.option("--quick", is_flag=True, help="Use a trivial model, to measure only the client and the transport.")
 @click.option("--stream", type=click.IntRange(1), help="Instead: memory of a stream of this many faces.")
-@click.option("--restarts", "requests", type=click.IntRange(1), help="Instead: this many requests across two kills.")
+@click.option(
+    "--restarts", "requests", type=click.IntRange(1), help="Instead: this many requests across kills and swaps."
+)
 @click.option("--bulk", type=click.IntRange(1), help="Instead: rate and memory of a bulk job of this many faces.")
 @json_option
 @report_option
