@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -62,18 +62,17 @@ def own_server(repository: Path, models: Sequence[str], config: str) -> Iterator
 
 @contextmanager
 def server_log() -> Iterator[Path]:
-    """A temporary log file, which stays where the server fails, because the error names it."""
-    handle, name = tempfile.mkstemp(prefix="arcface-tritonserver-", suffix=".log")
-    os.close(handle)
+    """Where a temporary server may log; the log stays where the server fails, because the error names it."""
+    folder = Path(tempfile.mkdtemp(prefix="arcface-tritonserver-"))
     failed = False
     try:
-        yield Path(name)
+        yield folder / "tritonserver.log"
     except ServerFailed:
         failed = True
         raise
     finally:
         if not failed:
-            Path(name).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def running_server(url: str, http_url: str | None = None, access: Access | None = None) -> ServerUnderTest:
