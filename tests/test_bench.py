@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -27,9 +28,10 @@ from arcface_build.bench.perf_analyzer import (
     write_input_data,
 )
 from arcface_build.bench.result import regressions, summarise
-from arcface_build.bench.server import check_served, running_server
+from arcface_build.bench.server import check_served, own_server, running_server
 from arcface_build.bench.triton_statistics import ensemble_cost
 from arcface_build.commands.bench import command as bench_command
+from arcface_build.errors import ServerFailed
 from arcface_clients.errors import ArcFaceError, Missing, WrongUse
 from conftest import copy_repository
 
@@ -320,6 +322,17 @@ def test_a_model_that_the_server_has_not_is_an_error_with_its_reason(server, tmp
     data = write_input_data(np.zeros((1, 112, 112, 3), np.uint8), tmp_path / "faces.json")
     with pytest.raises(ArcFaceError, match=r"perf_analyzer failed on nonesuch grpc b1 c1 at .*nonesuch"):
         program.measure(Load("nonesuch", "grpc", 1, 1), server.grpc_url, data, 1)
+
+
+def test_the_log_of_a_server_that_did_not_start_is_there_to_be_read(tmp_path) -> None:
+    with (
+        pytest.raises(ServerFailed, match=r"arcface_onnx: no weights at .*arcface import") as caught,
+        own_server(copy_repository(tmp_path), ["arcface_onnx"], ""),
+    ):
+        pass
+    log = Path(str(caught.value).rpartition("(log: ")[2].removesuffix(")"))
+    assert "arcface_onnx" in log.read_text()
+    shutil.rmtree(log.parent)
 
 
 def test_the_host_of_a_report_names_its_gpu_with_units(fake_host) -> None:

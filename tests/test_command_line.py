@@ -158,6 +158,7 @@ def test_a_command_that_left_says_where_it_went(name, home):
     ("old", "now"),
     [
         ("build x.onnx --fp16", "plan build x.onnx --precision fp16"),
+        ("build --onnx x.onnx --fp16", "plan build x.onnx --precision fp16"),
         ("build --onnx-path x.onnx --max-batch-size 8", "plan build x.onnx --max-batch 8"),
         (
             "--mode build --onnx-path x.onnx --engine-path plans/x.plan --precision fp16",
@@ -171,6 +172,7 @@ def test_a_command_that_left_says_where_it_went(name, home):
         ("benchmark --batch-size 8", "bench --batch 8"),
         ("--mode benchmark --onnx-path x.onnx", "bench --onnx x.onnx"),
         ("info --engine-path x.plan", "plan show x.plan"),
+        ("info --engine x.plan", "plan show x.plan"),
         ("info x.plan --json", "plan show x.plan --json"),
         ("upload --engine-path x.plan --s3-bucket models", "plan push x.plan --store s3://models/plans"),
     ],

@@ -208,3 +208,10 @@ def test_a_sample_is_spread_over_all_faces():
     faces = Faces(np.arange(10), tuple("abcdefghij"))
     assert faces.sample(4).names == ("a", "d", "g", "j")
     assert faces.sample(None) is faces.sample(99) is faces
+
+
+def test_embeddings_of_two_widths_are_named_with_their_files(tmp_path):
+    for name, width in (("a.npz", 64), ("b.npz", 32)):
+        np.savez(tmp_path / name, embeddings=np.ones((3, width), np.float32))
+    with pytest.raises(WrongUse, match=r"/a\.npz holds embeddings of 64 numbers, .*/b\.npz of 32: they come from"):
+        compare(tmp_path / "a.npz", tmp_path / "b.npz")

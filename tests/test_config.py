@@ -122,7 +122,7 @@ def test_caller_wins_over_environment_and_file(write):
         (
             "backend: onxx",
             "FILE: backend: got 'onxx'; unknown engine 'onxx': expected one of triton, tensorrt, onnx, "
-            "insightface (pytorch is insightface). Did you mean onnx?.",
+            "insightface (pytorch is insightface). Did you mean onnx?",
         ),
         (
             "device: tpu",

@@ -276,6 +276,18 @@ def test_several_models_and_no_name_is_wrong_use(models):
         find_model(models)
 
 
+def test_demo_networks_beside_one_own_model_are_not_meant(tmp_path):
+    for name in ("demo-mobile", "demo-r50"):
+        write_model(tmp_path / name)
+        manifest = tmp_path / name / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"source": {"sha256": "0", "kind": "demo"}}))
+    with pytest.raises(ConfigError, match="contains 2 models"):
+        find_model(tmp_path)
+    write_model(tmp_path / "mine")
+    assert find_model(tmp_path).path.name == "mine"
+    assert find_model(tmp_path, "demo-r50").path.name == "demo-r50"
+
+
 def test_missing_variant_names_the_command(models):
     with pytest.raises(ModelMissing) as caught:
         engine("onnx", models, precision="int8").ensure_ready()

@@ -55,6 +55,8 @@ def test_a_file_is_imported_installed_and_the_second_time_left_alone(workplace: 
     again = arcface_import(workplace, "net.onnx", "--name", "mine")
     assert "unchanged: models/mine (512-d, opset 17)" in again.stdout
     assert "served from: arcface_reference/1, arcface_onnx/1" in again.stdout
+    unproved = arcface_import(workplace, "net.onnx", "--name", "mine", "--faces", ".")
+    assert "so . was not looked at. To prove the import on it: --force" in unproved.stderr
 
 
 def test_a_demo_that_is_there_is_not_built_again(demo_repository: Path, tmp_path: Path) -> None:

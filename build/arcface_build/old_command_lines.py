@@ -46,6 +46,7 @@ _SIZES = {
 _STORE = {"--s3-bucket": _option("--store", "s3://{}/plans")}
 _WITH_VALUE: dict[str, dict[str, Words]] = {  # mode → old option → current words
     "build": {
+        "--onnx": _argument,
         "--onnx-path": _argument,
         "--engine-path": lambda value: ["--output", str(Path(value).parent)],  # the plan's name follows from its spec
         "--output-dir": _option("--output"),
@@ -53,7 +54,9 @@ _WITH_VALUE: dict[str, dict[str, Words]] = {  # mode → old option → current 
         **_STORE,
     },
     "compare": {
+        "--onnx": _argument,
         "--onnx-path": _argument,
+        "--engine": _argument,
         "--engine-path": _argument,
         "--num-samples": _option("--n-samples"),
     },
@@ -66,8 +69,8 @@ _WITH_VALUE: dict[str, dict[str, Words]] = {  # mode → old option → current 
         ),
         "--num-iterations": _refused("--num-iterations is now --rounds and --sample-s: arcface bench --help"),
     },
-    "info": {"--engine-path": _argument, **_STORE},
-    "upload": {"--engine-path": _argument, **_STORE},
+    "info": {"--engine": _argument, "--engine-path": _argument, **_STORE},
+    "upload": {"--engine": _argument, "--engine-path": _argument, **_STORE},
 }
 _FLAGS = {
     "build": {

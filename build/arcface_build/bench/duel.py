@@ -18,7 +18,7 @@ from arcface_build.bench.contestants import served
 from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import Sample, measure_in_turns, ratio, undisturbed_rounds
 from arcface_build.bench.perf_analyzer import Load, PerfAnalyzer, write_input_data
-from arcface_build.bench.server import ServerUnderTest
+from arcface_build.bench.server import ServerUnderTest, server_log
 from arcface_build.bench.tune import (
     LEAF,
     Duel,
@@ -121,7 +121,7 @@ def _duel(
     with ExitStack() as stack:
         for name, settings in (("champion", champion), ("challenger", challenger)):
             small = small_repository(repository, settings, folder / name)
-            log = folder / f"{name}.log"
+            log = stack.enter_context(server_log())
             server = stack.enter_context(
                 TritonProcess(find_tritonserver(), small, [LEAF], config_name="", ports=free_ports(), log_path=log)
             )

@@ -94,7 +94,7 @@ def run_benchmark(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="arcface-bench-")))
         if target is None:
-            target = stack.enter_context(own_server(repository(), asked.served(), config, folder))
+            target = stack.enter_context(own_server(repository(), asked.served(), config))
         variants = _in_process(asked, faces_bgr_u8, repository)
         data = write_input_data(faces_bgr_u8, folder / "faces.json")
         variants += [contestants.served(program, load, target, data) for load in asked.loads()]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from arcface_build.bench.perf_analyzer import access_options
+from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.listener import pid_listening_on
 from arcface_build.serving.process import TritonProcess, free_ports
@@ -39,20 +42,37 @@ class ServerUnderTest:
 
 
 @contextmanager
-def own_server(repository: Path, models: Sequence[str], config: str, folder: Path) -> Iterator[ServerUnderTest]:
-    """Our own tritonserver on a model repository, stopped at the end; its log goes into `folder`.
+def own_server(repository: Path, models: Sequence[str], config: str) -> Iterator[ServerUnderTest]:
+    """Our own tritonserver on a model repository, stopped at the end.
 
     Raises:
         WrongUse: the repository lacks a model or the config.
         Missing: no tritonserver, or it did not start.
     """
     check_served(repository, models, config)
-    log = folder / "tritonserver.log"
-    with TritonProcess(
-        find_tritonserver(), repository, models, config_name=config, ports=free_ports(), log_path=log
-    ) as server:
+    with (
+        server_log() as log,
+        TritonProcess(
+            find_tritonserver(), repository, models, config_name=config, ports=free_ports(), log_path=log
+        ) as server,
+    ):
         server.wait_ready()
         yield ServerUnderTest(server.grpc_url, server.http_url, server.pid)
+
+
+@contextmanager
+def server_log() -> Iterator[Path]:
+    """Where a temporary server may log; the log stays where the server fails, because the error names it."""
+    folder = Path(tempfile.mkdtemp(prefix="arcface-tritonserver-"))
+    failed = False
+    try:
+        yield folder / "tritonserver.log"
+    except ServerFailed:
+        failed = True
+        raise
+    finally:
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def running_server(url: str, http_url: str | None = None, access: Access | None = None) -> ServerUnderTest:

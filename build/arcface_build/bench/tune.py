@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from arcface_build.bench.interleaved import MIN_ROUNDS, Spread
-from arcface_clients.errors import WrongUse
 
 LEAF = "arcface_onnx"
 LEAST_GAIN = 0.02
@@ -137,14 +136,12 @@ def with_max_batch(config: str, max_batch: int, note: str = "") -> str:
 
 def small_repository(repository: Path, settings: Settings, folder: Path) -> Path:
     """A repository that holds only arcface_onnx with these settings; the weights are linked, not copied."""
-    from arcface_build.repository.versions import versions
+    from arcface_build.repository.versions import served_folder
 
-    have = versions(repository / LEAF)
-    if not have:
-        raise WrongUse(f"{LEAF} has no weights to tune for. Next: arcface import demo, or arcface import YOUR.onnx")
+    version = served_folder(repository, LEAF)
     target = folder / LEAF
     target.mkdir(parents=True)
-    (target / str(have[-1])).symlink_to(repository / LEAF / str(have[-1]))
+    (target / version.name).symlink_to(version)
     (target / "config.pbtxt").write_text(with_settings(base_config(repository), settings))
     return folder
 

@@ -10,6 +10,7 @@ import click
 
 from arcface_build import terminal
 from arcface_build.commands.options.folders import model_repository_option, models_dir_option, repository_at
+from arcface_build.commands.options.numbers import POSITIVE
 from arcface_build.commands.options.output import hand_over, json_option
 from arcface_build.commands.options.settings import settings
 from arcface_clients.contract import Preprocessing
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 @click.option("--no-assemble", is_flag=True, help="Only write models/NAME/; do not touch the model repository.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=POSITIVE,
     default=1800,
     show_default=True,
     metavar="SECONDS",
@@ -111,6 +112,8 @@ def command(
     look = imported.manifest.preprocessing["look"]
     if look and look["warning"]:
         terminal.complaint(f"preprocessing may be wrong: {look['warning']}. See --color, --mean, --std")
+    if faces is not None and imported.reused:
+        terminal.complaint(f"nothing has changed, so {faces} was not looked at. To prove the import on it: --force")
     if imported.variants_gone:
         terminal.complaint(
             f"the serving ONNX has changed: {imported.folder}/variants belonged to the old one and were removed"

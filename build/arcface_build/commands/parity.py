@@ -59,8 +59,8 @@ def command(
         )
         counted = count and count_drift(url, faces, timeout_s=timeout_s, access=access)
     hand_over(result.to_json(), lambda: render_table(result), as_json, report)
-    for reason in result.skipped.values():
-        terminal.notice(f"not compared: {reason}")
+    if result.skipped:
+        terminal.notice(f"not loaded, so not compared: {', '.join(result.skipped)}")
     if count and not counted:
         terminal.complaint(f"not counted: {COUNTING} is not loaded. Next: arcface serve (with the reference)")
     result.require()

@@ -95,6 +95,11 @@ def compare_sides(
     if not across_contracts:
         check_contracts(a, b)
     reference, candidate = embeddings_of(a, faces), embeddings_of(b, faces)
+    if reference.shape[1] != candidate.shape[1]:
+        raise WrongUse(
+            f"{a.label} holds embeddings of {reference.shape[1]} numbers, {b.label} of {candidate.shape[1]}: they come "
+            "from different models and cannot be compared. Embed again with one of them: arcface embed"
+        )
     drift = compare_embeddings(reference, candidate, [_key(name) for name in faces.names] if faces.names else None)
     verdicts = check_targets(drift, targets)
     gate = drift.max_drift <= max_drift

@@ -18,12 +18,12 @@ from typing import Any
 
 from arcface_build.repository.lock import locked
 from arcface_clients.atomic import copy_file, new_file, new_folder, remove, write_json
+from arcface_clients.engines.import_manifest import DEMO
 from arcface_clients.errors import Missing, WrongUse
 
 _AGAIN = "arcface rollback (the previous version), or install the weights again: arcface import SOURCE"
 OVERLAYS = ("tensorrt", "onnx", "reference")  # valid values of --model-config-name
 REFERENCE = "arcface_reference"
-DEMO = "demo"  # source.kind of random weights
 LEAVES = ("arcface_onnx", "arcface_trt", REFERENCE)  # the models that hold weights
 
 
@@ -240,7 +240,8 @@ def roll_back(repository: Path, model: str) -> tuple[int, int]:
         have = versions(folder)
         if len(have) < 2:
             raise WrongUse(
-                f"{model} has {len(have)} version{'s' * (len(have) != 1)}: expected at least two for a rollback."
+                f"{model} has {len(have)} version{'s' * (len(have) != 1)}: expected at least two for a rollback. "
+                "Install another: arcface import SOURCE, or arcface assemble NAME"
             )
         manifest = _manifest(folder / str(have[-2]))
         write_json(folder / str(have[-2]) / "manifest.json", {**manifest, "held": True})

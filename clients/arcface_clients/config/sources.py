@@ -211,7 +211,8 @@ def _fault(model: type[BaseModel], found: Layers, error: Any) -> str:
         return f"{where}: {key}: got {message.removeprefix(f'{blamed} is ')}."
     if isinstance(error["input"], dict):  # a rule over several keys
         return f"{where}: {key}: {message}."
-    return f"{where}: {key}: got {error['input']!r}; {message[0].lower()}{message[1:]}."
+    end = "" if message.endswith("?") else "."
+    return f"{where}: {key}: got {error['input']!r}; {message[0].lower()}{message[1:]}{end}"
 
 
 def _neighbours(model: type[BaseModel], key: str) -> str:

@@ -15,6 +15,7 @@ from arcface_clients.errors import Missing, WrongUse
 
 FORMAT = 1
 IMPORT_MANIFEST = "manifest.json"
+DEMO = "demo"  # source.kind of random weights
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,10 @@ def read_import_manifest(folder: Path) -> ImportManifest:
     if not path.is_file():
         there = sorted(file.parent.name for file in folder.parent.glob(f"*/{IMPORT_MANIFEST}"))
         beside = f" ({folder.parent} contains {', '.join(there)})" if there else ""
-        raise Missing(f"no imported model in {folder}: expected {IMPORT_MANIFEST} there{beside}. {again}.")
+        raise Missing(
+            f"no imported model in {folder}: expected {IMPORT_MANIFEST} there{beside}. "
+            "Import it: arcface import SOURCE."
+        )
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as exc:

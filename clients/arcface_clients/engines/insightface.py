@@ -43,7 +43,7 @@ class InsightFaceEngine(LocalEngine):
         Args:
             file: a source ONNX (not a serving one); None uses models_dir/model/source.onnx.
             models_dir: where imported models are.
-            model: name of the model; None uses the only one there.
+            model: name of the model; None uses the only one there (beside demo networks).
             preprocessing: None uses the manifest beside the file, else InsightFace's own guess.
             threads: intra-op threads; 0 lets ONNX Runtime decide.
             max_batch: largest batch passed to one run.

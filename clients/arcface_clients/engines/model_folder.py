@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from arcface_clients.contract import Preprocessing
-from arcface_clients.engines.import_manifest import IMPORT_MANIFEST, ImportManifest, read_import_manifest
-from arcface_clients.errors import ConfigError, ModelMissing
+from arcface_clients.engines.import_manifest import DEMO, IMPORT_MANIFEST, ImportManifest, read_import_manifest
+from arcface_clients.errors import ArcFaceError, ConfigError, ModelMissing
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def sidecar_of(file: Path) -> dict[str, Any] | None:
 
 
 def find_model(models_dir: str | Path, name: str | None = None) -> ModelFolder:
-    """The model of this name, or the only one there is.
+    """The model of this name, or the only one there is; demo networks only count where there is nothing else.
 
     Raises:
         ModelMissing: no models, or none of this name; the message lists what exists. Falls back.
@@ -104,6 +104,8 @@ def find_model(models_dir: str | Path, name: str | None = None) -> ModelFolder:
     root = Path(models_dir).expanduser()
     there = sorted(file.parent.name for file in root.glob("*/serving.onnx"))
     if name is None:
+        own = [model for model in there if not _is_demo(root / model)] if len(there) > 1 else []
+        there = own or there
         if len(there) > 1:
             raise ConfigError(
                 f"{root} contains {len(there)} models ({', '.join(there)}): choose one with local.model (--model NAME)."
@@ -118,6 +120,13 @@ def find_model(models_dir: str | Path, name: str | None = None) -> ModelFolder:
         )
     known = (root / name / IMPORT_MANIFEST).is_file()
     return ModelFolder(root / name, read_import_manifest(root / name) if known else None)
+
+
+def _is_demo(folder: Path) -> bool:
+    try:
+        return bool(read_import_manifest(folder).source.get("kind") == DEMO)
+    except ArcFaceError:  # reported by whoever uses that model
+        return False
 
 
 def folder_of(file: Path) -> ModelFolder:

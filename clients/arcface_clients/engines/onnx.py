@@ -60,7 +60,7 @@ class OnnxEngine(LocalEngine):
         Args:
             file: the serving ONNX; None uses models_dir/model in this precision.
             models_dir: where imported models are.
-            model: name of the model; None uses the only one there.
+            model: name of the model; None uses the only one there (beside demo networks).
             precision: fp32, fp16, int8 (a variant file of that precision), or bf16 (OpenVINO on a CPU that has it).
             device: auto, gpu, cuda, cuda:1, tensorrt, coreml, openvino, cpu.
             threads: intra-op threads; 0 uses all cores of this process.

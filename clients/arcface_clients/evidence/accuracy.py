@@ -32,7 +32,8 @@ class Pairs:
         """Reject pairs from which no curve can be computed."""
         if not self.same.any() or self.same.all():
             raise InvalidFaces(
-                f"expected genuine and impostor pairs, got {int(self.same.sum())} genuine of {len(self.same)}."
+                f"accuracy needs pairs of one person and pairs of two: got {int(self.same.sum())} and "
+                f"{int((~self.same).sum())}."
             )
 
 
@@ -236,6 +237,8 @@ def pairs_from_csv(path: Path, names: Sequence[str]) -> Pairs:
     wrong = next((line for line in lines if len(line) != 3 or line[2].strip() not in ("0", "1")), None)
     if wrong:
         raise InvalidFaces(f"{path} contains the line {','.join(wrong)!r}: expected a,b,same with same 1 or 0.")
+    if not lines:
+        raise InvalidFaces(f"{path} contains no pairs: expected lines a,b,same with same 1 or 0.")
     wanted = {name for a, b, _ in lines for name in (a, b)}
     absent = sorted(wanted - index.keys())
     if absent:

@@ -232,4 +232,5 @@ def read_array(path: str | Path) -> Array:
 
 
 def _reason(exc: Exception) -> str:
-    return exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
+    told = exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc)
+    return told.removesuffix(".")  # it becomes a part of a sentence

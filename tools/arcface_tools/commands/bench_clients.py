@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,8 +92,7 @@ def command(
     else:
         repository = find_repository(model_repository)
         with (
-            tempfile.TemporaryDirectory(prefix="arcface-bench-") as folder,
-            own_server(repository, ("arcface_onnx",), "onnx", Path(folder)) as target,
+            own_server(repository, ("arcface_onnx",), "onnx") as target,
             terminal.round_bar((len(transports) * len(in_flight) + 1) * (rounds + 1)) as advance,
         ):
             result = clients.run(
