@@ -1,7 +1,7 @@
 """What stands between a file's input and its network, measured: the first nodes are run on pixels, never guessed from.
 
 The front of a graph ends where its pixels meet the first weights that are no preprocessing: a convolution or matrix
-product that does not give three channels. Whatever stands before it (Sub, Clip, Cast, Gather, a BatchNormalization, a
+product that gives more than three channels. Whatever stands before it (Sub, Clip, Cast, Gather, a BatchNormalization, a
 depthwise Conv, …) is cut out, run on noise in 0..255, and compared with an affine map per channel.
 """
 
@@ -97,11 +97,14 @@ class Front:
             seen = self._run(blob)
         except Exception:  # ONNX Runtime's own classes without a root: a front that cannot run is not understood
             return None
-        maps = [_affine(pixels, border, self._error) for border in seen]
+        maps = [_affine(pixels, row, self._error) for border in seen for row in _rows(border, len(pixels))]
         return maps[0] if all(found and maps[0] and found.is_close(maps[0]) for found in maps) else None
 
     def _run(self, blob: Array) -> list[Array]:
-        """Each border tensor for float64 (K,3,112,112), face by face (a fixed batch is filled with copies)."""
+        """Each border tensor for float64 (K,3,112,112), face by face (a fixed batch is filled with copies).
+
+        (K·R,…) where the front makes R rows of a face, such as its mirror image: each has to be understood.
+        """
         import onnx
 
         if not self.ops:
@@ -114,7 +117,7 @@ class Front:
             blob = blob.transpose(0, 2, 3, 1)
         batch = max(1, dims[0])
         seen = [self._session.run(None, {self._face.name: np.repeat(face[None], batch, axis=0)}) for face in blob]
-        return [np.concatenate([faces[i][:1] for faces in seen]) for i in range(len(self.borders))]
+        return [np.concatenate([faces[i] for faces in seen]) for i in range(len(self.borders))]
 
 
 def _borders(index: GraphIndex, face: str) -> list[str]:
@@ -136,15 +139,15 @@ def _borders(index: GraphIndex, face: str) -> list[str]:
 
 
 def _is_network(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    """Whether the node's weights are the network's: preprocessing gives three channels for three."""
+    """Whether the node's weights are the network's: preprocessing gives three channels, or one (grey)."""
     if node.op_type not in (*CONVOLUTIONS, *PRODUCTS):
         return False
     for name in node.input:
         dims = _dims(index, name)
         if node.op_type in CONVOLUTIONS and len(dims) == 4:
-            return dims[0] != 3
+            return dims[0] > 3
         if node.op_type in PRODUCTS and len(dims) >= 2:
-            return dims[-2:] != [3, 3]
+            return max(dims[-2:]) > 3
     return True
 
 
@@ -167,9 +170,15 @@ def _pixels() -> Array:
     return np.array([[rng.integers(low, high, shape) for low, high in each] for each in ranges], np.float64)
 
 
+def _rows(seen: Array, faces: int) -> list[Array]:
+    """`seen` (K·R,…) as R arrays (K,…): the first row made of each face, the second, and so on."""
+    made = max(1, len(seen) // faces)
+    return [seen[row::made] for row in range(made)]
+
+
 def _affine(pixels: Array, seen: Array, error: float) -> PixelMap | None:
     """The map of `pixels` (K,3,112,112) to `seen` (K,3,h,w) or (K,h,w,3); None: there is none."""
-    if seen.ndim != 4 or 3 not in (seen.shape[1], seen.shape[3]):
+    if seen.ndim != 4 or len(seen) != len(pixels) or 3 not in (seen.shape[1], seen.shape[3]):
         return None
     seen = seen.astype(np.float64)
     if seen.shape[1] != 3:
