@@ -18,6 +18,7 @@ from arcface_build.variants.sidecar import read_sidecar, set_aside, variants_fol
 from arcface_build.variants.trial import Stage, open_trial, runtimes_for, silent
 from arcface_clients.atomic import write_json
 from arcface_clients.engines.import_manifest import ImportManifest, read_import_manifest
+from arcface_clients.engines.model_folder import ModelFolder
 from arcface_clients.engines.runtimes import cpu_flags, has_bf16, has_openvino
 from arcface_clients.errors import Missing, WrongUse
 
@@ -47,6 +48,7 @@ def verify_variant(
 
     Raises:
         ProofFailed: it fails in one of its runtimes and is renamed to .refused.
+        GateFailed: the file was replaced after it was judged, or made from another import.
         Missing: no such variant, or none of its runtimes on this host.
         WrongUse: these are the faces that it was fitted to.
     """
@@ -59,6 +61,7 @@ def verify_variant(
             f"no {name} variant of {manifest.name}{': its gate refused it' if refused else ''}. "
             f"Make it: arcface quantize {manifest.name} --precision {precision} --target {target}"
         )
+    ModelFolder(model_dir, manifest).check_proved(model_dir / sidecar["file"])
     faces = evaluation_faces(source, count)
     _check_unseen(sidecar, faces)
     verdicts = _judge(model_dir, manifest, sidecar, faces, limits, stage)
