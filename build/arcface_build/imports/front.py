@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 RAW = Preprocessing("bgr", (0, 0, 0), (1, 1, 1))  # pixels as they are; no channel moves
 LARGEST_BORDER = 16  # pixels that a Pad or crop in front may add or take, both sides together
 FLOAT32_ERROR, FLOAT16_ERROR = 1e-4, 4e-3  # of the map's own span: what rounding may do
+FEWEST_FILTERS, MOST_LEFT = 8, 0.5  # to believe in a folded mean: filters, and the part of the biases it leaves
+FOLDED = (40, 220)  # grey levels that a mean of pictures can have
 CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "ConvInteger", "QLinearConv")
 PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "QLinearMatMul", "FusedMatMul")
 
@@ -66,7 +68,8 @@ class PixelMap:
 class Front:
     """The nodes between a graph's one image input and its network, ready to be run on pixels.
 
-    `ops` names them in their order.
+    `ops` names them in their order. `folded_mean` is the grey level of pixels that the network itself takes away where
+    normalisation was multiplied into its first convolution, else None.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -79,6 +82,7 @@ class Front:
         nodes = ancestors(index, self.borders)
         self.ops = [node.op_type for node in nodes if node.op_type != "Constant"]
         self._cut = cut_out(model, index, self.borders)
+        self.folded_mean = next(filter(None, (_folded_mean(index, border) for border in self.borders)), None)
         self._session: Any = None
         kinds = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
         casts = {item.i for node in nodes for item in node.attribute if node.op_type == "Cast" and item.name == "to"}
@@ -157,6 +161,38 @@ def _dims(index: GraphIndex, name: str) -> list[int]:
         return list(index.initializers[name].dims)
     value = index.constant(name) if name else None
     return [] if value is None else list(value.shape)
+
+
+def _folded_mean(index: GraphIndex, border: str) -> float | None:
+    """The grey level m that the first convolution subtracts: W·(x − m) is W·x + b with b = −m·ΣW.
+
+    Its bias (less the mean that a BatchNormalization behind it takes away) is fitted by −m·ΣW, one number for all
+    channels. Networks that are fed −1..1 have sums as large as their biases, so m is about 1; only a file for whole
+    pixels has sums that are a hundred times smaller than its biases, and of their direction.
+    """
+    for node in index.users.get(border, []):
+        weight = index.constant(node.input[1]) if node.op_type == "Conv" and node.input[0] == border else None
+        if weight is None or weight.ndim != 4 or len(weight) < FEWEST_FILTERS:
+            continue
+        sums = weight.astype(np.float64).sum(axis=(1, 2, 3))
+        shift: Array = np.zeros(len(sums))
+        behind = index.only_user(node.output[0])
+        for sign, maker, position in ((1, node, 2), (-1, behind, 3)):
+            if maker is None or len(maker.input) <= position or (maker is behind and not _is_batch_norm(maker)):
+                continue
+            value = index.constant(maker.input[position])
+            shift = shift + sign * (0 if value is None else value.astype(np.float64))
+        if not (shift.any() and sums.any()):
+            continue
+        mean = -float(shift @ sums / (sums @ sums))
+        left = np.square(shift + mean * sums).sum() / np.square(shift).sum()
+        if left <= MOST_LEFT and FOLDED[0] <= mean <= FOLDED[1]:
+            return mean
+    return None
+
+
+def _is_batch_norm(node: onnx.NodeProto) -> bool:
+    return node.op_type == "BatchNormalization"
 
 
 def _pixels() -> Array:

@@ -120,6 +120,12 @@ def _span(front: Front, file: str, says_inside: bool, whole_pixels: bool) -> tup
                 "InsightFace reads 'inside the graph' from node names, but no constant is subtracted from or "
                 "multiplied with the input",
             )
+        if front.folded_mean is not None:
+            _ask(
+                file,
+                f"nothing normalises, but the first convolution takes a grey level of {front.folded_mean:.0f} away, as "
+                "where normalisation was multiplied into its weights (whole pixels are --mean 0 --std 1)",
+            )
         usual = Preprocessing("bgr")
         seen = front.pixel_map(usual)
         if seen is None or not np.allclose(seen.ends, [[-1] * 3, [1] * 3], atol=0.02):
