@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from arcface_build.imports.preprocessing import Stated, decide_preprocessing
 from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
 from arcface_clients.contract import Preprocessing
+from arcface_clients.errors import WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
 from fronts import FORMS, IMAGENET, Form, Front, diagonal, model_of
 from tiny_nets import tiny_net
@@ -142,8 +143,29 @@ def test_no_network_that_is_fed_normalised_pixels_looks_folded(assets: Path) -> 
         assert measured.Front(tiny_net(seed=seed)).folded_mean is None
     for bias, batch_norm in ((True, True), (False, False)):
         assert measured.Front(folded(plain, bias=bias, batch_norm=batch_norm)).folded_mean is None
-    for path in assets.glob("*face*net*.onnx"):
+    for path in (assets / "models").glob("*.onnx"):
         assert measured.Front(onnx.load(str(path))).folded_mean is None
+
+
+@pytest.mark.parametrize(
+    ("written", "sees"),
+    [
+        (lambda: Front().sub(127.5), "-128.5..-126.5"),
+        (lambda: Front().div(255), "-0.003922..0.003922"),
+        (lambda: Front().div(127.5), "-0.007843..0.007843"),
+        (lambda: Front().mul(2).sub(127.5), "-129.5..-125.5"),
+    ],
+)
+def test_a_stated_preprocessing_that_the_graph_does_in_part_is_refused(written: Callable[[], Front], sees: str) -> None:
+    stated = Stated("rgb", (127.5,) * 3, (127.5,) * 3)
+    with pytest.raises(WrongUse, match=re.escape(f"the network would see pixels as {sees}")):
+        decide_preprocessing(measured.Front(written().model()), "net.onnx", stated)
+
+
+@pytest.mark.parametrize("mean_std", [(0, 1), (0, 255), (127.5, 1), (127.5, 255), (0, 128)])
+def test_a_stated_preprocessing_that_some_network_wants_is_taken(mean_std: tuple[float, float]) -> None:
+    mean, std = ((float(value),) * 3 for value in mean_std)
+    assert decide_preprocessing(measured.Front(Front().model()), "net.onnx", Stated("rgb", mean, std)).fed.std == std
 
 
 STEPS = (
