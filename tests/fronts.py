@@ -176,6 +176,32 @@ def by_the_picture() -> Front:
     return front.one("Sub", "mean").div(127.5)
 
 
+def grey_three_times() -> Front:
+    front = Front()
+    front.conv(np.reshape([0.299, 0.587, 0.114], (1, 3, 1, 1)) / 127.5, [-1])
+    return front.one("Concat", front.name, front.name, axis=1)
+
+
+def grey_matmul() -> Front:
+    front = Front(nhwc=True)
+    front.node("MatMul", front.weight(np.reshape([0.299, 0.587, 0.114], (3, 1)) / 127.5))
+    return front.one("Concat", front.name, front.name, axis=3).transpose(0, 3, 1, 2).sub(1)
+
+
+def mirror_beside() -> Front:
+    front = usual()
+    normalised = front.name
+    front.slice_backwards(axis=3)
+    front.node("Concat", normalised, front.name, first=False, axis=0)
+    return front
+
+
+def raw_beside_normalised() -> Front:
+    front = usual()
+    front.node("Concat", "pixels", front.name, first=False, axis=0)
+    return front
+
+
 def dynamic_reshape() -> Front:
     front = Front().sub(127.5).div(127.5)
     front.nodes.append(helper.make_node("Shape", ["pixels"], ["shape"]))
@@ -309,6 +335,10 @@ FORMS = [
         USUAL,
         "does not map each channel",
     ),
+    Form("grey, three times", grey_three_times, USUAL, "no map of each channel"),
+    Form("grey by a MatMul, three times", grey_matmul, USUAL, "no map of each channel"),
+    Form("each face and its mirror image as two rows", mirror_beside, USUAL, "no map of each channel"),
+    Form("each face raw and normalised as two rows", raw_beside_normalised, USUAL, "no map of each channel"),
     Form(
         "a depthwise blur",
         lambda: Front().conv(np.full((3, 1, 3, 3), 1 / 1000), [-1] * 3, group=3),

@@ -109,6 +109,46 @@ def softmax_at_the_end(model: onnx.ModelProto) -> None:
     model.graph.node.append(helper.make_node("Softmax", ["logits"], ["output"], axis=1))
 
 
+def softmax_behind_others(model: onnx.ModelProto) -> None:
+    softmax_at_the_end(model)
+    model.graph.node[-1].output[0] = "shares"
+    model.graph.node.append(helper.make_node("Identity", ["shares"], ["same"]))
+    model.graph.node.append(helper.make_node("Flatten", ["same"], ["output"], axis=1))
+
+
+def margin_head(model: onnx.ModelProto, *, normalised: bool = True, axis: int = 0) -> None:
+    """Cosines to 1024 people × 64, as ArcFace trains: unit embedding × unit centres."""
+    centres = np.random.default_rng(1).normal(0, 1, (512, 1024) if axis == 0 else (1024, 512))
+    if normalised:
+        centres /= np.linalg.norm(centres, axis=axis, keepdims=True)
+    graph = model.graph
+    graph.initializer.append(numpy_helper.from_array(centres.astype(np.float32), "centres"))
+    graph.initializer.append(numpy_helper.from_array(np.float32(64), "sixty_four"))
+    graph.node[-1].output[0] = "features"
+    graph.node.append(helper.make_node("LpNormalization", ["features"], ["unit"], axis=1))
+    if axis == 0:
+        graph.node.append(helper.make_node("MatMul", ["unit", "centres"], ["cosines"]))
+    else:
+        graph.node.append(helper.make_node("Gemm", ["unit", "centres"], ["cosines"], transB=1))
+    graph.node.append(helper.make_node("Mul", ["cosines", "sixty_four"], ["output"]))
+    graph.output[0].CopyFrom(helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N", 1024]))
+
+
+def margin_head_of_rows(model: onnx.ModelProto) -> None:
+    margin_head(model, axis=1)
+
+
+def margin_head_normalised_inside(model: onnx.ModelProto) -> None:
+    """The centres' length is divided out by the graph, as F.linear(x, F.normalize(w)) is exported."""
+    margin_head(model, normalised=False)
+    graph = model.graph
+    product = next(node for node in graph.node if node.op_type == "MatMul")
+    product.input[1] = "unit_centres"
+    position = list(graph.node).index(product)
+    graph.node.insert(position, helper.make_node("Div", ["centres", "lengths"], ["unit_centres"]))
+    graph.node.insert(position, helper.make_node("ReduceL2", ["centres"], ["lengths"], axes=[0], keepdims=1))
+
+
 def training_mode(model: onnx.ModelProto) -> None:
     bn = next(n for n in model.graph.node if n.op_type == "BatchNormalization")
     bn.attribute.append(helper.make_attribute("training_mode", 1))
@@ -128,6 +168,10 @@ def unknown_operator(model: onnx.ModelProto) -> None:
 
 
 FACE = ["N", 3, 112, 112]
+HEAD = (
+    "net.onnx ends in products with 1024 vectors of length 1, like the cosines of a training head: expected an "
+    "embedding. Export the backbone; if the output is the embedding, name it: --output output."
+)
 REFUSED = {
     "an empty file": (written(b""), "net.onnx is empty: expected an ONNX file. Copy or download it again."),
     "noise": (
@@ -200,6 +244,13 @@ REFUSED = {
         changed(softmax_at_the_end),
         f"net.onnx ends in Softmax, so it is a classifier: expected an embedding. {ITSELF}",
     ),
+    "a classifier whose Softmax is not last": (
+        changed(softmax_behind_others),
+        f"net.onnx ends in Softmax, so it is a classifier: expected an embedding. {ITSELF}",
+    ),
+    "a training head": (changed(margin_head), HEAD),
+    "a training head by a Gemm": (changed(margin_head_of_rows), HEAD),
+    "a training head that normalises its centres": (changed(margin_head_normalised_inside), HEAD),
     "two inputs": (
         changed(second_input),
         f"net.onnx has 2 inputs (input.1, label): expected only the face. {ITSELF}",

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.errors import SourceRefused
 from arcface_build.imports import front as measured
 from arcface_build.imports.importing import import_model
-from arcface_build.imports.preprocessing import decide_preprocessing
+from arcface_build.imports.preprocessing import Stated, decide_preprocessing
 from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
 from arcface_clients.contract import Preprocessing
+from arcface_clients.errors import WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
-from fronts import FORMS, Form, Front, diagonal, model_of
+from fronts import FORMS, IMAGENET, Form, Front, diagonal, model_of
 from tiny_nets import tiny_net
 
 FACES = synthetic_faces(6)
@@ -100,6 +101,71 @@ def test_the_documentation_lists_each_form_and_what_becomes_of_it() -> None:
     page = (Path(__file__).parent.parent / "docs" / "import.md").read_text()
     listed = dict(re.findall(r"^\| (.+?) \| (asks|(?:rgb|bgr), mean .+?) \|$", page, re.MULTILINE))
     assert {what: told == "asks" for what, told in listed.items()} == {form.what: bool(form.asked) for form in FORMS}
+
+
+def folded(meant: Preprocessing, *, bias: bool, batch_norm: bool = True) -> onnx.ModelProto:
+    """The body with its normalisation multiplied into the first convolution."""
+    net = tiny_net()
+    weights = {tensor.name: tensor for tensor in net.graph.initializer}
+    first, behind = net.graph.node[0], net.graph.node[1]
+    weight = numpy_helper.to_array(weights[first.input[1]]).astype(np.float64)
+    own = np.random.default_rng(5).normal(0, 0.1, len(weight)) if bias else np.zeros(len(weight))
+    if not batch_norm:  # folded, too: then the bias is the BatchNormalization's
+        scale, beta, mean, variance = (numpy_helper.to_array(weights[name]) for name in behind.input[1:])
+        slope = scale / np.sqrt(variance + 2e-5)
+        weight, own = weight * slope[:, None, None, None], beta + (own - mean) * slope
+        for node in net.graph.node:
+            node.input[:] = [first.output[0] if name == behind.output[0] else name for name in node.input]
+        net.graph.node.remove(behind)
+    weight = weight / np.reshape(meant.std, (1, 3, 1, 1))
+    own = own - (weight * np.reshape(meant.mean, (1, 3, 1, 1))).sum(axis=(1, 2, 3))
+    weights[first.input[1]].CopyFrom(numpy_helper.from_array(weight.astype(np.float32), first.input[1]))
+    net.graph.initializer.append(numpy_helper.from_array(own.astype(np.float32), "first_bias"))
+    first.input.append("first_bias")
+    return net
+
+
+@pytest.mark.parametrize("meant", [Preprocessing(), IMAGENET], ids=["127.5", "ImageNet"])
+@pytest.mark.parametrize(("bias", "batch_norm"), [(False, True), (True, True), (False, False)])
+def test_normalisation_multiplied_into_the_first_convolution_is_asked_about(
+    meant: Preprocessing, bias: bool, batch_norm: bool
+) -> None:
+    front = measured.Front(folded(meant, bias=bias, batch_norm=batch_norm))
+    with pytest.raises(SourceRefused, match=r"the first convolution takes a grey level of \d+ away.*--mean 0 --std 1"):
+        decide_preprocessing(front, "net.onnx")
+    stated = Stated("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    assert decide_preprocessing(front, "net.onnx", stated).fed == Preprocessing("rgb", (0, 0, 0), (1, 1, 1))
+
+
+def test_no_network_that_is_fed_normalised_pixels_looks_folded(assets: Path) -> None:
+    plain = Preprocessing("rgb", (0, 0, 0), (1, 1, 1))
+    for seed in range(50):
+        assert measured.Front(tiny_net(seed=seed)).folded_mean is None
+    for bias, batch_norm in ((True, True), (False, False)):
+        assert measured.Front(folded(plain, bias=bias, batch_norm=batch_norm)).folded_mean is None
+    for path in (assets / "models").glob("*.onnx"):
+        assert measured.Front(onnx.load(str(path))).folded_mean is None
+
+
+@pytest.mark.parametrize(
+    ("written", "sees"),
+    [
+        (lambda: Front().sub(127.5), "-128.5..-126.5"),
+        (lambda: Front().div(255), "-0.003922..0.003922"),
+        (lambda: Front().div(127.5), "-0.007843..0.007843"),
+        (lambda: Front().mul(2).sub(127.5), "-129.5..-125.5"),
+    ],
+)
+def test_a_stated_preprocessing_that_the_graph_does_in_part_is_refused(written: Callable[[], Front], sees: str) -> None:
+    stated = Stated("rgb", (127.5,) * 3, (127.5,) * 3)
+    with pytest.raises(WrongUse, match=re.escape(f"the network would see pixels as {sees}")):
+        decide_preprocessing(measured.Front(written().model()), "net.onnx", stated)
+
+
+@pytest.mark.parametrize("mean_std", [(0, 1), (0, 255), (127.5, 1), (127.5, 255), (0, 128)])
+def test_a_stated_preprocessing_that_some_network_wants_is_taken(mean_std: tuple[float, float]) -> None:
+    mean, std = ((float(value),) * 3 for value in mean_std)
+    assert decide_preprocessing(measured.Front(Front().model()), "net.onnx", Stated("rgb", mean, std)).fed.std == std
 
 
 STEPS = (

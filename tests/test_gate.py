@@ -17,17 +17,18 @@ from arcface_build.errors import ProofFailed
 from arcface_build.imports.proof import prove
 from arcface_build.plans import build as plan_build
 from arcface_build.repository.assemble import assemble, assemble_plans
-from arcface_build.variants.choose import VariantChoice
+from arcface_build.variants.choose import VariantChoice, choose
 from arcface_build.variants.eval_set import FaceSet
 from arcface_build.variants.gate import judge_variant
+from arcface_build.variants.verify import verify_variant
 from arcface_clients.checks import parity
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines import EngineRegistry
 from arcface_clients.engines.validation import StoredReference, validate_engine
 from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed, InferenceFailed, PlanRefused
 from arcface_clients.evidence.drift import compare_embeddings
-from arcface_clients.evidence.gate import judge_embeddings, judge_record, run_embedding_regression_tests
-from arcface_clients.plans.manifest import manifest_bytes, manifest_path
+from arcface_clients.evidence.gate import judge_embeddings, judge_record, judge_sidecar, run_embedding_regression_tests
+from arcface_clients.plans.manifest import file_sha256, manifest_bytes, manifest_path
 from conftest import copy_repository
 from plan_samples import spec, write_plan
 from tiny_model import write_manifest, write_model
@@ -229,6 +230,13 @@ def test_a_refusal_says_what_is_wrong_and_where(rows, why):
         ({"max_drift": -0.5}, "its record states a drift of -0.5, expected a number"),
         ({"max_drift": 0.02}, "drift 0.02, 2.0 × the limit 0.01 for int8"),
         ({"max_drift": 0.001, "bad_rows": 2}, "2 of its embeddings are zero or contain NaN"),
+        ({"max_drift": 0.001, "faces": 0}, "its record states 0 faces, expected at least one"),
+        ({"max_drift": 0.001, "faces": True}, "its record states True faces, expected at least one"),
+        ({"max_drift": 0.001, "norms": None}, "its record states lengths of None, expected numbers"),
+        (
+            {"max_drift": 0.001, "norms": {"candidate": {"min": float("nan"), "max": 1}}},
+            "its record states lengths of {'candidate': {'min': nan, 'max': 1}}, expected numbers",
+        ),
         ({"max_drift": 0.001}, ""),
         ({"max_drift": -1e-16}, ""),
     ],
@@ -263,3 +271,115 @@ def test_a_stricter_limit_in_the_configuration_acts_in_assemble(tmp_path, monkey
     refused = CliRunner().invoke(command, arguments, standalone_mode=False).exception
     assert isinstance(refused, PlanRefused)
     assert "drift 0.0005, 5.0 × the limit 0.0001 for fp16" in str(refused)
+
+
+def sidecar_of(folder: Path, *gates: dict, **changed: object) -> Path:
+    """An int8 variant of a tiny model that passed its gate, its serving ONNX renamed to it."""
+    model_dir = write_model(folder / "models" / "tiny")
+    (model_dir / "variants").mkdir()
+    file = model_dir / "variants" / "int8-cpu.onnx"
+    file.write_bytes((model_dir / "serving.onnx").read_bytes())
+    passed = {"runtime": "onnxruntime", "passed": True, "limit": 0.01, "judged_on": "held back"}
+    passed["drift"] = {"max_drift": 0.001}
+    told = {"format": 1, "name": "tiny", "precision": "int8", "target": "cpu", "file": "variants/int8-cpu.onnx"}
+    told |= {"sha256": file_sha256(file), "serving_sha256": "5" * 64, "passed": True, "recipe": None}
+    told |= {"gates": list(gates) or [passed], **changed}
+    file.with_suffix(".json").write_text(json.dumps(told))
+    return file
+
+
+def by_assemble(file: Path) -> None:
+    sidecar = json.loads(file.with_suffix(".json").read_text())
+    choice = VariantChoice("variants/int8-cpu.onnx", "int8", "onnxruntime", "", sidecar)
+    assemble(file.parent.parent, copy_repository(file.parent.parent.parent.parent), choice, limits=LIMITS)
+
+
+def by_engine_with_a_name(file: Path) -> None:
+    models = file.parent.parent.parent
+    EngineRegistry.get("onnx", models_dir=models, precision="int8", device="cpu", threads=1).ensure_ready()
+
+
+def by_engine_with_a_file(file: Path) -> None:
+    EngineRegistry.get("onnx", file=file, precision="int8", device="cpu", threads=1).ensure_ready()
+
+
+def by_verify(file: Path) -> None:
+    verify_variant(file.parent.parent, "int8", "cpu", "synthetic", 8, LIMITS)
+
+
+def by_auto(file: Path) -> None:
+    choice = choose(file.parent.parent, LIMITS, frozenset({"avx512_vnni"}), openvino=False, cpu="none")
+    assert choice.precision == "fp32"
+    raise GateFailed(choice.reason)
+
+
+VARIANT_DOORS = [by_assemble, by_engine_with_a_name, by_engine_with_a_file, by_verify, by_auto]
+
+
+@pytest.mark.parametrize("door", VARIANT_DOORS, ids=lambda door: door.__name__)
+def test_a_variant_swapped_after_it_was_judged_is_served_by_no_door(door, tmp_path):
+    file = sidecar_of(tmp_path)
+    (file.parent / "speed.json").write_text(json.dumps({"cpu": "none", "ratio": {"int8": 2.0, "fp32": 1.0}}))
+    write_model(tmp_path / "other", seed=1)
+    file.write_bytes((tmp_path / "other" / "serving.onnx").read_bytes())
+    with pytest.raises(GateFailed, match=r"int8-cpu\.onnx is not the file that was proved: expected sha256"):
+        door(file)
+
+
+@pytest.mark.parametrize("door", VARIANT_DOORS, ids=lambda door: door.__name__)
+def test_a_variant_of_another_import_is_served_by_no_door(door, tmp_path):
+    file = sidecar_of(tmp_path)
+    (file.parent / "speed.json").write_text(json.dumps({"cpu": "none", "ratio": {"int8": 2.0, "fp32": 1.0}}))
+    with_digests(file.parent.parent)
+    with pytest.raises(GateFailed, match=r"was made from another serving ONNX \(555555555555…\)"):
+        door(file)
+
+
+def with_digests(model_dir: Path) -> None:
+    """The manifest as an import writes it, with the digests of its files."""
+    manifest = json.loads((model_dir / "manifest.json").read_text())
+    manifest["serving"]["sha256"] = file_sha256(model_dir / "serving.onnx")
+    manifest["source"]["copy"] = {"file": "source.onnx", "sha256": file_sha256(model_dir / "source.onnx")}
+    (model_dir / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["serving.onnx", "source.onnx"])
+def test_a_file_replaced_after_its_import_is_not_installed(name, tmp_path):
+    model_dir = write_model(tmp_path / "models" / "tiny")
+    with_digests(model_dir)
+    write_model(tmp_path / "other", seed=1)
+    (model_dir / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    repository = copy_repository(tmp_path)
+    with pytest.raises(GateFailed, match=f"{name} is not the file that was proved"):
+        assemble(model_dir, repository)
+    assert not list(repository.glob("arcface_*/*/*.onnx"))
+
+
+def test_a_serving_onnx_replaced_after_its_import_is_not_loaded(tmp_path):
+    model_dir = write_model(tmp_path / "models" / "tiny")
+    with_digests(model_dir)
+    engine = EngineRegistry.get("onnx", models_dir=tmp_path / "models", device="cpu", threads=1)
+    engine.ensure_ready()
+    engine.close()
+    write_model(tmp_path / "other", seed=1)
+    (model_dir / "serving.onnx").write_bytes((tmp_path / "other" / "serving.onnx").read_bytes())
+    with pytest.raises(GateFailed, match=r"serving\.onnx is not the file that was proved"):
+        engine.ensure_ready()
+
+
+def test_an_int8_file_is_not_run_as_fp32_and_a_refused_one_not_at_all(tmp_path):
+    file = sidecar_of(tmp_path)
+    with pytest.raises(ConfigError, match="is int8 by its sidecar: expected that precision, got fp32"):
+        EngineRegistry.get("onnx", file=file, device="cpu").ensure_ready()
+    refused = file.rename(file.with_name(f"{file.name}.refused"))
+    with pytest.raises(GateFailed, match="its gate refused it"):
+        EngineRegistry.get("onnx", file=refused, precision="int8", device="cpu").ensure_ready()
+
+
+def test_of_two_verdicts_in_one_runtime_the_refusal_counts():
+    good = {"runtime": "onnxruntime", "passed": True, "limit": 0.01, "judged_on": "all", "drift": {"max_drift": 0.001}}
+    bad = {**good, "drift": {"max_drift": 0.5}}
+    no_limit = {key: value for key, value in good.items() if key != "limit"}
+    for gates, passed in (([good], True), ([bad, good], False), ([good, bad], False), ([no_limit], False)):
+        verdict = judge_sidecar({"precision": "int8", "passed": True, "gates": gates})["onnxruntime"]
+        assert verdict.passed is passed

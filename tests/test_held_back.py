@@ -215,6 +215,22 @@ def test_a_variant_cannot_be_verified_by_the_faces_that_it_was_fitted_to(variant
     assert "contains the faces that the variant was fitted to: they prove nothing" in str(done.exception)
 
 
+def test_fitted_faces_are_known_in_any_order_and_count_for_nothing_among_others(variant, made, tmp_path):
+    assert len(set(made["searched"]["each"])) == made["searched"]["faces"]
+    assert made["recipe"]["calibration"]["each"]
+    path = variant / "variants" / "int8-tensorrt.json"
+    sidecar, faces = json.loads(path.read_text()), people(6)
+    sidecar["searched"] = {**faces.to_json(), "each": faces.each}
+    path.write_text(json.dumps(sidecar))
+    backwards, mixed = tmp_path / "backwards.npz", tmp_path / "mixed.npz"
+    np.savez(backwards, faces=faces.faces[::-1])
+    done = verify(variant, str(backwards), "--max-drift", "0.5")
+    assert isinstance(done.exception, WrongUse), done.exception
+    np.savez(mixed, faces=np.concatenate([faces.faces, people(2, seed=77).faces]))
+    assert verify(variant, str(mixed), "--max-drift", "0.5").exception is None
+    assert json.loads(path.read_text())["verified"][0]["faces"] == 8
+
+
 def test_an_older_sidecar_is_read_but_not_served_until_it_is_verified(variant, tmp_path):
     path = variant / "variants" / "int8-tensorrt.json"
     sidecar = json.loads(path.read_text())

@@ -166,6 +166,35 @@ def test_two_outputs_that_can_be_the_embedding_are_asked_about(tmp_path: Path) -
     assert first.contract_id != second.contract_id
 
 
+def test_an_output_of_unknown_shape_may_be_the_embedding_and_is_asked_about(tmp_path: Path) -> None:
+    model = with_output("MatMul", ["N", 64])
+    model.graph.node[-1].input.append("to_64")
+    weight = np.random.default_rng(0).normal(0, 1, (512, 64)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "to_64"))
+    for op, before, after in (("Shape", "output", "shape"), ("Cast", "shape", "float"), ("Cast", "float", "whole")):
+        kinds = {"to": TensorProto.FLOAT if after == "float" else TensorProto.INT64} if op == "Cast" else {}
+        model.graph.node.append(helper.make_node(op, [before], [after], **kinds))
+    model.graph.node.append(helper.make_node("Reshape", ["output", "whole"], ["features"]))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("features", TensorProto.FLOAT, None))
+    path = tmp_path / "net.onnx"
+    onnx.save(model, str(path))
+    with pytest.raises(SourceRefused, match=r"2 outputs that can be the embedding \(features, second\)"):
+        run_import(path)
+    assert run_import(path, output="features").dim == 512
+
+
+def test_a_projection_that_keeps_lengths_is_no_training_head(tmp_path: Path) -> None:
+    model = tiny_net()
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(0, 1, (512, 512)))[0][:, :256].astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(rotation, "pca"))
+    model.graph.node[-1].output[0] = "features"
+    model.graph.node.append(helper.make_node("MatMul", ["features", "pca"], ["output"]))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N", 256]))
+    path = tmp_path / "net.onnx"
+    onnx.save(model, str(path))
+    assert run_import(path).dim == 256
+
+
 def test_a_form_for_the_cpu_that_fails_does_not_stop_the_import(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

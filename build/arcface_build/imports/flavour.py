@@ -12,7 +12,7 @@ from arcface_build.graph.index import GraphIndex, attribute, shapes
 from arcface_build.graph.serving import SERVING_NAME
 from arcface_build.graph.upgrade_opset import opset_of
 from arcface_build.imports.onnx_file import IMPORT_ITSELF
-from arcface_build.imports.outputs import is_width
+from arcface_build.imports.outputs import is_width, last_step
 from arcface_clients.contract import FACE_SIZE
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _embedding(index: GraphIndex, known: dict[str, list], model: onnx.ModelProto
     """The width of the only output, checked; None if the file does not state it."""
     outputs = model.graph.output
     shape = known.get(outputs[0].name)
-    maker = index.maker.get(outputs[0].name)
+    maker = last_step(index, outputs[0].name)
     if maker is not None and maker.op_type in ("Softmax", "LogSoftmax", "Sigmoid", "ArgMax"):
         raise SourceRefused(
             f"{file} ends in {maker.op_type}, so it is a classifier: expected an embedding. {IMPORT_ITSELF}."
@@ -170,9 +170,9 @@ def check_width(dim: int, file: str) -> int:
 
 
 def _gemm_width(index: GraphIndex, maker: onnx.NodeProto | None) -> int | None:
-    """D from the weights of the last Gemm, if shape inference failed."""
-    while maker is not None and maker.op_type in ("BatchNormalization", "Identity", "Dropout"):
-        maker = index.maker.get(maker.input[0])
+    """D from the weights of a last Gemm, where shape inference gave up."""
+    while maker is not None and maker.op_type == "BatchNormalization":
+        maker = last_step(index, maker.input[0])
     if maker is None or maker.op_type != "Gemm":
         return None
     weight = index.constant(maker.input[1])

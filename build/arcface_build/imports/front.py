@@ -1,8 +1,8 @@
 """Measures what a file does to its pixels before the network, by running its first nodes instead of guessing.
 
-The front of a graph ends where the pixels meet the first weights that are not preprocessing: a convolution or matrix
-product whose output does not have three channels. Everything before it (Sub, Clip, Cast, Gather, a BatchNormalization,
-a depthwise Conv, …) is cut out, run on noise in 0..255, and compared with an affine map per channel.
+The front of a graph ends where its pixels meet the first weights that are no preprocessing: a convolution or matrix
+product that gives more than three channels. Whatever stands before it (Sub, Clip, Cast, Gather, a BatchNormalization, a
+depthwise Conv, …) is cut out, run on noise in 0..255, and compared with an affine map per channel.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from arcface_clients.engines.runtimes import open_session
 if TYPE_CHECKING:
     import onnx
 
-RAW = Preprocessing("bgr", (0, 0, 0), (1, 1, 1))  # raw pixels, in their own channel order
-LARGEST_BORDER = 16  # pixels that a Pad or crop in the front may add or remove, both sides together
-FLOAT32_ERROR, FLOAT16_ERROR = 1e-4, 4e-3  # rounding error, relative to the map's span
+RAW = Preprocessing("bgr", (0, 0, 0), (1, 1, 1))  # pixels as they are; no channel moves
+LARGEST_BORDER = 16  # pixels that a Pad or crop in front may add or take, both sides together
+FLOAT32_ERROR, FLOAT16_ERROR = 1e-4, 4e-3  # of the map's own span: what rounding may do
+FEWEST_FILTERS, MOST_LEFT = 8, 0.5  # to believe in a folded mean: filters, and the part of the biases it leaves
+FOLDED = (40, 220)  # grey levels that a mean of pictures can have
 CONVOLUTIONS = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "ConvInteger", "QLinearConv")
 PRODUCTS = ("MatMul", "Gemm", "MatMulInteger", "QLinearMatMul", "FusedMatMul")
 
@@ -66,7 +68,8 @@ class PixelMap:
 class Front:
     """The nodes between a graph's image input and its network, ready to run on pixels.
 
-    `ops` names their operators in order.
+    `ops` names them in their order. `folded_mean` is the grey level of pixels that the network itself takes away where
+    normalisation was multiplied into its first convolution, else None.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -79,6 +82,7 @@ class Front:
         nodes = ancestors(index, self.borders)
         self.ops = [node.op_type for node in nodes if node.op_type != "Constant"]
         self._cut = cut_out(model, index, self.borders)
+        self.folded_mean = next(filter(None, (_folded_mean(index, border) for border in self.borders)), None)
         self._session: Any = None
         kinds = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
         casts = {item.i for node in nodes for item in node.attribute if node.op_type == "Cast" and item.name == "to"}
@@ -97,11 +101,14 @@ class Front:
             seen = self._run(blob)
         except Exception:  # ONNX Runtime's exceptions share no base class; a front that cannot run is not understood
             return None
-        maps = [_affine(pixels, border, self._error) for border in seen]
+        maps = [_affine(pixels, row, self._error) for border in seen for row in _rows(border, len(pixels))]
         return maps[0] if all(found and maps[0] and found.is_close(maps[0]) for found in maps) else None
 
     def _run(self, blob: Array) -> list[Array]:
-        """Each border tensor for float64 (K,3,112,112), face by face (a fixed batch is filled with copies)."""
+        """Each border tensor for float64 (K,3,112,112), face by face (a fixed batch is filled with copies).
+
+        (K·R,…) where the front makes R rows of a face, such as its mirror image: each has to be understood.
+        """
         import onnx
 
         if not self.ops:
@@ -114,7 +121,7 @@ class Front:
             blob = blob.transpose(0, 2, 3, 1)
         batch = max(1, dims[0])
         seen = [self._session.run(None, {self._face.name: np.repeat(face[None], batch, axis=0)}) for face in blob]
-        return [np.concatenate([faces[i][:1] for faces in seen]) for i in range(len(self.borders))]
+        return [np.concatenate([faces[i] for faces in seen]) for i in range(len(self.borders))]
 
 
 def _borders(index: GraphIndex, face: str) -> list[str]:
@@ -136,15 +143,15 @@ def _borders(index: GraphIndex, face: str) -> list[str]:
 
 
 def _is_network(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    """Whether the node's weights belong to the network: preprocessing turns three channels into three."""
+    """Whether the node's weights are the network's: preprocessing gives three channels, or one (grey)."""
     if node.op_type not in (*CONVOLUTIONS, *PRODUCTS):
         return False
     for name in node.input:
         dims = _dims(index, name)
         if node.op_type in CONVOLUTIONS and len(dims) == 4:
-            return dims[0] != 3
+            return dims[0] > 3
         if node.op_type in PRODUCTS and len(dims) >= 2:
-            return dims[-2:] != [3, 3]
+            return max(dims[-2:]) > 3
     return True
 
 
@@ -154,6 +161,38 @@ def _dims(index: GraphIndex, name: str) -> list[int]:
         return list(index.initializers[name].dims)
     value = index.constant(name) if name else None
     return [] if value is None else list(value.shape)
+
+
+def _folded_mean(index: GraphIndex, border: str) -> float | None:
+    """The grey level m that the first convolution subtracts: W·(x − m) is W·x + b with b = −m·ΣW.
+
+    Its bias (less the mean that a BatchNormalization behind it takes away) is fitted by −m·ΣW, one number for all
+    channels. Networks that are fed −1..1 have sums as large as their biases, so m is about 1; only a file for whole
+    pixels has sums that are a hundred times smaller than its biases, and of their direction.
+    """
+    for node in index.users.get(border, []):
+        weight = index.constant(node.input[1]) if node.op_type == "Conv" and node.input[0] == border else None
+        if weight is None or weight.ndim != 4 or len(weight) < FEWEST_FILTERS:
+            continue
+        sums = weight.astype(np.float64).sum(axis=(1, 2, 3))
+        shift: Array = np.zeros(len(sums))
+        behind = index.only_user(node.output[0])
+        for sign, maker, position in ((1, node, 2), (-1, behind, 3)):
+            if maker is None or len(maker.input) <= position or (maker is behind and not _is_batch_norm(maker)):
+                continue
+            value = index.constant(maker.input[position])
+            shift = shift + sign * (0 if value is None else value.astype(np.float64))
+        if not (shift.any() and sums.any()):
+            continue
+        mean = -float(shift @ sums / (sums @ sums))
+        left = np.square(shift + mean * sums).sum() / np.square(shift).sum()
+        if left <= MOST_LEFT and FOLDED[0] <= mean <= FOLDED[1]:
+            return mean
+    return None
+
+
+def _is_batch_norm(node: onnx.NodeProto) -> bool:
+    return node.op_type == "BatchNormalization"
 
 
 def _pixels() -> Array:
@@ -167,9 +206,15 @@ def _pixels() -> Array:
     return np.array([[rng.integers(low, high, shape) for low, high in each] for each in ranges], np.float64)
 
 
+def _rows(seen: Array, faces: int) -> list[Array]:
+    """`seen` (K·R,…) as R arrays (K,…): the first row made of each face, the second, and so on."""
+    made = max(1, len(seen) // faces)
+    return [seen[row::made] for row in range(made)]
+
+
 def _affine(pixels: Array, seen: Array, error: float) -> PixelMap | None:
-    """The map from `pixels` (K,3,112,112) to `seen` (K,3,h,w) or (K,h,w,3); None if there is none."""
-    if seen.ndim != 4 or 3 not in (seen.shape[1], seen.shape[3]):
+    """The map of `pixels` (K,3,112,112) to `seen` (K,3,h,w) or (K,h,w,3); None: there is none."""
+    if seen.ndim != 4 or len(seen) != len(pixels) or 3 not in (seen.shape[1], seen.shape[3]):
         return None
     seen = seen.astype(np.float64)
     if seen.shape[1] != 3:

@@ -55,7 +55,7 @@ def read_source(path: Path) -> onnx.ModelProto:
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as exc:
-        wanted = sorted({_location(tensor) for tensor in model.graph.initializer if tensor.external_data})
+        wanted = _external_names(model)
         for name in wanted:
             if _is_odd(path.parent / name):
                 raise SourceRefused(
@@ -104,9 +104,17 @@ def external_files(path: Path) -> list[Path]:
     """The files beside an ONNX file that contain its weights, sorted by name; usually none."""
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
-    names = {_location(tensor) for tensor in model.graph.initializer if tensor.external_data}
-    return [path.parent / name for name in sorted(names)]
+    return [path.parent / name for name in _external_names(onnx.load(str(path), load_external_data=False))]
+
+
+def _external_names(model: onnx.ModelProto) -> list[str]:
+    """The names of the files beside it, sorted: of initializers, Constant nodes, and those of the bodies inside."""
+    nodes = list(_all_nodes((*model.graph.node, *(node for function in model.functions for node in function.node))))
+    items = [item for node in nodes for item in node.attribute]
+    graphs = [model.graph, *(body for item in items for body in (item.g, *item.graphs))]
+    tensors = [*(tensor for graph in graphs for tensor in graph.initializer)]
+    tensors += [tensor for item in items for tensor in (item.t, *item.tensors)]
+    return sorted({_location(tensor) for tensor in tensors if tensor.external_data})
 
 
 def _is_odd(path: Path) -> bool:

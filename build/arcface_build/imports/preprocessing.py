@@ -26,6 +26,8 @@ LARGEST, SMALLEST = (
     0.2,
 )  # normalised pixels extend beyond ±SMALLEST on both sides, and not beyond ±LARGEST
 
+NARROWEST, FURTHEST = 0.02, 4  # what networks see of 0..255 is wider than this, and its middle is within so many widths
+
 
 @dataclass(frozen=True)
 class Stated:
@@ -120,6 +122,12 @@ def _span(front: Front, file: str, says_inside: bool, whole_pixels: bool) -> tup
                 "InsightFace reads 'inside the graph' from node names, but no constant is subtracted from the "
                 "input or multiplied with it",
             )
+        if front.folded_mean is not None:
+            _ask(
+                file,
+                f"nothing normalises, but the first convolution takes a grey level of {front.folded_mean:.0f} away, as "
+                "where normalisation was multiplied into its weights (whole pixels are --mean 0 --std 1)",
+            )
         usual = Preprocessing("bgr")
         seen = front.pixel_map(usual)
         if seen is None or not np.allclose(seen.ends, [[-1] * 3, [1] * 3], atol=0.02):
@@ -175,15 +183,29 @@ def _is_normalised(seen: PixelMap) -> bool:
 
 
 def _refuse_twice(front: Front, file: str, span: tuple[Three, Three], whole_pixels: bool) -> None:
+    """Refuse a stated mean and std that the graph applies as well, wholly or in part."""
     if span == NEUTRAL:
         return
-    raw = front.pixel_map()
+    raw, seen = front.pixel_map(), front.pixel_map(Preprocessing("bgr", *span))
     if whole_pixels or (raw and _is_normalised(raw)):
         does = "takes whole pixels (uint8)" if whole_pixels else "normalises inside its graph"
-        raise WrongUse(
-            f"{file} {does}: expected --mean 0 --std 1, got mean {list(span[0])}, std {list(span[1])}, "
-            "which would normalise twice."
-        )
+    elif raw and seen and _is_absurd(seen):
+        low, high = seen.ends.min(), seen.ends.max()
+        does = f"does a part of it inside its graph (the network would see pixels as {low:.4g}..{high:.4g})"
+        raise WrongUse(f"{file} {does}: expected the rest as --mean and --std, got {list(span[0])}, {list(span[1])}.")
+    else:
+        return
+    raise WrongUse(
+        f"{file} {does}: expected --mean 0 --std 1, got mean {list(span[0])}, std {list(span[1])}; "
+        "it would be done twice."
+    )
+
+
+def _is_absurd(seen: PixelMap) -> bool:
+    """Whether no network is trained on this: all pixels nearly alike, or far to one side of 0."""
+    low, high = seen.ends
+    width = np.abs(high - low)
+    return bool(width.max() < NARROWEST or (np.abs(high + low) / 2 > FURTHEST * width).any())
 
 
 def _named(front: Front) -> str:

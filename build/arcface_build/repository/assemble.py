@@ -16,6 +16,7 @@ from arcface_build.errors import ProofFailed
 from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.versions import install, served_folder, served_manifest
 from arcface_clients.engines.import_manifest import read_import_manifest
+from arcface_clients.engines.model_folder import ModelFolder
 from arcface_clients.engines.runtimes import gated_runtimes, runtime_for
 from arcface_clients.errors import PlanRefused
 from arcface_clients.evidence.gate import judge_record, judge_sidecar
@@ -53,6 +54,7 @@ def assemble(
     Raises:
         Missing: the folder contains no imported model.
         ProofFailed: the variant's sidecar does not show that it passes its gate in the chosen runtime.
+        GateFailed: a file was replaced after it was proved.
     """
     imported = read_import_manifest(model_dir)
     manifest = imported.to_json()
@@ -75,11 +77,14 @@ def assemble(
         weights, extra = model_dir / variant.file, variant.accelerator_pbtxt()
         told = {key: value for key, value in variant.to_json().items() if key != "reason"}
         manifest |= {"precision": variant.precision, "variant": told}
+    source, folder = model_dir / "source.onnx", ModelFolder(model_dir, imported)
+    for file in (source, weights):
+        folder.check_proved(file)
     manifest["weights"] = weights.relative_to(model_dir).as_posix()
     return {
         # The reference first, so that no version of arcface_onnx ever exists without its reference.
         "arcface_reference": install(
-            repository, "arcface_reference", {"source.onnx": model_dir / "source.onnx"}, imported.to_json(), keep=keep
+            repository, "arcface_reference", {"source.onnx": source}, imported.to_json(), keep=keep
         ),
         "arcface_onnx": install(
             repository, "arcface_onnx", {"model.onnx": weights}, manifest, overlay=extra, keep=keep

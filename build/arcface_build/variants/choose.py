@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from arcface_build.variants.sidecar import read_sidecar
+from arcface_clients.engines.model_folder import folder_of
 from arcface_clients.engines.runtimes import (
     cpu_flags,
     cpu_name,
@@ -17,6 +18,7 @@ from arcface_clients.engines.runtimes import (
     has_openvino,
     runtime_for,
 )
+from arcface_clients.errors import GateFailed
 from arcface_clients.evidence.gate import judge_sidecar
 
 
@@ -70,6 +72,11 @@ def choose(
     for precision in ("int8", "bf16"):
         sidecar = read_sidecar(model_dir, precision, "cpu")
         runtime, why_not = _worth_serving(precision, sidecar, limits, flags, openvino, precision in speeds)
+        if runtime is not None and sidecar is not None:
+            try:
+                folder_of(model_dir / "serving.onnx").check_proved(model_dir / sidecar["file"])
+            except GateFailed as exc:
+                runtime, why_not = None, str(exc)
         if runtime is None or sidecar is None:
             passed_over.append(f"{precision}: {why_not}")
             continue

@@ -130,7 +130,12 @@ def _written(
     """Sidecar and path of a variant that passed; one that failed is written as .refused and raises ProofFailed."""
     told = {
         "eval": {**judged.to_json(), "mean_grey": light(judged)},
-        "searched": {**parts.searched.to_json(), "mean_grey": light(parts.searched), "parted": parts.how}
+        "searched": {
+            **parts.searched.to_json(),
+            "each": parts.searched.each,
+            "mean_grey": light(parts.searched),
+            "parted": parts.how,
+        }
         if parts
         else None,
         "margin": wish.margin if parts else None,
@@ -166,7 +171,13 @@ def _start(
     if unknown:
         layers = ", ".join(quantizable_layers(serving))
         raise WrongUse(f"--keep names no node: {', '.join(sorted(unknown))}. Layers: {layers}")
-    start = Recipe(wish.precision, target, manifest.serving["sha256"], wish.keep, calibration=calibration.to_json())
+    start = Recipe(
+        wish.precision,
+        target,
+        manifest.serving["sha256"],
+        wish.keep,
+        calibration={**calibration.to_json(), "each": calibration.each},
+    )
     if wish.precision == "fp16":
         names = body_nodes(serving)
         largest = largest_values(serving, names, calibration.faces[:OVERFLOW_FACES], stage("largest values"))

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from arcface_build.errors import ProofFailed
 from arcface_build.variants.eval_set import FaceSet, evaluation_faces
 from arcface_build.variants.gate import VariantVerdict
-from arcface_build.variants.held_back import light
+from arcface_build.variants.held_back import light, take
 from arcface_build.variants.make import load_named
 from arcface_build.variants.recipe import load_recipe
 from arcface_build.variants.sidecar import read_sidecar, set_aside, variants_folder
 from arcface_build.variants.trial import Stage, open_trial, runtimes_for, silent
 from arcface_clients.atomic import write_json
 from arcface_clients.engines.import_manifest import ImportManifest, read_import_manifest
+from arcface_clients.engines.model_folder import ModelFolder
 from arcface_clients.engines.runtimes import cpu_flags, has_bf16, has_openvino
 from arcface_clients.errors import Missing, WrongUse
 
@@ -47,6 +48,7 @@ def verify_variant(
 
     Raises:
         ProofFailed: it fails in one of its runtimes and is renamed to .refused.
+        GateFailed: the file was replaced after it was judged, or made from another import.
         Missing: no such variant, or none of its runtimes on this host.
         WrongUse: these are the faces that it was fitted to.
     """
@@ -59,8 +61,8 @@ def verify_variant(
             f"no {name} variant of {manifest.name}{': its gate refused it' if refused else ''}. "
             f"Make it: arcface quantize {manifest.name} --precision {precision} --target {target}"
         )
-    faces = evaluation_faces(source, count)
-    _check_unseen(sidecar, faces)
+    ModelFolder(model_dir, manifest).check_proved(model_dir / sidecar["file"])
+    faces = _unseen(sidecar, evaluation_faces(source, count))
     verdicts = _judge(model_dir, manifest, sidecar, faces, limits, stage)
     told = [verdict.to_json() for verdict in verdicts]
     worse = {gate["runtime"]: gate for gate in told}
@@ -121,17 +123,20 @@ def _is_here(runtime: str) -> bool:
     return has_openvino() and (runtime != "openvino-bf16" or has_bf16(cpu_flags()))
 
 
-def _check_unseen(sidecar: Mapping[str, Any], faces: FaceSet) -> None:
-    """Reject the exact set that the variant was fitted to; the sidecar cannot identify single faces of it."""
-    calibration = (sidecar["recipe"] or {}).get("calibration")
-    fitted = [calibration, sidecar.get("searched")]
+def _unseen(sidecar: Mapping[str, Any], faces: FaceSet) -> FaceSet:
+    """The faces that the variant was not fitted to; older sidecars know only whole sets of faces, in their order."""
+    sets = [(sidecar["recipe"] or {}).get("calibration"), sidecar.get("searched")]
     if "searched" not in sidecar and sidecar["recipe"]:  # an older sidecar: one set was used for both
-        fitted.append(sidecar["eval"])
-    if faces.sha256 in {known["sha256"] for known in fitted if known}:
+        sets.append(sidecar["eval"])
+    fitted = [known for known in sets if known]
+    each = {face for known in fitted for face in known.get("each", ())}
+    left = [row for row, face in enumerate(faces.each) if face not in each]
+    if not left or faces.sha256 in {known["sha256"] for known in fitted}:
         raise WrongUse(
             f"{faces.origin} contains the faces that the variant was fitted to: they prove nothing. "
             "Give others: --verify FACES"
         )
+    return faces if len(left) == len(faces.faces) else take(faces, left)
 
 
 def _worse(known: dict[str, Any], new: dict[str, Any] | None) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines.import_manifest import DEMO, IMPORT_MANIFEST, ImportManifest, read_import_manifest
-from arcface_clients.errors import ArcFaceError, ConfigError, ModelMissing
+from arcface_clients.errors import ArcFaceError, ConfigError, GateFailed, ModelMissing
+from arcface_clients.plans.manifest import file_sha256
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,39 @@ class ModelFolder:
                 f"{', '.join(there) or 'none'}). Make it: {command}"
             )
         return file
+
+    def check_proved(self, file: Path) -> None:
+        """Refuse a file of this folder that is not the one that the import proved, or a variant's gate judged.
+
+        Every door calls it: what assemble installs, and what an engine in the process loads. A file about which the
+        folder records nothing is left to the caller.
+
+        Raises:
+            GateFailed: it was refused, replaced since, or made from another import's serving ONNX.
+        """
+        name = self.path.name
+        if file.suffix == ".refused":
+            raise GateFailed(f"{file}: its gate refused it. Use another: arcface import, or arcface quantize {name}")
+        told: dict[str, Any] = sidecar_of(file) or {} if file.parent == self.path / "variants" else self._part(file)
+        expected, again = told.get("sha256"), "arcface quantize" if "serving_sha256" in told else "arcface import"
+        if expected is not None and expected != (got := file_sha256(file)):
+            raise GateFailed(
+                f"{file} is not the file that was proved: expected sha256 {str(expected)[:12]}…, got {got[:12]}…. "
+                f"Make it again: {again}"
+            )
+        made_from = told.get("serving_sha256")
+        serving = self.manifest.serving.get("sha256") if self.manifest else None
+        if None not in (made_from, serving) and made_from != serving:
+            raise GateFailed(
+                f"{file} was made from another serving ONNX ({str(made_from)[:12]}…) than that of {name} "
+                f"({str(serving)[:12]}…). Make it again: arcface quantize {name}"
+            )
+
+    def _part(self, file: Path) -> dict[str, Any]:
+        """What the manifest records of one of its own files."""
+        known = self.manifest
+        parts = (known.serving, known.cpu, known.source.get("copy")) if known and file.parent == self.path else ()
+        return next((part for part in parts if part and part.get("file") == file.name), {})
 
     def _refused(self, variant: str) -> bool:
         """Whether the latest verdict on a variant without its own file was a refusal."""

@@ -97,6 +97,7 @@ class OnnxEngine(LocalEngine):
 
     def _load(self) -> None:
         file = self.file
+        self._folder().check_proved(file)
         try:
             import onnxruntime
         except ImportError as exc:
@@ -141,7 +142,13 @@ class OnnxEngine(LocalEngine):
         if provider not in (CPU, OPENVINO):
             return "", ""
         here = [r for r in cpu_runtimes(cpu_flags(), openvino=True) if (r == "onnxruntime") == (provider == CPU)]
-        sidecar = sidecar_of(file) if self.precision == "int8" else self._folder().sidecar(self.precision)
+        beside = sidecar_of(file)
+        if beside is not None and beside.get("precision", self.precision) != self.precision:
+            raise ConfigError(
+                f"{file} is {beside['precision']} by its sidecar: expected that precision, got {self.precision}. "
+                f"Set precision={beside['precision']!r}"
+            )
+        sidecar = beside if self.precision == "int8" else self._folder().sidecar(self.precision)
         gated = gated_runtimes(sidecar)
         runtime, why_not = runtime_for(self.precision, gated, here)
         if runtime is not None:

@@ -115,8 +115,10 @@ def judge_record(record: object, precision: str, limits: Mapping[str, float]) ->
     why = "" if drift <= limit else f"drift {drift:.3g}, {drift / limit:.1f} × the limit {limit:g} for {precision}"
     if bad_rows:
         why = f"{bad_rows} of its embeddings are zero or contain NaN"
+    elif "faces" in record and not (type(faces) is int and faces > 0):
+        why = f"its record states {faces} faces, expected at least one"
     elif not why and "norms" in record:
-        why = _lengths(record["norms"]["candidate"])
+        why = _recorded_lengths(record["norms"])
     return GateVerdict(precision, limit, float(drift), faces if isinstance(faces, int) else 0, why)
 
 
@@ -134,14 +136,16 @@ def judge_sidecar(sidecar: Mapping[str, Any], limits: Mapping[str, float] | None
     verdicts: dict[str, GateVerdict] = {}
     for gate in sidecar.get("gates", ()):
         if limits is None:
-            verdict = judge_record(gate.get("drift"), precision, {precision: gate["limit"]})
+            verdict = judge_record(gate.get("drift"), precision, {precision: gate.get("limit", math.nan)})
         else:
             verdict = judge_record(gate.get("drift"), precision, limits)
         if verdict.passed and not (gate.get("passed") is True and sidecar.get("passed") is True):
             verdict = replace(verdict, why=gate.get("why") or "its gate refused it")
         if verdict.passed and precision != "bf16" and "judged_on" not in gate:
             verdict = replace(verdict, why=_FITTED.format(sidecar.get("name", "NAME")))
-        verdicts[gate["runtime"]] = verdict
+        known = verdicts.get(gate["runtime"])
+        if known is None or known.passed:  # of two verdicts in one runtime a refusal counts
+            verdicts[gate["runtime"]] = verdict
     return verdicts
 
 
@@ -192,6 +196,17 @@ def _too_far(report: DriftReport, precision: str, limit: float, over: int) -> st
         f"drift {report.max_drift:.3g}, {report.max_drift / limit:.1f} × the limit {limit:g} for {precision}, on "
         f"{over} of {report.faces} faces; worst: {', '.join(worst[:_NAMED])}"
     )
+
+
+def _recorded_lengths(norms: object) -> str:
+    of_candidate = norms.get("candidate") if isinstance(norms, Mapping) else None
+    ends: dict[str, float] = {}
+    for end in ("min", "max"):
+        value = of_candidate.get(end) if isinstance(of_candidate, Mapping) else None
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            return f"its record states lengths of {norms}, expected numbers"
+        ends[end] = value
+    return _lengths(ends)
 
 
 def _lengths(norms: Mapping[str, float]) -> str:
