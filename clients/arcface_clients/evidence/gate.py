@@ -200,10 +200,13 @@ def _too_far(report: DriftReport, precision: str, limit: float, over: int) -> st
 
 def _recorded_lengths(norms: object) -> str:
     of_candidate = norms.get("candidate") if isinstance(norms, Mapping) else None
-    ends = [of_candidate.get(end) for end in ("min", "max")] if isinstance(of_candidate, Mapping) else []
-    if not ends or not all(isinstance(end, (int, float)) and math.isfinite(end) for end in ends):
+    if not isinstance(of_candidate, Mapping) or not all(_is_finite(of_candidate.get(end)) for end in ("min", "max")):
         return f"its record states lengths of {norms}, expected numbers"
-    return _lengths(dict(zip(("min", "max"), ends, strict=True)))
+    return _lengths(of_candidate)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _lengths(norms: Mapping[str, float]) -> str:
