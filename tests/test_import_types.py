@@ -18,7 +18,7 @@ from arcface_build.imports import importing
 from arcface_build.imports.importing import import_model
 from arcface_build.imports.preprocessing import Stated
 from arcface_build.imports.proof_faces import ProofFaces
-from arcface_build.imports.source import known_models, resolve
+from arcface_build.imports.source import file_digest, known_models, resolve
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines.import_manifest import ImportManifest
 from arcface_clients.faces.synthetic import synthetic_faces
@@ -181,6 +181,27 @@ def test_an_output_of_unknown_shape_may_be_the_embedding_and_is_asked_about(tmp_
     with pytest.raises(SourceRefused, match=r"2 outputs that can be the embedding \(features, second\)"):
         run_import(path)
     assert run_import(path, output="features").dim == 512
+
+
+def test_weights_beside_a_file_count_in_its_digest_wherever_they_are_named(tmp_path: Path) -> None:
+    model, digests = tiny_net(), []
+    tensor = next(t for t in model.graph.initializer if t.name == "fc_w")
+    constant = helper.make_node("Constant", [], ["fc_w"], value=tensor)
+    model.graph.initializer.remove(tensor)
+    model.graph.node.insert(0, constant)
+    values = numpy_helper.to_array(tensor).copy()
+    held = model.graph.node[0].attribute[0].t
+    held.ClearField("raw_data")
+    held.data_location = TensorProto.EXTERNAL
+    held.external_data.add(key="location", value="net.bin")
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    for number in (1, 2):
+        (tmp_path / "net.bin").write_bytes((values * number).tobytes())
+        digests.append(file_digest(tmp_path / "net.onnx"))
+    assert digests[0] != digests[1]  # else two networks would have one contract id
+    (tmp_path / "net.bin").unlink()
+    with pytest.raises(SourceRefused, match=r"expected net\.bin beside it"):
+        run_import(tmp_path / "net.onnx")
 
 
 def test_a_projection_that_keeps_lengths_is_no_training_head(tmp_path: Path) -> None:
