@@ -101,7 +101,7 @@ def test_serve_does_not_bring_back_what_was_rolled_back(model_dir, repository):
         ("openvino-bf16", ["openvino-bf16"], ("openvino-fp32", "onnxruntime"), "it is set up for openvino-bf16, this"),
         ("openvino-fp32", ["openvino-bf16"], ("openvino-fp32", "onnxruntime"), "int8 passed its gate in openvino-bf16"),
         ("openvino-fp32", ["openvino-fp32"], ("onnxruntime",), "set up for openvino-fp32, this host has onnxruntime"),
-        ("onnxruntime", [], ("onnxruntime",), "int8 passed its gate in no runtime, this host has onnxruntime"),
+        ("onnxruntime", [], ("onnxruntime",), "int8 passed its gate in no runtime, but this host has onnxruntime"),
         ("onnxruntime", ["onnxruntime"], ("onnxruntime",), None),
     ],
 )
@@ -130,7 +130,7 @@ def test_serve_asks_for_the_gate_of_what_it_leaves_installed(model_dir, reposito
 def test_a_variant_that_was_refused_is_not_installed(model_dir, repository):
     choice = VariantChoice("variants/int8-cpu.onnx", "int8", "openvino-bf16", "", judged("int8", 0.03, passed=False))
     with pytest.raises(
-        ProofFailed, match=r"variants/int8-cpu\.onnx of tiny has not passed its gate: drift 0\.03, 3\.0 × the 0\.01"
+        ProofFailed, match=r"variants/int8-cpu\.onnx of tiny has not passed its gate: drift 0\.03, 3\.0 × the limit 0\.01"
     ):
         assemble(model_dir, repository, choice)
     assert versions(repository / "arcface_onnx") == []
@@ -187,7 +187,7 @@ def test_a_plan_that_was_changed_in_the_repository_is_not_carried_into_the_next_
 
 
 def test_a_plan_of_another_contract_is_refused(model_dir, repository, tmp_path):
-    with pytest.raises(PlanRefused, match=r"tiny-fp16-sm86\.plan is of contract ffffffffffff…, expected that of tiny"):
+    with pytest.raises(PlanRefused, match=r"tiny-fp16-sm86\.plan has contract ffffffffffff…, expected that of tiny"):
         assemble_plans(model_dir, [plan(tmp_path, "f" * 64)], repository)
 
 

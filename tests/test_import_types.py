@@ -178,7 +178,7 @@ def test_an_output_of_unknown_shape_may_be_the_embedding_and_is_asked_about(tmp_
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("features", TensorProto.FLOAT, None))
     path = tmp_path / "net.onnx"
     onnx.save(model, str(path))
-    with pytest.raises(SourceRefused, match=r"2 outputs that can be the embedding \(features, second\)"):
+    with pytest.raises(SourceRefused, match=r"2 outputs that could be the embedding \(features, second\)"):
         run_import(path)
     assert run_import(path, output="features").dim == 512
 
