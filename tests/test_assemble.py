@@ -130,7 +130,8 @@ def test_serve_asks_for_the_gate_of_what_it_leaves_installed(model_dir, reposito
 def test_a_variant_that_was_refused_is_not_installed(model_dir, repository):
     choice = VariantChoice("variants/int8-cpu.onnx", "int8", "openvino-bf16", "", judged("int8", 0.03, passed=False))
     with pytest.raises(
-        ProofFailed, match=r"variants/int8-cpu\.onnx of tiny has not passed its gate: drift 0\.03, 3\.0 × the limit 0\.01"
+        ProofFailed,
+        match=r"variants/int8-cpu\.onnx of tiny has not passed its gate: drift 0\.03, 3\.0 × the limit 0\.01",
     ):
         assemble(model_dir, repository, choice)
     assert versions(repository / "arcface_onnx") == []

@@ -153,7 +153,7 @@ def test_results_without_a_common_ratio_are_not_compared() -> None:
             "is not a benchmark of format 1: format None, kind None; expected what arcface bench --report FILE wrote",
         ),
         ("{}", "is not a benchmark of format 1: format None"),
-        ('{"format": 1, "kind": "tune"}', "got format 1, kind 'tune'"),
+        ('{"format": 1, "kind": "tune"}', "format 1, kind 'tune'"),
         ('{"format": 1, "kind": "bench"}', "is not a benchmark"),
     ],
 )

@@ -17,6 +17,8 @@ from arcface_clients import AsyncTritonEmbedder, FallbackEmbedder, TritonEmbedde
 from arcface_clients.checks.parity import measure_parity
 from arcface_clients.errors import ArcFaceError, BackendUnavailable, ContractMismatch, WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.triton.address import Address
+from arcface_clients.triton.admin_key import GRPC_HEADER, find_key
 from odd_models import LEFT, RIGHT, write_model
 
 FACES = synthetic_faces(24)
@@ -40,7 +42,12 @@ def load(server: TritonProcess, repository: Path, contract: str) -> None:
 
     write_model(repository, MODEL, contract=contract)
     with InferenceServerClient(server.grpc_url) as control:
-        control.load_model(MODEL)
+        control.load_model(MODEL, headers=admin(server))
+
+
+def admin(server: TritonProcess) -> dict[str, str]:
+    """What lets an operator control models."""
+    return {GRPC_HEADER: find_key(Address.parse(server.grpc_url)) or ""}
 
 
 def rows_of(server: TritonProcess) -> np.ndarray:
@@ -141,8 +148,8 @@ def test_weights_that_are_not_those_of_the_overlay_are_refused(repository, serve
     from tritonclient.grpc import InferenceServerClient
 
     with InferenceServerClient(server.grpc_url) as control:
-        control.unload_model(MODEL)
-        control.load_model(MODEL)
+        control.unload_model(MODEL, headers=admin(server))
+        control.load_model(MODEL, headers=admin(server))
     with (
         client(server, "grpc") as embedder,
         pytest.raises(ContractMismatch, match=r"rows of contract 111111111111; expected 222222222222"),

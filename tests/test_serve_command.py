@@ -300,7 +300,7 @@ def test_serve_mends_what_a_killed_command_left_and_names_demo_weights(triton_bi
     process = serve(own_repository, "--no-reference", "--once")
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert f"mended: {overlay} does not describe the version that is to be served" in output
+    assert f"mended: {overlay} does not describe the version to be served" in output
     assert "DEMO WEIGHTS: random numbers that recognise nobody. Next: arcface import YOUR.onnx" in output
     assert overlay.read_text() == right
 

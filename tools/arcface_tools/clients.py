@@ -33,6 +33,8 @@ from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ContractMismatch, Missing, WrongUse
 from arcface_clients.faces.check import Faces, to_gpu
 from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.triton.address import Address
+from arcface_clients.triton.admin_key import HTTP_HEADER, find_key
 from arcface_clients.triton.memory.choice import SharedMemoryOption
 
 TRANSPORTS = ("grpc", "grpc-shm", "http", "http-shm")
@@ -273,7 +275,8 @@ class QuickServer:
     def control(self, what: str) -> None:
         """Have the running server "load" or "unload" the model."""
         url = f"http://127.0.0.1:{self.ports.http}/v2/repository/models/{QUICK}/{what}"
-        urlopen(Request(url, b"{}"), timeout=60).close()
+        key = find_key(Address.parse(f"http://127.0.0.1:{self.ports.http}")) or ""
+        urlopen(Request(url, b"{}", {HTTP_HEADER: key}), timeout=60).close()
 
     def serve(self, contract: str) -> None:
         """Write the model of this contract, with weights of its own."""

@@ -152,7 +152,7 @@ def _size(reference: Array, candidate: Array) -> Finding:
         return Finding(
             "weights or precision",
             f"A small drift on all faces {told}, and no fault that explains it: the weights or the precision "
-            "differ. Which layer: arcface compare A.onnx B.onnx --layers",
+            "differ. Find the layer: arcface compare A.onnx B.onnx --layers",
         )
     if median < _COARSER:
         return Finding(
@@ -278,7 +278,7 @@ def _preprocessing_fault(faces: Array, candidate: Array, network: Network, state
 def _explained(hypothesis: Hypothesis, before: float, after: float) -> Finding:
     return Finding(
         hypothesis.fault,
-        f"{hypothesis.words} With that fault the reference gives "
+        f"{hypothesis.words} With this fault the reference gives "
         f"{'the same' if after < _SAME else 'nearer'} embeddings (1 − cosine {after:.1e}, without it {before:.1e}).",
     )
 

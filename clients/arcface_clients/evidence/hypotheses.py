@@ -73,7 +73,7 @@ def exact_faults(stated: Preprocessing) -> Iterator[Hypothesis]:
         if np.allclose(m, mean) and np.allclose(s, std):
             continue
         if fault == "wrong numbers":
-            words = f"{words} The network wants mean {_written(mean)}, std {_written(std)}."
+            words = f"{words} The network expects mean {_written(mean)}, std {_written(std)}."
         yield Hypothesis(fault, words, wrong.apply)
         yield Hypothesis(f"channels swapped, {fault}", f"{swapped} {words}", replace(wrong, color=other).apply)
     yield Hypothesis(
@@ -109,7 +109,7 @@ def stretched_faults(stated: Preprocessing) -> Iterator[Hypothesis]:
 
 def moved(stated: Preprocessing, scale: float, dx: float, dy: float) -> Hypothesis:
     """Crops zoomed and shifted against the template."""
-    parts = [f"moved by {dx:+g} px to the right and {dy:+g} px down"] if dx or dy else []
+    parts = [f"shifted by {dx:+g} px to the right and {dy:+g} px down"] if dx or dy else []
     parts += [f"zoomed by {scale:.3g}"] if scale != 1 else []
     return Hypothesis(
         "crop template off",
