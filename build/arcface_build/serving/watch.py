@@ -12,7 +12,7 @@ from arcface_build.serving.process import TritonProcess
 from arcface_build.serving.reasons import reason_of_end
 from arcface_clients import TritonEmbedder
 from arcface_clients.arrays import Array
-from arcface_clients.errors import ArcFaceError, BackendUnavailable, DeadlineExceeded
+from arcface_clients.errors import ArcFaceError, BackendUnavailable, ModelNotReady
 
 PROBE_EVERY_S = 1.0
 PROBE_TIMEOUT_S = 2.5  # the python backend takes a second to say that its stub is dead
@@ -71,13 +71,14 @@ class Pulse:
         """
         try:
             self._embedder.encode(self._face)
-        except (DeadlineExceeded, BackendUnavailable) as exc:
-            self._look_for_progress(exc)
+        except BackendUnavailable as exc:
+            if not isinstance(exc, ModelNotReady):  # silence, or a full queue: it may only be busy
+                self._look_for_progress(exc)
+                return False
+            self._failed(exc)  # it is there, and says that the process behind its model is not
             return False
         except ArcFaceError as exc:
-            self._failures += 1
-            if self._failures > 1:
-                raise ServerFailed(f"the server answers no face: {exc}") from exc
+            self._failed(exc)
             return False
         self._seen_s, self._failures = time.monotonic(), 0
         return True
@@ -85,6 +86,11 @@ class Pulse:
     def close(self) -> None:
         """Give up the connection."""
         self._embedder.close()
+
+    def _failed(self, exc: ArcFaceError) -> None:
+        self._failures += 1
+        if self._failures > 1:
+            raise ServerFailed(f"the server answers no face: {exc}") from exc
 
     def _look_for_progress(self, why: ArcFaceError) -> None:
         finished = -1
