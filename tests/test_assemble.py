@@ -12,6 +12,7 @@ from arcface_build.repository.versions import served_folder, served_manifest, ve
 from arcface_build.serving.variant import check_installed, take_best_variant
 from arcface_build.variants.choose import VariantChoice
 from arcface_clients.errors import Missing, PlanRefused
+from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.plans.manifest import write_manifest
 from arcface_clients.plans.read import read_plan
 from arcface_clients.plans.signing import sign
@@ -87,7 +88,7 @@ def test_serve_does_not_bring_back_what_was_rolled_back(model_dir, repository):
     assemble(model_dir, repository, VariantChoice("serving.onnx", "bf16", "openvino-bf16", "", judged("bf16", 8e-4)))
     roll_back(repository, "arcface_onnx")
     before = served_manifest(repository)
-    said = take_best_variant(repository, model_dir.parent, 3)
+    said = take_best_variant(repository, model_dir.parent, 3, DRIFT_LIMITS)
     name = before["name"]
     assert said == f"fp32 as installed: arcface rollback went back to it (another one: arcface assemble {name})"
     assert served_manifest(repository) == before
@@ -110,21 +111,21 @@ def test_what_another_host_installed_is_served_only_where_it_passed_its_gate(run
     sidecar = {"precision": "int8", "passed": True, "gates": gates}
     served = {"name": "tiny", "variant": {"precision": "int8", "runtime": runtime, "sidecar": sidecar}}
     if why_not is None:
-        check_installed(served, here)
+        check_installed(served, here, DRIFT_LIMITS)
     else:
         with pytest.raises(Missing, match=f"may not run on this host: .*{why_not}.* Next: arcface assemble tiny"):
-            check_installed(served, here)
+            check_installed(served, here, DRIFT_LIMITS)
 
 
 def test_fp32_is_served_on_every_host():
-    check_installed({"name": "tiny"}, ("onnxruntime",))
+    check_installed({"name": "tiny"}, ("onnxruntime",), DRIFT_LIMITS)
 
 
 def test_serve_asks_for_the_gate_of_what_it_leaves_installed(model_dir, repository, tmp_path):
     sidecar = judged("int8", 0.005, "openvino-fp8")
     assemble(model_dir, repository, VariantChoice("serving.onnx", "int8", "openvino-fp8", "", sidecar))
     with pytest.raises(Missing, match="arcface_onnx holds int8 of tiny, which may not run on this host: it is set up"):
-        take_best_variant(repository, tmp_path / "no models here", versions_kept=3)
+        take_best_variant(repository, tmp_path / "no models here", versions_kept=3, limits=DRIFT_LIMITS)
 
 
 def test_a_variant_that_was_refused_is_not_installed(model_dir, repository):

@@ -17,6 +17,9 @@ from arcface_build.errors import ProofFailed
 from arcface_build.imports.proof import prove
 from arcface_build.plans import build as plan_build
 from arcface_build.repository.assemble import assemble, assemble_plans
+from arcface_build.repository.versions import served_manifest
+from arcface_build.serving.variant import check_installed, take_best_variant
+from arcface_build.variants import choose as choosing
 from arcface_build.variants.choose import VariantChoice, choose
 from arcface_build.variants.eval_set import FaceSet
 from arcface_build.variants.gate import judge_variant
@@ -24,8 +27,9 @@ from arcface_build.variants.verify import verify_variant
 from arcface_clients.checks import parity
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines import EngineRegistry
+from arcface_clients.engines.runtimes import cpu_name
 from arcface_clients.engines.validation import StoredReference, validate_engine
-from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed, InferenceFailed, PlanRefused
+from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed, InferenceFailed, Missing, PlanRefused
 from arcface_clients.evidence.drift import compare_embeddings
 from arcface_clients.evidence.gate import judge_embeddings, judge_record, judge_sidecar, run_embedding_regression_tests
 from arcface_clients.plans.manifest import file_sha256, manifest_bytes, manifest_path
@@ -273,6 +277,51 @@ def test_a_stricter_limit_in_the_configuration_acts_in_assemble(tmp_path, monkey
     refused = CliRunner().invoke(command, arguments, standalone_mode=False).exception
     assert isinstance(refused, PlanRefused)
     assert "drift 0.0005, 5.0 × the limit 0.0001 for fp16" in str(refused)
+
+
+def test_a_stricter_limit_in_a_named_configuration_acts_in_import(tmp_path):
+    """Both in a fresh import and where an earlier one would be kept."""
+    folder, strict = write_model(tmp_path / "made"), tmp_path / "strict.yaml"
+    strict.write_text("comparison: {max_drift: {fp32: 1.0e-20}}\n")
+    command = ["import", str(folder / "source.onnx"), "--no-assemble", "--models-dir", str(tmp_path / "models")]
+    with pytest.raises(ProofFailed, match="× the limit 1e-20 for fp32"):
+        invoke([*command, "--config", str(strict)])
+    assert not list((tmp_path / "models").iterdir())
+    assert invoke(command)["proof"]["min_cosine"] > 0.99999
+    with pytest.raises(ProofFailed, match="× the limit 1e-20 for fp32"):
+        invoke([*command, "--config", str(strict)])
+
+
+def invoke(arguments: list[str]) -> dict:
+    """What `arcface … --json` prints, or the exception that it raises."""
+    from arcface_build.cli import cli
+
+    done = CliRunner().invoke(cli, [*arguments, "--json"], standalone_mode=False)
+    if done.exception is not None:
+        raise done.exception
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("limit, installed", [(0.01, True), (0.001, False)])
+def test_a_stricter_limit_acts_in_what_serve_installs_and_keeps(limit, installed, tmp_path, monkeypatch):
+    gate = {"runtime": "onnxruntime", "passed": True, "limit": 0.01, "judged_on": "held back"}
+    sidecar = {"precision": "int8", "passed": True, "gates": [gate | {"drift": {"max_drift": 0.005}}]}
+    served = {"name": "tiny", "variant": {"precision": "int8", "runtime": "onnxruntime", "sidecar": sidecar}}
+    if installed:
+        check_installed(served, ("onnxruntime",), LIMITS | {"int8": limit})
+    else:
+        with pytest.raises(Missing, match="int8 passed its gate in no runtime"):
+            check_installed(served, ("onnxruntime",), LIMITS | {"int8": limit})
+    model_dir = sidecar_of(tmp_path, gate | {"drift": {"max_drift": 0.005}}).parent.parent
+    (model_dir / "variants" / "speed.json").write_text(
+        json.dumps({"cpu": cpu_name(), "ratio": {"int8": 2.0, "fp32": 1.0}})
+    )
+    repository = copy_repository(tmp_path)
+    assemble(model_dir, repository)
+    monkeypatch.setattr(choosing, "cpu_flags", lambda: frozenset({"avx512_vnni"}))
+    monkeypatch.setattr(choosing, "has_openvino", lambda: False)
+    taken = take_best_variant(repository, model_dir.parent, 3, LIMITS | {"int8": limit})
+    assert served_manifest(repository).get("precision", "fp32") == ("int8" if installed else "fp32"), taken
 
 
 def sidecar_of(folder: Path, *gates: dict, **changed: object) -> Path:

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.imports import child
-from arcface_build.imports.child import Job, run_child
+from arcface_build.imports.child import ImportJob, run_child
 from tiny_nets import tiny_net
 
 COMMAND = [sys.executable, "-c", "from arcface_build.cli import main; main()", "import"]
@@ -185,7 +185,7 @@ def test_a_crash_of_the_child_is_one_sentence(
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setattr(child.sys, "executable", str(program))
-    job = Job("net.onnx", str(tmp_path / "models"), str(tmp_path), str(tmp_path))
+    job = ImportJob("net.onnx", str(tmp_path / "models"), str(tmp_path), str(tmp_path))
     with pytest.raises(child.ArcFaceError) as caught:
         run_child(job, 10, lambda what, done, total: None, lambda line: None)
     assert str(caught.value) == message

@@ -88,16 +88,17 @@ def command(
     """
     from arcface_build.repository.bring_in import bring_in
 
-    stated = _stated(color, mean, std)
+    config, stated = settings(), _stated(color, mean, std)
     repository = None if no_assemble else repository_at(model_repository)  # fail before the work, not after it
     with terminal.phase_bar() as progress:
         done = bring_in(
             source,
             models_dir,
             repository,
-            settings().versions_kept,
+            config.versions_kept,
+            config.comparison.max_drift.model_dump(),
             name=name,
-            cache=settings().storage.cache,
+            cache=config.storage.cache,
             stated=stated,
             output=output,
             faces=faces,

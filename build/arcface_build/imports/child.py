@@ -18,12 +18,13 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
 from arcface_clients.errors import ArcFaceError
+from arcface_clients.evidence.drift import DRIFT_LIMITS
 
 TIMEOUT_S = 1800.0
 MEMORY_SHARE = 0.8  # of the host's memory; a ResNet100 needs less than 2 GB
@@ -32,7 +33,7 @@ EXIT_TOLD = 4  # the child has reported the error
 
 
 @dataclass(frozen=True)
-class Job:
+class ImportJob:
     """The import to run; paths as text, `stated` as returned by `Stated.to_json`."""
 
     source: str
@@ -46,6 +47,7 @@ class Job:
     accept_licence: bool = False
     insightface_root: str | None = None
     force: bool = False
+    limits: Mapping[str, float] = field(default_factory=lambda: DRIFT_LIMITS)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Done:
 
 
 def run_child(
-    job: Job,
+    job: ImportJob,
     timeout_s: float,
     progress: Callable[[str, int, int], None],
     say: Callable[[str], None],
@@ -165,7 +167,7 @@ def main() -> int:
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # C++ code and InsightFace print to standard output too
     try:
-        _tell(lines, **asdict(_work(Job(**json.load(sys.stdin)), lines)))
+        _tell(lines, **asdict(_work(ImportJob(**json.load(sys.stdin)), lines)))
     except MemoryError:
         _tell(lines, error="MemoryError", message="")
     except OSError as exc:
@@ -179,7 +181,7 @@ def main() -> int:
     return EXIT_TOLD
 
 
-def _work(job: Job, lines: IO[str]) -> Done:
+def _work(job: ImportJob, lines: IO[str]) -> Done:
     from arcface_build.imports.importing import check_name, existing_import, import_model
     from arcface_build.imports.preprocessing import Stated
     from arcface_build.imports.proof_faces import drawn_faces, read_faces
@@ -201,13 +203,22 @@ def _work(job: Job, lines: IO[str]) -> Done:
     )
     name = check_name(job.name or found.name)
     folder = Path(job.models_dir) / name
-    there = None if job.force else existing_import(folder, found, stated, job.output)
+    there = None if job.force else existing_import(folder, found, stated, job.output, job.limits)
     if there is not None:
         return Done(there.to_json(), name, "")
     found = with_file(found, lambda done, total: progress("build the demo network", done, total))
     faces = read_faces(Path(job.faces)) if job.faces else drawn_faces()
     made = scratch / "made" / name
-    manifest = import_model(found, made, faces, stated=stated, output=job.output, variants_of=folder, progress=progress)
+    manifest = import_model(
+        found,
+        made,
+        faces,
+        stated=stated,
+        output=job.output,
+        variants_of=folder,
+        limits=job.limits,
+        progress=progress,
+    )
     return Done(manifest.to_json(), name, str(made))
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from arcface_build.imports.child import TIMEOUT_S, Job, run_child
+from arcface_build.imports.child import TIMEOUT_S, ImportJob, run_child
 from arcface_build.imports.preprocessing import Stated
 from arcface_build.imports.source import CACHE
 from arcface_clients.atomic import new_folder
 from arcface_clients.engines.import_manifest import ImportManifest
+from arcface_clients.evidence.drift import DRIFT_LIMITS
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def import_source(
     accept_licence: bool = False,
     insightface_root: Path | None = None,
     force: bool = False,
+    limits: Mapping[str, float] = DRIFT_LIMITS,
     timeout_s: float = TIMEOUT_S,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
@@ -53,6 +55,7 @@ def import_source(
         accept_licence: accept the licence of anything that has to be downloaded.
         insightface_root: where InsightFace keeps its packs.
         force: import again even if nothing has changed.
+        limits: largest drift by precision; the proof applies that of fp32.
         timeout_s: stop an import that takes longer.
         say: called with a line about each download.
         progress: called with (phase, done, total).
@@ -62,7 +65,7 @@ def import_source(
     """
     models_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".import-", dir=models_dir) as scratch:
-        job = Job(
+        job = ImportJob(
             source=source,
             models_dir=str(models_dir),
             scratch=scratch,
@@ -74,6 +77,7 @@ def import_source(
             accept_licence=accept_licence,
             insightface_root=str(insightface_root) if insightface_root else None,
             force=force,
+            limits=dict(limits),
         )
         done = run_child(job, timeout_s, progress, say)
         manifest, folder = ImportManifest(**done.manifest), models_dir / done.name

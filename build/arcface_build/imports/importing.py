@@ -37,6 +37,7 @@ from arcface_clients.contract import Preprocessing, contract_id
 from arcface_clients.engines.import_manifest import IMPORT_MANIFEST, ImportManifest, read_import_manifest
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.evidence.gate import limit_of
 
 if TYPE_CHECKING:
     import onnx
@@ -213,11 +214,16 @@ def to_serving(
 
 
 def existing_import(
-    folder: Path, source: Source, stated: Stated | None, output: str | None = None
+    folder: Path,
+    source: Source,
+    stated: Stated | None,
+    output: str | None = None,
+    limits: Mapping[str, float] = DRIFT_LIMITS,
 ) -> ImportManifest | None:
     """The manifest of an earlier import of the same source by the same version, if its files are intact.
 
-    The stated preprocessing must be the same, too. Demos are compared by recipe, so that they need not be built.
+    Its proof must be within `limits`, and the stated preprocessing the same. Demos are compared by recipe, so that they
+    need not be built.
     """
     if not (folder / IMPORT_MANIFEST).is_file():
         return None
@@ -231,6 +237,7 @@ def existing_import(
             and manifest.tools == tool_versions()
             and manifest.serving["conversion"] == CONVERSION
             and manifest.preprocessing["stated"] == said
+            and 1 - manifest.proof["min_cosine"] <= limit_of("fp32", limits)
             and (bool(said) or source.preprocessing in (None, manifest.wants()))
             and all(
                 file_digest(folder / part["file"]) == part["sha256"]
@@ -238,7 +245,7 @@ def existing_import(
                 if part
             )
         )
-    except (WrongUse, KeyError, OSError):
+    except (WrongUse, KeyError, TypeError, OSError):
         return None
     return manifest if same else None
 

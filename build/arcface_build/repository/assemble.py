@@ -17,8 +17,9 @@ from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.versions import install, served_folder, served_manifest
 from arcface_clients.engines.import_manifest import read_import_manifest
 from arcface_clients.engines.model_folder import ModelFolder
-from arcface_clients.engines.runtimes import gated_runtimes, runtime_for
+from arcface_clients.engines.runtimes import runtime_for
 from arcface_clients.errors import PlanRefused
+from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.evidence.gate import judge_record, judge_sidecar
 from arcface_clients.plans.fit import misfit
 from arcface_clients.plans.manifest import file_sha256, manifest_path
@@ -37,7 +38,7 @@ def assemble(
     repository: Path,
     variant: VariantChoice | None = None,
     keep: int = KEPT_VERSIONS,
-    limits: Mapping[str, float] | None = None,
+    limits: Mapping[str, float] = DRIFT_LIMITS,
 ) -> dict[str, int]:
     """Install an imported model; `variant` is what arcface_onnx serves instead of the fp32 serving ONNX.
 
@@ -46,7 +47,7 @@ def assemble(
         repository: the model repository.
         variant: a choice by `arcface_build.variants.choose.choose` that passed its gates.
         keep: number of versions to keep for rollbacks.
-        limits: largest drift by precision; None uses comparison.max_drift from the configuration.
+        limits: largest drift by precision (configuration: comparison.max_drift).
 
     Returns:
         Model name → version number that now serves these weights.
@@ -62,16 +63,14 @@ def assemble(
     if imported.cpu and gpu_sm() is None:  # the same network, laid out for ONNX Runtime's CPU kernels
         weights = model_dir / imported.cpu["file"]
     if variant is not None and variant.precision != "fp32":
-        verdict = judge_sidecar(variant.sidecar or {}, _configured(limits)).get(variant.runtime)
+        verdict = judge_sidecar(variant.sidecar or {}, limits).get(variant.runtime)
         if verdict is None or not verdict.passed:
             why = verdict.why if verdict else f"it was never judged in {variant.runtime}"
             raise ProofFailed(
                 f"{variant.file} of {imported.name} has not passed its gate: {why}. "
                 f"Next: arcface quantize {imported.name} --precision {variant.precision}"
             )
-        runtime, why_not = runtime_for(
-            variant.precision, gated_runtimes(variant.sidecar, _configured(limits)) or [], [variant.runtime]
-        )
+        runtime, why_not = runtime_for(variant.precision, [variant.runtime], [variant.runtime])
         if runtime is None:
             raise ProofFailed(f"{variant.file} of {imported.name} is not served: {why_not}. Next: arcface quantize")
         weights, extra = model_dir / variant.file, variant.accelerator_pbtxt()
@@ -97,7 +96,7 @@ def assemble_plans(
     plans: Sequence[Path],
     repository: Path,
     keep: int = KEPT_VERSIONS,
-    limits: Mapping[str, float] | None = None,
+    limits: Mapping[str, float] = DRIFT_LIMITS,
     public_key: Path | None = None,
 ) -> int:
     """Install plans, each with its manifest beside it, as one new version of arcface_trt.
@@ -110,7 +109,7 @@ def assemble_plans(
         plans: plan files.
         repository: the model repository.
         keep: number of versions to keep for rollbacks.
-        limits: largest drift by precision; None uses comparison.max_drift from the configuration.
+        limits: largest drift by precision (configuration: comparison.max_drift).
         public_key: PEM; if given, plans not signed by its private key are refused.
 
     Returns:
@@ -122,7 +121,6 @@ def assemble_plans(
         Missing: a file does not exist.
     """
     imported = read_import_manifest(model_dir)
-    limits = _configured(limits)
     given = [read_plan(path, public_key) for path in plans]
     for plan in given:
         verdict = judge_record(plan.manifest.drift, plan.manifest.spec.precision, limits)
@@ -188,11 +186,3 @@ def _by_sm(given: Sequence[Plan], before: Mapping[str, Plan], mapped: Sequence[s
 def _mapped_sms(config: Path) -> list[str]:
     """The SMs mapped in the hand-written cc_model_filenames."""
     return re.findall(r'key:\s*"(\d+\.\d)"\s*value:\s*"sm\d+\.plan"', config.read_text())
-
-
-def _configured(limits: Mapping[str, float] | None) -> Mapping[str, float]:
-    if limits is not None:
-        return limits
-    from arcface_clients.config.sources import load_config
-
-    return load_config().comparison.max_drift.model_dump()

@@ -131,7 +131,7 @@ def install(
 
     The first version goes into the folder `1`, which is in git; each later one appears in a single rename. Files whose
     names end in .py are copied from the previous version. `overlay` is additional text for config.pbtxt that these
-    weights need; all versions but the newest `keep` are removed.
+    weights need. All versions but the newest `keep` are removed, and demo versions once a real model is there.
 
     Returns:
         The number of the version with these files.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -129,13 +129,14 @@ def _serve(
     asked: ServeRequest, config: EmbeddingConfig, audience: Audience, interrupt: Interrupt, restarts: Restarts
 ) -> bool:
     """One life of the server, from the choice of its backend to its end."""
-    choice, with_reference = _prepare(asked, config, audience)
+    limits = config.comparison.max_drift.model_dump()
+    choice, with_reference = _prepare(asked, config, limits, audience)
     binary = find_tritonserver()
     audience.chosen(f"tritonserver {binary.origin}")
     audience.chosen(f"backend {choice.backend}: {choice.reason}")
     # Tuned for the installed weights: another variant would take the tuned settings away.
     if choice.backend == "onnx" and asked.variant == "auto" and asked.backend != "tuned" and gpu_sm() is None:
-        taken = take_best_variant(asked.repository, asked.models_dir, config.versions_kept)
+        taken = take_best_variant(asked.repository, asked.models_dir, config.versions_kept, limits)
         audience.chosen(f"variant {taken}")
     falls_back = with_reference and not asked.once
     backends = order_of_backends(choice.backend, config.fallback) if falls_back else [choice.backend]
@@ -159,7 +160,6 @@ def _serve(
                     raise
                 audience.failed(str(exc), instead)
                 continue
-            limits = config.comparison.max_drift.model_dump()
             report = measure_parity(server.grpc_url, asked.faces_bgr_u8, limits=limits)
             audience.proved(server, BackendChoice(name, choice.reason), report, with_reference)
             if serves_demo(asked.repository, LEAF_OF[name]):
@@ -192,7 +192,9 @@ def log_path(repository: Path, http_port: int) -> Path:
     return Path(tempfile.gettempdir()) / f"arcface-{os.getuid()}" / name
 
 
-def _prepare(asked: ServeRequest, config: EmbeddingConfig, audience: Audience) -> tuple[BackendChoice, bool]:
+def _prepare(
+    asked: ServeRequest, config: EmbeddingConfig, limits: Mapping[str, float], audience: Audience
+) -> tuple[BackendChoice, bool]:
     """Weights where there are none, then the backend choice and whether InsightFace is loaded beside it."""
     repository, backend = asked.repository, asked.backend
     if os.access(repository, os.W_OK):
@@ -202,7 +204,7 @@ def _prepare(asked: ServeRequest, config: EmbeddingConfig, audience: Audience) -
         audience.notice("no weights in model_repository/: importing the demo network (NOT for recognition)")
         with audience.importing() as progress:
             options = {"cache": config.storage.cache, "say": audience.notice, "progress": progress}
-            bring_in("demo", asked.models_dir, repository, config.versions_kept, **options)
+            bring_in("demo", asked.models_dir, repository, config.versions_kept, limits, **options)
     has_reference = bool(versions(repository / "arcface_reference")) and find_spec("insightface") is not None
     if backend == "tuned":
         if not (repository / "arcface_onnx" / "configs" / "tuned.pbtxt").is_file():

@@ -13,10 +13,11 @@ from arcface_clients.engines.runtimes import cpu_flags, cpu_runtimes, gated_runt
 from arcface_clients.errors import Missing, WrongUse
 
 
-def take_best_variant(repository: Path, models_dir: Path, versions_kept: int) -> str:
+def take_best_variant(repository: Path, models_dir: Path, versions_kept: int, limits: Mapping[str, float]) -> str:
     """Install what `arcface_build.variants.choose.choose` chooses for the model in arcface_onnx; returns what and why.
 
-    The model stays the same one: where models_dir has no import of this contract, nothing is touched.
+    The model stays the same one: where models_dir has no import of this contract, nothing is touched. `limits`: largest
+    drift by precision.
 
     Raises:
         Missing: what is installed stays, and it passed its gate in no runtime of this host.
@@ -28,19 +29,20 @@ def take_best_variant(repository: Path, models_dir: Path, versions_kept: int) ->
     model_dir = models_dir / served.get("name", "")
     stays = _why_it_stays(served, model_dir, repository)
     if stays:
-        check_installed(served, cpu_runtimes(cpu_flags(), has_openvino()))
+        check_installed(served, cpu_runtimes(cpu_flags(), has_openvino()), limits)
         return f"{served.get('precision', 'fp32')} as installed: {stays}"
-    choice = choose(model_dir)
-    assemble(model_dir, repository, choice, versions_kept)
+    choice = choose(model_dir, limits)
+    assemble(model_dir, repository, choice, versions_kept, limits)
     return choice.reason
 
 
-def check_installed(served: Mapping[str, Any], here: tuple[str, ...]) -> None:
-    """Refuse a variant that was installed on another host and passed its gate in no runtime of this one.
+def check_installed(served: Mapping[str, Any], here: tuple[str, ...], limits: Mapping[str, float]) -> None:
+    """Refuse a variant that was installed on another host or under wider limits: no runtime here passes.
 
     Args:
         served: manifest of the version that arcface_onnx serves.
         here: runtimes of this host, the fastest first.
+        limits: largest drift by precision.
 
     Raises:
         Missing: it would be served ungated.
@@ -50,7 +52,7 @@ def check_installed(served: Mapping[str, Any], here: tuple[str, ...]) -> None:
         return
     runtime, why_not = None, f"it is set up for {variant['runtime']}, this host has {' and '.join(here)}"
     if variant["runtime"] in here:
-        gated = gated_runtimes(variant.get("sidecar")) or []
+        gated = gated_runtimes(variant.get("sidecar"), limits) or []
         runtime, why_not = runtime_for(variant["precision"], gated, [variant["runtime"]])
     if runtime is None:
         raise Missing(
