@@ -304,7 +304,13 @@ def test_a_shell_completes_commands_and_options():
 def on_a_terminal(*arguments: object, cwd: Path) -> str:
     """What a command writes to stderr where that is a terminal."""
     outer, inner = pty.openpty()
-    process = subprocess.Popen([*MAIN, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=inner, cwd=cwd)
+    process = subprocess.Popen(
+        [*MAIN, *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=inner,
+        cwd=cwd,
+        env=os.environ | {"TERM": "xterm"},  # one that can draw, wherever the tests run
+    )
     os.close(inner)
     shown = b""
     while True:
