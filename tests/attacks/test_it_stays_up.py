@@ -112,7 +112,7 @@ def test_a_stub_that_died_or_stands_still_is_noticed_within_five_seconds_and_rep
 class Silent:
     """A server that answers no request in time, and says how much it has computed."""
 
-    grpc_url = "127.0.0.1:9"  # nothing listens there
+    own_url = "127.0.0.1:9"  # nothing listens there
     finished = 5
 
     def ask(self, path: str, timeout_s: float) -> dict:
