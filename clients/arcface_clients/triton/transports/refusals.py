@@ -105,6 +105,8 @@ def _port_hint(address: Address, words: str) -> str:
     """A sentence for the commonest slip, one protocol on the other's port; "" otherwise."""
     text = words.lower()
     cut = "socket closed" in text or "reset by peer" in text or "certificate required" in text
+    if address.tls and address.protocol == "http" and "unexpected_eof" in text:
+        return " If nothing stands before it: Triton's HTTP has no TLS of its own, use grpcs://."
     if address.tls and cut:
         return " If it wants a certificate of its clients: triton.tls.cert_file and key_file."
     if address.protocol == "grpc" and (address.port == 8000 or cut):
