@@ -40,7 +40,8 @@ _MARKS = {"ok": ("ok      ", "green"), "absent": ("absent  ", "yellow"), "proble
 def command(url: str | None, measure: bool, faces: int, batch_size: int, as_json: bool) -> int:
     """Check driver, GPU, runtimes, server, plans, store and configuration; say what is wrong and how to fix it."""
     from arcface_build.serving.host_checks import build_checks
-    from arcface_clients.checks.diagnostics import Check, client_checks
+    from arcface_clients.checks.diagnostics import Check, client_checks, guarded
+    from arcface_clients.checks.tls import check_tls
     from arcface_clients.config.schema import EmbeddingConfig
     from arcface_clients.config.sources import config_file as file_of
     from arcface_clients.triton.address import Tls
@@ -58,7 +59,8 @@ def command(url: str | None, measure: bool, faces: int, batch_size: int, as_json
     except ConfigError as exc:
         config = EmbeddingConfig()
         configuration = Check("configuration", "problem", str(exc), "docs/configuration.md lists every key")
-    checks = [configuration, *client_checks(config), *build_checks(config)]
+    encryption = guarded("encryption", lambda: check_tls(config))
+    checks = [configuration, *client_checks(config), encryption, *build_checks(config)]
     engine: dict[str, Any] | None = None
     if measure and configuration.status == "ok":
         engine, check = _measured(config, faces, batch_size)

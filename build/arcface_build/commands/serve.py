@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from arcface_build.serving.choose import BackendChoice
+    from arcface_build.serving.exposure import ServerTls
     from arcface_build.serving.process import TritonProcess
     from arcface_clients.checks.parity import ParityReport
 
@@ -25,11 +26,13 @@ EPILOG = """\b
 Examples:
   arcface serve                              the best backend this host has, demo weights where there are none
   arcface serve --backend onnx --http-port 8010 --grpc-port 8011 --metrics-port 8012
+  arcface serve --host 0.0.0.0 --tls-cert server.pem --tls-key server.key    for other hosts, encrypted
   arcface serve --no-reference               without InsightFace beside it: half the memory, no parity table
   arcface serve --once --json                start, prove, print, stop: for scripts and CI
   arcface serve -- --log-verbose=1           what follows -- goes to tritonserver as it is
 """
 PORT = click.IntRange(1, 65535)
+PEM = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_SERVE", "show_default": True})
@@ -50,7 +53,13 @@ PORT = click.IntRange(1, 65535)
     type=click.Choice(["auto", "installed"]),
     help="On a CPU; auto: the fastest variant of the installed model that passed its gate here.",
 )
-@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--host", default="127.0.0.1", help="Address for gRPC; any but loopback needs TLS or --insecure.")
+@click.option("--tls-cert", type=PEM, help="Certificate of gRPC (PEM); with --tls-key.")
+@click.option("--tls-key", type=PEM, help="Its private key, without a password.")
+@click.option("--client-ca", type=PEM, help="Mutual TLS: let in only clients whose certificates this authority signed.")
+@click.option("--insecure", is_flag=True, help="The network is trusted: listen on it without encryption.")
+@click.option("--http-host", default="127.0.0.1", help="Address for HTTP, which has no TLS; not loopback: --insecure.")
+@click.option("--metrics-host", default="127.0.0.1", help="Address for Prometheus metrics.")
 @click.option("--http-port", default=8000, type=PORT)
 @click.option("--grpc-port", default=8001, type=PORT)
 @click.option("--metrics-port", default=8002, type=PORT)
@@ -75,6 +84,12 @@ def command(
     backend: str,
     variant: str,
     host: str,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    client_ca: Path | None,
+    insecure: bool,
+    http_host: str,
+    metrics_host: str,
     http_port: int,
     grpc_port: int,
     metrics_port: int,
@@ -87,6 +102,7 @@ def command(
     triton_arguments: tuple[str, ...],
 ) -> int:
     """Start Triton on model_repository/, prove it with a few faces, keep serving until Ctrl-C or SIGTERM."""
+    from arcface_build.serving.exposure import Exposure, server_tls
     from arcface_build.serving.process import Ports
     from arcface_build.serving.run import Interrupt, ServeRequest, serve
 
@@ -100,7 +116,7 @@ def command(
         faces_bgr_u8=_faces(faces_from, config.validation.eval_set_size),
         backend=backend,
         variant=variant,
-        host=host,
+        exposure=Exposure(host, http_host, metrics_host, server_tls(tls_cert, tls_key, client_ca), insecure),
         ports=Ports(http_port, grpc_port, metrics_port),
         demo=demo,
         reference=reference,
@@ -169,17 +185,27 @@ def _faces(faces_from: Path | None, count: int) -> npt.NDArray[Any]:
 
 
 def _invitation(server: TritonProcess) -> str:
+    tls = server.exposure.tls
     return f"""
 serving   gRPC {server.grpc_url}   HTTP http://{server.http_url}   metrics {server.metrics_url}
 log       {server.log_path}
 try it:
     import numpy as np
-    from arcface_clients import TritonEmbedder
+    from arcface_clients import {"Tls, " * bool(tls)}TritonEmbedder
     faces = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)  # your aligned BGR crops
-    with TritonEmbedder("{server.grpc_url}") as embedder:
+    with TritonEmbedder("{server.grpc_url}"{_access(tls)}) as embedder:
         embeddings = embedder.encode(faces)
     print(embeddings.shape, embeddings @ embeddings.T)
 Ctrl-C stops it."""
+
+
+def _access(tls: ServerTls | None) -> str:
+    """What a client must say beside the address; files that only the client's owner knows by a likely name."""
+    if tls is None:
+        return ""
+    authority = tls.cert_file if tls.certificate.self_signed else "ca.pem"  # who signed it
+    ours = ', cert_file="client.pem", key_file="client.key"' if tls.client_ca_file else ""
+    return f', tls=Tls(ca_file="{authority}"{ours})'
 
 
 def _say(text: str, as_json: bool) -> None:

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,14 @@ from typing import Any
 
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
+from arcface_build.serving.exposure import Exposure, closed, from_here
 from arcface_build.serving.guard import forget_key, guard_options, hide_key, keep_key, new_key
 from arcface_build.serving.listener import pid_listening_on
 from arcface_build.serving.reasons import missing_library, reason_in_log, reason_of_end
 from arcface_clients.errors import WrongUse
+from arcface_clients.triton.address import Address
 from arcface_clients.triton.admin_key import VARIABLE
+from arcface_clients.triton.certificate import presented_sha256
 
 STOP_SECONDS = 15.0
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a server of this host is behind no proxy
@@ -58,7 +61,7 @@ class Ports:
         """What each is for."""
         return {"http": self.http, "grpc": self.grpc, "metrics": self.metrics}
 
-    def check_free(self, host: str = "127.0.0.1") -> None:
+    def check_free(self, hosts: Mapping[str, str]) -> None:
         """Refuse before Triton does, with a message that names the port and the option.
 
         Raises:
@@ -70,6 +73,7 @@ class Ports:
             told = ", ".join(f"{name} {port}" for name, port in named.items())
             raise WrongUse(f"expected three different ports, got {told}. Next: arcface serve --help")
         for name, port in named.items():
+            host = hosts[name]
             try:
                 with socket.socket() as probe:  # IPv4: Triton's HTTP and gRPC want IPv6 written in two different ways
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that just ended is no hindrance
@@ -98,7 +102,7 @@ class PortLock:
     its process.
     """
 
-    def __init__(self, ports: Ports, host: str) -> None:
+    def __init__(self, ports: Ports, hosts: Mapping[str, str]) -> None:
         """Take it.
 
         Raises:
@@ -112,7 +116,7 @@ class PortLock:
                 lock.bind(f"\0arcface-port-{port}")
             except OSError as exc:
                 self.release()
-                raise ServerFailed(_in_use(name, port, host)) from exc
+                raise ServerFailed(_in_use(name, port, hosts[name])) from exc
 
     def release(self) -> None:
         """Give it back; once is enough."""
@@ -139,7 +143,12 @@ def free_ports() -> Ports:
 
 
 def arguments(
-    binary: TritonBinary, repository: Path | str, models: Sequence[str], config_name: str, ports: Ports, host: str
+    binary: TritonBinary,
+    repository: Path | str,
+    models: Sequence[str],
+    config_name: str,
+    ports: Ports,
+    exposure: Exposure,
 ) -> list[str]:
     """Triton's command line. Explicit control: an ensemble loads what it is composed of, and nothing else."""
     line = [str(binary.path), f"--model-repository={repository}", "--model-control-mode=explicit"]
@@ -148,7 +157,7 @@ def arguments(
     line += [f"--backend-directory={binary.backend_directory}"] if binary.backend_directory else []
     line += binary.options
     line += [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}", f"--metrics-port={ports.metrics}"]
-    return [*line, f"--http-address={host}", f"--grpc-address={host}", f"--metrics-address={host}"]
+    return [*line, *exposure.options()]
 
 
 class TritonProcess:
@@ -174,40 +183,52 @@ class TritonProcess:
         log_path: Path,
         config_name: str = "onnx",
         ports: Ports | None = None,
-        host: str = "127.0.0.1",
+        exposure: Exposure | None = None,
         extra: Sequence[str] = (),
         environment: dict[str, str] | None = None,
         guarded: bool = True,
     ) -> None:
         self.ports = ports or Ports()
-        self.host = host
+        self.exposure = exposure or Exposure()
         self.models = tuple(models)
         self.log_path = log_path
-        self._line_of = partial(arguments, models=models, config_name=config_name, ports=self.ports, host=host)
+        self._line_of = partial(
+            arguments, models=models, config_name=config_name, ports=self.ports, exposure=self.exposure
+        )
         self._binary, self._repository, self._extra = binary, repository, extra
         self._links: tempfile.TemporaryDirectory[str] | None = None
         self._regions = f"arcface_{uuid.uuid4().hex}_"  # how the names of its shared memory begin
         self._key = new_key() if guarded else ""
         self._key_files: list[Path] = []
         self._hidden = not guarded
-        self._environment = {"CUDA_MODULE_LOADING": "LAZY", **os.environ, **binary.environment, **(environment or {})}
+        environment = {**os.environ, **binary.environment, **(environment or {})}
+        self._environment = {"CUDA_MODULE_LOADING": "LAZY", **closed(environment)}
         self._child: subprocess.Popen[bytes] | None = None
         self._lock: PortLock | None = None
 
     @property
     def grpc_url(self) -> str:
-        """host:port of the gRPC endpoint."""
-        return f"{_reachable(self.host)}:{self.ports.grpc}"
+        """Where clients reach gRPC: host:port, and grpcs://host:port where it is encrypted."""
+        scheme = "grpcs://" if self.exposure.tls else ""
+        return f"{scheme}{self.exposure.client_host()}:{self.ports.grpc}"
 
     @property
     def http_url(self) -> str:
         """host:port of the HTTP endpoint."""
-        return f"{_reachable(self.host)}:{self.ports.http}"
+        return f"{from_here(self.exposure.http_host)}:{self.ports.http}"
+
+    @property
+    def own_url(self) -> str:
+        """Where whoever started it asks it for faces: gRPC, and HTTP where gRPC is encrypted.
+
+        It is the same server and the same models, and it needs neither a client's certificate nor a name that resolves.
+        """
+        return f"http://{self.http_url}" if self.exposure.tls else self.grpc_url
 
     @property
     def metrics_url(self) -> str:
         """URL of the Prometheus metrics."""
-        return f"http://{_reachable(self.host)}:{self.ports.metrics}/metrics"
+        return f"http://{from_here(self.exposure.metrics_host)}:{self.ports.metrics}/metrics"
 
     @property
     def pid(self) -> int | None:
@@ -220,7 +241,7 @@ class TritonProcess:
         Raises:
             ServerFailed: a port is taken, or the program cannot be executed.
         """
-        self._lock = PortLock(self.ports, self.host)
+        self._lock = PortLock(self.ports, self.exposure.hosts())
         try:
             self._launch()
         except BaseException:
@@ -229,7 +250,7 @@ class TritonProcess:
         return self
 
     def _launch(self) -> None:
-        self.ports.check_free(self.host)
+        self.ports.check_free(self.exposure.hosts())
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(self._binary.path, os.X_OK):
             raise ServerFailed(f"cannot execute {self._binary.path}: it is not there, or not executable.")
@@ -277,12 +298,23 @@ class TritonProcess:
                 with _OPENER.open(f"http://{self.http_url}/v2/health/ready", timeout=2):
                     answering = pid_listening_on(self.ports.http)
                 if answering is None or os.getpgid(answering) == self._child.pid:  # None: /proc does not tell
-                    return
+                    return self._check_encryption()
                 time.sleep(0.1)  # another program's server; ours will say that it cannot listen, and end
             except OSError:  # nobody answers yet, or ended meanwhile
                 time.sleep(0.1)
         self.stop()
         raise ServerFailed(f"tritonserver was not ready after {timeout_s:g} s. Its log: {self.log_path}")
+
+    def _check_encryption(self) -> None:
+        """Shake hands with gRPC as its clients will, to see that it is encrypted, and with which certificate.
+
+        Raises:
+            ServerFailed: it is not, or by another.
+        """
+        tls, place = self.exposure.tls, Address("grpc", True, from_here(self.exposure.host), self.ports.grpc)
+        if tls and presented_sha256(place, timeout_s=5.0) != tls.certificate.sha256:
+            self.stop()
+            raise ServerFailed(f"gRPC does not present {tls.cert_file}. Its log: {self.log_path}")
 
     def ask(self, path: str, timeout_s: float) -> Any:
         """The JSON of an HTTP path of the server.
@@ -357,7 +389,3 @@ class TritonProcess:
     def _why_it_ended(self) -> str:
         status = self._child.returncode if self._child else 0
         return f"tritonserver ended while starting {reason_of_end(status, self.log_path)}"
-
-
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host == "0.0.0.0" else host

@@ -25,6 +25,7 @@ from arcface_build.repository.mend import mend
 from arcface_build.repository.versions import serves_demo, versions
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
+from arcface_build.serving.exposure import Exposure, refuse_overrides
 from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess
 from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
 from arcface_build.serving.variant import take_best_variant
@@ -45,7 +46,7 @@ class ServeRequest:
     faces_bgr_u8: npt.NDArray[Any]  # uint8 (N,112,112,3), N ≥ 1: what a server is proved with
     backend: str = "auto"
     variant: str = "auto"
-    host: str = "127.0.0.1"
+    exposure: Exposure = field(default_factory=Exposure)
     ports: Ports = field(default_factory=Ports)
     demo: bool = True
     reference: bool = True
@@ -105,7 +106,10 @@ def serve(asked: ServeRequest, config: EmbeddingConfig, audience: Audience, inte
         Missing: weights, a program or a port is not there, or the server ended by itself too often.
         GateFailed: no backend passed.
     """
-    asked.ports.check_free(asked.host)  # before any work
+    refuse_overrides(asked.extra)
+    asked.ports.check_free(asked.exposure.hosts())  # before any work
+    for concern in asked.exposure.concerns():
+        audience.warned(concern)
     restarts = Restarts()
     try:
         while True:
@@ -147,7 +151,7 @@ def _serve(
             ["arcface", "arcface_parity"] if with_reference and name != "reference" else ["arcface"],
             config_name="tuned" if asked.backend == "tuned" and name == "onnx" else name,
             ports=asked.ports,
-            host=asked.host,
+            exposure=asked.exposure,
             log_path=log_path(asked.repository, asked.ports.http),
             extra=(LATENCY_QUANTILES, *asked.extra),
         )
@@ -160,7 +164,7 @@ def _serve(
                     raise
                 audience.failed(str(exc), instead)
                 continue
-            report = measure_parity(server.grpc_url, asked.faces_bgr_u8, limits=limits)
+            report = measure_parity(server.own_url, asked.faces_bgr_u8, limits=limits)
             audience.proved(server, BackendChoice(name, choice.reason), report, with_reference)
             if serves_demo(asked.repository, LEAF_OF[name]):
                 audience.warned("DEMO WEIGHTS: random numbers that recognise nobody. Next: arcface import YOUR.onnx")

@@ -19,6 +19,13 @@ _SCHEMES = {  # scheme -> (protocol, TLS, Triton's port; HTTPS is a proxy's, Tri
 }
 
 
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this host reaches it, by its name alone; nothing is looked up."""
+    with suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host.rstrip(".").lower() == "localhost"
+
+
 @dataclass(frozen=True)
 class Address:
     """Where a server answers; `str()` gives the URL back."""
@@ -57,9 +64,7 @@ class Address:
     @property
     def loopback(self) -> bool:
         """Whether the host is this one by name; nothing is looked up."""
-        with suppress(ValueError):
-            return ip_address(self.host).is_loopback
-        return self.host.rstrip(".").lower() == "localhost"
+        return is_loopback(self.host)
 
     @property
     def target(self) -> str:
