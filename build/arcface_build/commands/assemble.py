@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from arcface_build import terminal
 from arcface_build.commands.options.folders import model_repository_option, models_dir_option, repository_at
 from arcface_build.commands.options.output import hand_over, json_option
 from arcface_build.commands.options.settings import settings
@@ -45,11 +46,12 @@ def command(
     A running server picks up the new version after a restart of `arcface serve`, or on Triton's load request.
     """
     from arcface_build.repository.assemble import assemble, assemble_plans
+    from arcface_build.serving.change_over import ChangeOver
     from arcface_build.variants.choose import choose
 
     repository, config = repository_at(model_repository), settings()
     keep, limits = config.versions_kept, config.comparison.max_drift.model_dump()
-    model_dir, choice = models_dir / name, None
+    model_dir, choice, change = models_dir / name, None, ChangeOver(repository)
     if plans:
         key = config.storage.public_key
         installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, limits, key)}
@@ -60,3 +62,5 @@ def command(
     lines = [f"{model}: version {version} is {name}" for model, version in installed.items()]
     lines += [f"because: {reason}"] if reason else []
     hand_over({"installed": installed, "reason": reason}, lambda: "\n".join(lines), as_json)
+    if told := change.told():
+        terminal.complaint(told)

@@ -25,7 +25,7 @@ def faults(repository: Path) -> list[str]:
 
 
 def mend(repository: Path) -> list[str]:
-    """Repair all faults, and return what they were."""
+    """Repair what can be repaired, and return what that was; a version changed by hand is left to `check_served`."""
     if not faults(repository):
         return []
     with locked(repository):
@@ -34,7 +34,8 @@ def mend(repository: Path) -> list[str]:
             discard(path)
         with contextlib.suppress(Missing):
             write_overlays(repository)
-    return found
+        left = faults(repository)
+    return [fault for fault in found if fault not in left]
 
 
 def _leftovers(repository: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcface_clients.checks.diagnostics import Check, fact_and_fix, gpus_here, guarded
-from arcface_clients.errors import ArcFaceError, Missing, PlanRefused
+from arcface_clients.errors import ArcFaceError, GateFailed, Missing, PlanRefused
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import EmbeddingConfig
@@ -37,7 +37,7 @@ def check_tritonserver() -> Check:
 def check_weights(settings: EmbeddingConfig) -> Check:
     """Versions with weights in the model repository."""
     from arcface_build.repository.mend import faults
-    from arcface_build.repository.versions import find_repository, versions
+    from arcface_build.repository.versions import check, find_repository, versions
 
     given = settings.local.model_repository
     try:
@@ -46,6 +46,11 @@ def check_weights(settings: EmbeddingConfig) -> Check:
         return Check("weights", "absent", fact_and_fix(exc)[0], "run from a checkout, or set local.model_repository")
     models = ("arcface_trt", "arcface_onnx", "arcface_reference")
     have = {name: versions(repository / name) for name in models}
+    for version in (repository / name / str(number) for name, numbers in have.items() for number in numbers):
+        try:
+            check(version)
+        except GateFailed as exc:
+            return Check("weights", "problem", *fact_and_fix(exc))
     damage = faults(repository)
     if damage:
         return Check("weights", "problem", "; ".join(damage), "arcface serve mends it")

@@ -22,7 +22,7 @@ from arcface_build.errors import ServerFailed
 from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.bring_in import bring_in
 from arcface_build.repository.mend import mend
-from arcface_build.repository.versions import serves_demo, versions
+from arcface_build.repository.versions import check_served, serves_demo, versions
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
 from arcface_build.serving.exposure import Exposure, refuse_overrides
@@ -156,6 +156,13 @@ def _serve(
             extra=(LATENCY_QUANTILES, *asked.extra),
         )
         instead = next(iter(backends[position + 1 :]), None)
+        try:
+            check_served(asked.repository, LEAF_OF[name])
+        except GateFailed as exc:
+            if instead is None:
+                raise
+            audience.failed(str(exc), instead)
+            continue
         with server:
             try:
                 server.wait_ready(asked.ready_timeout_s)

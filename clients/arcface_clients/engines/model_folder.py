@@ -9,7 +9,8 @@ from typing import Any
 
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines.import_manifest import DEMO, IMPORT_MANIFEST, ImportManifest, read_import_manifest
-from arcface_clients.errors import ArcFaceError, ConfigError, GateFailed, ModelMissing
+from arcface_clients.engines.onnx_contract import contract_in
+from arcface_clients.errors import ArcFaceError, ConfigError, ContractMismatch, GateFailed, ModelMissing
 from arcface_clients.plans.manifest import file_sha256
 
 
@@ -70,6 +71,7 @@ class ModelFolder:
 
         Raises:
             GateFailed: it was refused, replaced since, or made from another import's serving ONNX.
+            ContractMismatch: its answers would name another contract than the manifest.
         """
         name = self.path.name
         if file.suffix == ".refused":
@@ -87,6 +89,12 @@ class ModelFolder:
             raise GateFailed(
                 f"{file} was made from another serving ONNX ({str(made_from)[:12]}…) than that of {name} "
                 f"({str(serving)[:12]}…). Make it again: arcface quantize {name}"
+            )
+        named = contract_in(file)
+        if named is not None and self.contract_id is not None and named != self.contract_id[:32]:
+            raise ContractMismatch(
+                f"{file} names contract {named[:12]}… in its answers, the manifest of {name} {self.contract_id[:12]}…: "
+                "expected the same. Import the model again: arcface import SOURCE"
             )
 
     def _part(self, file: Path) -> dict[str, Any]:
