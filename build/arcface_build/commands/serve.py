@@ -57,7 +57,7 @@ PORT = click.IntRange(1, 65535)
 @click.option("--demo/--no-demo", default=True, help="Import the demo network where there are no weights.")
 @click.option("--reference/--no-reference", default=True, help="Load InsightFace beside it and print the parity table.")
 @click.option(
-    "--faces", "faces_from", type=click.Path(path_type=Path), help="Crops for the table; default: drawn faces."
+    "--faces", "faces_from", type=click.Path(path_type=Path), help="Crops for the table; default: synthetic faces."
 )
 @click.option("--once", is_flag=True, help="Stop after the table; exit 1 when a gate fails.")
 @json_option
