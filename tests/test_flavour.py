@@ -313,7 +313,9 @@ def test_a_graph_that_onnx_runtime_cannot_load_is_refused_with_its_reason(tmp_pa
     path = changed(unknown_operator)(tmp_path)
     with pytest.raises(SourceRefused, match=r"^net\.onnx: ONNX Runtime cannot load the graph: .*Frobnicate.*"):
         import_model(
-            resolve(str(path), tmp_path, known=known_models()), tmp_path / "m", ProofFaces(synthetic_faces(2), "synthetic")
+            resolve(str(path), tmp_path, known=known_models()),
+            tmp_path / "m",
+            ProofFaces(synthetic_faces(2), "synthetic"),
         )
     assert not (tmp_path / "m").exists()
 

@@ -15,6 +15,7 @@ from arcface_clients.engines.model_folder import ModelFolder, find_model, folder
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.engines.runtimes import first_line, open_session
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, InvalidEmbeddings, ModelMissing
+from arcface_clients.extras import how_to_get
 
 
 @EngineRegistry.register("insightface")
@@ -76,7 +77,7 @@ class InsightFaceEngine(LocalEngine):
                 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
         except ImportError as exc:
             raise DependencyMissing(
-                f"the reference needs InsightFace ({exc}). Install it: pip install insightface onnxruntime onnx"
+                f"the reference needs InsightFace ({exc}). Next: {how_to_get(exc.name or 'insightface')}"
             ) from exc
         session = open_session(file, threads=self._threads)
         shape = session.get_inputs()[0].shape

@@ -31,6 +31,7 @@ from arcface_clients.engines.runtimes import (
     runtime_for,
 )
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
+from arcface_clients.extras import how_to_get
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class OnnxEngine(LocalEngine):
         try:
             import onnxruntime
         except ImportError as exc:
-            raise DependencyMissing("the onnx engine needs ONNX Runtime: pip install onnxruntime") from exc
+            raise DependencyMissing(f"the onnx engine needs ONNX Runtime. Next: {how_to_get('onnxruntime')}") from exc
         order = order_of_providers(
             self.device, onnxruntime.get_available_providers(), OPENVINO if self.precision == "bf16" else None
         )
