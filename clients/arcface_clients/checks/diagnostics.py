@@ -148,10 +148,10 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
 
 def check_local_model(settings: EmbeddingConfig) -> Check:
     """The model that in-process engines would load."""
-    from arcface_clients.engines.model_folder import find_model
+    from arcface_clients.pipeline import local_model
 
     try:
-        model = find_model(settings.local.models_dir, settings.local.model)
+        model = local_model(settings)
     except BackendUnavailable as exc:
         status = "problem" if settings.backend in ("onnx", "insightface") else "absent"
         return Check("local model", status, fact_and_fix(exc)[0], "arcface import SOURCE, or: arcface import demo")
