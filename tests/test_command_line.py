@@ -331,6 +331,18 @@ def test_progress_is_shown_on_a_terminal_and_not_with_quiet(tmp_path):
     assert on_a_terminal(*line, "--force", "--quiet", cwd=tmp_path) == ""
 
 
+def test_without_a_terminal_progress_is_a_line_now_and_then_and_none_with_quiet(tmp_path):
+    (tmp_path / "impatient.py").write_text(
+        "import sys, arcface_build.terminal as terminal; terminal.FIRST_S = terminal.EVERY_S = 0.2\n"
+        "from arcface_build.cli import main; main(sys.argv[1:])"
+    )
+    line = [sys.executable, "impatient.py", "import", "demo", "--models-dir", "models", "--no-assemble", "--force"]
+    said = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=True).stderr
+    assert "reference" in said or "prove serving.onnx" in said, said
+    quiet = subprocess.run([*line, "-q"], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=True)
+    assert quiet.stderr == ""
+
+
 def test_bytes_that_move_are_shown_on_a_terminal_and_not_with_quiet(tmp_path):
     plan = tmp_path / "tiny-fp16-sm86.plan"
     write_json(manifest_path(plan), write_plan(plan).to_json())
