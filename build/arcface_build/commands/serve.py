@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,16 +171,22 @@ def _faces(faces_from: Path | None, count: int) -> npt.NDArray[Any]:
 
 
 def _invitation(server: TritonProcess) -> str:
+    activate = Path(sys.prefix) / "bin" / "activate"
+    enter = f"source {shlex.quote(str(activate))}\n" if activate.is_file() else ""
     return f"""
 serving   gRPC {server.grpc_url}   HTTP http://{server.http_url}   metrics {server.metrics_url}
 log       {server.log_path}
-try it:
-    import numpy as np
-    from arcface_clients import TritonEmbedder
-    faces = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)  # your aligned BGR crops
-    with TritonEmbedder("{server.grpc_url}") as embedder:
-        embeddings = embedder.encode(faces)
-    print(embeddings.shape, embeddings @ embeddings.T)
+try it: paste these lines into another shell
+
+{enter}arcface parity --url {server.grpc_url}
+python - <<'PY'
+import numpy as np
+from arcface_clients import TritonEmbedder
+faces = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)  # your aligned BGR crops
+with TritonEmbedder("{server.grpc_url}") as embedder:
+    print(embedder.encode(faces).shape, embedder.contract_id)
+PY
+
 Ctrl-C stops it."""
 
 
