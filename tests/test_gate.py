@@ -90,7 +90,7 @@ def table_model(path: Path, rows: np.ndarray) -> Path:
 
 def at_import(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
     reference = SimpleNamespace(name="InsightFace", why="")
-    prove(table_model(folder / "serving.onnx", candidate), FACES, 7 * REFERENCE, reference, "drawn", limits=LIMITS)
+    prove(table_model(folder / "serving.onnx", candidate), FACES, 7 * REFERENCE, reference, "synthetic", limits=LIMITS)
 
 
 def in_a_regression_test(folder: Path, candidate: np.ndarray, monkeypatch) -> None:

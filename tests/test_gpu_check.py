@@ -229,7 +229,7 @@ def test_ratios_are_to_the_best_pytorch_of_each_kind_and_refusals_are_told() -> 
     pytorch = {"torch": "2", "python": "/usr/bin/python3", "gemm_tflops": {"fp16": 200.0}, "ways": ways}
     entry = {"plans": {"fp16": fp16, "int8": {"refused": "holds 2 fp32"}}, "pytorch": pytorch}
     host = {"gpu": "X", "sm": "9.0", "driver": "1", "cuda": "12", "tensorrt": "10", "memory_bytes": 1 << 30}
-    report = {"host": host, "created": "now", "command": "c", "faces": {"count": 1, "origin": "drawn"}}
+    report = {"host": host, "created": "now", "command": "c", "faces": {"count": 1, "origin": "synthetic"}}
     text = to_markdown({**report, "models": {"m": entry}, "not_measured": []})
     assert "| TensorRT fp16 | 1 | 1 | 500 | 2.00 | 5.00 |  | 2.00 |" in text
     assert "| TensorRT fp16 | 8 | 1 | 2000 | 4.00 |  |  |  |" in text

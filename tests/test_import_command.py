@@ -73,7 +73,7 @@ def test_the_report_says_what_was_found_and_proved(workplace: Path) -> None:
     answer = arcface_import(workplace, "net.onnx", "--no-assemble", "--color", "bgr", "--mean", "127.5", "--std", "128")
     assert "bgr, mean [127.5, 127.5, 127.5], std [128.0, 128.0, 128.0] (stated by the caller)" in answer.stdout
     assert "dynamic_batch  batch was fixed to 1, also in 1 Reshape" in answer.stdout
-    assert "64 faces (drawn) against insightface.forward: min cosine 1.0000" in answer.stdout
+    assert "64 faces (synthetic) against insightface.forward: min cosine 1.0000" in answer.stdout
     assert not (workplace / "model_repository").exists()
 
 

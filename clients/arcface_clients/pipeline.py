@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcface_clients.engines.devices import canonical_device
 from arcface_clients.engines.fallback import FallbackEmbedder
+from arcface_clients.engines.model_folder import ModelFolder, find_model
 from arcface_clients.engines.protocol import EmbeddingEngine
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.engines.validation import StartupValidation
-from arcface_clients.errors import BackendUnavailable, ConfigError
+from arcface_clients.errors import ArcFaceError, BackendUnavailable, ConfigError
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import EmbeddingConfig
+
+
+ASK_S = 3.0  # how long a server is asked which model it serves
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,7 @@ def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
     if link.engine == "onnx":
         return {
             "file": local.serving_onnx,
-            "models_dir": local.models_dir,
-            "model": local.model,
+            **_model_of(settings),
             "precision": link.precision,
             "device": link.device,
             "threads": local.threads,
@@ -118,12 +121,50 @@ def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
         }
     if link.engine == "insightface":
         return {
-            "models_dir": local.models_dir,
-            "model": local.model,
+            **_model_of(settings),
             "threads": local.threads,
             "max_batch": settings.batch.max,
         }
     return {}
+
+
+def local_model(settings: EmbeddingConfig) -> ModelFolder:
+    """The imported model that the in-process engines run: every door finds it here.
+
+    Raises:
+        ModelMissing, ConfigError: see `find_model`.
+    """
+    wanted = _model_of(settings)
+    return find_model(wanted["models_dir"], wanted["model"], wanted["served"], wanted["model_repository"])
+
+
+def _model_of(settings: EmbeddingConfig) -> dict[str, Any]:
+    """What the engines, and `find_model` behind them, need to find the imported model."""
+    local = settings.local
+    return {
+        "models_dir": local.models_dir,
+        "model": local.model,
+        "served": lambda: _served_contract(settings),
+        "model_repository": local.model_repository,
+    }
+
+
+def _served_contract(settings: EmbeddingConfig) -> str | None:
+    """The contract id, or its beginning, that the configured server must have, else has, if it answers now."""
+    from arcface_clients.faces.synthetic import synthetic_faces
+    from arcface_clients.triton.embedder import TritonEmbedder
+
+    triton = settings.triton
+    if triton.expected_contract or "triton" not in (settings.backend, *settings.fallback.chain):
+        return triton.expected_contract
+    asked = replace(triton, timeout_s=min(triton.timeout_s, ASK_S), total_timeout_s=ASK_S, retry_for_s=0)
+    try:
+        with TritonEmbedder(**vars(asked)) as embedder:
+            if embedder.ensure_ready().contract_id is None:  # a bare tritonserver: its answers name their contract
+                embedder.encode(synthetic_faces(1))
+            return embedder.contract_id or embedder.contract_prefix
+    except ArcFaceError:  # whoever uses that server reports it
+        return None
 
 
 def startup_validation(settings: EmbeddingConfig) -> StartupValidation:

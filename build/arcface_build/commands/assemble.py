@@ -48,10 +48,11 @@ def command(
     from arcface_build.repository.assemble import assemble, assemble_plans
     from arcface_build.serving.change_over import ChangeOver
     from arcface_build.variants.choose import choose
+    from arcface_clients.engines.import_manifest import model_at
 
     repository, config = repository_at(model_repository), settings()
     keep, limits = config.versions_kept, config.comparison.max_drift.model_dump()
-    model_dir, choice, change = models_dir / name, None, ChangeOver(repository)
+    model_dir, choice, change = model_at(models_dir, name), None, ChangeOver(repository)
     if plans:
         key = config.storage.public_key
         installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, limits, key)}

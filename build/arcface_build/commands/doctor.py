@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,15 +43,11 @@ def command(url: str | None, measure: bool, faces: int, batch_size: int, as_json
     from arcface_clients.checks.tls import check_tls
     from arcface_clients.config.schema import EmbeddingConfig
     from arcface_clients.config.sources import config_file as file_of
-    from arcface_clients.triton.address import Tls
 
     try:
         config = settings()
         if url is not None:
-            access = config.triton.access_to(url)
-            headers, tls = access.get("headers", {}), access.get("tls", Tls())
-            triton = replace(config.triton, url=url, headers=headers, tls=tls)
-            config = config.model_copy(update={"triton": triton, "backend": "triton"})
+            config = config.model_copy(update={"triton": config.triton.towards(url), "backend": "triton"})
         origin = file_of(config_file(), os.environ) or "defaults (no config/embedding.yaml here)"
         found = f"{origin}: backend {config.backend}, precision {config.precision}"
         configuration = Check("configuration", "ok", found)

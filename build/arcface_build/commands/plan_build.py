@@ -59,7 +59,10 @@ def build(places: Places, as_json: bool, **asked_for: Any) -> None:
     passes the gate.
     """
     from arcface_build.plans.for_this_gpu import PlanRequest, plan_for_this_gpu
+    from arcface_clients.extras import require
 
+    if asked_for["sign_key"]:
+        require("cryptography", purpose="--sign-key")
     obtained, path = plan_for_this_gpu(PlanRequest(**asked_for), places, terminal.phase_bar)
     for note in obtained.notes:
         terminal.notice(note)

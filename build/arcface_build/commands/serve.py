@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +68,7 @@ PEM = click.Path(path_type=Path, dir_okay=False)
 @click.option("--demo/--no-demo", default=True, help="Import the demo network where there are no weights.")
 @click.option("--reference/--no-reference", default=True, help="Load InsightFace beside it and print the parity table.")
 @click.option(
-    "--faces", "faces_from", type=click.Path(path_type=Path), help="Crops for the table; default: drawn faces."
+    "--faces", "faces_from", type=click.Path(path_type=Path), help="Crops for the table; default: synthetic faces."
 )
 @click.option("--once", is_flag=True, help="Stop after the table; exit 1 when a gate fails.")
 @json_option
@@ -185,17 +187,23 @@ def _faces(faces_from: Path | None, count: int) -> npt.NDArray[Any]:
 
 
 def _invitation(server: TritonProcess) -> str:
+    activate = Path(sys.prefix) / "bin" / "activate"
+    enter = f"source {shlex.quote(str(activate))}\n" if activate.is_file() else ""
     tls = server.exposure.tls
     return f"""
 serving   gRPC {server.grpc_url}   HTTP http://{server.http_url}   metrics {server.metrics_url}
 log       {server.log_path}
-try it:
-    import numpy as np
-    from arcface_clients import {"Tls, " * bool(tls)}TritonEmbedder
-    faces = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)  # your aligned BGR crops
-    with TritonEmbedder("{server.grpc_url}"{_access(tls)}) as embedder:
-        embeddings = embedder.encode(faces)
-    print(embeddings.shape, embeddings @ embeddings.T)
+try it: paste these lines into another shell
+
+{enter}arcface parity --url {server.own_url}
+python - <<'PY'
+import numpy as np
+from arcface_clients import {"Tls, " * bool(tls)}TritonEmbedder
+faces = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)  # your aligned BGR crops
+with TritonEmbedder("{server.grpc_url}"{_access(tls)}) as embedder:
+    print(embedder.encode(faces).shape, embedder.contract_id)
+PY
+
 Ctrl-C stops it."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -248,15 +247,6 @@ def existing_import(
     except (WrongUse, KeyError, TypeError, OSError):
         return None
     return manifest if same else None
-
-
-def check_name(name: str) -> str:
-    """Refuse a model name that would not work as a folder or S3 key."""
-    if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}", name):
-        raise WrongUse(
-            f"{name!r} cannot be a model's name: expected letters, digits, '.', '_', '-'. Choose one: --name NAME"
-        )
-    return name
 
 
 def tool_versions() -> dict[str, str]:

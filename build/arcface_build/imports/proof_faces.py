@@ -23,7 +23,7 @@ class ProofFaces:
 
 def drawn_faces() -> ProofFaces:
     """Synthetic faces, always the same."""
-    return ProofFaces(synthetic_faces(MIN_FACES), "drawn")
+    return ProofFaces(synthetic_faces(MIN_FACES), "synthetic")
 
 
 def read_faces(path: Path) -> ProofFaces:

@@ -35,7 +35,7 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
         Missing: the model is not imported, or has no variant of this precision (a refused one counts as none).
         WrongUse: an ONNX file without its reference.
     """
-    from arcface_clients.engines.import_manifest import read_import_manifest
+    from arcface_clients.engines.import_manifest import model_at, read_import_manifest
 
     path = Path(model)
     if path.suffix == ".onnx":
@@ -47,7 +47,7 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
                 "or give the model's name."
             )
         return PlanSource(path.stem, path, reference or path, None)
-    folder = models_dir / model
+    folder = model_at(models_dir, model)
     manifest = read_import_manifest(folder)
     serving = folder / str(manifest.serving["file"])
     typed = serving if precision == "fp32" else folder / "variants" / f"{precision}-tensorrt.onnx"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, OUTPUTS
 from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.extras import how_to_get
 from arcface_clients.plans.manifest import file_sha256
 from arcface_clients.plans.spec import parse_version
 
@@ -55,7 +56,7 @@ def read_typed_onnx(path: Path) -> TypedOnnx:
     try:
         import onnx
     except ImportError as exc:
-        raise Missing("building plans needs the package onnx: pip install 'arcface-triton[build]'") from exc
+        raise Missing(f"building plans needs the package onnx. Next: {how_to_get('onnx')}") from exc
     if not path.is_file():
         raise Missing(f"no ONNX file at {path}. Make one: arcface import SOURCE, then arcface quantize NAME")
     try:

@@ -16,6 +16,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from arcface_clients.errors import Missing
+from arcface_clients.extras import how_to_get
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def find_tritonserver() -> TritonBinary:
     if spec is None or not spec.submodule_search_locations:
         raise Missing(
             "no tritonserver: it is neither on PATH nor in this Python environment. "
-            "Install the wheel that holds one (Linux x86-64, glibc 2.35): pip install 'arcface-triton[serve]', "
+            f"Install the wheel that holds one (Linux x86-64, glibc 2.35): {how_to_get('pytriton')}, "
             "or run inside the NGC container: docker-compose up"
         )
     package = Path(next(iter(spec.submodule_search_locations)))

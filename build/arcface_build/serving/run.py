@@ -33,6 +33,7 @@ from arcface_build.serving.watch import RESTARTS, RESTARTS_WITHIN_S, Pulse, Rest
 from arcface_clients.checks.parity import ParityReport, measure_parity
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import GateFailed, Missing
+from arcface_clients.extras import require
 
 LEAF_OF = {"tensorrt": "arcface_trt", "onnx": "arcface_onnx", "reference": "arcface_reference"}
 
@@ -134,8 +135,8 @@ def _serve(
 ) -> bool:
     """One life of the server, from the choice of its backend to its end."""
     limits = config.comparison.max_drift.model_dump()
+    binary = find_tritonserver()  # before any work
     choice, with_reference = _prepare(asked, config, limits, audience)
-    binary = find_tritonserver()
     audience.chosen(f"tritonserver {binary.origin}")
     audience.chosen(f"backend {choice.backend}: {choice.reason}")
     # Tuned for the installed weights: another variant would take the tuned settings away.
@@ -212,6 +213,7 @@ def _prepare(
         for fault in mend(repository):
             audience.warned(f"mended: {fault}")
     if asked.demo and not versions(repository / "arcface_onnx") and not versions(repository / "arcface_trt"):
+        require("onnx", "onnxruntime", purpose="importing the demo network")
         audience.notice("no weights in model_repository/: importing the demo network (NOT for recognition)")
         with audience.importing() as progress:
             options = {"cache": config.storage.cache, "say": audience.notice, "progress": progress}

@@ -11,6 +11,7 @@ import numpy as np
 
 from arcface_clients.arrays import Array
 from arcface_clients.errors import DependencyMissing, InvalidFaces
+from arcface_clients.extras import how_to_get
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +43,7 @@ def decode_photo(data: bytes, max_pixels: int = MAX_PIXELS) -> Array:
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as exc:
-        raise DependencyMissing(f"reading photos needs Pillow ({exc}): pip install pillow") from exc
+        raise DependencyMissing(f"reading photos needs Pillow ({exc}). Next: {how_to_get('PIL')}") from exc
     _know_heif()
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -55,9 +56,7 @@ def decode_photo(data: bytes, max_pixels: int = MAX_PIXELS) -> Array:
         raise
     except UnidentifiedImageError as exc:
         if data[4:8] == b"ftyp":
-            raise InvalidFaces(
-                "HEIC or AVIF, whose decoder is not installed: pip install 'arcface-triton[heif]'"
-            ) from exc
+            raise InvalidFaces(f"HEIC or AVIF, whose decoder is not installed: {how_to_get('pillow_heif')}") from exc
         raise InvalidFaces("not an image, or a format that Pillow does not know") from exc
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise InvalidFaces(f"too large: {exc}") from exc

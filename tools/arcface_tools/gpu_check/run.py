@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
                 "gpu": gpu.name, "sm": gpu.sm, "driver": gpu.driver, "cuda": gpu.cuda, "memory_bytes": gpu.memory_bytes,
                 "tensorrt": version, "python": sys.version.split()[0], "cpus": os.cpu_count(),
             },
-            "faces": {"count": len(check.faces), "origin": "drawn"},
+            "faces": {"count": len(check.faces), "origin": "synthetic"},
             "models": {}, "steps": [], "not_measured": [],
         }  # fmt: skip
         check.write()
