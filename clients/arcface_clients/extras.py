@@ -9,12 +9,14 @@ from arcface_clients.errors import DependencyMissing
 _EXTRA = "pip install 'arcface-triton[{}]'"
 # module → what installs it; keyed by module, because that is what an import error names
 HOW_TO_GET = {
+    "aiohttp": _EXTRA.format("http"),
     "boto3": _EXTRA.format("store"),
     "botocore": _EXTRA.format("store"),
+    "click": _EXTRA.format("cli"),
     "cryptography": _EXTRA.format("store"),
     "cv2": _EXTRA.format("images"),
     "filelock": _EXTRA.format("build"),
-    "insightface": "pip install --no-deps insightface && " + _EXTRA.format("reference"),
+    "insightface": "pip install --no-deps insightface && " + _EXTRA.format("reference-needs"),
     "matplotlib": _EXTRA.format("build"),
     "ml_dtypes": _EXTRA.format("build"),
     "onnx": _EXTRA.format("build"),
@@ -22,14 +24,17 @@ HOW_TO_GET = {
     "PIL": _EXTRA.format("images"),
     "polygraphy": _EXTRA.format("build"),
     "pyarrow": _EXTRA.format("bulk"),
+    "pydantic": _EXTRA.format("config"),
     "pytriton": _EXTRA.format("serve"),
     "ray": _EXTRA.format("ray"),
-    "scipy": _EXTRA.format("reference"),
-    "skimage": _EXTRA.format("reference"),
+    "rich": _EXTRA.format("cli"),
+    "scipy": _EXTRA.format("reference-needs"),
+    "skimage": _EXTRA.format("reference-needs"),
     "sklearn": _EXTRA.format("evidence"),
     "tensorrt": "pip install tensorrt, in the version of the server (docs/plans.md)",
     "torch": _EXTRA.format("pytorch"),
     "tritonclient": "pip install 'tritonclient[grpc]'",
+    "yaml": _EXTRA.format("config"),
 }
 
 

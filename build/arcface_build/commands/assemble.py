@@ -47,7 +47,7 @@ def command(
     from arcface_build.repository.assemble import assemble, assemble_plans
     from arcface_build.variants.choose import choose
 
-    repository, config = repository_at(model_repository), settings()
+    repository, config = repository_at(model_repository, make=True), settings()
     keep, limits = config.versions_kept, config.comparison.max_drift.model_dump()
     model_dir, choice = models_dir / name, None
     if plans:

@@ -89,7 +89,9 @@ def command(
     from arcface_build.repository.bring_in import bring_in
 
     config, stated = settings(), _stated(color, mean, std)
-    repository = None if no_assemble else repository_at(model_repository)  # fail before the work, not after it
+    repository = (
+        None if no_assemble else repository_at(model_repository, make=True)
+    )  # fail before the work, not after it
     with terminal.phase_bar() as progress:
         done = bring_in(
             source,

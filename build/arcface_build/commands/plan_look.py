@@ -11,6 +11,7 @@ import click
 from arcface_build import terminal
 from arcface_build.commands.options.output import hand_over, json_option
 from arcface_build.commands.options.plans import megabytes, place_options, summary, table
+from arcface_build.shipped import config_file
 
 if TYPE_CHECKING:
     from arcface_build.plans.places import Places
@@ -55,7 +56,12 @@ def show(places: Places, plan: str, as_json: bool) -> None:
     epilog="\b\nExamples:\n  arcface plan matrix\n  arcface plan matrix --model r50 --store s3://models/plans"
 )
 @click.option("--model", help="Only plans of this model.")
-@click.option("--gpus", type=click.Path(path_type=Path), default=Path("config/gpus.yaml"), show_default=True)
+@click.option(
+    "--gpus",
+    type=click.Path(path_type=Path),
+    default=lambda: config_file("gpus.yaml"),
+    show_default="config/gpus.yaml, here or above, else the shipped one",
+)
 @place_options
 @json_option
 def matrix(places: Places, model: str | None, gpus: Path, as_json: bool) -> None:

@@ -130,8 +130,8 @@ def _serve(
 ) -> bool:
     """One life of the server, from the choice of its backend to its end."""
     limits = config.comparison.max_drift.model_dump()
+    binary = find_tritonserver()  # before any work
     choice, with_reference = _prepare(asked, config, limits, audience)
-    binary = find_tritonserver()
     audience.chosen(f"tritonserver {binary.origin}")
     audience.chosen(f"backend {choice.backend}: {choice.reason}")
     # Tuned for the installed weights: another variant would take the tuned settings away.
