@@ -119,12 +119,9 @@ def odd_server(triton_binary: TritonBinary, tmp_path_factory: pytest.TempPathFac
 
 def copy_repository(folder: Path) -> Path:
     """folder/model_repository: what git holds of ours, no weights."""
-    ignored = shutil.ignore_patterns("*.onnx", "*.plan", "*.plan.json", "manifest.json", "[2-9]", "__pycache__")
-    target = folder / "model_repository"
-    shutil.copytree(REPO / "model_repository", target, ignore=ignored)
-    for leaf in ("arcface_onnx", "arcface_trt", "arcface_reference"):
-        shutil.rmtree(target / leaf / "configs", ignore_errors=True)
-    return target
+    from arcface_build.repository.hand_written import lay_out
+
+    return lay_out(folder / "model_repository", REPO / "model_repository")
 
 
 def import_into(repository: Path, source: str) -> Path:

@@ -294,7 +294,8 @@ def test_a_package_that_nobody_asked_for_is_still_one_sentence(tmp_path):
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
     assert done.returncode == 3
     (sentence,) = done.stderr.splitlines()
-    assert sentence.startswith("DependencyMissing: ") and sentence.endswith("pip install rich")
+    assert sentence.startswith("DependencyMissing: ")
+    assert "Next: " in sentence and sentence.endswith("[cli]'")
 
 
 def test_a_shell_completes_commands_and_options():

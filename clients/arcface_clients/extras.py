@@ -14,8 +14,10 @@ from arcface_clients.errors import DependencyMissing
 
 _DISTRIBUTION = "arcface-triton"
 _EXTRA_OF = {  # keyed by module, because that is what an import error names
+    "aiohttp": "http",
     "boto3": "store",
     "botocore": "store",
+    "click": "cli",
     "cryptography": "store",
     "cv2": "images",
     "filelock": "build",
@@ -26,12 +28,15 @@ _EXTRA_OF = {  # keyed by module, because that is what an import error names
     "pillow_heif": "heif",
     "polygraphy": "build",
     "pyarrow": "bulk",
+    "pydantic": "config",
     "pytriton": "serve",
     "ray": "ray",
-    "scipy": "reference",
-    "skimage": "reference",
+    "rich": "cli",
+    "scipy": "reference-needs",
+    "skimage": "reference-needs",
     "sklearn": "evidence",
     "torch": "pytorch",
+    "yaml": "config",
 }
 
 
@@ -52,7 +57,7 @@ def how_to_get(module: str) -> str:
     if root in _EXTRA_OF:
         return install(_EXTRA_OF[root])
     if root == "insightface":  # its own requirements hold a second ONNX Runtime, and an OpenCV with a display library
-        return f"{_pip()} install --no-deps insightface && {install('reference')}"
+        return f"{_pip()} install --no-deps insightface && {install('reference-needs')}"
     if root == "onnxruntime":
         return f"{_pip()} install onnxruntime (or onnxruntime-gpu, or onnxruntime-openvino: one of them)"
     if root == "tensorrt":

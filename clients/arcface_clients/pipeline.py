@@ -14,6 +14,7 @@ from arcface_clients.engines.protocol import EmbeddingEngine
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.engines.validation import StartupValidation
 from arcface_clients.errors import ArcFaceError, BackendUnavailable, ConfigError
+from arcface_clients.extras import require
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import EmbeddingConfig
@@ -54,7 +55,9 @@ def get_embedding_backend(
 
     Raises:
         ConfigError: an unknown engine, device or key, or an invalid value.
+        DependencyMissing: pydantic or PyYAML is not installed.
     """
+    require("pydantic", "yaml", purpose="get_embedding_backend")
     settings = _settings(backend_type, device, tensorrt_config, config)
     links = backend_chain(
         settings.backend,

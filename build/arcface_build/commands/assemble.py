@@ -50,7 +50,7 @@ def command(
     from arcface_build.variants.choose import choose
     from arcface_clients.engines.import_manifest import model_at
 
-    repository, config = repository_at(model_repository), settings()
+    repository, config = repository_at(model_repository, make=True), settings()
     keep, limits = config.versions_kept, config.comparison.max_drift.model_dump()
     model_dir, choice, change = model_at(models_dir, name), None, ChangeOver(repository)
     if plans:

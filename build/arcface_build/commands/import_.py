@@ -90,7 +90,8 @@ def command(
     from arcface_build.serving.change_over import ChangeOver
 
     config, stated = settings(), _stated(color, mean, std)
-    repository = None if no_assemble else repository_at(model_repository)  # fail before the work, not after it
+    # fail before the work, not after it
+    repository = None if no_assemble else repository_at(model_repository, make=True)
     change = None if repository is None else ChangeOver(repository)
     with terminal.phase_bar() as progress:
         done = bring_in(

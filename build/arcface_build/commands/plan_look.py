@@ -12,6 +12,7 @@ from arcface_build import terminal
 from arcface_build.commands.options.folders import models_dir_option
 from arcface_build.commands.options.output import hand_over, json_option
 from arcface_build.commands.options.plans import megabytes, place_options, summary, table
+from arcface_build.shipped import config_file
 
 if TYPE_CHECKING:
     from arcface_build.plans.places import Places
@@ -56,7 +57,12 @@ def show(places: Places, plan: str, as_json: bool) -> None:
     epilog="\b\nExamples:\n  arcface plan matrix\n  arcface plan matrix --model r50 --store s3://models/plans"
 )
 @click.option("--model", help="Only plans of this model.")
-@click.option("--gpus", type=click.Path(path_type=Path), default=Path("config/gpus.yaml"), show_default=True)
+@click.option(
+    "--gpus",
+    type=click.Path(path_type=Path),
+    default=lambda: config_file("gpus.yaml"),
+    show_default="config/gpus.yaml, here or above, else the shipped one",
+)
 @place_options
 @models_dir_option
 @json_option

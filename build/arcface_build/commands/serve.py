@@ -111,7 +111,7 @@ def command(
     interrupt = Interrupt()
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
         signal.signal(number, interrupt)
-    repository, config = repository_at(model_repository), settings()
+    repository, config = repository_at(model_repository, make=True), settings()
     asked = ServeRequest(
         repository=repository,
         models_dir=repository.parent / models_dir,  # beside it, where the configuration names no absolute folder

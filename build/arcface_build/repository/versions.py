@@ -47,7 +47,7 @@ def find_repository(given: Path | None = None, configured: Path = Path("model_re
         else f"{configured}/ in {Path.cwd()} or above it"
     )
     raise Missing(
-        f"no {where}. Run from a checkout of arcface-triton, or name the model repository: --model-repository FOLDER, "
+        f"no {where}. Make one here: arcface serve, or arcface import SOURCE; or name it: --model-repository FOLDER, "
         "or local.model_repository in config/embedding.yaml"
     )
 

@@ -43,7 +43,9 @@ def check_weights(settings: EmbeddingConfig) -> Check:
     try:
         repository = find_repository(given if given.exists() else None)
     except Missing as exc:
-        return Check("weights", "absent", fact_and_fix(exc)[0], "run from a checkout, or set local.model_repository")
+        return Check(
+            "weights", "absent", fact_and_fix(exc)[0], "make one: arcface serve; or set local.model_repository"
+        )
     models = ("arcface_trt", "arcface_onnx", "arcface_reference")
     have = {name: versions(repository / name) for name in models}
     for version in (repository / name / str(number) for name, numbers in have.items() for number in numbers):
