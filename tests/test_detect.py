@@ -40,7 +40,7 @@ def test_the_warp_undoes_any_turn_scale_and_shift(angle: float, scale: float, sh
     rotation = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     moved = TEMPLATE @ rotation.T + shift
     matrix = similarity_to_template(moved)
-    assert np.abs(moved @ matrix[:, :2].T + matrix[:, 2] - TEMPLATE).max() < 1e-9
+    assert np.abs(moved @ matrix[:, :2].T + matrix[:, 2] - TEMPLATE).max() < 1e-5  # the template is float32
 
 
 def test_the_warp_is_insightfaces(assets: Path, portraits: list[Path]) -> None:
@@ -49,8 +49,8 @@ def test_the_warp_is_insightfaces(assets: Path, portraits: list[Path]) -> None:
         image, landmarks = cv2.imread(str(portrait)), landmarks_of(assets, portrait).astype(np.float32)
         theirs = face_align.norm_crop(image, landmarks)
         ours = align_face(image, landmarks)
-        assert np.abs(ours.astype(int) - theirs.astype(int)).mean() < 1
-        assert np.allclose(similarity_to_template(landmarks), face_align.estimate_norm(landmarks), atol=1e-3)
+        np.testing.assert_allclose(similarity_to_template(landmarks), face_align.estimate_norm(landmarks), atol=1e-6)
+        assert (ours != theirs).mean() < 1e-4
 
 
 @pytest.mark.parametrize("bad", [np.ones((5, 2)), np.ones((4, 2)), np.full((5, 2), np.nan)])

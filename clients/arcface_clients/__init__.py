@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from arcface_clients.engines.fallback import FallbackEmbedder as FallbackEmbedder
     from arcface_clients.engines.protocol import EmbeddingEngine as EmbeddingEngine
     from arcface_clients.engines.registry import EngineRegistry as EngineRegistry
+    from arcface_clients.evidence.gate import run_embedding_regression_tests as run_embedding_regression_tests
     from arcface_clients.people.cache import EmbeddingCache as EmbeddingCache
     from arcface_clients.people.gallery import Gallery as Gallery
     from arcface_clients.pipeline import get_embedding_backend as get_embedding_backend
@@ -34,6 +35,7 @@ _HOMES = {  # public name -> module, loaded on first use (PEP 562)
     "benchmark_embedder": "arcface_clients.checks.benchmark",
     "get_embedding_backend": "arcface_clients.pipeline",
     "load_config": "arcface_clients.config.sources",
+    "run_embedding_regression_tests": "arcface_clients.evidence.gate",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
 

@@ -36,7 +36,7 @@ class Link:
 def get_embedding_backend(
     backend_type: str | None = None,
     device: str = "auto",
-    tensorrt_config: Mapping[str, Any] | None = None,
+    tensorrt_config: Mapping[str, Any] | str | Path | None = None,
     allow_cpu_fallback: bool = True,
     config: EmbeddingConfig | str | Path | None = None,
 ) -> FallbackEmbedder:
@@ -48,7 +48,7 @@ def get_embedding_backend(
         backend_type: triton, tensorrt, onnx, insightface (alias pytorch); None uses `backend` from the configuration.
         device: for in-process engines; auto uses `device` from the configuration.
         tensorrt_config: keys that override the file: of config/embedding.yaml, or of the former `tensorrt` section
-            (precision, max_batch_size, workspace_gb, engine_path, …).
+            (precision, max_batch_size, workspace_gb, engine_path, …); or the path of a file with such keys.
         allow_cpu_fallback: if False, no engine that computes on this host's CPU takes over; the engine named by
             `backend_type` is used regardless. `fallback.allow_cpu` must allow it too.
         config: a configuration, or the path of its file; None searches for it, see `load_config`.
@@ -198,15 +198,14 @@ def _make(link: Link, settings: EmbeddingConfig) -> EmbeddingEngine:
 def _settings(
     backend_type: str | None,
     device: str,
-    tensorrt_config: Mapping[str, Any] | None,
+    tensorrt_config: Mapping[str, Any] | str | Path | None,
     config: EmbeddingConfig | str | Path | None,
 ) -> EmbeddingConfig:
-    from arcface_clients.config.old_names import from_section
     from arcface_clients.config.schema import EmbeddingConfig
-    from arcface_clients.config.sources import Layers, checked, flatten, load_config
+    from arcface_clients.config.sources import Layers, checked, flatten, load_config, tensorrt_section
 
     for name, value, kinds in (
-        ("tensorrt_config", tensorrt_config, (Mapping,)),
+        ("tensorrt_config", tensorrt_config, (Mapping, str, Path)),
         ("config", config, (EmbeddingConfig, str, Path)),
     ):
         if value is not None and not isinstance(value, kinds):
@@ -215,7 +214,7 @@ def _settings(
                 f"{name}: expected {expected}, got {type(value).__name__}. "
                 "Keys and values go into tensorrt_config, the path of a file into config."
             )
-    asked = from_section(dict(flatten(tensorrt_config or {})))
+    asked = tensorrt_section(tensorrt_config or {})
     if backend_type is not None:
         asked["backend"] = EngineRegistry.canonical(backend_type)
     if canonical_device(device) != "auto":

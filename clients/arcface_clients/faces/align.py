@@ -11,30 +11,33 @@ from arcface_clients.errors import InvalidFaces
 # Eyes, nose and mouth corners in the 112×112 crop, each pair from left to right (x, y in pixels).
 # Source: InsightFace, insightface/utils/face_align.py, arcface_dst.
 TEMPLATE = np.array(
-    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
 )
 
 
 def similarity_to_template(landmarks: Array) -> Array:
     """The rotation, scale and shift, float64 (2,3), that map landmarks (5,2) as close as possible to `TEMPLATE`.
 
-    Least squares over a·z + b with points as complex numbers z = x + iy; in the plane this equals Umeyama (1991)
-    without reflection, which is InsightFace's `estimate_norm`.
+    Least squares without reflection: Umeyama (1991), equations 38 to 43. Landmarks in float32 are taken in float32, as
+    InsightFace's `estimate_norm` does: a shift of 1e-5 pixels changes a few pixels of the crop by one.
 
     Raises:
         InvalidFaces: not (5,2) finite numbers, or all points coincide.
     """
-    points = np.asarray(landmarks, np.float64)
+    points = np.asarray(landmarks)
+    points = points if points.dtype == np.float32 else points.astype(np.float64)
     if points.shape != (5, 2) or not np.isfinite(points).all():
         raise InvalidFaces(f"expected five landmarks (5, 2) in pixels, got {points.shape} or NaN.")
-    source, target = points @ (1, 1j), TEMPLATE @ (1, 1j)
-    spread = source - source.mean()
-    size = (np.abs(spread) ** 2).sum()
-    if size < 1e-9:
+    centre, target = points.mean(axis=0), TEMPLATE.mean(axis=0)
+    spread = points - centre
+    variance = spread.var(axis=0).sum()
+    if variance < 1e-9:
         raise InvalidFaces("the five landmarks coincide: expected eyes, nose and mouth corners.")
-    a = (spread.conj() * (target - target.mean())).sum() / size
-    b = target.mean() - a * source.mean()
-    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
+    left, stretch, right = np.linalg.svd((TEMPLATE - target).T @ spread / len(points))
+    signs = np.array([1.0, -1.0 if np.linalg.det(left) * np.linalg.det(right) < 0 else 1.0])
+    rotation = left @ np.diag(signs) @ right
+    scale = 1.0 / variance * (stretch @ signs)
+    return np.column_stack([scale * rotation, target - scale * (rotation @ centre)])
 
 
 def align_face(image_bgr: Array, landmarks: Array) -> FaceArray:
