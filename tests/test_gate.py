@@ -177,7 +177,9 @@ def served(models: dict[str, np.ndarray]):
             pass
 
         def ensure_ready(self):
-            return SimpleNamespace(contract_id="c" * 64, precision="fp32", leaf=self.model, backend="onnxruntime")
+            return SimpleNamespace(
+                contract_id="c" * 64, precision="fp32", leaf=self.model, backend="onnxruntime", demo=False
+            )
 
         def encode(self, faces):
             if np.isnan(models[self.model]).any():

@@ -43,7 +43,7 @@ def workplace(tmp_path: Path) -> Path:
 
 def test_a_file_is_imported_installed_and_the_second_time_left_alone(workplace: Path) -> None:
     repository = copy_repository(workplace)
-    first = arcface_import(workplace, "net.onnx", "--name", "mine", "--json")
+    first = arcface_import(workplace, "net.onnx", "--name", "mine", "--json", "-q")
     assert (first.returncode, first.stderr) == (0, "")
     manifest = json.loads(first.stdout)
     assert manifest == json.loads((workplace / "models" / "mine" / "manifest.json").read_text())
