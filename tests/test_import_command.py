@@ -128,7 +128,7 @@ def test_what_cannot_work_is_one_line_an_exit_code_and_nothing_left(
     before = sorted(workplace.rglob("*"))
     monkeypatch.chdir(workplace)
     with pytest.raises(SystemExit) as caught:
-        main(["import", *arguments, "--no-assemble", "--models-dir", "out"])
+        main(["import", "-q", *arguments, "--no-assemble", "--models-dir", "out"])
     out, errors = capsys.readouterr()
     assert (caught.value.code, out) == (code, "")
     assert errors.startswith(message) and errors.count("\n") == 1
