@@ -226,6 +226,20 @@ def test_a_busy_port_is_named_before_any_work(demo_repository):
             "Expected an IPv4 address of this host (ip -4 address), 127.0.0.1 for it alone, or 0.0.0.0 for all\n",
         ),
         (
+            ("--host", "0.0.0.0"),
+            "WrongUse: gRPC on 0.0.0.0 would carry faces and embeddings readably through the network. Encrypt it "
+            "(--tls-cert FILE --tls-key FILE), or say that this network is trusted: --insecure\n",
+        ),
+        (
+            ("--http-host", "0"),
+            "WrongUse: HTTP on 0.0.0.0 would carry faces and embeddings readably through the network: Triton's HTTP "
+            "has no TLS. Use gRPC (--host), or say that this network is trusted: --insecure\n",
+        ),
+        (
+            ("--", "--grpc-addr=0.0.0.0"),
+            "WrongUse: --grpc-addr after -- is refused: who reaches the server is not decided there. Use --host\n",
+        ),
+        (
             ("--faces", "no such folder"),
             "WrongUse: no face could be read from no such folder: expected aligned 112×112 crops.\n",
         ),
@@ -422,13 +436,13 @@ def test_a_server_that_was_there_first_is_not_taken_for_ours(triton_binary, own_
             triton_binary, own_repository, ["arcface_onnx"], ports=ports, log_path=tmp_path / f"{name}.log"
         )
 
-    def no_lock(self: PortLock, ports: Ports, host: str) -> None:
+    def no_lock(self: PortLock, ports: Ports, hosts: dict[str, str]) -> None:
         self._sockets = []
 
     with process("first", free_ports()) as first:
         first.wait_ready()
         # As if it had begun to listen after our look at the port, and were nobody who knows our lock.
-        monkeypatch.setattr(Ports, "check_free", lambda self, host: None)
+        monkeypatch.setattr(Ports, "check_free", lambda self, hosts: None)
         monkeypatch.setattr("arcface_build.serving.process.PortLock.__init__", no_lock)
         with (
             process("second", Ports(first.ports.http, free_ports().grpc, free_ports().metrics)) as second,

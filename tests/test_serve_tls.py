@@ -111,7 +111,7 @@ COMMANDS = {
     "parity that counts": ["parity", "--count", "--json"],
     "embed": ["embed", "crops", "-o", "out.npz", "--json"],
     "compare": ["compare", "{url}", "{url}/arcface_reference", "--json"],
-    "consensus": ["consensus", "crops", "--json"],
+    "consensus": ["consensus", "crops", "-o", "out.json", "--json"],
     "bench": ["bench", "--url", "{url}", "--http-url", "{http}", "--no-bare", "--model", "arcface", "--batch", "2"],
 }
 

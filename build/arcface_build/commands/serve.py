@@ -104,7 +104,7 @@ def command(
     triton_arguments: tuple[str, ...],
 ) -> int:
     """Start Triton on model_repository/, prove it with a few faces, keep serving until Ctrl-C or SIGTERM."""
-    from arcface_build.serving.exposure import Exposure, server_tls
+    from arcface_build.serving.exposure import Exposure, address_of, server_tls
     from arcface_build.serving.process import Ports
     from arcface_build.serving.run import Interrupt, ServeRequest, serve
 
@@ -118,7 +118,13 @@ def command(
         faces_bgr_u8=_faces(faces_from, config.validation.eval_set_size),
         backend=backend,
         variant=variant,
-        exposure=Exposure(host, http_host, metrics_host, server_tls(tls_cert, tls_key, client_ca), insecure),
+        exposure=Exposure(
+            host=address_of(host),
+            http_host=address_of(http_host),
+            metrics_host=address_of(metrics_host),
+            tls=server_tls(tls_cert, tls_key, client_ca),
+            insecure=insecure,
+        ),
         ports=Ports(http_port, grpc_port, metrics_port),
         demo=demo,
         reference=reference,

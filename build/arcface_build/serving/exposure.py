@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class ServerTls:
 
 @dataclass(frozen=True)
 class Exposure:
-    """The addresses that a server listens on. One that is refused cannot be made, so no door leads around it.
+    """The IPv4 addresses that a server listens on. One that is refused cannot be made, so no door leads around it.
 
     Attributes:
         host: where gRPC listens.
@@ -120,6 +121,26 @@ class Exposure:
             return host
         plain = [name for name in self.tls.certificate.names if "*" not in name]
         return next((name for name in plain if is_loopback(name) == is_loopback(self.host)), next(iter(plain), host))
+
+
+def address_of(host: str) -> str:
+    """The IPv4 address of a name, looked up once, so that what is checked is what is listened on.
+
+    Raises:
+        WrongUse: it has none.
+    """
+    try:
+        return socket.gethostbyname(host)
+    except (OSError, UnicodeError) as exc:
+        raise no_address(host, getattr(exc, "strerror", None) or exc) from exc
+
+
+def no_address(host: str, why: object) -> WrongUse:
+    """What is none of this host's addresses. IPv4: Triton's HTTP and gRPC want IPv6 written in two different ways."""
+    return WrongUse(
+        f"cannot listen on {host}: {why}. Expected an IPv4 address of this host (ip -4 address), "
+        "127.0.0.1 for it alone, or 0.0.0.0 for all"
+    )
 
 
 def server_tls(cert_file: Path | None, key_file: Path | None, client_ca_file: Path | None = None) -> ServerTls | None:

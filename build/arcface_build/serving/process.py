@@ -25,7 +25,7 @@ from typing import Any
 
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
-from arcface_build.serving.exposure import Exposure, closed, from_here
+from arcface_build.serving.exposure import Exposure, closed, from_here, no_address
 from arcface_build.serving.guard import forget_key, guard_options, hide_key, keep_key, new_key
 from arcface_build.serving.listener import pid_listening_on
 from arcface_build.serving.reasons import missing_library, reason_in_log, reason_of_end
@@ -75,16 +75,12 @@ class Ports:
         for name, port in named.items():
             host = hosts[name]
             try:
-                with socket.socket() as probe:  # IPv4: Triton's HTTP and gRPC want IPv6 written in two different ways
+                with socket.socket() as probe:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that just ended is no hindrance
                     probe.bind((host, port))
             except OSError as exc:
                 if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
-                    raise WrongUse(
-                        f"cannot listen on {host}: {exc.strerror}. "
-                        "Expected an IPv4 address of this host (ip -4 address), "
-                        "127.0.0.1 for it alone, or 0.0.0.0 for all"
-                    ) from exc
+                    raise no_address(host, exc.strerror) from exc
                 if exc.errno != errno.EADDRINUSE:
                     raise ServerFailed(
                         f"cannot listen on port {port} ({name}) of {host}: {exc.strerror}. "
