@@ -79,6 +79,13 @@ PEM = click.Path(path_type=Path, dir_okay=False)
     type=POSITIVE,
     help="Seconds to wait for the models.",
 )
+@click.option(
+    "--exit-timeout",
+    "exit_timeout_s",
+    default=15.0,
+    type=POSITIVE,
+    help="Seconds that running requests get to finish when it is stopped.",
+)
 @click.argument("triton_arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
     model_repository: Path | None,
@@ -101,6 +108,7 @@ def command(
     once: bool,
     as_json: bool,
     ready_timeout_s: float,
+    exit_timeout_s: float,
     triton_arguments: tuple[str, ...],
 ) -> int:
     """Start Triton on model_repository/, prove it with a few faces, keep serving until Ctrl-C or SIGTERM."""
@@ -130,6 +138,7 @@ def command(
         reference=reference,
         once=once,
         ready_timeout_s=ready_timeout_s,
+        exit_timeout_s=exit_timeout_s,
         extra=triton_arguments,
     )
     passed = serve(asked, config, Shell(as_json), interrupt)

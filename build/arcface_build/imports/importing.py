@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from arcface_build.errors import SourceRefused
 from arcface_build.graph import Step
 from arcface_build.graph.blocked_layout import blocked_layout
@@ -37,6 +39,7 @@ from arcface_clients.engines.import_manifest import IMPORT_MANIFEST, ImportManif
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.evidence.gate import limit_of
+from arcface_clients.evidence.golden import golden_faces, golden_record, is_golden
 
 if TYPE_CHECKING:
     import onnx
@@ -132,6 +135,7 @@ def import_model(
             proof=proof.to_json(),
             tools=tool_versions(),
             cpu=cpu,
+            golden=golden_record(np.stack([reference.embed(face) for face in golden_faces()])),
         )
         write_json(temporary / IMPORT_MANIFEST, manifest.to_json())
         _keep_variants(variants_of or folder, temporary, manifest)
@@ -236,6 +240,7 @@ def existing_import(
             and manifest.tools == tool_versions()
             and manifest.serving["conversion"] == CONVERSION
             and manifest.preprocessing["stated"] == said
+            and is_golden(manifest.golden)
             and 1 - manifest.proof["min_cosine"] <= limit_of("fp32", limits)
             and (bool(said) or source.preprocessing in (None, manifest.wants()))
             and all(

@@ -245,6 +245,8 @@ def _overlay_text(model: Path, version: int) -> str:
     }
     if manifest["source"].get("kind") == DEMO:
         parameters["demo"] = "true"
+    if manifest.get("golden"):
+        parameters["golden"] = manifest["golden"]
     lines = "".join(f'parameters {{ key: "{k}" value: {{ string_value: "{v}" }} }}\n' for k, v in parameters.items())
     pin = f"version_policy: {{ specific {{ versions: [ {version} ] }} }}\n"
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shlex
 import signal
@@ -34,7 +35,16 @@ from arcface_clients.triton.address import Address
 from arcface_clients.triton.admin_key import VARIABLE
 from arcface_clients.triton.certificate import presented_sha256
 
-STOP_SECONDS = 15.0
+EXIT_TIMEOUT_S = 15.0
+# A peer that vanished without a word (a pulled cable, a frozen laptop) is asked after a minute and given up after 20 s
+# more. Every connection ends after five minutes, once its requests are done: idle ones go, busy clients connect anew.
+CONNECTIONS = (
+    "--grpc-keepalive-time=60000",
+    "--grpc-keepalive-timeout=20000",
+    "--grpc-keepalive-permit-without-calls=true",
+    "--grpc-max-connection-age=300000",
+    "--grpc-max-connection-age-grace=120000",
+)
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a server of this host is behind no proxy
 # p50 … p99.9 over the last minute; without it Triton has sums only. Wanted by an alert of deploy/prometheus/rules.yml.
 LATENCY_QUANTILES = "--metrics-config=summary_latencies=true"
@@ -43,8 +53,10 @@ LATENCY_QUANTILES = "--metrics-config=summary_latencies=true"
 # as it should. Linux does not tell of a parent that was gone before it was asked: hence the comparison.
 # Not a preexec_fn: that forks this process, and gRPC's fork handlers abort one child in sixty where a
 # client of ours is connecting (ev_epoll1_linux: "epoll_wait error: Bad file descriptor").
+# The limit of open files is raised as far as it may be: each connection takes one.
 _DIE_WITH_PARENT = (
     f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
+    "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (r.getrlimit(r.RLIMIT_NOFILE)[1],) * 2); "
     "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
 )
 
@@ -166,6 +178,7 @@ class TritonProcess:
         config_name: Triton's --model-config-name: tensorrt, onnx or reference.
         log_path: where the server's output goes.
         extra: further arguments for tritonserver, as they are.
+        exit_timeout_s: how long running requests may take to finish when it is stopped.
         guarded: whether model control, shared memory, trace and log settings want a key, which this user's clients
             find by themselves; False only where `extra` says how they are guarded.
     """
@@ -182,6 +195,7 @@ class TritonProcess:
         exposure: Exposure | None = None,
         extra: Sequence[str] = (),
         environment: dict[str, str] | None = None,
+        exit_timeout_s: float = EXIT_TIMEOUT_S,
         guarded: bool = True,
     ) -> None:
         self.ports = ports or Ports()
@@ -192,6 +206,7 @@ class TritonProcess:
             arguments, models=models, config_name=config_name, ports=self.ports, exposure=self.exposure
         )
         self._binary, self._repository, self._extra = binary, repository, extra
+        self._exit_timeout_s = exit_timeout_s
         self._links: tempfile.TemporaryDirectory[str] | None = None
         self._regions = f"arcface_{uuid.uuid4().hex}_"  # how the names of its shared memory begin
         self._key = new_key() if guarded else ""
@@ -252,7 +267,8 @@ class TritonProcess:
             raise ServerFailed(f"cannot execute {self._binary.path}: it is not there, or not executable.")
         backends = self._binary.backend_directory
         binary = replace(self._binary, backend_directory=backends and Path(self._plain(backends, "backends")))
-        line = [*self._line_of(binary, self._plain(self._repository, "repository")), *self._extra]
+        line = [*self._line_of(binary, self._plain(self._repository, "repository")), *CONNECTIONS]
+        line += [f"--exit-timeout-secs={math.ceil(self._exit_timeout_s)}", *self._extra]
         for backend in ("python", *(p.name for p in backends.iterdir() if p.is_symlink())) if backends else ("python",):
             line.append(f"--backend-config={backend},shm-region-prefix-name={self._regions}")
         if self._key:
@@ -345,7 +361,7 @@ class TritonProcess:
             if child.poll() is None:
                 child.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(STOP_SECONDS)
+                    child.wait(self._exit_timeout_s)
         finally:
             self.kill()
 

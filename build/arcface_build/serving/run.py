@@ -26,7 +26,8 @@ from arcface_build.repository.versions import check_served, serves_demo, version
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
 from arcface_build.serving.exposure import Exposure, refuse_overrides
-from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess
+from arcface_build.serving.limits import check_shared_memory, few_open_files
+from arcface_build.serving.process import EXIT_TIMEOUT_S, LATENCY_QUANTILES, Ports, TritonProcess
 from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
 from arcface_build.serving.variant import take_best_variant
 from arcface_build.serving.watch import RESTARTS, RESTARTS_WITHIN_S, Pulse, Restarts, patience_s, watch
@@ -53,6 +54,7 @@ class ServeRequest:
     reference: bool = True
     once: bool = False
     ready_timeout_s: float = 300.0
+    exit_timeout_s: float = EXIT_TIMEOUT_S
     extra: Sequence[str] = ()  # further arguments for tritonserver
 
 
@@ -137,6 +139,10 @@ def _serve(
     limits = config.comparison.max_drift.model_dump()
     binary = find_tritonserver()  # before any work
     choice, with_reference = _prepare(asked, config, limits, audience)
+    if binary.backend_directory is not None or with_reference or choice.backend == "reference":
+        check_shared_memory()
+    if few := few_open_files():
+        audience.warned(few)
     audience.chosen(f"tritonserver {binary.origin}")
     audience.chosen(f"backend {choice.backend}: {choice.reason}")
     # Tuned for the installed weights: another variant would take the tuned settings away.
@@ -155,6 +161,7 @@ def _serve(
             exposure=asked.exposure,
             log_path=log_path(asked.repository, asked.ports.http),
             extra=(LATENCY_QUANTILES, *asked.extra),
+            exit_timeout_s=asked.exit_timeout_s,
         )
         instead = next(iter(backends[position + 1 :]), None)
         try:

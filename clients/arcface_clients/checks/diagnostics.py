@@ -6,11 +6,11 @@ import platform
 import shutil
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arcface_clients.checks.report import Check
 from arcface_clients.errors import ArcFaceError, BackendUnavailable, DependencyMissing
 from arcface_clients.extras import how_to_get, install
 from arcface_clients.gpu.cards import Gpu, find_gpus
@@ -21,20 +21,6 @@ if TYPE_CHECKING:
     from arcface_clients.engines.fallback import FallbackEmbedder
 
 SHARED_MEMORY_WANTED_BYTES = 256 << 20  # pools of a few clients at batch 64: 2.4 MB per request in flight
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check. status: ok, absent (fine, but some features are unavailable), problem (with its `fix`)."""
-
-    name: str
-    status: str
-    found: str
-    fix: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with the field names as keys."""
-        return asdict(self)
 
 
 def client_checks(settings: EmbeddingConfig) -> list[Check]:
@@ -51,7 +37,17 @@ def client_checks(settings: EmbeddingConfig) -> list[Check]:
         "server": lambda: check_server(settings),
         "restrictions": lambda: check_restrictions(settings),
     }
-    return [guarded(name, look) for name, look in looks.items()]
+    return [*(guarded(name, look) for name, look in looks.items()), *_served(settings)]
+
+
+def _served(settings: EmbeddingConfig) -> list[Check]:
+    """The checks of a running server; one line where even asking failed."""
+    from arcface_clients.checks.served_checks import served_checks
+
+    try:
+        return served_checks(settings)
+    except ArcFaceError as exc:
+        return [Check("drift", "absent", f"not asked: {exc}")]
 
 
 def check_python() -> Check:

@@ -35,6 +35,7 @@ class ImportManifest:
     tools: package → version.
     cpu: the same network laid out for ONNX Runtime's CPU provider (graph.blocked_layout): file, sha256, bytes, why,
         min_cosine, max_row_difference; None if that changes nothing.
+    golden: see `arcface_clients.evidence.golden`; None in imports made before it was kept.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ImportManifest:
     tools: dict[str, str]
     precision: str = "fp32"
     cpu: dict[str, Any] | None = None
+    golden: str | None = None
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:

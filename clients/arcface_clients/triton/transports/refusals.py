@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.request import proxy_bypass
 
 from arcface_clients.errors import (
     ArcFaceError,
@@ -31,6 +33,7 @@ _NOT_READY = (
 )
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 """What an answer of the wrong shape raises in the hands of someone who expects the right one."""
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order
 _OVERLOADED = ("exceeds maximum queue size", "request timeout expired")
 
 
@@ -51,7 +54,8 @@ def unreachable(address: Address, why: object) -> ServerUnreachable:
     if distrust := tls_reason(address, str(why)):
         return ServerUnreachable(f"{address} {distrust}")
     return ServerUnreachable(
-        f"no Triton server answers at {address}: {why}.{_port_hint(address, str(why))} Start one: arcface serve"
+        f"no Triton server answers at {address}: {why}.{_port_hint(address, str(why))}{_proxy_hint(address)} "
+        "Start one: arcface serve"
     )
 
 
@@ -99,6 +103,17 @@ def wrong_answer(address: Address, model: str, got: str) -> InferenceFailed:
         f"{model!r} at {address} answered with {got}; expected `embedding` FP32 (N, D). "
         "Look at the server's log (empty outputs: its Python has numpy 2)"
     )
+
+
+def _proxy_hint(address: Address) -> str:
+    """A sentence where gRPC asks a proxy of the environment for this server; "" otherwise, as on this host."""
+    if address.protocol != "grpc" or address.loopback:
+        return ""
+    named = next((name for name in _PROXIES if os.environ.get(name)), None)
+    if named is None or proxy_bypass(address.target):
+        return ""
+    proxy = os.environ[named].rpartition("@")[2]  # without a password in it
+    return f" It was asked for through {named}={proxy}; to go past that: no_proxy={address.host}."
 
 
 def _port_hint(address: Address, words: str) -> str:
