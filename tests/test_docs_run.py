@@ -1,7 +1,7 @@
 """Every code block of README.md and docs/*.md, in order, each page in a folder of its own, against one real server.
 
-A ```console block is run line by line, and has to print what the page shows ("…" stands for what varies). Of an indented
-block the `arcface` lines are run. A ```python block is run, and `print(…)  # text` has to print a text that has a "…".
+A ```console block is run line by line, and has to print what the page shows ("…" stands for what varies). In an
+indented block the `arcface` lines are run. A ```python block is run; `print(…)  # text` has to print a text with "…".
 The server is the one that `scripts/serve` starts. Not run are: what the page itself says needs a GPU, Docker, S3 or a
 cluster (skipped), and what NOT_RUN names with its reason; of those, every option has to exist.
 """
@@ -109,6 +109,7 @@ class Serving:
 
     printed: str
     folder: Path
+    as_served: Path  # a copy of what was in it then
     grpc: str
     by_script: bool
 
@@ -139,7 +140,10 @@ def serving(triton_binary, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        yield Serving(_until_it_serves(process), folder, f"127.0.0.1:{ports.grpc}", by_script)
+        printed, as_served = _until_it_serves(process), tmp_path_factory.mktemp("as-served")
+        for name in ("models", "model_repository", "config"):
+            shutil.copytree(folder / name, as_served / name)
+        yield Serving(printed, folder, as_served, f"127.0.0.1:{ports.grpc}", by_script)
     finally:
         process.terminate()
         process.communicate(timeout=60)
@@ -174,7 +178,7 @@ def page_of(serving: Serving, tmp_path_factory: pytest.TempPathFactory) -> Itera
             folder = serving.folder if page == "README.md" else tmp_path_factory.mktemp(Path(page).stem)
             if page != "README.md":
                 for name in ("models", "model_repository", "config"):
-                    shutil.copytree(serving.folder / name, folder / name)
+                    shutil.copytree(serving.as_served / name, folder / name)
             prepare(folder)
             pages[page] = Page(folder, given(stack.enter_context(TritonEmbedder(serving.grpc))))
         return pages[page]
@@ -190,6 +194,8 @@ def prepare(folder: Path) -> None:
             for root in (folder / "crops", folder / "people"):
                 (root / f"person-{person}").mkdir(parents=True, exist_ok=True)
                 cv2.imwrite(str(root / f"person-{person}" / f"{view}.png"), face)
+    for name in ("ca.pem", "me.pem", "me.key"):
+        (folder / name).touch()
     onnx.save(tiny_net(), folder / "my_r50.onnx")
     onnx.save(tiny_net(seed=1), folder / "odd.onnx")
 
@@ -227,9 +233,9 @@ def test_a_block_does_what_the_page_says(
 
 def check_options(line: str) -> None:
     """Refuse an option or a subcommand that does not exist; the line is not run."""
-    words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
-    if words[0] != "arcface":
+    if not re.match(r"([A-Z_]+=\S+ )*arcface ", line):
         return
+    words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
     command: click.Command = cli
     context = click.Context(cli)
     rest = words[1:]
