@@ -13,6 +13,7 @@ COMMANDS = {  # name -> (module under arcface_tools.commands, one line for --hel
     "bench-served": ("bench_served", "Measure what queue policy, keys and the extra outputs cost a server."),
     "bench-vectors": ("bench_vectors", "Measure distances, neighbours and gallery search against naive code."),
     "consensus-demo": ("consensus_demo", "Mix strangers into people's faces; measure who is found, and how fast."),
+    "first-ten-minutes": ("first_ten_minutes", "Record what a newcomer sees, with times and sizes."),
     "measured-table": ("measured_table", "Generate the pages of measured figures from the reports."),
 }
 
