@@ -53,3 +53,10 @@ def how_to_get(module: str) -> str:
     """The command that installs a module; `module` may be a submodule."""
     root = module.partition(".")[0]
     return HOW_TO_GET.get(root, f"pip install {root}")
+
+
+def how_to_mend(error: ImportError) -> str:
+    """The command after which this import works: for a package that is missing, or one that lacks a display library."""
+    if "libGL" in str(error):  # opencv-python; the headless package is the same import without it
+        return "pip install --force-reinstall --no-deps opencv-python-headless"
+    return how_to_get(error.name or "arcface-triton")
