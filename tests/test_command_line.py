@@ -298,6 +298,21 @@ def test_a_package_that_nobody_asked_for_is_still_one_sentence(tmp_path):
     assert "Next: " in sentence and sentence.endswith("[cli]'")
 
 
+def test_an_opencv_without_its_display_library_names_the_one_that_needs_none(tmp_path):
+    folder = tmp_path / "packages" / "cv2"
+    folder.mkdir(parents=True)
+    said = "libGL.so.1: cannot open shared object file: No such file or directory"
+    (folder / "__init__.py").write_text(f"raise ImportError({said!r}, name='cv2')")
+    (tmp_path / "crop.png").write_bytes(b"")
+    done = arcface("serve", "--faces", "crop.png", cwd=tmp_path, PYTHONPATH=_before(folder.parent))
+    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    assert said in done.stderr and "--no-deps opencv-python-headless" in done.stderr
+
+
+def _before(folder: Path) -> str:
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 def test_a_shell_completes_commands_and_options():
     words = {"COMP_WORDS": "arcface ser", "COMP_CWORD": "1", "_ARCFACE_COMPLETE": "bash_complete"}
     assert arcface(**words).stdout.split() == ["plain,serve"]

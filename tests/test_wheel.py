@@ -176,3 +176,38 @@ def test_a_project_that_only_asks_a_server_runs_in_an_environment_of_its_own(whe
     done = run([tmp_path / "venv" / "bin" / "arcface", "--help"], cwd=tmp_path)
     assert done.returncode == 3
     assert done.stderr.startswith("DependencyMissing: arcface needs click, which is not installed. Next: pip install")
+
+
+def stub(folder: Path, name: str, version: str, needs: Sequence[str] = ()) -> None:
+    """A wheel that has nothing but its requirements; OpenCV's says in cv2/ which one it is."""
+    stem = f"{name.replace('-', '_')}-{version}"
+    told = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *(f"Requires-Dist: {line}" for line in needs)]
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{stem}.dist-info/METADATA", "\n".join(told) + "\n")
+        archive.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{stem}.dist-info/RECORD", "")
+        if name.startswith("opencv"):
+            archive.writestr("cv2/which.txt", name)
+
+
+INSIGHTFACE_NEEDS = ["numpy", "onnx", "onnxruntime", "opencv-python", "tqdm", "requests", "scipy", "scikit-image"]
+PINNED = {"numpy": "1.99", "nvidia-pytriton": "0.7.0", "pyarrow": "25.0"}
+
+
+@pytest.mark.parametrize("extras", ["reference", "serve,reference", "build,images,reference,store,evidence,bulk"])
+def test_the_opencv_that_needs_no_display_is_laid_over_the_one_that_insightface_asks_for(wheel, extras, tmp_path):
+    from packaging.requirements import Requirement
+
+    metadata = zipfile.ZipFile(wheel).read("arcface_triton-0.1.0.dist-info/METADATA").decode()
+    lines = [line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Requires-Dist")]
+    for name in {Requirement(line).name for line in lines} - {"arcface-triton"} | set(INSIGHTFACE_NEEDS):
+        needs = INSIGHTFACE_NEEDS if name == "insightface" else ["numpy"] if name.startswith("opencv") else []
+        stub(tmp_path, name, PINNED.get(name, "99.0"), needs)
+    venv.create(tmp_path / "venv", with_pip=False)
+    line = [sys.executable, "-m", "pip", "--python", tmp_path / "venv" / "bin" / "python", "install", "-q"]
+    done = run([*line, "--no-index", "--find-links", tmp_path, f"{wheel}[{extras}]"])
+    assert done.returncode == 0, done.stderr
+    packages = next((tmp_path / "venv").glob("lib/*/site-packages"))
+    assert (packages / "cv2" / "which.txt").read_text() == "opencv-contrib-python-headless"
+    assert [path.name for path in packages.glob("onnxruntime*")] == ["onnxruntime-99.0.dist-info"], "one ONNX Runtime"
+    assert list(packages.glob("insightface-*"))

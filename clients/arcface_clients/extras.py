@@ -65,6 +65,13 @@ def how_to_get(module: str) -> str:
     return f"{_pip()} install {'tritonclient[grpc]' if root == 'tritonclient' else root}"
 
 
+def how_to_mend(error: ImportError) -> str:
+    """The command after which this import works: for a package that is missing, or one that lacks a display library."""
+    if "libGL" in str(error):  # opencv-python; the headless package is the same import without it
+        return f"{_pip()} install --force-reinstall --no-deps opencv-python-headless"
+    return how_to_get(error.name or "arcface-triton")
+
+
 def install(extra: str) -> str:
     """The command that adds an extra to this installation: to the checkout that it runs from, or to its wheel.
 

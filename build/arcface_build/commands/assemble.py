@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,11 +12,15 @@ from arcface_build.commands.options.folders import model_repository_option, mode
 from arcface_build.commands.options.output import hand_over, json_option
 from arcface_build.commands.options.settings import settings
 
+if TYPE_CHECKING:
+    from arcface_clients.config.schema import EmbeddingConfig
+
 EPILOG = """\b
 Examples:
   arcface assemble r50                         the fp32 serving ONNX, and its reference
   arcface assemble r50 --variant auto          the fastest variant that passed its gate on this CPU
   arcface assemble r50 --plan r50-fp16-sm86.plan --plan r50-fp16-sm89.plan
+  arcface plan pull --sm auto && arcface assemble r50 --plan auto     what the store has for this GPU
   arcface rollback                             back to the previous version
 """
 
@@ -28,7 +33,7 @@ Examples:
     "plans",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A plan with its manifest beside it; repeatable.",
+    help="A plan with its manifest beside it; repeatable. auto: the newest for this GPU in the cache.",
 )
 @models_dir_option
 @model_repository_option
@@ -55,6 +60,8 @@ def command(
     model_dir, choice, change = model_at(models_dir, name), None, ChangeOver(repository)
     if plans:
         key = config.storage.public_key
+        if plans == (Path("auto"),):
+            plans = (_plan_for_this_gpu(name, config),)
         installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, limits, key)}
     else:
         choice = choose(model_dir, limits) if variant == "auto" else None
@@ -65,3 +72,27 @@ def command(
     hand_over({"installed": installed, "reason": reason}, lambda: "\n".join(lines), as_json)
     if told := change.told():
         terminal.complaint(told)
+
+
+def _plan_for_this_gpu(model: str, config: EmbeddingConfig) -> Path:
+    """The newest plan of the configured precision in the cache that this host's GPU and server load.
+
+    Raises:
+        Missing: no GPU, or no plan for it.
+        PlanRefused: what is there may not be used.
+    """
+    from arcface_build.plans.gpu import find_gpus
+    from arcface_build.serving.served_plans import tensorrt_of_server
+    from arcface_clients.plans.find import find_plan
+
+    gpu, storage = find_gpus()[0], config.storage
+    return find_plan(
+        gpu.sm,
+        config.precision,
+        model_repository=None,
+        cache=storage.plan_folder,
+        model=model,
+        tensorrt=tensorrt_of_server(),
+        public_key=storage.public_key,
+        gpu=gpu.name,
+    ).path

@@ -13,7 +13,7 @@ import numpy as np
 
 from arcface_clients.arrays import Array, FaceArray
 from arcface_clients.errors import ConfigError, DependencyMissing, InvalidFaces
-from arcface_clients.extras import how_to_get
+from arcface_clients.extras import how_to_mend
 from arcface_clients.faces.align import align_face
 from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, Found, find_files, gather
 from arcface_clients.faces.photos import read_photo
@@ -166,7 +166,7 @@ def find_detector(model: Path | str | None = None) -> Path:
     try:
         import cv2  # noqa: F401
     except ImportError as exc:
-        raise DependencyMissing(f"finding faces needs OpenCV ({exc}). Next: {how_to_get('cv2')}") from exc
+        raise DependencyMissing(f"finding faces needs OpenCV ({exc}). Next: {how_to_mend(exc)}") from exc
     path = Path(model or os.environ.get("ARCFACE_DETECTOR") or CACHE / MODEL_NAME).expanduser()
     if not path.is_file():
         raise DependencyMissing(
