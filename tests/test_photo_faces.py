@@ -5,34 +5,19 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from arcface_build.repository.detector import install_detector, photo_models
-from arcface_build.serving.binary import TritonBinary
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.process import TritonProcess
 from arcface_clients import PhotoEmbedder, TritonEmbedder
+from arcface_clients.errors import InferenceFailed, InvalidFaces
 from arcface_clients.faces.detect import MODEL_NAME, FaceDetector
 from conftest import REPO
 
 STEPS = ("decode", "detect", "align")
-
-
-@pytest.fixture(scope="module")
-def photo_server(
-    triton_binary: TritonBinary, demo_repository: Path, assets: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TritonProcess]:
-    """A tritonserver with the demo network and the models that take photos."""
-    install_detector(assets / "detectors" / MODEL_NAME, demo_repository)
-    models, _ = photo_models(demo_repository)
-    options = {"log_path": tmp_path_factory.mktemp("photos") / "tritonserver.log", "ports": free_ports()}
-    with TritonProcess(triton_binary, demo_repository, ["arcface", *models], **options) as process:
-        process.wait_ready()
-        yield process
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +96,77 @@ def post(
         return reply.status, dict(reply.headers), reply.read()
     finally:
         connection.close()
+
+
+def test_two_photos_are_compared_by_their_most_alike_faces(photo_server: TritonProcess, portraits: list[Path]) -> None:
+    with PhotoEmbedder(photo_server.grpc_url) as photos:
+        a, b = photos.faces(portraits[0]), photos.faces(portraits[1])
+        expected = max(float(mine.embedding @ theirs.embedding) for mine in a for theirs in b)
+        pair = photos.verify(portraits[0], portraits[1], max_distance=1 - expected + 1e-3)
+        assert pair is not None
+        assert pair.similarity == pytest.approx(expected, abs=1e-4)
+        assert pair.same
+        assert pair.box_a in [face.box for face in a]
+        assert pair.box_b in [face.box for face in b]
+        farther = photos.verify(portraits[0], portraits[1], max_distance=1 - expected - 1e-3)
+        assert farther is not None
+        assert not farther.same
+        assert photos.verify(portraits[0], np.zeros((90, 90, 3), np.uint8)) is None
+        with pytest.raises(InvalidFaces, match="not an image"):
+            photos.verify(portraits[0], b"text")
+
+
+def test_a_stream_gives_each_photo_its_own_faces_and_goes_on_after_a_bad_one(
+    photo_server: TritonProcess, portraits: list[Path]
+) -> None:
+    with PhotoEmbedder(photo_server.grpc_url) as photos:
+        alone = [photos.faces(portrait) for portrait in portraits]
+        items: list[Any] = [*portraits[:5], b"text", Path("no such file.jpg"), *portraits[5:]]
+        answers = list(photos.faces_stream(iter(items)))
+    assert isinstance(answers[5], InvalidFaces)
+    assert isinstance(answers[6], InvalidFaces)
+    good = [answer for answer in answers if not isinstance(answer, InvalidFaces)]
+    for mine, theirs in zip(alone, good, strict=True):
+        assert [face.box for face in mine] == [face.box for face in theirs]
+        assert all(a.embedding @ b.embedding > 0.9999 for a, b in zip(mine, theirs, strict=True))
+
+
+def test_parameters_choose_which_faces_are_answered(photo_server: TritonProcess, portraits: list[Path]) -> None:
+    with PhotoEmbedder(photo_server.grpc_url) as photos:
+        several = next(p for p in portraits if len(photos.faces(p)) > 1)
+        everyone = photos.faces(several)
+    with PhotoEmbedder(photo_server.grpc_url, max_faces=1) as photos:
+        assert [face.box for face in photos.faces(several)] == [everyone[0].box]
+    with PhotoEmbedder(photo_server.grpc_url, min_size=240) as photos:
+        assert photos.faces(several) == []
+    with PhotoEmbedder(photo_server.grpc_url, min_score=0.98) as photos:
+        assert len(photos.faces(several)) < len(everyone)
+    with (
+        PhotoEmbedder(photo_server.grpc_url, min_score=7) as photos,
+        pytest.raises(InferenceFailed, match=r"min_score is '?7'?: expected a number in 0.01..0.99"),
+    ):
+        photos.faces(several)
+
+
+def test_the_metrics_count_photos_and_faces(photo_server: TritonProcess, portraits: list[Path]) -> None:
+    before = metrics(photo_server)
+    with PhotoEmbedder(photo_server.grpc_url) as photos:
+        faces = sum(len(photos.faces(portrait)) for portrait in portraits[:4])
+    after = metrics(photo_server)
+    assert after['arcface_photos{outcome="answered"}'] - before['arcface_photos{outcome="answered"}'] == 4
+    counted = 'arcface_photo_faces_sum{model="photo_faces"}'
+    assert after[counted] - before[counted] == faces
+    for stage in ("decode", "detect", "align", "embed"):
+        name = f'arcface_photo_stage_us{{stage="{stage}"}}'
+        assert after[name] > before[name]
+
+
+def metrics(server: TritonProcess) -> dict[str, float]:
+    """Triton's metrics of photos by their full names."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.ports.metrics, timeout=10)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    return {
+        name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if "arcface_photo" in line[:14])
+    }

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from arcface_build.errors import SourceRefused
-from arcface_build.repository.versions import install, served_manifest, versions
+from arcface_build.repository.versions import PHOTO_MODEL, install, served_manifest, versions
 from arcface_clients.errors import ConfigError, Missing
 from arcface_clients.extras import how_to_get
 from arcface_clients.faces.detect import FaceDetector, find_detector
 from arcface_clients.plans.manifest import file_sha256
 
-PHOTO_MODEL, VERIFY_MODEL = "photo_faces", "photo_verify"
+VERIFY_MODEL = "photo_verify"
 YUNET_LICENCE = "MIT (OpenCV Zoo)"
 
 

@@ -25,6 +25,7 @@ _AGAIN = "arcface rollback (the previous version), or install the weights again:
 OVERLAYS = ("tensorrt", "onnx", "reference")  # valid values of --model-config-name
 REFERENCE = "arcface_reference"
 LEAVES = ("arcface_onnx", "arcface_trt", REFERENCE)  # the models that hold weights
+PHOTO_MODEL = "photo_faces"  # holds a detector
 
 
 def find_repository(given: Path | None = None, configured: Path = Path("model_repository")) -> Path:

@@ -52,7 +52,7 @@ class FaceDetector:
             min_score: lowest YuNet score of a face, 0..1.
             min_size: smallest side of a face, in pixels of the image.
             max_side: larger images are shrunk to this for detection; faces are cropped from the full image.
-            refine: run detection twice more on each face for better landmarks.
+            refine: look at each face again for better landmarks.
 
         Raises:
             DependencyMissing: no OpenCV, or no model file.
@@ -98,7 +98,7 @@ class FaceDetector:
             return [_face(row, align_face(pixels, _points(row), 1 / reduction)) for row in rows]
 
     def _rows(self, image_bgr: Array, scale: float) -> FloatArray:
-        from arcface_clients.faces.steps.detect import find_faces
+        from arcface_clients.faces.steps.detect import LOOKS, find_faces
 
         return find_faces(
             self._look(),
@@ -107,7 +107,7 @@ class FaceDetector:
             min_score=self.min_score,
             min_size=self.min_size,
             max_side=self.max_side,
-            refine=self.refine,
+            looks=LOOKS if self.refine else 1,
         )
 
     def _look(self) -> YuNet:

@@ -5,6 +5,7 @@ The seam for other detectors is `Look`: an image in, rows out. Everything else h
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,12 @@ nose, mouth corners, from left to right), score; in pixels of the image."""
 MAX_SIDE = 1280  # larger photos are shrunk to this for detection; faces are cropped from the photo itself
 MIN_SCORE = 0.7
 MIN_SIZE = 16
-# YuNet's landmarks shift by several pixels with the size of the face. Detecting again on each face, resized to
-# REFINE_SIDE, and on its mirror image makes alignment more stable.
-REFINE_SIDE = 320
-REFINE_MARGIN = 1.5
+# YuNet's landmarks shift by several pixels with the size of the face. Looking again at each face, resized to LOOK_SIDE,
+# and then at its mirror image makes alignment more stable.
+LOOKS = 3
+LOOK_SIDE = 128
+LOOK_MARGIN = 1.5
+KEPT_SIZES = 4  # networks in memory; each holds what one image of its size needs
 
 
 class YuNet:
@@ -36,17 +39,29 @@ class YuNet:
         Raises:
             cv2.error: not a file that OpenCV can run as YuNet.
         """
-        self._network = cv2.FaceDetectorYN.create(file, "", (320, 320), MIN_SCORE)
-        self._network.detect(np.zeros((320, 320, 3), np.uint8))
+        self._file = file
+        # OpenCV prepares a network anew for each size of image, which takes longer than to look at a small one.
+        self._of_size: OrderedDict[tuple[int, int], cv2.FaceDetectorYN] = OrderedDict()
+        self(np.zeros((LOOK_SIDE, LOOK_SIDE, 3), np.uint8), MIN_SCORE)
 
     def __call__(self, image_bgr: Image, min_score: float) -> Rows:
         """See `Look`."""
-        self._network.setInputSize((image_bgr.shape[1], image_bgr.shape[0]))
-        self._network.setScoreThreshold(min_score)
-        rows = self._network.detect(image_bgr)[1]
+        network = self._network((image_bgr.shape[1], image_bgr.shape[0]))
+        network.setScoreThreshold(min_score)
+        rows = network.detect(image_bgr)[1]
         if rows is None:
             return np.empty((0, 15), np.float32)
         return np.asarray(rows[np.isfinite(rows).all(axis=1)], np.float32)
+
+    def _network(self, size: tuple[int, int]) -> cv2.FaceDetectorYN:
+        """The network for images of this size, made or kept: the sizes used last, and LOOK_SIDE's always."""
+        network = self._of_size.get(size) or cv2.FaceDetectorYN.create(self._file, "", size, MIN_SCORE)
+        self._of_size[size] = network
+        self._of_size.move_to_end(size)
+        if len(self._of_size) > KEPT_SIZES:
+            oldest = next(each for each in self._of_size if each != (LOOK_SIDE, LOOK_SIDE))
+            del self._of_size[oldest]
+        return network
 
 
 def find_faces(
@@ -58,7 +73,8 @@ def find_faces(
     min_size: float = MIN_SIZE,
     max_faces: int = 0,
     max_side: int = MAX_SIDE,
-    refine: bool = True,
+    looks: int = LOOKS,
+    look_side: int = LOOK_SIDE,
 ) -> Rows:
     """The faces of a photo, float32 (F,15) as of `Look` in pixels of the photo, best score first.
 
@@ -70,9 +86,12 @@ def find_faces(
         min_size: smallest side of a face, in pixels of the photo.
         max_faces: so many of the best; 0: all.
         max_side: larger images are shrunk to this for detection.
-        refine: look again at each face for better landmarks.
+        looks: how often a face is looked at: 1, in the photo; 2, again by itself; 3, and at its mirror image.
+        look_side: pixels of a face's picture for the second and third look.
     """
     shrink = min(1.0, max_side / max(image_bgr.shape[:2]))
+    if min(image_bgr.shape[:2]) * shrink < 1:  # a line: nothing is left of it
+        return np.empty((0, 15), np.float32)
     small, small_scale = image_bgr, scale
     if shrink < 1:
         small = np.asarray(cv2.resize(image_bgr, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA), np.uint8)
@@ -85,33 +104,48 @@ def find_faces(
     best_first: Rows = rows[np.lexsort((rows[:, 1], rows[:, 0], -rows[:, 14]))]
     if max_faces:
         best_first = best_first[:max_faces]
-    if refine:
-        for row in best_first:
-            row[4:14] = _look_again(look, image_bgr, scale, small, small_scale, row, min_score).reshape(10)
-    return best_first
+    for row in best_first if looks > 1 else ():
+        patch, zoom, corner = _patch(image_bgr, scale, small, small_scale, row[:4].astype(np.float64), look_side)
+        points = _look_again(look, patch, zoom, corner, row[4:14].reshape(5, 2), min_score, looks > 2)
+        row[4:14] = points.reshape(10)
+    # Landmarks in one point are no face, and cannot be aligned.
+    spread = np.ptp(best_first[:, 4:14].reshape(-1, 5, 2), axis=1).max(axis=1)
+    faces: Rows = best_first[spread > 1e-3]
+    return faces
 
 
-def _look_again(
-    look: Look, image: Image, scale: float, small: Image, small_scale: float, row: Rows, min_score: float
-) -> npt.NDArray[Any]:
-    """Mean of the landmarks (5,2) found on the cropped face and its mirror image; those of `row` if it is not found."""
-    box, landmarks = row[:4].astype(np.float64), row[4:14].reshape(5, 2)
-    side = REFINE_MARGIN * float(max(box[2:]))
-    zoom = REFINE_SIDE / side  # pixels of the patch for one of the photo
-    corner = box[:2] + box[2:] / 2 - side / 2
+def _patch(
+    image: Image, scale: float, small: Image, small_scale: float, box: npt.NDArray[np.float64], side: int
+) -> tuple[Image, float, npt.NDArray[np.float64]]:
+    """A face and its surroundings as uint8 (side,side,3), its zoom, and its corner in the photo."""
+    reach = LOOK_MARGIN * float(max(box[2:]))
+    zoom = side / reach  # pixels of the patch for one of the photo
+    corner = box[:2] + box[2:] / 2 - reach / 2
     # warpAffine does not average, so a large face is taken from the copy that was shrunk with averaging.
     source, source_scale = (small, small_scale) if zoom < small_scale else (image, scale)
     shift = zoom * (0.5 / source_scale - 0.5 - corner)
     matrix = np.array([[zoom / source_scale, 0, shift[0]], [0, zoom / source_scale, shift[1]]])
-    patch = np.asarray(cv2.warpAffine(source, matrix, (REFINE_SIDE, REFINE_SIDE)), np.uint8)
-    found = []
-    for mirrored in (False, True):
+    return np.asarray(cv2.warpAffine(source, matrix, (side, side)), np.uint8), zoom, corner
+
+
+def _look_again(
+    look: Look,
+    patch: Image,
+    zoom: float,
+    corner: npt.NDArray[np.float64],
+    landmarks: Rows,
+    min_score: float,
+    mirror: bool,
+) -> npt.NDArray[Any]:
+    """Mean of the landmarks (5,2) found on a face's patch and its mirror image; `landmarks` if it is not found."""
+    side, found = len(patch), []
+    for mirrored in (False, True)[: 1 + mirror]:
         rows = look(np.ascontiguousarray(patch[:, ::-1]) if mirrored else patch, min_score)
         points = rows[:, 4:14].reshape(-1, 5, 2)
         if mirrored:
-            points = np.stack([REFINE_SIDE - 1 - points[..., 0], points[..., 1]], axis=-1)[:, [1, 0, 2, 4, 3]]
+            points = np.stack([side - 1 - points[..., 0], points[..., 1]], axis=-1)[:, [1, 0, 2, 4, 3]]
         points = points / zoom + corner
         off = np.linalg.norm(points.mean(axis=1) - landmarks.mean(axis=0), axis=1)
-        if len(off) and off.min() < 0.25 * side:
+        if len(off) and off.min() < 0.25 * side / zoom:
             found.append(points[off.argmin()])
     return np.mean(found, axis=0) if found else landmarks

@@ -40,6 +40,8 @@ class TritonPythonModel:
         self.outputs = [output["name"] for output in config["output"]]
         cv2.setNumThreads(int(told["threads"]))
         self.look = _detector(Path(args["model_repository"]) / args["model_version"])
+        warm_up = cv2.imencode(".jpg", np.zeros((64, 64, 3), np.uint8))[1].tobytes()
+        find_faces(self.look, Photo(warm_up).pixels())  # Pillow imports its formats with the first photo
         self.meter = Meter()
 
     def execute(self, requests):
