@@ -105,6 +105,21 @@ def server(
 
 
 @pytest.fixture(scope="session")
+def photo_server(
+    triton_binary: TritonBinary, demo_repository: Path, assets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonProcess]:
+    """A tritonserver with the demo network and the models that take photos."""
+    from arcface_build.repository.detector import install_detector, photo_models
+
+    install_detector(next((assets / "detectors").glob("*yunet*.onnx")), demo_repository)
+    models, _ = photo_models(demo_repository)
+    options = {"log_path": tmp_path_factory.mktemp("photos") / "tritonserver.log", "ports": free_ports()}
+    with TritonProcess(triton_binary, demo_repository, ["arcface", *models], **options) as process:
+        process.wait_ready()
+        yield process
+
+
+@pytest.fixture(scope="session")
 def odd_server(triton_binary: TritonBinary, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonProcess]:
     """A second tritonserver, of quick models that misbehave each in its own way (tests/odd_models.py)."""
     from odd_models import write_models

@@ -15,9 +15,9 @@ from arcface_build.serving.process import TritonProcess
 from arcface_clients import FakeEmbedder, TritonEmbedder
 from arcface_clients.errors import ConfigError, InvalidFaces, ServerUnreachable
 from arcface_clients.evidence.drift import compare_embeddings
-from arcface_clients.faces.align import TEMPLATE
 from arcface_clients.faces.detect import FaceDetector
 from arcface_clients.faces.photos import read_photo
+from arcface_clients.faces.steps.align import TEMPLATE
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.insightface import Recognition, analyse_many
 

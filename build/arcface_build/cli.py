@@ -24,6 +24,7 @@ from arcface_clients.extras import how_to_mend
 
 COMMANDS = {  # name -> (module under arcface_build.commands, one line for --help)
     "import": ("import_", "Turn an ArcFace ONNX into a verified serving ONNX and install it in model_repository/."),
+    "import-detector": ("import_detector", "Install a face detector, so that the server takes photos."),
     "quantize": ("quantize", "Make an fp16, bf16 or int8 variant that passes its drift gate."),
     "assemble": ("assemble", "Install a model, a variant or plans in model_repository/ as a new version."),
     "rollback": ("rollback", "Go back to the previous version."),
@@ -41,6 +42,7 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
 }
 NEEDS = {  # what a command cannot start without; packages that only some options need are checked with those options
     "import": ("onnx", "onnxruntime"),
+    "import-detector": ("cv2", "PIL"),
     "quantize": ("onnx", "onnxruntime"),
     "bench-variants": ("onnx", "onnxruntime"),
 }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from arcface_clients.evidence.gate import run_embedding_regression_tests as run_embedding_regression_tests
     from arcface_clients.people.cache import EmbeddingCache as EmbeddingCache
     from arcface_clients.people.gallery import Gallery as Gallery
+    from arcface_clients.photos.embedder import PhotoEmbedder as PhotoEmbedder
     from arcface_clients.pipeline import get_embedding_backend as get_embedding_backend
     from arcface_clients.triton.address import Tls as Tls
     from arcface_clients.triton.aio import AsyncTritonEmbedder as AsyncTritonEmbedder
@@ -30,6 +31,7 @@ _HOMES = {  # public name -> module, loaded on first use (PEP 562)
     "FakeEmbedder": "arcface_clients.triton.fake",
     "FallbackEmbedder": "arcface_clients.engines.fallback",
     "Gallery": "arcface_clients.people.gallery",
+    "PhotoEmbedder": "arcface_clients.photos.embedder",
     "Tls": "arcface_clients.triton.address",
     "TritonEmbedder": "arcface_clients.triton.embedder",
     "benchmark_embedder": "arcface_clients.checks.benchmark",

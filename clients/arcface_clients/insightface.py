@@ -15,7 +15,6 @@ import numpy as np
 from arcface_clients.arrays import Array, FaceArray, FloatArray
 from arcface_clients.contract import FACE_SIZE
 from arcface_clients.errors import ConfigError, InvalidFaces
-from arcface_clients.faces.align import align_face
 from arcface_clients.faces.photos import read_photo
 from arcface_clients.triton.embedder import TritonEmbedder
 
@@ -184,7 +183,12 @@ class _Collector:
 def _aligned(img: Array, face: Any) -> FaceArray:
     if getattr(face, "kps", None) is None:
         raise InvalidFaces("the face has no landmarks (kps): expected a detector that finds five, such as SCRFD.")
-    return align_face(img, face.kps)
+    from arcface_clients.faces.steps.align import align_face
+
+    try:
+        return align_face(img, face.kps)
+    except ValueError as exc:
+        raise InvalidFaces(str(exc)) from exc
 
 
 def _resized(crop: Array) -> Array:

@@ -11,7 +11,7 @@ import contextlib
 from pathlib import Path
 
 from arcface_build.repository.lock import locked
-from arcface_build.repository.versions import LEAVES, stale_overlays, write_overlays
+from arcface_build.repository.versions import LEAVES, PHOTO_MODEL, stale_overlays, write_overlays
 from arcface_clients.atomic import discard, leftovers
 from arcface_clients.errors import Missing
 
@@ -39,9 +39,9 @@ def mend(repository: Path) -> list[str]:
 
 
 def _leftovers(repository: Path) -> list[Path]:
-    """Temporary files of dead writers in the leaf models, their configs and their versions."""
+    """Temporary files of dead writers in the models with files, their configs and their versions."""
     found = []
-    for name in LEAVES:
+    for name in (*LEAVES, PHOTO_MODEL):
         model = repository / name
         for folder in (model, model / "configs", *(p for p in model.glob("*") if p.name.isdecimal())):
             found += leftovers(folder)

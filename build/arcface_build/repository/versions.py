@@ -26,6 +26,7 @@ _AGAIN = "arcface rollback (the previous version), or install the weights again:
 OVERLAYS = ("tensorrt", "onnx", "reference")  # valid values of --model-config-name
 REFERENCE = "arcface_reference"
 LEAVES = ("arcface_onnx", "arcface_trt", REFERENCE)  # the models that hold weights
+PHOTO_MODEL = "photo_faces"  # holds a detector
 
 
 def find_repository(given: Path | None = None, configured: Path = Path("model_repository")) -> Path:
@@ -91,7 +92,8 @@ def _manifest(version: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as exc:
         raise Missing(f"{path} cannot be read ({exc}). Next: {_AGAIN}") from exc
-    lacking = {"name", "contract_id", "source"} - set(data if isinstance(data, dict) else ())
+    expected = {"name", "source", *["contract_id"] * (version.parent.name in LEAVES)}  # a detector has no contract
+    lacking = expected - set(data if isinstance(data, dict) else ())
     if lacking:
         raise Missing(f"{path} is not a version's manifest: it lacks {', '.join(sorted(lacking))}. Next: {_AGAIN}")
     return data

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from arcface_build.errors import ServerFailed
 from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.bring_in import bring_in
+from arcface_build.repository.detector import photo_models
 from arcface_build.repository.mend import mend
 from arcface_build.repository.versions import check_served, serves_demo, versions
 from arcface_build.serving.binary import find_tritonserver
@@ -149,13 +150,15 @@ def _serve(
     if choice.backend == "onnx" and asked.variant == "auto" and asked.backend != "tuned" and gpu_sm() is None:
         taken = take_best_variant(asked.repository, asked.models_dir, config.versions_kept, limits)
         audience.chosen(f"variant {taken}")
+    photos, told = photo_models(asked.repository)
+    audience.chosen(told)
     falls_back = with_reference and not asked.once
     backends = order_of_backends(choice.backend, config.fallback) if falls_back else [choice.backend]
     for position, name in enumerate(backends):
         server = TritonProcess(
             binary,
             asked.repository,
-            ["arcface", "arcface_parity"] if with_reference and name != "reference" else ["arcface"],
+            ["arcface", *["arcface_parity"] * (with_reference and name != "reference"), *photos],
             config_name="tuned" if asked.backend == "tuned" and name == "onnx" else name,
             ports=asked.ports,
             exposure=asked.exposure,
