@@ -111,7 +111,10 @@ class OnnxParser:
     def parse_from_file(self, path: str) -> int:
         model = self.network.model = onnx.load(path)
         stored = {i.name for i in model.graph.initializer if i.data_type == 3}
-        if MAJOR < 10 and any(n.op_type == "DequantizeLinear" and n.input[0] in stored for n in model.graph.node):
+        half = {i.name for i in model.graph.initializer if i.data_type == 10}
+        quantised = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
+        newer = max(o.version for o in model.opset_import) > 17
+        if MAJOR < 10 and (newer or any(n.input[0] in stored or n.input[1] in half for n in quantised)):
             self.num_errors = 1
             return False
         kinds, kind_of = tensor_types(model.graph), {1: float32, 10: float16, 3: int8}
