@@ -3,7 +3,8 @@
 A fixture puts it on a process's path as `tensorrt`, so everything around TensorRT is real: Polygraphy, the child
 process, tritonserver. Environment: FAKE_SM (86); FAKE_TRT_VERSION (8.6.0, 10.3.0, 11.0.0: each lacks what that version
 lacks); FAKE_TRT_FAULT: driver (none), crash, oom, error, slow, fp32 (kernels of another precision than asked), drift
-(wrong numbers), poison (a black face fails the whole run), nograph (no CUDA graphs). The tests that use it run on the
+(wrong numbers), poison (a black face fails the whole run), nograph (no CUDA graphs), open (an engine that does not know
+its output's width). The tests that use it run on the
 real TensorRT behind the marker `gpu`.
 """
 
@@ -277,7 +278,7 @@ class ICudaEngine:
         return uint8 if name == "face" else float32
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (-1, 112, 112, 3) if name == "face" else (-1, self.dim)
+        return (-1, 112, 112, 3) if name == "face" else (-1, -1 if FAULT == "open" else self.dim)
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> tuple[tuple[int, ...], ...]:
         return self.plan["profile"][name]
@@ -373,6 +374,7 @@ class _Cudart:
         self.kept: dict[int, object] = {}
         self.graphs: dict[int, list] = {}
         self.times: dict[int, float] = {}
+        self.copied = {1: 0, 2: 0, 3: 0}  # bytes by cudaMemcpyKind: to the GPU, to the host, on the GPU
 
     def cudaStreamBeginCapture(self, stream: object, mode: object) -> int:
         if FAULT == "nograph":
@@ -461,6 +463,7 @@ class _Cudart:
 
     def cudaMemcpyAsync(self, target: object, source: object, size: object, kind: object, stream: object) -> int:
         ctypes.memmove(target, source, getattr(size, "value", size))
+        self.copied[getattr(kind, "value", kind)] += getattr(size, "value", size)
         return 0
 
     def cudaMemcpy(self, target: object, source: object, size: object, kind: object) -> int:
