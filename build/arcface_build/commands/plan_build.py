@@ -23,6 +23,7 @@ Examples:
   arcface plan build r50 --precision fp16
   arcface plan build r50 --precision fp16 --max-batch 128 --workspace 2GB --push
   arcface plan build typed.onnx --reference models/r50/serving.onnx --no-external-tactics
+  arcface plan build r100 --precision fp16 --prelu fused
 Old names: `build --fp16` is `plan build NAME --precision fp16`, `info` is `plan show`, `upload` is `plan push`.
 """
 
@@ -42,6 +43,14 @@ Old names: `build --fp16` is `plan build NAME --precision fp16`, `info` is `plan
 @click.option("--any-card", is_flag=True, help="Tune for all cards of this SM, not just this one; TensorRT 10.9+.")
 @click.option("--external-tactics/--no-external-tactics", default=True, help="Allow cuBLAS and cuDNN kernels.")
 @click.option("--tf32", is_flag=True, help="Let fp32 layers use TF32: faster, but above the fp32 drift limit.")
+@click.option(
+    "--fold-padded/--no-fold-padded",
+    default=None,
+    help="Fold BatchNormalization into padded convolutions, exactly. [yes for fp32; others as quantize made them]",
+)
+@click.option(
+    "--prelu", type=click.Choice(["as-is", "fused"]), help="fused: as pointwise nodes that fuse with additions. [as-is]"
+)
 @click.option("--faces", type=_PATH, help="Verify on these crops: a folder or .npz. Default: 64 synthetic faces.")
 @click.option("--reference", type=_PATH, help="Serving ONNX to measure drift against. Default: the model's own.")
 @click.option("--timeout-s", type=FiniteNumber(1), default=1800.0, show_default=True, help="Stop a build after this.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import onnx
 
 PRELU_FORMS = ("as-is", "fused")
+METADATA = "arcface.tensorrt_form"  # key of the file's metadata that says which form it is in
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,25 @@ class TensorRtForm:
         steps = [fold_padded(model, spare)] if self.fold_padded else []
         return [*steps, prelu_as_relu(model)] if self.prelu == "fused" else steps
 
+    def label(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """Write into the file's metadata that it is in this form; returns the same model."""
+        entry = next((item for item in model.metadata_props if item.key == METADATA), None)
+        entry = entry or model.metadata_props.add(key=METADATA)
+        entry.value = json.dumps(self.to_json(), sort_keys=True)
+        return model
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the field names as keys."""
         return asdict(self)
+
+
+UNTOUCHED = TensorRtForm(fold_padded=False)
+
+
+def form_of(model: onnx.ModelProto) -> TensorRtForm:
+    """The form that a file says it is in; without a label, that of an import."""
+    text = next((item.value for item in model.metadata_props if item.key == METADATA), None)
+    return UNTOUCHED if text is None else TensorRtForm(**json.loads(text))
 
 
 def with_made(model: onnx.ModelProto, names: Collection[str]) -> set[str]:

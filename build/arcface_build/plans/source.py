@@ -14,12 +14,16 @@ from arcface_clients.errors import Missing, WrongUse
 
 @dataclass(frozen=True)
 class PlanSource:
-    """name: of the model. onnx: the file to build. reference: the fp32 serving ONNX, proved against InsightFace."""
+    """name: of the model. onnx: the file to build. reference: the fp32 serving ONNX, proved against InsightFace.
+
+    recipe: the sidecar with what makes `onnx` from `reference`; None: `onnx` is the reference itself, or a given file.
+    """
 
     name: str
     onnx: Path
     reference: Path
     contract_id: str | None
+    recipe: Path | None = None
 
     def embed(self, faces: np.ndarray, batch: int = 16) -> np.ndarray:
         """The reference's embeddings of uint8 (N,112,112,3) BGR faces, by ONNX Runtime on the CPU: float32 (N,D)."""
@@ -58,4 +62,5 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
             f"{model} has no {precision} variant for TensorRT: {why}. "
             f"Make it: arcface quantize {model} --precision {precision} --target tensorrt"
         )
-    return PlanSource(manifest.name, typed, reference or serving, manifest.contract_id)
+    recipe = typed.with_suffix(".json") if typed != serving and typed.with_suffix(".json").is_file() else None
+    return PlanSource(manifest.name, typed, reference or serving, manifest.contract_id, recipe)
