@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from arcface_tools.gpu_check.contestants import find_torch_python, torch_baseline
 from onnx import helper
 
 from arcface_build.bench.torch_export import export_graph
@@ -22,7 +23,6 @@ from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import Missing
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_tools.gpu_check.clocks import parse_reading
-from arcface_tools.gpu_check.contestants import find_torch_python, torch_baseline
 from arcface_tools.gpu_check.report import to_markdown
 from tiny_model import write_manifest
 from tiny_onnx import DIM, tiny_onnx, write_tiny

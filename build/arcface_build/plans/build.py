@@ -72,6 +72,7 @@ def build_plan(
     contract_id: str | None = None,
     timing_caches: Path | None = None,
     refused: Path | None = None,
+    logs: Path | None = None,
     timeout_s: float = 1800.0,
     on_phase: OnPhase | None = None,
 ) -> PlanManifest:
@@ -80,6 +81,7 @@ def build_plan(
     timing_caches: folder of TensorRT's timing caches, one per TensorRT version and GPU; None: no cache.
     refused: folder that keeps failures: the log of the build and, if the plan failed its proof, the plan, the engine
         inspector's output and its report; None: not kept.
+    logs: folder that gets the log and the inspector's output of every build that comes this far; None: not kept.
 
     Raises:
         WrongUse: the ONNX does not fit the spec.
@@ -105,6 +107,9 @@ def build_plan(
                 raise
             copy_file(folder / "stderr.log", refused / f"{spec.file_name}.log")
             raise type(exc)(f"{exc} Full log: {refused / f'{spec.file_name}.log'}") from exc
+        if logs is not None:
+            copy_file(folder / "stderr.log", logs / f"{spec.file_name}.log")
+            copy_file(folder / "inspector.json", logs / f"{spec.file_name}.inspector.json")
         manifest, counts, verdict = _measured(folder, typed, spec, gpu, vram.peak_bytes, proof, contract_id)
         try:
             check_precision(counts, spec.precision, typed.layers)
@@ -219,7 +224,13 @@ def _measured(
         sha256=file_sha256(folder / "plan"),
         size_bytes=(folder / "plan").stat().st_size,
         gpu={"name": gpu.name, "driver": gpu.driver, "cuda": gpu.cuda, "memory_bytes": gpu.memory_bytes},
-        build={"seconds": seconds, "peak_vram_bytes": peak, "created": now_utc(), "tools": tools},
+        build={
+            "seconds": seconds,
+            "peak_vram_bytes": peak,
+            "memory": result["memory"],
+            "created": now_utc(),
+            "tools": tools,
+        },
         precision_proof={**counts.to_json(), "onnx": dict(typed.layers)},
         drift={**verdict.report.to_json(), "limit": verdict.limit} if verdict.report else None,
         contract_id=contract,
