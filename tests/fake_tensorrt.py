@@ -3,8 +3,8 @@
 A fixture puts it on a process's path as `tensorrt`, so everything around TensorRT is real: Polygraphy, the child
 process, tritonserver. Environment: FAKE_SM (86); FAKE_TRT_VERSION (8.6.0, 10.3.0, 11.0.0: each lacks what that version
 lacks); FAKE_TRT_FAULT: driver (none), crash, oom, error, slow, fp32 (kernels of another precision than asked), drift
-(wrong numbers), poison (a black face fails the whole run), nograph (no CUDA graphs). The tests that use it run on the
-real TensorRT behind the marker `gpu`.
+(wrong numbers), poison (a black face fails the whole run), nograph (no CUDA graphs), abort_capture (the process dies
+when it captures one). The tests that use it run on the real TensorRT behind the marker `gpu`.
 """
 
 from __future__ import annotations
@@ -397,6 +397,8 @@ class _Cudart:
         self.times: dict[int, float] = {}
 
     def cudaStreamBeginCapture(self, stream: object, mode: object) -> int:
+        if FAULT == "abort_capture":
+            os.abort()
         if FAULT == "nograph":
             return 900  # cudaErrorStreamCaptureUnsupported
         _Cudart.capturing = []

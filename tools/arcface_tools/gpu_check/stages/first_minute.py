@@ -27,7 +27,6 @@ from arcface_tools.gpu_check.served import repository_of, served
 
 TITLE = "The first minute: whether anything can be measured here"
 SHAPE = Shape("three-layers", 1, 8, 16)
-PRECISIONS = ("fp16", "fp32", "int8")
 WHERE_MODEL = """
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -62,12 +61,12 @@ def measure(check: GpuCheck) -> None:
     """
     needed = [check.step("TensorRT", 2, _tensorrt), check.step("driver", 2, _driver)]
     if all(needed):
-        for precision in PRECISIONS:
-            passed = check.step(f"{precision} plan of three layers", 5, partial(_three_layers, check, precision))
-            needed += [passed] if precision == "fp16" else []
+        needed += [check.step("fp16 plan of three layers", 5, partial(_three_layers, check, "fp16"))]
     if not all(needed):
         failed = next((name, step) for name, step in check.stage["steps"].items() if "why" in step)
         raise StopHere(f"nothing can be measured here: {failed[0]}: {failed[1]['why']}")
+    for precision in ("fp32", "int8"):
+        check.step(f"{precision} plan of three layers", 5, partial(_three_layers, check, precision))
     check.step("three layers through tritonserver", 10, partial(_through_triton, check))
     check.step("tensors on the GPU in Triton's python backend", 10, partial(_where, check))
 
