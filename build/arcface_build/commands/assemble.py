@@ -29,6 +29,7 @@ Examples:
     type=click.Path(path_type=Path),
     help="A plan with its manifest beside it; repeatable.",
 )
+@click.option("--cuda-graphs", is_flag=True, help="With --plan: replay CUDA graphs, which Triton captures at start.")
 @models_dir_option
 @model_repository_option
 @json_option
@@ -36,6 +37,7 @@ def command(
     name: str,
     variant: str,
     plans: tuple[Path, ...],
+    cuda_graphs: bool,
     models_dir: Path,
     model_repository: Path | None,
     as_json: bool,
@@ -52,7 +54,9 @@ def command(
     model_dir, choice = models_dir / name, None
     if plans:
         key = config.storage.public_key
-        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, limits, key)}
+        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, limits, key, cuda_graphs)}
+    elif cuda_graphs:
+        raise click.UsageError("--cuda-graphs is for plans: add --plan FILE")
     else:
         choice = choose(model_dir, limits) if variant == "auto" else None
         installed = assemble(model_dir, repository, choice, keep, limits)

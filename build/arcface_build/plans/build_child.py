@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from arcface_build.plans.typed import TypedOnnx
 
@@ -87,7 +89,8 @@ def _build(folder: Path, trt: Any, say: Any) -> None:
     memory = {"loaded_bytes": max(before - _free_bytes(), 0), "context_bytes": context_bytes(engine)}
     del plan
     (folder / "inspector.json").write_text(inspector_json(trt, engine, spec.opt_batch))
-    _embed(folder, engine, spec.max_batch, say)
+    rows = [_embed(folder, engine, i, largest, say) for i, (_, _, largest) in enumerate(spec.profiles)]
+    np.save(folder / "embeddings.npy", np.stack(rows))
     (folder / "result.json").write_text(json.dumps({"seconds": seconds, "tensorrt": trt.__version__, "memory": memory}))
 
 
@@ -135,21 +138,20 @@ def inspector_json(trt: Any, engine: Any, batch: int) -> str:
     return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
 
-def _embed(folder: Path, engine: Any, max_batch: int, say: Any) -> None:
-    """Embeddings of faces.npy in batches of 1, 2, 3 … up to the largest, to test the whole profile."""
-    import numpy as np
+def _embed(folder: Path, engine: Any, profile: int, max_batch: int, say: Any) -> np.ndarray:
+    """Embeddings of faces.npy in batches of 1, 2, 3 … up to the largest, to test the whole profile: float32 (N,D)."""
     from polygraphy.backend.trt import TrtRunner
 
     from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 
     faces, parts, start, batch = np.load(folder / "faces.npy"), [], 0, 1
-    with TrtRunner(engine) as runner:
+    with TrtRunner(engine, optimization_profile=profile) as runner:
         while start < len(faces):
             say(phase="measuring drift", step=start, steps=len(faces))
             feed = {FACE_INPUT: np.ascontiguousarray(faces[start : start + batch])}
             parts.append(np.array(runner.infer(feed)[EMBEDDING_OUTPUT], np.float32))  # infer reuses its buffer
             start, batch = start + batch, min(batch + 1, max_batch)
-    np.save(folder / "embeddings.npy", np.concatenate(parts))
+    return np.concatenate(parts)
 
 
 def _monitor(trt: Any, say: Any) -> Any:
