@@ -3,9 +3,9 @@
 A fixture puts it on a process's path as `tensorrt`, so everything around TensorRT is real: Polygraphy, the child
 process, tritonserver. Environment: FAKE_SM (86); FAKE_TRT_VERSION (8.6.0, 10.3.0, 11.0.0: each lacks what that version
 lacks); FAKE_TRT_FAULT: driver (none), crash, oom, error, slow, fp32 (kernels of another precision than asked), drift
-(wrong numbers), poison (a black face fails the whole run), nograph (no CUDA graphs), open (an engine that does not know
-its output's width). The tests that use it run on the
-real TensorRT behind the marker `gpu`.
+(wrong numbers), drift_small (only on the profiles after the first), poison (a black face fails the whole run), nograph
+(no CUDA graphs), abort_capture (the process dies when it captures one), open (an engine that does not know its output's
+width). The tests that use it run on the real TensorRT behind the marker `gpu`.
 """
 
 from __future__ import annotations
@@ -74,6 +74,11 @@ class Logger(ILogger):
 
 class IOutputAllocator:
     pass
+
+
+class IProfiler:
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        raise NotImplementedError
 
 
 if MAJOR >= 10:
@@ -238,7 +243,8 @@ class Builder:
         pins = {layer.name: layer.precision.name for layer in network if layer.precision is not None}
         flags = [flag.name for flag in config.flags]
         plan = {"version": __version__, "onnx": network.model.SerializeToString(), "pins": pins, "flags": flags}
-        plan |= {"profile": dict(config.profiles[0]), "typed": network.strongly_typed, "sources": config.sources}
+        plan |= {"profile": dict(config.profiles[0]), "profiles": [dict(profile) for profile in config.profiles]}
+        plan |= {"typed": network.strongly_typed, "sources": config.sources}
         level = getattr(config, "hardware_compatibility_level", None)
         plan |= {"level": level.name if level is not None else ""}
         plan |= {"verbosity": config.profiling_verbosity.name, "workspace": config.limits[MemoryPoolType.WORKSPACE]}
@@ -261,6 +267,15 @@ class ICudaEngine:
         self.plan = plan
         self.session = onnxruntime.InferenceSession(plan["onnx"], providers=["CPUExecutionProvider"])
         self.dim = self.session.get_outputs()[0].shape[1]
+        self.profiles = plan.get("profiles") or [plan["profile"]]
+
+    num_optimization_profiles = property(lambda self: len(self.profiles))
+    if MAJOR >= 10:
+
+        def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
+            return 1_000_000 * self.profiles[profile_index]["face"][2][0]
+    else:
+        device_memory_size = property(lambda self: 1_000_000 * max(p["face"][2][0] for p in self.profiles))
 
     def create_execution_context(self) -> IExecutionContext:
         return IExecutionContext(self)
@@ -281,7 +296,7 @@ class ICudaEngine:
         return (-1, 112, 112, 3) if name == "face" else (-1, -1 if FAULT == "open" else self.dim)
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> tuple[tuple[int, ...], ...]:
-        return self.plan["profile"][name]
+        return self.profiles[profile][name]
 
     def get_tensor_format(self, name: str, profile: int) -> TensorFormat:
         return TensorFormat.LINEAR
@@ -292,12 +307,17 @@ class ICudaEngine:
 
 class IExecutionContext:
     active_optimization_profile = 0
+    profiler: IProfiler | None = None
 
     def __init__(self, engine: ICudaEngine) -> None:
         self.engine, self.shape, self.addresses, self.allocator = engine, None, {}, None
 
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> int:
+        self.active_optimization_profile, self.shape = profile_index, None
+        return 0 <= profile_index < len(self.engine.profiles)
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> int:
-        low, _, high = self.engine.plan["profile"][name]
+        low, _, high = self.engine.profiles[self.active_optimization_profile][name]
         if len(shape) != 4 or not low[0] <= shape[0] <= high[0]:
             return False
         self.shape = tuple(shape)
@@ -329,8 +349,13 @@ class IExecutionContext:
         faces = np.frombuffer(raw, np.uint8).reshape(shape)
         if FAULT == "poison" and (faces == 0).all(axis=(1, 2, 3)).any():
             return False
+        started = time.perf_counter()
         result = np.ascontiguousarray(self.engine.session.run(["embedding"], {"face": faces})[0], np.float32)
-        if FAULT == "drift":
+        if self.profiler is not None:
+            names = [node.name for node in onnx.load_from_string(self.engine.plan["onnx"]).graph.node]
+            for name in names:
+                self.profiler.report_layer_time(name, (time.perf_counter() - started) * 1e3 / len(names))
+        if FAULT == "drift" or (FAULT == "drift_small" and self.active_optimization_profile):
             result = np.roll(result, 1, axis=1)
         if self.allocator is not None:
             addresses["embedding"] = self.allocator.reallocate_output("embedding", 0, result.nbytes, 256)
@@ -377,6 +402,8 @@ class _Cudart:
         self.copied = {1: 0, 2: 0, 3: 0}  # bytes by cudaMemcpyKind: to the GPU, to the host, on the GPU
 
     def cudaStreamBeginCapture(self, stream: object, mode: object) -> int:
+        if FAULT == "abort_capture":
+            os.abort()
         if FAULT == "nograph":
             return 900  # cudaErrorStreamCaptureUnsupported
         _Cudart.capturing = []
@@ -427,6 +454,10 @@ class _Cudart:
             print("[W] Unable to determine GPU memory usage: CUDA driver version is insufficient", file=sys.stderr)
             return 35
         count._obj.value = 1
+        return 0
+
+    def cudaMemGetInfo(self, free: object, total: object) -> int:
+        free._obj.value, total._obj.value = 23 << 30, 24 << 30
         return 0
 
     def cudaSetDevice(self, device: object) -> int:

@@ -11,7 +11,7 @@ from arcface_build.repository.assemble import assemble, assemble_plans
 from arcface_build.repository.versions import served_folder, served_manifest, versions
 from arcface_build.serving.variant import check_installed, take_best_variant
 from arcface_build.variants.choose import VariantChoice
-from arcface_clients.errors import Missing, PlanRefused
+from arcface_clients.errors import Missing, PlanRefused, WrongUse
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.plans.manifest import write_manifest
 from arcface_clients.plans.read import read_plan
@@ -36,9 +36,9 @@ def contract_of(model_dir) -> str:
     return json.loads((model_dir / "manifest.json").read_text())["contract_id"]
 
 
-def plan(folder, contract, sm="8.6", precision="fp16", drift=1e-4, seed=0, **options):
+def plan(folder, contract, sm="8.6", precision="fp16", drift=1e-4, seed=0, tuned_batches=(), **options):
     """A plan of random bytes with a manifest of this contract and drift."""
-    of = spec(sm=sm, precision=precision, options=BuilderOptions(**options))
+    of = spec(sm=sm, precision=precision, options=BuilderOptions(**options), tuned_batches=tuned_batches)
     path = folder / f"{seed}{of.options.hardware_compatible}" / of.file_name
     manifest = write_plan(path, of, seed=seed, contract_id=contract, drift=drift and {"max_drift": drift})
     write_manifest(path, manifest)
@@ -147,6 +147,39 @@ def test_plans_become_one_version_named_by_sm_and_others_of_the_contract_stay(mo
     folder = served_folder(repository, "arcface_trt")
     assert sorted(p.name for p in folder.glob("*.plan")) == ["sm120.plan", "sm86.plan", "sm90.plan"]
     assert 'key: "precision" value: { string_value: "fp16" }' in overlay(repository, "arcface_trt")
+
+
+def trt_config(repository):
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    return text_format.Parse(overlay(repository, "arcface_trt"), model_config_pb2.ModelConfig())
+
+
+def test_the_profiles_of_a_plan_set_are_in_the_config_as_far_as_every_plan_has_them(
+    model_dir, repository, tmp_path, caplog
+):
+    contract = contract_of(model_dir)
+    plans = [plan(tmp_path, contract, sm, tuned_batches=(8, 1)) for sm in ("8.6", "9.0")]
+    assemble_plans(model_dir, plans, repository, cuda_graphs=True)
+    config = trt_config(repository)
+    assert [(group.count, list(group.profile)) for group in config.instance_group] == [(1, ["0", "1", "2"])]
+    assert config.optimization.cuda.graphs
+    assert not caplog.records
+    assemble_plans(model_dir, [plan(tmp_path, contract, "8.0", seed=1, tuned_batches=(8,))], repository)
+    assert list(trt_config(repository).instance_group[0].profile) == ["0", "1"]
+    assert not trt_config(repository).optimization.cuda.graphs
+    assert "only the first 2 profiles of each plan are used: sm8.6, sm9.0 have more" in caplog.text
+    assemble_plans(model_dir, [plan(tmp_path, contract, "8.0", seed=2)], repository)
+    assert not trt_config(repository).instance_group[0].profile
+
+
+def test_a_config_that_was_rewritten_is_not_guessed_at(model_dir, repository, tmp_path):
+    config = repository / "arcface_trt" / "config.pbtxt"
+    config.write_text(config.read_text().replace("instance_group [ {", "instance_group { #"))
+    with pytest.raises(WrongUse, match="no single `instance_group"):
+        assemble_plans(model_dir, [plan(tmp_path, contract_of(model_dir), "8.6", tuned_batches=(8,))], repository)
+    assert versions(repository / "arcface_trt") == []
 
 
 def built_for(repository) -> dict[str, str]:

@@ -29,7 +29,9 @@ from arcface_clients.triton.memory.cuda import CudaSlot
 from arcface_clients.triton.memory.system import FOLDER, GRACE_S, left_behind, stale
 from arcface_clients.triton.session import RECHECK_AFTER_S
 from arcface_tools.clients import run
-from arcface_tools.gpu_check.run import _cuda_shared_memory
+from arcface_tools.gpu_check.clocks import GpuLog
+from arcface_tools.gpu_check.settings import Settings
+from arcface_tools.gpu_check.stages.through_triton import through
 from fake_cuda import MAX_BATCH, WIDTH, FakeCuda, FakeGpuServer, projected
 
 FACES = synthetic_faces(11)
@@ -380,13 +382,13 @@ def test_both_benches_measure_regions_on_the_gpu_with_faces_of_the_host_and_on_i
     )
     assert [row["name"] for row in result["variants"]] == [f"client {name} in flight 2" for name in names]
 
-    def row(embed, batch: int) -> dict:
-        return {"batch": batch, "rows": len(embed(np.resize(FACES, (batch, *FACES.shape[1:]))))}
-
-    check, served = SimpleNamespace(faces=FACES, batches=(1, 8), row=row), {}
-    _cuda_shared_memory(check, served, server.url, projected(FACES))
-    assert served["cuda_drift"]["max_drift"] < 1e-6
-    assert [row["batch"] for row in served["cuda_rows"] + served["gpu_faces_rows"]] == [1, 8, 1, 8]
+    settings = Settings(networks=(), batches=(1, 8), sample_s=0.01, warm_up_s=0, callers=2)
+    check = SimpleNamespace(faces=FACES, settings=settings, log=GpuLog())
+    found = through(check, server.url, "cuda", projected(FACES), {8: 1e9}, model="arcface")
+    assert found["drift"]["max_drift"] < 1e-6
+    for rows in (found["rows"], found["rows_of_gpu_faces"]):
+        assert [(row["batch"], row["callers"]) for row in rows] == [(1, 1), (1, 2), (8, 1), (8, 2)]
+        assert rows[0]["of_the_plan_alone"] is None and rows[3]["of_the_plan_alone"] < 1
     assert server.wire_requests == 0
 
 

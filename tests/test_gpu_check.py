@@ -1,13 +1,17 @@
-"""scripts/gpu-check: its report names what it measured and what it did not; on a host without a GPU it says so."""
+"""scripts/gpu-check: all stages on stand-ins, what is left of a run that ends early, and the report's own rules."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tarfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,160 +21,275 @@ import pytest
 from onnx import helper
 
 from arcface_build.bench.torch_export import export_graph
+from arcface_build.serving.binary import TritonBinary
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import Missing
 from arcface_clients.faces.synthetic import synthetic_faces
-from arcface_tools.gpu_check.clocks import parse_reading
-from arcface_tools.gpu_check.contestants import find_torch_python, torch_baseline
+from arcface_tools.gpu_check.clocks import GpuLog, parse_reading
+from arcface_tools.gpu_check.goals import Goal, goals
+from arcface_tools.gpu_check.other_python import find_torch_python, torch_baseline
+from arcface_tools.gpu_check.rehearsal import SMALL, stand_ins
 from arcface_tools.gpu_check.report import to_markdown
+from arcface_tools.gpu_check.stages.baselines import device_ms
 from tiny_model import write_manifest
 from tiny_onnx import DIM, tiny_onnx, write_tiny
 
 REPO = Path(__file__).resolve().parent.parent
+SCRIPT = str(REPO / "scripts" / "gpu-check")
+NO_REGION = r"the server cannot open a region of ours on GPU 0"
+NO_PROVIDER = r"this ONNX Runtime has no CUDAExecutionProvider"
+GAPS = {  # what a rehearsal cannot show, and why: a real GPU must close each of them
+    "0 tensors on the GPU in Triton's python backend": NO_REGION,
+    "4 ONNX Runtime CUDA on first, fp32": NO_PROVIDER,
+    "4 ONNX Runtime CUDA on first, fp32 with TF32": NO_PROVIDER,
+    "4 ONNX Runtime CUDA on first, fp16": NO_PROVIDER,
+    "5 first fp16": rf"^Missing: CUDA shared memory: Missing: .*{NO_REGION}",
+    "5 the tests of CUDA shared memory that need a GPU": r"pytest ended with 1: 2 failed",
+}
+
+
+needs_gcc = pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc: the stand-in for libcuda cannot be compiled")
+
+
+@pytest.fixture(scope="module")
+def rehearsal(triton_binary: TritonBinary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a rehearsal wrote its report to."""
+    out = tmp_path_factory.mktemp("rehearsal")
+    done = subprocess.run([SCRIPT, "--rehearse", "--out", str(out)], capture_output=True, text=True, env=ours())
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def ours(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": paths, **more}
+
+
+def read(out: Path) -> dict[str, Any]:
+    return json.loads((out / "stand-in.json").read_text())
+
+
+def steps(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, stage in report["stages"].items():
+        for name, step in stage["steps"].items():
+            yield f"{number} {name}", step
+
+
+@needs_gcc
+def test_a_rehearsal_runs_every_stage_to_its_end_but_for_what_needs_a_gpu(rehearsal: Path) -> None:
+    report = read(rehearsal)
+    assert list(report["stages"]) == [str(number) for number in range(7)]
+    assert not [stage for stage in report["stages"].values() if {"died", "not_started"} & set(stage)]
+    gaps = {name: step["why"] for name, step in steps(report) if "why" in step}
+    assert set(gaps) == set(GAPS), gaps
+    for name, why in GAPS.items():
+        assert re.search(why, gaps[name]), gaps[name]
+    bare = report["stages"]["2"]["steps"]["first fp16"]["result"]
+    assert [row["batch"] for row in bare["rows"]] == [1, 3]
+    for row in bare["rows"]:
+        assert row["graph"] and row["replays"] >= 5 and row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+        assert row["max_drift"] < 0.001, "the timed replays left other embeddings than the plan gives"
+        assert row["tflops"] == pytest.approx(row["faces_per_s"] * bare["gflop_per_face"] / 1e3)
+        assert row["share_of_peak"] == pytest.approx(row["tflops"] / bare["gemm_tflops"])
+    layers = report["stages"]["2"]["steps"]["first fp16, layers at batch 3"]["result"]
+    assert layers["layers"] > 10 and layers["slowest"][0]["kind"] is not None
+    served = report["stages"]["5"]["steps"]["first fp16"]["result"]["ways"]
+    for way in ("gRPC", "system shared memory"):
+        assert [(row["batch"], row["callers"]) for row in served[way]["rows"]] == [(1, 1), (1, 2), (3, 1), (3, 2)]
+        assert served[way]["drift"]["max_drift"] < 0.001
+    tuned = report["stages"]["6"]["steps"]["first fp16, set"]["result"]["plan"]
+    assert len(tuned["memory"]["context_bytes"]) == 2, "the plan set has a profile for batch 1 of its own"
+
+
+@needs_gcc
+def test_every_figure_has_clocks_power_and_temperature_beside_it(rehearsal: Path) -> None:
+    def figures(value: Any) -> Iterator[dict[str, Any]]:
+        if isinstance(value, dict):
+            if {"faces_per_s", "tflops", "gb_per_s"} & set(value):
+                yield value
+            value = list(value.values())
+        for item in value if isinstance(value, list) else ():
+            yield from figures(item)
+
+    found = list(figures([stage for number, stage in read(rehearsal)["stages"].items() if number != "0"]))
+    assert len(found) > 40
+    for row in found:
+        assert (row["gpu"]["sm_clock_mhz"], row["gpu"]["power_w"], row["gpu"]["temperature_c"]) == (1410, 250.5, 61)
+
+
+@needs_gcc
+def test_the_page_has_the_goals_every_stage_and_every_gap_and_the_logs_are_kept(rehearsal: Path) -> None:
+    report, text = read(rehearsal), (rehearsal / "stand-in.md").read_text()
+    assert text == to_markdown(report)
+    assert "| first fp16, batch 3: share of the GEMM peak | ≥ 0.5 |" in text
+    for stage in report["stages"].values():
+        assert stage["title"] in text
+    for gap in GAPS:
+        number, _, name = gap.partition(" ")
+        assert f"- {number}. {name}: " in text.partition("## Not measured")[2]
+    with tarfile.open(rehearsal / "stand-in-logs.tar.gz") as packed:
+        names = packed.getnames()
+    for kept in ("stage-0.log", "tritonserver-first.log", "first-fp16-dynamic/first-fp16-sm86.plan.inspector.json"):
+        assert f"logs/{kept}" in names
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
-    """models/tiny as import and quantize leave it."""
-    folder = tmp_path / "models" / "tiny"
+def host(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a host of stand-ins, in tmp_path; models/tiny in its state folder, as import leaves it."""
+    if not shutil.which("gcc"):
+        pytest.skip("no gcc: the stand-in for libcuda cannot be compiled")
+    folder = tmp_path / "state" / "models" / "tiny"
     write_tiny(folder / "serving.onnx")
     for precision in ("fp16", "int8"):
         write_tiny(folder / "variants" / f"{precision}-tensorrt.onnx", precision)
     write_manifest(folder, "5" * 64, Preprocessing(), DIM)
-    return folder.parent
+    yield stand_ins(tmp_path)
 
 
-SMI = """#!/bin/sh
-echo "$@" >> "$0.calls"
-case "$*" in
-  *-lms*) while :; do echo "1410, 1215, 250.5, 61, 1024, 97"; echo "[N/A], 0, 0, 0, 0, 0"; sleep 0.05; done ;;
-  --query*) echo "0, NVIDIA A10, 8.6, 550.54.15, 23028, 312" ;;
-  *) echo "CUDA Version: 12.4" ;;
-esac
-"""
+def line(*arguments: str) -> list[str]:
+    small = [*SMALL.split(), "--networks", "tiny", "--state", "state", "--out", "out"]
+    return [sys.executable, "-m", "arcface_tools.gpu_check.run", *small, *arguments]
 
 
-def command(models: Path, *arguments: str) -> list[str]:
-    line = [sys.executable, "-m", "arcface_tools.gpu_check.run", "--models", "tiny", "--models-dir", str(models)]
-    return [*line, "--out", "out", "--sample-s", "0.01", "--batches", "1", "3", *arguments]
+def check(host: dict[str, str], folder: Path, *arguments: str, code: int = 0, **more: str) -> tuple[dict, str, str]:
+    """The report, its page and what was said, of a run in a process of its own."""
+    done = subprocess.run(line(*arguments), capture_output=True, text=True, env={**host, **more}, cwd=folder)
+    assert done.returncode == code, done.stderr
+    return read(folder / "out"), (folder / "out" / "stand-in.md").read_text(), done.stderr
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **more}
+def test_a_stage_that_crashes_leaves_its_traceback_and_the_next_one_runs(host: dict[str, str], tmp_path: Path) -> None:
+    stages = ("--stage", "2", "--stage", "3")
+    report, text, _ = check(host, tmp_path, *stages, FAKE_TRT_FAULT="abort_capture")
+    died = report["stages"]["2"]["died"]
+    assert "the stage ended with SIGABRT" in died and "plan_timer.py" in died and died in text
+    assert "- 2. tiny fp16: the process ended during it" in text
+    assert report["stages"]["3"]["steps"]["tiny fp32"]["result"]["passed"] is True
+    plan = tmp_path / "state" / "plans" / "tiny-fp16-dynamic" / "tiny-fp16-sm86.plan"
+    built, drift = plan.stat().st_mtime_ns, report["stages"]["3"]
+    again, text, _ = check(host, tmp_path, *stages)  # the same state folder: goes on where it stopped
+    assert "died" not in again["stages"]["2"] and again["stages"]["2"]["steps"]["tiny fp16"]["result"]["rows"]
+    assert again["stages"]["3"] == drift, "a finished step was measured again"
+    assert plan.stat().st_mtime_ns == built, "a plan that was there was built again"
+    assert len(again["commands"]) == 2
 
 
-def written(models: Path) -> dict[str, Any]:
-    return json.loads((models.parent / "out" / "a10.json").read_text())
-
-
-def check(models: Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    """The report and its Markdown of a run in a process of its own, in a folder without a model repository."""
-    line = command(models, *arguments)
-    done = subprocess.run(line, capture_output=True, text=True, env=environment(), cwd=models.parent, check=False)
-    assert done.returncode == 0, done.stderr
-    return written(models), (models.parent / "out" / "a10.md").read_text()
-
-
-def test_a_run_measures_every_precision_and_names_its_gaps(
-    fake_host: Callable[..., None], models: Path, tmp_path: Path
-) -> None:
-    fake_host("8.6.0")
-    (tmp_path / "host" / "nvidia-smi").write_text(SMI)
-    report, text = check(models, "--no-external-tactics")
-    plans = report["models"]["tiny"]["plans"]
-    assert list(plans) == ["fp16", "fp32", "int8"]
-    for plan in plans.values():
-        assert [row["batch"] for row in plan["in_process"]] == [1, 3]
-        assert all(row["faces_per_s"] > 0 for row in plan["in_process"])
-        assert [(row["batch"], row["graph"]) for row in plan["on_gpu"]] == [(1, True), (3, True)]
-        for row in plan["on_gpu"]:
-            assert row["replays"] >= 200 and row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
-            assert row["max_drift"] <= plan["drift"]["limit"], "the replays left other embeddings than the plan gives"
-            assert row["tflops"] == pytest.approx(plan["gflop_per_face"] * row["faces_per_s"] / 1e3)
-        for row in (*plan["on_gpu"], *plan["in_process"]):
-            assert (row["gpu"]["sm_clock_mhz"], row["gpu"]["power_w"], row["gpu"]["temperature_c"]) == (1410, 250.5, 61)
-    assert plans["fp32"]["passes_gate"]
-    gaps = {gap["step"]: gap["why"] for gap in report["not_measured"]}
-    assert "no model_repository/" in gaps["fp16 plan of tiny through tritonserver"]
-    assert "no CUDAExecutionProvider" in gaps["ONNX Runtime CUDA on tiny"]
-    assert "no Python here has torch with CUDA" in gaps["PyTorch on tiny"]
-    assert text.startswith("# NVIDIA A10\n\nSM 8.6, driver 550.54.15, CUDA 12.4, TensorRT 8.6.0")
-    assert text.count("| TensorRT fp16 |") == 4
-    assert all(step in text for step in gaps)
-    readers = [line for line in (tmp_path / "host" / "nvidia-smi.calls").read_text().splitlines() if "-lms 100" in line]
-    assert len(readers) == 1, "one nvidia-smi reads the clocks of the whole run"
-    assert len(list((models / "tiny").glob("gpu-check-*.npy"))) == 1, "the CPU's embeddings are computed once a model"
+def test_a_step_that_fails_leaves_its_reason_and_the_next_one_runs(host: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "state" / "models" / "tiny" / "variants" / "int8-tensorrt.onnx").write_bytes(b"no ONNX")
+    report, text, _ = check(host, tmp_path, "--stage", "3")
+    found = report["stages"]["3"]["steps"]
+    assert "why" not in found["tiny fp32"] and "Traceback" in found["tiny int8"]["traceback"]
+    assert f"- 3. tiny int8: {found['tiny int8']['why']}" in text
 
 
 def test_without_cuda_graphs_plain_launches_are_timed_and_the_report_says_so(
-    fake_host: Callable[..., None], models: Path
+    host: dict[str, str], tmp_path: Path
 ) -> None:
-    fake_host("8.6.0", "nograph")
-    report, text = check(models, "--no-external-tactics")
-    row = report["models"]["tiny"]["plans"]["fp16"]["on_gpu"][0]
+    report, text, _ = check(host, tmp_path, "--stage", "2", FAKE_TRT_FAULT="nograph", FAKE_TRT_VERSION="8.6.0")
+    row = report["stages"]["2"]["steps"]["tiny fp16"]["result"]["rows"][0]
     assert row["graph"] is False and "CUDA Error: 900" in row["why_no_graph"]
     assert row["max_drift"] < 0.001
-    assert "| TensorRT fp16, no graph | 1 |" in text
+    assert "No graph at batch 1: " in text
 
 
-def test_the_first_model_has_its_baselines_before_anything_else_is_built(
-    fake_host: Callable[..., None], models: Path
-) -> None:
-    fake_host("8.6.0")
-    shutil.copytree(models / "tiny", models / "second")
-    report, _ = check(models, "--no-external-tactics", "--models", "tiny", "second")
-    steps = [step["step"] for step in report["steps"]]
-    of_the_first = ["import tiny", "fp16 variant of tiny", "fp16 plan of tiny", "fp16 plan of tiny on the GPU alone"]
-    of_the_first += ["fp16 plan of tiny through tritonserver", "PyTorch on tiny", "ONNX Runtime CUDA on tiny"]
-    assert steps[:8] == [*of_the_first, "import second"]
-    assert all(step["seconds"] >= 0 for step in report["steps"])
+def test_without_a_driver_the_first_minute_stops_the_run_with_a_sentence(host: dict[str, str], tmp_path: Path) -> None:
+    report, text, said = check(host, tmp_path, code=3, FAKE_TRT_FAULT="driver")
+    assert said.splitlines()[-1] == (
+        "Stopped: nothing can be measured here: driver: RuntimeError: CUDA finds no GPU (error 35, 0 GPUs)"
+    )
+    assert list(report["stages"]) == ["0"] and "**Stopped:** nothing can be measured here" in text
 
 
-def test_sigterm_ends_the_run_with_what_was_measured(fake_host: Callable[..., None], models: Path) -> None:
-    fake_host("8.6.0")
-    # The plan of `tiny` is measured; then a Python that never answers holds up the baseline.
-    stuck = models.parent / "stuck"
-    stuck.write_text("#!/bin/sh\nexec sleep 600\n")
+def test_a_wrong_fp16_plan_stops_the_run(host: dict[str, str], tmp_path: Path) -> None:
+    _, _, said = check(host, tmp_path, code=3, FAKE_TRT_FAULT="drift")
+    assert "nothing can be measured here: fp16 plan of three layers: ProofFailed: the embeddings are wrong" in said
+
+
+def test_sigterm_ends_the_run_with_what_was_measured(host: dict[str, str], tmp_path: Path) -> None:
+    # The plan is measured; then a Python that never answers holds up the baseline.
+    stuck = tmp_path / "stuck"
+    stuck.write_text('#!/bin/sh\ncase "$1" in -c) exit 0 ;; esac\nexec sleep 600\n')
     stuck.chmod(0o755)
-    line = command(models, "--no-external-tactics", "--torch-python", str(stuck))
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment(), cwd=models.parent)
-    assert process.stderr is not None
-    said = []
-    for text in process.stderr:
-        said.append(text)
+    arguments = line("--torch-python", str(stuck), "--stage", "2", "--stage", "4")
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=host, cwd=tmp_path
+    )
+    assert process.stdout is not None and process.stderr is not None
+    for text in process.stdout:
         if "PyTorch on tiny" in text:
             break
-    before = written(models)
     process.terminate()
-    assert process.wait(timeout=60) == 143, "".join(said)
+    assert process.wait(timeout=60) == 143
     assert "ended by SIGTERM" in process.stderr.read()
+    process.stdout.close()
     process.stderr.close()
-    for report in (before, written(models)):  # it was on disk already, and stays
-        assert report["models"]["tiny"]["plans"]["fp16"]["in_process"][0]["faces_per_s"] > 0
-    assert written(models)["not_measured"][-1] == {"step": "PyTorch on tiny", "why": "the run was ended: Stopped"}
+    report = read(tmp_path / "out")
+    assert report["stages"]["2"]["steps"]["tiny fp16"]["result"]["rows"]
+    assert report["stages"]["4"]["steps"]["PyTorch on tiny"]["why"] == "the run was ended: Stopped"
 
 
-def test_a_killed_run_leaves_the_steps_before(fake_host: Callable[..., None], models: Path) -> None:
-    fake_host("8.6.0")
-    line = command(models, "--no-external-tactics")
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment(), cwd=models.parent)
-    assert process.stderr is not None
-    for text in process.stderr:
-        if "fp32 plan of tiny" in text:
+def test_a_killed_run_leaves_the_steps_before(host: dict[str, str], tmp_path: Path) -> None:
+    process = subprocess.Popen(line("--stage", "2"), stdout=subprocess.PIPE, text=True, env=host, cwd=tmp_path)
+    assert process.stdout is not None
+    for text in process.stdout:
+        if "layers at batch 1" in text:
             break
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
-    process.stderr.close()
-    assert len(written(models)["models"]["tiny"]["plans"]["fp16"]["in_process"]) == 2
+    process.stdout.close()
+    report = json.loads((tmp_path / "state" / "report.json").read_text())
+    assert len(report["stages"]["2"]["steps"]["tiny fp16"]["result"]["rows"]) == 2
 
 
-def test_a_spent_budget_leaves_a_report_without_figures(fake_host: Callable[..., None], models: Path) -> None:
-    fake_host()
-    report, _ = check(models, "--budget-s", "1")
-    assert report["models"]["tiny"] == {"plans": {}}
-    assert all("of the budget were left" in gap["why"] for gap in report["not_measured"])
-    assert len(report["not_measured"]) == 8
+def test_a_spent_budget_leaves_a_report_without_figures(host: dict[str, str], tmp_path: Path) -> None:
+    report, text, _ = check(host, tmp_path, "--budget-s", "1")
+    assert [stage["steps"] for stage in report["stages"].values()] == [{}] * 7
+    assert text.count("s of the budget were left") == 7
+
+
+def test_readings_between_two_times_are_those_and_else_the_last_before() -> None:
+    log, now = GpuLog(), time.monotonic()
+    log._readings = [(now + second, (1000.0 + second, 1, 2, 3, 4, 5)) for second in range(5)]
+    assert log.between(now + 1, now + 3)["sm_clock_mhz"] == 1002
+    assert log.between(now + 3.2, now + 3.4)["sm_clock_mhz"] == 1003
+    assert GpuLog().between(now) == {}
+
+
+@pytest.mark.parametrize(
+    ("goal", "row"),
+    [
+        (Goal("share", 0.5, 0.51), ["share", "≥ 0.5", "0.51", "yes"]),
+        (Goal("share", 0.5, 0.49), ["share", "≥ 0.5", "0.49", "no"]),
+        (Goal("build", 300, 301.2, " s", at_most=True), ["build", "≤ 300 s", "301 s", "no"]),
+        (Goal("drift", 0.001, 2e-5, at_most=True), ["drift", "≤ 0.001", "2e-05", "yes"]),
+    ],
+)
+def test_a_goal_says_whether_it_is_met(goal: Goal, row: list[str]) -> None:
+    assert goal.row() == row
+
+
+def test_goals_compare_with_the_best_of_each_kind_on_the_gpu_and_leave_out_what_was_not_measured() -> None:
+    def way(kind: str, ms: float, compiled: bool = False) -> dict[str, Any]:
+        rows = [{"batch": 64, "device_ms": ms, "median_ms": 1.0, "between": None}]
+        return {"kind": kind, "layout": "NCHW", "compiled": compiled, "batches": rows}
+
+    def stage(**results: Any) -> dict[str, Any]:
+        return {"steps": {name: {"result": result} for name, result in results.items()}}
+
+    row = {"batch": 64, "median_ms": 4.0, "share_of_peak": None}
+    bare = stage(r100={"plan": {}, "rows": [row]})
+    torch = {"ways": [way("fp32", 60.0), way("fp32", 50.0), way("fp32", 30.0, compiled=True), way("tf32", 9.0)]}
+    assert goals({"stages": {"2": stage()}}) == []
+    told = goals({"stages": {"2": bare, "4": stage(torch=torch, ort={"rows": [{"batch": 64, "median_ms": 5.0}]})}})
+    assert [(goal.what, goal.measured) for goal in told] == [
+        ("r100, batch 64: × PyTorch eager fp32 without TF32", 12.5)
+    ]
+
+
+def test_onnx_runtime_is_timed_with_faces_and_embeddings_on_the_device(tmp_path: Path) -> None:
+    session = open_session(write_tiny(tmp_path / "x.onnx"))
+    assert 0 < device_ms(session, synthetic_faces(2), 3, 0.01, device="cpu") < 1e4
 
 
 def test_a_baseline_that_outlasts_the_budget_keeps_what_it_printed(tmp_path: Path) -> None:
@@ -212,32 +331,6 @@ def test_the_python_with_torch_is_found_behind_one_without(tmp_path: Path, monke
 )
 def test_a_line_of_nvidia_smi_that_is_no_reading_is_left_out(line: str, values: tuple | None) -> None:
     assert parse_reading(line) == values
-
-
-def test_ratios_are_to_the_best_pytorch_of_each_kind_and_refusals_are_told() -> None:
-    def row(batch: int, ms: float, **more: Any) -> dict:
-        return {"batch": batch, "faces_per_s": batch / ms * 1e3, "median_ms": ms, **more}
-
-    def way(kind: str, layout: str, *rows: dict) -> dict:
-        return {"kind": kind, "layout": layout, "compiled": False, "batches": list(rows)}
-
-    fp16 = {"in_process": [row(1, 2.0), row(8, 4.0)], "served": {"rows": [], "gpu_faces_rows": [row(1, 5.0)]}}
-    fp16["on_gpu"] = [row(1, 1.0, tflops=50.0, graph=True, gpu={"sm_clock_mhz": 1410.0})]
-    ways = [way("fp32", "NCHW", row(1, 20.0, device_ms=12.0)), way("fp32", "NHWC", row(1, 10.0, device_ms=11.0))]
-    ways += [way("fp16", "NHWC", row(1, 4.0, device_ms=3.0))]
-    ways += [{"kind": "fp16", "layout": "NHWC", "compiled": True, "error": "Unsupported: a graph break"}]
-    pytorch = {"torch": "2", "python": "/usr/bin/python3", "gemm_tflops": {"fp16": 200.0}, "ways": ways}
-    entry = {"plans": {"fp16": fp16, "int8": {"refused": "holds 2 fp32"}}, "pytorch": pytorch}
-    host = {"gpu": "X", "sm": "9.0", "driver": "1", "cuda": "12", "tensorrt": "10", "memory_bytes": 1 << 30}
-    report = {"host": host, "created": "now", "command": "c", "faces": {"count": 1, "origin": "synthetic"}}
-    text = to_markdown({**report, "models": {"m": entry}, "not_measured": []})
-    assert "| TensorRT fp16 | 1 | 1 | 500 | 2.00 | 5.00 |  | 2.00 |" in text
-    assert "| TensorRT fp16 | 8 | 1 | 2000 | 4.00 |  |  |  |" in text
-    assert "| TensorRT fp16, tritonserver, faces on the GPU | 1 | 1 | 200 | 5.00 | 2.00 |  | 0.80 |" in text
-    assert "| TensorRT fp16 | 1 | 1.000 | 1000 | 50.0 | 25% of fp16 | 1410 | 11.00 |  | 3.00 |" in text
-    assert "PyTorch 2 of /usr/bin/python3" in text
-    assert "PyTorch fp16 NHWC compiled failed: Unsupported: a graph break" in text
-    assert "int8 was refused: holds 2 fp32" in text
 
 
 def test_the_graph_for_pytorch_holds_every_node_and_weight(tmp_path: Path) -> None:

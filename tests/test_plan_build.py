@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -434,6 +435,34 @@ def test_without_tensorrt_the_child_says_what_is_missing(
 # --- the command ---
 
 
+def test_a_plan_set_is_proved_on_each_of_its_profiles_and_says_what_each_takes(
+    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray
+) -> None:
+    fake_host()
+    typed, spec, source = ask(tmp_path, "fp16", "10.3.0")
+    spec, target = replace(spec, tuned_batches=(3, 1)), tmp_path / "out" / spec.file_name
+    proof = PlanProof(faces, source.embed(faces), LOOSE)
+    manifest = build_plan(typed, spec, target, proof, logs=tmp_path / "logs")
+    profiles = [[shape[0] for shape in one["face"]] for one in pickle.loads(target.read_bytes())["profiles"]]
+    assert profiles == [[1, 4, 8], [1, 3, 3], [1, 1, 1]]
+    assert manifest.build["memory"] == {"loaded_bytes": 0, "context_bytes": [8_000_000, 3_000_000, 1_000_000]}
+    assert sorted(file.name for file in (tmp_path / "logs").iterdir()) == [
+        f"{spec.file_name}.inspector.json", f"{spec.file_name}.log",
+    ]  # fmt: skip
+    fake_host(fault="drift_small")
+    with pytest.raises(ProofFailed, match="the fp16 plan is refused"):
+        build_plan(typed, spec, target, proof)
+    build_plan(typed, replace(spec, tuned_batches=()), target, proof)  # the first profile alone is right
+
+
+@pytest.mark.parametrize("version", ["8.6.0", "10.3.0", "11.0.0"])
+def test_every_version_tells_what_a_context_takes(
+    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray, version: str
+) -> None:
+    fake_host(version)
+    assert build(tmp_path, faces, "fp16", version).build["memory"]["context_bytes"] == [8_000_000]
+
+
 @pytest.fixture
 def plan_build(
     fake_host: Callable[..., None], tmp_path: Path
@@ -472,9 +501,20 @@ def test_plan_build_builds_once_then_finds_it(plan_build: Callable[..., Any], tm
     assert "built: " in forced.stdout
 
 
+def test_profiles_make_a_plan_set_with_the_largest_of_them_in_the_middle(plan_build: Callable[..., Any]) -> None:
+    done = plan_build("tiny", "--precision", "fp16", "--profiles", "1,8,64", "--json")
+    spec = json.loads(done.stdout)["spec"]
+    assert (spec["min_batch"], spec["opt_batch"], spec["max_batch"], spec["tuned_batches"]) == (1, 64, 64, [8, 1])
+    other = plan_build("tiny", "--precision", "fp16", "--profiles", "8,1", "--opt-batch", "64", "--json")
+    assert json.loads(other.stdout)["key"] == json.loads(done.stdout)["key"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
-    [(["absent"], 3, "no imported model in"),
+    [(["tiny", "--profiles", "1,1"], 2, "is not a list of different batch sizes such as 1,8,64"),
+     (["tiny", "--profiles", "1,many"], 2, "is not a list of different batch sizes such as 1,8,64"),
+     (["tiny", "--precision", "fp16", "--profiles", "1,64", "--max-batch", "8"], 2, "expected 1 ≤ min ≤ opt ≤ max"),
+     (["absent"], 3, "no imported model in"),
      (["tiny", "--precision", "int8"], 3, "arcface quantize tiny --precision int8"),
      (["tiny", "--precision", "fp32", "--sm", "9.0"], 2, "of SM 8.6, expected SM 9.0"),
      (["tiny", "--precision", "fp32", "--min-batch", "9", "--max-batch", "8"], 2, "expected 1 ≤ min ≤ opt ≤ max"),

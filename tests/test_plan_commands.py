@@ -109,6 +109,24 @@ def test_show_takes_a_file_a_key_or_a_name(arcface: Arcface, cache: PlanStore, t
     assert arcface.err.startswith("PlanNotFound: no plan absent.plan in")
 
 
+def test_fit_says_what_a_card_has_memory_for_and_refuses_what_it_has_not(
+    arcface: Arcface, cache: PlanStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    told = {"memory": {"loaded_bytes": 250 << 20, "context_bytes": [3 << 30]}}
+    get_or_build(SPEC, cache, None, lambda of, target: write_plan(target, of, build=told))
+    assert arcface("fit", SPEC.key[:12]) == 0, arcface.err
+    assert "tiny-fp16-sm86.plan: 2 × max batch 64, " in arcface.out
+    assert "(the NVIDIA A10 that it was built on, less 1GB)" in arcface.out
+    assert "instance_group [ { count: 2 kind: KIND_AUTO } ]" in arcface.out
+    small = arcface.json("fit", SPEC.key[:12], "--memory", "3GB")
+    assert (small["instances"], small["max_batch"], small["rebuilt"]) == (1, 32, True)
+    assert arcface("fit", SPEC.key[:12], "--memory", "3GB") == 0
+    assert "An estimate for a smaller plan: arcface plan build tiny --max-batch 32" in arcface.out
+    assert arcface("fit", SPEC.key[:12], "--memory", "2GB", "--instances", "4") == 3
+    assert "4 instances need 2.2 GB even for one face at a time" in arcface.err
+
+
 def test_verify_reads_everything_and_names_what_is_refused(
     arcface: Arcface, cache: PlanStore, store: PlanStore
 ) -> None:

@@ -202,3 +202,17 @@ def test_the_shipped_gpu_table_is_read_and_a_wrong_one_named(tmp_path: Path) -> 
     wrong.write_text("[]")
     with pytest.raises(WrongUse, match="expected the form"):
         load_gpus_yaml(wrong)
+
+
+def test_a_plan_set_is_in_the_key_and_its_widest_profile_comes_first() -> None:
+    tuned = spec(tuned_batches=(8, 1))
+    assert tuned.key != SPEC.key
+    assert tuned.profiles == [(1, 32, 64), (1, 8, 8), (1, 1, 1)]
+    assert PlanSpec.from_json(json.loads(json.dumps(tuned.to_json()))) == tuned
+    assert "tuned_batches" not in SPEC.to_json() and SPEC.profiles == [(1, 32, 64)]
+
+
+@pytest.mark.parametrize("sizes", [(1, 8), (8, 8), (32,), (65,), (0,), (True,), ("8",), (8, 32, 1)])
+def test_batches_that_no_plan_set_can_have_are_refused(sizes: tuple[object, ...]) -> None:
+    with pytest.raises(WrongUse, match=r"expected different ones from 1 to 64, the largest first, without 32"):
+        spec(tuned_batches=sizes)

@@ -19,6 +19,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from arcface_build.errors import ServerFailed
+from arcface_build.repository.profiles import CUDA_GRAPHS, with_profiles
 from arcface_build.serving.binary import TritonBinary
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.plans.manifest import PlanManifest, write_manifest
@@ -105,6 +106,18 @@ def test_the_plan_for_this_gpu_answers_and_the_config_is_completed(repository: P
         for cut, answer in zip(cuts, answers, strict=True):
             np.testing.assert_allclose(answer, reference(faces[slice(*cut)]), atol=1e-6)
     assert "sm86.plan on GPU 0, SM 8.6, TensorRT 10.3.0, batches up to 64" in server.log_path.read_text()
+
+
+def test_the_config_of_a_plan_set_is_accepted(repository: Path, start: Callable[..., Any]) -> None:
+    """Triton itself checks instance groups; which profile is used is the backend's business."""
+    config = repository / "arcface_trt" / "config.pbtxt"
+    config.write_text(with_profiles(config.read_text(), 3) + CUDA_GRAPHS)
+    server, faces = start(repository), synthetic_faces(5)
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        found = client.get_model_config("arcface_trt").config
+        assert [list(group.profile) for group in found.instance_group] == [["0", "1", "2"]]
+        assert found.optimization.cuda.graphs
+        np.testing.assert_allclose(ask(client, faces), reference(faces), atol=1e-6)
 
 
 def test_requests_that_wait_together_are_one_run_and_a_bad_one_does_not_fail_its_neighbours(

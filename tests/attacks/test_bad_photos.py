@@ -1,4 +1,4 @@
-"""Bad photos: a clear error or a right answer, in bounded time and memory; never a dead instance or a neighbour's faces."""
+"""Bad photos: a clear error or a right answer, in bounded time and memory; never a dead instance or another's faces."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
 """The PyTorch baseline, for any Python that has torch: the speed of an exported graph in several modes.
 
-    python torch_baseline.py FOLDER BATCHES SECONDS [DEVICE]
+    python torch_baseline.py FOLDER BATCHES SECONDS [DEVICE [WARM_UP_S]]
 
 FOLDER contains graph.json and weights.npz as written by `export_graph`, faces.npy and reference.npy. This file imports
 only numpy and torch, because on a GPU host the Python with torch is seldom the one with TensorRT. The network is
 executed node by node with torch.nn.functional, just as a converted module would when called.
 
-It prints one JSON object per line, as soon as it is known: the versions, the peak of a matrix product, then one for
-each mode. A baseline is the best of its kind, so every kind is run in both memory layouts.
+It prints one JSON object per line, as soon as it is known: the versions, then one for each mode, whose rows say when
+they were measured (`between`, seconds of time.monotonic), so that a caller can tell the GPU's clocks then. A baseline
+is the best of its kind, so every kind is run in both memory layouts.
 """
 
 import json
@@ -21,7 +22,6 @@ import torch
 import torch.nn.functional as F
 
 WARM_UP_S = 0.5  # idle clocks are a fifth of busy ones
-GEMM_SIZE = 8192
 # (kind, dtype, TF32 allowed, channels last, compiled); PyTorch's default for float32 is TF32 in convolutions only.
 WAYS = [
     ("fp32", torch.float32, False, False, False),
@@ -35,13 +35,11 @@ WAYS = [
 ]
 
 
-def main(folder, batches, seconds, device="cuda"):
+def main(folder, batches, seconds, device="cuda", warm_up_s=WARM_UP_S):
     """Print one line per measurement; a mode that fails gives a line with its error."""
     faces, reference = np.load(folder / "faces.npy"), np.load(folder / "reference.npy")
     torch.backends.cudnn.benchmark = True
     _tell({"torch": torch.__version__, "cuda": torch.version.cuda, "device": device, "python": sys.executable})
-    if device == "cuda":
-        _tell({"gemm_tflops": {kind: _gemm_tflops(kind) for kind in ("fp32", "tf32", "fp16")}})
     for kind, dtype, tf32, channels_last, compiled in WAYS:
         if device != "cuda" and (tf32 or compiled):
             continue  # the CPU is only for tests: it has no TF32, and fp16 takes forever
@@ -56,7 +54,7 @@ def main(folder, batches, seconds, device="cuda"):
             got = np.concatenate([embed(faces[i : i + 16]) for i in range(0, len(faces) // 16 * 16 or len(faces), 16)])
             expected = reference[: len(got)]
             cosine = (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
-            rows = [_measure(embed, forward, faces, batch, seconds, device) for batch in batches]
+            rows = [_measure(embed, forward, faces, batch, seconds, device, warm_up_s) for batch in batches]
             _tell({**way, "min_cosine": float(cosine.min()), "batches": rows})
         except NotImplementedError:
             raise
@@ -102,16 +100,18 @@ def _weight(array, dtype, device, layout):
     return tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor
 
 
-def _measure(embed, forward, faces, batch, seconds, device):
+def _measure(embed, forward, faces, batch, seconds, device, warm_up_s):
     """Median of calls from host to host and, on a GPU, of the network alone with all data there."""
     part = np.resize(faces, (batch, *faces.shape[1:]))
-    _repeat(lambda i: embed(part), WARM_UP_S if device == "cuda" else 0)
+    started = time.monotonic()
+    _repeat(lambda i: embed(part), warm_up_s if device == "cuda" else 0)
     times = _repeat(lambda i: embed(part), seconds)
     median = sorted(times)[len(times) // 2]
     row = {"batch": batch, "faces_per_s": batch / median, "median_ms": median * 1e3, "samples": len(times)}
     if device == "cuda":
         there = [torch.from_numpy(np.roll(part, i, axis=0).copy()).to(device) for i in range(4)]
-        row["device_ms"] = _events_ms(lambda i: forward(there[i % 4]), seconds)
+        row["device_ms"] = _events_ms(lambda i: forward(there[i % 4]), seconds, warm_up_s)
+    row["between"] = [started, time.monotonic()]
     return row
 
 
@@ -124,26 +124,19 @@ def _repeat(call, seconds):
     return times
 
 
-def _events_ms(call, seconds):
-    """Median milliseconds between CUDA events around 200 calls, or as many as fit into ten times `seconds`."""
-    _repeat(lambda i: (call(i), torch.cuda.synchronize()), WARM_UP_S)
-    marks, end = [torch.cuda.Event(enable_timing=True)], time.perf_counter() + 10 * seconds
+def _events_ms(call, seconds, warm_up_s):
+    """Median milliseconds between CUDA events around 10 to 200 calls, about twice `seconds` of them."""
+    alone = _repeat(lambda i: (call(i), torch.cuda.synchronize()), warm_up_s)
+    # Calls only queue work, so that their number has to follow from how long one takes, not from the host's clock.
+    count = int(min(max(2 * seconds / sorted(alone)[len(alone) // 2], 10), 200))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
-    while len(marks) <= 200 and time.perf_counter() < end:
-        call(len(marks))
-        marks.append(torch.cuda.Event(enable_timing=True))
-        marks[-1].record()
+    for i, mark in enumerate(marks[1:]):
+        call(i)
+        mark.record()
     torch.cuda.synchronize()
-    between = sorted(marks[i].elapsed_time(marks[i + 1]) for i in range(len(marks) - 1))
-    return between[len(between) // 2]
-
-
-def _gemm_tflops(kind):
-    """Achieved TFLOP/s of a square matrix product, rather than the data sheet's figure."""
-    _allow_tf32(kind == "tf32")
-    dtype = torch.float16 if kind == "fp16" else torch.float32
-    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=dtype) for _ in range(2))
-    return 2 * GEMM_SIZE**3 / (_events_ms(lambda i: a @ b, 0.1) / 1e3) / 1e12
+    between = sorted(marks[i].elapsed_time(marks[i + 1]) for i in range(count))
+    return between[count // 2]
 
 
 def _from_host(forward, device, faces):
@@ -216,4 +209,10 @@ OPS = {
 }
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(b) for b in sys.argv[2].split(",")], float(sys.argv[3]), *sys.argv[4:])
+    main(
+        Path(sys.argv[1]),
+        [int(b) for b in sys.argv[2].split(",")],
+        float(sys.argv[3]),
+        *sys.argv[4:5],
+        *map(float, sys.argv[5:]),
+    )

@@ -35,6 +35,7 @@ Examples:
     type=click.Path(path_type=Path),
     help="A plan with its manifest beside it; repeatable. auto: the newest for this GPU in the cache.",
 )
+@click.option("--cuda-graphs", is_flag=True, help="With --plan: replay CUDA graphs, which Triton captures at start.")
 @models_dir_option
 @model_repository_option
 @json_option
@@ -42,6 +43,7 @@ def command(
     name: str,
     variant: str,
     plans: tuple[Path, ...],
+    cuda_graphs: bool,
     models_dir: Path,
     model_repository: Path | None,
     as_json: bool,
@@ -62,7 +64,9 @@ def command(
         key = config.storage.public_key
         if plans == (Path("auto"),):
             plans = (_plan_for_this_gpu(name, config),)
-        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, limits, key)}
+        installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, limits, key, cuda_graphs)}
+    elif cuda_graphs:
+        raise click.UsageError("--cuda-graphs is for plans: add --plan FILE")
     else:
         choice = choose(model_dir, limits) if variant == "auto" else None
         installed = assemble(model_dir, repository, choice, keep, limits)

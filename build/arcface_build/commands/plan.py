@@ -12,6 +12,7 @@ COMMANDS = {  # name -> (place, one line for --help)
     "build": ("plan_build:build", "Build a plan for this host's GPU, or get it from the cache or the store."),
     "list": ("plan_look:list_", "List the plans of the cache and the store."),
     "show": ("plan_look:show", "Show everything known about one plan."),
+    "fit": ("plan_fit:fit", "Say how many instances of a plan fit on a card, and with which largest batch."),
     "matrix": ("plan_look:matrix", "SM × precision × TensorRT version: which plans exist and which are missing."),
     "push": ("plan_move:push", "Publish plans from the cache or from files to the store."),
     "pull": ("plan_move:pull", "Fetch plans from the store, verified, into the cache or a folder."),

@@ -9,7 +9,7 @@ import click
 
 from arcface_build import terminal
 from arcface_build.commands.options.folders import models_dir_option
-from arcface_build.commands.options.numbers import FiniteNumber
+from arcface_build.commands.options.numbers import BatchSizes, FiniteNumber
 from arcface_build.commands.options.output import hand_over, json_option
 from arcface_build.commands.options.plans import place_options, summary, table
 
@@ -22,6 +22,7 @@ EPILOG = """\b
 Examples:
   arcface plan build r50 --precision fp16
   arcface plan build r50 --precision fp16 --max-batch 128 --workspace 2GB --push
+  arcface plan build r50 --precision fp16 --profiles 1,8,64       a plan set: kernels tuned for each of them
   arcface plan build typed.onnx --reference models/r50/serving.onnx --no-external-tactics
   arcface plan build r100 --precision fp16 --prelu fused
 Old names: `build --fp16` is `plan build NAME --precision fp16`, `info` is `plan show`, `upload` is `plan push`.
@@ -37,6 +38,9 @@ Old names: `build --fp16` is `plan build NAME --precision fp16`, `info` is `plan
 @click.option("--min-batch", type=click.IntRange(1), help="[batch.min in the configuration]")
 @click.option("--opt-batch", type=click.IntRange(1), help="[batch.opt]")
 @click.option("--max-batch", type=click.IntRange(1), help="[batch.max]")
+@click.option(
+    "--profiles", type=BatchSizes(), help="Batch sizes with kernels of their own: 1,8,64; the largest is --opt-batch."
+)
 @click.option("--workspace", help="Scratch memory of the build: 2GB or 2048MB. [workspace]")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="TensorRT's builder_optimization_level.")
 @click.option("--hardware-compatible", is_flag=True, help="Also loads on other GPUs from SM 8.0 on; slower.")

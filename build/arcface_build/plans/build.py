@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -73,6 +73,7 @@ def build_plan(
     contract_id: str | None = None,
     timing_caches: Path | None = None,
     refused: Path | None = None,
+    logs: Path | None = None,
     timeout_s: float = 1800.0,
     on_phase: OnPhase | None = None,
 ) -> PlanManifest:
@@ -81,6 +82,7 @@ def build_plan(
     timing_caches: folder of TensorRT's timing caches, one per TensorRT version and GPU; None: no cache.
     refused: folder that keeps failures: the log of the build and, if the plan failed its proof, the plan, the engine
         inspector's output and its report; None: not kept.
+    logs: folder that gets the log and the inspector's output of every build that comes this far; None: not kept.
 
     Raises:
         WrongUse: the ONNX does not fit the spec.
@@ -106,6 +108,9 @@ def build_plan(
                 raise
             copy_file(folder / "stderr.log", refused / f"{spec.file_name}.log")
             raise type(exc)(f"{exc} Full log: {refused / f'{spec.file_name}.log'}") from exc
+        if logs is not None:
+            copy_file(folder / "stderr.log", logs / f"{spec.file_name}.log")
+            copy_file(folder / "inspector.json", logs / f"{spec.file_name}.inspector.json")
         manifest, counts, verdict = _measured(folder, typed, spec, gpu, vram.peak_bytes, proof, contract_id)
         try:
             check_precision(counts, spec.precision, typed.layers)
@@ -211,7 +216,10 @@ def _measured(
     if result["tensorrt"] != spec.tensorrt:
         raise PlanRefused(f"built with TensorRT {result['tensorrt']}, expected {spec.tensorrt}.")
     counts = count_precisions((folder / "inspector.json").read_text())
-    verdict = judge_embeddings(proof.reference, np.load(folder / "embeddings.npy"), spec.precision, proof.limits)
+    verdict = _worst(
+        judge_embeddings(proof.reference, embeddings, spec.precision, proof.limits)
+        for embeddings in np.load(folder / "embeddings.npy")  # one for each profile: each has kernels of its own
+    )
     tools = {"arcface-triton": arcface_clients.__version__, "polygraphy": polygraphy.__version__}
     seconds = round(result["seconds"], 3)
     manifest = PlanManifest(
@@ -222,6 +230,7 @@ def _measured(
         build={
             "seconds": seconds,
             "peak_vram_bytes": peak,
+            "memory": result["memory"],
             "created": now_utc(),
             "tools": tools,
             "form": typed.form.to_json(),
@@ -232,6 +241,13 @@ def _measured(
         dim=typed.dim,
     )
     return manifest, counts, verdict
+
+
+def _worst(verdicts: Iterable[GateVerdict]) -> GateVerdict:
+    """The first that failed, else the one with the largest drift."""
+    judged = list(verdicts)
+    failed = [verdict for verdict in judged if not verdict.passed]
+    return failed[0] if failed else max(judged, key=lambda v: v.report.max_drift if v.report else 0.0)
 
 
 class _VramWatch:

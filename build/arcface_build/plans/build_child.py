@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from arcface_build.plans.typed import TypedOnnx
 
@@ -35,7 +37,7 @@ def main(folder: Path) -> int:
     try:
         import tensorrt as trt
 
-        _check_gpu()  # fail before minutes of building, not after
+        check_gpu()  # fail before minutes of building, not after
     except Exception as exc:
         say(error=f"{type(exc).__name__}: {exc}")
         return EXIT_MISSING
@@ -47,7 +49,7 @@ def main(folder: Path) -> int:
     return 0
 
 
-def _check_gpu() -> None:
+def check_gpu() -> None:
     """Ask the CUDA runtime for a GPU: that its library loads says nothing about the driver.
 
     Raises:
@@ -82,11 +84,35 @@ def _build(folder: Path, trt: Any, say: Any) -> None:
     say(phase="proving the precision", step=0, steps=0)
     from polygraphy.backend.trt import EngineFromBytes
 
+    before = _free_bytes()
     engine = EngineFromBytes(plan)()
+    memory = {"loaded_bytes": max(before - _free_bytes(), 0), "context_bytes": context_bytes(engine)}
     del plan
     (folder / "inspector.json").write_text(inspector_json(trt, engine, spec.opt_batch))
-    _embed(folder, engine, spec.max_batch, say)
-    (folder / "result.json").write_text(json.dumps({"seconds": seconds, "tensorrt": trt.__version__}))
+    rows = [_embed(folder, engine, i, largest, say) for i, (_, _, largest) in enumerate(spec.profiles)]
+    np.save(folder / "embeddings.npy", np.stack(rows))
+    (folder / "result.json").write_text(json.dumps({"seconds": seconds, "tensorrt": trt.__version__, "memory": memory}))
+
+
+def context_bytes(engine: Any) -> list[int]:
+    """Scratch memory of an execution context on each profile, at its largest batch.
+
+    Up to 10.0 TensorRT tells only the largest of them, and later versions deprecate that.
+    """
+    count = engine.num_optimization_profiles
+    by_profile = getattr(engine, "get_device_memory_size_for_profile_v2", None)
+    by_profile = by_profile or getattr(engine, "get_device_memory_size_for_profile", None)
+    return [int(by_profile(i) if by_profile else engine.device_memory_size) for i in range(count)]
+
+
+def _free_bytes() -> int:
+    """Free memory of the GPU."""
+    from polygraphy import cuda
+
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    wrapper = cuda.wrapper()
+    wrapper.check(wrapper.handle.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)))
+    return int(free.value)
 
 
 def _weakly_typed(typed: TypedOnnx, path: Path) -> TypedOnnx:
@@ -113,21 +139,20 @@ def inspector_json(trt: Any, engine: Any, batch: int) -> str:
     return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
 
 
-def _embed(folder: Path, engine: Any, max_batch: int, say: Any) -> None:
-    """Embeddings of faces.npy in batches of 1, 2, 3 … up to the largest, to test the whole profile."""
-    import numpy as np
+def _embed(folder: Path, engine: Any, profile: int, max_batch: int, say: Any) -> np.ndarray:
+    """Embeddings of faces.npy in batches of 1, 2, 3 … up to the largest, to test the whole profile: float32 (N,D)."""
     from polygraphy.backend.trt import TrtRunner
 
     from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 
     faces, parts, start, batch = np.load(folder / "faces.npy"), [], 0, 1
-    with TrtRunner(engine) as runner:
+    with TrtRunner(engine, optimization_profile=profile) as runner:
         while start < len(faces):
             say(phase="measuring drift", step=start, steps=len(faces))
             feed = {FACE_INPUT: np.ascontiguousarray(faces[start : start + batch])}
             parts.append(np.array(runner.infer(feed)[EMBEDDING_OUTPUT], np.float32))  # infer reuses its buffer
             start, batch = start + batch, min(batch + 1, max_batch)
-    np.save(folder / "embeddings.npy", np.concatenate(parts))
+    return np.concatenate(parts)
 
 
 def _monitor(trt: Any, say: Any) -> Any:

@@ -36,6 +36,7 @@ class PlanRequest:
     min_batch: int | None = None
     opt_batch: int | None = None
     max_batch: int | None = None
+    profiles: tuple[int, ...] | None = None
     workspace: str | None = None
     optimization_level: int | None = None
     hardware_compatible: bool = False
@@ -115,7 +116,9 @@ def spec_of(
     asked: PlanRequest, config: EmbeddingConfig, model: str, onnx_sha256: str, gpu: Gpu, tensorrt: str
 ) -> PlanSpec:
     """The spec of the plan: the request, completed by the configuration."""
-    batch = config.batch
+    batch, sizes = config.batch, sorted(asked.profiles or (), reverse=True)
+    largest = sizes[0] if sizes else 0
+    opt_batch = asked.opt_batch or largest or min(batch.opt, asked.max_batch or batch.max)
     return PlanSpec(
         model=model,
         onnx_sha256=onnx_sha256,
@@ -123,8 +126,8 @@ def spec_of(
         sm=gpu.sm,
         tensorrt=tensorrt,
         min_batch=asked.min_batch or batch.min,
-        opt_batch=asked.opt_batch or min(batch.opt, asked.max_batch or batch.max),
-        max_batch=asked.max_batch or batch.max,
+        opt_batch=opt_batch,
+        max_batch=asked.max_batch or max(batch.max, largest),
         options=BuilderOptions(
             workspace_bytes=parse_bytes(asked.workspace) if asked.workspace else config.workspace,
             external_tactics=asked.external_tactics,
@@ -133,5 +136,6 @@ def spec_of(
             optimization_level=asked.optimization_level,
             same_compute_capability=asked.any_card,
         ),
+        tuned_batches=tuple(size for size in sizes if size != opt_batch),
         gpu=None if asked.hardware_compatible or asked.any_card else gpu.name,
     )

@@ -44,13 +44,13 @@ def network_loader(trt: ModuleType, typed: TypedOnnx) -> Callable[[], Any]:
 def config_loader(
     trt: ModuleType, typed: TypedOnnx, spec: PlanSpec, timing_cache: str | None = None, progress_monitor: Any = None
 ) -> Callable[..., Any]:
-    """A CreateConfig: one profile, the workspace limit, the options; precision flags only on 8.6."""
+    """A CreateConfig: the profiles, the workspace limit, the options; precision flags only on 8.6."""
     from polygraphy.backend.trt import CreateConfig, Profile
 
     options = spec.options
-    shapes = [(batch, *FACE_SHAPE) for batch in (spec.min_batch, spec.opt_batch, spec.max_batch)]
+    shapes = [[(batch, *FACE_SHAPE) for batch in profile] for profile in spec.profiles]
     arguments: dict[str, Any] = {
-        "profiles": [Profile().add(FACE_INPUT, *shapes)],
+        "profiles": [Profile().add(FACE_INPUT, *profile) for profile in shapes],
         "memory_pool_limits": {trt.MemoryPoolType.WORKSPACE: options.workspace_bytes},
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # else the inspector cannot prove the precision
         "load_timing_cache": timing_cache,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from arcface_build.errors import ProofFailed
 from arcface_build.plans.gpu import gpu_sm
+from arcface_build.repository.profiles import CUDA_GRAPHS, with_profiles
 from arcface_build.repository.versions import install, served_folder, served_manifest
 from arcface_clients.engines.import_manifest import read_import_manifest
 from arcface_clients.engines.model_folder import ModelFolder
@@ -98,6 +99,7 @@ def assemble_plans(
     keep: int = KEPT_VERSIONS,
     limits: Mapping[str, float] = DRIFT_LIMITS,
     public_key: Path | None = None,
+    cuda_graphs: bool = False,
 ) -> int:
     """Install plans, each with its manifest beside it, as one new version of arcface_trt.
 
@@ -111,6 +113,7 @@ def assemble_plans(
         keep: number of versions to keep for rollbacks.
         limits: largest drift by precision (configuration: comparison.max_drift).
         public_key: PEM; if given, plans not signed by its private key are refused.
+        cuda_graphs: Triton captures a CUDA graph of its usual batch sizes at start, and replays it.
 
     Returns:
         The version number.
@@ -149,7 +152,18 @@ def assemble_plans(
         for sm, plan in chosen.items()
     }
     manifest |= {"precision": precision, "plans": entries}
-    return install(repository, "arcface_trt", files, manifest, keep=keep)
+    counts = {sm: len(plan.manifest.spec.profiles) for sm, plan in chosen.items()}
+    if (fewest := min(counts.values())) > 1:
+        manifest["profiles"] = fewest
+    if max(counts.values()) > fewest:
+        _log.warning(
+            "one config.pbtxt serves every SM, so only the first %d profiles of each plan are used: %s have more",
+            fewest,
+            ", ".join(f"sm{sm}" for sm, count in counts.items() if count > fewest),
+        )
+    with_profiles((repository / "arcface_trt" / "config.pbtxt").read_text(), fewest)  # refused before anything changes
+    overlay = CUDA_GRAPHS if cuda_graphs else ""
+    return install(repository, "arcface_trt", files, manifest, overlay=overlay, keep=keep)
 
 
 def _plans_before(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from typing import TYPE_CHECKING
 
-from arcface_clients.checks.diagnostics import Check
+from arcface_clients.checks.report import Check
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import EmbeddingConfig

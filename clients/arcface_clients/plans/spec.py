@@ -55,8 +55,9 @@ class PlanSpec:
     """One plan as requested. `model` names the file; everything else determines the key.
 
     onnx_sha256: digest of the *typed* ONNX. sm: "8.6". tensorrt: the full version string, because a plan of another
-    version does not load. min/opt/max_batch: the single optimization profile, in faces. gpu: name of the card that it
+    version does not load. min/opt/max_batch: the first optimization profile, in faces. gpu: name of the card that it
     is tuned for, None if not tied to one card; another card of the same SM loads it, but may run it slowly.
+    tuned_batches: further batch sizes with a profile, and so kernels, of their own: a plan set.
     """
 
     model: str
@@ -69,10 +70,11 @@ class PlanSpec:
     max_batch: int = 64
     options: BuilderOptions = field(default_factory=BuilderOptions)
     gpu: str | None = None
+    tuned_batches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Normalise the SM; reject what cannot be built."""
-        _check_types(self, (str, str, str, object, str, int, int, int, BuilderOptions, str | None))
+        _check_types(self, (str, str, str, object, str, int, int, int, BuilderOptions, str | None, tuple))
         object.__setattr__(self, "sm", parse_sm(self.sm))
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.model):
             raise WrongUse(f"model name is {self.model!r}: expected letters, digits, '.', '_' and '-' only.")
@@ -90,6 +92,24 @@ class PlanSpec:
                 f"batch profile is min {self.min_batch}, opt {self.opt_batch}, max {self.max_batch}: "
                 "expected 1 ≤ min ≤ opt ≤ max."
             )
+        tuned = self.tuned_batches
+        if any(type(b) is not int or not self.min_batch <= b <= self.max_batch for b in tuned) or (
+            sorted(set(tuned) - {self.opt_batch}, reverse=True) != list(tuned)
+        ):
+            raise WrongUse(
+                f"batch sizes with kernels of their own are {tuned!r}: expected different ones from {self.min_batch} "
+                f"to {self.max_batch}, the largest first, without {self.opt_batch}, which has them already."
+            )
+
+    @property
+    def profiles(self) -> list[tuple[int, int, int]]:
+        """Smallest, tuned-for and largest batch of each optimization profile; the first one takes every batch.
+
+        A profile of a tuned batch takes the smaller ones too: Triton and we choose the profile that fits and whose
+        tuned-for batch is nearest. The narrower a profile, the less memory its context takes.
+        """
+        tuned = [(self.min_batch, batch, batch) for batch in self.tuned_batches]
+        return [(self.min_batch, self.opt_batch, self.max_batch), *tuned]
 
     @property
     def file_name(self) -> str:
@@ -104,13 +124,16 @@ class PlanSpec:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object: model, onnx_sha256, precision, sm, tensorrt, min/opt/max_batch, options, gpu.
+        """A JSON object: model, onnx_sha256, precision, sm, tensorrt, min/opt/max_batch, options, gpu, tuned_batches.
 
         Fields added later are written only if set, so that older keys and signatures stay valid.
         """
         data = asdict(self)
         if self.gpu is None:
             del data["gpu"]
+        del data["tuned_batches"]
+        if self.tuned_batches:
+            data["tuned_batches"] = list(self.tuned_batches)
         if not self.options.same_compute_capability:
             del data["options"]["same_compute_capability"]
         return data
@@ -123,7 +146,9 @@ class PlanSpec:
             WrongUse: a field is missing, unknown or invalid.
         """
         try:
-            return cls(**{**data, "options": BuilderOptions(**data["options"])})
+            tuned = data.get("tuned_batches", ())
+            tuned = tuple(tuned) if isinstance(tuned, list) else tuned
+            return cls(**{**data, "options": BuilderOptions(**data["options"]), "tuned_batches": tuned})
         except (TypeError, KeyError) as exc:
             raise WrongUse(f"not a plan spec: {exc}.") from exc
 

@@ -49,13 +49,14 @@ class GpuLog:
             self._process.wait()
             self._reader.join(timeout=2)
 
-    def since(self, started_s: float) -> dict[str, float]:
-        """The readings since a time of `time.monotonic`, or the last one before it; empty if there are none.
+    def between(self, started_s: float, ended_s: float | None = None) -> dict[str, float]:
+        """The readings between two times of `time.monotonic` (None: now), or the last before; empty if there are none.
 
         Medians of clocks (MHz) and power (W), the largest temperature (°C), memory (MiB) and the mean load (percent).
         """
-        readings = list(self._readings)
-        rows = [values for when, values in readings if when >= started_s] or [values for _, values in readings[-1:]]
+        readings, ended_s = list(self._readings), ended_s or time.monotonic()
+        rows = [values for when, values in readings if started_s <= when <= ended_s]
+        rows = rows or [values for when, values in readings if when <= ended_s][-1:]
         if not rows:
             return {}
         sm, mem, power, heat, memory, load = (list(column) for column in zip(*rows, strict=True))

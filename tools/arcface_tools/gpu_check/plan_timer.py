@@ -1,7 +1,7 @@
 """Times a plan alone: faces and embeddings stay on the GPU, each run is a CUDA graph, and CUDA events time the replays.
 
-A client's latency also includes copies and Python; `contestants.measure` is for that. This code follows the documented
-calls of CUDA and TensorRT, and has run only on a stand-in, never on a GPU.
+A client's latency also includes copies and Python; `served.measure` is for that. This code follows the documented calls
+of CUDA and TensorRT, and has run only on a stand-in, never on a GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import ctypes
 import itertools
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -19,8 +21,9 @@ from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_BYTES, FACE_INPUT, F
 from arcface_clients.errors import InferenceFailed
 
 INPUTS = 4  # used in turn, so that no input stays in the GPU's cache from one run to the next
-FEWEST_REPLAYS, MOST_REPLAYS = 200, 2000
-WARM_UP_S = 0.5  # idle clocks are a fifth of busy ones
+MOST_REPLAYS = 2000
+PROFILED_RUNS = 20
+NOT_ASKED_FOR = "not asked for"
 _LARGEST_ELEMENT = 8  # bytes; outputs are a few kilobytes, so their buffers may be too large
 _CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: what other threads do is not our business
 
@@ -28,8 +31,13 @@ _CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: what other thread
 class PlanTimer:
     """A plan loaded for timing; a context manager."""
 
-    def __init__(self, plan: bytes) -> None:
+    def __init__(self, plan: bytes, fewest_replays: int = 200, warm_up_s: float = 0.5) -> None:
         """Deserialise the plan.
+
+        Args:
+            plan: its bytes.
+            fewest_replays: of one measurement.
+            warm_up_s: before each one; idle clocks are a fifth of busy ones.
 
         Raises:
             InferenceFailed: TensorRT refuses it.
@@ -37,7 +45,8 @@ class PlanTimer:
         import tensorrt as trt
         from polygraphy import cuda
 
-        self._cuda = cuda.wrapper()
+        self._fewest_replays, self._warm_up_s = fewest_replays, warm_up_s
+        self._cuda, self._trt = cuda.wrapper(), trt
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
@@ -62,44 +71,109 @@ class PlanTimer:
         self._cuda.destroy_stream(self._stream)
         del self._engine, self._runtime
 
-    def time(self, faces_bgr_u8: np.ndarray, batch: int, seconds: float) -> tuple[dict[str, Any], np.ndarray]:
-        """Time at least 200 replays of a batch; the row of the report, and the embeddings of the first `batch` faces.
+    def time(
+        self, faces_bgr_u8: np.ndarray, batch: int, seconds: float, graph: bool = True
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """Time the replays of a batch; the row of the report, and the embeddings of the first `batch` faces.
 
         Args:
             faces_bgr_u8: uint8 (N,112,112,3), repeated if there are too few.
             batch: within the plan's profile.
-            seconds: how long to replay, within 200 to 2,000 replays.
+            seconds: how long to replay, within the fewest and 2,000 replays.
+            graph: False times plain launches.
 
         Returns:
             median_ms, p10_ms, p90_ms, faces_per_s, replays and graph (false, with why, if capture was refused);
             embeddings float32 (batch,D), produced by the timed runs themselves.
         """
+        with self._context(batch) as context:
+            return self._time(context, faces_bgr_u8, batch, seconds, graph)
+
+    def embed(self, faces_bgr_u8: np.ndarray, batch: int) -> np.ndarray:
+        """Embeddings of all faces, `batch` at a time: float32 (N,D)."""
+        parts = []
+        with self._context(batch) as context:
+            for start in range(0, len(faces_bgr_u8), batch):
+                part = faces_bgr_u8[start : start + batch]
+                enqueue, inputs, address, shape = self._bind(context, part, 1)
+                enqueue(inputs[0])
+                self._synchronize()
+                parts.append(self._download(address, shape))
+                self._free()
+        return np.concatenate(parts)
+
+    def layers(self, faces_bgr_u8: np.ndarray, batch: int) -> list[tuple[str, float]]:
+        """Milliseconds of each layer of one run, the mean of 20, in the plan's order; without a graph."""
+        profiler: Any = self._trt.IProfiler
+
+        class LayerTimes(profiler):
+            def __init__(self) -> None:
+                profiler.__init__(self)
+                self.ms: dict[str, float] = {}
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                self.ms[layer_name] = self.ms.get(layer_name, 0.0) + ms
+
+        with self._context(batch) as context:
+            enqueue, inputs, _, _ = self._bind(context, np.resize(faces_bgr_u8, (batch, *FACE_SHAPE)), 1)
+            self._warm_up([lambda: enqueue(inputs[0])])
+            times = LayerTimes()
+            context.profiler = times
+            for _ in range(PROFILED_RUNS):
+                enqueue(inputs[0])  # with a profiler each run waits for its end
+                self._synchronize()
+        return [(name, ms / PROFILED_RUNS) for name, ms in times.ms.items()]
+
+    @contextmanager
+    def _context(self, batch: int) -> Iterator[Any]:
+        """An execution context on the profile whose kernels are tuned nearest to this batch, as Triton chooses."""
         context = self._engine.create_execution_context()
+        if context is None:
+            raise InferenceFailed("no execution context: the GPU is out of memory.")
         try:
-            return self._time(context, faces_bgr_u8, batch, seconds)
+            profiles = [
+                [int(shape[0]) for shape in self._engine.get_tensor_profile_shape(FACE_INPUT, index)]
+                for index in range(self._engine.num_optimization_profiles)
+            ]
+            fitting = [i for i, (low, _, high) in enumerate(profiles) if low <= batch <= high]
+            if not fitting:
+                raise InferenceFailed(f"batch {batch} is outside the plan's profiles {profiles}.")
+            chosen = min(fitting, key=lambda i: abs(profiles[i][1] - batch))
+            if not context.set_optimization_profile_async(chosen, self._stream):
+                raise InferenceFailed(f"TensorRT refused profile {chosen} of {profiles}.")
+            self._synchronize()
+            yield context
         finally:
             self._free()
 
-    def _time(
-        self, context: Any, faces_bgr_u8: np.ndarray, batch: int, seconds: float
-    ) -> tuple[dict[str, Any], np.ndarray]:
-        part = np.resize(faces_bgr_u8, (batch, *FACE_SHAPE))
+    def _bind(
+        self, context: Any, part: np.ndarray, inputs: int
+    ) -> tuple[Callable[[int], None], list[int], int, tuple[int, ...]]:
+        """Memory for a batch: what runs it from an input's address, the inputs, the embedding's address and shape."""
+        batch = len(part)
         if not context.set_input_shape(FACE_INPUT, part.shape):
             raise InferenceFailed(f"batch {batch} is outside the plan's profile.")
         shapes = {name: tuple(int(d) for d in context.get_tensor_shape(name)) for name in self._outputs}
         addresses = {name: self._malloc(int(np.prod(shape)) * _LARGEST_ELEMENT) for name, shape in shapes.items()}
         for name, address in addresses.items():
             context.set_tensor_address(name, address)
-        inputs = [self._upload(np.roll(part, -i, axis=0)) for i in range(INPUTS)]
+        uploaded = [self._upload(np.roll(part, -i, axis=0)) for i in range(inputs)]
 
         def enqueue(address: int) -> None:
             context.set_tensor_address(FACE_INPUT, address)
             if not context.execute_async_v3(self._stream):
                 raise InferenceFailed(f"TensorRT refused a run of batch {batch}; its log says why.")
 
+        return enqueue, uploaded, addresses[EMBEDDING_OUTPUT], shapes[EMBEDDING_OUTPUT]
+
+    def _time(
+        self, context: Any, faces_bgr_u8: np.ndarray, batch: int, seconds: float, graph: bool
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        part = np.resize(faces_bgr_u8, (batch, *FACE_SHAPE))
+        enqueue, inputs, address, shape = self._bind(context, part, INPUTS)
         enqueue(inputs[0])  # TensorRT requires one run of a shape before its capture
         self._synchronize()
-        graphs, why_not = self._capture_all(enqueue, inputs)
+        graphs, why_not = self._capture_all(enqueue, inputs) if graph else ([], NOT_ASKED_FOR)
         try:
             runs = [lambda g=g: self._call("cudaGraphLaunch", g, self._stream_p) for g in graphs] or [
                 lambda a=a: enqueue(a) for a in inputs
@@ -107,10 +181,10 @@ class PlanTimer:
             times = self._replay(runs, seconds)
             runs[0]()
             self._synchronize()
-            embeddings = self._download(addresses[EMBEDDING_OUTPUT], shapes[EMBEDDING_OUTPUT])
+            embeddings = self._download(address, shape)
         finally:
-            for graph in graphs:
-                self._call("cudaGraphExecDestroy", graph)
+            for captured in graphs:
+                self._call("cudaGraphExecDestroy", captured)
         median = statistics.median(times)
         low, high = np.percentile(times, [10, 90])
         row = {
@@ -152,13 +226,8 @@ class PlanTimer:
 
     def _replay(self, runs: list[Any], seconds: float) -> list[float]:
         """Milliseconds of each run after the warm-up, between CUDA events; the host waits only at the end."""
-        started, warmed = time.perf_counter(), 0
-        while time.perf_counter() - started < WARM_UP_S or warmed < len(runs):
-            runs[warmed % len(runs)]()
-            self._synchronize()
-            warmed += 1
-        each_s = (time.perf_counter() - started) / warmed
-        replays = int(min(max(seconds / each_s, FEWEST_REPLAYS), MOST_REPLAYS))
+        each_s = self._warm_up(runs)
+        replays = int(min(max(seconds / each_s, self._fewest_replays), MOST_REPLAYS))
         events = [ctypes.c_void_p() for _ in range(replays + 1)]
         for event in events:
             self._call("cudaEventCreate", ctypes.byref(event))
@@ -172,6 +241,15 @@ class PlanTimer:
         finally:
             for event in events:
                 self._call("cudaEventDestroy", event)
+
+    def _warm_up(self, runs: list[Any]) -> float:
+        """Run until the clocks are up; the seconds of one run."""
+        started, warmed = time.perf_counter(), 0
+        while time.perf_counter() - started < self._warm_up_s or warmed < len(runs):
+            runs[warmed % len(runs)]()
+            self._synchronize()
+            warmed += 1
+        return (time.perf_counter() - started) / warmed
 
     def _between_ms(self, first: ctypes.c_void_p, second: ctypes.c_void_p) -> float:
         elapsed_ms = ctypes.c_float()

@@ -2,130 +2,195 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-KINDS = ("fp32", "tf32", "fp16")  # of PyTorch; its own default lies between the first two
-RATIOS = [f"× PyTorch {kind}" for kind in KINDS]
+from arcface_tools.gpu_check.goals import KINDS, best_ms, goals
+from arcface_tools.gpu_check.plan_timer import NOT_ASKED_FOR
+
+Lines = Iterator[str]
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """Tables of plans and speed, and what was not measured, with the reason."""
+    """The goals, then a section for each stage, then what was not measured, with the reason."""
     host = report["host"]
     lines = [
         f"# {host['gpu']}",
         "",
         f"SM {host['sm']}, driver {host['driver']}, CUDA {host['cuda']}, TensorRT {host['tensorrt']}, "
-        f"{host['memory_bytes'] / 2**30:.0f} GiB. {report['created']}.",
-        f"`{report['command']}`; {report['faces']['count']} {report['faces']['origin']} faces. "
-        "Medians; the clocks of each measurement are in the JSON.",
+        f"{host['memory_bytes'] / 2**30:.0f} GiB, Python {host['python']}, {host['cpus']} CPU cores. "
+        f"{report['created']}.",
+        *(f"`{command}`" for command in report["commands"]),
+        f"{report['faces']['count']} {report['faces']['origin']} faces. Medians; the clocks, power and temperature "
+        "during each measurement are in the JSON.",
         "",
     ]
-    for model, entry in report["models"].items():
-        lines += [f"## {model}", ""]
-        plans = {p: plan for p, plan in entry["plans"].items() if "build_seconds" in plan}
-        if plans:
-            lines += _table(
-                ["plan", "build s", "peak VRAM", "size", "layers", "max drift", "gate"],
-                [_plan_row(precision, plan) for precision, plan in plans.items()],
-            )
-        rows = _speed_rows(entry)
-        if rows:
-            lines += ["From host to host:", ""]
-            lines += _table(
-                ["runtime", "batch", "callers", "faces/s", "median ms", *(f"× PyTorch {k}" for k in KINDS)], rows
-            )
-        if gpu_rows := _gpu_rows(entry):
-            lines += ["On the GPU alone, faces and embeddings stay there:", ""]
-            head = ["plan", "batch", "ms", "faces/s", "TFLOP/s", "of the GEMM peak", "SM MHz"]
-            lines += _table([*head, *RATIOS], gpu_rows)
-        if pytorch := entry.get("pytorch"):
-            lines += [
-                f"PyTorch {pytorch.get('torch')} of {pytorch.get('python')}; each ratio is to the best of its kind.",
-                "",
-            ]
-            lines += [f"PyTorch {_way(way)} failed: {way['error']}" for way in pytorch["ways"] if "error" in way]
-            lines += [f"PyTorch stopped: {pytorch['stopped']}"] if "stopped" in pytorch else []
-        for precision, plan in entry["plans"].items():
-            if "refused" in plan:
-                lines += [f"{precision} was refused: {plan['refused']}", ""]
-    if report["not_measured"]:
-        lines += ["## Not measured", ""]
-        lines += [f"- {gap['step']}: {gap['why']}" for gap in report["not_measured"]]
+    if "stopped" in report:
+        lines += [f"**Stopped:** {report['stopped']}", ""]
+    if told := goals(report):
+        lines += ["## Goals", "", *_table(["goal", "expected", "measured", "met"], [goal.row() for goal in told])]
+    gaps: list[str] = []
+    for number, stage in sorted(report["stages"].items()):
+        lines += [f"## {number}. {stage['title']}", ""]
+        for name, step in stage["steps"].items():
+            lines += list(_step(name, step["result"], report))
+            if "why" in step:
+                gaps.append(f"- {number}. {name}: {step['why']}")
+            elif step.get("running"):
+                gaps.append(f"- {number}. {name}: the process ended during it")
+        gaps += [f"- {number}. {stage['title']}: {stage[key]}" for key in ("died", "not_started") if key in stage]
+    if gaps:
+        lines += ["## Not measured", "", *gaps]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _plan_row(precision: str, plan: Mapping[str, Any]) -> list[str]:
-    peak, drift = plan["peak_vram_bytes"], plan["drift"]
-    return [
-        precision,
-        f"{plan['build_seconds']:.1f}",
-        f"{peak / 2**30:.2f} GiB" if peak else "not sampled",
-        f"{plan['plan_bytes'] / 1e6:.1f} MB",
-        ", ".join(f"{count} {name}" for name, count in plan["layers"].items()),
-        f"{drift['max_drift']:.1e} of {drift['limit']:g}",
-        "passed" if plan["passes_gate"] else "FAILED",
+def _step(name: str, result: Mapping[str, Any], report: Mapping[str, Any]) -> Lines:
+    """The tables that fit what a step has measured; nothing for an empty result."""
+    kinds = [key for key in _PARTS if key in result]
+    if not result:
+        return
+    yield f"### {name}"
+    yield ""
+    if not kinds:
+        yield "; ".join(f"{key}: {value}" for key, value in result.items())
+        yield ""
+    for key in kinds:
+        yield from _PARTS[key](result, report)
+
+
+def _plan(result: Mapping[str, Any], report: Mapping[str, Any]) -> Lines:
+    plan = result["plan"]
+    peak, drift = plan["peak_vram_bytes"], plan["max_drift"]
+    yield (
+        f"Built for batches {'/'.join(map(str, plan['batches']))} in {plan['build_seconds']:.1f} s, peak memory "
+        f"{f'{peak / 2**30:.2f} GiB' if peak else 'not sampled'}, {plan['plan_bytes'] / 1e6:.1f} MB; layers "
+        f"{', '.join(f'{count} {kind}' for kind, count in plan['layers'].items())}; drift "
+        f"{'not measured' if drift is None else f'{drift:.1e}'} of {plan['limit']:g}"
+        f"{'' if plan['passes_gate'] else ' (FAILED)'}."
+    )
+    yield ""
+
+
+def _figures(result: Mapping[str, Any], report: Mapping[str, Any]) -> Lines:
+    rows = [
+        [
+            f"{row['what']} {row['kind']}",
+            f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else f"{row.get('gb_per_s', 0):.0f} GB/s",
+            *_clocks(row),
+        ]
+        for row in result["figures"]
+        if "error" not in row
     ]
+    yield from _table(["", "reached", *_CLOCKS], rows)
+    yield from (f"{row['what']} {row['kind']} failed: {row['error']}" for row in result["figures"] if "error" in row)
 
 
-def _speed_rows(entry: Mapping[str, Any]) -> list[list[str]]:
-    """One row per runtime and batch, with the ratio to the best PyTorch of each kind at the same batch."""
-    ways = [way for way in entry.get("pytorch", {}).get("ways", []) if "batches" in way]
-    groups: list[tuple[str, Sequence[Mapping[str, Any]]]] = []
-    for precision, plan in entry["plans"].items():
-        groups.append((f"TensorRT {precision}", plan.get("in_process", [])))
-        served = plan.get("served", {})
-        groups.append((f"TensorRT {precision}, tritonserver gRPC", served.get("rows", [])))
-        groups.append((f"TensorRT {precision}, tritonserver, CUDA shared memory", served.get("cuda_rows", [])))
-        groups.append((f"TensorRT {precision}, tritonserver, faces on the GPU", served.get("gpu_faces_rows", [])))
-    for kind, measured in entry.get("onnxruntime_cuda", {}).items():
-        groups.append((f"ONNX Runtime CUDA {kind}", measured))
-    groups += [(f"PyTorch {_way(way)}", way["batches"]) for way in ways]
+def _rows(result: Mapping[str, Any], report: Mapping[str, Any]) -> Lines:
+    """Of a plan alone, with its ratios to PyTorch; or of calls from host to host."""
+    if not result["rows"] or "replays" not in result["rows"][0]:
+        yield from _calls(result["rows"])
+        return
+    ways = _torch_ways(report)
     rows = []
-    for name, measured in groups:
-        for row in measured:
-            ratios = [_ratio(row["median_ms"], best_ms(ways, kind, row["batch"], "median_ms")) for kind in KINDS]
-            told = [f"{row['faces_per_s']:.0f}", f"{row['median_ms']:.2f}", *ratios]
-            rows.append([name, str(row["batch"]), str(row.get("callers", 1)), *told])
-    return rows
+    for row in result["rows"]:
+        share = row["share_of_peak"]
+        ratios = [_ratio(best_ms(ways, kind, row["batch"], "device_ms"), row["median_ms"]) for kind in KINDS]
+        told = [f"{row['median_ms']:.3f}", f"{row['faces_per_s']:.0f}", f"{row['tflops']:.1f}"]
+        told += [f"{share:.0%}" if share else "", f"{row['max_drift']:.1e}", "yes" if row["graph"] else "no"]
+        rows.append([str(row["batch"]), *told, *_clocks(row), *ratios])
+    head = ["batch", "ms", "faces/s", "TFLOP/s", "of the GEMM peak", "drift", "graph", *_CLOCKS]
+    yield from _table([*head, *(f"× PyTorch {kind}" for kind in KINDS)], rows)
+    refused = [row for row in result["rows"] if not row["graph"] and row["why_no_graph"] != NOT_ASKED_FOR]
+    yield from (f"No graph at batch {row['batch']}: {row['why_no_graph']}.\n" for row in refused)
 
 
-def _gpu_rows(entry: Mapping[str, Any]) -> list[list[str]]:
-    """GPU time alone: plans by CUDA graph, PyTorch by its calls; both with all data on the GPU."""
-    pytorch = entry.get("pytorch", {})
-    ways = [way for way in pytorch.get("ways", []) if "batches" in way]
-    peaks = pytorch.get("gemm_tflops", {})
-    rows = []
-    for precision, plan in entry["plans"].items():
-        peak = peaks.get("tf32" if precision == "fp32" else "fp16")
-        for row in plan.get("on_gpu", []):
-            share = f"{row['tflops'] / peak:.0%} of {'TF32' if precision == 'fp32' else 'fp16'}" if peak else ""
-            clock = row["gpu"].get("sm_clock_mhz")
-            ratios = [_ratio(row["median_ms"], best_ms(ways, kind, row["batch"], "device_ms")) for kind in KINDS]
-            name = f"TensorRT {precision}" + ("" if row["graph"] else ", no graph")
-            told = [f"{row['median_ms']:.3f}", f"{row['faces_per_s']:.0f}", f"{row['tflops']:.1f}", share]
-            rows.append([name, str(row["batch"]), *told, f"{clock:.0f}" if clock else "", *ratios])
-    return rows
-
-
-def best_ms(ways: Sequence[Mapping[str, Any]], kind: str, batch: int, key: str) -> float | None:
-    """The shortest median of a kind of PyTorch at a batch size, over layouts, compiled or not."""
-    times = [
-        row[key]
-        for way in ways
-        if way["kind"] == kind
-        for row in way["batches"]
-        if row["batch"] == batch and key in row
+def _slowest(result: Mapping[str, Any], report: Mapping[str, Any]) -> Lines:
+    kinds = sorted(result["ms_by_kind"].items(), key=lambda item: -item[1])
+    yield f"{result['layers']} layers, {result['total_ms']:.3f} ms one by one: " + ", ".join(
+        f"{kind} {ms:.3f}" for kind, ms in kinds
+    )
+    yield ""
+    rows = [
+        [row["layer"], str(row["kind"]), str(row["kernel"]), f"{row['ms']:.4f}", f"{row['share']:.1%}"]
+        for row in result["slowest"]
     ]
-    return min(times, default=None)
+    yield from _table(["layer", "kind", "kernel", "ms", "share"], rows)
 
 
-def _ratio(ms: float, base_ms: float | None) -> str:
-    return f"{base_ms / ms:.2f}" if base_ms else ""
+def _drift(result: Mapping[str, Any], report: Mapping[str, Any]) -> Lines:
+    drift = result["drift"]
+    yield (
+        f"{drift['faces']} faces: max drift {drift['max_drift']:.2e} of {result['limit']:g}, "
+        f"{'passed' if result['passed'] else 'FAILED: ' + result['why']}."
+    )
+    yield ""
 
 
-def _way(way: Mapping[str, Any]) -> str:
+def _ways(result: Mapping[str, Any], report: Mapping[str, Any]) -> Lines:
+    """PyTorch in several modes, or several ways to a server."""
+    if isinstance(result["ways"], Mapping):
+        for name, way in result["ways"].items():
+            for key, where in (("rows", "on the host"), ("rows_of_gpu_faces", "on the GPU")):
+                if way.get(key):
+                    yield f"{name}, faces {where}; max drift {way['drift']['max_drift']:.1e}:"
+                    yield ""
+                    yield from _calls(way[key])
+        return
+    yield f"PyTorch {result.get('torch')}, CUDA {result.get('cuda')}, {result.get('python')}."
+    yield ""
+    rows = [
+        [
+            way_name(way),
+            str(row["batch"]),
+            f"{row['device_ms']:.3f}" if "device_ms" in row else "",
+            f"{row['median_ms']:.3f}",
+            f"{way['min_cosine']:.6f}",
+            *_clocks(row),
+        ]
+        for way in result["ways"]
+        for row in way.get("batches", [])
+    ]
+    yield from _table(["way", "batch", "ms on the GPU", "ms from host to host", "min cosine", *_CLOCKS], rows)
+    yield from (f"{way_name(way)} failed: {way['error']}\n" for way in result["ways"] if "error" in way)
+
+
+_PARTS = {
+    "plan": _plan,
+    "figures": _figures,
+    "rows": _rows,
+    "slowest": _slowest,
+    "drift": _drift,
+    "ways": _ways,
+}
+_CLOCKS = ("SM MHz", "W", "°C")
+
+
+def way_name(way: Mapping[str, Any]) -> str:
+    """A mode of PyTorch in full: "tf32 NHWC compiled"."""
     return f"{way['kind']} {way['layout']}{' compiled' * way['compiled']}"
+
+
+def _calls(rows: Sequence[Mapping[str, Any]]) -> Lines:
+    told = []
+    for row in rows:
+        share = row.get("of_the_plan_alone")
+        figures = [f"{row['faces_per_s']:.0f}", f"{row['median_ms']:.2f}", f"{share:.2f}" if share else ""]
+        told.append([str(row["batch"]), str(row["callers"]), *figures, *_clocks(row)])
+    yield from _table(["batch", "in flight", "faces/s", "ms", "of the plan alone", *_CLOCKS], told)
+
+
+def _torch_ways(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    steps = report["stages"].get("4", {}).get("steps", {})
+    return [way for step in steps.values() for way in step["result"].get("ways", ()) if "batches" in way]
+
+
+def _clocks(row: Mapping[str, Any]) -> list[str]:
+    gpu = row.get("gpu") or {}
+    return [f"{gpu[key]:.0f}" if key in gpu else "" for key in ("sm_clock_mhz", "power_w", "temperature_c")]
+
+
+def _ratio(base_ms: float | None, ms: float) -> str:
+    return f"{base_ms / ms:.2f}" if base_ms else ""
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,7 +1,8 @@
-"""Builds, proves and measures plans of some models within a time budget; writes docs/measured/<gpu>.json and .md.
+"""Proves and measures plans on this GPU in stages, within a time budget; writes <gpu>.json and <gpu>.md.
 
-The report is written after every step, so that an interrupted run keeps its measurements. A step that fails is recorded
-with its reason, and the next one runs. Steps beyond the budget are listed. Nothing is estimated.
+Each stage is a process of its own: one that crashes costs its stage, and leaves its last words in the report. The
+report is written after every step, and a later command with the same state folder goes on where this one stopped.
+Nothing is estimated.
 """
 
 from __future__ import annotations
@@ -10,99 +11,150 @@ import argparse
 import os
 import re
 import signal
-import site
 import subprocess
 import sys
-import tempfile
+import tarfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from arcface_build.plans.build import tensorrt_version
+from arcface_build.plans.gpu import Gpu, find_gpus
+from arcface_clients.atomic import new_file, write_json
+from arcface_clients.errors import Missing
+from arcface_clients.plans.manifest import now_utc
+from arcface_tools.gpu_check.check import Stopped, read_report
+from arcface_tools.gpu_check.checkout import ROOT
+from arcface_tools.gpu_check.report import to_markdown
+from arcface_tools.gpu_check.settings import Settings, named
+from arcface_tools.gpu_check.stage import EXIT_STOP, STAGES
 
-from arcface_build.plans.build import PlanProof, build_plan, tensorrt_version
-from arcface_build.plans.gpu import find_gpus
-from arcface_build.plans.source import find_source
-from arcface_build.plans.typed import read_typed_onnx
-from arcface_build.variants.make import load_named
-from arcface_build.variants.search import layer_work
-from arcface_clients import TritonEmbedder
-from arcface_clients.contract import FACE_SHAPE
-from arcface_clients.errors import ArcFaceError, Missing
-from arcface_clients.evidence.drift import DRIFT_LIMITS, compare_embeddings
-from arcface_clients.evidence.gate import judge_record
-from arcface_clients.faces.check import to_gpu
-from arcface_clients.faces.synthetic import synthetic_faces
-from arcface_clients.plans.manifest import PlanManifest, now_utc, write_manifest
-from arcface_clients.plans.spec import BuilderOptions, PlanSpec
-from arcface_tools.gpu_check.check import FACES, FACES_SEED, GpuCheck, Stopped
-from arcface_tools.gpu_check.clocks import GpuLog
-from arcface_tools.gpu_check.contestants import (
-    Row,
-    find_torch_python,
-    onnxruntime_cuda,
-    plan_in_process,
-    served_plan,
-    torch_baseline,
-)
-from arcface_tools.gpu_check.plan_timer import PlanTimer
-
-BATCHES = (1, 8, 32, 64, 128)
-PRECISIONS = ("fp16", "fp32", "int8")
+LEAST_S = 10.0  # a stage that would have less than this is not started
+END_S = 20.0  # a stage that outlasts its time may take this long to write its report
+MOST_LOG_BYTES = 12 << 20
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, check the host, run, write; 0 with a report, 3 on a host that cannot build plans, 143 after SIGTERM."""
+    """Run the stages; 0 with a report, 3 if nothing can be measured here, 143 after SIGTERM."""
     arguments = _parser().parse_args(argv)
+    if arguments.rehearse:
+        from arcface_tools.gpu_check.rehearsal import rehearse
+
+        return rehearse(arguments)
     try:
         gpu, version = find_gpus()[0], tensorrt_version()
     except Missing as exc:
         print(f"Missing: {exc}", file=sys.stderr)
         return exc.exit_code
-    name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower().removeprefix("nvidia ")).strip("-")
-    target = arguments.out / f"{name}.json"
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    run = Run(arguments, gpu, version)
     signal.signal(signal.SIGTERM, _stop)
-    with (
-        tempfile.TemporaryDirectory(prefix="arcface-gpu-check-") as scratch,
-        _packages_shown_to_the_stub(),
-        GpuLog() as log,
-    ):
-        check = GpuCheck(
-            models_dir=arguments.models_dir,
-            scratch=Path(scratch),
-            target=target,
-            deadline=time.monotonic() + arguments.budget_s,
-            seconds=arguments.sample_s,
-            batches=tuple(arguments.batches),
-            torch_python=arguments.torch_python,
-            external_tactics=not arguments.no_external_tactics,
-            faces=synthetic_faces(FACES, seed=FACES_SEED),
-            log=log,
-        )
-        check.report = {
-            "created": now_utc(),
-            "command": " ".join(["scripts/gpu-check", *(argv if argv is not None else sys.argv[1:])]),
-            "host": {
-                "gpu": gpu.name, "sm": gpu.sm, "driver": gpu.driver, "cuda": gpu.cuda, "memory_bytes": gpu.memory_bytes,
-                "tensorrt": version, "python": sys.version.split()[0], "cpus": os.cpu_count(),
-            },
-            "faces": {"count": len(check.faces), "origin": "synthetic"},
-            "models": {}, "steps": [], "not_measured": [],
+    try:
+        code = run.stages(arguments.stage or range(len(STAGES)))
+    except Stopped:
+        print(f"ended by SIGTERM; what was measured: {run.target}", file=sys.stderr)
+        code = 128 + signal.SIGTERM
+    finally:
+        run.publish()
+    if code == 0:
+        print(f"written: {run.target} and {run.target.with_suffix('.md').name}")
+    return code
+
+
+class Run:
+    """One command: the state folder, the time, and where the report goes."""
+
+    def __init__(self, arguments: argparse.Namespace, gpu: Gpu, tensorrt: str) -> None:
+        """Continue the report of the state folder if it is of this GPU and TensorRT, else begin one."""
+        self._deadline = time.monotonic() + arguments.budget_s
+        self.state: Path = arguments.state.resolve()
+        name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower().removeprefix("nvidia ")).strip("-")
+        out = arguments.out or Path(os.environ.get("OUT") or ROOT / "docs" / "measured")
+        self.target: Path = out.resolve() / f"{name}.json"
+        for folder in (self.state / "logs", self.target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        host: dict[str, Any] = {
+            "gpu": gpu.name, "sm": gpu.sm, "driver": gpu.driver, "cuda": gpu.cuda, "memory_bytes": gpu.memory_bytes,
+            "tensorrt": tensorrt, "python": sys.version.split()[0], "cpus": os.cpu_count(),
         }  # fmt: skip
-        check.write()
+        if not self._continues(host):
+            write_json(self.state / "report.json", {"created": now_utc(), "commands": [], "host": host, "stages": {}})
+        _settings(arguments).write(self.state)
+        report = read_report(self.state)
+        report["commands"].append(" ".join(["scripts/gpu-check", *sys.argv[1:]]))
+        report["faces"] = {"count": arguments.faces, "origin": "drawn"}
+        write_json(self.state / "report.json", report)
+
+    def stages(self, numbers: Any) -> int:
+        """Run these stages, as far as the time allows; 0, or EXIT_STOP with a sentence."""
+        for number in numbers:
+            left_s = self._deadline - time.monotonic()
+            if left_s < LEAST_S:
+                self._note(number, "not_started", f"{max(left_s, 0):.0f} s of the budget were left")
+                continue
+            print(f"stage {number}: {STAGES[number].replace('_', ' ')}", flush=True)
+            code = self._stage(number, left_s)
+            self.publish()
+            if code == EXIT_STOP:
+                print(f"Stopped: {read_report(self.state)['stopped']}", file=sys.stderr)
+                return EXIT_STOP
+        return 0
+
+    def publish(self) -> None:
+        """Copy the report to its place, write its page, and pack the logs."""
+        report = read_report(self.state)
+        write_json(self.target, report)
+        with new_file(self.target.with_suffix(".md")) as temporary:
+            temporary.write_text(to_markdown(report))
+        logs = self.target.with_name(f"{self.target.stem}-logs.tar.gz")
+        with new_file(logs) as temporary, tarfile.open(temporary, "w:gz") as packed:
+            packed.add(self.state / "logs", "logs", filter=_not_too_large)
+
+    def _continues(self, host: dict[str, Any]) -> bool:
+        """Whether the state folder has a report of this GPU, driver and TensorRT."""
+        file = self.state / "report.json"
+        if not file.is_file():
+            return False
+        before = read_report(self.state)["host"]
+        return all(before.get(key) == host[key] for key in ("gpu", "driver", "tensorrt"))
+
+    def _stage(self, number: int, left_s: float) -> int:
+        """Run one stage in a process of its own; what it said last is in the report if it did not end by itself."""
+        log = self.state / "logs" / f"stage-{number}.log"
+        line = [sys.executable, "-X", "faulthandler", "-m", "arcface_tools.gpu_check.stage"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of nvidia-smi
+        environment.setdefault("CUDA_MODULE_LOADING", "LAZY")
+        with log.open("w") as errors:
+            child = subprocess.Popen(
+                [*line, str(self.state), str(number), f"{left_s:.1f}"], stderr=errors, env=environment
+            )
         try:
-            _run(check, dict(_named(text) for text in arguments.models), gpu.sm, version)
-        except Stopped:
-            print(f"ended by SIGTERM; what was measured: {target}", file=sys.stderr)
-            return 128 + signal.SIGTERM
-        finally:
-            check.write()
-    print(f"written: {target} and {target.with_suffix('.md').name}")
-    return 0
+            code = child.wait(timeout=left_s)
+        except subprocess.TimeoutExpired:
+            code = _end(child)
+        except BaseException:
+            _end(child)
+            raise
+        if code not in (0, EXIT_STOP):
+            ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            said = log.read_text(errors="replace").strip()[-4000:]
+            self._note(number, "died", f"the stage ended with {ended}; it said last:\n{said or 'nothing'}")
+        return code
+
+    def _note(self, number: int, key: str, words: str) -> None:
+        report = read_report(self.state)
+        report["stages"].setdefault(str(number), {"title": STAGES[number].replace("_", " "), "steps": {}})[key] = words
+        write_json(self.state / "report.json", report)
+
+
+def _end(child: subprocess.Popen[bytes]) -> int:
+    """SIGTERM, so that the stage writes what it has and ends what it started; then SIGKILL."""
+    child.terminate()
+    try:
+        return child.wait(timeout=END_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
 
 
 def _stop(*_: object) -> None:
@@ -110,206 +162,61 @@ def _stop(*_: object) -> None:
     raise Stopped
 
 
-def _run(check: GpuCheck, models: dict[str, str], sm: str, version: str) -> None:
-    """All steps, most informative first: the first model's fp16 plan with baselines, other models, other precisions."""
-    for precision in PRECISIONS:
-        for model, source in models.items():
-            if precision == "fp16":
-                check.report["models"][model] = {"plans": {}}
-                check.step(f"import {model}", 20, partial(_import, check, model, source))
-            if precision != "fp32":
-                check.step(f"{precision} variant of {model}", 30, partial(_quantize, check, model, precision))
-            needs = 60 if precision == "fp16" else 45
-            check.step(f"{precision} plan of {model}", needs, partial(_plan, check, model, precision, sm, version))
-            if precision == "fp16":
-                check.step(f"PyTorch on {model}", 25, partial(_torch, check, model))
-                check.step(f"ONNX Runtime CUDA on {model}", 15, partial(_onnxruntime, check, model))
+def _not_too_large(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Refused plans lie among the logs; they are too large to carry."""
+    return member if member.size <= MOST_LOG_BYTES and not member.name.endswith(".refused") else None
 
 
-def _arcface(check: GpuCheck, *arguments: str) -> None:
-    """Run one of our commands in a separate process, bounded by the budget."""
-    command = [sys.executable, "-c", "from arcface_build.cli import main; main()", *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=max(check.left_s, 1), check=False, env=environment
+def _settings(arguments: argparse.Namespace) -> Settings:
+    return Settings(
+        networks=tuple(named(arguments.networks)),
+        batches=tuple(sorted(arguments.batches)),
+        opt_batch=arguments.opt_batch,
+        faces=arguments.faces,
+        sample_s=arguments.sample_s,
+        warm_up_s=arguments.warm_up_s,
+        replays=arguments.replays,
+        callers=arguments.callers,
+        gemm_size=arguments.gemm_size,
+        torch_python=arguments.torch_python,
+        external_tactics=not arguments.no_external_tactics,
     )
-    if done.returncode != 0:
-        raise Missing((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
-
-
-def _import(check: GpuCheck, model: str, source: str) -> None:
-    if not (check.models_dir / model / "manifest.json").is_file():
-        _arcface(check, "import", source, "--name", model, "--models-dir", str(check.models_dir), "--no-assemble")
-
-
-def _quantize(check: GpuCheck, model: str, precision: str) -> None:
-    """A variant for TensorRT; int8 without the search, because this measures speed; its drift is reported."""
-    variant = check.models_dir / model / "variants" / f"{precision}-tensorrt.onnx"
-    if variant.is_file():
-        return
-    loose = ["--no-search", "--max-drift", "2"] if precision == "int8" else []
-    arguments = ["--precision", precision, "--target", "tensorrt", "--eval-faces", "64", *loose]
-    _arcface(check, "quantize", model, *arguments, "--models-dir", str(check.models_dir))
-
-
-def _plan(check: GpuCheck, model: str, precision: str, sm: str, version: str) -> None:
-    """Build, prove and measure in this process and through tritonserver; each result is reported at once."""
-    source = find_source(model, precision, check.models_dir)
-    typed = read_typed_onnx(source.onnx)
-    options = BuilderOptions(external_tactics=check.external_tactics)
-    largest = max(check.batches)
-    # Kernels are tuned for opt, and the goal is defined at 64.
-    spec = PlanSpec(source.name, typed.sha256, precision, sm, version, 1, min(64, largest), largest, options)
-    entry: dict[str, Any] = {}
-    check.report["models"][model]["plans"][precision] = entry
-    reference = check.reference(source)
-    # The gate is judged below: a plan that drifts is still worth measuring, and the report says so.
-    proof = PlanProof(check.faces, reference, dict.fromkeys(DRIFT_LIMITS, 2.0))
-    plan = check.scratch / model / precision / spec.file_name
-    try:
-        manifest = build_plan(
-            typed, spec, plan, proof, contract_id=source.contract_id, timing_caches=check.scratch / "timing",
-            timeout_s=max(check.left_s, 1),
-        )  # fmt: skip
-    except ArcFaceError as exc:
-        entry["refused"] = str(exc)
-        raise
-    write_manifest(plan, manifest)
-    entry |= _facts(manifest)
-    check.step(
-        f"{precision} plan of {model} on the GPU alone",
-        10,
-        lambda: _on_the_gpu(check, entry, plan, reference, gflop_per_face(source.reference)),
-    )
-    with plan_in_process(plan) as embed:
-        entry["in_process"] = [check.row(embed, batch) for batch in check.batches]
-    check.step(
-        f"{precision} plan of {model} through tritonserver", 30, lambda: _served(check, entry, plan, sm, reference)
-    )
-
-
-def _on_the_gpu(check: GpuCheck, entry: dict[str, Any], plan: Path, reference: np.ndarray, gflop: float) -> None:
-    """Replays with faces and embeddings on the GPU; their embeddings are compared with the reference too."""
-    entry["gflop_per_face"] = gflop
-    rows: list[Row] = []
-    entry["on_gpu"] = rows
-    with PlanTimer(plan.read_bytes()) as timer:
-        for batch in check.batches:
-            since = time.monotonic()
-            row, embeddings = timer.time(check.faces, batch, check.seconds)
-            expected = reference[np.arange(batch) % len(reference)]
-            row["max_drift"] = compare_embeddings(expected, embeddings).max_drift
-            row["tflops"] = row["faces_per_s"] * gflop / 1e3
-            row["gpu"] = check.log.since(since)
-            rows.append(row)
-
-
-def _facts(manifest: PlanManifest) -> dict[str, Any]:
-    drift, precision = dict(manifest.drift or {}), manifest.spec.precision
-    limit = DRIFT_LIMITS[precision]
-    return {
-        "build_seconds": manifest.build["seconds"],
-        "peak_vram_bytes": manifest.build["peak_vram_bytes"],
-        "plan_bytes": manifest.size_bytes,
-        "layers": manifest.precision_proof["compute"],
-        "layers_onnx": manifest.precision_proof["onnx"],
-        "drift": {**drift, "limit": limit},
-        "passes_gate": judge_record(drift, precision, DRIFT_LIMITS).passed,
-    }
-
-
-def _served(check: GpuCheck, entry: dict[str, Any], plan: Path, sm: str, reference: np.ndarray) -> None:
-    before = find_gpus()[0].memory_used_bytes
-    with served_plan(plan, sm, plan.parent, min(90.0, check.left_s)) as (embed, server):
-        cuda = f"CUDA shared memory, {plan.name}"
-        parity = compare_embeddings(reference, embed(check.faces))
-        rows = [check.row(embed, batch) for batch in check.batches]
-        rows += [check.row(embed, batch, callers=4) for batch in check.batches[::2]]
-        used = find_gpus()[0].memory_used_bytes - before
-        entry["served"] = {"drift": parity.to_json(), "vram_bytes": used, "rows": rows, "pid": server.pid is not None}
-        check.step(cuda, 15, lambda: _cuda_shared_memory(check, entry["served"], server.grpc_url, reference))
-
-
-def _cuda_shared_memory(check: GpuCheck, served: dict[str, Any], url: str, reference: np.ndarray) -> None:
-    """The same requests with faces on the host and with faces on the GPU, through regions on the GPU."""
-    with TritonEmbedder(url, model="arcface_trt", shared_memory="cuda") as client:
-        client.ensure_ready()
-        if client.shared_memory.kind != "cuda":
-            raise Missing(client.shared_memory.reason)
-        served["cuda_drift"] = compare_embeddings(reference, client.encode(to_gpu(check.faces))).to_json()
-        there = {batch: to_gpu(np.resize(check.faces, (batch, *FACE_SHAPE))) for batch in check.batches}
-        ways = {"cuda_rows": client.encode, "gpu_faces_rows": lambda part: client.encode(there[len(part)])}
-        for name, embed in ways.items():
-            served[name] = [check.row(embed, batch) for batch in check.batches]
-
-
-def _onnxruntime(check: GpuCheck, model: str) -> None:
-    source = find_source(model, "fp32", check.models_dir)
-    found: dict[str, list[Row]] = {}
-    check.report["models"][model]["onnxruntime_cuda"] = found
-    for name, tf32 in (("fp32", False), ("tf32", True)):
-        embed = onnxruntime_cuda(source.onnx, tf32)
-        found[name] = [check.row(embed, batch) for batch in check.batches]
-
-
-def _torch(check: GpuCheck, model: str) -> None:
-    source = find_source(model, "fp32", check.models_dir)
-    check.report["models"][model]["pytorch"] = torch_baseline(
-        find_torch_python(check.torch_python), source.onnx, check.faces, check.reference(source), check.batches,
-        check.seconds, check.scratch / "torch", timeout_s=check.left_s / 2,
-    )  # fmt: skip
-
-
-def gflop_per_face(serving: Path) -> float:
-    """Multiplications and additions of the convolutions for one face, in 10⁹; the rest is a thousandth of them."""
-    return 2 * sum(layer_work(load_named(serving)).values()) / 1e9
-
-
-def _named(text: str) -> tuple[str, str]:
-    """("real", "files/x.onnx") from "real=files/x.onnx"; the name defaults to a file's stem or the source itself."""
-    name, given, source = text.partition("=")
-    return (name, source) if given else (Path(text).stem.lower() if text.endswith(".onnx") else text, text)
-
-
-@contextmanager
-def _packages_shown_to_the_stub() -> Iterator[None]:
-    """A temporary .pth file with the paths of PYTHONPATH, which the python backend's stub does not read.
-
-    Only outside a virtual environment: a bundled interpreter has its packages beside it, a virtual one in it.
-    """
-    extra = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    pth = Path(site.getsitepackages()[0]) / "arcface-gpu-check.pth"
-    if not extra or sys.prefix != sys.base_prefix or not os.access(pth.parent, os.W_OK):
-        yield
-        return
-    pth.write_text("".join(f"{Path(path).resolve()}\n" for path in extra))
-    try:
-        yield
-    finally:
-        pth.unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/gpu-check",
-        description="Build, prove, serve and measure plans on this GPU; writes <gpu>.json and .md. Bounded in time.",
-        epilog="Example: scripts/gpu-check --out docs/measured",
+        description="Prove and measure plans on this GPU, in stages, within a time budget; writes <gpu>.json and .md.",
+        epilog="Example, where a machine is given for ten minutes at a time: scripts/gpu-check --state state --stage 0 "
+        "--stage 1 --stage 2; then --stage 3, and so on. A finished step is not run again.",
     )
-    out = Path(os.environ.get("OUT") or "docs/measured")
-    parser.add_argument("--out", type=Path, default=out, help="folder of the report [$OUT or docs/measured]")
-    parser.add_argument(
-        "--models",
+    default = Settings(networks=())
+    numbers = ", ".join(f"{number} {name.replace('_', ' ')}" for number, name in enumerate(STAGES))
+    add = parser.add_argument
+    add("--stage", type=int, action="append", choices=range(len(STAGES)), metavar="N", help=f"only this: {numbers}")
+    add("--state", type=Path, default=ROOT / "gpu-check-state", help="folder of models, plans, logs and the report")
+    add(
+        "--out", type=Path, help="folder of the published report [$OUT or docs/measured; a rehearsal: the state folder]"
+    )
+    add("--budget-s", type=float, default=560.0, help="the command ends after about this [560]")
+    add(
+        "--networks",
         nargs="+",
-        default=["demo-r100", "demo-r50", "mobilefacenet"],
+        default=["demo-r100", "demo-r50", "demo-r18", "demo-mobile"],
         metavar="[NAME=]SOURCE",
-        help="sources as for arcface import, or names that are in --models-dir [demo-r100 demo-r50 mobilefacenet]",
+        help="sources as for arcface import; the first is measured in full [demo-r100 demo-r50 demo-r18 demo-mobile]",
     )
-    parser.add_argument("--models-dir", type=Path, default=Path("models"))
-    parser.add_argument("--budget-s", type=float, default=480.0, help="the whole run ends after about this [480]")
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="batch sizes [1 8 32 64 128]")
-    parser.add_argument("--sample-s", type=float, default=0.7, help="seconds of one measurement [0.7]")
-    parser.add_argument("--torch-python", help="a Python with torch and CUDA [the first found on PATH]")
-    parser.add_argument("--no-external-tactics", action="store_true", help="where cuBLAS and cuDNN are only stubs")
+    add("--batches", nargs="+", type=int, default=default.batches, help="batch sizes [1 8 32 64 128]")
+    add("--opt-batch", type=int, default=default.opt_batch, help="the batch that kernels are tuned for [64]")
+    add("--faces", type=int, default=default.faces, help="faces that drift is measured on [400]")
+    add("--sample-s", type=float, default=default.sample_s, help="seconds of one measurement [0.7]")
+    add("--warm-up-s", type=float, default=default.warm_up_s, help="seconds before each measurement [0.5]")
+    add("--replays", type=int, default=default.replays, help="the fewest runs of one measurement [200]")
+    add("--callers", type=int, default=default.callers, help="requests in flight through the server [8]")
+    add("--gemm-size", type=int, default=default.gemm_size, help="side of the matrices of the peak [8192]")
+    add("--torch-python", help="a Python with torch and CUDA [the first found on PATH]")
+    add("--no-external-tactics", action="store_true", help="where cuBLAS and cuDNN are only stubs")
+    add("--rehearse", action="store_true", help="all stages on stand-ins, on a host without a GPU, in two minutes")
     return parser
 
 

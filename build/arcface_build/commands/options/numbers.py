@@ -30,3 +30,21 @@ NOT_NEGATIVE = FiniteNumber(0)
 SHARE = FiniteNumber(0, 1, min_open=True)
 COSINE = FiniteNumber(-1, 1)
 DRIFT = FiniteNumber(0, 2)  # 1 − cosine
+
+
+class BatchSizes(click.ParamType):
+    """Different batch sizes, as in "1,8,64"."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The sizes in their order.
+
+        Raises:
+            BadParameter: not a list of different whole numbers from 1 on.
+        """
+        parts = str(value).split(",")
+        sizes = tuple(int(part) for part in parts if part.strip().isdecimal())
+        if len(sizes) != len(parts) or len(set(sizes)) != len(sizes) or min(sizes) < 1:
+            self.fail(f"{value!r} is not a list of different batch sizes such as 1,8,64.", param, ctx)
+        return sizes
