@@ -21,7 +21,7 @@ class ProofFaces:
     people: tuple[str, ...] | None = None
 
 
-def drawn_faces() -> ProofFaces:
+def synthetic_proof_faces() -> ProofFaces:
     """Synthetic faces, always the same."""
     return ProofFaces(synthetic_faces(MIN_FACES), "synthetic")
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from arcface_build.imports.proof_faces import drawn_faces, read_faces
+from arcface_build.imports.proof_faces import read_faces, synthetic_proof_faces
 from arcface_build.plans.build import PlanProof, build_plan, tensorrt_version
 from arcface_build.plans.form import in_form
 from arcface_build.plans.get_or_build import Obtained, get_or_build
@@ -85,7 +85,7 @@ def _obtained(
     config, typed = places.config, read_typed_onnx(source.onnx)
 
     def build(spec: PlanSpec, target: Path) -> PlanManifest:
-        crops = (read_faces(asked.faces) if asked.faces else drawn_faces()).faces
+        crops = (read_faces(asked.faces) if asked.faces else synthetic_proof_faces()).faces
         proof = PlanProof(crops, source.embed(crops), config.comparison.max_drift.model_dump())
         with phases() as on_phase:
             return build_plan(

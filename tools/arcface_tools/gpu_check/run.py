@@ -81,7 +81,7 @@ class Run:
         _settings(arguments).write(self.state)
         report = read_report(self.state)
         report["commands"].append(" ".join(["scripts/gpu-check", *sys.argv[1:]]))
-        report["faces"] = {"count": arguments.faces, "origin": "drawn"}
+        report["faces"] = {"count": arguments.faces, "origin": "synthetic"}
         write_json(self.state / "report.json", report)
 
     def stages(self, numbers: Any) -> int:
