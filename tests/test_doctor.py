@@ -73,6 +73,7 @@ def test_host_without_a_server_has_one_problem_with_its_fix(doctor):
         "local model",
         "server",
         "restrictions",
+        "encryption",
         "tritonserver",
         "weights",
         "plans",

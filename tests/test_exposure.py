@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from arcface_build.serving.exposure import OURS, Exposure, ServerTls, closed, refuse_overrides, server_tls
 from arcface_clients.errors import ConfigError, WrongUse
 from arcface_clients.triton.certificate import Certificate, read_certificate
+from conftest import REPO
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=timezone.utc)
 SOON = datetime.now(timezone.utc) + timedelta(days=10, hours=1)
@@ -161,6 +164,17 @@ def test_files_say_for_whom_and_until_when(authority):
     assert 19.9 < found.days_left() < 20 and not found.self_signed and found.fault() is None
     alone = read_certificate(authority.self_signed("alone"), authority.folder / "alone.key")
     assert alone.self_signed and alone.is_for("localhost")
+
+
+def test_the_documented_line_makes_files_that_serve_takes(tmp_path):
+    page = (REPO / "docs" / "operations.md").read_text()
+    (line,) = re.findall(r"^    (openssl req .*)$", page, re.MULTILINE)
+    subprocess.run(shlex.split(line), cwd=tmp_path, check=True, capture_output=True)
+    made = server_tls(tmp_path / "server.pem", tmp_path / "server.key")
+    assert made.certificate.names == ("faces.example.com", "127.0.0.1") and made.certificate.self_signed
+    assert 364 < made.certificate.days_left() < 366
+    assert Exposure("0.0.0.0", tls=made).client_host() == "127.0.0.1"
+    assert made.key_file.stat().st_mode & 0o077 == 0, "openssl keeps it to its owner"
 
 
 def test_files_that_no_client_would_accept_are_refused_in_words(authority, tmp_path):
