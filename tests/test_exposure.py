@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import shutil
 import subprocess
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 from arcface_build.serving.exposure import OURS, Exposure, ServerTls, closed, refuse_overrides, server_tls
 from arcface_clients.errors import ConfigError, WrongUse
 from arcface_clients.triton.certificate import Certificate, read_certificate
+from conftest import REPO
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=timezone.utc)
 SOON = datetime.now(timezone.utc) + timedelta(days=10, hours=1)
@@ -163,12 +167,32 @@ def test_files_say_for_whom_and_until_when(authority):
     assert alone.self_signed and alone.is_for("localhost")
 
 
+def with_password(key: bytes) -> bytes:
+    from cryptography.hazmat.primitives import serialization
+
+    return serialization.load_pem_private_key(key, None).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"abcd")
+    )
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the program openssl is not installed")
+def test_the_documented_line_makes_files_that_serve_takes(tmp_path):
+    page = (REPO / "docs" / "operations.md").read_text()
+    (line,) = re.findall(r"^    (openssl req .*)$", page, re.MULTILINE)
+    subprocess.run(shlex.split(line), cwd=tmp_path, check=True, capture_output=True)
+    made = server_tls(tmp_path / "server.pem", tmp_path / "server.key")
+    assert made.certificate.names == ("faces.example.com", "127.0.0.1") and made.certificate.self_signed
+    assert 364 < made.certificate.days_left() < 366
+    assert Exposure("0.0.0.0", tls=made).client_host() == "127.0.0.1"
+    assert made.key_file.stat().st_mode & 0o077 == 0, "openssl keeps it to its owner"
+
+
 def test_files_that_no_client_would_accept_are_refused_in_words(authority, tmp_path):
     folder = authority.folder
     good, key = authority.sign("good"), folder / "good.key"
     past, future = authority.sign("past", days=(-9, -2)), authority.sign("future", days=(2, 9))
     locked = tmp_path / "locked.key"
-    subprocess.run(["openssl", "ec", "-in", key, "-aes128", "-passout", "pass:abcd", "-out", locked], check=True)
+    locked.write_bytes(with_password(key.read_bytes()))
     for arguments, words in {
         (good, None, None): "TLS needs a certificate and its key: give both --tls-cert FILE and --tls-key FILE.",
         (None, None, good): "TLS needs a certificate and its key: give both --tls-cert FILE and --tls-key FILE.",

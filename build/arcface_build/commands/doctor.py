@@ -39,7 +39,8 @@ _MARKS = {"ok": ("ok      ", "green"), "absent": ("absent  ", "yellow"), "proble
 def command(url: str | None, measure: bool, faces: int, batch_size: int, as_json: bool) -> int:
     """Check driver, GPU, runtimes, server, plans, store and configuration; say what is wrong and how to fix it."""
     from arcface_build.serving.host_checks import build_checks
-    from arcface_clients.checks.diagnostics import Check, client_checks, guarded
+    from arcface_clients.checks.diagnostics import client_checks, guarded
+    from arcface_clients.checks.report import Check
     from arcface_clients.checks.tls import check_tls
     from arcface_clients.config.schema import EmbeddingConfig
     from arcface_clients.config.sources import config_file as file_of
