@@ -113,8 +113,8 @@ def page(steps: list[Step], sizes: Mapping[str, str], command: str) -> str:
     return f"""# A newcomer's first ten minutes
 
 Recorded by `{command}` on {when}: {host["cores"]} cores of {host["cpu"]}, {host["system"]}, Python {host["python"]},
-load {host["load_1min"]:.1f} at the end. A fresh clone, pip with an empty cache, then the lines of README; `crops/` holds
-16 synthetic faces. Altogether {sum(step.seconds for step in steps) / 60:.1f} minutes.
+load {host["load_1min"]:.1f} at the end. A fresh clone, pip with an empty cache, then the lines of README; `crops/`
+holds 16 synthetic faces. Altogether {sum(step.seconds for step in steps) / 60:.1f} minutes.
 
 | command | time |
 |---|---|
