@@ -76,7 +76,7 @@ pip_install() { # pip's arguments; what pip says goes to .venv/install.log, and 
       printf '%s\n' "$line" >>.venv/install.log
       case $line in
         *"Downloading "* | *"Using cached "*) downloads=$((downloads + 1)) line="package $downloads: ${line##*ing }" ;;
-        "Installing collected packages:"*) line="unpacking $(wc -w <<<"${line#*:}") packages" ;;
+        "Installing collected packages:"*) line="unpacking what was downloaded: $(wc -w <<<"${line#*:}")" ;;
         *) continue ;;
       esac
       if [ -t 2 ]; then printf '\r\033[K  %.76s' "$line" >&2; elif [[ $line == *" MB)" || $line == unpack* ]]; then echo "  $line" >&2; fi

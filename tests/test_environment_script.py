@@ -52,7 +52,7 @@ def test_a_first_run_says_what_it_downloads_and_how_to_enter_and_a_second_one_no
     assert first.startswith("installing what scripts/serve needs (serve) into .venv: a first run downloads about ")
     assert progress == [
         "  package 1: onnx-1.22.0.whl (19.1 MB)",
-        "  unpacking 2 packages",
+        "  unpacking what was downloaded: 2",
         "  package 1: insightface-2.1.whl (1.2 MB)",
     ]
     assert last.startswith("installed in ") and ", 20 MB downloaded. To have `arcface" in last

@@ -6,6 +6,7 @@ our output closed the pipe.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -88,6 +89,7 @@ def run(group: click.Group, prog_name: str, argv: list[str] | None = None) -> No
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up after `kill` and systemd as after Ctrl-C
     _show_old_names_in_a_line()
+    _say_once_that_weights_are_a_demo()
     try:
         status = group.main(args=argv, prog_name=prog_name, standalone_mode=False)
     except click.ClickException as exc:
@@ -134,6 +136,20 @@ def _reader_went_away() -> bool:
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _say_once_that_weights_are_a_demo() -> None:
+    """A command asks a server through several clients, each of which warns; programs that import us get every one."""
+    told: list[str] = []
+
+    def first(record: logging.LogRecord) -> bool:
+        demo = "DEMO weights" in record.msg
+        if demo:
+            told.append(record.msg)
+        return not demo or len(told) == 1
+
+    if logging.lastResort is not None:
+        logging.lastResort.addFilter(first)
 
 
 def _show_old_names_in_a_line() -> None:
