@@ -76,7 +76,7 @@ pip_install() { # pip's arguments; what pip says goes to .venv/install.log, and 
       printf '%s\n' "$line" >>.venv/install.log
       case $line in
         *"Downloading "* | *"Using cached "*) downloads=$((downloads + 1)) line="package $downloads: ${line##*ing }" ;;
-        "Installing collected packages:"*) line="unpacking $(wc -w <<<"${line#*:}") packages" ;;
+        "Installing collected packages:"*) line="unpacking what was downloaded: $(wc -w <<<"${line#*:}")" ;;
         *) continue ;;
       esac
       if [ -t 2 ]; then printf '\r\033[K  %.76s' "$line" >&2; elif [[ $line == *" MB)" || $line == unpack* ]]; then echo "  $line" >&2; fi
@@ -101,7 +101,7 @@ prepare_environment() {
       "$python" -m venv .venv || fail 3 "cannot make .venv with $python. Next: apt-get install python3-venv"
     fi
     has_shared_python || install_system_packages "$(.venv/bin/python -c 'import sys; print("libpython%d.%d" % sys.version_info[:2])')"
-    echo "installing what $0 needs ($extras) into .venv: a first run downloads about 260 MB (more with a GPU), one to three minutes" >&2
+    echo "installing what $0 needs ($extras) into .venv: a first run downloads about 360 MB (more with a GPU), one to three minutes" >&2
     : >.venv/install.log
     # InsightFace without its requirements: it wants a second ONNX Runtime, and an OpenCV that needs a display library.
     if ! pip_install -e ".[$extras]" "$(onnxruntime_package)" || ! pip_install --no-deps insightface; then

@@ -315,7 +315,7 @@ def test_listing_the_units_of_a_large_tree_holds_no_list_of_it(tmp_path: Path) -
 
 @pytest.mark.filterwarnings("ignore")  # Ray warns about itself, and leaves sockets and files to its garbage collector
 def test_two_ray_workers_write_the_same_file(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'arcface-triton[ray]'")
+    ray = pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
     from arcface_clients.bulk.on_ray import run_on_ray
 
     # Ray's processes find what they unpickle (engine_of, PixelEngine) by this variable, not by pytest's sys.path.
@@ -425,7 +425,7 @@ def test_nothing_readable_writes_the_reasons_and_no_output(server, tmp_path: Pat
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_runs_on_ray_against_a_real_server(server, sources: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'arcface-triton[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
     output = tmp_path / "out.parquet"
     options = ["--engine", "ray", "--actors", 2, "--url", server.grpc_url, "--url", f"http://{server.http_url}"]
     done = arcface_embed(sources / "crops", sources / "stored.npz", "-o", output, *options, "--json")
@@ -438,7 +438,7 @@ def test_the_command_runs_on_ray_against_a_real_server(server, sources: Path, tm
 def test_a_ray_that_is_not_there_is_one_sentence_with_the_next_command(
     server, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'arcface-triton[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
     monkeypatch.setenv("RAY_ADDRESS", "auto")  # one that runs on this host: none does
     options = ["--engine", "ray", "--url", server.grpc_url]
     done = arcface_embed(sources / "stored.npz", "-o", tmp_path / "out.parquet", *options)

@@ -10,6 +10,7 @@ import pytest
 
 from arcface_clients.bulk.units import iter_units
 from arcface_clients.errors import WrongUse
+from arcface_clients.extras import how_to_get
 from arcface_clients.faces.images import find_files, load_faces, load_or_draw
 from arcface_clients.faces.synthetic import synthetic_faces
 
@@ -89,7 +90,7 @@ def test_heic_and_avif_are_decoded_where_there_is_a_decoder_and_said_where_not(k
     if kind == "HEIF":
         monkeypatch.setattr(Image, "ID", [known for known in Image.ID if known != "HEIF"])
         monkeypatch.setattr(photos, "_know_heif", lambda: None)
-        assert "pip install 'arcface-triton[heif]'" in load_faces([tmp_path])[2][0].refused
+        assert how_to_get("pillow_heif") in load_faces([tmp_path])[2][0].refused
 
 
 def test_what_cannot_be_read_is_named_with_its_reason(folder: Path) -> None:

@@ -80,6 +80,30 @@ def test_every_report_is_named_by_a_page() -> None:
     assert not [path.name for path in MEASURED.glob("*.json") if f"{path.stem}" not in pages]
 
 
+def int8_row(variant: dict[str, Any]) -> str:
+    """A row of docs/variants.md's table of int8, from the report: figures of the worse runtime."""
+    runs = variant["runtimes"]
+    searched = max(run["searched"]["max_drift"] for run in runs)
+    held_back = max(run["held_back"]["max_drift"] for run in runs)
+    refused = "" if variant["passed"] else ": refused for its accuracy"
+    fp32, int8 = runs[0]["accuracy_fp32"], min(run["accuracy"] for run in runs)
+    cells = [
+        f"{variant['before_search']['max_drift']:.4f}",
+        f"{searched:.4f} / {held_back:.4f}{refused}",
+        f"{variant['layers_kept']} of {variant['layers']}",
+        f"{variant['clipped_worst']:.3%}".replace("%", " %"),
+        f"{fp32:.2%} → {int8:.2%}".replace("%", " %"),
+        f"{variant['cpu_s']:.0f} s",
+    ]
+    return " | ".join(cells)
+
+
+def test_the_table_of_int8_variants_is_what_the_report_says() -> None:
+    report = json.loads((MEASURED / "held-back.json").read_text())
+    page = (REPO / "docs" / "variants.md").read_text()
+    assert not [row for row in map(int8_row, report["variants"]) if f"| {row} |" not in page]
+
+
 REPORT = {
     "ratios": [
         {"variant": "ours", "base": "bare", "median": 1.0183, "low": 0.9912, "high": 1.0601},

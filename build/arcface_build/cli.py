@@ -6,6 +6,7 @@ our output closed the pipe.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -51,6 +52,7 @@ GONE = {  # benchmarks of this project itself: not in the wheel
     "bench-vectors": "in a checkout, run scripts/bench vectors.",
     "consensus-demo": "in a checkout, run scripts/consensus-demo.",
 }
+_DEMO_SAID: list[float] = []
 CLOSED_PIPE = 128 + signal.SIGPIPE  # a shell's exit code for a program ended by a closed pipe
 
 
@@ -90,6 +92,9 @@ def run(group: click.Group, prog_name: str, argv: list[str] | None = None) -> No
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up after `kill` and systemd as after Ctrl-C
     _show_old_names_in_a_line()
+    _DEMO_SAID.clear()
+    if logging.lastResort is not None:  # what shows warnings where nobody configured logging
+        logging.lastResort.addFilter(_first_of_its_kind)
     try:
         status = group.main(args=argv, prog_name=prog_name, standalone_mode=False)
     except click.ClickException as exc:
@@ -136,6 +141,14 @@ def _reader_went_away() -> bool:
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _first_of_its_kind(record: logging.LogRecord) -> bool:
+    """Whether to show a log record: that weights are a demo, each client of a command says; once is enough."""
+    demo = "DEMO weights" in str(record.msg)
+    if demo:
+        _DEMO_SAID.append(record.created)
+    return not demo or len(_DEMO_SAID) == 1
 
 
 def _show_old_names_in_a_line() -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -71,7 +71,8 @@ def record(
             say(command)
             started = time.monotonic()
             done = _bash(command, folder, environment, timeout_s)
-            steps.append(Step(command, done.stdout, time.monotonic() - started, done.returncode))
+            printed = done.stdout.replace(scratch, "~")
+            steps.append(Step(command, printed, time.monotonic() - started, done.returncode))
 
         run(f"git clone --quiet {source} arcface-triton", Path(scratch))
         if not checkout.is_dir():
@@ -85,7 +86,7 @@ def record(
         }
         say("scripts/serve")
         with _serving(checkout, environment, timeout_s) as step:
-            steps.append(step)
+            steps.append(replace(step, printed=step.printed.replace(scratch, "~")))
             _bash(f".venv/bin/python - <<'PY'{CROPS}PY", checkout, environment, timeout_s)
             for line in readme_lines((checkout / "README.md").read_text()):
                 run(line.replace("localhost:8001", url))
@@ -112,10 +113,10 @@ def page(steps: list[Step], sizes: Mapping[str, str], command: str) -> str:
     when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return f"""# A newcomer's first ten minutes
 
-Recorded by `{command}` on {when}: {host["cores"]} cores of {host["cpu"]}, {host["system"]}, Python {host["python"]},
+Recorded by `{command}`
+on {when}: {host["cores"]} cores of {host["cpu"]}, {host["system"]}, Python {host["python"]},
 load {host["load_1min"]:.1f} at the end. A fresh clone, pip with an empty cache, then the lines of README; `crops/`
-holds 16 synthetic faces.
-Altogether {sum(step.seconds for step in steps) / 60:.1f} minutes.
+holds 16 synthetic faces. Altogether {sum(step.seconds for step in steps) / 60:.1f} minutes.
 
 | command | time |
 |---|---|
@@ -155,8 +156,8 @@ def _serving(checkout: Path, environment: Mapping[str, str], timeout_s: float) -
 
 
 def _environment(scratch: Path, first_port: int, url: str) -> dict[str, str]:
-    """A new user's: nothing of this environment's Python, an empty cache, and the ports."""
-    ours = ("PYTHONPATH", "VIRTUAL_ENV", "PIP_CACHE_DIR")
+    """A new user's: an empty home, so that no cache helps, nothing of this environment's Python, and the ports."""
+    ours = ("PYTHONPATH", "VIRTUAL_ENV", "PIP_CACHE_DIR", "XDG_CACHE_HOME")
     path = [part for part in os.environ["PATH"].split(os.pathsep) if ".venv" not in part]
     ports = {name: str(first_port + i) for i, name in enumerate(("HTTP_PORT", "GRPC_PORT", "METRICS_PORT"))}
     return {
@@ -164,7 +165,7 @@ def _environment(scratch: Path, first_port: int, url: str) -> dict[str, str]:
         **{f"ARCFACE_SERVE_{name}": port for name, port in ports.items()},
         "ARCFACE_TRITON__URL": url,
         "PATH": os.pathsep.join(path),
-        "PIP_CACHE_DIR": str(scratch / "pip"),
+        "HOME": str(scratch),
         "PYTHONUNBUFFERED": "1",
         "COLUMNS": "120",
     }
