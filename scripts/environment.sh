@@ -29,6 +29,13 @@ onnxruntime_package() {
   fi
 }
 
+parts_of() { # extras less the ONNX Runtime and the InsightFace that they would bring: both are installed by themselves
+  local extra
+  for extra in ${1//,/ }; do
+    case $extra in build) echo tools ;; serve) echo triton ;; reference) echo reference-needs ;; *) echo "$extra" ;; esac
+  done | paste -sd,
+}
+
 install_system_packages() { # only what is missing; installed as root with apt, otherwise named
   local package missing=()
   for package in "$@"; do
@@ -83,7 +90,7 @@ prepare_environment() {
     fi
     has_shared_python || install_system_packages "$(.venv/bin/python -c 'import sys; print("libpython%d.%d" % sys.version_info[:2])')"
     echo "installing arcface-triton[$extras] into .venv (first run: one or two minutes)" >&2
-    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]" "$(onnxruntime_package)" ||
+    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(parts_of "$extras")]" "$(onnxruntime_package)" ||
       fail 3 "installing failed; the lines above say why. Next: check the network, then run $0 again"
     # Without its requirements: it wants a second ONNX Runtime, and an OpenCV that needs a display library.
     .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps insightface ||

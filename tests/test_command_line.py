@@ -260,10 +260,10 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(command, tmp_path):
 @pytest.mark.parametrize(
     ("module", "command", "how"),
     [
-        ("onnx", "import demo", "arcface-triton[build]"),
+        ("onnx", "import demo", "arcface-triton[tools]"),
         ("onnxruntime", "quantize m --precision bf16", "pip install onnxruntime"),
         ("sklearn", "compare a.npz b.npz --identities", "arcface-triton[evidence]"),
-        ("polygraphy", "plan build m", "arcface-triton[build]"),
+        ("polygraphy", "plan build m", "arcface-triton[tools]"),
         ("boto3", "plan list --store s3://bucket/plans", "arcface-triton[store]"),
         ("pyarrow", "embed crops -o out.parquet", "arcface-triton[bulk]"),
         ("ray", "embed crops -o out.parquet --engine ray", "arcface-triton[ray]"),

@@ -55,7 +55,7 @@ def read_typed_onnx(path: Path) -> TypedOnnx:
     try:
         import onnx
     except ImportError as exc:
-        raise Missing("building plans needs the package onnx: pip install 'arcface-triton[build]'") from exc
+        raise Missing("building plans needs the package onnx: pip install 'arcface-triton[tools]'") from exc
     if not path.is_file():
         raise Missing(f"no ONNX file at {path}. Make one: arcface import SOURCE, then arcface quantize NAME")
     try:
