@@ -9,8 +9,8 @@ ARG GPU_BASE=nvcr.io/nvidia/tritonserver:${TRITON_VERSION}-py3
 
 FROM ${CPU_BASE} AS wheel
 COPY . /src
-RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=cache,target=/root/.cache/pip \
-    python3 -m venv /build && /build/bin/pip wheel -q --no-deps --wheel-dir /dist /src
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
+    python3 -m venv /build && /build/bin/pip wheel --no-cache-dir -q --no-deps --wheel-dir /dist /src
 
 
 FROM ${CPU_BASE} AS cpu
@@ -22,11 +22,11 @@ RUN apt-get update -qq \
 COPY --from=wheel /dist /dist
 COPY constraints.txt /dist/
 # InsightFace without its requirements: it wants a second ONNX Runtime and an OpenCV that needs a display.
-RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m venv /opt/arcface \
-    && /opt/arcface/bin/pip install -q -c /dist/constraints.txt onnxruntime-openvino \
+    && /opt/arcface/bin/pip install --no-cache-dir -q -c /dist/constraints.txt onnxruntime-openvino \
         "$(echo /dist/*.whl)[triton,tools,images,heif,http,reference-needs,store,evidence,bulk]" \
-    && /opt/arcface/bin/pip install -q -c /dist/constraints.txt --no-deps insightface
+    && /opt/arcface/bin/pip install --no-cache-dir -q -c /dist/constraints.txt --no-deps insightface
 ENV VIRTUAL_ENV=/opt/arcface PATH=/opt/arcface/bin:$PATH HOME=/srv/arcface
 # Composes the server's backends now: later nobody may write there. And the folder that a volume is mounted on.
 RUN python -c 'from arcface_build.serving.binary import find_tritonserver; find_tritonserver()' \
@@ -48,12 +48,12 @@ RUN apt-get update -qq \
 COPY --from=wheel /dist /dist
 COPY constraints.txt /dist/
 # TensorRT's Python package in the version of the server; NVIDIA's images name theirs in TRT_VERSION and CUDA_VERSION.
-RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m venv /opt/arcface \
-    && /opt/arcface/bin/pip install -q -c /dist/constraints.txt 'numpy<2' \
+    && /opt/arcface/bin/pip install --no-cache-dir -q -c /dist/constraints.txt 'numpy<2' \
         "$(echo /dist/*.whl)[gpu,images,heif,http,reference-needs,store,evidence,bulk]" \
         "tensorrt-cu${CUDA_VERSION%%.*}==$(echo "$TRT_VERSION" | cut -d. -f1-3).*" \
-    && /opt/arcface/bin/pip install -q -c /dist/constraints.txt --no-deps insightface
+    && /opt/arcface/bin/pip install --no-cache-dir -q -c /dist/constraints.txt --no-deps insightface
 ENV VIRTUAL_ENV=/opt/arcface PATH=/opt/arcface/bin:$PATH HOME=/srv/arcface
 RUN install -d -o 1000 -g 1000 /srv/arcface
 WORKDIR /srv/arcface

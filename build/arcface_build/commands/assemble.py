@@ -52,9 +52,9 @@ def command(
     from arcface_build.repository.assemble import assemble, assemble_plans
     from arcface_build.variants.choose import choose
 
-    repository, config = repository_at(model_repository, make=True), settings()
+    model_dir, choice, config = models_dir / name, None, settings()
+    repository = repository_at(model_repository, make=model_dir.is_dir())
     keep, limits = config.versions_kept, config.comparison.max_drift.model_dump()
-    model_dir, choice = models_dir / name, None
     if plans:
         key = config.storage.public_key
         if plans == (Path("auto"),):
