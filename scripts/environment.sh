@@ -29,6 +29,13 @@ onnxruntime_package() {
   fi
 }
 
+parts_of() { # extras less the ONNX Runtime and the InsightFace that they would bring: both are installed by themselves
+  local extra
+  for extra in ${1//,/ }; do
+    case $extra in build) echo tools ;; serve) echo triton ;; reference) echo reference-needs ;; *) echo "$extra" ;; esac
+  done | paste -sd,
+}
+
 install_system_packages() { # only what is missing; installed as root with apt, otherwise named
   local package missing=()
   for package in "$@"; do
@@ -104,7 +111,7 @@ prepare_environment() {
     echo "installing what $0 needs ($extras) into .venv: a first run downloads about 360 MB (more with a GPU), one to three minutes" >&2
     : >.venv/install.log
     # InsightFace without its requirements: it wants a second ONNX Runtime, and an OpenCV that needs a display library.
-    if ! pip_install -e ".[$extras]" "$(onnxruntime_package)" || ! pip_install --no-deps insightface; then
+    if ! pip_install -e ".[$(parts_of "$extras")]" "$(onnxruntime_package)" || ! pip_install --no-deps insightface; then
       [ ! -t 2 ] || echo >&2
       fail 3 "installing failed; all that pip said is in .venv/install.log, and its last words were:
 $(grep -v '^ *$' .venv/install.log | tail -n 3 | sed 's/^/  /')

@@ -134,9 +134,11 @@ def odd_server(triton_binary: TritonBinary, tmp_path_factory: pytest.TempPathFac
 
 def copy_repository(folder: Path) -> Path:
     """folder/model_repository: what git holds of ours, no weights."""
-    from arcface_build.repository.hand_written import lay_out
+    from arcface_build.repository.hand_written import MEMORY, lay_out
 
-    return lay_out(folder / "model_repository", REPO / "model_repository")
+    repository = lay_out(folder / "model_repository", REPO / "model_repository")
+    (repository / MEMORY).unlink()  # as in a checkout
+    return repository
 
 
 def import_into(repository: Path, source: str) -> Path:

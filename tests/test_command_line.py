@@ -260,13 +260,13 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(command, tmp_path):
 @pytest.mark.parametrize(
     ("module", "command", "how"),
     [
-        ("onnx", "import demo", "-e '.[build]'"),
-        ("onnx", "bench-variants m", "-e '.[build]'"),
+        ("onnx", "import demo", "-e '.[tools]'"),
+        ("onnx", "bench-variants m", "-e '.[tools]'"),
         ("onnxruntime", "quantize m --precision bf16", "pip install onnxruntime"),
-        ("matplotlib", "quantize m --precision int8", "-e '.[build]'"),
+        ("matplotlib", "quantize m --precision int8", "-e '.[tools]'"),
         ("sklearn", "compare a.npz b.npz --identities", "-e '.[evidence]'"),
         ("sklearn", "matrix --identities", "-e '.[evidence]'"),
-        ("polygraphy", "plan build m", "-e '.[build]'"),
+        ("polygraphy", "plan build m", "-e '.[tools]'"),
         ("cryptography", "plan push --all --sign-key private.pem", "-e '.[store]'"),
         ("boto3", "plan list --store s3://bucket/plans", "-e '.[store]'"),
         ("pyarrow", "embed crops -o out.parquet", "-e '.[bulk]'"),

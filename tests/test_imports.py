@@ -29,6 +29,20 @@ def test_importing_loads_nothing_heavy(statement):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_a_client_over_grpc_loads_nothing_but_numpy_and_tritonclient():
+    others = ("aiohttp", "click", "rich", "pydantic", "yaml", "gevent", "cv2")
+    code = f"""
+import sys
+from arcface_clients import TritonEmbedder
+try:
+    TritonEmbedder("127.0.0.1:9", retry_for_s=0).ensure_ready()
+except Exception as exc:
+    print(type(exc).__name__, "tritonclient" in sys.modules, [m for m in {others!r} if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("ServerUnreachable True []\n", "")
+
+
 def test_every_public_name_can_be_imported():
     import arcface_clients
 

@@ -57,9 +57,10 @@ def command(
     from arcface_build.variants.choose import choose
     from arcface_clients.engines.import_manifest import model_at
 
-    repository, config = repository_at(model_repository, make=True), settings()
+    model_dir, choice, config = model_at(models_dir, name), None, settings()
+    repository = repository_at(model_repository, make=model_dir.is_dir())
     keep, limits = config.versions_kept, config.comparison.max_drift.model_dump()
-    model_dir, choice, change = model_at(models_dir, name), None, ChangeOver(repository)
+    change = ChangeOver(repository)
     if plans:
         key = config.storage.public_key
         if plans == (Path("auto"),):

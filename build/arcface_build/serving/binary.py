@@ -107,7 +107,7 @@ def _compose_backends(server: Path, ours: Path) -> Path:
         )
     _check_shared_python(python)
     checkout = f"{zlib.crc32(str(ours).encode()):08x}"  # several checkouts may share an environment
-    folder = _writable_share() / f"{metadata.version('nvidia-pytriton')}-{checkout}"
+    folder = _composed(f"{metadata.version('nvidia-pytriton')}-{checkout}")
     target = folder / "python"
     if not (target / stub.name).is_file():
         target.mkdir(parents=True, exist_ok=True)
@@ -125,11 +125,12 @@ def _compose_backends(server: Path, ours: Path) -> Path:
     return folder
 
 
-def _writable_share() -> Path:
-    """Where a backend directory may be composed: beside the environment's packages, else in the user's own cache."""
+def _composed(name: str) -> Path:
+    """Where the backend directory `name` is or may be: beside the packages of the environment, else in the user's cache."""
     share = Path(sys.prefix) / "share" / "arcface-triton"
-    existing = next(folder for folder in (share, *share.parents) if folder.exists())
-    return share if os.access(existing, os.W_OK) else Path("~/.cache/arcface-triton/backends").expanduser()
+    existing = next(folder for folder in (share / name, *(share / name).parents) if folder.exists())
+    made = existing == share / name or os.access(existing, os.W_OK)
+    return (share if made else Path("~/.cache/arcface-triton/backends").expanduser()) / name
 
 
 def _check_shared_python(python: str) -> None:
