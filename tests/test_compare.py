@@ -183,7 +183,7 @@ def test_damaged_embeddings_are_refused_in_one_sentence(tmp_path, damage):
         ("gone.npz", None, Missing, "does not exist"),
         ("text.npz", b"hello", WrongUse, "is not a NumPy file, or truncated"),
         ("text.onnx", b"hello", WrongUse, "is not an ONNX file"),
-        ("photo.tiff", b"hello", WrongUse, "is neither .npz, .npy, .onnx nor .plan, .engine"),
+        ("photo.tiff", b"hello", WrongUse, "is neither .npz, .npy, .parquet, .onnx nor .plan, .engine"),
         ("sm86.plan", b"hello", Missing, "needs TensorRT and a GPU"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from arcface_clients.bulk.saved import read_saved
 from arcface_clients.engines.model_folder import folder_of, sidecar_of
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.errors import Missing, WrongUse
@@ -20,7 +20,7 @@ from arcface_clients.plans.read import read_manifest
 if TYPE_CHECKING:
     from arcface_clients.config.schema import EmbeddingConfig
 
-SAVED = (".npz", ".npy")
+SAVED = (".npz", ".npy", ".parquet")
 PLANS = (".plan", ".engine")
 
 
@@ -106,31 +106,12 @@ def _address(text: str) -> tuple[str, str]:
 
 
 def _saved(path: Path) -> Side:
-    """Embeddings float (N,D) from a .npy, or from a .npz as written by `arcface embed`."""
+    """Embeddings float (N,D) from a .npy, or from a file that `arcface embed` wrote."""
     try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return Side(str(path), saved=_two_dimensional(loaded, path))
-            if "embeddings" not in loaded.files:
-                found = ", ".join(loaded.files) or "nothing"
-                raise WrongUse(f"{path} contains {found}: expected an array `embeddings`.")
-            names = tuple(str(name) for name in loaded["paths"]) if "paths" in loaded.files else None
-            contract = str(loaded["contract_id"]) or None if "contract_id" in loaded.files else None
-            precision = str(loaded["precision"]) if "precision" in loaded.files else "fp32"
-            return Side(str(path), precision, contract, saved=_two_dimensional(loaded["embeddings"], path), names=names)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as exc:
-        if isinstance(exc, WrongUse):
-            raise
-        raise WrongUse(
-            f"{path} is not a NumPy file, or truncated ({exc}). Next: arcface embed FOLDER -o FILE.npz"
-        ) from exc
-
-
-def _two_dimensional(array: np.ndarray, path: Path) -> np.ndarray:
-    if array.ndim != 2 or array.dtype.kind != "f":
-        raise WrongUse(f"{path} contains {array.dtype} {array.shape}: expected float embeddings (N, D).")
-    return array
+        found = read_saved(path)
+    except OSError as exc:
+        raise WrongUse(f"{path} cannot be read ({exc}). Next: arcface embed FOLDER -o FILE.npz") from exc
+    return Side(str(path), found.precision or "fp32", found.contract_id, saved=found.embeddings, names=found.paths)
 
 
 def _is_serving(path: Path) -> bool:
