@@ -53,7 +53,7 @@ class FaceAnalysis:
     def get(self, img: PhotoLike, max_num: int = 0) -> list[AnalysedFace]:
         """The faces of an image uint8 (H,W,3) BGR (or a path, or a file's bytes), best score first.
 
-        `max_num` keeps the largest and most central ones as in InsightFace; of a file, whose centre is not known, the largest.
+        `max_num` keeps the largest and most central ones as in InsightFace; of a file, the largest.
 
         Raises:
             What `PhotoEmbedder.faces` raises.
