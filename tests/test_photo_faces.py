@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from arcface_build.cli import cli
 from arcface_build.serving.process import TritonProcess
 from arcface_clients import PhotoEmbedder, TritonEmbedder
 from arcface_clients.errors import InferenceFailed, InvalidFaces
 from arcface_clients.faces.detect import MODEL_NAME, FaceDetector
+from arcface_clients.faces.photos import read_photo
+from arcface_clients.photos.analysis import FaceAnalysis
 from conftest import REPO
 
 STEPS = ("decode", "detect", "align")
@@ -170,3 +174,44 @@ def metrics(server: TritonProcess) -> dict[str, float]:
     return {
         name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if "arcface_photo" in line[:14])
     }
+
+
+def test_embed_detects_on_the_server_with_the_same_output(
+    photo_server: TritonProcess, portraits: list[Path], assets: Path, tmp_path: Path
+) -> None:
+    detector = str(assets / "detectors" / MODEL_NAME)
+    sources = [*map(str, portraits[:4]), str(tmp_path / "missing.jpg")]
+    written = {}
+    for way, options in {"client": ["--detector", detector], "server": [], "auto": []}.items():
+        output = tmp_path / f"{way}.npz"
+        flag = "--detect" if way == "auto" else f"--detect={way}"
+        line = ["embed", flag, *sources, "-o", str(output), "--url", photo_server.grpc_url, "--json", *options]
+        result = CliRunner().invoke(cli, line, standalone_mode=False)
+        assert result.exception is None, result.output
+        summary = json.loads(result.stdout)
+        assert summary["detected_by"] == ("client" if way == "client" else "server")
+        assert [refused["path"] for refused in summary["refused"]] == [sources[-1]]
+        written[way] = dict(np.load(output))
+    for way in ("server", "auto"):
+        assert written[way].keys() == written["client"].keys()
+        for name in ("paths", "contract_id", "model"):
+            assert (written[way][name] == written["client"][name]).all()
+        assert np.einsum("nd,nd->n", written[way]["embeddings"], written["client"]["embeddings"]).min() >= 0.9999
+        for name in ("scores", "boxes", "landmarks"):
+            assert np.allclose(written[way][name], written["client"][name], atol=1e-2)
+
+
+def test_face_analysis_answers_with_insightfaces_fields(photo_server: TritonProcess, portraits: list[Path]) -> None:
+    image = read_photo(portraits[0])
+    with FaceAnalysis(photo_server.grpc_url) as app, PhotoEmbedder(photo_server.grpc_url, min_score=0.5) as photos:
+        app.prepare(ctx_id=0, det_thresh=0.5, det_size=(640, 640))
+        found, expected = app.get(image), photos.faces(portraits[0])
+        assert len(found) == len(expected) > 1
+        for face, theirs in zip(found, expected, strict=True):
+            x, y, width, height = theirs.box
+            assert np.allclose(face.bbox, [x, y, x + width, y + height])
+            assert np.allclose(face.kps, theirs.landmarks)
+            assert face["det_score"] == theirs.score
+            assert np.allclose(face.normed_embedding, theirs.embedding)
+            assert np.linalg.norm(face.embedding) == pytest.approx(face.embedding_norm, rel=1e-4)
+        assert len(app.get(image, max_num=1)) == 1

@@ -36,6 +36,7 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
     "compare": ("compare", "Compare two engines, servers, files or saved embeddings: drift, accuracy, and why."),
     "matrix": ("matrix", "Drift, changed decisions and batch invariance by backend, precision and batch size."),
     "bench": ("bench", "Measure throughput through the server and of the bare runtime, side by side."),
+    "bench-photos": ("bench_photos", "Measure photos a second through the server and in one process."),
     "tune": ("tune", "Find the best instances, threads, queue delay and largest batch for this host."),
     "bench-variants": ("bench_variants", "Measure speed and drift of fp32, bf16 and int8, interleaved."),
     "plan": ("plan", "Build, verify, store and move TensorRT plans: one for each kind of GPU."),
@@ -45,6 +46,7 @@ NEEDS = {  # what a command cannot start without; packages that only some option
     "import": ("onnx", "onnxruntime"),
     "import-detector": ("cv2", "PIL"),
     "quantize": ("onnx", "onnxruntime"),
+    "bench-photos": ("cv2", "PIL", "onnxruntime"),
     "bench-variants": ("onnx", "onnxruntime"),
 }
 GONE = {  # benchmarks of this project itself: not in the wheel

@@ -27,6 +27,7 @@ class ServerUnderTest:
     http_url: str
     pid: int | None = None
     access: Access = field(default_factory=Access)
+    metrics_url: str = ""  # host:port; "": not known
     encrypted: bool = False  # gRPC with TLS; HTTPS is in http_url's own scheme
 
     def url(self, protocol: str) -> str:
@@ -57,7 +58,8 @@ def own_server(repository: Path, models: Sequence[str], config: str) -> Iterator
         ) as server,
     ):
         server.wait_ready()
-        yield ServerUnderTest(server.grpc_url, server.http_url, server.pid)
+        metrics_url = f"127.0.0.1:{server.ports.metrics}"
+        yield ServerUnderTest(server.grpc_url, server.http_url, server.pid, metrics_url=metrics_url)
 
 
 @contextmanager
@@ -90,7 +92,7 @@ def running_server(url: str, http_url: str | None = None, access: Access | None 
         http_url or f"{host}:{int(port) - 1}",
         pid_listening_on(int(port)) if host in ("localhost", "127.0.0.1") else None,
         access or {},
-        scheme == "grpcs",
+        encrypted=scheme == "grpcs",
     )
 
 

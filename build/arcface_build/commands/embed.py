@@ -16,14 +16,19 @@ from arcface_clients.errors import WrongUse
 from arcface_clients.extras import require
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Callable
+
+    from arcface_clients import TritonEmbedder
+    from arcface_clients.bulk.npz import Written
+    from arcface_clients.photos.embedder import PhotoEmbedder
 
 EPILOG = """\b
 Examples:
   arcface embed crops/ -o embeddings.npz
   arcface embed 'people/*/*.jpg' -o people.npz --url grpc://gpu-host:8001
   arcface embed faces.npz -o embeddings.npz --force
-  arcface embed photos/ -o photos.npz --detect
+  arcface embed photos/ -o photos.npz --detect            by the server, where it takes photos
+  arcface embed photos/ -o photos.npz --detect=client     with the detector of this host
   arcface embed crops/ db.parquet -o all.parquet --url gpu-1:8001 --url gpu-2:8001
 
 A .parquet output suits any number of faces: memory stays bounded, the same command resumes an interrupted or killed
@@ -31,7 +36,16 @@ run, and unreadable inputs are listed in OUTPUT.bad.jsonl. With --engine ray, Ra
 """
 
 
-@click.command(epilog=EPILOG, context_settings={"show_default": True})
+class DetectCommand(click.Command):
+    """A command in which `--detect` alone means `--detect=auto`, whatever follows."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Click would take the next word for the option's value."""
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, ["--detect=auto" if a == "--detect" else a for a in args[:end]] + args[end:])
+
+
+@click.command(cls=DetectCommand, epilog=EPILOG, context_settings={"show_default": True})
 @click.argument("sources", nargs=-1, required=True, metavar="FOLDER_OR_FILES...")
 @click.option(
     "-o",
@@ -43,7 +57,13 @@ run, and unreadable inputs are listed in OUTPUT.bad.jsonl. With --engine ray, Ra
 @urls_option
 @served_model_option
 @timeout_option
-@click.option("--detect", is_flag=True, help="The sources are photos: find and align every face in them.")
+@click.option(
+    "--detect",
+    type=click.Choice(["auto", "client", "server"]),
+    show_default=False,
+    help="The sources are photos: find and align every face in them, on this host (--detect=client) or on the server "
+    "(--detect=server); --detect alone: on the server where it takes photos.",
+)
 @click.option(
     "--detector",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -60,7 +80,7 @@ def command(
     urls: tuple[str, ...],
     model: str,
     timeout_s: float,
-    detect: bool,
+    detect: str | None,
     detector: Path | None,
     engine: str,
     actors: int | None,
@@ -83,18 +103,53 @@ def command(
         raise WrongUse(f"several servers and --engine ray write Parquet. Name the output {output.stem}.parquet")
     if output.suffix == ".parquet":
         require("pyarrow", *(("ray",) if engine == "ray" else ()), purpose=f"writing {output.name}")
-    if detect:
+    if detector is not None and not detect and not os.environ.get("ARCFACE_DETECTOR"):
+        raise WrongUse("--detector is for photos: add --detect")
+    photos = _photos_of_server(detect, output, urls[0], model, timeout_s, bool(detector)) if detect else None
+    found_by = None
+    if detect and photos is None:
         from arcface_clients.faces.detect import find_detector
 
-        detector = find_detector(detector)
-    elif detector is not None and not os.environ.get("ARCFACE_DETECTOR"):
-        raise WrongUse("--detector is for photos: add --detect")
-    found_by = detector if detect else None
+        found_by = find_detector(detector)
     if output.suffix == ".parquet":
         from arcface_build.commands.embed_parquet import embed_to_parquet
 
         return embed_to_parquet(sources, output, urls, model, timeout_s, found_by, engine, actors, force, as_json)
-    return _embed_to_npz(sources, output, urls[0], model, timeout_s, found_by, as_json)
+    return _embed_to_npz(sources, output, urls[0], model, timeout_s, found_by, photos, as_json)
+
+
+def _photos_of_server(
+    detect: str, output: Path, url: str, model: str, timeout_s: float, has_detector: bool
+) -> PhotoEmbedder | None:
+    """The server's own way with photos, None where the detector of this host is used.
+
+    Raises:
+        WrongUse: the server was asked for, and this cannot be done there.
+        ModelNotReady: the server was asked for, and does not take photos.
+    """
+    from arcface_clients import PhotoEmbedder
+    from arcface_clients.errors import ModelNotReady
+
+    only_here = [
+        *["a .parquet output"] * (output.suffix == ".parquet"),
+        *["--detector"] * (has_detector and detect == "server"),
+        *[f"--model {model}"] * (model != "arcface"),
+    ]
+    if detect == "client" or (detect == "auto" and (only_here or has_detector)):
+        return None
+    if only_here:
+        raise WrongUse(
+            f"the server finds faces for `arcface` and a .npz output, not with {only_here[0]}: --detect=client"
+        )
+    photos = PhotoEmbedder(url, timeout_s=timeout_s, **access_to(url))
+    try:
+        photos.ensure_ready()
+    except ModelNotReady:
+        photos.close()
+        if detect == "server":
+            raise
+        return None
+    return photos
 
 
 def _embed_to_npz(
@@ -104,36 +159,24 @@ def _embed_to_npz(
     model: str,
     timeout_s: float,
     detector: Path | None,
+    photos: PhotoEmbedder | None,
     as_json: bool,
 ) -> int:
     from arcface_clients import TritonEmbedder
-    from arcface_clients.bulk.npz import embed_to_npz
     from arcface_clients.faces.images import find_files
 
-    files, finder = find_files(sources), None
-    if detector:
-        from arcface_clients.faces.detect import FaceDetector
-
-        finder = FaceDetector(detector)
+    files = find_files(sources)
     with (
         TritonEmbedder(url, model, timeout_s=timeout_s, **access_to(url)) as embedder,
         terminal.item_bars() as progress,
     ):
         contract_id = embedder.ensure_ready().contract_id
         bar = progress.add_task("files", total=len(files))
-        done = embed_to_npz(
-            files,
-            embedder,
-            output,
-            contract_id=contract_id,
-            model=model,
-            detector=finder,
-            on_file=lambda: progress.advance(bar),
-        )
+        done = _embed(files, embedder, output, contract_id, model, detector, photos, lambda: progress.advance(bar))
     for crop in done.refused:
         terminal.complaint(f"not read: {crop.name}: {crop.refused}")
     if not done.faces:
-        expected = "photos with a face" if detector else "aligned 112×112 crops; photos need --detect"
+        expected = "photos with a face" if detector or photos else "aligned 112×112 crops; photos need --detect"
         raise WrongUse(
             f"no face could be read from {' '.join(sources)} ({len(files)} files found, {len(done.refused)} refused); "
             f"expected {expected}. Nothing was written"
@@ -144,9 +187,33 @@ def _embed_to_npz(
         "embedding_dim": done.embedding_dim,
         "contract_id": contract_id,
         "model": model,
+        "detected_by": "server" if photos else "client" if detector else None,
         "refused": [{"path": crop.name, "reason": crop.refused} for crop in done.refused],
     }
     left_out = f", {len(done.refused)} not read" if done.refused else ""
-    told = f"{output}: {done.faces} embeddings of {done.embedding_dim} numbers from {model}{left_out}"
+    by = ", found by the server" if photos else ""
+    told = f"{output}: {done.faces} embeddings of {done.embedding_dim} numbers from {model}{by}{left_out}"
     hand_over(summary, lambda: told, as_json)
     return 0
+
+
+def _embed(
+    files: list[str],
+    embedder: TritonEmbedder,
+    output: Path,
+    contract_id: str | None,
+    model: str,
+    detector: Path | None,
+    photos: PhotoEmbedder | None,
+    on_file: Callable[[], None],
+) -> Written:
+    if photos is not None:
+        from arcface_clients.photos.npz import embed_photos_to_npz
+
+        with photos:
+            return embed_photos_to_npz(files, photos, output, contract_id=contract_id, model=model, on_file=on_file)
+    from arcface_clients.bulk.npz import embed_to_npz
+    from arcface_clients.faces.detect import FaceDetector
+
+    finder = FaceDetector(detector) if detector else None
+    return embed_to_npz(files, embedder, output, contract_id=contract_id, model=model, detector=finder, on_file=on_file)

@@ -77,13 +77,27 @@ def embed_to_npz(
                 yield crop.face
 
     rows = list(embedder.encode_stream(readable()))
-    if rows:
-        columns: dict[str, Any] = {"paths": np.array(names), "embeddings": np.stack(rows)}
-        columns |= {"contract_id": np.array(contract_id or ""), "model": np.array(model)}
-        columns |= _places(found) if detector else {}
-        with new_file(output) as temporary, temporary.open("wb") as file:
-            np.savez(file, **columns)
+    write_npz(output, names, rows, contract_id=contract_id, model=model, found=found if detector else None)
     return Written(len(rows), len(rows[0]) if rows else 0, tuple(refused))
+
+
+def write_npz(
+    output: Path,
+    names: Sequence[str],
+    rows: Sequence[Array],
+    *,
+    contract_id: str | None,
+    model: str,
+    found: Sequence[Found] | None,
+) -> None:
+    """Write the embeddings `rows` and what they are of; nothing if there are none. `found`: None for crops."""
+    if not rows:
+        return
+    columns: dict[str, Any] = {"paths": np.array(names), "embeddings": np.stack(rows)}
+    columns |= {"contract_id": np.array(contract_id or ""), "model": np.array(model)}
+    columns |= {} if found is None else _places(found)
+    with new_file(output) as temporary, temporary.open("wb") as file:
+        np.savez(file, **columns)
 
 
 def _places(found: Sequence[Found]) -> dict[str, FloatArray]:

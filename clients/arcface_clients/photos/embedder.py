@@ -48,7 +48,8 @@ class PhotoEmbedder:
     """Faces of photos from a Triton server that has `photo_faces`; safe to use from many threads.
 
     Args:
-        url, model, timeout_s, retry_for_s, in_flight, expected_contract, headers, tls: see `ClientOptions`.
+        url, model, timeout_s, retry_for_s, in_flight, expected_contract, compression, headers, tls: as in
+            `ClientOptions`.
         min_score: lowest detector score of a face, 0..1; None: the server's default.
         min_size: smallest side of a face, in pixels of the photo; None: the server's default.
         max_faces: so many of the best; None: the server's limit.
@@ -68,6 +69,7 @@ class PhotoEmbedder:
         retry_for_s: float = 5.0,
         in_flight: int = 4,
         expected_contract: str | None = None,
+        compression: str | None = None,
         headers: Mapping[str, str] | None = None,
         tls: Tls | None = None,
     ) -> None:
@@ -79,6 +81,7 @@ class PhotoEmbedder:
             retry_for_s=retry_for_s,
             in_flight=in_flight,
             expected_contract=expected_contract,
+            compression=compression,
             headers=headers or {},
             tls=tls or Tls(),
         )

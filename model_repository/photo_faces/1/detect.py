@@ -121,11 +121,14 @@ def _patch(
     reach = LOOK_MARGIN * float(max(box[2:]))
     zoom = side / reach  # pixels of the patch for one of the photo
     corner = box[:2] + box[2:] / 2 - reach / 2
-    # warpAffine does not average, so a large face is taken from the copy that was shrunk with averaging.
     source, source_scale = (small, small_scale) if zoom < small_scale else (image, scale)
-    shift = zoom * (0.5 / source_scale - 0.5 - corner)
-    matrix = np.array([[zoom / source_scale, 0, shift[0]], [0, zoom / source_scale, shift[1]]])
-    return np.asarray(cv2.warpAffine(source, matrix, (side, side)), np.uint8), zoom, corner
+    # warpAffine does not average: a large face is warped to a multiple of the side, then shrunk with averaging.
+    times = max(1, int(source_scale / zoom))
+    shift = times * zoom * (0.5 / source_scale - 0.5 - corner) + (times - 1) / 2
+    ratio = times * zoom / source_scale
+    matrix = np.array([[ratio, 0, shift[0]], [0, ratio, shift[1]]])
+    patch = cv2.warpAffine(source, matrix, (times * side, times * side))
+    return np.asarray(cv2.resize(patch, (side, side), interpolation=cv2.INTER_AREA), np.uint8), zoom, corner
 
 
 def _look_again(

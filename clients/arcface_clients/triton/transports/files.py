@@ -16,7 +16,7 @@ from arcface_clients.triton.address import Connection
 from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.transports import refusals
 from arcface_clients.triton.transports.grpc_messages import drivers
-from arcface_clients.triton.transports.http_messages import HEADER_LENGTH, Request
+from arcface_clients.triton.transports.http_messages import Request, binary_request
 
 Parameter = float | int | str | bool
 Files = Mapping[str, bytes]
@@ -24,7 +24,9 @@ Files = Mapping[str, bytes]
 _DTYPES = {"FP32": np.float32, "INT32": np.int32, "UINT8": np.uint8, "BOOL": np.bool_}
 
 
-def pack_http(files: Files, outputs: Iterable[str], parameters: Mapping[str, Parameter]) -> Request:
+def pack_http(
+    files: Files, outputs: Iterable[str], parameters: Mapping[str, Parameter], compression: str | None
+) -> Request:
     """JSON, then each file behind its length, as BYTES tensors are written."""
     bodies = {name: _element(file) for name, file in files.items()}
     request_id = secrets.token_hex(8)
@@ -38,8 +40,7 @@ def pack_http(files: Files, outputs: Iterable[str], parameters: Mapping[str, Par
         "outputs": [{"name": name, "parameters": {"binary_data": True}} for name in outputs],
     }
     packed = json.dumps(head).encode()
-    headers = {HEADER_LENGTH: str(len(packed)), "Content-Type": "application/octet-stream"}
-    return Request(b"".join([packed, *bodies.values()]), headers, request_id)
+    return binary_request(b"".join([packed, *bodies.values()]), len(packed), request_id, compression)
 
 
 def unpack_http(connection: Connection, model: str, request_id: str, head_length: str | None, body: bytes) -> Tensors:

@@ -58,7 +58,7 @@ class HttpTransport:
         self, model: str, files: Files, outputs: Sequence[str], parameters: Mapping[str, Parameter], timeout_s: float
     ) -> Tensors:
         """The outputs asked for, read-only."""
-        body = pack_http(files, outputs, parameters)
+        body = pack_http(files, outputs, parameters, self._connection.compression)
         read = partial(unpack_http, self._connection, model, body.id)
         return self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, read, body.body, body.headers)
 

@@ -46,7 +46,12 @@ def pack(parts: Sequence[Array], outputs: Sequence[str], compression: str | None
     face = {"binary_data_size": sum(part.nbytes for part in parts)}
     head = _head(request_id, count, outputs, face, {"binary_data": True})
     body = b"".join([head, *(part.data.cast("B") for part in parts if part.size)])
-    headers = {HEADER_LENGTH: str(len(head)), "Content-Type": "application/octet-stream"}
+    return binary_request(body, len(head), request_id, compression)
+
+
+def binary_request(body: bytes, head_length: int, request_id: str, compression: str | None) -> Request:
+    """A body of JSON and binary tensors with its headers, compressed if asked for."""
+    headers = {HEADER_LENGTH: str(head_length), "Content-Type": "application/octet-stream"}
     if compression is None:
         return Request(body, headers, request_id)
     squeeze = gzip.compress if compression == "gzip" else zlib.compress

@@ -1,0 +1,201 @@
+"""Photos a second through the server, in turns with the same work in this process, and where the server's time goes."""
+
+from __future__ import annotations
+
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_build.bench.host import describe_host
+from arcface_build.bench.interleaved import Spread, Variant, Work, measure_in_turns, ratio, undisturbed_rounds
+from arcface_build.bench.run import Bars
+from arcface_build.bench.server import ServerUnderTest, own_server
+from arcface_build.repository.detector import photo_models
+from arcface_build.repository.versions import served_folder
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.engines.runtimes import open_session
+from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.faces.detect import FaceDetector
+from arcface_clients.photos.embedder import PhotoEmbedder
+
+STAGES = ("decode", "detect", "align", "embed")
+Answer = Callable[[bytes], int]
+"""A photo's bytes in, the number of its faces out."""
+
+
+def measure_photos(
+    photos: Sequence[bytes],
+    repository: Path,
+    *,
+    callers: Sequence[int],
+    rounds: int,
+    sample_s: float,
+    config: str = "onnx",
+    bars: Bars,
+) -> dict[str, Any]:
+    """Measure both ways at each number of callers; returns the result's JSON.
+
+    Args:
+        photos: encoded photos, sent in turn.
+        repository: model repository with a detector; the server is our own, on free ports.
+        callers: threads that each wait for an answer before they send the next photo.
+        rounds: undisturbed rounds; each measures everything once.
+        sample_s: approximate length of a sample.
+        config: Triton's --model-config-name.
+        bars: shows progress.
+
+    Raises:
+        WrongUse: no photos.
+        Missing: no detector is installed, or no weights.
+    """
+    if not photos:
+        raise WrongUse(
+            "no photos to measure with: expected JPEG, PNG or other photos. Next: arcface bench-photos FOLDER"
+        )
+    models, why = photo_models(repository)
+    if not models:
+        raise Missing(why)
+    host = describe_host()
+    with ExitStack() as stack:
+        server = stack.enter_context(own_server(repository, ["arcface", *models], config))
+        client = stack.enter_context(PhotoEmbedder(server.grpc_url))
+        here = one_process(repository)
+        expected, found = (sum(map(answer, photos)) for answer in (here, _asks(client)))
+        variants = []
+        for number in callers:
+            variants.append(_variant(f"one process c{number}", here, photos, number))
+            variants.append(_variant(f"server c{number}", _asks(client), photos, number, server))
+        advance = stack.enter_context(bars(len(variants) * (rounds + 1)))
+        samples = measure_in_turns(variants, rounds, sample_s, advance)
+    kept, disturbed = undisturbed_rounds(samples)
+    rows = [
+        {
+            "name": variant.name,
+            "photos_per_s": Spread.of([samples[variant.name][r].faces_per_s for r in kept]).to_json(),
+            "latency_ms": Spread.of([ms for r in kept for ms in samples[variant.name][r].latencies_ms]).to_json(),
+        }
+        for variant in variants
+    ]
+    ratios = [{"callers": n, **ratio(samples, f"server c{n}", f"one process c{n}", kept).to_json()} for n in callers]
+    waterfalls = {str(n): _median([samples[f"server c{n}"][r].details["ms_per_photo"] for r in kept]) for n in callers}
+    return {
+        "host": host,
+        "photos": len(photos),
+        "faces": {"one process": expected, "server": found},
+        "variants": rows,
+        "ratios": ratios,
+        "waterfall_ms": waterfalls,
+        "rounds": {"measured": len(next(iter(samples.values()))), "kept": kept, "disturbed": disturbed},
+    }
+
+
+def one_process(repository: Path) -> Answer:
+    """Decode, detect, align and embed in this process, as a program without a server would; for several threads."""
+    detector = FaceDetector(served_folder(repository, "photo_faces") / "detector.onnx")
+    session = open_session(served_folder(repository, "arcface_onnx") / "model.onnx", threads=0, settings={})
+
+    def answer(photo: bytes) -> int:
+        faces = detector.detect_encoded(photo)
+        if faces:
+            session.run([EMBEDDING_OUTPUT], {FACE_INPUT: np.stack([face.face for face in faces])})
+        return len(faces)
+
+    return answer
+
+
+def photos_text(result: dict[str, Any]) -> str:
+    """The result as text."""
+    lines = [f"{'':20} {'photos/s':>9} {'p10–p90':>17} {'ms a photo':>11}"]
+    for row in result["variants"]:
+        speed = row["photos_per_s"]
+        span = f"{speed['low']:8.1f}–{speed['high']:<8.1f}"
+        lines.append(f"{row['name']:20} {speed['median']:9.1f} {span} {row['latency_ms']['median']:11.1f}")
+    lines += ["", "server / one process, within a round: median (p10–p90)"]
+    for row in result["ratios"]:
+        lines.append(f"  {row['median']:.3f} ({row['low']:.3f}–{row['high']:.3f})  {row['callers']} callers")
+    lines += ["", "where a photo's time goes on the server, ms"]
+    for callers, steps in result["waterfall_ms"].items():
+        lines.append(f"  {callers:>2} callers: " + ", ".join(f"{step} {ms:.2f}" for step, ms in steps.items()))
+    found = result["faces"]
+    lines.append(f"faces found: {found['server']} by the server, {found['one process']} in one process")
+    if result["rounds"]["disturbed"]:
+        lines.append("NOT RELIABLE: other processes used the CPU in nearly every round. Measure on an idle machine.")
+    return "\n".join(lines)
+
+
+def _asks(client: PhotoEmbedder) -> Answer:
+    return lambda photo: len(client.faces(photo))
+
+
+def _variant(
+    name: str, answer: Answer, photos: Sequence[bytes], callers: int, server: ServerUnderTest | None = None
+) -> Variant:
+    """`callers` threads that answer photos in turn. Its "faces a second" are photos a second."""
+    turn = count()
+
+    def sample(seconds: float) -> Work:
+        latencies_s: list[float] = []
+        lock, before = threading.Lock(), _counters(server)
+        started = time.perf_counter()
+
+        def call() -> None:
+            while True:
+                sent = time.perf_counter()
+                answer(photos[next(turn) % len(photos)])
+                now = time.perf_counter()
+                with lock:
+                    latencies_s.append(now - sent)
+                if now - started >= seconds:
+                    return
+
+        with ThreadPoolExecutor(callers) as pool:
+            for future in [pool.submit(call) for _ in range(callers)]:
+                future.result()
+        wall_s = time.perf_counter() - started
+        details = {}
+        if server is not None:
+            details["ms_per_photo"] = _split(before, _counters(server), 1000 * float(np.mean(latencies_s)))
+        return Work(len(latencies_s), wall_s, [1000 * s for s in latencies_s], details=details)
+
+    return Variant(name, sample, "server" if server else "process", (server.pid,) if server and server.pid else ())
+
+
+def _split(before: dict[str, float], after: dict[str, float], latency_ms: float) -> dict[str, float]:
+    """Milliseconds of a photo by step, from Triton's metrics; the rest of the caller's time is receive and answer."""
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    photos = grown['arcface_photos{outcome="answered"}'] or 1
+    request_us, queue_us = (
+        sum(value for name, value in grown.items() if name.startswith(f"nv_inference_{kind}_duration_us"))
+        for kind in ("request", "queue")
+    )
+    steps = {stage: grown[f'arcface_photo_stage_us{{stage="{stage}"}}'] / photos / 1000 for stage in STAGES}
+    inside = request_us / photos / 1000
+    queue = queue_us / photos / 1000
+    return {
+        "receive and answer": latency_ms - inside,
+        "wait for an instance": queue,
+        **steps,
+        "between the steps": inside - queue - sum(steps.values()),
+    }
+
+
+def _counters(server: ServerUnderTest | None) -> dict[str, float]:
+    """The metrics of `photo_faces` by their full names."""
+    if server is None:
+        return {}
+    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs if "photo" in name}
+
+
+def _median(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.median([each[name] for each in steps])) for name in steps[0]}
