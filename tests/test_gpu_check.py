@@ -248,6 +248,15 @@ def test_a_spent_budget_leaves_a_report_without_figures(host: dict[str, str], tm
     assert text.count("s of the budget were left") == 7
 
 
+def test_a_report_of_another_tensorrt_is_kept_and_a_new_one_begins(host: dict[str, str], tmp_path: Path) -> None:
+    before, _, _ = check(host, tmp_path, "--budget-s", "1")
+    after, _, said = check(host, tmp_path, "--budget-s", "1", FAKE_TRT_VERSION="11.0.0")
+    assert "is of another GPU, driver or TensorRT: kept as report-" in said
+    assert (after["host"]["tensorrt"], len(after["commands"])) == ("11.0.0", 1)
+    kept = list((tmp_path / "state").glob("report-*.json"))
+    assert [json.loads(file.read_text())["host"]["tensorrt"] for file in kept] == [before["host"]["tensorrt"]]
+
+
 def test_readings_between_two_times_are_those_and_else_the_last_before() -> None:
     log, now = GpuLog(), time.monotonic()
     log._readings = [(now + second, (1000.0 + second, 1, 2, 3, 4, 5)) for second in range(5)]
