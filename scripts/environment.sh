@@ -69,8 +69,27 @@ installed() { # extras, checksum of the requirements: whether an earlier run ins
   return 1
 }
 
+pip_install() { # pip's arguments; what pip says goes to .venv/install.log, and here one line that says how far it is
+  local line downloads=0
+  .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt "$@" 2>&1 |
+    while IFS= read -r line; do
+      printf '%s\n' "$line" >>.venv/install.log
+      case $line in
+        *"Downloading "* | *"Using cached "*) downloads=$((downloads + 1)) line="package $downloads: ${line##*ing }" ;;
+        "Installing collected packages:"*) line="unpacking $(wc -w <<<"${line#*:}") packages" ;;
+        *) continue ;;
+      esac
+      if [ -t 2 ]; then printf '\r\033[K  %.76s' "$line" >&2; elif [[ $line == *" MB)" || $line == unpack* ]]; then echo "  $line" >&2; fi
+    done
+}
+
+megabytes_in_log() { # what pip downloaded: "  Downloading name.whl (55.2 MB)" or (812 kB)
+  awk '/Downloading .*MB\)/ { sum += substr($(NF - 1), 2) } /Downloading .*kB\)/ { sum += substr($(NF - 1), 2) / 1000 }
+    END { printf "%.0f", sum }' .venv/install.log
+}
+
 prepare_environment() {
-  local extras=$1 python stamp wanted
+  local extras=$1 python stamp wanted started=$SECONDS
   shift
   [ $# -eq 0 ] || install_system_packages "$@"
   wanted=$(cat pyproject.toml constraints.txt scripts/environment.sh | cksum | cut -d' ' -f1)
@@ -82,12 +101,17 @@ prepare_environment() {
       "$python" -m venv .venv || fail 3 "cannot make .venv with $python. Next: apt-get install python3-venv"
     fi
     has_shared_python || install_system_packages "$(.venv/bin/python -c 'import sys; print("libpython%d.%d" % sys.version_info[:2])')"
-    echo "installing arcface-triton[$extras] into .venv (first run: one or two minutes)" >&2
-    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]" "$(onnxruntime_package)" ||
-      fail 3 "installing failed; the lines above say why. Next: check the network, then run $0 again"
-    # Without its requirements: it wants a second ONNX Runtime, and an OpenCV that needs a display library.
-    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps insightface ||
-      fail 3 "installing insightface failed; the lines above say why. Next: check the network, then run $0 again"
+    echo "installing what $0 needs ($extras) into .venv: a first run downloads about 260 MB (more with a GPU), one to three minutes" >&2
+    : >.venv/install.log
+    # InsightFace without its requirements: it wants a second ONNX Runtime, and an OpenCV that needs a display library.
+    if ! pip_install -e ".[$extras]" "$(onnxruntime_package)" || ! pip_install --no-deps insightface; then
+      [ ! -t 2 ] || echo >&2
+      fail 3 "installing failed; all that pip said is in .venv/install.log, and its last words were:
+$(grep -v '^ *$' .venv/install.log | tail -n 3 | sed 's/^/  /')
+Next: check the network and the free disk space, then run $0 again"
+    fi
+    [ ! -t 2 ] || printf '\r\033[K' >&2
+    echo "installed in $((SECONDS - started)) s, $(megabytes_in_log) MB downloaded. To have \`arcface\` in this shell: source .venv/bin/activate" >&2
     touch "$stamp"
   fi
   export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"

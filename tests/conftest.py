@@ -105,6 +105,21 @@ def server(
 
 
 @pytest.fixture(scope="session")
+def photo_server(
+    triton_binary: TritonBinary, demo_repository: Path, assets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonProcess]:
+    """A tritonserver with the demo network and the models that take photos."""
+    from arcface_build.repository.detector import install_detector, photo_models
+
+    install_detector(next((assets / "detectors").glob("*yunet*.onnx")), demo_repository)
+    models, _ = photo_models(demo_repository)
+    options = {"log_path": tmp_path_factory.mktemp("photos") / "tritonserver.log", "ports": free_ports()}
+    with TritonProcess(triton_binary, demo_repository, ["arcface", *models], **options) as process:
+        process.wait_ready()
+        yield process
+
+
+@pytest.fixture(scope="session")
 def odd_server(triton_binary: TritonBinary, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonProcess]:
     """A second tritonserver, of quick models that misbehave each in its own way (tests/odd_models.py)."""
     from odd_models import write_models
@@ -119,12 +134,9 @@ def odd_server(triton_binary: TritonBinary, tmp_path_factory: pytest.TempPathFac
 
 def copy_repository(folder: Path) -> Path:
     """folder/model_repository: what git holds of ours, no weights."""
-    ignored = shutil.ignore_patterns("*.onnx", "*.plan", "*.plan.json", "manifest.json", "[2-9]", "__pycache__")
-    target = folder / "model_repository"
-    shutil.copytree(REPO / "model_repository", target, ignore=ignored)
-    for leaf in ("arcface_onnx", "arcface_trt", "arcface_reference"):
-        shutil.rmtree(target / leaf / "configs", ignore_errors=True)
-    return target
+    from arcface_build.repository.hand_written import lay_out
+
+    return lay_out(folder / "model_repository", REPO / "model_repository")
 
 
 def import_into(repository: Path, source: str) -> Path:

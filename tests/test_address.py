@@ -19,6 +19,8 @@ from arcface_clients.triton.address import Address
         ("HTTP://host:81/", "http://host:81"),
         ("https://host/triton/", "https://host:443/triton"),
         ("[::1]:8001", "grpc://[::1]:8001"),
+        ("[fe80::1%eth0]:8001", "grpc://[fe80::1%eth0]:8001"),
+        ("triton_server:8001", "grpc://triton_server:8001"),
     ],
 )
 def test_urls_are_understood(url: str, written: str) -> None:
@@ -34,6 +36,11 @@ def test_urls_are_understood(url: str, written: str) -> None:
         ("host:70000", "cannot read the server URL 'host:70000'"),
         ("grpc://host/path", "has a path, which gRPC knows nothing of"),
         ("http://user:secret@host", "cannot read the server URL"),
+        ("http://foo bar", "cannot read the server URL 'http://foo bar'"),
+        ("foo bar:8001", "cannot read the server URL 'foo bar:8001'"),
+        ("http://foo%20bar", "cannot read the server URL"),
+        ("http://host/a b", "cannot read the server URL"),
+        ("localhost:8001\n", "cannot read the server URL"),
     ],
 )
 def test_urls_that_cannot_be_are_refused_with_examples(url: str, words: str) -> None:

@@ -186,7 +186,7 @@ def test_rows_that_are_no_numbers_count_as_drift_and_raise_the_alert(prometheus:
     assert prometheus.values('arcface_drift_bucket{backend="onnx", le="+Inf"}') == [40.0]  # 32 exact ones, 8 broken
     assert prometheus.values('arcface_drift_bucket{backend="onnx", le="0.1"}') == [32.0]
     firing = [alert for alert in prometheus.get("alerts")["alerts"] if alert["state"] == "firing"]
-    assert [alert["labels"]["alertname"] for alert in firing] == ["ArcfaceDrift"]
+    assert [alert["labels"]["alertname"] for alert in firing] == ["ArcfaceDrift", "ArcfaceDemoWeights"]
 
 
 def test_drift_is_counted_over_grpc_only_and_says_so() -> None:

@@ -86,7 +86,7 @@ def test_the_architecture_is_known_from_names_and_shapes(blocks: tuple[int, ...]
 def test_a_safetensors_backbone_is_imported(tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "backbone.safetensors", state_dict((2, 2, 2, 2)))
     source = with_file(resolve(str(path), tmp_path, known=known_models()))
-    manifest = import_model(source, tmp_path / "models" / "m", ProofFaces(FACES, "drawn"))
+    manifest = import_model(source, tmp_path / "models" / "m", ProofFaces(FACES, "synthetic"))
     assert (manifest.source["kind"], manifest.source["file"], manifest.dim) == ("checkpoint", path.name, 512)
     assert manifest.wants() == Preprocessing()
 

@@ -63,5 +63,5 @@ def test_readme_names_every_subcommand_and_no_other():
 def test_readme_names_every_subcommand_of_plan():
     from arcface_build.commands.plan import COMMANDS as PLAN_COMMANDS
 
-    (line,) = re.findall(r"^    arcface plan .*: (.*)$", (REPO / "README.md").read_text(), re.MULTILINE)
+    (line,) = re.findall(r"^\| `arcface plan` \| .*: (.*) \|$", (REPO / "README.md").read_text(), re.MULTILINE)
     assert set(line.split(", ")) == set(PLAN_COMMANDS)

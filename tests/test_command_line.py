@@ -260,14 +260,18 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(command, tmp_path):
 @pytest.mark.parametrize(
     ("module", "command", "how"),
     [
-        ("onnx", "import demo", "arcface-triton[build]"),
+        ("onnx", "import demo", "-e '.[build]'"),
+        ("onnx", "bench-variants m", "-e '.[build]'"),
         ("onnxruntime", "quantize m --precision bf16", "pip install onnxruntime"),
-        ("sklearn", "compare a.npz b.npz --identities", "arcface-triton[evidence]"),
-        ("polygraphy", "plan build m", "arcface-triton[build]"),
-        ("boto3", "plan list --store s3://bucket/plans", "arcface-triton[store]"),
-        ("pyarrow", "embed crops -o out.parquet", "arcface-triton[bulk]"),
-        ("ray", "embed crops -o out.parquet --engine ray", "arcface-triton[ray]"),
-        ("torch", "bench --pytorch", "arcface-triton[pytorch]"),
+        ("matplotlib", "quantize m --precision int8", "-e '.[build]'"),
+        ("sklearn", "compare a.npz b.npz --identities", "-e '.[evidence]'"),
+        ("sklearn", "matrix --identities", "-e '.[evidence]'"),
+        ("polygraphy", "plan build m", "-e '.[build]'"),
+        ("cryptography", "plan push --all --sign-key private.pem", "-e '.[store]'"),
+        ("boto3", "plan list --store s3://bucket/plans", "-e '.[store]'"),
+        ("pyarrow", "embed crops -o out.parquet", "-e '.[bulk]'"),
+        ("ray", "embed crops -o out.parquet --engine ray", "-e '.[ray]'"),
+        ("torch", "bench --pytorch", "-e '.[pytorch]'"),
     ],
 )
 def test_a_package_that_is_missing_is_one_sentence_before_any_work(module, command, how, tmp_path):
@@ -290,7 +294,23 @@ def test_a_package_that_nobody_asked_for_is_still_one_sentence(tmp_path):
     done = subprocess.run(line, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
     assert done.returncode == 3
     (sentence,) = done.stderr.splitlines()
-    assert sentence.startswith("DependencyMissing: ") and sentence.endswith("Next: pip install rich")
+    assert sentence.startswith("DependencyMissing: ")
+    assert "Next: " in sentence and sentence.endswith("[cli]'")
+
+
+def test_an_opencv_without_its_display_library_names_the_one_that_needs_none(tmp_path):
+    folder = tmp_path / "packages" / "cv2"
+    folder.mkdir(parents=True)
+    said = "libGL.so.1: cannot open shared object file: No such file or directory"
+    (folder / "__init__.py").write_text(f"raise ImportError({said!r}, name='cv2')")
+    (tmp_path / "crop.png").write_bytes(b"")
+    done = arcface("serve", "--faces", "crop.png", cwd=tmp_path, PYTHONPATH=_before(folder.parent))
+    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    assert said in done.stderr and "--no-deps opencv-python-headless" in done.stderr
+
+
+def _before(folder: Path) -> str:
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
 def test_a_shell_completes_commands_and_options():
@@ -304,7 +324,13 @@ def test_a_shell_completes_commands_and_options():
 def on_a_terminal(*arguments: object, cwd: Path) -> str:
     """What a command writes to stderr where that is a terminal."""
     outer, inner = pty.openpty()
-    process = subprocess.Popen([*MAIN, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=inner, cwd=cwd)
+    process = subprocess.Popen(
+        [*MAIN, *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=inner,
+        cwd=cwd,
+        env=os.environ | {"TERM": "xterm"},  # one that can draw, wherever the tests run
+    )
     os.close(inner)
     shown = b""
     while True:
@@ -325,6 +351,18 @@ def test_progress_is_shown_on_a_terminal_and_not_with_quiet(tmp_path):
     shown = on_a_terminal(*line, cwd=tmp_path)
     assert "prove serving.onnx" in shown or "reference" in shown, shown
     assert on_a_terminal(*line, "--force", "--quiet", cwd=tmp_path) == ""
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then_and_none_with_quiet(tmp_path):
+    (tmp_path / "impatient.py").write_text(
+        "import sys, arcface_build.terminal as terminal; terminal.FIRST_S = terminal.EVERY_S = 0.2\n"
+        "from arcface_build.cli import main; main(sys.argv[1:])"
+    )
+    line = [sys.executable, "impatient.py", "import", "demo", "--models-dir", "models", "--no-assemble", "--force"]
+    said = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=True).stderr
+    assert "reference" in said or "prove serving.onnx" in said, said
+    quiet = subprocess.run([*line, "-q"], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=True)
+    assert quiet.stderr == ""
 
 
 def test_bytes_that_move_are_shown_on_a_terminal_and_not_with_quiet(tmp_path):

@@ -38,15 +38,13 @@ def test_shipped_file_names_every_key_with_its_default():
     assert [key for key, _ in flatten(yaml.safe_load(SHIPPED.read_text()))] == list(leaf_keys(EmbeddingConfig))
 
 
-def test_documentation_lists_every_key_variable_default_and_old_name():
+def test_documentation_lists_every_key_variable_and_default():
     page = (REPO / "docs" / "configuration.md").read_text()
     rows = re.findall(r"^\| `([a-z0-9_.]+)` \| `(ARCFACE_\w+)` \| `([^`]*)` \|", page, re.MULTILINE)
     shipped = dict(flatten(yaml.safe_load(SHIPPED.read_text())))
     assert {key: (name, yaml.safe_load(default)) for key, name, default in rows} == {
         key: (variable(key), value) for key, value in shipped.items()
     }
-    olds = re.findall(r"^\| `([a-z0-9_.]+)` \| →", page, re.MULTILINE)
-    assert sorted(olds) == sorted(key for key in OLD_NAMES if not key.startswith("arcface_tensorrt."))
 
 
 def test_drift_limits_have_one_home():

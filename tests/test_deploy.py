@@ -20,14 +20,15 @@ import pytest
 import yaml
 
 from arcface_build.serving.binary import TritonBinary
-from arcface_clients import TritonEmbedder
+from arcface_build.serving.guard import RESTRICTED
+from arcface_clients import Tls, TritonEmbedder
 from arcface_clients.checks.parity import count_drift
 from arcface_clients.errors import ModelNotReady, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import REPO
 
 KUBERNETES = REPO / "deploy" / "kubernetes"
-COMPONENTS = ("pvc", "servicemonitor")
+COMPONENTS = ("pvc", "servicemonitor", "mutual-tls")
 
 
 @pytest.fixture(scope="module", params=["cpu", "gpu", "everything"])
@@ -108,15 +109,95 @@ def test_volumes_and_variables_of_the_container_are_there(objects: dict[str, dic
     assert set(re.findall(r"\$\((\w+)\)", " ".join(container["args"]))) <= given
 
 
+def test_pods_run_without_rights_and_can_write_only_where_they_must(objects: dict[str, dict[str, Any]]) -> None:
+    whole, container = pod(objects), container_of(objects["Deployment arcface"])
+    assert whole["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": 1000,
+        "runAsGroup": 1000,
+        "fsGroup": 1000,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert whole["automountServiceAccountToken"] is False
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(whole)
+    writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    assert writable == {"/dev/shm", "/tmp"}
+
+
+def test_http_is_for_the_pod_itself_and_grpc_is_encrypted(objects: dict[str, dict[str, Any]]) -> None:
+    container = container_of(objects["Deployment arcface"])
+    line = dict(part.partition("=")[::2] for part in container["args"])
+    assert line["--http-address"] == "127.0.0.1"
+    assert line["--grpc-use-ssl"] == "$(ARCFACE_GRPC_TLS)"
+    (config,) = (each["data"] for name, each in objects.items() if name.startswith("ConfigMap "))
+    assert config["ARCFACE_GRPC_TLS"] == "true"
+    (secret,) = (volume["secret"] for volume in pod(objects)["volumes"] if volume["name"] == "tls")
+    assert secret["secretName"] == "arcface-tls" and "optional" not in secret
+    assert [port["name"] for port in container["ports"]] == ["grpc", "metrics"]
+    for option in ("--http-restricted-api", "--grpc-restricted-protocol"):
+        assert line[option] == f"{RESTRICTED}:admin-key=$(ARCFACE_ADMIN_KEY)"
+
+
+def test_only_embedding_pods_reach_grpc_and_only_prometheus_reaches_the_metrics(
+    objects: dict[str, dict[str, Any]],
+) -> None:
+    policy = objects["NetworkPolicy arcface"]["spec"]
+    labels = objects["Deployment arcface"]["spec"]["template"]["metadata"]["labels"]
+    assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    allowed = {rule["ports"][0]["port"]: rule["from"] for rule in policy["ingress"]}
+    assert len(policy["ingress"]) == 2 and all(len(rule["ports"]) == 1 for rule in policy["ingress"])
+    (embedding,), (watching,) = allowed["grpc"], allowed["metrics"]
+    assert embedding == {
+        "podSelector": {"matchExpressions": [{"key": "arcface-client", "operator": "In", "values": ["true"]}]}
+    }
+    assert watching["podSelector"]["matchExpressions"][0]["values"] == ["prometheus"]
+
+
+def test_pods_ask_for_names_and_their_repository_and_never_for_the_clouds_credentials(
+    objects: dict[str, dict[str, Any]], request: Any
+) -> None:
+    policy = objects["NetworkPolicy arcface"]["spec"]
+    if "everything" in request.node.callspec.id:  # the repository is on a volume
+        assert "egress" not in policy and "Egress" in policy["policyTypes"]
+        return
+    names, repository = policy["egress"]
+    assert {port["port"] for port in names["ports"]} == {53}
+    assert [port["port"] for port in repository["ports"]] == [443]
+    assert repository["to"] == [{"ipBlock": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]}}]
+
+
+def test_mutual_tls_and_a_mesh_of_ones_own_are_components(tmp_path: Path, objects: dict[str, dict[str, Any]]) -> None:
+    here = Path(os.path.relpath(KUBERNETES, tmp_path.resolve()))
+    for name in ("mutual-tls", "plain-grpc"):
+        parts = {"resources": [str(here / "overlays" / "cpu")], "components": [str(here / "components" / name)]}
+        (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(parts))
+        done = subprocess.run(["kubectl", "kustomize", str(tmp_path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        made = {each["kind"]: each for each in yaml.safe_load_all(done.stdout)}
+        mutual = {"--grpc-use-ssl-mutual=true", "--grpc-root-cert=/tls/ca.crt"} <= set(
+            container_of(made["Deployment"])["args"]
+        )
+        volumes = {volume["name"]: volume for volume in made["Deployment"]["spec"]["template"]["spec"]["volumes"]}
+        plain = made["ConfigMap"]["data"]["ARCFACE_GRPC_TLS"] == "false" and volumes["tls"]["secret"].get("optional")
+        assert (mutual, bool(plain)) == ((True, False) if name == "mutual-tls" else (False, True))
+
+
 def test_secrets_are_referred_to_and_never_written(objects: dict[str, dict[str, Any]]) -> None:
     assert not any(name.startswith("Secret ") for name in objects)
     text = yaml.safe_dump_all(objects.values())
     assert "secretRef" in text and not re.search("ACCESS_KEY|ADMIN_KEY[^)]", text)
 
 
-def test_the_image_is_the_one_that_docker_compose_pins(objects: dict[str, dict[str, Any]]) -> None:
-    image = yaml.safe_load((REPO / "docker-compose.yml").read_text())["services"]["triton"]["image"]
-    assert container_of(objects["Deployment arcface"])["image"] == re.sub(r"\$\{\w+:-([^}]+)\}", r"\1", image)
+def test_the_image_is_the_base_that_the_dockerfile_pins(objects: dict[str, dict[str, Any]]) -> None:
+    pinned = dict(re.findall(r"^ARG (\w+)=(\S+)$", (REPO / "Dockerfile").read_text(), re.MULTILINE))
+    image = pinned["GPU_BASE"].replace("${TRITON_VERSION}", pinned["TRITON_VERSION"])
+    assert container_of(objects["Deployment arcface"])["image"] == image
 
 
 def test_requests_in_flight_have_time_to_finish(objects: dict[str, dict[str, Any]]) -> None:
@@ -141,29 +222,41 @@ def test_every_flag_is_one_of_tritonservers(container: dict[str, Any], triton_bi
     environment = {**os.environ, **triton_binary.environment}
     told = subprocess.run([triton_binary.path, "--help"], capture_output=True, text=True, env=environment)
     known = set(re.findall(r"^\s+(--[a-z0-9-]+) <", told.stdout + told.stderr, re.MULTILINE))
-    compose = yaml.safe_load((REPO / "docker-compose.yml").read_text())["services"]["triton"]["command"]
-    for line in (container["args"], compose):
-        assert line[0] == "tritonserver"
-        assert {part.split("=")[0] for part in line[1:]} <= known
+    program, *arguments = container["args"]
+    assert program == "tritonserver"
+    assert {argument.split("=")[0] for argument in arguments} <= known
 
 
-def flags(container: dict[str, Any], **variables: str) -> list[str]:
-    """The container's flags beside those that the test's own server has already, $(VARIABLES) filled in."""
-    ours = ("--model-repository", "--model-control-mode", "--load-model", "--model-config-name")
+def flags(container: dict[str, Any], tls: Path | None = None) -> list[str]:
+    """The container's flags beside those that the test's own server has already, with its variables and its Secret.
+
+    Its addresses are those of a pod; a test's server stays on this host.
+    """
+    ours = ("--model-repository", "--model-control-mode", "--load-model", "--model-config-name", "--metrics-address")
+    variables = {"ARCFACE_ADMIN_KEY": "k3y", "ARCFACE_GRPC_TLS": "true" if tls else "false"}
     line = [part for part in container["args"][1:] if not part.startswith(ours)]
-    return [re.sub(r"\$\((\w+)\)", lambda found: variables[found.group(1)], part) for part in line]
+    line = [re.sub(r"\$\((\w+)\)", lambda found: variables[found.group(1)], part) for part in line]
+    return [part.replace("=/tls/", f"={tls}/") if tls else part for part in line]
 
 
 def test_a_real_server_with_these_flags_embeds_and_unloads_for_the_keys_owner_only(
-    container: dict[str, Any], demo_repository: Path, start_triton: Callable[..., Any]
+    container: dict[str, Any], demo_repository: Path, start_triton: Callable[..., Any], tmp_path: Path
 ) -> None:
-    server = start_triton(demo_repository, ["arcface"], guarded=False, extra=flags(container, ARCFACE_ADMIN_KEY="k3y"))
-    with TritonEmbedder(server.grpc_url) as embedder:
+    pytest.importorskip("cryptography")
+    from certificates import Authority
+
+    authority = Authority(tmp_path / "secret")
+    authority.sign("tls", ("arcface", "localhost")).rename(tmp_path / "secret" / "tls.crt")
+    server = start_triton(demo_repository, ["arcface"], guarded=False, extra=flags(container, tmp_path / "secret"))
+    url, access = f"grpcs://localhost:{server.ports.grpc}", {"tls": Tls(tmp_path / "secret" / "ca.pem")}
+    with TritonEmbedder(url, **access) as embedder:
         assert embedder.encode(synthetic_faces(3)).shape == (3, 512)
         assert embedder.shared_memory.kind is None  # guarded by the key as well
-    assert not count_drift(server.grpc_url, synthetic_faces(1)), "there is no reference, as in the NGC image"
-    for path in (container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")):
-        assert post(f"http://{server.http_url}{path}", method="GET") == 200
+    assert not count_drift(url, synthetic_faces(1), access=access), "there is no reference, as in the NGC image"
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        *curl, place = container[probe]["exec"]["command"]
+        assert curl[0] == "curl" and int(curl[-1]) < container[probe]["timeoutSeconds"]
+        assert post(place.replace("127.0.0.1:8000", server.http_url), method="GET") == 200
     unload = f"http://{server.http_url}/v2/repository/models/arcface/unload"
     assert post(unload) == 403
     assert post(unload, {"admin-key": "k3y"}) == 200
@@ -187,7 +280,7 @@ def test_sigterm_lets_the_request_in_flight_finish_and_takes_no_new_one(
     from odd_models import write_model
 
     write_model(tmp_path / "repository", "slow")
-    extra = flags(container, ARCFACE_ADMIN_KEY="k3y")
+    extra = flags(container)
     server = start_triton(tmp_path / "repository", ["slow"], config_name="", guarded=False, extra=extra)
     slow = np.full((1, 112, 112, 3), 255, np.uint8)  # computes for two seconds
     answers: list[np.ndarray] = []
@@ -215,7 +308,7 @@ def test_a_client_outlives_the_connections_that_the_server_ends(
     from odd_models import write_model
 
     write_model(tmp_path / "repository", "good")
-    lines = flags(container, ARCFACE_ADMIN_KEY="k3y")
+    lines = flags(container)
     extra = [re.sub(r"(--grpc-max-connection-age)=\d+", r"\1=300", line) for line in lines]
     server = start_triton(tmp_path / "repository", ["good"], config_name="", guarded=False, extra=extra)
     faces = synthetic_faces(2)

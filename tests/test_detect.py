@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from arcface_clients.errors import ConfigError, DependencyMissing, InvalidFaces
-from arcface_clients.faces.align import TEMPLATE, align_face, similarity_to_template
 from arcface_clients.faces.detect import MODEL_NAME, FaceDetector, detect_crops, find_detector, load_detected
 from arcface_clients.faces.photos import read_photo
+from arcface_clients.faces.steps.align import TEMPLATE, align_face, similarity_to_template
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_the_warp_undoes_any_turn_scale_and_shift(angle: float, scale: float, sh
     rotation = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     moved = TEMPLATE @ rotation.T + shift
     matrix = similarity_to_template(moved)
-    assert np.abs(moved @ matrix[:, :2].T + matrix[:, 2] - TEMPLATE).max() < 1e-9
+    assert np.abs(moved @ matrix[:, :2].T + matrix[:, 2] - TEMPLATE).max() < 1e-5  # the template is float32
 
 
 def test_the_warp_is_insightfaces(assets: Path, portraits: list[Path]) -> None:
@@ -49,13 +49,13 @@ def test_the_warp_is_insightfaces(assets: Path, portraits: list[Path]) -> None:
         image, landmarks = cv2.imread(str(portrait)), landmarks_of(assets, portrait).astype(np.float32)
         theirs = face_align.norm_crop(image, landmarks)
         ours = align_face(image, landmarks)
-        assert np.abs(ours.astype(int) - theirs.astype(int)).mean() < 1
-        assert np.allclose(similarity_to_template(landmarks), face_align.estimate_norm(landmarks), atol=1e-3)
+        np.testing.assert_allclose(similarity_to_template(landmarks), face_align.estimate_norm(landmarks), atol=1e-6)
+        assert (ours != theirs).mean() < 1e-4
 
 
 @pytest.mark.parametrize("bad", [np.ones((5, 2)), np.ones((4, 2)), np.full((5, 2), np.nan)])
 def test_landmarks_without_a_shape_are_refused(bad: np.ndarray) -> None:
-    with pytest.raises(InvalidFaces, match="landmarks"):
+    with pytest.raises(ValueError, match="landmarks"):
         similarity_to_template(bad)
 
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_used_is_reported_and_the_rest_goes_on(
     assert np.array_equal(faces[0], faces[1])
     reasons = {Path(crop.name).name: crop.refused for crop in refused}
     assert reasons["b_cut_off.jpg"].startswith("damaged or truncated (image file is truncated")
-    assert reasons["c_text.jpg"] == reasons["d_empty.png"] == "not an image, or a format that Pillow does not know"
+    assert reasons["c_text.jpg"] == reasons["d_empty.png"] == "not an image, or of a format that is not read"
     assert reasons["e_nobody.png"] == "no face found (score of at least 0.7)"
     assert reasons["f_huge.png"] == "10000×8500 pixels; expected at most 80,000,000. Shrink it first"
     assert reasons["f_vast.png"].startswith("too large")

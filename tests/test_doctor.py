@@ -73,8 +73,12 @@ def test_host_without_a_server_has_one_problem_with_its_fix(doctor):
         "local model",
         "server",
         "restrictions",
+        "drift",
+        "queue",
+        "answers",
         "tritonserver",
         "weights",
+        "processes",
         "plans",
         "store",
     ]

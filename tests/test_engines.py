@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -286,6 +288,52 @@ def test_demo_networks_beside_one_own_model_are_not_meant(tmp_path):
     write_model(tmp_path / "mine")
     assert find_model(tmp_path).path.name == "mine"
     assert find_model(tmp_path, "demo-r50").path.name == "demo-r50"
+
+
+@pytest.fixture
+def two_of_ours_and_a_demo(tmp_path) -> Path:
+    """models/ with mine, other and demo-mobile: three contracts."""
+    for seed, name in enumerate(("demo-mobile", "mine", "other")):
+        write_model(tmp_path / "models" / name)
+        manifest = tmp_path / "models" / name / "manifest.json"
+        kind = "demo" if name == "demo-mobile" else "file"
+        of_its_own = {"source": {"sha256": str(seed), "kind": kind}, "contract_id": str(seed) * 64}
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | of_its_own))
+    return tmp_path / "models"
+
+
+@pytest.mark.parametrize(("contract", "name"), [("0", "demo-mobile"), ("1", "mine"), ("2", "other")])
+def test_of_several_models_the_served_one_is_meant(two_of_ours_and_a_demo, contract, name):
+    assert find_model(two_of_ours_and_a_demo, served=lambda: contract * 64).path.name == name
+    for engine in ("onnx", "insightface"):
+        made = EngineRegistry.get(engine, models_dir=two_of_ours_and_a_demo, served=lambda: contract * 64)
+        assert made.contract_id == contract * 64
+
+
+def test_of_several_models_the_installed_one_is_meant_where_nothing_is_served(two_of_ours_and_a_demo, tmp_path):
+    with pytest.raises(ConfigError, match=r"contains 2 models \(mine, other\), and none of them is served"):
+        find_model(two_of_ours_and_a_demo)
+    for version, name in ((9, "mine"), (10, "other")):
+        folder = tmp_path / "model_repository" / "arcface_onnx" / str(version)
+        folder.mkdir(parents=True)
+        shutil.copyfile(two_of_ours_and_a_demo / name / "manifest.json", folder / "manifest.json")
+    assert find_model(two_of_ours_and_a_demo, model_repository=tmp_path / "model_repository").path.name == "other"
+
+
+def test_the_only_model_and_a_named_one_are_meant_without_asking_a_server(two_of_ours_and_a_demo):
+    def served() -> str:
+        raise AssertionError("asked")
+
+    assert find_model(two_of_ours_and_a_demo, "mine", served).path.name == "mine"
+    for name in ("demo-mobile", "other"):
+        shutil.rmtree(two_of_ours_and_a_demo / name)
+    assert find_model(two_of_ours_and_a_demo, served=served).path.name == "mine"
+
+
+def test_an_engine_stays_with_the_model_that_it_found(two_of_ours_and_a_demo):
+    answers = iter(["1" * 64])
+    engine = EngineRegistry.get("onnx", models_dir=two_of_ours_and_a_demo, served=lambda: next(answers))
+    assert [engine.contract_id, engine.contract_id] == ["1" * 64] * 2
 
 
 def test_missing_variant_names_the_command(models):

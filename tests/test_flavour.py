@@ -304,7 +304,7 @@ def test_each_file_that_is_no_arcface_model_is_refused_in_one_sentence(what: str
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SourceRefused) as caught:
         source = resolve(str(path), given, known=known_models())
-        import_model(source, models / "net", ProofFaces(synthetic_faces(2), "drawn"))
+        import_model(source, models / "net", ProofFaces(synthetic_faces(2), "synthetic"))
     assert str(caught.value) == message
     assert sorted(p for p in tmp_path.rglob("*") if p != models) == before
 
@@ -313,7 +313,9 @@ def test_a_graph_that_onnx_runtime_cannot_load_is_refused_with_its_reason(tmp_pa
     path = changed(unknown_operator)(tmp_path)
     with pytest.raises(SourceRefused, match=r"^net\.onnx: ONNX Runtime cannot load the graph: .*Frobnicate.*"):
         import_model(
-            resolve(str(path), tmp_path, known=known_models()), tmp_path / "m", ProofFaces(synthetic_faces(2), "drawn")
+            resolve(str(path), tmp_path, known=known_models()),
+            tmp_path / "m",
+            ProofFaces(synthetic_faces(2), "synthetic"),
         )
     assert not (tmp_path / "m").exists()
 

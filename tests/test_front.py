@@ -52,10 +52,10 @@ def test_each_form_gives_the_intended_embedding_or_the_question(
     source = resolve(str(path), tmp_path, known=known_models())
     if form.asked:
         with pytest.raises(SourceRefused, match=r"^net\.onnx: cannot tell the preprocessing: .*--color") as caught:
-            import_model(source, tmp_path / "models" / "net", ProofFaces(FACES, "drawn"))
+            import_model(source, tmp_path / "models" / "net", ProofFaces(FACES, "synthetic"))
         assert form.asked in str(caught.value)
         return
-    manifest = import_model(source, tmp_path / "models" / "net", ProofFaces(FACES, "drawn"))
+    manifest = import_model(source, tmp_path / "models" / "net", ProofFaces(FACES, "synthetic"))
     serving = onnxruntime.InferenceSession(
         str(tmp_path / "models/net/serving.onnx"), providers=["CPUExecutionProvider"]
     )

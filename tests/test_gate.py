@@ -90,7 +90,7 @@ def table_model(path: Path, rows: np.ndarray) -> Path:
 
 def at_import(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
     reference = SimpleNamespace(name="InsightFace", why="")
-    prove(table_model(folder / "serving.onnx", candidate), FACES, 7 * REFERENCE, reference, "drawn", limits=LIMITS)
+    prove(table_model(folder / "serving.onnx", candidate), FACES, 7 * REFERENCE, reference, "synthetic", limits=LIMITS)
 
 
 def in_a_regression_test(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
@@ -177,7 +177,9 @@ def served(models: dict[str, np.ndarray]):
             pass
 
         def ensure_ready(self):
-            return SimpleNamespace(contract_id="c" * 64, precision="fp32", leaf=self.model, backend="onnxruntime")
+            return SimpleNamespace(
+                contract_id="c" * 64, precision="fp32", leaf=self.model, backend="onnxruntime", demo=False
+            )
 
         def encode(self, faces):
             if np.isnan(models[self.model]).any():

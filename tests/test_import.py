@@ -63,7 +63,7 @@ def save(model: onnx.ModelProto, path: Path) -> Path:
 def run_import(path: Path, faces: np.ndarray, stated: Stated | None = None) -> ImportManifest:
     folder = path.parent / "models" / path.stem
     source = resolve(str(path), path.parent, known=known_models())
-    return import_model(source, folder, ProofFaces(faces, "drawn"), stated=stated)
+    return import_model(source, folder, ProofFaces(faces, "synthetic"), stated=stated)
 
 
 def assert_reference_answers_for_what_it_says(path: Path) -> None:
@@ -294,8 +294,8 @@ def test_the_proof_covers_the_outputs_norm_and_contract(tmp_path: Path, faces: n
     folder = tmp_path / "models" / "net"
     reference = Reference(folder / "source.onnx", manifest.wants())
     raw = reference_embeddings(reference, faces)
-    prove(folder / "serving.onnx", faces, raw, reference, "drawn", contract=manifest.contract_id)
+    prove(folder / "serving.onnx", faces, raw, reference, "synthetic", contract=manifest.contract_id)
     with pytest.raises(ProofFailed, match="does not return ffff"):
-        prove(folder / "serving.onnx", faces, raw, reference, "drawn", contract="f" * 64)
+        prove(folder / "serving.onnx", faces, raw, reference, "synthetic", contract="f" * 64)
     with pytest.raises(ProofFailed, match=r"`norm` of face \d+ is .*: expected"):
-        prove(folder / "serving.onnx", faces, 2 * raw, reference, "drawn", contract=manifest.contract_id)
+        prove(folder / "serving.onnx", faces, 2 * raw, reference, "synthetic", contract=manifest.contract_id)

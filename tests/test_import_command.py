@@ -43,7 +43,7 @@ def workplace(tmp_path: Path) -> Path:
 
 def test_a_file_is_imported_installed_and_the_second_time_left_alone(workplace: Path) -> None:
     repository = copy_repository(workplace)
-    first = arcface_import(workplace, "net.onnx", "--name", "mine", "--json")
+    first = arcface_import(workplace, "net.onnx", "--name", "mine", "--json", "-q")
     assert (first.returncode, first.stderr) == (0, "")
     manifest = json.loads(first.stdout)
     assert manifest == json.loads((workplace / "models" / "mine" / "manifest.json").read_text())
@@ -73,7 +73,7 @@ def test_the_report_says_what_was_found_and_proved(workplace: Path) -> None:
     answer = arcface_import(workplace, "net.onnx", "--no-assemble", "--color", "bgr", "--mean", "127.5", "--std", "128")
     assert "bgr, mean [127.5, 127.5, 127.5], std [128.0, 128.0, 128.0] (stated by the caller)" in answer.stdout
     assert "dynamic_batch  batch was fixed to 1, also in 1 Reshape" in answer.stdout
-    assert "64 faces (drawn) against insightface.forward: min cosine 1.0000" in answer.stdout
+    assert "64 faces (synthetic) against insightface.forward: min cosine 1.0000" in answer.stdout
     assert not (workplace / "model_repository").exists()
 
 
@@ -128,7 +128,7 @@ def test_what_cannot_work_is_one_line_an_exit_code_and_nothing_left(
     before = sorted(workplace.rglob("*"))
     monkeypatch.chdir(workplace)
     with pytest.raises(SystemExit) as caught:
-        main(["import", *arguments, "--no-assemble", "--models-dir", "out"])
+        main(["import", "-q", *arguments, "--no-assemble", "--models-dir", "out"])
     out, errors = capsys.readouterr()
     assert (caught.value.code, out) == (code, "")
     assert errors.startswith(message) and errors.count("\n") == 1

@@ -101,7 +101,7 @@ FORMS: dict[str, tuple[Callable[[], onnx.ModelProto], dict]] = {
 
 def run_import(path: Path, **arguments: object) -> ImportManifest:
     source = resolve(str(path), path.parent, known=known_models())
-    return import_model(source, path.parent / "models" / path.stem, ProofFaces(FACES, "drawn"), **arguments)
+    return import_model(source, path.parent / "models" / path.stem, ProofFaces(FACES, "synthetic"), **arguments)
 
 
 def embed(path: Path) -> np.ndarray:

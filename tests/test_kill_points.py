@@ -49,7 +49,7 @@ class Place:
 
     def import_source(self, name: str) -> None:
         source = resolve(str(self.folder / f"{name}.onnx"), self.folder, known=known_models())
-        import_model(source, self.model(name), ProofFaces(FACES, "drawn"))
+        import_model(source, self.model(name), ProofFaces(FACES, "synthetic"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from arcface_build.commands.consensus import command, run
-from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
+from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable, WrongUse
 from arcface_clients.faces.synthetic import synthetic_people
 from arcface_clients.people.cache import EmbeddingCache
 from arcface_clients.people.persons import Journal, Limits, consensus_of_people, people_in
@@ -51,6 +51,15 @@ def test_strangers_in_each_folder_are_found(folder: Path, tmp_path: Path) -> Non
     assert (written["format"], written["version"], written["contract_id"]) == ("arcface-consensus", 2, CONTRACT)
     assert np.linalg.norm(written["people"]["p3"]["embedding"]) == pytest.approx(1, abs=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_folder_in_which_no_file_is_a_face_is_one_sentence_and_leaves_no_file(tmp_path: Path) -> None:
+    for name, data in (("ann/1.jpg", b"no image"), ("ann/2.jpg", b""), ("bob/notes.txt", b"text")):
+        (tmp_path / "people" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "people" / name).write_bytes(data)
+    with pytest.raises(WrongUse, match=r"no face could be read from .*people \(2 people, 2 files refused; .*1.jpg"):
+        run(tmp_path / "people", tmp_path / "out.json", PixelEngine(), LIMITS, 1, None, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["people"]
 
 
 def test_an_undecided_person_has_both_groups_in_the_output_and_on_the_screen(tmp_path: Path, monkeypatch) -> None:

@@ -25,11 +25,11 @@ import pytest
 
 from arcface_build.errors import ProofFailed
 from arcface_build.plans.build import PlanProof, build_plan, child_error, timing_cache_path
-from arcface_build.plans.float_weights import float_weights
 from arcface_build.plans.inspect import check_precision, count_precisions, layer_precision
 from arcface_build.plans.loaders import pin_precisions
 from arcface_build.plans.source import PlanSource
 from arcface_build.plans.typed import check_buildable, read_typed_onnx
+from arcface_build.plans.weakly_typed import float_weights
 from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import ArcFaceError, Missing, PlanRefused, WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
@@ -308,6 +308,27 @@ def test_a_plan_is_built_proved_and_described_with_flags_on_8_6_and_by_its_onnx_
     assert plan["typed"] == (version != "8.6.0")
     assert bool(plan["pins"]) == (version == "8.6.0" and precision == "fp16")
     assert plan["profile"] == {"face": ((1, 112, 112, 3), (4, 112, 112, 3), (8, 112, 112, 3))}
+
+
+def test_int8_with_fp16_is_built_as_it_is_from_10_on_and_with_both_flags_on_8_6(
+    fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray
+) -> None:
+    typed = read_typed_onnx(write_tiny(tmp_path / "onnx" / "int8.onnx", "int8+fp16"))
+    assert (typed.precision, typed.opset) == ("int8", 19)
+    reference = PlanSource("tiny", typed.path, write_tiny(tmp_path / "fp32.onnx"), None).embed(faces)
+    built = {}
+    for version in ("8.6.0", "10.3.0"):
+        fake_host(version)
+        spec = PlanSpec("tiny", typed.sha256, "int8", "8.6", version, 1, 4, 8)
+        target = tmp_path / version / spec.file_name
+        build_plan(typed, spec, target, PlanProof(faces, reference, LOOSE))
+        built[version] = pickle.loads(target.read_bytes())
+    assert sorted(built["8.6.0"]["flags"]) == ["FP16", "INT8", "PREFER_PRECISION_CONSTRAINTS"]
+    assert built["8.6.0"]["pins"]["norm"] == "FLOAT"
+    assert "conv" not in built["8.6.0"]["pins"]  # its Q/DQ nodes say it
+    assert built["10.3.0"]["flags"] == []
+    opsets = {version: onnx.load_from_string(plan["onnx"]).opset_import[0].version for version, plan in built.items()}
+    assert opsets == {"8.6.0": 17, "10.3.0": 19}
 
 
 def test_builder_options_reach_the_builder(fake_host: Callable[..., None], tmp_path: Path, faces: np.ndarray) -> None:

@@ -36,8 +36,8 @@ class Arcface:
         self.out, self.err = self.capsys.readouterr()
         return caught.value.code
 
-    def json(self, *arguments: object) -> Any:
-        assert self(*arguments, "--json") == 0, self.err
+    def json(self, *arguments: object, exit_code: int = 0) -> Any:
+        assert self(*arguments, "--json") == exit_code, self.err
         return json.loads(self.out)
 
 
@@ -180,16 +180,31 @@ def test_matrix_says_what_is_there_and_what_is_missing(arcface: Arcface, cache: 
     )
     built(cache)
     built(cache, spec(sm="9.0", tensorrt="11.0.0"))
-    cells = {(c["sm"], c["precision"], c["tensorrt"]): c["state"] for c in arcface.json("matrix", "--gpus", gpus)}
+    told = arcface.json("matrix", "--gpus", gpus, exit_code=1)
+    cells = {(c["sm"], c["precision"], c["tensorrt"]): c["state"] for c in told}
     assert cells == {
         ("8.6", "fp16", "10.3.0"): "cache", ("8.6", "fp16", "11.0.0"): "MISSING",
         ("8.6", "int8", "10.3.0"): "MISSING", ("8.6", "int8", "11.0.0"): "MISSING",
         ("8.9", "fp16", "10.3.0"): "MISSING", ("8.9", "fp16", "11.0.0"): "MISSING",
         ("9.0", "fp16", "10.3.0"): "-", ("9.0", "fp16", "11.0.0"): "cache",
     }  # fmt: skip
-    assert arcface("matrix", "--gpus", REPO / "config" / "gpus.yaml", "--model", "other") == 0
-    assert "other  8.6  A10, A40" in arcface.out
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    assert arcface("matrix", "--gpus", REPO / "config" / "gpus.yaml", "--model", "other") == 1
+    assert "other  8.6  A10, A40" in arcface.out and " missing. Build one on a GPU of that SM" in arcface.out
     assert arcface("matrix", "--gpus", tmp_path / "absent.yaml") == 3
+
+
+def test_matrix_of_a_complete_store_is_good(arcface: Arcface, cache: PlanStore, tmp_path: Path) -> None:
+    gpus = tmp_path / "gpus.yaml"
+    gpus.write_text('sms: { "8.6": {architecture: Ampere, cards: [A10], plans: [fp16]} }')
+    built(cache)
+    assert arcface("matrix", "--gpus", gpus) == 0
+
+
+def test_matrix_of_a_mistyped_model_says_which_there_are(arcface: Arcface, cache: PlanStore) -> None:
+    built(cache)
+    assert arcface("matrix", "--gpus", REPO / "config" / "gpus.yaml", "--model", "tnyi") == 3
+    assert arcface.err.startswith("Missing: no model 'tnyi': expected a plan of it, or models/tnyi (plans of: tiny;")
 
 
 def test_matrix_counts_a_hardware_compatible_plan_for_every_sm_that_it_loads_on(
@@ -199,7 +214,7 @@ def test_matrix_counts_a_hardware_compatible_plan_for_every_sm_that_it_loads_on(
     block = "{architecture: x, cards: [x], plans: [fp16]}"
     gpus.write_text(f'sms: {{ "7.5": {block}, "8.6": {block}, "8.9": {block} }}')
     built(cache, spec(options=BuilderOptions(hardware_compatible=True)))
-    cells = {c["sm"]: c["state"] for c in arcface.json("matrix", "--gpus", gpus)}
+    cells = {c["sm"]: c["state"] for c in arcface.json("matrix", "--gpus", gpus, exit_code=1)}
     assert cells == {"7.5": "MISSING", "8.6": "cache", "8.9": "cache"}
     arcface.places[1], arcface.places[3] = str(tmp_path / "new"), cache.url
     assert [row["state"] for row in arcface.json("pull", "--sm", "8.9")] == ["pulled"]
@@ -218,7 +233,8 @@ def test_a_poisoned_manifest_in_the_store_costs_no_command_more_than_itself(
     arcface.places[1] = str(tmp_path / "new")
     assert arcface("pull", "--sm", "8.6") == 0
     assert "pulled" in arcface.out and f"refused: {poison}" in arcface.err
-    assert arcface("matrix", "--gpus", REPO / "config" / "gpus.yaml") == 0
+    assert arcface("matrix", "--gpus", REPO / "config" / "gpus.yaml") == 1
+    assert "tiny" in arcface.out and arcface.err == ""
     assert arcface("verify") == 1
     os.utime(poison, (1, 1))
     assert [row["plan"] for row in arcface.json("gc")] == [f"{'0' * 64}/manifest.json"]

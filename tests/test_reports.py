@@ -88,6 +88,8 @@ def bench_result() -> dict:
         "ratios": [{"variant": rows[0]["name"], "base": "bare b32", **spread}],
         "rounds": {"measured": 7, "kept": [0], "disturbed": True},
         "host": {"cpu": "a cpu", "versions": {"numpy": "1.26"}},
+        "created": "2026-01-31T12:00:00+00:00",
+        "served": {"model": "arcface", "name": "my_r50", "precision": "bf16", "contract_id": "c0ffee" * 10},
         "waterfall": [
             {"step": "bare ONNX Runtime", "ms_per_face": spread, "over_bare_us": {**spread, "median": 0.0}},
             {"step": "gRPC", "ms_per_face": {**spread, "median": 1.25}, "over_bare_us": {**spread, "median": 250.0}},
@@ -138,6 +140,8 @@ def test_the_matrix_shades_what_is_near_its_limit(matrix):
 def test_the_benchmark_shows_overheads_and_says_when_it_is_not_reliable():
     text = bench_page(bench_result())
     assert "1.250 ms, +250 µs" in text
+    assert f"my_r50 (bf16), contract {'c0ffee' * 10}; 2026-01-31T12:00:00+00:00; 1 of 7 rounds kept; a cpu" in text
+    assert ">1</text>" in text and "Faces per second: median, p10–p90</figcaption>" in text
     assert "Not reliable" in text
     assert "<td>arcface_onnx</td>" in text and ">0.2000%</td>" in text
 

@@ -91,7 +91,7 @@ def test_a_folder_that_is_no_repository_is_refused(tmp_path, monkeypatch):
     with pytest.raises(Missing, match=r"is not our model repository: expected arcface/config\.pbtxt in it"):
         find_repository(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Missing, match=r"no model_repository/ in .* or above it\. Run from a checkout"):
+    with pytest.raises(Missing, match=r"no model_repository/ in .* or above it\. Make one here: arcface serve"):
         find_repository()
 
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from arcface_build.imports.demo import build_demo
-from arcface_build.imports.proof_faces import ProofFaces, drawn_faces, read_faces
+from arcface_build.imports.proof_faces import ProofFaces, read_faces, synthetic_proof_faces
 from arcface_build.imports.second_look import second_look
 from arcface_clients.contract import Preprocessing
 
@@ -26,7 +26,7 @@ def demo() -> onnx.ModelProto:
 
 @pytest.mark.parametrize("fed", [Preprocessing(), Preprocessing("rgb", (127.5,) * 3, (128.0,) * 3)])
 def test_a_rightly_fed_demo_raises_no_alarm(demo: onnx.ModelProto, fed: Preprocessing) -> None:
-    look = second_look(demo, fed, drawn_faces())
+    look = second_look(demo, fed, synthetic_proof_faces())
     assert look.warning == "" and look.departure[look.chosen] < 0.05
 
 
@@ -34,7 +34,10 @@ def test_a_rightly_fed_demo_raises_no_alarm(demo: onnx.ModelProto, fed: Preproce
 def test_a_demo_fed_otherwise_than_its_statistics_were_made_is_warned_of(
     demo: onnx.ModelProto, fed: Preprocessing
 ) -> None:
-    assert "but rgb (x − 127.5) / 127.5 fits better: its BatchNorm" in second_look(demo, fed, drawn_faces()).warning
+    assert (
+        "but rgb (x − 127.5) / 127.5 fits better: its BatchNorm"
+        in second_look(demo, fed, synthetic_proof_faces()).warning
+    )
 
 
 def test_random_weights_on_real_people_raise_no_alarm(assets: Path, demo: onnx.ModelProto) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from arcface_build.errors import ServerFailed
 from arcface_build.repository.assemble import assemble
+from arcface_build.repository.versions import install, served_manifest
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
 from arcface_build.serving.process import (
     _DIE_WITH_PARENT,
@@ -225,6 +226,20 @@ def test_a_busy_port_is_named_before_any_work(demo_repository):
             "Expected an IPv4 address of this host (ip -4 address), 127.0.0.1 for it alone, or 0.0.0.0 for all\n",
         ),
         (
+            ("--host", "0.0.0.0"),
+            "WrongUse: gRPC on 0.0.0.0 would carry faces and embeddings readably through the network. Encrypt it "
+            "(--tls-cert FILE --tls-key FILE), or say that this network is trusted: --insecure\n",
+        ),
+        (
+            ("--http-host", "0"),
+            "WrongUse: HTTP on 0.0.0.0 would carry faces and embeddings readably through the network: Triton's HTTP "
+            "has no TLS. Use gRPC (--host), or say that this network is trusted: --insecure\n",
+        ),
+        (
+            ("--", "--grpc-addr=0.0.0.0"),
+            "WrongUse: --grpc-addr after -- is refused: who reaches the server is not decided there. Use --host\n",
+        ),
+        (
             ("--faces", "no such folder"),
             "WrongUse: no face could be read from no such folder: expected aligned 112×112 crops.\n",
         ),
@@ -257,8 +272,15 @@ def test_tensorrt_without_gpu_says_what_is_there_and_what_to_do(demo_repository)
     )
 
 
+def install_broken(repository: Path, weights: bytes) -> None:
+    """Install these weights as if they had passed every gate."""
+    (repository.parent / "broken.onnx").write_bytes(weights)
+    manifest = served_manifest(repository) or {}
+    install(repository, "arcface_onnx", {"model.onnx": repository.parent / "broken.onnx"}, manifest)
+
+
 def test_broken_weights_are_reported_with_the_models_own_reason(triton_binary, own_repository):
-    (own_repository / "arcface_onnx" / "1" / "model.onnx").write_bytes(b"\x08\x08truncated")
+    install_broken(own_repository, b"\x08\x08truncated")
     process = serve(own_repository, "--no-reference", "--once")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
@@ -267,21 +289,33 @@ def test_broken_weights_are_reported_with_the_models_own_reason(triton_binary, o
     )
 
 
-def test_weights_that_cannot_be_loaded_are_replaced_by_the_reference_and_loudly(triton_binary, own_repository):
-    (own_repository / "arcface_onnx" / "1" / "model.onnx").write_bytes(b"\x08\x08truncated")
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (install_broken, "arcface_onnx: ONNX Runtime"),
+        (
+            lambda repository, weights: (repository / "arcface_onnx" / "1" / "model.onnx").write_bytes(weights),
+            "arcface_onnx/1 is not what was installed: model.onnx was changed: expected sha256 ",
+        ),
+    ],
+    ids=["cannot-be-loaded", "changed-by-hand"],
+)
+def test_weights_that_cannot_be_served_are_replaced_by_the_reference_and_loudly(
+    triton_binary, own_repository, spoil, reason
+):
+    spoil(own_repository, b"\x08\x08truncated")
     process = serve(own_repository)
     shown = "".join(iter(process.stdout.readline, "Ctrl-C stops it.\n"))
     process.terminate()
     _, errors = process.communicate(timeout=60)
-    assert "arcface_onnx: ONNX Runtime" in errors and "serving reference instead" in errors
+    assert reason in errors and "serving reference instead" in errors
     assert "arcface  " in shown and process.returncode == 0
 
 
 def test_weights_of_an_older_import_are_named_with_the_command_that_imports_them_again(triton_binary, own_repository):
-    weights = own_repository / "arcface_onnx" / "1" / "model.onnx"
-    model = onnx.load(weights)
+    model = onnx.load(own_repository / "arcface_onnx" / "1" / "model.onnx")
     del model.graph.output[1:]
-    onnx.save(model, weights)
+    install_broken(own_repository, model.SerializeToString())
     process = serve(own_repository, "--no-reference", "--once")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
@@ -402,13 +436,13 @@ def test_a_server_that_was_there_first_is_not_taken_for_ours(triton_binary, own_
             triton_binary, own_repository, ["arcface_onnx"], ports=ports, log_path=tmp_path / f"{name}.log"
         )
 
-    def no_lock(self: PortLock, ports: Ports, host: str) -> None:
+    def no_lock(self: PortLock, ports: Ports, hosts: dict[str, str]) -> None:
         self._sockets = []
 
     with process("first", free_ports()) as first:
         first.wait_ready()
         # As if it had begun to listen after our look at the port, and were nobody who knows our lock.
-        monkeypatch.setattr(Ports, "check_free", lambda self, host: None)
+        monkeypatch.setattr(Ports, "check_free", lambda self, hosts: None)
         monkeypatch.setattr("arcface_build.serving.process.PortLock.__init__", no_lock)
         with (
             process("second", Ports(first.ports.http, free_ports().grpc, free_ports().metrics)) as second,

@@ -3,65 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from arcface_build.serving.exposure import Exposure, server_tls
 from arcface_clients import AsyncTritonEmbedder, Tls, TritonEmbedder
 from arcface_clients.errors import ConfigError, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
+from certificates import Authority
 from odd_models import write_model
 
 pytest.importorskip("cryptography")
 FACES = synthetic_faces(3)
 
 
-def write_certificates(folder: Path) -> None:
-    """ca.pem, and server and client certificates with their keys, signed by it."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    now = datetime.datetime.now(datetime.timezone.utc)
-    ca_key = ec.generate_private_key(ec.SECP256R1())
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
-    for who in ("ca", "server", "client"):
-        key = ca_key if who == "ca" else ec.generate_private_key(ec.SECP256R1())
-        name = ca_name if who == "ca" else x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, who)])
-        names = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(ca_name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=5))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(x509.BasicConstraints(ca=who == "ca", path_length=None), critical=True)
-            .sign(ca_key, hashes.SHA256())
-        )
-        (folder / f"{who}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        (folder / f"{who}.key").write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("certificates")
-    write_certificates(folder)
-    return folder
+    authority = Authority(tmp_path_factory.mktemp("certificates"))
+    authority.sign("server")
+    authority.sign("client")
+    return authority.folder
 
 
 @pytest.fixture
@@ -115,15 +82,10 @@ def ours(certificates: Path) -> Tls:
 
 def test_grpcs_with_a_certificate_of_ours(certificates: Path, tmp_path: Path, start_triton) -> None:
     write_model(tmp_path / "repository", "good")
-    options = [
-        "--grpc-use-ssl=true",
-        "--grpc-use-ssl-mutual=true",
-        f"--grpc-server-cert={certificates / 'server.pem'}",
-        f"--grpc-server-key={certificates / 'server.key'}",
-        f"--grpc-root-cert={certificates / 'ca.pem'}",
-    ]
-    server = start_triton(tmp_path / "repository", ["good"], config_name="", extra=options)
-    url = f"grpcs://{server.grpc_url}"
+    tls = server_tls(certificates / "server.pem", certificates / "server.key", certificates / "ca.pem")
+    server = start_triton(tmp_path / "repository", ["good"], config_name="", exposure=Exposure(tls=tls))
+    url = server.grpc_url
+    assert url == f"grpcs://127.0.0.1:{server.ports.grpc}"
     with TritonEmbedder(f"http://{server.http_url}", "good") as plain:
         truth = plain.encode(FACES)
     with TritonEmbedder(url, "good", tls=ours(certificates)) as embedder:
@@ -138,8 +100,8 @@ def test_grpcs_with_a_certificate_of_ours(certificates: Path, tmp_path: Path, st
         with TritonEmbedder(url, "good", tls=tls, retry_for_s=0) as stranger, pytest.raises(ServerUnreachable):
             stranger.encode(FACES)
     with (
-        TritonEmbedder(server.grpc_url, "good", retry_for_s=0) as plain,
-        pytest.raises(ServerUnreachable, match="grpc://"),
+        TritonEmbedder(f"127.0.0.1:{server.ports.grpc}", "good", retry_for_s=0) as plain,
+        pytest.raises(ServerUnreachable, match=r"If it is encrypted: grpcs://127\.0\.0\.1:"),
     ):
         plain.encode(FACES)
 
@@ -157,7 +119,7 @@ def test_https_with_a_certificate_of_ours(https: str, odd_server, certificates: 
     np.testing.assert_allclose(asyncio.run(work()), truth, atol=1e-6)
     with (
         TritonEmbedder(https, "good", retry_for_s=0) as distrustful,
-        pytest.raises(ServerUnreachable, match=r"certificate verify failed"),
+        pytest.raises(ServerUnreachable, match=r"whose signer is not trusted here"),
     ):
         distrustful.encode(FACES)
 

@@ -57,6 +57,8 @@ def streams(make: Make) -> None:
         answers = list(embedder.encode_stream(iter(items), batch_size=4, retry_for_s=1))
         assert [answer.shape for answer in answers] == [(3, WIDTH), (WIDTH,), (0, WIDTH), (7, WIDTH)]
         np.testing.assert_allclose(np.concatenate([a.reshape(-1, WIDTH) for a in answers]), rows, atol=1e-5)
+        raw, norms = next(iter(embedder.encode_stream([FACES], normalized=False))), embedder.encode_with_norms(FACES)[1]
+        np.testing.assert_allclose(raw, rows * norms[:, None], rtol=1e-4, atol=1e-4)
         with pytest.raises(ConfigError, match=rf"batch_size is 9; expected 1\.\.{SIZE}"):
             embedder.encode_stream(items, batch_size=SIZE + 1)
 

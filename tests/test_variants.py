@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.errors import ProofFailed
 from arcface_build.graph.embedding_only import embedding_only
+from arcface_build.graph.tensorrt_form import TensorRtForm
+from arcface_build.plans.typed import FLOAT16, layer_precisions, precision_pins, tensor_types
+from arcface_build.plans.weakly_typed import weakly_typed
 from arcface_build.variants.calibrate import Histogram, conv_inputs, least_error_range, on_grid
 from arcface_build.variants.eval_set import evaluation_faces
 from arcface_build.variants.int8 import make_coarse, quantizable_layers, quantize_convolutions
 from arcface_build.variants.make import Wish, make_variant
+from arcface_build.variants.recipe import Recipe
 from arcface_build.variants.sensitivity import cut_tensors, measure_sensitivities, part_from
 from arcface_build.variants.typed import body_nodes, largest_values, overflowing, rounded_as_float16, to_float16
 from arcface_clients.contract import contract_prefix
@@ -130,6 +135,42 @@ def test_int8_touches_convolution_inputs_and_weights_and_nothing_else(serving, r
         assert len(scales) == constants[weight.input[0]].dims[0]  # one a channel
         assert not numpy_helper.to_array(constants[weight.input[2]]).any()  # symmetric
     assert {i.data_type for i in variant.graph.initializer if i.name == convolutions[layers[0]].input[1]} == {1}
+
+
+def test_int8_for_tensorrt_is_float16_between_its_int8_convolutions_and_for_a_cpu_float32(serving, ranges):
+    layers = quantizable_layers(serving)
+    both = {target: dict(ranges) for target in ("cpu", "tensorrt")}
+    cpu = Recipe("int8", "cpu", "5" * 64, keep=tuple(layers[:5]), ranges=both)
+    assert FLOAT16 not in tensor_types(cpu.apply(serving).graph).values()
+    recipe = replace(cpu, target="tensorrt", form=TensorRtForm())
+    variant = recipe.apply(serving)
+    onnx.checker.check_model(variant, full_check=True)
+    kinds = layer_precisions(variant.graph, tensor_types(variant.graph))
+    by_name = {n.name: kinds[n.output[0]] for n in variant.graph.node if n.op_type == "Conv"}
+    assert by_name == {name: "fp16" if name in layers[:5] else "int8" for name in layers}
+    constants = {i.name: i.data_type for i in variant.graph.initializer}
+    scales = [constants[n.input[1]] for n in variant.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert set(scales) == {TensorProto.FLOAT16}
+    casts = [n for n in variant.graph.node if n.op_type == "Cast" and n.name != "face_float"]
+    assert len(casts) == 2  # into the body and out of it, none between
+    assert recipe.apply(serving).SerializeToString(deterministic=True) == variant.SerializeToString(deterministic=True)
+
+
+def test_what_8_6_gets_of_an_int8_variant_means_the_same(serving, ranges):
+    keep = tuple(quantizable_layers(serving)[:-3])
+    recipe = Recipe("int8", "tensorrt", "5" * 64, keep=keep, ranges={"tensorrt": dict(ranges)}, form=TensorRtForm())
+    typed = recipe.apply(serving)
+    pins = precision_pins(typed.graph, tensor_types(typed.graph))
+    assert {name for name, kind in pins.items() if kind == "fp16" and name in keep} == set(keep)
+    weakly_typed(typed)
+    onnx.checker.check_model(typed, full_check=True)
+    assert [entry.version for entry in typed.opset_import if not entry.domain] == [17]
+    assert FLOAT16 not in tensor_types(typed.graph).values()
+    names = {name for node in typed.graph.node for name in [node.name, *node.output]}
+    assert set(pins) <= names
+    faces = synthetic_faces(8)
+    judged, weak = (open_session(m).run(None, {"face": faces})[0] for m in (recipe.stand_in(serving), typed))
+    assert compare_embeddings(judged, weak).max_drift < 1e-3
 
 
 def test_residual_stream_is_not_rounded_where_a_convolution_and_a_sum_read_it(serving, ranges):

@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from arcface_build.variants.typed import to_float16
+
 DIM = 8
 FLOATS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "int8": TensorProto.FLOAT}
 
@@ -23,6 +25,7 @@ def tiny_onnx(precision: str = "fp32", first_op: str = "Cast", opset: int = 17) 
         "scale": np.array(1 / 127.5, dtype),
         "shift": np.array(-1, dtype),
     }
+    weights |= {"axes": np.array([1])} if opset >= 18 else {}
     node, nodes = helper.make_node, []
     if first_op == "Cast":
         nodes += [
@@ -54,7 +57,9 @@ def tiny_onnx(precision: str = "fp32", first_op: str = "Cast", opset: int = 17) 
         node("Flatten", ["g"], ["h"], "flatten"),
         node("Gemm", ["h", "fc_w"], ["e"], "fc", transB=1),
         node("Cast", ["e"], ["e32"], "to_float", to=TensorProto.FLOAT),
-        node("ReduceL2", ["e32"], ["n"], "norm", axes=[1], keepdims=1),
+        node("ReduceL2", ["e32"], ["n"], "norm", axes=[1], keepdims=1)
+        if opset < 18
+        else node("ReduceL2", ["e32", "axes"], ["n"], "norm", keepdims=1),
         node("Div", ["e32", "n"], ["embedding"], "unit"),
     ]
     graph = helper.make_graph(
@@ -67,7 +72,13 @@ def tiny_onnx(precision: str = "fp32", first_op: str = "Cast", opset: int = 17) 
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
+def tiny_int8_and_fp16() -> onnx.ModelProto:
+    """The int8 one with float16 scales, as the project makes it for TensorRT: opset 19."""
+    return to_float16(tiny_onnx("int8", opset=19))
+
+
 def write_tiny(path: Path, precision: str = "fp32") -> Path:
+    """precision: as for `tiny_onnx`, or "int8+fp16"."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(tiny_onnx(precision), path)
+    onnx.save(tiny_int8_and_fp16() if precision == "int8+fp16" else tiny_onnx(precision), path)
     return path

@@ -85,6 +85,7 @@ class TritonPythonModel:
         _check_tensors("output", config, self.session.get_outputs(), path)
         self.inputs = [tensor.name for tensor in self.session.get_inputs()]
         self.outputs = [tensor.name for tensor in self.session.get_outputs()]
+        self.demo = _count_demo(config, args["model_name"])
         pb_utils.Logger.log_info(
             f"{args['model_instance_name']}: {path.parent.name}/{filename} on {taken}"
             + (f", {threads} threads" if taken == "CPUExecutionProvider" else "")
@@ -114,6 +115,20 @@ class TritonPythonModel:
             responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
             start += count
         return responses
+
+
+def _count_demo(config, model):
+    """The metric arcface_demo_weights, 1 where the weights are random and recognise nobody; kept alive by its owner."""
+    if _parameter(config, "demo", "") != "true":
+        return None
+    family = pb_utils.MetricFamily(
+        name="arcface_demo_weights",
+        description="1: the weights are random and recognise nobody",
+        kind=pb_utils.MetricFamily.GAUGE,
+    )
+    metric = family.Metric(labels={"model": model})
+    metric.set(1)
+    return family, metric
 
 
 def _model_file_of_this_stub(config):

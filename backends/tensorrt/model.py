@@ -1,11 +1,13 @@
 """Triton's `tensorrt` backend in Python: serves the native backend's config.pbtxt where only the wheel is installed.
 
 It reads the settings that the native backend reads: cc_model_filenames (SM of the GPU → plan), instance_group,
-max_batch_size. Differences: a GPU whose SM is not mapped is an error (no default_model_filename, no model.plan: a plan
-of another SM does not load), and the first optimization profile is used. Requests of one batch are computed in one run.
-All buffers are allocated once, for the largest batch of the profile; a request costs one copy into pinned memory. It
-needs tensorrt, polygraphy and a CUDA runtime (arcface-triton[tensorrt] installs the last two); CUDA is called through
-polygraphy.cuda.
+max_batch_size, optimization.cuda.graphs. Differences: a GPU whose SM is not mapped is an error (no
+default_model_filename, no model.plan: a plan of another SM does not load), and the first optimization profile is used.
+Requests of one batch are computed in one run. All buffers are allocated once, for the largest batch of the profile.
+Faces on the host are copied into pinned memory first. Faces on the GPU (CUDA shared memory) stay there, a lone
+request's are read where they are, and their embeddings are handed over on the GPU too: nothing passes through the host.
+It needs tensorrt, polygraphy and a CUDA runtime (arcface-triton[tensorrt] installs the last two); CUDA is called
+through polygraphy.cuda.
 """
 
 import ctypes
@@ -13,6 +15,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import gpu_tensors
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -42,6 +45,9 @@ NUMPY_DTYPES = {
     "UINT8": np.uint8,
     "INT64": np.int64,
 }
+GRAPH_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # and the largest: those that the native backend captures
+CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
+ALIGNMENT = 256  # bytes: what TensorRT requires of an address (NvInferRuntime.h, setTensorAddress)
 COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # cudaDeviceAttr
 
 
@@ -85,11 +91,16 @@ class TritonPythonModel:
         self.max_batch = _max_batch(self.engine, args["model_name"], int(config["max_batch_size"]))
         self.cuda = cuda.wrapper()
         self.stream = self.cuda.create_stream()
+        self.device, self.seen = device, set()
         self.inputs = {n: self._buffer(n) for n in _tensors(self.engine) if _is_input(self.engine, n)}
+        for name, buffer in self.inputs.items():  # outputs have the shapes that follow from them
+            self.context.set_input_shape(name, buffer.host.shape)
         self.outputs = {n: self._buffer(n) for n in _tensors(self.engine) if not _is_input(self.engine, n)}
+        self.graphs = self._captured() if _asks_for_graphs(config) else {}
         pb_utils.Logger.log_info(
             f"{args['model_instance_name']}: {_plan_name(folder, config, device)} on GPU {device}, SM {_sm(device)}, "
             f"TensorRT {trt.__version__}, batches up to {self.max_batch}"
+            + (f", CUDA graphs of {', '.join(map(str, self.graphs))}" if self.graphs else "")
         )
 
     def execute(self, requests):
@@ -112,31 +123,42 @@ class TritonPythonModel:
 
     def finalize(self):
         """Free the memory; the context first, because it still points there."""
+        for graph in self.graphs.values():
+            self._call("cudaGraphExecDestroy", graph)
         self.context = self.engine = None
-        for host, _, device in [*self.inputs.values(), *self.outputs.values()]:
-            self.cuda.free(device)
-            self.cuda.check(self.cuda.handle.cudaFreeHost(ctypes.c_void_p(host.ctypes.data)))
+        for buffer in [*self.inputs.values(), *self.outputs.values()]:
+            self.cuda.free(buffer.device)
+            self._call("cudaFreeHost", ctypes.c_void_p(buffer.host.ctypes.data))
         self.cuda.destroy_stream(self.stream)
 
     def _parts(self, request):
-        """The arrays of a request, checked for a common number of rows that fits the profile."""
-        parts = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
+        """The rows of a request by input, checked for a common number that fits the profile."""
+        parts = {name: gpu_tensors.Rows(pb_utils.get_input_tensor_by_name(request, name)) for name in self.inputs}
         rows = {len(part) for part in parts.values()}
         if len(rows) != 1 or not 0 < max(rows) <= self.max_batch:
             raise ValueError(
                 f"a request of {sorted(rows)} rows: expected 1 to {self.max_batch}, the same in every input"
             )
         for name, part in parts.items():
-            host = self.inputs[name][0]
+            host = self.inputs[name].host
             if part.shape[1:] != host.shape[1:] or part.dtype != host.dtype:
                 raise ValueError(f"{name} is {part.dtype} {part.shape}: expected {host.dtype} (N, {host.shape[1:]})")
+            self._tell(name, part)
         return parts
+
+    def _tell(self, name, part):
+        """Log, once for each, in which memory an input arrives: without libcuda.so Triton copies all to the host."""
+        where = "host memory" if part.address is None else f"memory of GPU {self.device}"
+        if (name, where) not in self.seen:
+            self.seen.add((name, where))
+            pb_utils.Logger.log_info(f"{name} arrives in {where}")
 
     def _answer(self, good, answers, last=True):
         """Run in groups that fit the profile (one group if Triton's max_batch_size is right) and fill `answers`.
 
-        Answers of the last run in an execute call are views of pinned memory, which Triton copies before the next call;
-        answers of earlier runs are copies, because the next run would overwrite them.
+        Answers of the last run in an execute call are views of our buffers, which Triton copies before the next call;
+        answers of earlier runs are copies on the host, because the next run would overwrite them. If all faces of a
+        last run were on the GPU, its answers are too.
         """
         while good:
             rows, group = 0, []
@@ -144,49 +166,141 @@ class TritonPythonModel:
                 group.append(good[0])
                 rows += len(next(iter(good[0][2].values())))
                 good = good[1:]
-            results = self._run([parts for _, _, parts in group], rows)
-            take, start = np.asarray if last and not good else np.copy, 0
+            requests = [parts for _, _, parts in group]
+            final = last and not good
+            stays = final and all(part.address is not None for parts in requests for part in parts.values())
+            self._run(requests, rows, to_host=not stays)
+            start = 0
             for i, request, parts in group:
                 mine = slice(start, start + len(next(iter(parts.values()))))
                 names = request.requested_output_names()
-                tensors = [pb_utils.Tensor(name, take(results[name][mine])) for name in names]
+                device = self.device if stays else None
+                tensors = [self.outputs[name].tensor(name, mine, device, final) for name in names]
                 answers[i] = pb_utils.InferenceResponse(output_tensors=tensors)
                 start = mine.stop
 
-    def _run(self, requests, rows):
-        """Copy in, compute, copy out on one stream; the results are views of the pinned output buffers."""
-        to_device, to_host = cuda.MemcpyKind.HostToDevice, cuda.MemcpyKind.DeviceToHost
-        for name, (host, row_bytes, device) in self.inputs.items():
-            start = 0
-            for parts in requests:
-                host[start : start + len(parts[name])] = parts[name]
-                start += len(parts[name])
-            shape = (rows, *host.shape[1:])
-            if tuple(self.context.get_tensor_shape(name) or ()) != shape and not self.context.set_input_shape(
-                name, shape
-            ):
-                raise RuntimeError(f"the plan refused {name} of shape {shape}")
-            self.cuda.memcpy(device, host.ctypes.data, rows * row_bytes, to_device, self.stream)
-        if not self.context.execute_async_v3(self.stream):
+    def _run(self, requests, rows, to_host):
+        """Copy in, compute and, if asked, copy out, on one stream; the results are in the output buffers."""
+        graph = self.graphs.get(rows)
+        for name, buffer in self.inputs.items():
+            parts = [parts[name] for parts in requests]
+            lone = parts[0].address if len(parts) == 1 and graph is None else None
+            if lone is None or lone % ALIGNMENT:
+                lone = None
+                self._gather(buffer, parts)
+            if graph is None:
+                self._set_shape(name, rows)
+                self._set_address(name, lone or buffer.device)
+        if graph is not None:
+            self._call("cudaGraphLaunch", graph, ctypes.c_void_p(self.stream))
+        elif not self.context.execute_async_v3(self.stream):
             raise RuntimeError("TensorRT could not run the plan; the server's log has its reason")
-        for host, row_bytes, device in self.outputs.values():
-            self.cuda.memcpy(host.ctypes.data, device, rows * row_bytes, to_host, self.stream)
+        if to_host:
+            for buffer in self.outputs.values():
+                self._copy(buffer.host.ctypes.data, buffer.device, rows * buffer.row_bytes, "DeviceToHost")
         self.cuda.stream_synchronize(self.stream)
-        return {name: host[:rows] for name, (host, _, _) in self.outputs.items()}
+
+    def _gather(self, buffer, parts):
+        """Put the rows of all requests one after another into the input's buffer on the GPU; host rows in one copy."""
+        start, first = 0, None
+        for part in [*parts, None]:
+            if part is not None and part.address is None:
+                first = start if first is None else first
+                buffer.host[start : start + len(part)] = part.array
+            elif first is not None:  # the host rows so far
+                offset, size = first * buffer.row_bytes, (start - first) * buffer.row_bytes
+                self._copy(buffer.device + offset, buffer.host.ctypes.data + offset, size, "HostToDevice")
+                first = None
+            if part is not None and part.address is not None:
+                size = len(part) * buffer.row_bytes
+                self._copy(buffer.device + start * buffer.row_bytes, part.address, size, "DeviceToDevice")
+            start += len(part) if part is not None else 0
+
+    def _captured(self):
+        """CUDA graphs by batch size, over our own buffers; {} if this plan cannot be captured, and the log says why."""
+        graphs = {}
+        try:
+            for rows in sorted({*(batch for batch in GRAPH_BATCHES if batch < self.max_batch), self.max_batch}):
+                for name in self.inputs:
+                    self._set_shape(name, rows)
+                self.context.execute_async_v3(self.stream)  # TensorRT requires one run of a shape before its capture
+                self.cuda.stream_synchronize(self.stream)
+                graphs[rows] = self._capture()
+        except Exception as exc:
+            for graph in graphs.values():
+                self._call("cudaGraphExecDestroy", graph)
+            self.cuda.handle.cudaGetLastError()  # a refused capture leaves its error behind for the next call
+            pb_utils.Logger.log_warn(f"no CUDA graphs for this plan: {str(exc).partition(chr(10))[0]}")
+            return {}
+        return graphs
+
+    def _capture(self):
+        stream, graph, executable = ctypes.c_void_p(self.stream), ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cudaStreamBeginCapture", stream, ctypes.c_int(CAPTURE_THREAD_LOCAL))
+        try:
+            ran = self.context.execute_async_v3(self.stream)
+        finally:  # the stream is unusable while it captures
+            status = self.cuda.handle.cudaStreamEndCapture(stream, ctypes.byref(graph))
+        self.cuda.check(status)
+        if not ran:
+            raise RuntimeError("TensorRT refused a run during the capture")
+        # Its plain form has other arguments in CUDA 11 than in 12; this one is the same since 11.4.
+        self._call("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        self._call("cudaGraphDestroy", graph)
+        return executable
 
     def _buffer(self, name):
-        """(pinned host array, bytes of a row, device pointer) of a tensor at the largest batch, bound here."""
-        dtype = np.dtype(NUMPY_DTYPES[self.engine.get_tensor_dtype(name).name])
+        """The buffers of a tensor at the largest batch, on the host and on the GPU; the latter is bound here."""
         shape = (self.max_batch, *(int(d) for d in tuple(self.engine.get_tensor_shape(name))[1:]))
+        if min(shape) < 0:  # a width that the engine leaves open
+            shape = tuple(int(d) for d in self.context.get_tensor_shape(name))
+        if min(shape) < 0:
+            raise pb_utils.TritonModelException(
+                f"the plan leaves the shape of {name} open ({shape}). Next: arcface plan build NAME, from a typed ONNX"
+            )
+        buffer = _Buffer(shape, np.dtype(NUMPY_DTYPES[self.engine.get_tensor_dtype(name).name]), self.cuda)
+        self._set_address(name, buffer.device)
+        return buffer
+
+    def _set_shape(self, name, rows):
+        shape = (rows, *self.inputs[name].host.shape[1:])
+        if tuple(self.context.get_tensor_shape(name) or ()) != shape and not self.context.set_input_shape(name, shape):
+            raise RuntimeError(f"the plan refused {name} of shape {shape}")
+
+    def _set_address(self, name, address):
+        if not self.context.set_tensor_address(name, address):
+            raise pb_utils.TritonModelException(f"TensorRT accepts no buffer for {name}")
+
+    def _copy(self, target, source, size, kind):
+        self.cuda.memcpy(target, source, size, getattr(cuda.MemcpyKind, kind), self.stream)
+
+    def _call(self, name, *arguments):
+        self.cuda.check(getattr(self.cuda.handle, name)(*arguments))
+
+
+class _Buffer:
+    """Room for the largest batch of one tensor: `host` is a pinned array, `device` an address on the GPU."""
+
+    def __init__(self, shape, dtype, runtime):
         size = int(np.prod(shape)) * dtype.itemsize
         pointer = ctypes.c_void_p()
-        self.cuda.check(self.cuda.handle.cudaMallocHost(ctypes.byref(pointer), ctypes.c_size_t(size)))
-        memory = (ctypes.c_byte * size).from_address(pointer.value)
-        host = np.frombuffer(memory, dtype).reshape(shape)
-        device = self.cuda.malloc(size)
-        if not self.context.set_tensor_address(name, device):
-            raise pb_utils.TritonModelException(f"TensorRT accepts no buffer for {name}")
-        return host, size // self.max_batch, device
+        runtime.check(runtime.handle.cudaMallocHost(ctypes.byref(pointer), ctypes.c_size_t(size)))
+        self.host = np.frombuffer((ctypes.c_byte * size).from_address(pointer.value), dtype).reshape(shape)
+        self.device = runtime.malloc(size)
+        self.row_bytes = size // shape[0]
+
+    def tensor(self, name, rows, device, final):
+        """Some rows for a response: on this GPU, or (device None) on the host, copied unless they are final."""
+        if device is None:
+            return pb_utils.Tensor(name, self.host[rows] if final else self.host[rows].copy())
+        shape = (rows.stop - rows.start, *self.host.shape[1:])
+        place = self.device + rows.start * self.row_bytes
+        return pb_utils.Tensor.from_dlpack(name, gpu_tensors.lend(place, shape, self.host.dtype, device))
+
+
+def _asks_for_graphs(config):
+    cuda_options = (config.get("optimization") or {}).get("cuda") or {}
+    return bool(cuda_options.get("graphs"))
 
 
 def _error(exc):

@@ -20,10 +20,11 @@ from arcface_build.lazy_group import LazyGroup
 from arcface_build.old_command_lines import translated
 from arcface_build.terminal import notice, quiet_option
 from arcface_clients.errors import ArcFaceError
-from arcface_clients.extras import how_to_get
+from arcface_clients.extras import how_to_mend
 
 COMMANDS = {  # name -> (module under arcface_build.commands, one line for --help)
     "import": ("import_", "Turn an ArcFace ONNX into a verified serving ONNX and install it in model_repository/."),
+    "import-detector": ("import_detector", "Install a face detector, so that the server takes photos."),
     "quantize": ("quantize", "Make an fp16, bf16 or int8 variant that passes its drift gate."),
     "assemble": ("assemble", "Install a model, a variant or plans in model_repository/ as a new version."),
     "rollback": ("rollback", "Go back to the previous version."),
@@ -41,6 +42,7 @@ COMMANDS = {  # name -> (module under arcface_build.commands, one line for --hel
 }
 NEEDS = {  # what a command cannot start without; packages that only some options need are checked with those options
     "import": ("onnx", "onnxruntime"),
+    "import-detector": ("cv2", "PIL"),
     "quantize": ("onnx", "onnxruntime"),
     "bench-variants": ("onnx", "onnxruntime"),
 }
@@ -106,7 +108,7 @@ def run(group: click.Group, prog_name: str, argv: list[str] | None = None) -> No
             _interrupted()
         if os.environ.get("ARCFACE_TRACEBACK"):
             raise
-        _fail(f"DependencyMissing: {exc}. Next: {how_to_get(exc.name or 'arcface-triton')}", 3)
+        _fail(f"DependencyMissing: {exc}. Next: {how_to_mend(exc)}", 3)
     except ArcFaceError as exc:
         if os.environ.get("ARCFACE_TRACEBACK"):
             raise

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from arcface_clients.engines.fallback import FallbackEmbedder as FallbackEmbedder
     from arcface_clients.engines.protocol import EmbeddingEngine as EmbeddingEngine
     from arcface_clients.engines.registry import EngineRegistry as EngineRegistry
+    from arcface_clients.evidence.gate import run_embedding_regression_tests as run_embedding_regression_tests
     from arcface_clients.people.cache import EmbeddingCache as EmbeddingCache
     from arcface_clients.people.gallery import Gallery as Gallery
+    from arcface_clients.photos.embedder import PhotoEmbedder as PhotoEmbedder
     from arcface_clients.pipeline import get_embedding_backend as get_embedding_backend
     from arcface_clients.triton.address import Tls as Tls
     from arcface_clients.triton.aio import AsyncTritonEmbedder as AsyncTritonEmbedder
@@ -29,11 +31,13 @@ _HOMES = {  # public name -> module, loaded on first use (PEP 562)
     "FakeEmbedder": "arcface_clients.triton.fake",
     "FallbackEmbedder": "arcface_clients.engines.fallback",
     "Gallery": "arcface_clients.people.gallery",
+    "PhotoEmbedder": "arcface_clients.photos.embedder",
     "Tls": "arcface_clients.triton.address",
     "TritonEmbedder": "arcface_clients.triton.embedder",
     "benchmark_embedder": "arcface_clients.checks.benchmark",
     "get_embedding_backend": "arcface_clients.pipeline",
     "load_config": "arcface_clients.config.sources",
+    "run_embedding_regression_tests": "arcface_clients.evidence.gate",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
 
@@ -41,4 +45,11 @@ __all__ = [*sorted(_HOMES), "__version__"]
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as exc:
+        from arcface_clients.errors import DependencyMissing
+        from arcface_clients.extras import how_to_get
+
+        module = exc.name or "a package"
+        raise DependencyMissing(f"{name} needs {module}, which is not installed. Next: {how_to_get(module)}") from exc

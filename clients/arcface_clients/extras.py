@@ -1,35 +1,42 @@
-"""Optional packages: how to install each, reported before any work starts."""
+"""Optional packages: how to install each from where this copy of the package runs, reported before any work starts."""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from arcface_clients.errors import DependencyMissing
 
-_EXTRA = "pip install 'arcface-triton[{}]'"
-# module → what installs it; keyed by module, because that is what an import error names
-HOW_TO_GET = {
-    "boto3": _EXTRA.format("store"),
-    "botocore": _EXTRA.format("store"),
-    "cryptography": _EXTRA.format("store"),
-    "cv2": _EXTRA.format("images"),
-    "filelock": _EXTRA.format("build"),
-    "insightface": "pip install --no-deps insightface && " + _EXTRA.format("reference"),
-    "matplotlib": _EXTRA.format("build"),
-    "ml_dtypes": _EXTRA.format("build"),
-    "onnx": _EXTRA.format("build"),
-    "onnxruntime": "pip install onnxruntime (or onnxruntime-gpu, or onnxruntime-openvino: one of them)",
-    "PIL": _EXTRA.format("images"),
-    "polygraphy": _EXTRA.format("build"),
-    "pyarrow": _EXTRA.format("bulk"),
-    "pytriton": _EXTRA.format("serve"),
-    "ray": _EXTRA.format("ray"),
-    "scipy": _EXTRA.format("reference"),
-    "skimage": _EXTRA.format("reference"),
-    "sklearn": _EXTRA.format("evidence"),
-    "tensorrt": "pip install tensorrt, in the version of the server (docs/plans.md)",
-    "torch": _EXTRA.format("pytorch"),
-    "tritonclient": "pip install 'tritonclient[grpc]'",
+_DISTRIBUTION = "arcface-triton"
+_EXTRA_OF = {  # keyed by module, because that is what an import error names
+    "aiohttp": "http",
+    "boto3": "store",
+    "botocore": "store",
+    "click": "cli",
+    "cryptography": "store",
+    "cv2": "images",
+    "filelock": "build",
+    "matplotlib": "build",
+    "ml_dtypes": "build",
+    "onnx": "build",
+    "PIL": "images",
+    "pillow_heif": "heif",
+    "polygraphy": "build",
+    "pyarrow": "bulk",
+    "pydantic": "config",
+    "pytriton": "serve",
+    "ray": "ray",
+    "rich": "cli",
+    "scipy": "reference-needs",
+    "skimage": "reference-needs",
+    "sklearn": "evidence",
+    "torch": "pytorch",
+    "yaml": "config",
 }
 
 
@@ -47,4 +54,57 @@ def require(*modules: str, purpose: str) -> None:
 def how_to_get(module: str) -> str:
     """The command that installs a module; `module` may be a submodule."""
     root = module.partition(".")[0]
-    return HOW_TO_GET.get(root, f"pip install {root}")
+    if root in _EXTRA_OF:
+        return install(_EXTRA_OF[root])
+    if root == "insightface":  # its own requirements hold a second ONNX Runtime, and an OpenCV with a display library
+        return f"{_pip()} install --no-deps insightface && {install('reference-needs')}"
+    if root == "onnxruntime":
+        return f"{_pip()} install onnxruntime (or onnxruntime-gpu, or onnxruntime-openvino: one of them)"
+    if root == "tensorrt":
+        return f"{install('tensorrt')}, and TensorRT itself in the version of the server (docs/plans.md)"
+    return f"{_pip()} install {'tritonclient[grpc]' if root == 'tritonclient' else root}"
+
+
+def how_to_mend(error: ImportError) -> str:
+    """The command after which this import works: for a package that is missing, or one that lacks a display library."""
+    if "libGL" in str(error):  # opencv-python; the headless package is the same import without it
+        return f"{_pip()} install --force-reinstall --no-deps opencv-python-headless"
+    return how_to_get(error.name or "arcface-triton")
+
+
+def install(extra: str) -> str:
+    """The command that adds an extra to this installation: to the checkout that it runs from, or to its wheel.
+
+    The package is on no index, so the distribution is named by its folder or its file.
+    """
+    if (checkout := _checkout()) is not None:
+        here = checkout == Path.cwd()
+        folder, constraints = (".", "constraints.txt") if here else (str(checkout), str(checkout / "constraints.txt"))
+        return f"{_pip()} install -c {constraints} -e '{folder}[{extra}]'"
+    return f"{_pip()} install '{_wheel()}[{extra}]'"
+
+
+def _checkout() -> Path | None:
+    """The checkout that this module lies in; None for an installed wheel."""
+    folder = Path(__file__).resolve().parents[2]
+    return folder if (folder / "pyproject.toml").is_file() and (folder / "scripts" / "serve").is_file() else None
+
+
+def _wheel() -> str:
+    """The file that was installed, where pip still knows it and it is still there; else what it is called."""
+    try:
+        distribution = metadata.distribution(_DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "arcface_triton.whl"
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}").get("url", "")
+    file = Path(unquote(urlsplit(origin).path))
+    return str(file) if file.is_file() else f"arcface_triton-{distribution.version}-py3-none-any.whl"
+
+
+def _pip() -> str:
+    """pip of the running environment, as it would be typed here."""
+    pip = Path(sys.prefix) / "bin" / "pip"
+    if sys.prefix == sys.base_prefix or not pip.is_file():
+        return "pip"
+    below = os.path.relpath(pip)
+    return str(pip) if below.startswith("..") else below

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcface_clients.engines.devices import canonical_device
 from arcface_clients.engines.fallback import FallbackEmbedder
+from arcface_clients.engines.model_folder import ModelFolder, find_model
 from arcface_clients.engines.protocol import EmbeddingEngine
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.engines.validation import StartupValidation
-from arcface_clients.errors import BackendUnavailable, ConfigError
+from arcface_clients.errors import ArcFaceError, BackendUnavailable, ConfigError
+from arcface_clients.extras import require
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import EmbeddingConfig
+
+
+ASK_S = 3.0  # how long a server is asked which model it serves
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Link:
 def get_embedding_backend(
     backend_type: str | None = None,
     device: str = "auto",
-    tensorrt_config: Mapping[str, Any] | None = None,
+    tensorrt_config: Mapping[str, Any] | str | Path | None = None,
     allow_cpu_fallback: bool = True,
     config: EmbeddingConfig | str | Path | None = None,
 ) -> FallbackEmbedder:
@@ -43,14 +48,16 @@ def get_embedding_backend(
         backend_type: triton, tensorrt, onnx, insightface (alias pytorch); None uses `backend` from the configuration.
         device: for in-process engines; auto uses `device` from the configuration.
         tensorrt_config: keys that override the file: of config/embedding.yaml, or of the former `tensorrt` section
-            (precision, max_batch_size, workspace_gb, engine_path, …).
+            (precision, max_batch_size, workspace_gb, engine_path, …); or the path of a file with such keys.
         allow_cpu_fallback: if False, no engine that computes on this host's CPU takes over; the engine named by
             `backend_type` is used regardless. `fallback.allow_cpu` must allow it too.
         config: a configuration, or the path of its file; None searches for it, see `load_config`.
 
     Raises:
         ConfigError: an unknown engine, device or key, or an invalid value.
+        DependencyMissing: pydantic or PyYAML is not installed.
     """
+    require("pydantic", "yaml", purpose="get_embedding_backend")
     settings = _settings(backend_type, device, tensorrt_config, config)
     links = backend_chain(
         settings.backend,
@@ -98,8 +105,7 @@ def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
     if link.engine == "onnx":
         return {
             "file": local.serving_onnx,
-            "models_dir": local.models_dir,
-            "model": local.model,
+            **_model_of(settings),
             "precision": link.precision,
             "device": link.device,
             "threads": local.threads,
@@ -118,12 +124,50 @@ def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
         }
     if link.engine == "insightface":
         return {
-            "models_dir": local.models_dir,
-            "model": local.model,
+            **_model_of(settings),
             "threads": local.threads,
             "max_batch": settings.batch.max,
         }
     return {}
+
+
+def local_model(settings: EmbeddingConfig) -> ModelFolder:
+    """The imported model that the in-process engines run: every door finds it here.
+
+    Raises:
+        ModelMissing, ConfigError: see `find_model`.
+    """
+    wanted = _model_of(settings)
+    return find_model(wanted["models_dir"], wanted["model"], wanted["served"], wanted["model_repository"])
+
+
+def _model_of(settings: EmbeddingConfig) -> dict[str, Any]:
+    """What the engines, and `find_model` behind them, need to find the imported model."""
+    local = settings.local
+    return {
+        "models_dir": local.models_dir,
+        "model": local.model,
+        "served": lambda: _served_contract(settings),
+        "model_repository": local.model_repository,
+    }
+
+
+def _served_contract(settings: EmbeddingConfig) -> str | None:
+    """The contract id, or its beginning, that the configured server must have, else has, if it answers now."""
+    from arcface_clients.faces.synthetic import synthetic_faces
+    from arcface_clients.triton.embedder import TritonEmbedder
+
+    triton = settings.triton
+    if triton.expected_contract or "triton" not in (settings.backend, *settings.fallback.chain):
+        return triton.expected_contract
+    asked = replace(triton, timeout_s=min(triton.timeout_s, ASK_S), total_timeout_s=ASK_S, retry_for_s=0)
+    try:
+        with TritonEmbedder(**vars(asked)) as embedder:
+            if embedder.ensure_ready().contract_id is None:  # a bare tritonserver: its answers name their contract
+                embedder.encode(synthetic_faces(1))
+            return embedder.contract_id or embedder.contract_prefix
+    except ArcFaceError:  # whoever uses that server reports it
+        return None
 
 
 def startup_validation(settings: EmbeddingConfig) -> StartupValidation:
@@ -154,15 +198,14 @@ def _make(link: Link, settings: EmbeddingConfig) -> EmbeddingEngine:
 def _settings(
     backend_type: str | None,
     device: str,
-    tensorrt_config: Mapping[str, Any] | None,
+    tensorrt_config: Mapping[str, Any] | str | Path | None,
     config: EmbeddingConfig | str | Path | None,
 ) -> EmbeddingConfig:
-    from arcface_clients.config.old_names import from_section
     from arcface_clients.config.schema import EmbeddingConfig
-    from arcface_clients.config.sources import Layers, checked, flatten, load_config
+    from arcface_clients.config.sources import Layers, checked, flatten, load_config, tensorrt_section
 
     for name, value, kinds in (
-        ("tensorrt_config", tensorrt_config, (Mapping,)),
+        ("tensorrt_config", tensorrt_config, (Mapping, str, Path)),
         ("config", config, (EmbeddingConfig, str, Path)),
     ):
         if value is not None and not isinstance(value, kinds):
@@ -171,7 +214,7 @@ def _settings(
                 f"{name}: expected {expected}, got {type(value).__name__}. "
                 "Keys and values go into tensorrt_config, the path of a file into config."
             )
-    asked = from_section(dict(flatten(tensorrt_config or {})))
+    asked = tensorrt_section(tensorrt_config or {})
     if backend_type is not None:
         asked["backend"] = EngineRegistry.canonical(backend_type)
     if canonical_device(device) != "auto":

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
@@ -15,70 +12,23 @@ import numpy as np
 import pytest
 
 from arcface_build.errors import ServerFailed
-from arcface_build.serving.process import Ports, free_ports
 from arcface_build.serving.watch import RESTARTS, Pulse, Restarts, patience_s
 from arcface_clients import TritonEmbedder
 from arcface_clients.faces.synthetic import synthetic_faces
+from serve_process import Serving
 
-MAIN = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
 FACES = synthetic_faces(2)
-NO_WAY_OUT = {"http_proxy": "http://127.0.0.1:9", "grpc_proxy": "http://127.0.0.1:9"}  # loopback needs no proxy
 DEADLY = {
     "200,000 opening brackets": b"[" * 200_000,
     "a shape of 2^31": b'{"inputs":[{"name":"face","datatype":"UINT8","shape":[2147483648,112,112,3],"data":[1]}]}',
 }
 
 
-class Serving:
-    """`arcface serve` of a test; what it says is collected."""
-
-    def __init__(self, repository: Path) -> None:
-        self.repository = repository
-        self.ports: Ports = free_ports()
-        line = [sys.executable, "-c", MAIN, "serve", "--no-reference", "--model-repository", str(repository)]
-        for name, port in self.ports.named().items():
-            line += [f"--{name}-port", str(port)]
-        self.said: list[str] = []
-        self.process = subprocess.Popen(
-            line,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **NO_WAY_OUT},
-        )
-        self.listener = threading.Thread(target=self._listen, daemon=True)
-        self.listener.start()
-        self.wait_for("Ctrl-C stops it.")
-
-    def _listen(self) -> None:
-        for line in self.process.stdout:
-            self.said.append(line)
-
-    def wait_for(self, words: str, times: int = 1, timeout_s: float = 90) -> None:
-        until = time.monotonic() + timeout_s
-        while sum(words in line for line in list(self.said)) < times:
-            assert time.monotonic() < until and self.process.poll() is None, "".join(self.said)
-            time.sleep(0.05)
-
-    def stub(self) -> int:
-        for line in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = line.read_bytes().decode().split("\0")
-            except OSError:
-                continue
-            if "triton_python_backend_stub" in words[0] and str(self.repository) in words[1]:
-                return int(line.parent.name)
-        raise AssertionError("no stub runs")
-
-
 @pytest.fixture
 def serving(triton_binary, demo_repository, tmp_path):
-    serving = Serving(Path(shutil.copytree(demo_repository, tmp_path / "model_repository")))
+    serving = Serving(Path(shutil.copytree(demo_repository, tmp_path / "model_repository")), "--no-reference")
     yield serving
-    serving.process.terminate()
-    assert serving.process.wait(60) == 0, "".join(serving.said)
-    serving.listener.join()
-    serving.process.stdout.close()
+    serving.stop()
 
 
 def test_bodies_that_kill_the_server_are_survived_and_streams_ride_over_them(serving):
@@ -112,7 +62,7 @@ def test_a_stub_that_died_or_stands_still_is_noticed_within_five_seconds_and_rep
 class Silent:
     """A server that answers no request in time, and says how much it has computed."""
 
-    grpc_url = "127.0.0.1:9"  # nothing listens there
+    own_url = "127.0.0.1:9"  # nothing listens there
     finished = 5
 
     def ask(self, path: str, timeout_s: float) -> dict:

@@ -15,6 +15,7 @@ from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.errors import Missing
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.evidence.gate import judge_embeddings
+from arcface_clients.extras import how_to_get
 
 PROOF_FACES = 8
 
@@ -36,7 +37,7 @@ def pytorch_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequence[i
     try:
         import torch
     except ImportError as exc:
-        raise Missing(f"PyTorch is not installed ({exc}). Next: pip install torch") from exc
+        raise Missing(f"PyTorch is not installed ({exc}). Next: {how_to_get('torch')}") from exc
     embed = proved_network(source, faces_bgr_u8[:PROOF_FACES])
     variants = [in_process(f"pytorch b{batch}", embed, faces_bgr_u8, batch) for batch in batches]
     for variant in variants:

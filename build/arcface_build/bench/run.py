@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from arcface_build.bench.pytorch import pytorch_sessions
 from arcface_build.bench.result import summarise
 from arcface_build.bench.server import ServerUnderTest, own_server
 from arcface_build.bench.waterfall import waterfall, waterfall_loads
-from arcface_build.repository.versions import served_folder
+from arcface_build.repository.versions import served_folder, served_manifest
 from arcface_clients.errors import WrongUse
 from arcface_clients.extras import require
+from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.triton.embedder import TritonEmbedder
 
 Bars = Callable[[int], AbstractContextManager[Callable[[str, int], None]]]  # total steps → callback for each
 
@@ -90,7 +93,7 @@ def run_benchmark(
     for wanted, module in ((asked.bare, "onnxruntime"), (asked.insightface, "insightface"), (asked.pytorch, "torch")):
         if wanted:
             require(module, purpose="this benchmark")
-    host = describe_host()
+    host, given = describe_host(), target is not None
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="arcface-bench-")))
         if target is None:
@@ -100,10 +103,24 @@ def run_benchmark(
         variants += [contestants.served(program, load, target, data) for load in asked.loads()]
         advance = stack.enter_context(bars(len(variants) * (asked.rounds + 1)))
         samples = measure_in_turns(variants, asked.rounds, asked.sample_s, advance)
-    result = summarise(variants, samples, host) | {"faces": len(faces_bgr_u8)}
+        served = _served(target, asked.served()[0], None if given else repository())
+    told = {"created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "served": served}
+    result = summarise(variants, samples, host) | {"faces": len(faces_bgr_u8), **told}
     if asked.waterfall:
         result["waterfall"] = waterfall(samples, result["rounds"]["kept"], asked.batches[0])
     return result
+
+
+def _served(target: ServerUnderTest, model: str, repository: Path | None) -> dict[str, str | None]:
+    """What the server says of the model under test; `name`: of the import, where our own server has it."""
+    url = f"grpcs://{target.grpc_url}" if target.encrypted else target.grpc_url
+    with TritonEmbedder(url, model, **target.access) as embedder:
+        served = embedder.ensure_ready()
+        if served.contract_id is None:  # a bare tritonserver: its answers name their contract
+            embedder.encode(synthetic_faces(1))
+        contract = served.contract_id or embedder.contract_prefix
+    name = (served_manifest(repository) or {}).get("name") if repository else None
+    return {"model": model, "name": name, "precision": served.precision or "fp32", "contract_id": contract}
 
 
 def served_file(repository: Path, model: str, name: str) -> Path:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from arcface_build import terminal
 from arcface_build.commands.options.folders import model_repository_option, models_dir_option, repository_at
 from arcface_build.commands.options.output import hand_over, json_option
 from arcface_build.commands.options.settings import settings
+
+if TYPE_CHECKING:
+    from arcface_clients.config.schema import EmbeddingConfig
 
 EPILOG = """\b
 Examples:
   arcface assemble r50                         the fp32 serving ONNX, and its reference
   arcface assemble r50 --variant auto          the fastest variant that passed its gate on this CPU
   arcface assemble r50 --plan r50-fp16-sm86.plan --plan r50-fp16-sm89.plan
+  arcface plan pull --sm auto && arcface assemble r50 --plan auto     what the store has for this GPU
   arcface rollback                             back to the previous version
 """
 
@@ -27,7 +33,7 @@ Examples:
     "plans",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="A plan with its manifest beside it; repeatable.",
+    help="A plan with its manifest beside it; repeatable. auto: the newest for this GPU in the cache.",
 )
 @click.option("--cuda-graphs", is_flag=True, help="With --plan: replay CUDA graphs, which Triton captures at start.")
 @models_dir_option
@@ -47,13 +53,17 @@ def command(
     A running server picks up the new version after a restart of `arcface serve`, or on Triton's load request.
     """
     from arcface_build.repository.assemble import assemble, assemble_plans
+    from arcface_build.serving.change_over import ChangeOver
     from arcface_build.variants.choose import choose
+    from arcface_clients.engines.import_manifest import model_at
 
-    repository, config = repository_at(model_repository), settings()
+    repository, config = repository_at(model_repository, make=True), settings()
     keep, limits = config.versions_kept, config.comparison.max_drift.model_dump()
-    model_dir, choice = models_dir / name, None
+    model_dir, choice, change = model_at(models_dir, name), None, ChangeOver(repository)
     if plans:
         key = config.storage.public_key
+        if plans == (Path("auto"),):
+            plans = (_plan_for_this_gpu(name, config),)
         installed = {"arcface_trt": assemble_plans(model_dir, plans, repository, keep, limits, key, cuda_graphs)}
     elif cuda_graphs:
         raise click.UsageError("--cuda-graphs is for plans: add --plan FILE")
@@ -64,3 +74,29 @@ def command(
     lines = [f"{model}: version {version} is {name}" for model, version in installed.items()]
     lines += [f"because: {reason}"] if reason else []
     hand_over({"installed": installed, "reason": reason}, lambda: "\n".join(lines), as_json)
+    if told := change.told():
+        terminal.complaint(told)
+
+
+def _plan_for_this_gpu(model: str, config: EmbeddingConfig) -> Path:
+    """The newest plan of the configured precision in the cache that this host's GPU and server load.
+
+    Raises:
+        Missing: no GPU, or no plan for it.
+        PlanRefused: what is there may not be used.
+    """
+    from arcface_build.plans.gpu import find_gpus
+    from arcface_build.serving.served_plans import tensorrt_of_server
+    from arcface_clients.plans.find import find_plan
+
+    gpu, storage = find_gpus()[0], config.storage
+    return find_plan(
+        gpu.sm,
+        config.precision,
+        model_repository=None,
+        cache=storage.plan_folder,
+        model=model,
+        tensorrt=tensorrt_of_server(),
+        public_key=storage.public_key,
+        gpu=gpu.name,
+    ).path

@@ -91,7 +91,7 @@ def command(
         bars=terminal.round_bar,
     )
     names = [Path(source).name for source in sources]  # reports are shared, so they name no local paths
-    result |= {"faces_from": names or "drawn"}
+    result |= {"faces_from": names or "synthetic"}
     pages = {csv: lambda: bench_csv(result), html: lambda: bench_page(result)}
     hand_over(result, lambda: bench_text(result), as_json, report, pages)
     worse = regressions(old, result, margin) if old else []

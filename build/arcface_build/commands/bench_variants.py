@@ -49,16 +49,18 @@ def command(
     from arcface_build.variants.choose import speeds_file
     from arcface_build.variants.eval_set import evaluation_faces
     from arcface_clients.atomic import write_json
+    from arcface_clients.engines.import_manifest import model_at
 
+    model_dir = model_at(models_dir, name)
     with terminal.status_line("loading") as progress:
         result = run(
-            models_dir / name,
+            model_dir,
             batches,
             faces=evaluation_faces(faces_from, 64),
             on_sample=lambda variant, number: progress(f"round {number}: {variant}"),
             **how_long,
         )
-    write_json(speeds_file(models_dir / name), speeds(result))
+    write_json(speeds_file(model_dir), speeds(result))
     header, *rows = table(result)
     hand_over(result, lambda: columns(header, rows), as_json, report)
     if result["rounds"]["disturbed"]:

@@ -38,6 +38,7 @@ Examples:
 @click.option("--tensorrt", is_flag=True, help="With --layers: build B with TensorRT.")
 @click.option("--source", type=click.Path(path_type=Path, exists=True), help="Source ONNX used to explain the drift.")
 @click.option("--explain/--no-explain", default=None, help="Look for the fault; default: if the gate fails.")
+@click.option("--show-faces", is_flag=True, help="With --html: put the worst faces into the page; pages are passed on.")
 @click.option("--across-contracts", is_flag=True, help="Compare even if A and B are known to be different models.")
 @models_dir_option
 @local_model_option
@@ -52,6 +53,7 @@ def command(
     as_json: bool,
     report: Path | None,
     html: Path | None,
+    show_faces: bool,
     **asked_for: Any,
 ) -> int:
     """Compare B with A, the ground truth; each is an engine, HOST:PORT/MODEL, ONNX file, plan, or saved embeddings.
@@ -62,11 +64,14 @@ def command(
     from arcface_build.compare.run import CompareRequest, compare
     from arcface_build.reports.compare_page import compare_page
     from arcface_build.reports.compare_text import compare_text
+    from arcface_clients.extras import require
 
+    if show_faces:
+        require("cv2", purpose="--show-faces")
     asked = CompareRequest(**asked_for)
     result, faces = compare(a, b, asked, with_local(models_dir, model), terminal.complaint)
     if result.report["across_contracts"]:
         terminal.complaint(f"WARNING: {ACROSS_CONTRACTS}")
-    pages = {html: lambda: compare_page(result.report, faces.pixels)}
+    pages = {html: lambda: compare_page(result.report, faces.pixels if show_faces else None)}
     hand_over(result.report, lambda: compare_text(result.report), as_json, report, pages)
     return 0 if result.passed else 1

@@ -126,6 +126,16 @@ def _told(records: dict[str, dict], summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _nothing_read(folder: Path, records: dict[str, dict], photos: bool) -> str:
+    refused = [crop for record in records.values() for crop in record["refused"]]
+    first = f"; {refused[0]['path']}: {refused[0]['reason']}" if refused else ""
+    expected = "photos with a face" if photos else "aligned 112×112 crops; photos need --detect"
+    return (
+        f"no face could be read from {folder} ({len(records)} people, {len(refused)} files refused{first}); "
+        f"expected {expected}. Nothing was written"
+    )
+
+
 def run(
     folder: Path,
     output: Path,
@@ -162,6 +172,9 @@ def run(
             journal.add(record)
             progress.advance(bar)
         records = {name: journal.records[name] for name in people}
+        if not any(record["distances"] for record in records.values()):
+            journal.close(delete=True)
+            raise WrongUse(_nothing_read(folder, records, load is not load_faces))
         write_json(
             output,
             {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,25 +39,23 @@ _MARKS = {"ok": ("ok      ", "green"), "absent": ("absent  ", "yellow"), "proble
 def command(url: str | None, measure: bool, faces: int, batch_size: int, as_json: bool) -> int:
     """Check driver, GPU, runtimes, server, plans, store and configuration; say what is wrong and how to fix it."""
     from arcface_build.serving.host_checks import build_checks
-    from arcface_clients.checks.diagnostics import Check, client_checks
+    from arcface_clients.checks.diagnostics import Check, client_checks, guarded
+    from arcface_clients.checks.tls import check_tls
     from arcface_clients.config.schema import EmbeddingConfig
     from arcface_clients.config.sources import config_file as file_of
-    from arcface_clients.triton.address import Tls
 
     try:
         config = settings()
         if url is not None:
-            access = config.triton.access_to(url)
-            headers, tls = access.get("headers", {}), access.get("tls", Tls())
-            triton = replace(config.triton, url=url, headers=headers, tls=tls)
-            config = config.model_copy(update={"triton": triton, "backend": "triton"})
+            config = config.model_copy(update={"triton": config.triton.towards(url), "backend": "triton"})
         origin = file_of(config_file(), os.environ) or "defaults (no config/embedding.yaml here)"
         found = f"{origin}: backend {config.backend}, precision {config.precision}"
         configuration = Check("configuration", "ok", found)
     except ConfigError as exc:
         config = EmbeddingConfig()
         configuration = Check("configuration", "problem", str(exc), "docs/configuration.md lists every key")
-    checks = [configuration, *client_checks(config), *build_checks(config)]
+    encryption = guarded("encryption", lambda: check_tls(config))
+    checks = [configuration, *client_checks(config), encryption, *build_checks(config)]
     engine: dict[str, Any] | None = None
     if measure and configuration.status == "ok":
         engine, check = _measured(config, faces, batch_size)

@@ -87,9 +87,12 @@ def command(
     equal to that face embedded alone.
     """
     from arcface_build.repository.bring_in import bring_in
+    from arcface_build.serving.change_over import ChangeOver
 
     config, stated = settings(), _stated(color, mean, std)
-    repository = None if no_assemble else repository_at(model_repository)  # fail before the work, not after it
+    # fail before the work, not after it
+    repository = None if no_assemble else repository_at(model_repository, make=True)
+    change = None if repository is None else ChangeOver(repository)
     with terminal.phase_bar() as progress:
         done = bring_in(
             source,
@@ -120,6 +123,8 @@ def command(
             f"the serving ONNX has changed: {imported.folder}/variants belonged to the old one and were removed"
         )
     hand_over(imported.manifest.to_json(), lambda: _told(done), as_json)
+    if change and (told := change.told()):
+        terminal.complaint(told)
 
 
 def _stated(color: str | None, mean: str | None, std: str | None) -> Stated:

@@ -56,19 +56,20 @@ def command(
     """
     from arcface_build.compare.faces import faces_of, pairs_of
     from arcface_build.compare.matrix import files_of, parity_matrix
-    from arcface_build.compare.sides import open_side
+    from arcface_build.compare.sides import beside_server, open_side
     from arcface_build.reports.matrix_page import matrix_page
     from arcface_build.reports.matrix_text import matrix_text
     from arcface_clients.extras import require
+    from arcface_clients.pipeline import local_model
 
     if pairs_from or identities:
         require("sklearn", purpose="accuracy")
-    config = with_local(models_dir, model)
+    config = beside_server(with_local(models_dir, model), reference, *candidates)
     faces = faces_of(sources, (), terminal.complaint).sample(n_samples)
     with open_side(reference, config) as right, terminal.status_line() as progress:
         result = parity_matrix(
             right,
-            [partial(open_side, text, config) for text in candidates or files_of(models_dir, model)],
+            [partial(open_side, text, config) for text in candidates or files_of(local_model(config).path)],
             faces,
             batches,
             config.comparison.max_drift.model_dump(),

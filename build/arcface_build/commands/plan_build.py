@@ -24,6 +24,7 @@ Examples:
   arcface plan build r50 --precision fp16 --max-batch 128 --workspace 2GB --push
   arcface plan build r50 --precision fp16 --profiles 1,8,64       a plan set: kernels tuned for each of them
   arcface plan build typed.onnx --reference models/r50/serving.onnx --no-external-tactics
+  arcface plan build r100 --precision fp16 --prelu fused
 Old names: `build --fp16` is `plan build NAME --precision fp16`, `info` is `plan show`, `upload` is `plan push`.
 """
 
@@ -46,6 +47,14 @@ Old names: `build --fp16` is `plan build NAME --precision fp16`, `info` is `plan
 @click.option("--any-card", is_flag=True, help="Tune for all cards of this SM, not just this one; TensorRT 10.9+.")
 @click.option("--external-tactics/--no-external-tactics", default=True, help="Allow cuBLAS and cuDNN kernels.")
 @click.option("--tf32", is_flag=True, help="Let fp32 layers use TF32: faster, but above the fp32 drift limit.")
+@click.option(
+    "--fold-padded/--no-fold-padded",
+    default=None,
+    help="Fold BatchNormalization into padded convolutions, exactly. [yes for fp32; others as quantize made them]",
+)
+@click.option(
+    "--prelu", type=click.Choice(["as-is", "fused"]), help="fused: as pointwise nodes that fuse with additions. [as-is]"
+)
 @click.option("--faces", type=_PATH, help="Verify on these crops: a folder or .npz. Default: 64 synthetic faces.")
 @click.option("--reference", type=_PATH, help="Serving ONNX to measure drift against. Default: the model's own.")
 @click.option("--timeout-s", type=FiniteNumber(1), default=1800.0, show_default=True, help="Stop a build after this.")
@@ -63,7 +72,10 @@ def build(places: Places, as_json: bool, **asked_for: Any) -> None:
     passes the gate.
     """
     from arcface_build.plans.for_this_gpu import PlanRequest, plan_for_this_gpu
+    from arcface_clients.extras import require
 
+    if asked_for["sign_key"]:
+        require("cryptography", purpose="--sign-key")
     obtained, path = plan_for_this_gpu(PlanRequest(**asked_for), places, terminal.phase_bar)
     for note in obtained.notes:
         terminal.notice(note)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from arcface_build import terminal
+from arcface_build.commands.options.folders import models_dir_option
 from arcface_build.commands.options.output import hand_over, json_option
 from arcface_build.commands.options.plans import megabytes, place_options, summary, table
+from arcface_build.shipped import config_file
 
 if TYPE_CHECKING:
     from arcface_build.plans.places import Places
@@ -55,16 +57,35 @@ def show(places: Places, plan: str, as_json: bool) -> None:
     epilog="\b\nExamples:\n  arcface plan matrix\n  arcface plan matrix --model r50 --store s3://models/plans"
 )
 @click.option("--model", help="Only plans of this model.")
-@click.option("--gpus", type=click.Path(path_type=Path), default=Path("config/gpus.yaml"), show_default=True)
+@click.option(
+    "--gpus",
+    type=click.Path(path_type=Path),
+    default=lambda: config_file("gpus.yaml"),
+    show_default="config/gpus.yaml, here or above, else the shipped one",
+)
 @place_options
+@models_dir_option
 @json_option
-def matrix(places: Places, model: str | None, gpus: Path, as_json: bool) -> None:
-    """SM × precision × TensorRT version: which plans of config/gpus.yaml exist and which are missing."""
+def matrix(places: Places, model: str | None, gpus: Path, models_dir: Path, as_json: bool) -> int:
+    """SM × precision × TensorRT version: which plans of config/gpus.yaml exist and which are missing.
+
+    Exit code 1: a plan is missing; 3: there is neither a plan of this model nor the imported model.
+    """
     from arcface_build.plans.gpu import load_gpus_yaml
+    from arcface_clients.engines.import_manifest import model_at
+    from arcface_clients.errors import Missing
     from arcface_clients.plans.fit import misfit
 
     infos = load_gpus_yaml(gpus)
     found, _ = _collect(places, model)
+    if model and not found and not model_at(models_dir, model).is_dir():
+        planned = sorted({m.spec.model for m, _ in _collect(places, None)[0]})
+        imported = sorted(path.parent.name for path in models_dir.glob("*/serving.onnx"))
+        raise Missing(
+            f"no model {model!r}: expected a plan of it, or {models_dir / model} (plans of: "
+            f"{', '.join(planned) or 'none'}; imported: {', '.join(imported) or 'none'}). "
+            f"Import it: arcface import SOURCE --name {model}"
+        )
 
     def where_is(name: str, sm: str, precision: str, version: str) -> list[str]:
         """The places with a plan that loads on this SM, either its own or a hardware-compatible one."""
@@ -92,7 +113,10 @@ def matrix(places: Places, model: str | None, gpus: Path, as_json: bool) -> None
                         }
                     )
     nothing = "no plans anywhere. Name a model to see what it needs: arcface plan matrix --model NAME"
-    hand_over(cells, lambda: _table_of(cells) if cells else nothing, as_json)
+    missing = sum(cell["state"] == "MISSING" for cell in cells)
+    told = f"\n{missing} of {len(cells)} missing. Build one on a GPU of that SM: arcface plan build NAME --precision …"
+    hand_over(cells, lambda: _table_of(cells) + (told if missing else "") if cells else nothing, as_json)
+    return 1 if missing else 0
 
 
 def _table_of(rows: Sequence[dict[str, Any]]) -> str:

@@ -37,8 +37,11 @@ def push(
     from arcface_build.plans.places import Places, plan_by_name
     from arcface_build.plans.store import PlanStore
     from arcface_clients.errors import WrongUse
+    from arcface_clients.extras import require
     from arcface_clients.plans.signing import sign
 
+    if sign_key:
+        require("cryptography", purpose="--sign-key")
     store = places.need_store()
     if bool(plans) == everything:
         raise WrongUse("say what to push: files, keys or names, or --all. See them: arcface plan list")

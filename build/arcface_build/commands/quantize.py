@@ -71,8 +71,12 @@ def command(
     """Make a variant of an imported model, and accept it only if its drift passes the gate."""
     from arcface_build.variants.make import TARGETS, Wish, make_variant
     from arcface_build.variants.verify import verify_variant
+    from arcface_clients.engines.import_manifest import model_at
+    from arcface_clients.extras import require
 
-    comparison = settings().comparison
+    if precision == "int8" and verify is None:
+        require("matplotlib", purpose="the search for an int8 variant")
+    model_dir, comparison = model_at(models_dir, name), settings().comparison
     limits = comparison.max_drift.model_dump()
     if max_drift is not None:
         limits[precision] = max_drift
@@ -84,12 +88,12 @@ def command(
 
         if verify is not None:
             where = target or TARGETS[precision][0]
-            sidecar = verify_variant(models_dir / name, precision, where, verify, eval_faces, limits, stage)
+            sidecar = verify_variant(model_dir, precision, where, verify, eval_faces, limits, stage)
         else:
             aim = comparison.margin if margin is None else margin
             wish = Wish(precision, target, eval_source, eval_faces, calibration, limits, aim, search, keep, recipe)
-            sidecar, _ = make_variant(models_dir / name, wish, stage)
-    hand_over(sidecar, lambda: _told(models_dir / name, sidecar), as_json)
+            sidecar, _ = make_variant(model_dir, wish, stage)
+    hand_over(sidecar, lambda: _told(model_dir, sidecar), as_json)
 
 
 def _told(model_dir: Path, sidecar: dict[str, Any]) -> str:

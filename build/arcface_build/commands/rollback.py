@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from arcface_build import terminal
 from arcface_build.commands.options.folders import model_repository_option, repository_at
 from arcface_build.commands.options.output import hand_over, json_option
 
@@ -30,8 +31,10 @@ To serve InsightFace itself instead: arcface serve --backend reference
 def command(models: tuple[str, ...], model_repository: Path | None, as_json: bool) -> None:
     """Remove the newest version of a model; Triton serves the previous one after a restart."""
     from arcface_build.repository.versions import roll_back_served, served_manifest
+    from arcface_build.serving.change_over import ChangeOver
 
     repository = repository_at(model_repository)
+    change = ChangeOver(repository)
     done = roll_back_served(repository, models)
 
     def told() -> str:
@@ -43,3 +46,5 @@ def command(models: tuple[str, ...], model_repository: Path | None, as_json: boo
         return "\n".join(lines)
 
     hand_over({model: {"removed": old, "serves": new} for model, (old, new) in done.items()}, told, as_json)
+    if still := change.told():
+        terminal.complaint(still)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from arcface_build.serving.choose import BackendChoice
+    from arcface_build.serving.exposure import ServerTls
     from arcface_build.serving.process import TritonProcess
     from arcface_clients.checks.parity import ParityReport
 
@@ -25,11 +28,13 @@ EPILOG = """\b
 Examples:
   arcface serve                              the best backend this host has, demo weights where there are none
   arcface serve --backend onnx --http-port 8010 --grpc-port 8011 --metrics-port 8012
+  arcface serve --host 0.0.0.0 --tls-cert server.pem --tls-key server.key    for other hosts, encrypted
   arcface serve --no-reference               without InsightFace beside it: half the memory, no parity table
   arcface serve --once --json                start, prove, print, stop: for scripts and CI
   arcface serve -- --log-verbose=1           what follows -- goes to tritonserver as it is
 """
 PORT = click.IntRange(1, 65535)
+PEM = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_SERVE", "show_default": True})
@@ -50,14 +55,20 @@ PORT = click.IntRange(1, 65535)
     type=click.Choice(["auto", "installed"]),
     help="On a CPU; auto: the fastest variant of the installed model that passed its gate here.",
 )
-@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--host", default="127.0.0.1", help="Address for gRPC; any but loopback needs TLS or --insecure.")
+@click.option("--tls-cert", type=PEM, help="Certificate of gRPC (PEM); with --tls-key.")
+@click.option("--tls-key", type=PEM, help="Its private key, without a password.")
+@click.option("--client-ca", type=PEM, help="Mutual TLS: let in only clients whose certificates this authority signed.")
+@click.option("--insecure", is_flag=True, help="The network is trusted: listen on it without encryption.")
+@click.option("--http-host", default="127.0.0.1", help="Address for HTTP, which has no TLS; not loopback: --insecure.")
+@click.option("--metrics-host", default="127.0.0.1", help="Address for Prometheus metrics.")
 @click.option("--http-port", default=8000, type=PORT)
 @click.option("--grpc-port", default=8001, type=PORT)
 @click.option("--metrics-port", default=8002, type=PORT)
 @click.option("--demo/--no-demo", default=True, help="Import the demo network where there are no weights.")
 @click.option("--reference/--no-reference", default=True, help="Load InsightFace beside it and print the parity table.")
 @click.option(
-    "--faces", "faces_from", type=click.Path(path_type=Path), help="Crops for the table; default: drawn faces."
+    "--faces", "faces_from", type=click.Path(path_type=Path), help="Crops for the table; default: synthetic faces."
 )
 @click.option("--once", is_flag=True, help="Stop after the table; exit 1 when a gate fails.")
 @json_option
@@ -68,6 +79,13 @@ PORT = click.IntRange(1, 65535)
     type=POSITIVE,
     help="Seconds to wait for the models.",
 )
+@click.option(
+    "--exit-timeout",
+    "exit_timeout_s",
+    default=15.0,
+    type=POSITIVE,
+    help="Seconds that running requests get to finish when it is stopped.",
+)
 @click.argument("triton_arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
     model_repository: Path | None,
@@ -75,6 +93,12 @@ def command(
     backend: str,
     variant: str,
     host: str,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    client_ca: Path | None,
+    insecure: bool,
+    http_host: str,
+    metrics_host: str,
     http_port: int,
     grpc_port: int,
     metrics_port: int,
@@ -84,28 +108,37 @@ def command(
     once: bool,
     as_json: bool,
     ready_timeout_s: float,
+    exit_timeout_s: float,
     triton_arguments: tuple[str, ...],
 ) -> int:
     """Start Triton on model_repository/, prove it with a few faces, keep serving until Ctrl-C or SIGTERM."""
+    from arcface_build.serving.exposure import Exposure, address_of, server_tls
     from arcface_build.serving.process import Ports
     from arcface_build.serving.run import Interrupt, ServeRequest, serve
 
     interrupt = Interrupt()
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
         signal.signal(number, interrupt)
-    repository, config = repository_at(model_repository), settings()
+    repository, config = repository_at(model_repository, make=True), settings()
     asked = ServeRequest(
         repository=repository,
         models_dir=repository.parent / models_dir,  # beside it, where the configuration names no absolute folder
         faces_bgr_u8=_faces(faces_from, config.validation.eval_set_size),
         backend=backend,
         variant=variant,
-        host=host,
+        exposure=Exposure(
+            host=address_of(host),
+            http_host=address_of(http_host),
+            metrics_host=address_of(metrics_host),
+            tls=server_tls(tls_cert, tls_key, client_ca),
+            insecure=insecure,
+        ),
         ports=Ports(http_port, grpc_port, metrics_port),
         demo=demo,
         reference=reference,
         once=once,
         ready_timeout_s=ready_timeout_s,
+        exit_timeout_s=exit_timeout_s,
         extra=triton_arguments,
     )
     passed = serve(asked, config, Shell(as_json), interrupt)
@@ -169,17 +202,33 @@ def _faces(faces_from: Path | None, count: int) -> npt.NDArray[Any]:
 
 
 def _invitation(server: TritonProcess) -> str:
+    activate = Path(sys.prefix) / "bin" / "activate"
+    enter = f"source {shlex.quote(str(activate))}\n" if activate.is_file() else ""
+    tls = server.exposure.tls
     return f"""
 serving   gRPC {server.grpc_url}   HTTP http://{server.http_url}   metrics {server.metrics_url}
 log       {server.log_path}
-try it:
-    import numpy as np
-    from arcface_clients import TritonEmbedder
-    faces = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)  # your aligned BGR crops
-    with TritonEmbedder("{server.grpc_url}") as embedder:
-        embeddings = embedder.encode(faces)
-    print(embeddings.shape, embeddings @ embeddings.T)
+try it: paste these lines into another shell
+
+{enter}arcface parity --url {server.own_url}
+python - <<'PY'
+import numpy as np
+from arcface_clients import {"Tls, " * bool(tls)}TritonEmbedder
+faces = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)  # your aligned BGR crops
+with TritonEmbedder("{server.grpc_url}"{_access(tls)}) as embedder:
+    print(embedder.encode(faces).shape, embedder.contract_id)
+PY
+
 Ctrl-C stops it."""
+
+
+def _access(tls: ServerTls | None) -> str:
+    """What a client must say beside the address; files that only the client's owner knows by a likely name."""
+    if tls is None:
+        return ""
+    authority = tls.cert_file if tls.certificate.self_signed else "ca.pem"  # who signed it
+    ours = ', cert_file="client.pem", key_file="client.key"' if tls.client_ca_file else ""
+    return f', tls=Tls(ca_file="{authority}"{ours})'
 
 
 def _say(text: str, as_json: bool) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 
 from arcface_build.compare.comparison import Faces, check_contracts
 from arcface_build.compare.sides import Side
-from arcface_clients.engines.model_folder import find_model
 from arcface_clients.errors import WrongUse
 from arcface_clients.evidence.accuracy import Pairs, changed_decisions, measure_accuracy
 from arcface_clients.evidence.drift import compare_embeddings, cosine_per_face
@@ -112,7 +111,6 @@ def _row(
     }
 
 
-def files_of(models_dir: Path, model: str | None) -> list[str]:
+def files_of(folder: Path) -> list[str]:
     """The serving ONNX of an imported model and its variants; refused variants have another suffix."""
-    folder = find_model(models_dir, model).path
     return [str(folder / "serving.onnx"), *(str(path) for path in sorted((folder / "variants").glob("*.onnx")))]

@@ -12,13 +12,13 @@ from arcface_build.compare.comparison import explain as explain_drift
 from arcface_build.compare.faces import faces_of, pairs_of
 from arcface_build.compare.layers import compare_layers
 from arcface_build.compare.reference import source_beside
-from arcface_build.compare.sides import open_side
-from arcface_clients.config.schema import EmbeddingConfig, LocalModel
-from arcface_clients.engines.model_folder import find_model
+from arcface_build.compare.sides import beside_server, open_side
+from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import ArcFaceError, WrongUse
 from arcface_clients.evidence.drift import TARGETS
 from arcface_clients.extras import require
 from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.pipeline import local_model
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def compare(
     if asked.layers:
         require("onnx", "polygraphy", purpose="--layers")
     targets = config.comparison
+    config = beside_server(config, a, b)
     with open_side(a, config) as side_a, open_side(b, config) as side_b:
         faces = faces_of(asked.sources, (side_a, side_b), refused).sample(asked.n_samples)
         limits = targets.max_drift.model_dump()
@@ -66,7 +67,7 @@ def compare(
             {name: (target.target, target.warn) for name in TARGETS for target in [getattr(targets, name)]},
             asked.across_contracts,
         )
-        network = asked.source or source_beside(a, b) or _source_of_engines(config.local, a, b)
+        network = asked.source or source_beside(a, b) or _source_of_engines(config, a, b)
         wanted = not result.report["gate"]["passed"] if asked.explain is None else asked.explain
         if wanted:
             explain_drift(result, side_b, faces, network)
@@ -86,11 +87,11 @@ def _layers(a: str, b: str, faces: Faces, tolerance: float, tensorrt: bool) -> d
     return report.to_json() | {"told": str(report)}
 
 
-def _source_of_engines(local: LocalModel, *texts: str) -> Path | None:
+def _source_of_engines(config: EmbeddingConfig, *texts: str) -> Path | None:
     """The source ONNX of the imported model that an engine's name refers to."""
     if all(Path(text).suffix or ":" in text for text in texts):
         return None
     try:
-        return find_model(local.models_dir, local.model).source()
+        return local_model(config).source()
     except ArcFaceError:
         return None

@@ -74,9 +74,7 @@ def open_side(text: str, config: EmbeddingConfig) -> Iterator[Side]:
     elif ":" in text:
         from arcface_clients import TritonEmbedder
 
-        scheme, _, rest = text.rpartition("://")
-        address, _, served_name = rest.partition("/")
-        url = f"{scheme}://{address}" if scheme else address
+        url, served_name = _address(text)
         model, access = served_name or config.triton.model, config.triton.access_to(url)
         with TritonEmbedder(url, model, timeout_s=config.triton.timeout_s, **access) as embedder:
             served = embedder.ensure_ready()
@@ -89,6 +87,22 @@ def open_side(text: str, config: EmbeddingConfig) -> Iterator[Side]:
         with EngineRegistry.get(link.engine, **engine_arguments(link, config)) as engine:
             engine.ensure_ready()
             yield Side(text, getattr(engine, "precision", "fp32"), engine.contract_id, engine.encode)
+
+
+def beside_server(config: EmbeddingConfig, *texts: str) -> EmbeddingConfig:
+    """The configuration for engines compared with a server: of several imported models they run the one it serves."""
+    served = [text for text in texts if ":" in text and Path(text).suffix.lower() not in (*SAVED, ".onnx", *PLANS)]
+    if not served:
+        return config
+    url, model = _address(served[0])
+    return config.model_copy(update={"triton": config.triton.towards(url, model), "backend": "triton"})
+
+
+def _address(text: str) -> tuple[str, str]:
+    """URL and served model ("" where none is named) of HOST:PORT[/MODEL]."""
+    scheme, _, rest = text.rpartition("://")
+    address, _, served_name = rest.partition("/")
+    return (f"{scheme}://{address}" if scheme else address), served_name
 
 
 def _saved(path: Path) -> Side:

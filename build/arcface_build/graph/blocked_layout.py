@@ -4,8 +4,9 @@ That provider runs Conv and Relu in NCHWc (channels in blocks of 8 or 16), but l
 for BatchNormalization: each one costs a reorder before and after. Depthwise 1×1 convolutions stay blocked:
     PRelu(x) = a·x + (1 − a)·ReLU(x)   for any slope a: x where x ≥ 0, a·x below
     BN(x)    = s·x + t                 s = scale / sqrt(var + epsilon), t = bias − s·mean
-TensorRT and OpenVINO fuse PRelu and BatchNormalization themselves, and OpenVINO was measured to be slower with this
-rewrite (docs/measured/cpu_layout.json), so the result is a separate file beside the serving ONNX.
+OpenVINO fuses PRelu and BatchNormalization itself, and was measured to be slower with this rewrite
+(docs/measured/cpu_layout.json); TensorRT has a form of its own (`tensorrt_form`). So the result is a separate file
+beside the serving ONNX.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Folds each BatchNormalization into a neighbouring Conv or Gemm, where that is exact.
 
 A BN is y = s·x + t with s = scale / sqrt(var + epsilon) and t = bias − s·mean (ONNX operator specification). After a
-Conv or Gemm it is folded into weight and bias; before one too, unless a padded Conv would see 0 where t belongs.
+Conv or Gemm it is folded into weight and bias; before one too, unless a padded Conv would see 0 where t belongs (there
+`fold_padded` does it for TensorRT).
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ def _into_maker(
         if known.get(flat, [])[2:] != [1, 1] or index.only_user(flat) is not maker or flat not in index.maker:
             return False
         maker = index.maker[flat]
-    weight = _weight(index, maker)
+    weight = own_weight(index, maker)
     if weight is None:
         return False
     rows_last = maker.op_type == "Gemm" and not attribute(maker, "transB", 0)
     per_row = (-1,) if rows_last else (-1, *[1] * (weight.ndim - 1))
-    bias = _bias(index, maker, slope.size)
+    bias = bias_of(index, maker, slope.size)
     if bias is None:
         return False
     # Gemm computes alpha·x·W + beta·b; beta stays in the node, so the shift in b is divided by beta.
@@ -95,8 +96,8 @@ def _into_user(
         user = index.only_user(user.output[0])
         if user is None or user.op_type != "Gemm":
             return False
-    weight = _weight(index, user)
-    if weight is None or (user.op_type == "Conv" and not _is_exact_before(user, weight, shift)):
+    weight = own_weight(index, user)
+    if weight is None or (user.op_type == "Conv" and not is_exact_before(user, weight, shift)):
         return False
     slope, shift = np.repeat(slope, spread), np.repeat(shift, spread)
     if user.op_type == "Conv":
@@ -107,19 +108,25 @@ def _into_user(
 def _fold_before_conv(
     index: GraphIndex, conv: onnx.NodeProto, weight: np.ndarray, slope: np.ndarray, shift: np.ndarray
 ) -> bool:
+    slopes, shifts = per_weight(conv, weight, slope), per_weight(conv, weight, shift)
+    bias = bias_of(index, conv, weight.shape[0])
+    if slopes is None or shifts is None or bias is None:
+        return False
+    _set(index, conv, weight * slopes, bias + (weight * shifts).reshape(len(weight), -1).sum(axis=1))
+    return True
+
+
+def per_weight(conv: onnx.NodeProto, weight: np.ndarray, values: np.ndarray) -> np.ndarray | None:
+    """One value per input channel of a Conv, in the layout of its weight (O, I/group, 1 …); None if they do not match.
+
+    Output channel o reads only the input channels of its own group.
+    """
     groups = attribute(conv, "group", 1)
     out, per_group = weight.shape[:2]
-    if per_group * groups != slope.size:
-        return False
-    # Output channel o reads only the input channels of its own group.
+    if per_group * groups != values.size:
+        return None
     channels = (np.arange(out) // (out // groups))[:, None] * per_group + np.arange(per_group)
-    bias = _bias(index, conv, out)
-    if bias is None:
-        return False
-    tail = [1] * (weight.ndim - 2)
-    bias = bias + (weight * shift[channels].reshape(out, per_group, *tail)).reshape(out, -1).sum(axis=1)
-    _set(index, conv, weight * slope[channels].reshape(out, per_group, *tail), bias)
-    return True
+    return np.asarray(values[channels].reshape(out, per_group, *[1] * (weight.ndim - 2)))
 
 
 def _fold_before_gemm(
@@ -128,7 +135,7 @@ def _fold_before_gemm(
     transposed = bool(attribute(gemm, "transB", 0))
     matrix = weight if transposed else weight.T  # (out, in)
     alpha, beta = attribute(gemm, "alpha", 1.0), attribute(gemm, "beta", 1.0)
-    bias = _bias(index, gemm, matrix.shape[0])
+    bias = bias_of(index, gemm, matrix.shape[0])
     if matrix.shape[1] != slope.size or bias is None:
         return False
     bias = bias + alpha * (matrix @ shift) / beta
@@ -137,7 +144,7 @@ def _fold_before_gemm(
     return True
 
 
-def _weight(index: GraphIndex, node: onnx.NodeProto) -> np.ndarray | None:
+def own_weight(index: GraphIndex, node: onnx.NodeProto) -> np.ndarray | None:
     """Float64 weight of a Conv or Gemm if it is constant and used only here; else None."""
     if node.op_type not in ("Conv", "Gemm") or len(index.users.get(node.input[1], [])) != 1:
         return None
@@ -147,7 +154,7 @@ def _weight(index: GraphIndex, node: onnx.NodeProto) -> np.ndarray | None:
     return None if weight is None else weight.astype(np.float64)
 
 
-def _bias(index: GraphIndex, node: onnx.NodeProto, size: int) -> np.ndarray | None:
+def bias_of(index: GraphIndex, node: onnx.NodeProto, size: int) -> np.ndarray | None:
     """Float64 bias (size,), zeros if the node has none; None if it is not one number per output."""
     if len(node.input) < 3 or not node.input[2]:
         return np.zeros(size)
@@ -170,7 +177,7 @@ def _set(index: GraphIndex, node: onnx.NodeProto, weight: np.ndarray, bias: np.n
         node.input[2] = name
 
 
-def _is_exact_before(conv: onnx.NodeProto, weight: np.ndarray, shift: np.ndarray) -> bool:
+def is_exact_before(conv: onnx.NodeProto, weight: np.ndarray, shift: np.ndarray) -> bool:
     """A padded Conv reads 0 outside the image, where the BN would give t: exact only without padding, or if t is 0."""
     if not shift.any():
         return True

@@ -150,6 +150,27 @@ def replace_nodes(graph: onnx.GraphProto, instead: Mapping[str, Sequence[onnx.No
     graph.node.extend(rewritten.node)
 
 
+def sort_nodes(graph: onnx.GraphProto) -> None:
+    """Put every node after those that make its inputs, and as near before its first reader as the order allows."""
+    maker = {name: position for position, node in enumerate(graph.node) for name in node.output if name}
+    order: dict[int, None] = {}
+
+    def place(position: int) -> None:
+        if position not in order:
+            node = graph.node[position]
+            for name in [*node.input, *captured(node)]:
+                if maker.get(name, position) != position:
+                    place(maker[name])
+            order[position] = None
+
+    for position in range(len(graph.node)):
+        place(position)
+    nodes = [graph.node[position] for position in order]
+    ordered = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(ordered)
+
+
 def reconnect(graph: onnx.GraphProto, instead: Mapping[str, str]) -> None:
     """Let every node that reads tensor `old` read `instead[old]`, bodies of If and Loop too; chains are followed."""
     for node in graph.node:

@@ -182,10 +182,11 @@ def main() -> int:
 
 
 def _work(job: ImportJob, lines: IO[str]) -> Done:
-    from arcface_build.imports.importing import check_name, existing_import, import_model
+    from arcface_build.imports.importing import existing_import, import_model
     from arcface_build.imports.preprocessing import Stated
-    from arcface_build.imports.proof_faces import drawn_faces, read_faces
+    from arcface_build.imports.proof_faces import read_faces, synthetic_proof_faces
     from arcface_build.imports.source import known_models, resolve, with_file
+    from arcface_clients.engines.import_manifest import check_name
 
     def progress(what: str, done: int, total: int) -> None:
         _tell(lines, progress=[what, done, total])
@@ -201,13 +202,13 @@ def _work(job: ImportJob, lines: IO[str]) -> Done:
         insightface_root=Path(job.insightface_root) if job.insightface_root else None,
         say=lambda line: _tell(lines, say=line),
     )
-    name = check_name(job.name or found.name)
+    name = check_name(job.name or found.name, "Choose one: --name NAME")
     folder = Path(job.models_dir) / name
     there = None if job.force else existing_import(folder, found, stated, job.output, job.limits)
     if there is not None:
         return Done(there.to_json(), name, "")
     found = with_file(found, lambda done, total: progress("build the demo network", done, total))
-    faces = read_faces(Path(job.faces)) if job.faces else drawn_faces()
+    faces = read_faces(Path(job.faces)) if job.faces else synthetic_proof_faces()
     made = scratch / "made" / name
     manifest = import_model(
         found,

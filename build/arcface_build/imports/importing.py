@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -11,6 +10,8 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from arcface_build.errors import SourceRefused
 from arcface_build.graph import Step
@@ -38,6 +39,7 @@ from arcface_clients.engines.import_manifest import IMPORT_MANIFEST, ImportManif
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.evidence.gate import limit_of
+from arcface_clients.evidence.golden import golden_faces, golden_record, is_golden
 
 if TYPE_CHECKING:
     import onnx
@@ -133,6 +135,7 @@ def import_model(
             proof=proof.to_json(),
             tools=tool_versions(),
             cpu=cpu,
+            golden=golden_record(np.stack([reference.embed(face) for face in golden_faces()])),
         )
         write_json(temporary / IMPORT_MANIFEST, manifest.to_json())
         _keep_variants(variants_of or folder, temporary, manifest)
@@ -237,6 +240,7 @@ def existing_import(
             and manifest.tools == tool_versions()
             and manifest.serving["conversion"] == CONVERSION
             and manifest.preprocessing["stated"] == said
+            and is_golden(manifest.golden)
             and 1 - manifest.proof["min_cosine"] <= limit_of("fp32", limits)
             and (bool(said) or source.preprocessing in (None, manifest.wants()))
             and all(
@@ -248,15 +252,6 @@ def existing_import(
     except (WrongUse, KeyError, TypeError, OSError):
         return None
     return manifest if same else None
-
-
-def check_name(name: str) -> str:
-    """Refuse a model name that would not work as a folder or S3 key."""
-    if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}", name):
-        raise WrongUse(
-            f"{name!r} cannot be a model's name: expected letters, digits, '.', '_', '-'. Choose one: --name NAME"
-        )
-    return name
 
 
 def tool_versions() -> dict[str, str]:

@@ -21,11 +21,7 @@ Three = tuple[float, float, float]
 NEUTRAL: tuple[Three, Three] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 ASK = "State what it expects: --color rgb --mean 127.5 --std 127.5 (in 0..255 units)"
 IMAGENET_MEAN = (123.675, 116.28, 103.53)  # red, green, blue of ImageNet's training images
-LARGEST, SMALLEST = (
-    4,
-    0.2,
-)  # normalised pixels extend beyond ±SMALLEST on both sides, and not beyond ±LARGEST
-
+LARGEST, SMALLEST = 4, 0.2  # normalised pixels extend beyond ±SMALLEST on both sides, and not beyond ±LARGEST
 NARROWEST, FURTHEST = 0.02, 4  # what networks see of 0..255 is wider than this, and its middle is within so many widths
 
 

@@ -21,9 +21,9 @@ class ProofFaces:
     people: tuple[str, ...] | None = None
 
 
-def drawn_faces() -> ProofFaces:
+def synthetic_proof_faces() -> ProofFaces:
     """Synthetic faces, always the same."""
-    return ProofFaces(synthetic_faces(MIN_FACES), "drawn")
+    return ProofFaces(synthetic_faces(MIN_FACES), "synthetic")
 
 
 def read_faces(path: Path) -> ProofFaces:

@@ -14,6 +14,7 @@ from arcface_build.imports.iresnet import iresnet
 from arcface_build.imports.onnx_file import external_files
 from arcface_build.imports.pack import find_recognition, recognition_in, unzipped
 from arcface_build.imports.tensors import CHECKPOINTS, read_tensors
+from arcface_build.shipped import config_file
 from arcface_clients.atomic import new_file
 from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import Missing, WrongUse
@@ -41,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True)
 class KnownModels:
-    """The content of config/models.yaml; both parts are empty if there is no such file."""
+    """The content of config/models.yaml."""
 
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     packs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -52,18 +53,14 @@ class KnownModels:
 
 
 def known_models(path: Path | None = None) -> KnownModels:
-    """Read config/models.yaml: the given path, else in this folder or above it, else in this code's checkout or wheel.
+    """Read config/models.yaml: the given path, else in this folder or above it, else the shipped one.
 
     Raises:
         WrongUse: the file is not valid.
     """
     import yaml
 
-    package = Path(__file__).resolve().parent.parent
-    places = [Path.cwd(), *Path.cwd().parents, package.parent.parent, package]
-    path = path or next((p for place in places if (p := place / "config" / "models.yaml").is_file()), None)
-    if path is None:
-        return KnownModels()
+    path = path or config_file("models.yaml")
     try:
         data = yaml.safe_load(path.read_text()) or {}
         known = KnownModels(dict(data.get("models") or {}), dict(data.get("packs") or {}))

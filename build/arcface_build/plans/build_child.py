@@ -71,7 +71,7 @@ def _build(folder: Path, trt: Any, say: Any) -> None:
     request = json.loads((folder / "request.json").read_text())
     spec, typed = PlanSpec.from_json(request["spec"]), read_typed_onnx(Path(request["onnx"]))
     if typed.layers.get("int8") and not strongly_typed(trt):
-        typed = _with_float_weights(typed, folder / "float-weights.onnx")
+        typed = _weakly_typed(typed, folder / "weakly-typed.onnx")
     monitor = _monitor(trt, say) if hasattr(trt, "IProgressMonitor") else None
     say(phase="parsing and building", step=0, steps=0)
     started = time.monotonic()
@@ -115,13 +115,14 @@ def _free_bytes() -> int:
     return int(free.value)
 
 
-def _with_float_weights(typed: TypedOnnx, path: Path) -> TypedOnnx:
+def _weakly_typed(typed: TypedOnnx, path: Path) -> TypedOnnx:
+    """The file that TensorRT 8.6 gets; precisions and pins stay those of the typed one."""
     import onnx
 
-    from arcface_build.plans.float_weights import float_weights
+    from arcface_build.plans.weakly_typed import weakly_typed
 
     model = onnx.load(str(typed.path))
-    float_weights(model)
+    weakly_typed(model)
     onnx.save(model, str(path))
     return replace(typed, path=path)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from arcface_build.imports.proof_faces import drawn_faces, read_faces
+from arcface_build.imports.proof_faces import read_faces, synthetic_proof_faces
 from arcface_build.plans.build import PlanProof, build_plan, tensorrt_version
+from arcface_build.plans.form import in_form
 from arcface_build.plans.get_or_build import Obtained, get_or_build
 from arcface_build.plans.gpu import find_gpus
 from arcface_build.plans.places import Places
-from arcface_build.plans.source import find_source
+from arcface_build.plans.source import PlanSource, find_source
 from arcface_build.plans.typed import check_buildable, read_typed_onnx
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import WrongUse
@@ -41,6 +43,8 @@ class PlanRequest:
     any_card: bool = False
     external_tactics: bool = True
     tf32: bool = False
+    fold_padded: bool | None = None
+    prelu: str | None = None
     faces: Path | None = None
     reference: Path | None = None
     timeout_s: float = 1800.0
@@ -67,12 +71,21 @@ def plan_for_this_gpu(asked: PlanRequest, places: Places, phases: PhaseBar) -> t
         )
     if asked.upload:
         places.need_store()
-    source = find_source(asked.model, precision, asked.models_dir, asked.reference)
-    typed = read_typed_onnx(source.onnx)
-    check_buildable(typed, precision, version)
+    found = find_source(asked.model, precision, asked.models_dir, asked.reference)
+    check_buildable(read_typed_onnx(found.onnx), precision, version)
+    with tempfile.TemporaryDirectory(prefix="arcface-form-") as folder:
+        source = in_form(found, precision, Path(folder), fold_padded=asked.fold_padded, prelu=asked.prelu)
+        obtained = _obtained(asked, places, phases, source, gpu, version)
+    return obtained, places.cache.pull(obtained.manifest, asked.output) if asked.output else obtained.path
+
+
+def _obtained(
+    asked: PlanRequest, places: Places, phases: PhaseBar, source: PlanSource, gpu: Gpu, version: str
+) -> Obtained:
+    config, typed = places.config, read_typed_onnx(source.onnx)
 
     def build(spec: PlanSpec, target: Path) -> PlanManifest:
-        crops = (read_faces(asked.faces) if asked.faces else drawn_faces()).faces
+        crops = (read_faces(asked.faces) if asked.faces else synthetic_proof_faces()).faces
         proof = PlanProof(crops, source.embed(crops), config.comparison.max_drift.model_dump())
         with phases() as on_phase:
             return build_plan(
@@ -87,7 +100,7 @@ def plan_for_this_gpu(asked: PlanRequest, places: Places, phases: PhaseBar) -> t
                 on_phase=on_phase,
             )
 
-    obtained = get_or_build(
+    return get_or_build(
         spec_of(asked, config, source.name, typed.sha256, gpu, version),
         places.cache,
         places.store,
@@ -97,7 +110,6 @@ def plan_for_this_gpu(asked: PlanRequest, places: Places, phases: PhaseBar) -> t
         upload=asked.upload,
         sign_key=asked.sign_key,
     )
-    return obtained, places.cache.pull(obtained.manifest, asked.output) if asked.output else obtained.path
 
 
 def spec_of(

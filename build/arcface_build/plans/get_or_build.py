@@ -12,6 +12,7 @@ from arcface_build.plans.store import PlanStore, manifest_name, nearest, plan_na
 from arcface_build.store.local import LocalStore, disk_error
 from arcface_build.store.objects import Progress
 from arcface_clients.errors import ArcFaceError, Missing, PlanRefused, WrongUse
+from arcface_clients.extras import how_to_get
 from arcface_clients.plans.manifest import PlanManifest, manifest_bytes
 from arcface_clients.plans.read import read_plan
 from arcface_clients.plans.signing import sign
@@ -167,7 +168,7 @@ def _locked(folder: LocalStore, key: str, timeout_s: float) -> Iterator[None]:
     try:
         from filelock import FileLock, Timeout
     except ImportError as exc:
-        raise Missing("the plan cache needs the package filelock: pip install 'arcface-triton[store]'") from exc
+        raise Missing(f"the plan cache needs the package filelock. Next: {how_to_get('filelock')}") from exc
     path = folder.path(f".locks/{key}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ def config_loader(
     if progress_monitor is not None:
         arguments["progress_monitor"] = progress_monitor
     if not strongly_typed(trt):
-        arguments["fp16"] = bool(typed.layers.get("fp16"))
+        arguments["fp16"] = bool(typed.layers.get("fp16") or typed.pins)
         arguments["int8"] = bool(typed.layers.get("int8"))
         arguments["precision_constraints"] = "prefer" if typed.pins else None
     return CreateConfig(**arguments)

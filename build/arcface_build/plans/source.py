@@ -14,12 +14,16 @@ from arcface_clients.errors import Missing, WrongUse
 
 @dataclass(frozen=True)
 class PlanSource:
-    """name: of the model. onnx: the file to build. reference: the fp32 serving ONNX, proved against InsightFace."""
+    """name: of the model. onnx: the file to build. reference: the fp32 serving ONNX, proved against InsightFace.
+
+    recipe: the sidecar with what makes `onnx` from `reference`; None: `onnx` is the reference itself, or a given file.
+    """
 
     name: str
     onnx: Path
     reference: Path
     contract_id: str | None
+    recipe: Path | None = None
 
     def embed(self, faces: np.ndarray, batch: int = 16) -> np.ndarray:
         """The reference's embeddings of uint8 (N,112,112,3) BGR faces, by ONNX Runtime on the CPU: float32 (N,D)."""
@@ -35,7 +39,7 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
         Missing: the model is not imported, or has no variant of this precision (a refused one counts as none).
         WrongUse: an ONNX file without its reference.
     """
-    from arcface_clients.engines.import_manifest import read_import_manifest
+    from arcface_clients.engines.import_manifest import model_at, read_import_manifest
 
     path = Path(model)
     if path.suffix == ".onnx":
@@ -47,7 +51,7 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
                 "or give the model's name."
             )
         return PlanSource(path.stem, path, reference or path, None)
-    folder = models_dir / model
+    folder = model_at(models_dir, model)
     manifest = read_import_manifest(folder)
     serving = folder / str(manifest.serving["file"])
     typed = serving if precision == "fp32" else folder / "variants" / f"{precision}-tensorrt.onnx"
@@ -58,4 +62,5 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
             f"{model} has no {precision} variant for TensorRT: {why}. "
             f"Make it: arcface quantize {model} --precision {precision} --target tensorrt"
         )
-    return PlanSource(manifest.name, typed, reference or serving, manifest.contract_id)
+    recipe = typed.with_suffix(".json") if typed != serving and typed.with_suffix(".json").is_file() else None
+    return PlanSource(manifest.name, typed, reference or serving, manifest.contract_id, recipe)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arcface_build.graph.tensorrt_form import UNTOUCHED, TensorRtForm, form_of
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, OUTPUTS
 from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.extras import how_to_get
 from arcface_clients.plans.manifest import file_sha256
 from arcface_clients.plans.spec import parse_version
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 COMPUTE_OPS = ("Conv", "Gemm", "MatMul")
 _SHAPE_OPS = ("Shape", "Size")
-_LAST_OPSET_OF_8_6 = 17  # onnx-tensorrt 8.6-GA, docs/operators.md
+LAST_OPSET_OF_8_6 = 17  # onnx-tensorrt 8.6-GA, docs/operators.md
+_LAST_OPSET_OF_INT8 = 19  # its float16 scales need 19; for 8.6 `weakly_typed` brings the file back to 17
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class TypedOnnx:
 
     layers: Conv, Gemm and MatMul nodes by the precision in which they compute ("fp32", "fp16", "bf16", "int8").
     pins: node or output name → "fp32" or "fp16", for what a weakly typed builder (8.6) must be told.
+    form: how the graph was rewritten for TensorRT (`tensorrt_form`), as the file says.
     """
 
     path: Path
@@ -38,6 +42,7 @@ class TypedOnnx:
     dim: int | None
     layers: Mapping[str, int]
     pins: Mapping[str, str]
+    form: TensorRtForm = UNTOUCHED
 
     @property
     def precision(self) -> str:
@@ -55,7 +60,7 @@ def read_typed_onnx(path: Path) -> TypedOnnx:
     try:
         import onnx
     except ImportError as exc:
-        raise Missing("building plans needs the package onnx: pip install 'arcface-triton[build]'") from exc
+        raise Missing(f"building plans needs the package onnx. Next: {how_to_get('onnx')}") from exc
     if not path.is_file():
         raise Missing(f"no ONNX file at {path}. Make one: arcface import SOURCE, then arcface quantize NAME")
     try:
@@ -73,6 +78,7 @@ def read_typed_onnx(path: Path) -> TypedOnnx:
         dim=dims[1].dim_value or None if len(dims) == 2 else None,
         layers=dict(layers),
         pins=precision_pins(model.graph, types),
+        form=form_of(model),
     )
 
 
@@ -151,14 +157,14 @@ def layer_precisions(graph: GraphProto, types: Mapping[str, int]) -> dict[str, s
 
 
 def precision_pins(graph: GraphProto, types: Mapping[str, int]) -> dict[str, str]:
-    """The pins for a weakly typed builder, by node name and by output name; {} if nothing computes in fp16.
+    """The pins for a weakly typed builder, by node name and by output name; {} if nothing is fp16.
 
     fp32: every node that computes in float32, because the FP16 flag would let TensorRT lower it. fp16: only Conv, Gemm
     and MatMul; the rest may run in whatever is fastest. int8 layers need no pin: their Q/DQ nodes are enough.
     """
     moving = ("Cast", "Constant", "QuantizeLinear", "DequantizeLinear", "Identity", *_SHAPE_OPS)
     precisions = layer_precisions(graph, types)
-    if "fp16" not in precisions.values():
+    if FLOAT16 not in {types.get(name) for node in graph.node for name in node.output}:
         return {}
     pins: dict[str, str] = {}
     for node in graph.node:
@@ -185,11 +191,13 @@ def check_buildable(typed: TypedOnnx, precision: str, tensorrt: str) -> None:
         return
     if precision == "bf16":
         raise WrongUse(f"TensorRT {tensorrt} builds no bf16: expected 10 or newer. Use --precision fp16 here.")
-    if typed.opset > _LAST_OPSET_OF_8_6:
+    last = _LAST_OPSET_OF_INT8 if precision == "int8" else LAST_OPSET_OF_8_6
+    if typed.opset > last:
         raise WrongUse(
-            f"{typed.path} has opset {typed.opset}; TensorRT {tensorrt} parses up to {_LAST_OPSET_OF_8_6}. "
+            f"{typed.path} has opset {typed.opset}; TensorRT {tensorrt} parses up to {last}. "
             "Build with TensorRT 10 or newer."
         )
 
 
-_PRECISION_NAMES = {1: "fp32", 10: "fp16", 16: "bf16"}  # onnx.TensorProto.FLOAT, FLOAT16, BFLOAT16
+FLOAT16 = 10  # onnx.TensorProto
+_PRECISION_NAMES = {1: "fp32", FLOAT16: "fp16", 16: "bf16"}  # FLOAT, BFLOAT16

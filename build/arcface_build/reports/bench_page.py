@@ -7,7 +7,7 @@ import io
 from typing import Any
 
 from arcface_build.reports.page import figures, page, paragraph, section, table
-from arcface_build.reports.plots import Axis, Series, lines, waterfall
+from arcface_build.reports.plots import Axis, Series, lines, ranges, waterfall
 
 _COLUMNS = ["variant", "where", "faces_per_s", "faces_per_s_p10", "faces_per_s_p90", "cpu_ms_per_face"]
 _COLUMNS += ["p50_ms", "p90_ms", "p99_ms", "queue_ms", "compute_ms", "ratio_to_bare"]
@@ -23,10 +23,15 @@ def bench_page(result: dict[str, Any]) -> str:
         (row["variant"], row["base"], f"{row['median']:.3f}", f"{row['low']:.3f}–{row['high']:.3f}")
         for row in result["ratios"]
     ]
+    ratios = [(f"{row['variant']} / {row['base']}", row["low"], row["median"], row["high"]) for row in result["ratios"]]
+    rates = [(row["name"], row["faces_per_s"]) for row in result["variants"]]
+    speeds = [(name, rate["low"], rate["median"], rate["high"]) for name, rate in rates]
+    plots = [ranges("Throughput ratios: median, p10–p90", ratios, one=True)] if ratios else []
     blocks.append(
         section(
             "Throughput ratios",
             paragraph("Taken within a round, so that slow minutes of the machine cancel: median, p10–p90.", "soft"),
+            figures(*plots, ranges("Faces per second: median, p10–p90", speeds)),
             table(("variant", "over", "ratio", "spread"), rows),
         )
     )
@@ -48,7 +53,15 @@ def bench_page(result: dict[str, Any]) -> str:
         section("Host", table(("", ""), [(key, (_told(value), "wrap")) for key, value in result["host"].items()]))
     )
     kept, measured = len(result["rounds"]["kept"]), result["rounds"]["measured"]
-    return page("Benchmark", f"{kept} of {measured} rounds kept; {result['host'].get('cpu', '')}", *blocks)
+    facts = [_model(result.get("served")), result.get("created", ""), f"{kept} of {measured} rounds kept"]
+    return page("Benchmark", "; ".join([*filter(None, facts), result["host"].get("cpu", "")]), *blocks)
+
+
+def _model(served: dict[str, Any] | None) -> str:
+    """What was measured; older results do not say."""
+    if served is None:
+        return ""
+    return f"{served['name'] or served['model']} ({served['precision']}), contract {served['contract_id'] or 'unknown'}"
 
 
 def bench_csv(result: dict[str, Any]) -> str:

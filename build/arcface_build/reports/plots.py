@@ -104,6 +104,31 @@ def waterfall(title: str, steps: Sequence[tuple[str, float, str]], unit: str) ->
     return _figure(f"{title} ({unit})", body, [], height)
 
 
+def ranges(title: str, rows: Sequence[tuple[str, float, float, float]], one: bool = False) -> str:
+    """Horizontal spreads: (name, low, median, high), the median as a dot; `one` draws a line at 1."""
+    row, top = 40, 8
+    height = top + row * len(rows) + 26
+    axis = Axis("", 0, 1.08 * max([high for *_, high in rows] + [1.0 if one else 0.0]))
+    bottom = height - 22
+
+    def across(value: float) -> float:
+        return 12 + axis.part(value) * (WIDTH - 24)
+
+    body = ""
+    for tick in axis.ticks():
+        at, line = across(tick), "var(--soft)" if one and tick == 1 else "var(--line)"
+        body += f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}" stroke="{line}"/>'
+        body += f'<text x="{at:.1f}" y="{height - 6}" text-anchor="middle">{_number(tick)}</text>'
+    for i, (name, low, median, high) in enumerate(rows):
+        y = top + i * row + 26
+        body += f'<text x="12" y="{y - 10}" style="fill: var(--ink)">{escape(name)}</text>'
+        body += f'<text x="{WIDTH - 12}" y="{y - 10}" text-anchor="end">{median:.3g}</text>'
+        line = f'x1="{across(low):.1f}" x2="{across(high):.1f}" y1="{y}" y2="{y}"'
+        body += f'<line {line} stroke="var(--s0)" stroke-width="4" stroke-linecap="round" opacity="0.5"/>'
+        body += f'<circle cx="{across(median):.1f}" cy="{y}" r="5" fill="var(--s0)"/>'
+    return _figure(title, body, [], height)
+
+
 def _frame(x: Axis | None, y: Axis) -> str:
     """Grid, tick labels and axis titles."""
     right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM

@@ -145,7 +145,7 @@ def assemble_plans(
     for sm, plan in chosen.items():
         files |= {f"{sm_tag(sm)}.plan": plan.path, f"{sm_tag(sm)}.plan.json": manifest_path(plan.path)}
     told = imported.to_json()
-    manifest = {key: told[key] for key in ("name", "source", "preprocessing", "dim", "contract_id")}
+    manifest = {key: told[key] for key in ("name", "source", "preprocessing", "dim", "contract_id", "golden")}
     # Complete manifests are stored beside the plans. Both digests are recorded: only changed plans make a new version.
     entries = {
         f"{sm_tag(sm)}.plan": {"sha256": plan.manifest.sha256, "manifest_sha256": file_sha256(manifest_path(plan.path))}

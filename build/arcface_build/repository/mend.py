@@ -11,7 +11,7 @@ import contextlib
 from pathlib import Path
 
 from arcface_build.repository.lock import locked
-from arcface_build.repository.versions import LEAVES, stale_overlays, write_overlays
+from arcface_build.repository.versions import LEAVES, PHOTO_MODEL, stale_overlays, write_overlays
 from arcface_clients.atomic import discard, leftovers
 from arcface_clients.errors import Missing
 
@@ -25,7 +25,7 @@ def faults(repository: Path) -> list[str]:
 
 
 def mend(repository: Path) -> list[str]:
-    """Repair all faults, and return what they were."""
+    """Repair what can be repaired, and return what that was; a version changed by hand is left to `check_served`."""
     if not faults(repository):
         return []
     with locked(repository):
@@ -34,13 +34,14 @@ def mend(repository: Path) -> list[str]:
             discard(path)
         with contextlib.suppress(Missing):
             write_overlays(repository)
-    return found
+        left = faults(repository)
+    return [fault for fault in found if fault not in left]
 
 
 def _leftovers(repository: Path) -> list[Path]:
-    """Temporary files of dead writers in the leaf models, their configs and their versions."""
+    """Temporary files of dead writers in the models with files, their configs and their versions."""
     found = []
-    for name in LEAVES:
+    for name in (*LEAVES, PHOTO_MODEL):
         model = repository / name
         for folder in (model, model / "configs", *(p for p in model.glob("*") if p.name.isdecimal())):
             found += leftovers(folder)

@@ -16,16 +16,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from arcface_build.repository.integrity import HELD, check_version, sealed
 from arcface_build.repository.lock import locked
 from arcface_build.repository.profiles import with_profiles
 from arcface_clients.atomic import copy_file, new_file, new_folder, remove, write_json
 from arcface_clients.engines.import_manifest import DEMO
-from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.errors import GateFailed, Missing, WrongUse
 
 _AGAIN = "arcface rollback (the previous version), or install the weights again: arcface import SOURCE"
 OVERLAYS = ("tensorrt", "onnx", "reference")  # valid values of --model-config-name
 REFERENCE = "arcface_reference"
 LEAVES = ("arcface_onnx", "arcface_trt", REFERENCE)  # the models that hold weights
+PHOTO_MODEL = "photo_faces"  # holds a detector
 
 
 def find_repository(given: Path | None = None, configured: Path = Path("model_repository")) -> Path:
@@ -47,7 +49,7 @@ def find_repository(given: Path | None = None, configured: Path = Path("model_re
         else f"{configured}/ in {Path.cwd()} or above it"
     )
     raise Missing(
-        f"no {where}. Run from a checkout of arcface-triton, or name the model repository: --model-repository FOLDER, "
+        f"no {where}. Make one here: arcface serve, or arcface import SOURCE; or name it: --model-repository FOLDER, "
         "or local.model_repository in config/embedding.yaml"
     )
 
@@ -91,7 +93,8 @@ def _manifest(version: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as exc:
         raise Missing(f"{path} cannot be read ({exc}). Next: {_AGAIN}") from exc
-    lacking = {"name", "contract_id", "source"} - set(data if isinstance(data, dict) else ())
+    expected = {"name", "source", *["contract_id"] * (version.parent.name in LEAVES)}  # a detector has no contract
+    lacking = expected - set(data if isinstance(data, dict) else ())
     if lacking:
         raise Missing(f"{path} is not a version's manifest: it lacks {', '.join(sorted(lacking))}. Next: {_AGAIN}")
     return data
@@ -119,6 +122,23 @@ def served_folder(repository: Path, model: str) -> Path:
     return repository / model / str(version)
 
 
+def check_served(repository: Path, model: str) -> None:
+    """Refuse the version that Triton would serve if it does not hold what its manifest says; none is no fault.
+
+    Raises:
+        GateFailed: it was changed since it was installed.
+        Missing: its manifest cannot be read.
+    """
+    version = served_version(repository, model)
+    if version is not None:
+        check(repository / model / str(version))
+
+
+def check(version: Path) -> None:
+    """The same for a version folder."""
+    check_version(version, _manifest(version))
+
+
 def install(
     repository: Path,
     model: str,
@@ -128,7 +148,7 @@ def install(
     overlay: str = "",
     keep: int = 3,
 ) -> int:
-    """Install files as a new version of a model and write its overlays; an identical manifest changes nothing.
+    """Install files as a new version of a model and write its overlays; installing the same again changes nothing.
 
     The first version goes into the folder `1`, which is in git; each later one appears in a single rename. Files whose
     names end in .py are copied from the previous version. `overlay` is additional text for config.pbtxt that these
@@ -137,7 +157,7 @@ def install(
     Returns:
         The number of the version with these files.
     """
-    manifest = {**manifest, "overlay": overlay} if overlay else dict(manifest)
+    manifest = sealed({**manifest, "overlay": overlay} if overlay else manifest, files)
     with locked(repository):
         version = _install(repository / model, files, manifest)
         write_overlays(repository)
@@ -163,8 +183,9 @@ def _is_demo(version: Path) -> bool:
 
 def _install(folder: Path, files: Mapping[str, Path], manifest: Mapping[str, Any]) -> int:
     have = versions(folder)
-    with contextlib.suppress(Missing):  # an unreadable manifest counts as different
-        if have and {k: v for k, v in _manifest(folder / str(have[-1])).items() if k != "held"} == manifest:
+    with contextlib.suppress(Missing, GateFailed):  # an unreadable manifest, or a changed version, is another one
+        if have and {k: v for k, v in _manifest(folder / str(have[-1])).items() if k != HELD} == manifest:
+            check(folder / str(have[-1]))
             return have[-1]
     version = have[-1] + 1 if have else 1
     target = folder / str(version)
@@ -183,8 +204,15 @@ def _install(folder: Path, files: Mapping[str, Path], manifest: Mapping[str, Any
 
 
 def write_overlays(repository: Path) -> None:
-    """Write configs/{tensorrt,onnx,reference}.pbtxt of each leaf model if they are out of date."""
+    """Write configs/{tensorrt,onnx,reference}.pbtxt of each leaf model if they are out of date.
+
+    Those of a version that does not hold what its manifest says stay: they describe what was installed.
+    """
     for overlay, text in stale_overlays(repository).items():
+        try:
+            check_served(repository, overlay.parent.parent.name)
+        except GateFailed:
+            continue
         # measured for, and pinned to, other weights
         (overlay.parent / "tuned.pbtxt").unlink(missing_ok=True)
         with new_file(overlay) as temporary:
@@ -220,6 +248,8 @@ def _overlay_text(model: Path, version: int) -> str:
     }
     if manifest["source"].get("kind") == DEMO:
         parameters["demo"] = "true"
+    if manifest.get("golden"):
+        parameters["golden"] = manifest["golden"]
     lines = "".join(f'parameters {{ key: "{k}" value: {{ string_value: "{v}" }} }}\n' for k, v in parameters.items())
     pin = f"version_policy: {{ specific {{ versions: [ {version} ] }} }}\n"
     config = with_profiles((model / "config.pbtxt").read_text(), manifest.get("profiles", 1))
@@ -236,6 +266,7 @@ def roll_back(repository: Path, model: str) -> tuple[int, int]:
 
     Raises:
         WrongUse: there is no previous version.
+        GateFailed: it does not hold what its manifest says; nothing is changed.
     """
     folder = repository / model
     with locked(repository):
@@ -245,8 +276,9 @@ def roll_back(repository: Path, model: str) -> tuple[int, int]:
                 f"{model} has {len(have)} version{'s' * (len(have) != 1)}: expected at least two for a rollback. "
                 "Install another: arcface import SOURCE, or arcface assemble NAME"
             )
+        check(folder / str(have[-2]))
         manifest = _manifest(folder / str(have[-2]))
-        write_json(folder / str(have[-2]) / "manifest.json", {**manifest, "held": True})
+        write_json(folder / str(have[-2]) / "manifest.json", {**manifest, HELD: True})
         _remove(folder / str(have[-1]))
         write_overlays(repository)
     return have[-1], have[-2]
@@ -260,6 +292,7 @@ def roll_back_served(repository: Path, models: Sequence[str] = ()) -> dict[str, 
 
     Raises:
         WrongUse: there is no previous version.
+        GateFailed: it does not hold what its manifest says.
     """
     done = {model: roll_back(repository, model) for model in models or ("arcface_onnx",)}
     if not models:

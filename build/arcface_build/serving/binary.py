@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,11 @@ from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
 
+from arcface_build.shipped import shipped
 from arcface_clients.errors import Missing
+from arcface_clients.extras import how_to_get
+
+TOO_NEW_PYTHON = (3, 13)  # the server's Python stub needs numpy 1, which has no wheels for it
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,14 @@ def find_tritonserver() -> TritonBinary:
         )
     spec = util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
+        if sys.version_info >= TOO_NEW_PYTHON:
+            raise Missing(
+                "no tritonserver on PATH, and the one that a wheel brings runs on Python 3.10 to 3.12; this is "
+                f"{platform.python_version()}. Use one of those: python3.12 -m venv .venv (clients run on either)"
+            )
         raise Missing(
             "no tritonserver: it is neither on PATH nor in this Python environment. "
-            "Install the wheel that holds one (Linux x86-64, glibc 2.35): pip install 'arcface-triton[serve]', "
+            f"Install the wheel that holds one (Linux x86-64, glibc 2.35): {how_to_get('pytriton')}, "
             "or run inside the NGC container: docker-compose up"
         )
     package = Path(next(iter(spec.submodule_search_locations)))
@@ -55,7 +65,7 @@ def find_tritonserver() -> TritonBinary:
     return TritonBinary(
         path=server / "bin" / "tritonserver",
         environment=_environment(package),
-        backend_directory=_compose_backends(server, our_backends()),
+        backend_directory=_compose_backends(server, shipped("backends")),
         origin=f"from nvidia-pytriton {metadata.version('nvidia-pytriton')}, with our python-based backends",
     )
 
@@ -64,13 +74,6 @@ def _options_of(server: Path) -> tuple[str, ...]:
     """Since 26.04 (server #8739) clients may use shared memory only with a flag, which older servers do not know."""
     known = subprocess.run([server, "--help"], capture_output=True, text=True, check=False, errors="replace")
     return ("--allow-client-shm=true",) if "--allow-client-shm" in known.stdout + known.stderr else ()
-
-
-def our_backends() -> Path:
-    """backends/ of the checkout, or the copy of it that a wheel carries."""
-    package = Path(__file__).resolve().parent.parent
-    carried = package / "backends"
-    return carried if carried.is_dir() else package.parent.parent / "backends"
 
 
 def _environment(package: Path) -> dict[str, str]:
@@ -104,7 +107,7 @@ def _compose_backends(server: Path, ours: Path) -> Path:
         )
     _check_shared_python(python)
     checkout = f"{zlib.crc32(str(ours).encode()):08x}"  # several checkouts may share an environment
-    folder = Path(sys.prefix) / "share" / "arcface-triton" / f"{metadata.version('nvidia-pytriton')}-{checkout}"
+    folder = _writable_share() / f"{metadata.version('nvidia-pytriton')}-{checkout}"
     target = folder / "python"
     if not (target / stub.name).is_file():
         target.mkdir(parents=True, exist_ok=True)
@@ -120,6 +123,13 @@ def _compose_backends(server: Path, ours: Path) -> Path:
             link.unlink(missing_ok=True)
             link.symlink_to(backend)
     return folder
+
+
+def _writable_share() -> Path:
+    """Where a backend directory may be composed: beside the environment's packages, else in the user's own cache."""
+    share = Path(sys.prefix) / "share" / "arcface-triton"
+    existing = next(folder for folder in (share, *share.parents) if folder.exists())
+    return share if os.access(existing, os.W_OK) else Path("~/.cache/arcface-triton/backends").expanduser()
 
 
 def _check_shared_python(python: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from arcface_build.serving.served_plans import ServedPlans
 from arcface_clients.errors import Missing, PlanRefused
+from arcface_clients.extras import how_to_get
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import Fallback
@@ -48,7 +49,7 @@ def choose_backend(asked: str, gpu_sm: str | None, plans: ServedPlans, onnx: boo
             "tensorrt": f"{why_no_plan}. Next: arcface plan build --precision fp16, on such a GPU",
             "onnx": "arcface_onnx has no weights. Next: arcface import demo, or arcface import YOUR.onnx",
             "reference": "arcface_reference has no weights, or insightface is not installed. "
-            "Next: arcface import demo; pip install --no-deps insightface",
+            f"Next: arcface import demo; {how_to_get('insightface')}",
         }
         raise Missing(f"cannot serve {asked}: {reasons[asked]}")
     if there["tensorrt"]:

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcface_clients.checks.diagnostics import Check, fact_and_fix, gpus_here, guarded
-from arcface_clients.errors import ArcFaceError, Missing, PlanRefused
+from arcface_clients.checks.diagnostics import fact_and_fix, gpus_here, guarded
+from arcface_clients.checks.report import Check
+from arcface_clients.errors import ArcFaceError, GateFailed, Missing, PlanRefused
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import EmbeddingConfig
@@ -18,6 +19,7 @@ def build_checks(settings: EmbeddingConfig) -> list[Check]:
     looks = {
         "tritonserver": check_tritonserver,
         "weights": lambda: check_weights(settings),
+        "processes": lambda: check_processes(settings),
         "plans": lambda: check_plans(settings),
         "store": lambda: check_store(settings),
     }
@@ -34,18 +36,46 @@ def check_tritonserver() -> Check:
         return Check("tritonserver", "absent", *fact_and_fix(exc))
 
 
+def check_processes(settings: EmbeddingConfig) -> Check:
+    """The tritonserver of this host that listens at triton.url, and since when the processes behind its models run."""
+    from arcface_build.serving.listener import pid_listening_on, python_models_of
+    from arcface_clients.triton.memory.system import is_local
+
+    address = settings.triton.address
+    pid = pid_listening_on(address.port) if is_local(address.host) else None
+    if pid is None:
+        return Check("processes", "absent", f"no process of this host that we may see listens at {address}")
+    models = ", ".join(f"{name} for {_lasted(age_s)}" for name, age_s in sorted(python_models_of(pid).items()))
+    return Check("processes", "ok", f"process {pid} listens at {address}; Python backends: {models or 'none'}")
+
+
+def _lasted(seconds: float) -> str:
+    """A time in its largest unit that fills one: 90 → "1 min"."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def check_weights(settings: EmbeddingConfig) -> Check:
     """Versions with weights in the model repository."""
     from arcface_build.repository.mend import faults
-    from arcface_build.repository.versions import find_repository, versions
+    from arcface_build.repository.versions import check, find_repository, versions
 
     given = settings.local.model_repository
     try:
         repository = find_repository(given if given.exists() else None)
     except Missing as exc:
-        return Check("weights", "absent", fact_and_fix(exc)[0], "run from a checkout, or set local.model_repository")
+        return Check(
+            "weights", "absent", fact_and_fix(exc)[0], "make one: arcface serve; or set local.model_repository"
+        )
     models = ("arcface_trt", "arcface_onnx", "arcface_reference")
     have = {name: versions(repository / name) for name in models}
+    for version in (repository / name / str(number) for name, numbers in have.items() for number in numbers):
+        try:
+            check(version)
+        except GateFailed as exc:
+            return Check("weights", "problem", *fact_and_fix(exc))
     damage = faults(repository)
     if damage:
         return Check("weights", "problem", "; ".join(damage), "arcface serve mends it")

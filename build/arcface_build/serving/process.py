@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shlex
 import signal
@@ -16,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,25 @@ from typing import Any
 
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
+from arcface_build.serving.exposure import Exposure, closed, from_here, no_address
 from arcface_build.serving.guard import forget_key, guard_options, hide_key, keep_key, new_key
 from arcface_build.serving.listener import pid_listening_on
 from arcface_build.serving.reasons import missing_library, reason_in_log, reason_of_end
 from arcface_clients.errors import WrongUse
+from arcface_clients.triton.address import Address
 from arcface_clients.triton.admin_key import VARIABLE
+from arcface_clients.triton.certificate import presented_sha256
 
-STOP_SECONDS = 15.0
+EXIT_TIMEOUT_S = 15.0
+# A peer that vanished without a word (a pulled cable, a frozen laptop) is asked after a minute and given up after 20 s
+# more. Every connection ends after five minutes, once its requests are done: idle ones go, busy clients connect anew.
+CONNECTIONS = (
+    "--grpc-keepalive-time=60000",
+    "--grpc-keepalive-timeout=20000",
+    "--grpc-keepalive-permit-without-calls=true",
+    "--grpc-max-connection-age=300000",
+    "--grpc-max-connection-age-grace=120000",
+)
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a server of this host is behind no proxy
 # p50 … p99.9 over the last minute; without it Triton has sums only. Wanted by an alert of deploy/prometheus/rules.yml.
 LATENCY_QUANTILES = "--metrics-config=summary_latencies=true"
@@ -40,8 +53,10 @@ LATENCY_QUANTILES = "--metrics-config=summary_latencies=true"
 # as it should. Linux does not tell of a parent that was gone before it was asked: hence the comparison.
 # Not a preexec_fn: that forks this process, and gRPC's fork handlers abort one child in sixty where a
 # client of ours is connecting (ev_epoll1_linux: "epoll_wait error: Bad file descriptor").
+# The limit of open files is raised as far as it may be: each connection takes one.
 _DIE_WITH_PARENT = (
     f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
+    "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (r.getrlimit(r.RLIMIT_NOFILE)[1],) * 2); "
     "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
 )
 
@@ -58,7 +73,7 @@ class Ports:
         """What each is for."""
         return {"http": self.http, "grpc": self.grpc, "metrics": self.metrics}
 
-    def check_free(self, host: str = "127.0.0.1") -> None:
+    def check_free(self, hosts: Mapping[str, str]) -> None:
         """Refuse before Triton does, with a message that names the port and the option.
 
         Raises:
@@ -70,17 +85,14 @@ class Ports:
             told = ", ".join(f"{name} {port}" for name, port in named.items())
             raise WrongUse(f"expected three different ports, got {told}. Next: arcface serve --help")
         for name, port in named.items():
+            host = hosts[name]
             try:
-                with socket.socket() as probe:  # IPv4: Triton's HTTP and gRPC want IPv6 written in two different ways
+                with socket.socket() as probe:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that just ended is no hindrance
                     probe.bind((host, port))
             except OSError as exc:
                 if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
-                    raise WrongUse(
-                        f"cannot listen on {host}: {exc.strerror}. "
-                        "Expected an IPv4 address of this host (ip -4 address), "
-                        "127.0.0.1 for it alone, or 0.0.0.0 for all"
-                    ) from exc
+                    raise no_address(host, exc.strerror) from exc
                 if exc.errno != errno.EADDRINUSE:
                     raise ServerFailed(
                         f"cannot listen on port {port} ({name}) of {host}: {exc.strerror}. "
@@ -98,7 +110,7 @@ class PortLock:
     its process.
     """
 
-    def __init__(self, ports: Ports, host: str) -> None:
+    def __init__(self, ports: Ports, hosts: Mapping[str, str]) -> None:
         """Take it.
 
         Raises:
@@ -112,7 +124,7 @@ class PortLock:
                 lock.bind(f"\0arcface-port-{port}")
             except OSError as exc:
                 self.release()
-                raise ServerFailed(_in_use(name, port, host)) from exc
+                raise ServerFailed(_in_use(name, port, hosts[name])) from exc
 
     def release(self) -> None:
         """Give it back; once is enough."""
@@ -139,7 +151,12 @@ def free_ports() -> Ports:
 
 
 def arguments(
-    binary: TritonBinary, repository: Path | str, models: Sequence[str], config_name: str, ports: Ports, host: str
+    binary: TritonBinary,
+    repository: Path | str,
+    models: Sequence[str],
+    config_name: str,
+    ports: Ports,
+    exposure: Exposure,
 ) -> list[str]:
     """Triton's command line. Explicit control: an ensemble loads what it is composed of, and nothing else."""
     line = [str(binary.path), f"--model-repository={repository}", "--model-control-mode=explicit"]
@@ -148,7 +165,7 @@ def arguments(
     line += [f"--backend-directory={binary.backend_directory}"] if binary.backend_directory else []
     line += binary.options
     line += [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}", f"--metrics-port={ports.metrics}"]
-    return [*line, f"--http-address={host}", f"--grpc-address={host}", f"--metrics-address={host}"]
+    return [*line, *exposure.options()]
 
 
 class TritonProcess:
@@ -161,6 +178,7 @@ class TritonProcess:
         config_name: Triton's --model-config-name: tensorrt, onnx or reference.
         log_path: where the server's output goes.
         extra: further arguments for tritonserver, as they are.
+        exit_timeout_s: how long running requests may take to finish when it is stopped.
         guarded: whether model control, shared memory, trace and log settings want a key, which this user's clients
             find by themselves; False only where `extra` says how they are guarded.
     """
@@ -174,40 +192,54 @@ class TritonProcess:
         log_path: Path,
         config_name: str = "onnx",
         ports: Ports | None = None,
-        host: str = "127.0.0.1",
+        exposure: Exposure | None = None,
         extra: Sequence[str] = (),
         environment: dict[str, str] | None = None,
+        exit_timeout_s: float = EXIT_TIMEOUT_S,
         guarded: bool = True,
     ) -> None:
         self.ports = ports or Ports()
-        self.host = host
+        self.exposure = exposure or Exposure()
         self.models = tuple(models)
         self.log_path = log_path
-        self._line_of = partial(arguments, models=models, config_name=config_name, ports=self.ports, host=host)
+        self._line_of = partial(
+            arguments, models=models, config_name=config_name, ports=self.ports, exposure=self.exposure
+        )
         self._binary, self._repository, self._extra = binary, repository, extra
+        self._exit_timeout_s = exit_timeout_s
         self._links: tempfile.TemporaryDirectory[str] | None = None
         self._regions = f"arcface_{uuid.uuid4().hex}_"  # how the names of its shared memory begin
         self._key = new_key() if guarded else ""
         self._key_files: list[Path] = []
         self._hidden = not guarded
-        self._environment = {"CUDA_MODULE_LOADING": "LAZY", **os.environ, **binary.environment, **(environment or {})}
+        environment = {**os.environ, **binary.environment, **(environment or {})}
+        self._environment = {"CUDA_MODULE_LOADING": "LAZY", **closed(environment)}
         self._child: subprocess.Popen[bytes] | None = None
         self._lock: PortLock | None = None
 
     @property
     def grpc_url(self) -> str:
-        """host:port of the gRPC endpoint."""
-        return f"{_reachable(self.host)}:{self.ports.grpc}"
+        """Where clients reach gRPC: host:port, and grpcs://host:port where it is encrypted."""
+        scheme = "grpcs://" if self.exposure.tls else ""
+        return f"{scheme}{self.exposure.client_host()}:{self.ports.grpc}"
 
     @property
     def http_url(self) -> str:
         """host:port of the HTTP endpoint."""
-        return f"{_reachable(self.host)}:{self.ports.http}"
+        return f"{from_here(self.exposure.http_host)}:{self.ports.http}"
+
+    @property
+    def own_url(self) -> str:
+        """Where whoever started it asks it for faces: gRPC, and HTTP where gRPC is encrypted.
+
+        It is the same server and the same models, and it needs neither a client's certificate nor a name that resolves.
+        """
+        return f"http://{self.http_url}" if self.exposure.tls else self.grpc_url
 
     @property
     def metrics_url(self) -> str:
         """URL of the Prometheus metrics."""
-        return f"http://{_reachable(self.host)}:{self.ports.metrics}/metrics"
+        return f"http://{from_here(self.exposure.metrics_host)}:{self.ports.metrics}/metrics"
 
     @property
     def pid(self) -> int | None:
@@ -220,7 +252,7 @@ class TritonProcess:
         Raises:
             ServerFailed: a port is taken, or the program cannot be executed.
         """
-        self._lock = PortLock(self.ports, self.host)
+        self._lock = PortLock(self.ports, self.exposure.hosts())
         try:
             self._launch()
         except BaseException:
@@ -229,13 +261,14 @@ class TritonProcess:
         return self
 
     def _launch(self) -> None:
-        self.ports.check_free(self.host)
+        self.ports.check_free(self.exposure.hosts())
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(self._binary.path, os.X_OK):
             raise ServerFailed(f"cannot execute {self._binary.path}: it is not there, or not executable.")
         backends = self._binary.backend_directory
         binary = replace(self._binary, backend_directory=backends and Path(self._plain(backends, "backends")))
-        line = [*self._line_of(binary, self._plain(self._repository, "repository")), *self._extra]
+        line = [*self._line_of(binary, self._plain(self._repository, "repository")), *CONNECTIONS]
+        line += [f"--exit-timeout-secs={math.ceil(self._exit_timeout_s)}", *self._extra]
         for backend in ("python", *(p.name for p in backends.iterdir() if p.is_symlink())) if backends else ("python",):
             line.append(f"--backend-config={backend},shm-region-prefix-name={self._regions}")
         if self._key:
@@ -277,12 +310,23 @@ class TritonProcess:
                 with _OPENER.open(f"http://{self.http_url}/v2/health/ready", timeout=2):
                     answering = pid_listening_on(self.ports.http)
                 if answering is None or os.getpgid(answering) == self._child.pid:  # None: /proc does not tell
-                    return
+                    return self._check_encryption()
                 time.sleep(0.1)  # another program's server; ours will say that it cannot listen, and end
             except OSError:  # nobody answers yet, or ended meanwhile
                 time.sleep(0.1)
         self.stop()
         raise ServerFailed(f"tritonserver was not ready after {timeout_s:g} s. Its log: {self.log_path}")
+
+    def _check_encryption(self) -> None:
+        """Shake hands with gRPC as its clients will, to see that it is encrypted, and with which certificate.
+
+        Raises:
+            ServerFailed: it is not, or by another.
+        """
+        tls, place = self.exposure.tls, Address("grpc", True, from_here(self.exposure.host), self.ports.grpc)
+        if tls and presented_sha256(place, timeout_s=5.0) != tls.certificate.sha256:
+            self.stop()
+            raise ServerFailed(f"gRPC does not present {tls.cert_file}. Its log: {self.log_path}")
 
     def ask(self, path: str, timeout_s: float) -> Any:
         """The JSON of an HTTP path of the server.
@@ -317,7 +361,7 @@ class TritonProcess:
             if child.poll() is None:
                 child.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(STOP_SECONDS)
+                    child.wait(self._exit_timeout_s)
         finally:
             self.kill()
 
@@ -357,7 +401,3 @@ class TritonProcess:
     def _why_it_ended(self) -> str:
         status = self._child.returncode if self._child else 0
         return f"tritonserver ended while starting {reason_of_end(status, self.log_path)}"
-
-
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host == "0.0.0.0" else host

@@ -21,17 +21,21 @@ import numpy.typing as npt
 from arcface_build.errors import ServerFailed
 from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.bring_in import bring_in
+from arcface_build.repository.detector import photo_models
 from arcface_build.repository.mend import mend
-from arcface_build.repository.versions import serves_demo, versions
+from arcface_build.repository.versions import check_served, serves_demo, versions
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
-from arcface_build.serving.process import LATENCY_QUANTILES, Ports, TritonProcess
+from arcface_build.serving.exposure import Exposure, refuse_overrides
+from arcface_build.serving.limits import check_shared_memory, few_open_files
+from arcface_build.serving.process import EXIT_TIMEOUT_S, LATENCY_QUANTILES, Ports, TritonProcess
 from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
 from arcface_build.serving.variant import take_best_variant
 from arcface_build.serving.watch import RESTARTS, RESTARTS_WITHIN_S, Pulse, Restarts, patience_s, watch
 from arcface_clients.checks.parity import ParityReport, measure_parity
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import GateFailed, Missing
+from arcface_clients.extras import require
 
 LEAF_OF = {"tensorrt": "arcface_trt", "onnx": "arcface_onnx", "reference": "arcface_reference"}
 
@@ -45,12 +49,13 @@ class ServeRequest:
     faces_bgr_u8: npt.NDArray[Any]  # uint8 (N,112,112,3), N ≥ 1: what a server is proved with
     backend: str = "auto"
     variant: str = "auto"
-    host: str = "127.0.0.1"
+    exposure: Exposure = field(default_factory=Exposure)
     ports: Ports = field(default_factory=Ports)
     demo: bool = True
     reference: bool = True
     once: bool = False
     ready_timeout_s: float = 300.0
+    exit_timeout_s: float = EXIT_TIMEOUT_S
     extra: Sequence[str] = ()  # further arguments for tritonserver
 
 
@@ -105,7 +110,10 @@ def serve(asked: ServeRequest, config: EmbeddingConfig, audience: Audience, inte
         Missing: weights, a program or a port is not there, or the server ended by itself too often.
         GateFailed: no backend passed.
     """
-    asked.ports.check_free(asked.host)  # before any work
+    refuse_overrides(asked.extra)
+    asked.ports.check_free(asked.exposure.hosts())  # before any work
+    for concern in asked.exposure.concerns():
+        audience.warned(concern)
     restarts = Restarts()
     try:
         while True:
@@ -130,28 +138,42 @@ def _serve(
 ) -> bool:
     """One life of the server, from the choice of its backend to its end."""
     limits = config.comparison.max_drift.model_dump()
+    binary = find_tritonserver()  # before any work
     choice, with_reference = _prepare(asked, config, limits, audience)
-    binary = find_tritonserver()
+    if binary.backend_directory is not None or with_reference or choice.backend == "reference":
+        check_shared_memory()
+    if few := few_open_files():
+        audience.warned(few)
     audience.chosen(f"tritonserver {binary.origin}")
     audience.chosen(f"backend {choice.backend}: {choice.reason}")
     # Tuned for the installed weights: another variant would take the tuned settings away.
     if choice.backend == "onnx" and asked.variant == "auto" and asked.backend != "tuned" and gpu_sm() is None:
         taken = take_best_variant(asked.repository, asked.models_dir, config.versions_kept, limits)
         audience.chosen(f"variant {taken}")
+    photos, told = photo_models(asked.repository)
+    audience.chosen(told)
     falls_back = with_reference and not asked.once
     backends = order_of_backends(choice.backend, config.fallback) if falls_back else [choice.backend]
     for position, name in enumerate(backends):
         server = TritonProcess(
             binary,
             asked.repository,
-            ["arcface", "arcface_parity"] if with_reference and name != "reference" else ["arcface"],
+            ["arcface", *["arcface_parity"] * (with_reference and name != "reference"), *photos],
             config_name="tuned" if asked.backend == "tuned" and name == "onnx" else name,
             ports=asked.ports,
-            host=asked.host,
+            exposure=asked.exposure,
             log_path=log_path(asked.repository, asked.ports.http),
             extra=(LATENCY_QUANTILES, *asked.extra),
+            exit_timeout_s=asked.exit_timeout_s,
         )
         instead = next(iter(backends[position + 1 :]), None)
+        try:
+            check_served(asked.repository, LEAF_OF[name])
+        except GateFailed as exc:
+            if instead is None:
+                raise
+            audience.failed(str(exc), instead)
+            continue
         with server:
             try:
                 server.wait_ready(asked.ready_timeout_s)
@@ -160,7 +182,7 @@ def _serve(
                     raise
                 audience.failed(str(exc), instead)
                 continue
-            report = measure_parity(server.grpc_url, asked.faces_bgr_u8, limits=limits)
+            report = measure_parity(server.own_url, asked.faces_bgr_u8, limits=limits)
             audience.proved(server, BackendChoice(name, choice.reason), report, with_reference)
             if serves_demo(asked.repository, LEAF_OF[name]):
                 audience.warned("DEMO WEIGHTS: random numbers that recognise nobody. Next: arcface import YOUR.onnx")
@@ -201,6 +223,7 @@ def _prepare(
         for fault in mend(repository):
             audience.warned(f"mended: {fault}")
     if asked.demo and not versions(repository / "arcface_onnx") and not versions(repository / "arcface_trt"):
+        require("onnx", "onnxruntime", purpose="importing the demo network")
         audience.notice("no weights in model_repository/: importing the demo network (NOT for recognition)")
         with audience.importing() as progress:
             options = {"cache": config.storage.cache, "say": audience.notice, "progress": progress}

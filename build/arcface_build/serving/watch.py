@@ -58,7 +58,7 @@ class Pulse:
     def __init__(self, server: TritonProcess, face: Array, patience_s: float) -> None:
         """Face uint8 (1,112,112,3); patience_s: how long nothing may be finished."""
         self._server, self._face, self._patience_s = server, face, patience_s
-        self._embedder = TritonEmbedder(server.grpc_url, timeout_s=PROBE_TIMEOUT_S, retry_for_s=0, shared_memory=False)
+        self._embedder = TritonEmbedder(server.own_url, timeout_s=PROBE_TIMEOUT_S, retry_for_s=0, shared_memory=False)
         self._finished = -1
         self._seen_s = time.monotonic()
         self._failures = 0

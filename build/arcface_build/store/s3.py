@@ -21,6 +21,7 @@ from arcface_build.errors import StoreUnreachable
 from arcface_build.store.local import disk_error
 from arcface_build.store.objects import Progress, Stored
 from arcface_clients.errors import ArcFaceError, Missing, WrongUse
+from arcface_clients.extras import how_to_get
 
 _PART_BYTES = 16 << 20  # plans are 10..300 MB: a few parallel parts, far from S3's limit of 10,000
 _CREDENTIALS = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE: aws sts get-caller-identity"
@@ -138,7 +139,7 @@ class S3Store:
             import boto3
             from botocore.config import Config
         except ImportError as exc:
-            raise Missing("an S3 plan store needs boto3: pip install 'arcface-triton[store]'") from exc
+            raise Missing(f"an S3 plan store needs boto3. Next: {how_to_get('boto3')}") from exc
         options = self.options
         path_style = bool(self._endpoint) if options.path_style is None else options.path_style
         config = Config(

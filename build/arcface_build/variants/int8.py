@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from arcface_build.graph.index import sort_nodes
 from arcface_build.variants.calibrate import LEVELS
 from arcface_clients.errors import WrongUse
 
@@ -81,7 +82,8 @@ def quantize_convolutions(
         },
     )
     quantizer.quantize_model()
-    typed = quantizer.model.model
+    typed: onnx.ModelProto = quantizer.model.model
+    sort_nodes(typed.graph)  # the library appends the nodes that it makes
     _spare_other_readers(typed, set(layers))
     return typed
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcface_build.errors import ProofFailed
+from arcface_build.graph.tensorrt_form import TensorRtForm
 from arcface_build.variants.calibrate import LEVELS, collect_histograms, conv_inputs, least_error_range
 from arcface_build.variants.eval_set import FaceSet, evaluation_faces
 from arcface_build.variants.gate import HELD_BACK, VariantVerdict
@@ -86,12 +88,12 @@ def make_variant(model_dir: Path, wish: Wish, stage: Stage = silent) -> tuple[di
     runtimes = runtimes_for(wish.precision, target)
     if wish.precision == "bf16":  # nothing is fitted to any face: all of them judge
         faces = evaluation_faces(wish.eval_source, wish.eval_faces)
-        gate = open_trial(model_dir, manifest, "bf16", wish.limits, faces, stage)
+        gate = open_trial(model_dir, manifest, "bf16", target, wish.limits, faces, stage)
         verdicts = [gate.judge(serving_path, runtime, f"gate in {runtime}") for runtime in runtimes]
         return _written(model_dir, manifest, wish, target, None, None, verdicts, None, faces)
     parts, calibration = _faces(wish)
-    search = open_trial(model_dir, manifest, wish.precision, wish.limits, parts.searched, stage).aiming_at(wish.margin)
-    gate = open_trial(model_dir, manifest, wish.precision, wish.limits, parts.held_back, stage)
+    opened = partial(open_trial, model_dir, manifest, wish.precision, target, wish.limits, stage=stage)
+    search, gate = opened(faces=parts.searched).aiming_at(wish.margin), opened(faces=parts.held_back)
     serving = load_named(serving_path)
     if wish.recipe:
         recipe = load_recipe(wish.recipe, wish.precision, target, manifest.serving["sha256"])
@@ -101,7 +103,7 @@ def make_variant(model_dir: Path, wish: Wish, stage: Stage = silent) -> tuple[di
             picture = variants_folder(model_dir) / f"{wish.precision}-{target}.search.png"
             recipe = _search(manifest.name, serving, recipe, search, runtimes, picture)
     model = recipe.apply(serving)
-    judged = model if recipe.precision == "int8" else recipe.stand_in(serving)
+    judged = model if target == "cpu" else recipe.stand_in(serving)
     clipped = recipe.clipped(serving, parts.held_back.faces, stage("values cut off"))
     del serving  # r100: a quarter of a gigabyte, no longer needed
     verdicts = [
@@ -177,15 +179,21 @@ def _start(
         manifest.serving["sha256"],
         wish.keep,
         calibration={**calibration.to_json(), "each": calibration.each},
+        form=TensorRtForm() if target == "tensorrt" else None,
     )
+    hot: list[str] = []
+    if target == "tensorrt":
+        formed = start.formed(serving)
+        names = body_nodes(formed)
+        largest = largest_values(formed, names, calibration.faces[:OVERFLOW_FACES], stage("largest values"))
+        hot = overflowing(formed, largest)
     if wish.precision == "fp16":
-        names = body_nodes(serving)
-        largest = largest_values(serving, names, calibration.faces[:OVERFLOW_FACES], stage("largest values"))
-        return replace(start, keep=tuple(dict.fromkeys([*wish.keep, *overflowing(serving, largest)])))
+        return replace(start, keep=tuple(dict.fromkeys([*wish.keep, *hot])))
     histograms = collect_histograms(serving, conv_inputs(serving), calibration.faces, stage("calibration"))
     ranges = {t: {name: least_error_range(h, t) for name, h in histograms.items()} for t in LEVELS}
     # The first convolution reads pixels: with three channels int8 gains nothing.
-    return replace(start, keep=tuple(dict.fromkeys([*wish.keep, *quantizable_layers(serving)[:1]])), ranges=ranges)
+    keep = tuple(dict.fromkeys([*wish.keep, *quantizable_layers(serving)[:1]]))
+    return replace(start, keep=keep, keep_fp32=tuple(hot), ranges=ranges)
 
 
 def _search(

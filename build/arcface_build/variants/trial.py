@@ -31,18 +31,22 @@ def silent(title: str) -> OnCount:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a candidate is judged against: `reference` holds the fp32 serving ONNX's embeddings (N,D) of `faces`."""
+    """What a candidate is judged against: `reference` holds the fp32 serving ONNX's embeddings (N,D) of `faces`.
+
+    rounded: candidates are stand-ins that round to float16 as a GPU would (`Recipe.stand_in`); the verdict says so.
+    """
 
     precision: str
     limits: Mapping[str, float]
     faces: FaceSet
     reference: np.ndarray
     stage: Stage
+    rounded: bool = False
 
     def judge(self, model: Path | onnx.ModelProto, runtime: str, title: str) -> VariantVerdict:
         """The verdict in one runtime."""
         embeddings = embed_all(open_session(model, runtime), self.faces.faces, self.stage(title))
-        label = f"{runtime} with float16 rounding" if self.precision == "fp16" else runtime
+        label = f"{runtime} with float16 rounding" if self.rounded else runtime
         return judge_variant(label, self.precision, self.limits, self.reference, embeddings, self.faces)
 
     def judge_everywhere(self, model: Path | onnx.ModelProto, runtimes: tuple[str, ...], title: str) -> VariantVerdict:
@@ -60,17 +64,23 @@ class Trial:
 
 
 def open_trial(
-    model_dir: Path, manifest: ImportManifest, precision: str, limits: Mapping[str, float], faces: FaceSet, stage: Stage
+    model_dir: Path,
+    manifest: ImportManifest,
+    precision: str,
+    target: str,
+    limits: Mapping[str, float],
+    faces: FaceSet,
+    stage: Stage,
 ) -> Trial:
     """A trial on these faces; the reference's embeddings are computed once, for all variants."""
     kept = variants_folder(model_dir) / f"reference-{manifest.serving['sha256'][:12]}-{faces.sha256[:12]}.npy"
     if kept.is_file():
-        return Trial(precision, limits, faces, np.load(kept), stage)
+        return Trial(precision, limits, faces, np.load(kept), stage, target == "tensorrt")
     serving = open_session(model_dir / manifest.serving["file"])
     embeddings = embed_all(serving, faces.faces, stage("reference embeddings"))
     with new_file(kept) as temporary, temporary.open("wb") as file:
         np.save(file, embeddings)
-    return Trial(precision, limits, faces, embeddings, stage)
+    return Trial(precision, limits, faces, embeddings, stage, target == "tensorrt")
 
 
 def runtimes_for(precision: str, target: str) -> tuple[str, ...]:

@@ -1,7 +1,9 @@
 """Makes an fp16 typed ONNX: the body of the graph in float16, inputs and outputs unchanged.
 
 Kept in float32: everything before the first convolution (pixels) and after the last one (final BN, FC, L2 norm),
-anything that would overflow, and what a recipe keeps. onnxconverter-common 1.16 cannot do this: a graph that begins
+anything that would overflow, and what a recipe keeps. In an int8 model the scales of quantised convolutions become
+float16 with the body (ONNX allows that from opset 19 on), so that nothing between two of them is float32.
+onnxconverter-common 1.16 cannot do this: a graph that begins
 with Cast(uint8 → float) becomes invalid, and blocking the last node still makes the output float16.
 """
 
@@ -36,6 +38,19 @@ def body_nodes(model: onnx.ModelProto) -> list[str]:
         for n in model.graph.node
         if n.op_type == "Conv" or (after.intersection(n.output) and before.intersection(n.output))
     ]
+
+
+def half_nodes(model: onnx.ModelProto, keep: Collection[str] = ()) -> set[str]:
+    """Names of the nodes that compute in float16: the body without `keep`, and what dequantises for it alone."""
+    half = set(body_nodes(model)) - set(keep)
+    readers: dict[str, set[str]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.name)
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and readers.get(node.output[0], {""}) <= half:
+            half.add(node.name)
+    return half
 
 
 def with_followers(model: onnx.ModelProto) -> dict[str, list[str]]:
@@ -87,13 +102,13 @@ def to_float16(model: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.Model
     """A copy of `model` whose body, except for the nodes in `keep`, computes in float16.
 
     Args:
-        model: serving ONNX, every node named.
+        model: serving ONNX or its int8 form (then of opset 19 or newer), every node named.
         keep: names of body nodes that stay float32.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    half = set(body_nodes(model)) - set(keep)
+    half = half_nodes(model, keep)
     weights = {i.name: i for i in model.graph.initializer}
     floats = _float_tensors(model)
     produced_half = {o for n in model.graph.node if n.name in half for o in n.output}
@@ -132,7 +147,7 @@ def rounded_as_float16(model: onnx.ModelProto, keep: Collection[str] = ()) -> on
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    half = set(body_nodes(model)) - set(keep)
+    half = half_nodes(model, keep)
     weights = {i.name: i for i in model.graph.initializer}
     floats = _float_tensors(model)
     rounded: dict[str, str] = {}

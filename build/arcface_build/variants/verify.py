@@ -99,7 +99,7 @@ def _judge(
     runtimes = [runtime for runtime in runtimes_for(precision, target) if _is_here(runtime)]
     if not runtimes:
         raise Missing(f"{precision} of {manifest.name} runs in no runtime of this host. Next: arcface doctor")
-    trial = open_trial(model_dir, manifest, precision, limits, faces, stage)
+    trial = open_trial(model_dir, manifest, precision, target, limits, faces, stage)
     judged: Path | onnx.ModelProto = model_dir / sidecar["file"]
     clipped: Mapping[str, float] = {}
     if sidecar["recipe"]:
@@ -109,7 +109,7 @@ def _judge(
         )
         serving = load_named(serving_path)
         clipped = recipe.clipped(serving, faces.faces, stage("values cut off"))
-        if precision == "fp16":
+        if target == "tensorrt":
             judged = recipe.stand_in(serving)
     return [
         replace(trial.judge(judged, runtime, f"gate in {runtime}"), judged_on=faces.origin, clipped=clipped)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from arcface_clients.bulk.job import Job, JobSpec, embed_unit
 from arcface_clients.bulk.units import unit_size
 from arcface_clients.errors import DependencyMissing
+from arcface_clients.extras import how_to_get
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
@@ -44,7 +45,7 @@ def run_on_ray(
         import ray
         import ray.data
     except ImportError as exc:
-        raise DependencyMissing(f"--engine ray needs Ray Data ({exc}): pip install 'arcface-triton[ray]'") from exc
+        raise DependencyMissing(f"--engine ray needs Ray Data ({exc}). Next: {how_to_get('ray')}") from exc
     if not ray.is_initialized():
         _connect(ray, actors)
     turn = ray.remote(num_cpus=0)(_Turn).remote(len(urls))

@@ -12,6 +12,7 @@ import numpy as np
 from arcface_clients.arrays import Array
 from arcface_clients.atomic import new_file
 from arcface_clients.errors import DependencyMissing
+from arcface_clients.extras import how_to_get
 from arcface_clients.faces.images import Found
 
 if TYPE_CHECKING:
@@ -188,5 +189,5 @@ def _pyarrow() -> Any:
     try:
         import pyarrow as pa
     except ImportError as exc:
-        raise DependencyMissing(f"Parquet needs pyarrow ({exc}): pip install 'arcface-triton[bulk]'") from exc
+        raise DependencyMissing(f"Parquet needs pyarrow ({exc}). Next: {how_to_get('pyarrow')}") from exc
     return pa

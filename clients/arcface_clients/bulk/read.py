@@ -13,6 +13,7 @@ import numpy as np
 from arcface_clients.arrays import Array
 from arcface_clients.contract import FACE_BYTES, FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces
+from arcface_clients.extras import how_to_get
 from arcface_clients.faces.check import check_faces
 from arcface_clients.faces.detect import detect_crops
 from arcface_clients.faces.images import Found, decode_face, read_crops
@@ -137,7 +138,7 @@ def _open_parquet(path: str) -> pq.ParquetFile:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as exc:
-        raise DependencyMissing(f"Parquet needs pyarrow ({exc}): pip install 'arcface-triton[bulk]'") from exc
+        raise DependencyMissing(f"Parquet needs pyarrow ({exc}). Next: {how_to_get('pyarrow')}") from exc
     try:
         return pq.ParquetFile(path)
     except pa.ArrowInvalid as exc:

@@ -6,12 +6,13 @@ import platform
 import shutil
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arcface_clients.checks.report import Check
 from arcface_clients.errors import ArcFaceError, BackendUnavailable, DependencyMissing
+from arcface_clients.extras import how_to_get, install
 from arcface_clients.gpu.cards import Gpu, find_gpus
 
 if TYPE_CHECKING:
@@ -20,20 +21,6 @@ if TYPE_CHECKING:
     from arcface_clients.engines.fallback import FallbackEmbedder
 
 SHARED_MEMORY_WANTED_BYTES = 256 << 20  # pools of a few clients at batch 64: 2.4 MB per request in flight
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check. status: ok, absent (fine, but some features are unavailable), problem (with its `fix`)."""
-
-    name: str
-    status: str
-    found: str
-    fix: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with the field names as keys."""
-        return asdict(self)
 
 
 def client_checks(settings: EmbeddingConfig) -> list[Check]:
@@ -50,7 +37,17 @@ def client_checks(settings: EmbeddingConfig) -> list[Check]:
         "server": lambda: check_server(settings),
         "restrictions": lambda: check_restrictions(settings),
     }
-    return [guarded(name, look) for name, look in looks.items()]
+    return [*(guarded(name, look) for name, look in looks.items()), *_served(settings)]
+
+
+def _served(settings: EmbeddingConfig) -> list[Check]:
+    """The checks of a running server; one line where even asking failed."""
+    from arcface_clients.checks.served_checks import served_checks
+
+    try:
+        return served_checks(settings)
+    except ArcFaceError as exc:
+        return [Check("drift", "absent", f"not asked: {exc}")]
 
 
 def check_python() -> Check:
@@ -80,8 +77,12 @@ def check_tensorrt(gpus: list[Gpu]) -> Check:
         return Check("tensorrt", "ok", f"TensorRT {version}, Polygraphy {polygraphy}")
     missing = " and ".join(n for n, v in (("tensorrt", version), ("polygraphy", polygraphy)) if not v)
     if gpus:
-        wanted = "pip install 'arcface-triton[tensorrt]'" + ("" if version else " and the server's tensorrt version")
-        return Check("tensorrt", "problem", f"not installed: {missing}", wanted)
+        return Check(
+            "tensorrt",
+            "problem",
+            f"not installed: {missing}",
+            install("tensorrt") if version else how_to_get("tensorrt"),
+        )
     return Check("tensorrt", "absent", f"not installed: {missing} (needed on a GPU host only)")
 
 
@@ -122,9 +123,7 @@ def check_reference() -> Check:
     version = _version("insightface")
     if version:
         return Check("reference", "ok", f"InsightFace {version}")
-    return Check(
-        "reference", "absent", "InsightFace is not installed", "pip install insightface (no reference until then)"
-    )
+    return Check("reference", "absent", "InsightFace is not installed: no reference", how_to_get("insightface"))
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
@@ -145,10 +144,10 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
 
 def check_local_model(settings: EmbeddingConfig) -> Check:
     """The model that in-process engines would load."""
-    from arcface_clients.engines.model_folder import find_model
+    from arcface_clients.pipeline import local_model
 
     try:
-        model = find_model(settings.local.models_dir, settings.local.model)
+        model = local_model(settings)
     except BackendUnavailable as exc:
         status = "problem" if settings.backend in ("onnx", "insightface") else "absent"
         return Check("local model", status, fact_and_fix(exc)[0], "arcface import SOURCE, or: arcface import demo")

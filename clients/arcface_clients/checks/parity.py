@@ -46,6 +46,7 @@ class BackendParity:
     worst_face: int | None
     limit: float | None  # largest drift allowed for its precision; None for the reference itself
     refused: str = ""  # the gate's reason if it did not pass
+    demo: bool = False  # random weights: it recognises nobody, however near to its reference it is
 
     @property
     def passed(self) -> bool:
@@ -184,6 +185,7 @@ def measure_parity(
                 worst_face=drift.worst_face if drift else None,
                 limit=None if model == REFERENCE else limits[precision],
                 refused=verdict.why if verdict else broken,
+                demo=served.demo,
             )
         )
     return ParityReport(url=url, faces=len(faces), contract_id=contract, rows=tuple(rows), skipped=skipped)
@@ -245,7 +247,8 @@ def render_table(report: ParityReport) -> str:
     """The report as a table for a terminal or a log, at most 100 columns wide for our own model names."""
     lines: list[tuple[str, ...]] = [("backend", "faces/s", "mean cosine", "min cosine", "gate")]
     for row in report.rows:
-        lines.append((row.model, f"{row.faces_per_s:.1f}", _cosine(row.mean_cosine), _cosine(row.min_cosine), row.gate))
+        gate = row.gate + ", DEMO" * row.demo
+        lines.append((row.model, f"{row.faces_per_s:.1f}", _cosine(row.mean_cosine), _cosine(row.min_cosine), gate))
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
     lines.insert(1, tuple("─" * width for width in widths))
     return "\n".join(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from arcface_clients.errors import ConfigError
+from arcface_clients.evidence.drift import DRIFT_LIMITS
+
+Translation = Callable[[Any], dict[str, Any]]
 
 
-def _same(key: str) -> Callable[[Any], dict[str, Any]]:
-    return lambda value: {key: value}
+def _same(*keys: str) -> Translation:
+    return lambda value: dict.fromkeys(keys, value)
 
 
-def _size(unit: str) -> Callable[[Any], dict[str, Any]]:
+def _size(unit: str) -> Translation:
     return lambda value: {"workspace": f"{value}{unit}"}
 
 
@@ -28,22 +31,24 @@ def _switch(value: Any) -> dict[str, Any]:
 
 
 # Old key -> what it sets now. These were valid both at the top level and in a section.
-_ANYWHERE: dict[str, Callable[[Any], dict[str, Any]]] = {
+_ANYWHERE: dict[str, Translation] = {
     "workspace_gb": _size("GB"),
     "workspace_size_mb": _size("MB"),
-    "batch_size": _same("batch.max"),
+    "batch_size": _same("batch.max"),  # beside max_batch_size: batch.opt
     "min_batch_size": _same("batch.min"),
     "opt_batch_size": _same("batch.opt"),
     "max_batch_size": _same("batch.max"),
 }
 # `tensorrt.` and `arcface_tensorrt.` are two names of one former section; a key in it that is not listed here is
 # rejected like any unknown key.
-_IN_SECTION: dict[str, Callable[[Any], dict[str, Any]]] = {
+_IN_SECTION: dict[str, Translation] = {
     "enabled": _switch,
     "precision": _same("precision"),
     "device": _same("device"),
     **_ANYWHERE,
     "engine_path": _same("local.plan"),
+    "engine_local_dir": _same("storage.plans"),
+    "model_name": _same("local.model"),
     "onnx_path": _same("local.serving_onnx"),
     "engine_s3_bucket": _bucket,
     "engine_s3_prefix": _same("storage.prefix"),
@@ -56,12 +61,19 @@ _IN_SECTION: dict[str, Callable[[Any], dict[str, Any]]] = {
     "run_validation": _same("validation.run_on_startup"),
     "eval_set_size": _same("validation.eval_set_size"),
 }
-OLD_NAMES: dict[str, Callable[[Any], dict[str, Any]]] = {
+OLD_NAMES: dict[str, Translation] = {
     "backend_type": _same("backend"),
     **_ANYWHERE,
     **{f"{section}.{key}": to for section in ("tensorrt", "arcface_tensorrt") for key, to in _IN_SECTION.items()},
+    "embedding.backend": _same("backend"),
+    "storage.cache_dir": _same("storage.cache"),
+    "fallback.fallback_to_pytorch": _same("fallback.enabled"),
+    "validation.enabled": _same("validation.run_on_startup"),
+    # one limit for every precision, and one that either passed or failed
+    "validation.max_drift_cosine": _same(*(f"comparison.max_drift.{precision}" for precision in DRIFT_LIMITS)),
+    "comparison.min_cosine_similarity": _same("comparison.min_cosine.target", "comparison.min_cosine.warn"),
 }
-
+OLD_FILE = "embedding.tensorrt_config"  # the path of a second file, whose keys are all old
 OLD_VARIABLES = {
     "ARCFACE_URL": "ARCFACE_TRITON__URL",
     "ARCFACE_CACHE": "ARCFACE_STORAGE__CACHE",
@@ -87,7 +99,7 @@ def renamed_variables(environ: Mapping[str, str]) -> dict[str, str]:
     return result
 
 
-def renamed(flat: dict[str, Any], origin: str) -> dict[str, Any]:
+def renamed(flat: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """`flat` (dotted key → value) with old names replaced; each one found raises a FutureWarning.
 
     Raises:
@@ -95,8 +107,7 @@ def renamed(flat: dict[str, Any], origin: str) -> dict[str, Any]:
     """
     result = {key: value for key, value in flat.items() if key not in OLD_NAMES}
     said_by = {key: key for key in result}
-    for old in (key for key in flat if key in OLD_NAMES):
-        now = OLD_NAMES[old](flat[old])
+    for old, now in _translated(flat, OLD_NAMES):
         for key, value in now.items():
             if key in result and result[key] != value:
                 raise ConfigError(
@@ -105,14 +116,27 @@ def renamed(flat: dict[str, Any], origin: str) -> dict[str, Any]:
                 )
             result[key] = value
             said_by.setdefault(key, old)
-        first = next(iter(now))
-        warnings.warn(f"{origin}: {old} is an old name; use {first}: {now[first]}", FutureWarning, stacklevel=2)
+        news = ", ".join(f"{key}: {value}" for key, value in now.items())
+        warnings.warn(f"{origin}: {old} is an old name; use {news}", FutureWarning, stacklevel=2)
     return result
 
 
-def from_section(flat: dict[str, Any]) -> dict[str, Any]:
+def from_section(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Translate keys of the former section, which `tensorrt_config` still accepts; others are returned unchanged."""
-    result: dict[str, Any] = {}
-    for key, value in flat.items():
-        result.update(_IN_SECTION[key](value) if key in _IN_SECTION else {key: value})
+    result = {key: value for key, value in flat.items() if key not in _IN_SECTION}
+    for _, now in _translated(flat, _IN_SECTION):
+        result.update(now)
     return result
+
+
+def with_section(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a file that is the former section alone, with the section's name before those that need it."""
+    alone = _IN_SECTION.keys() - OLD_NAMES.keys() - {"precision", "device"}  # these two are keys of today as well
+    return {f"tensorrt.{key}" if key in alone else key: value for key, value in flat.items()}
+
+
+def _translated(flat: Mapping[str, Any], table: Mapping[str, Translation]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each old key with what it sets. Beside a largest batch, `batch_size` was the usual one."""
+    for old in (key for key in flat if key in table):
+        usual = f"{old.removesuffix('batch_size')}max_batch_size" in flat
+        yield old, (_same("batch.opt") if usual else table[old])(flat[old])

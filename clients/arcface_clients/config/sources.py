@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from arcface_clients.config.old_names import renamed, renamed_variables
+from arcface_clients.config.old_names import OLD_FILE, from_section, renamed, renamed_variables, with_section
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import ConfigError
 
@@ -64,7 +65,7 @@ def layers(path: str | Path | None, overrides: Mapping[str, Any], environ: Mappi
     environ = {name: text for name, text in environ.items() if text.strip()}  # an empty variable counts as unset
     file = config_file(path, environ)
     if file is not None:
-        found.add(renamed(dict(flatten(read_yaml(file))), str(file)), str(file))
+        _add_file(found, file)
     environ = renamed_variables(environ)
     names = {variable(key): key for key in leaf_keys(EmbeddingConfig)}
     from_env = {names[name]: _parsed(name, text) for name, text in environ.items() if name in names}
@@ -72,6 +73,33 @@ def layers(path: str | Path | None, overrides: Mapping[str, Any], environ: Mappi
     _refuse_unknown_variables(environ, names)
     found.add(renamed(dict(flatten(overrides)), "arguments"), "arguments")
     return found
+
+
+def _add_file(found: Layers, file: Path) -> None:
+    """Add a file, on top of the second file that one of former days names."""
+    flat = dict(flatten(read_yaml(file)))
+    second = flat.pop(OLD_FILE, None)
+    if second:
+        named = Path(str(second))
+        named = named if named.is_absolute() or named.exists() else file.parent / named.name
+        warnings.warn(
+            f"{file}: {OLD_FILE} is an old name; write the keys of {named} into this file", FutureWarning, stacklevel=2
+        )
+        found.add(tensorrt_section(named), str(named))
+    found.add(renamed(flat, str(file)), str(file))
+
+
+def tensorrt_section(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """Dotted keys of today from the former `tensorrt` section: a mapping, or the path of a file of its own.
+
+    Current keys, and those of other former sections, are understood beside it.
+
+    Raises:
+        ConfigError: see `load_config`.
+    """
+    if isinstance(source, Mapping):
+        return renamed(from_section(dict(flatten(source))), "arguments")
+    return renamed(with_section(dict(flatten(read_yaml(Path(source))))), str(source))
 
 
 def config_file(path: str | Path | None, environ: Mapping[str, str]) -> Path | None:

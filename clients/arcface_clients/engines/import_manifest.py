@@ -6,6 +6,7 @@ It is defined here, in the lowest layer that reads it; the build writes the same
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class ImportManifest:
     tools: package → version.
     cpu: the same network laid out for ONNX Runtime's CPU provider (graph.blocked_layout): file, sha256, bytes, why,
         min_cosine, max_row_difference; None if that changes nothing.
+    golden: see `arcface_clients.evidence.golden`; None in imports made before it was kept.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ImportManifest:
     tools: dict[str, str]
     precision: str = "fp32"
     cpu: dict[str, Any] | None = None
+    golden: str | None = None
     format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
@@ -58,6 +61,26 @@ class ImportManifest:
     def wants(self) -> Preprocessing:
         """The preprocessing that the source network expects, as the contract's class."""
         return Preprocessing.from_json(self.preprocessing)
+
+
+def check_name(name: str, how: str = "") -> str:
+    """The name of a model, which works as a folder and as an S3 key; `how` ends the refusal.
+
+    Raises:
+        WrongUse: it does not: a path, a blank, 64 characters or more.
+    """
+    if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}", name):
+        raise WrongUse(f"{name!r} cannot be a model's name: expected letters, digits, '.', '_', '-'. {how}".rstrip())
+    return name
+
+
+def model_at(models_dir: Path, name: str) -> Path:
+    """The folder of an imported model, which need not exist: models_dir/NAME.
+
+    Raises:
+        WrongUse: a path was given where a name is expected.
+    """
+    return models_dir / check_name(name, f"Name a folder of {models_dir}; another place: --models-dir FOLDER")
 
 
 def read_import_manifest(folder: Path) -> ImportManifest:

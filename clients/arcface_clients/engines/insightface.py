@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from arcface_clients.engines.model_folder import ModelFolder, find_model, folder
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.engines.runtimes import first_line, open_session
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, InvalidEmbeddings, ModelMissing
+from arcface_clients.extras import how_to_get
 
 
 @EngineRegistry.register("insightface")
@@ -34,6 +36,8 @@ class InsightFaceEngine(LocalEngine):
         *,
         models_dir: str | Path = "models",
         model: str | None = None,
+        served: Callable[[], str | None] = lambda: None,
+        model_repository: Path | None = None,
         preprocessing: Preprocessing | None = None,
         threads: int = 0,
         max_batch: int = 64,
@@ -43,7 +47,9 @@ class InsightFaceEngine(LocalEngine):
         Args:
             file: a source ONNX (not a serving one); None uses models_dir/model/source.onnx.
             models_dir: where imported models are.
-            model: name of the model; None uses the only one there (beside demo networks).
+            model: name of the model; None uses the served one, or the only one there (beside demo networks).
+            served: the contract id that the server names; asked only where there are several models.
+            model_repository: where the installed model is, if nothing is served.
             preprocessing: None uses the manifest beside the file, else InsightFace's own guess.
             threads: intra-op threads; 0 lets ONNX Runtime decide.
             max_batch: largest batch passed to one run.
@@ -51,6 +57,7 @@ class InsightFaceEngine(LocalEngine):
         super().__init__(max_batch)
         self._file = Path(file).expanduser() if file is not None else None
         self._models_dir, self._model = models_dir, model
+        self._served, self._model_repository = served, model_repository
         self._stated, self._threads = preprocessing, threads
         self._net: Any = None
         self._one_by_one = False
@@ -63,7 +70,11 @@ class InsightFaceEngine(LocalEngine):
         return self._folder().contract_id
 
     def _folder(self) -> ModelFolder:
-        return folder_of(self._file) if self._file is not None else find_model(self._models_dir, self._model)
+        if self._file is not None:
+            return folder_of(self._file)
+        folder = find_model(self._models_dir, self._model, self._served, self._model_repository)
+        self._model = folder.path.name  # it stays with that, whatever is imported or served later
+        return folder
 
     def _load(self) -> None:
         folder = self._folder()
@@ -76,7 +87,7 @@ class InsightFaceEngine(LocalEngine):
                 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
         except ImportError as exc:
             raise DependencyMissing(
-                f"the reference needs InsightFace ({exc}). Install it: pip install insightface onnxruntime onnx"
+                f"the reference needs InsightFace ({exc}). Next: {how_to_get(exc.name or 'insightface')}"
             ) from exc
         session = open_session(file, threads=self._threads)
         shape = session.get_inputs()[0].shape

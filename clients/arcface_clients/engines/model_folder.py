@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines.import_manifest import DEMO, IMPORT_MANIFEST, ImportManifest, read_import_manifest
-from arcface_clients.errors import ArcFaceError, ConfigError, GateFailed, ModelMissing
+from arcface_clients.engines.onnx_contract import contract_in
+from arcface_clients.errors import ArcFaceError, ConfigError, ContractMismatch, GateFailed, ModelMissing
 from arcface_clients.plans.manifest import file_sha256
 
 
@@ -70,6 +72,7 @@ class ModelFolder:
 
         Raises:
             GateFailed: it was refused, replaced since, or made from another import's serving ONNX.
+            ContractMismatch: its answers would name another contract than the manifest.
         """
         name = self.path.name
         if file.suffix == ".refused":
@@ -87,6 +90,12 @@ class ModelFolder:
             raise GateFailed(
                 f"{file} was made from another serving ONNX ({str(made_from)[:12]}…) than that of {name} "
                 f"({str(serving)[:12]}…). Make it again: arcface quantize {name}"
+            )
+        named = contract_in(file)
+        if named is not None and self.contract_id is not None and named != self.contract_id[:32]:
+            raise ContractMismatch(
+                f"{file} names contract {named[:12]}… in its answers, the manifest of {name} {self.contract_id[:12]}…: "
+                "expected the same. Import the model again: arcface import SOURCE"
             )
 
     def _part(self, file: Path) -> dict[str, Any]:
@@ -128,25 +137,33 @@ def sidecar_of(file: Path) -> dict[str, Any] | None:
     return _read_json(sidecar) if sidecar.is_file() else None
 
 
-def find_model(models_dir: str | Path, name: str | None = None) -> ModelFolder:
-    """The model of this name, or the only one there is; demo networks only count where there is nothing else.
+def find_model(
+    models_dir: str | Path,
+    name: str | None = None,
+    served: Callable[[], str | None] = lambda: None,
+    model_repository: Path | None = None,
+) -> ModelFolder:
+    """The model of this name; else the one that the server serves, the only one, or the one that is installed.
+
+    Demo networks do not count beside an own model, unless the server serves one.
+
+    Args:
+        models_dir: the folder of imported models.
+        name: of the model, if it was stated.
+        served: the contract id that the server names, or its beginning; None if none answers. Asked only where there
+            are several models.
+        model_repository: where a model may be installed; asked only where that leaves several.
 
     Raises:
         ModelMissing: no models, or none of this name; the message lists what exists. Falls back.
-        ConfigError: there are several and no name was given.
+        ConfigError: there are several, no name was given, and none is served or installed.
     """
     root = Path(models_dir).expanduser()
     there = sorted(file.parent.name for file in root.glob("*/serving.onnx"))
     if name is None:
-        own = [model for model in there if not _is_demo(root / model)] if len(there) > 1 else []
-        there = own or there
-        if len(there) > 1:
-            raise ConfigError(
-                f"{root} contains {len(there)} models ({', '.join(there)}): choose one with local.model (--model NAME)."
-            )
         if not there:
             raise ModelMissing(f"no model in {root.absolute()}. Import one: arcface import SOURCE (or: import demo)")
-        name = there[0]
+        name = there[0] if len(there) == 1 else _meant(root, there, served, model_repository)
     elif name not in there:
         raise ModelMissing(
             f"no model {name!r} in {root} (found: {', '.join(there) or 'none'}). "
@@ -156,11 +173,36 @@ def find_model(models_dir: str | Path, name: str | None = None) -> ModelFolder:
     return ModelFolder(root / name, read_import_manifest(root / name) if known else None)
 
 
-def _is_demo(folder: Path) -> bool:
+def _meant(root: Path, there: list[str], served: Callable[[], str | None], model_repository: Path | None) -> str:
+    """Which of several models is meant by whoever names none."""
+    manifests = {model: _manifest(root / model) for model in there}
+    contracts = {model: manifest.contract_id for model, manifest in manifests.items() if manifest}
+    answer = served()
+    if of_server := [model for model, contract in contracts.items() if answer and contract.startswith(answer)]:
+        return of_server[0]
+    own = [model for model in there if not ((known := manifests[model]) and known.source.get("kind") == DEMO)] or there
+    here = installed_contract(model_repository) if model_repository and len(own) > 1 else None
+    own = [model for model in own if here and contracts.get(model) == here][:1] or own
+    if len(own) > 1:
+        raise ConfigError(
+            f"{root} contains {len(own)} models ({', '.join(own)}), and none of them is served: "
+            "choose one with local.model (--model NAME)."
+        )
+    return own[0]
+
+
+def installed_contract(model_repository: Path) -> str | None:
+    """Contract id of the newest version of arcface_onnx, which `arcface serve` starts with; None if there is none."""
+    versions = [folder for folder in model_repository.glob("arcface_onnx/[0-9]*") if folder.name.isdigit()]
+    manifest = _manifest(max(versions, key=lambda folder: int(folder.name))) if versions else None
+    return manifest.contract_id if manifest else None
+
+
+def _manifest(folder: Path) -> ImportManifest | None:
     try:
-        return bool(read_import_manifest(folder).source.get("kind") == DEMO)
+        return read_import_manifest(folder)
     except ArcFaceError:  # reported by whoever uses that model
-        return False
+        return None
 
 
 def folder_of(file: Path) -> ModelFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from arcface_clients.arrays import FaceArray, FloatArray
@@ -31,6 +32,7 @@ from arcface_clients.engines.runtimes import (
     runtime_for,
 )
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
+from arcface_clients.extras import how_to_get
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class OnnxEngine(LocalEngine):
         *,
         models_dir: str | Path = "models",
         model: str | None = None,
+        served: Callable[[], str | None] = lambda: None,
+        model_repository: Path | None = None,
         precision: str = "fp32",
         device: str = "auto",
         threads: int = 0,
@@ -60,7 +64,9 @@ class OnnxEngine(LocalEngine):
         Args:
             file: the serving ONNX; None uses models_dir/model in this precision.
             models_dir: where imported models are.
-            model: name of the model; None uses the only one there (beside demo networks).
+            model: name of the model; None uses the served one, or the only one there (beside demo networks).
+            served: the contract id that the server names; asked only where there are several models.
+            model_repository: where the installed model is, if nothing is served.
             precision: fp32, fp16, int8 (a variant file of that precision), or bf16 (OpenVINO on a CPU that has it).
             device: auto, gpu, cuda, cuda:1, tensorrt, coreml, openvino, cpu.
             threads: intra-op threads; 0 uses all cores of this process.
@@ -71,6 +77,7 @@ class OnnxEngine(LocalEngine):
         self.device = canonical_device(device)
         self._file = Path(file).expanduser() if file is not None else None
         self._models_dir, self._model = models_dir, model
+        self._served, self._model_repository = served, model_repository
         self._threads = threads or available_cores()
         self._session: OnnxSession | None = None
 
@@ -93,7 +100,11 @@ class OnnxEngine(LocalEngine):
         return self._file
 
     def _folder(self) -> ModelFolder:
-        return folder_of(self._file) if self._file is not None else find_model(self._models_dir, self._model)
+        if self._file is not None:
+            return folder_of(self._file)
+        folder = find_model(self._models_dir, self._model, self._served, self._model_repository)
+        self._model = folder.path.name  # it stays with that, whatever is imported or served later
+        return folder
 
     def _load(self) -> None:
         file = self.file
@@ -101,7 +112,7 @@ class OnnxEngine(LocalEngine):
         try:
             import onnxruntime
         except ImportError as exc:
-            raise DependencyMissing("the onnx engine needs ONNX Runtime: pip install onnxruntime") from exc
+            raise DependencyMissing(f"the onnx engine needs ONNX Runtime. Next: {how_to_get('onnxruntime')}") from exc
         order = order_of_providers(
             self.device, onnxruntime.get_available_providers(), OPENVINO if self.precision == "bf16" else None
         )

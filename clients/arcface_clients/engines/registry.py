@@ -19,6 +19,8 @@ _HOMES = {  # name -> module that registers it when imported
     "insightface": "arcface_clients.engines.insightface",
 }
 _ALIASES = {"pytorch": "insightface"}  # pipelines' former name for the reference; no PyTorch is involved
+# Former names of constructor arguments.
+_OLD_ARGUMENTS = {"tensorrt": {"engine_path": "plan"}, "onnx": {"onnx_path": "file"}}
 
 
 class EngineRegistry:
@@ -70,11 +72,18 @@ class EngineRegistry:
     def get(cls, name: str, **kwargs: Any) -> EmbeddingEngine:
         """A new engine; `kwargs` go to its constructor, which loads nothing: `ensure_ready` or `encode` does.
 
+        The former names `engine_path` (tensorrt: `plan`) and `onnx_path` (onnx: `file`) are understood.
+
         Raises:
-            ConfigError: no engine has this name.
+            ConfigError: no engine has this name, or an argument is given under both of its names.
             DependencyMissing: a package needed just to construct the engine is missing (falls back).
         """
         key = cls.canonical(name)
         if key not in cls._registered:
             import_module(_HOMES[key])
+        for old, now in _OLD_ARGUMENTS.get(key, {}).items():
+            if old in kwargs and now in kwargs:
+                raise ConfigError(f"{key}: {old} is the old name of {now}, and both are given: keep {now}.")
+            if old in kwargs:
+                kwargs[now] = kwargs.pop(old)
         return cls._registered[key](**kwargs)

@@ -20,6 +20,7 @@ from arcface_clients.arrays import Array
 from arcface_clients.engines.devices import CPU, CUDA, OPENVINO, TENSORRT, wheels_with
 from arcface_clients.errors import ArcFaceError, ConfigError, DependencyMissing, WrongUse
 from arcface_clients.evidence.gate import judge_sidecar
+from arcface_clients.extras import how_to_get
 
 if TYPE_CHECKING:
     import onnx
@@ -112,7 +113,7 @@ def open_session(
     try:
         import onnxruntime
     except ImportError as exc:
-        raise DependencyMissing(f"ONNX Runtime is not installed ({exc}): pip install onnxruntime") from exc
+        raise DependencyMissing(f"ONNX Runtime is not installed ({exc}). Next: {how_to_get('onnxruntime')}") from exc
     threads = available_cores() if threads is None else threads
     providers = _providers_of(runtime, threads) if isinstance(runtime, str) else runtime
     expected = providers[0] if isinstance(providers[0], str) else providers[0][0]

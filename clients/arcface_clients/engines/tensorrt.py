@@ -24,6 +24,7 @@ from arcface_clients.errors import (
     ModelMissing,
     PlanRefused,
 )
+from arcface_clients.extras import how_to_get
 from arcface_clients.gpu.cards import find_gpus
 from arcface_clients.plans.find import find_plan
 from arcface_clients.plans.fit import misfit
@@ -107,8 +108,7 @@ class TensorRtEngine(LocalEngine):
             from polygraphy.logger import G_LOGGER
         except ImportError as exc:
             raise DependencyMissing(
-                f"the tensorrt engine needs TensorRT and Polygraphy ({exc}). On a GPU host: "
-                "pip install 'arcface-triton[tensorrt]', and the version of tensorrt that built the plan"
+                f"the tensorrt engine needs TensorRT and Polygraphy ({exc}). On a GPU host: {how_to_get('tensorrt')}"
             ) from exc
         plan = self._find(trt.__version__)
         if why := misfit(plan.manifest, _sm(), trt.__version__):

@@ -12,6 +12,7 @@ import numpy as np
 from arcface_clients.arrays import Array
 from arcface_clients.errors import InvalidFaces
 from arcface_clients.evidence.drift import cosine_per_face
+from arcface_clients.extras import require
 
 FARS = (1e-1, 1e-2, 1e-3)
 FOLDS = 10
@@ -96,6 +97,7 @@ def measure_accuracy(embeddings: Array, pairs: Pairs, resamples: int = RESAMPLES
     independent (Bolle, Ratha and Pankanti 2004, "Error analysis of pattern recognition systems: the subsets
     bootstrap"); otherwise from resampling pairs.
     """
+    require("sklearn", purpose="accuracy")
     from sklearn.metrics import roc_auc_score, roc_curve
 
     scores = pair_scores(embeddings, pairs)
@@ -160,6 +162,7 @@ def fold_accuracies(scores: Array, same: Array, folds: int = FOLDS) -> tuple[flo
     The best threshold on nine folds is applied to the tenth (Huang et al. 2007, "Labeled Faces in the
     Wild", view 2). Folds are stratified and seeded; LFW's own fold lists are not needed.
     """
+    require("sklearn", purpose="accuracy")
     from sklearn.model_selection import StratifiedKFold
 
     accuracies, thresholds = [], []

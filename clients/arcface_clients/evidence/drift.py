@@ -55,6 +55,26 @@ class DriftReport:
         """A JSON object with the field names as keys."""
         return asdict(self)
 
+    @property
+    def mean_cosine_sim(self) -> float:
+        """Former name of `mean_cosine`."""
+        return self.mean_cosine
+
+    @property
+    def min_cosine_sim(self) -> float:
+        """Former name of `min_cosine`."""
+        return self.min_cosine
+
+    @property
+    def max_drift_face_idx(self) -> int:
+        """Former name of `worst_face`."""
+        return self.worst_face
+
+    @property
+    def drift_histogram(self) -> Mapping[str, Sequence[float]]:
+        """Former name of `histogram`."""
+        return self.histogram
+
 
 @dataclass(frozen=True)
 class TargetCheck:

@@ -16,7 +16,7 @@ import numpy as np
 
 from arcface_clients.arrays import Array
 from arcface_clients.contract import UNIT_TOLERANCE
-from arcface_clients.errors import ConfigError, GateFailed
+from arcface_clients.errors import ConfigError, GateFailed, WrongUse
 from arcface_clients.evidence.drift import DRIFT_LIMITS, DriftReport, compare_embeddings, cosine_per_face
 
 _FITTED = "it was judged on the faces it was fitted to. Judge it on others: arcface quantize {} --verify FACES"
@@ -151,10 +151,13 @@ def judge_sidecar(sidecar: Mapping[str, Any], limits: Mapping[str, float] | None
 
 def run_embedding_regression_tests(
     eval_faces: Array,
-    reference: Callable[[Array], Array] | Any,
-    candidate: Callable[[Array], Array] | Any,
+    reference: Callable[[Array], Array] | Any = None,
+    candidate: Callable[[Array], Array] | Any = None,
     max_drift: float = DRIFT_LIMITS["fp16"],
     names: Sequence[str] | None = None,
+    *,
+    pytorch_embedder: Callable[[Array], Array] | Any = None,
+    tensorrt_embedder: Callable[[Array], Array] | Any = None,
 ) -> DriftReport:
     """Embed the same faces with both sides and require min cosine ≥ 1 − max_drift.
 
@@ -164,17 +167,27 @@ def run_embedding_regression_tests(
         candidate: the same.
         max_drift: largest 1 − cosine allowed for any face.
         names: a path for each face, for the message.
+        pytorch_embedder: former name of `reference`.
+        tensorrt_embedder: former name of `candidate`.
 
     Raises:
         GateFailed: a face drifted further, or an embedding is unusable; the message names the worst faces.
+        WrongUse: a side is missing, or given under both of its names.
     """
     asked = "the candidate"
-    verdict = judge_embeddings(
-        _embed(reference, eval_faces), _embed(candidate, eval_faces), asked, {asked: max_drift}, names
-    )
+    expected = _one_of(reference=reference, pytorch_embedder=pytorch_embedder)
+    got = _one_of(candidate=candidate, tensorrt_embedder=tensorrt_embedder)
+    verdict = judge_embeddings(_embed(expected, eval_faces), _embed(got, eval_faces), asked, {asked: max_drift}, names)
     if verdict.report is None or not verdict.passed:
         raise GateFailed(f"{verdict.why}. What differs: arcface compare A B")
     return verdict.report
+
+
+def _one_of(**sides: Any) -> Any:
+    given = [side for side in sides.values() if side is not None]
+    if len(given) != 1:
+        raise WrongUse(f"expected {' or '.join(sides)}, got {'both' if given else 'neither'}.")
+    return given[0]
 
 
 def _embed(side: Any, faces: Array) -> Array:

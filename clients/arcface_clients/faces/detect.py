@@ -11,24 +11,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arcface_clients.arrays import Array, FaceArray
+from arcface_clients.arrays import Array, FaceArray, FloatArray
 from arcface_clients.errors import ConfigError, DependencyMissing, InvalidFaces
-from arcface_clients.faces.align import align_face
+from arcface_clients.extras import how_to_mend
 from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, Found, find_files, gather
-from arcface_clients.faces.photos import read_photo
+from arcface_clients.faces.photos import opened_photo
 
 if TYPE_CHECKING:
-    import cv2
+    from arcface_clients.faces.steps.detect import YuNet
 
 MODEL_NAME = "face_detection_yunet_2023mar.onnx"
 CACHE = Path("~/.cache/arcface-triton/detectors")
 SOURCE = "https://github.com/opencv/opencv_zoo/tree/main/models/face_detection_yunet"
-
-# YuNet's landmarks shift by several pixels with the size of the face. Detecting again on each face, resized to
-# REFINE_SIDE, and on its mirror image makes alignment more stable: `scripts/consensus-demo --images` measures how much
-# verification gains.
-REFINE_SIDE = 320
-REFINE_MARGIN = 1.5
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class FaceDetector:
             min_score: lowest YuNet score of a face, 0..1.
             min_size: smallest side of a face, in pixels of the image.
             max_side: larger images are shrunk to this for detection; faces are cropped from the full image.
-            refine: run detection twice more on each face for better landmarks.
+            refine: look at each face again for better landmarks.
 
         Raises:
             DependencyMissing: no OpenCV, or no model file.
@@ -73,7 +67,7 @@ class FaceDetector:
         self.model = find_detector(model)
         self.min_score, self.min_size, self.max_side, self.refine = min_score, min_size, max_side, refine
         self._of_thread = threading.local()
-        self._network()
+        self._look()
 
     def detect(self, image_bgr: Array) -> list[DetectedFace]:
         """The faces in an image uint8 (H,W,3) BGR, best score first; an empty list if there are none.
@@ -81,79 +75,66 @@ class FaceDetector:
         Raises:
             InvalidFaces: not such an image.
         """
-        import cv2
+        from arcface_clients.faces.steps.align import align_face
 
         if image_bgr.ndim != 3 or image_bgr.shape[2] != 3 or image_bgr.dtype != np.uint8 or not image_bgr.size:
             raise InvalidFaces(f"expected an image uint8 (H, W, 3) BGR, got {image_bgr.dtype} {image_bgr.shape}.")
-        shrink = min(1.0, self.max_side / max(image_bgr.shape[:2]))
-        small = image_bgr
-        if shrink < 1:
-            small = cv2.resize(image_bgr, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
-        faces: list[DetectedFace] = []
-        for row in self._rows(small):
-            box = row[:4] / shrink
-            if min(box[2:]) < self.min_size:
-                continue
-            landmarks = row[4:14].reshape(5, 2) / shrink
-            if self.refine:
-                landmarks = self._look_again(image_bgr, small, shrink, box, landmarks)
-            x, y, width, height = box.tolist()
-            faces.append(
-                DetectedFace(align_face(image_bgr, landmarks), float(row[14]), (x, y, width, height), landmarks)
-            )
-        return sorted(faces, key=lambda face: (-face.score, face.box))
+        return [_face(row, align_face(image_bgr, _points(row))) for row in self._rows(image_bgr, 1)]
 
-    def _look_again(self, image: Array, small: Array, shrink: float, box: Array, landmarks: Array) -> Array:
-        """Mean of the landmarks found on the cropped face and its mirror image; `landmarks` if it is not found again.
+    def detect_encoded(self, data: bytes) -> list[DetectedFace]:
+        """Like `detect`, from a photo's file; a large JPEG is decoded no larger than its faces need.
 
-        `small` is the image at `shrink`; box and landmarks are in pixels of the image.
+        Raises:
+            InvalidFaces: see `read_photo`.
         """
+        from arcface_clients.faces.steps.align import align_face, magnification
+
+        with opened_photo(data) as photo:
+            reduction = photo.reduction(self.max_side)
+            pixels = photo.pixels(reduction)
+            rows = self._rows(pixels, 1 / reduction)
+            finer = photo.finer(reduction, max((magnification(_points(row)) for row in rows), default=0))
+            if finer < reduction:  # a face so small that the crop has room for more of the photo's pixels
+                reduction, pixels = finer, photo.pixels(finer)
+            return [_face(row, align_face(pixels, _points(row), 1 / reduction)) for row in rows]
+
+    def _rows(self, image_bgr: Array, scale: float) -> FloatArray:
+        from arcface_clients.faces.steps.detect import LOOKS, find_faces
+
+        return find_faces(
+            self._look(),
+            image_bgr,
+            scale,
+            min_score=self.min_score,
+            min_size=self.min_size,
+            max_side=self.max_side,
+            looks=LOOKS if self.refine else 1,
+        )
+
+    def _look(self) -> YuNet:
         import cv2
 
-        side = REFINE_MARGIN * float(max(box[2:]))
-        scale = REFINE_SIDE / side
-        corner = box[:2] + box[2:] / 2 - side / 2
-        # warpAffine does not average, so a large face is taken from the copy that was shrunk with averaging.
-        source, zoom = (small, scale / shrink) if scale < shrink else (image, scale)
-        matrix = np.array([[zoom, 0, -scale * corner[0]], [0, zoom, -scale * corner[1]]])
-        patch = cv2.warpAffine(source, matrix, (REFINE_SIDE, REFINE_SIDE))
-        found = []
-        for mirrored in (False, True):
-            rows = self._rows(np.ascontiguousarray(patch[:, ::-1]) if mirrored else patch)
-            points = rows[:, 4:14].reshape(-1, 5, 2)
-            if mirrored:
-                points = np.stack([REFINE_SIDE - 1 - points[..., 0], points[..., 1]], axis=-1)[:, [1, 0, 2, 4, 3]]
-            points = points / scale + corner
-            off = np.linalg.norm(points.mean(axis=1) - landmarks.mean(axis=0), axis=1)
-            if len(off) and off.min() < 0.25 * side:
-                found.append(points[off.argmin()])
-        return np.asarray(np.mean(found, axis=0), np.float32) if found else landmarks
+        from arcface_clients.faces.steps.detect import YuNet
 
-    def _rows(self, image: Array) -> Array:
-        """YuNet's rows float32 (F,15): box, five landmarks, score."""
-        network = self._network()
-        network.setInputSize((image.shape[1], image.shape[0]))
-        rows = network.detect(image)[1]
-        if rows is None:
-            return np.empty((0, 15), np.float32)
-        finite: Array = rows[np.isfinite(rows).all(axis=1)]
-        return finite
-
-    def _network(self) -> cv2.FaceDetectorYN:
-        import cv2
-
-        if not hasattr(self._of_thread, "network"):
+        if not hasattr(self._of_thread, "look"):
             try:
-                network = cv2.FaceDetectorYN.create(str(self.model), "", (320, 320), self.min_score)
-                network.detect(np.zeros((320, 320, 3), np.uint8))
+                self._of_thread.look = YuNet(str(self.model))
             except cv2.error as exc:
                 raise ConfigError(
                     f"{self.model} is not a detector that OpenCV can run ({exc.err or exc}): "
                     f"expected {MODEL_NAME} from {SOURCE}"
                 ) from exc
-            self._of_thread.network = network
-        kept: cv2.FaceDetectorYN = self._of_thread.network
-        return kept
+        look: YuNet = self._of_thread.look
+        return look
+
+
+def _points(row: FloatArray) -> FloatArray:
+    return row[4:14].reshape(5, 2)
+
+
+def _face(row: FloatArray, face: FaceArray) -> DetectedFace:
+    x, y, width, height = row[:4].tolist()
+    return DetectedFace(face, float(row[14]), (x, y, width, height), _points(row))
 
 
 def find_detector(model: Path | str | None = None) -> Path:
@@ -165,7 +146,7 @@ def find_detector(model: Path | str | None = None) -> Path:
     try:
         import cv2  # noqa: F401
     except ImportError as exc:
-        raise DependencyMissing(f"finding faces needs OpenCV ({exc}): pip install opencv-python-headless") from exc
+        raise DependencyMissing(f"finding faces needs OpenCV ({exc}). Next: {how_to_mend(exc)}") from exc
     path = Path(model or os.environ.get("ARCFACE_DETECTOR") or CACHE / MODEL_NAME).expanduser()
     if not path.is_file():
         raise DependencyMissing(
@@ -184,7 +165,7 @@ def detect_crops(files: Iterable[str], detector: FaceDetector) -> Iterator[Crop]
         try:
             if name.lower().endswith(ARRAY_SUFFIXES):
                 raise InvalidFaces("an array of crops, not an image: embed it without --detect")
-            faces = detector.detect(read_photo(name))
+            faces = detector.detect_encoded(Path(name).read_bytes())
             if not faces:
                 raise InvalidFaces(f"no face found (score of at least {detector.min_score:g})")
         except (InvalidFaces, OSError) as exc:

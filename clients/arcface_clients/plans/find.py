@@ -21,7 +21,7 @@ def find_plan(
     sm: str,
     precision: str,
     *,
-    model_repository: Path,
+    model_repository: Path | None,
     cache: Path,
     model: str | None = None,
     tensorrt: str | None = None,
@@ -35,7 +35,7 @@ def find_plan(
     Args:
         sm: of the GPU, "8.6".
         precision: of the plan; no other is used.
-        model_repository: where `arcface assemble` puts plans.
+        model_repository: where `arcface assemble` puts plans; None: only the cache is searched.
         cache: searched recursively.
         model: name of the model; None accepts any.
         tensorrt: version that will load the plan; None: unknown, not checked.
@@ -49,7 +49,7 @@ def find_plan(
     there: set[str] = set()
     refused: list[ArcFaceError] = []
     fitting: list[tuple[Path, PlanManifest]] = []
-    served = served_plans_folder(model_repository)
+    served = served_plans_folder(model_repository) if model_repository else None
     for path in [*([served / f"{sm_tag(sm)}.plan"] if served else []), *_plans_below(cache.expanduser())]:
         if not path.is_file():
             continue
@@ -85,8 +85,9 @@ def find_plan(
             _log.error("refused: %s", exc)
     if refused:
         raise PlanRefused(f"every {precision} plan for SM {sm} was refused. " + " ".join(map(str, refused)))
+    places = [model_repository / "arcface_trt", cache] if model_repository else [cache]
     raise Missing(
-        f"no {precision} plan for SM {sm} in {model_repository / 'arcface_trt'} or {cache} "
+        f"no {precision} plan for SM {sm} in {' or '.join(map(str, places))} "
         f"(found: {', '.join(sorted(there)) or 'none'}). "
         f"Build one here: arcface plan build --precision {precision}, or fetch one: arcface plan pull"
     )

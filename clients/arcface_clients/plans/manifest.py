@@ -34,7 +34,7 @@ class PlanManifest:
 
     size_bytes: of the plan; in the JSON it is called `bytes`.
     gpu: name, driver, cuda, memory_bytes. build: seconds, peak_vram_bytes, created and signed (UTC, ISO 8601), tools;
-        memory: what the plan takes on a GPU (arcface_build.plans.memory).
+        memory: what the plan takes on a GPU (arcface_build.plans.memory); form (arcface_build.graph.tensorrt_form).
     precision_proof: layer counts by precision, from the engine inspector (arcface_build.plans.inspect).
     signature: None, or {algorithm, public_key, value} over all other fields (arcface_clients.plans.signing).
     """

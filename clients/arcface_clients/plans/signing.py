@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcface_clients.errors import Missing, PlanRefused, WrongUse
+from arcface_clients.extras import how_to_get
 from arcface_clients.plans.manifest import PlanManifest, now_utc
 
 if TYPE_CHECKING:
@@ -105,4 +106,4 @@ def _read(path: Path) -> bytes:
 
 def _require_cryptography() -> None:
     if find_spec("cryptography") is None:
-        raise Missing("signatures need the package cryptography: pip install 'arcface-triton[store]'")
+        raise Missing(f"signatures need the package cryptography. Next: {how_to_get('cryptography')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -17,6 +18,14 @@ _SCHEMES = {  # scheme -> (protocol, TLS, Triton's port; HTTPS is a proxy's, Tri
     "http": ("http", False, 8000),
     "https": ("http", True, 443),
 }
+_HOST = re.compile(r"[\w.-]+|[0-9a-f:.]+(%[\w.-]+)?")  # a name, IPv4, or IPv6 with its zone
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this host reaches it, by its name alone; nothing is looked up."""
+    with suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host.rstrip(".").lower() == "localhost"
 
 
 @dataclass(frozen=True)
@@ -46,20 +55,19 @@ class Address:
             raise ConfigError(
                 f"the server URL {url!r} begins with {parts.scheme}://, which is not served. {_EXAMPLES}", key="url"
             )
-        if not parts.hostname or parts.username or parts.query or parts.fragment:
+        host = parts.hostname or ""
+        if not _HOST.fullmatch(host) or re.search(r"\s", url) or parts.username or parts.query or parts.fragment:
             raise ConfigError(f"cannot read the server URL {url!r}. {_EXAMPLES}", key="url")
         protocol, tls, usual_port = _SCHEMES[parts.scheme]
         path = parts.path.rstrip("/")
         if path and protocol == "grpc":
             raise ConfigError(f"the server URL {url!r} has a path, which gRPC knows nothing of. {_EXAMPLES}", key="url")
-        return cls(protocol, tls, parts.hostname, usual_port if port is None else port, path)
+        return cls(protocol, tls, host, usual_port if port is None else port, path)
 
     @property
     def loopback(self) -> bool:
         """Whether the host is this one by name; nothing is looked up."""
-        with suppress(ValueError):
-            return ip_address(self.host).is_loopback
-        return self.host.rstrip(".").lower() == "localhost"
+        return is_loopback(self.host)
 
     @property
     def target(self) -> str:

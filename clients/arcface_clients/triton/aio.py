@@ -60,13 +60,14 @@ class AsyncTritonEmbedder(TritonClient):
         *,
         batch_size: int | None = None,
         retry_for_s: float = STREAM_RETRY_FOR_S,
+        normalized: bool = True,
     ) -> AsyncGenerator[FloatArray, None]:
         """Embeddings of a stream, one for each item and in order; see `TritonEmbedder.encode_stream`."""
         served = await self._known()
         stream = Stream(self._stream_size(served, batch_size), self._session.embedding_dim)
-        async with aclosing(self._in_order(_chunks(items, stream), retry_for_s)) as answers:
+        async with aclosing(self._in_order(_chunks(items, stream), retry_for_s, not normalized)) as answers:
             async for answer in answers:
-                for item in stream.give(answer.embeddings):
+                for item in stream.give(answer.embeddings if normalized else answer.features):
                     yield item
         for item in stream.finished():
             yield item

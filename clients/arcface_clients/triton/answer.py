@@ -35,6 +35,11 @@ class Answer(NamedTuple):
     embeddings: FloatArray
     norms: FloatArray = _NO_NORMS
 
+    @property
+    def features(self) -> FloatArray:
+        """Float32 (N,D): the embeddings as the network gave them, before they were cut to unit length."""
+        return self.embeddings * self.norms[:, None]
+
     def owned(self) -> Answer:
         """The same, which the caller may write to; copied if need be."""
         if self.embeddings.flags.writeable and not self.norms.size:

@@ -87,6 +87,7 @@ class TritonEmbedder(TritonClient):
         *,
         batch_size: int | None = None,
         retry_for_s: float = STREAM_RETRY_FOR_S,
+        normalized: bool = True,
     ) -> Iterator[FloatArray]:
         """Embeddings of a stream, one for each item and in order: (D,) for a face (112,112,3), (n,D) for a batch.
 
@@ -98,13 +99,15 @@ class TritonEmbedder(TritonClient):
             items: faces or batches, uint8 BGR.
             batch_size: faces in a request; default and most: the server's max_batch_size.
             retry_for_s: how long a lost server is tried again.
+            normalized: False gives rows of the length that the network gave them, as InsightFace does.
 
         Raises:
             ConfigError: batch_size is not in 1..max_batch_size.
+            WrongUse: `normalized` is False, and the model was imported before it told its norms.
             What `encode` raises, when the item's turn comes.
         """
         size = self._stream_size(self._known(), batch_size)
-        return self._streamed(items, Stream(size, self._session.embedding_dim), retry_for_s)
+        return self._streamed(items, Stream(size, self._session.embedding_dim), retry_for_s, not normalized)
 
     @property
     def served(self) -> ServedModel:
@@ -129,10 +132,12 @@ class TritonEmbedder(TritonClient):
         session = self._session
         return session.served or run(session.in_time(session.connect(), deadline_s), self._transport())
 
-    def _streamed(self, items: Iterable[FacesLike], stream: Stream, retry_for_s: float) -> Iterator[FloatArray]:
+    def _streamed(
+        self, items: Iterable[FacesLike], stream: Stream, retry_for_s: float, norms: bool
+    ) -> Iterator[FloatArray]:
         chunks = chain(chain.from_iterable(map(stream.take, items)), _later(stream.rest))
-        for answer in self._in_order(chunks, retry_for_s):
-            yield from stream.give(answer.embeddings)
+        for answer in self._in_order(chunks, retry_for_s, norms):
+            yield from stream.give(answer.features if norms else answer.embeddings)
         yield from stream.finished()
 
     def _in_order(

@@ -77,6 +77,12 @@ class ClientOptions:
             return {}
         return {"headers": dict(self.headers), "tls": self.tls, "compression": self.compression}
 
+    def towards(self, url: str, model: str = "") -> ClientOptions:
+        """These options for a server that a command was given; another one gets no keys, and may serve any contract."""
+        same = Address.parse(url) == self.address
+        mine = {} if same else {"headers": {}, "tls": Tls(), "compression": None, "expected_contract": None}
+        return ClientOptions(**{**vars(self), **mine, "url": url, "model": model or self.model})
+
     def connection(self) -> Connection:
         """What a transport is opened with.
 

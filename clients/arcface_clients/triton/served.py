@@ -27,6 +27,8 @@ class ServedModel:
     gpu: int | None  # the leaf's first GPU as the server numbers them; None: it runs on the CPU
     outputs: tuple[str, ...] = (EMBEDDING_OUTPUT,)  # those of the tensor contract that it has
     demo: bool = False  # random weights: its embeddings recognise nobody
+    golden: str | None = None  # the reference's rows of a few faces: `arcface_clients.evidence.golden`
+    max_queue_size: int = 0  # requests that may wait for the leaf; 0: without bound
 
 
 def next_step(config: Mapping[str, Any]) -> str | None:
@@ -72,6 +74,8 @@ def served_model(name: str, configs: Sequence[Mapping[str, Any]]) -> ServedModel
         gpu=_gpu(leaf),
         outputs=tuple(name for name in OUTPUTS if _tensor(top, "output", name)),
         demo=parameters.get("demo", {}).get("string_value", "").lower() in ("true", "1", "yes"),
+        golden=parameters.get("golden", {}).get("string_value") or None,
+        max_queue_size=int(leaf.get("dynamic_batching", {}).get("default_queue_policy", {}).get("max_queue_size", 0)),
     )
 
 

@@ -83,7 +83,7 @@ class Run:
         report = read_report(self.state)
         report["commands"].append(" ".join(["scripts/gpu-check", *sys.argv[1:]]))
         report["host"] = host  # without the Python that had torch on the machine before
-        report["faces"] = {"count": arguments.faces, "origin": "drawn"}
+        report["faces"] = {"count": arguments.faces, "origin": "synthetic"}
         write_json(self.state / "report.json", report)
 
     def stages(self, numbers: Any) -> int:

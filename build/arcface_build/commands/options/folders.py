@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from arcface_build import terminal
 from arcface_build.commands.options.settings import settings
+from arcface_build.shipped import shipped
+from arcface_clients.errors import Missing
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import EmbeddingConfig
@@ -32,15 +35,34 @@ model_repository_option = click.option(
 )
 
 
-def repository_at(given: Path | None) -> Path:
+def repository_at(given: Path | None, *, make: bool = False) -> Path:
     """The model repository from --model-repository, else the configured one, here or in a parent folder.
 
+    One that we made follows the installed version. With `make` one is laid out where there is none: in the configured
+    folder, or in an empty one that was given.
+
     Raises:
-        Missing: there is none.
+        Missing: there is none, and none was asked for.
     """
+    from arcface_build.repository.hand_written import follow, lay_out
     from arcface_build.repository.versions import find_repository
 
-    return find_repository(given, settings().local.model_repository)
+    configured = settings().local.model_repository
+    try:
+        repository = find_repository(given, configured)
+    except Missing:
+        if not make or (given is not None and not (given.is_dir() and not any(given.iterdir()))):
+            raise
+        repository = lay_out((given or configured).absolute())
+        terminal.notice(f"made {repository}: the model repository, without weights yet")
+    followed = follow(repository)
+    if followed.updated:
+        terminal.notice(f"{repository}: brought to this version: {', '.join(followed.updated)}")
+    for name in followed.edited:
+        terminal.complaint(
+            f"kept {repository / name}, which somebody edited; this version's is {shipped('model_repository') / name}"
+        )
+    return repository
 
 
 def with_local(models_dir: Path, model: str | None) -> EmbeddingConfig:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from arcface_clients.arrays import Array
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
+
+if TYPE_CHECKING:
+    from arcface_clients.triton.transports.grpc import GrpcTransport
+    from arcface_clients.triton.transports.http import HttpTransport
 
 
 class Transport(Protocol):
@@ -102,7 +106,34 @@ class AsyncTransport(Protocol):
         ...
 
 
-def open_transport(connection: Connection) -> Transport:
+class FileTransport(Protocol):
+    """What the models that take encoded photos need of a connection."""
+
+    def infer_files(
+        self,
+        model: str,
+        files: Mapping[str, bytes],
+        outputs: Sequence[str],
+        parameters: Mapping[str, float | int | str | bool],
+        timeout_s: float,
+    ) -> Tensors:
+        """The outputs asked for, of any shape; the arrays may be read-only."""
+        ...
+
+    def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
+        """As `Transport.model_config`."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """As `Transport.sleep`."""
+        ...
+
+    def close(self) -> None:
+        """As `Transport.close`."""
+        ...
+
+
+def open_transport(connection: Connection) -> HttpTransport | GrpcTransport:
     """A transport for the address's protocol; does not talk to the server yet.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import grpc_messages as messages
 from arcface_clients.triton.transports import refusals
+from arcface_clients.triton.transports.files import Files, Parameter, pack_grpc, unpack_grpc
 
 
 class GrpcTransport:
@@ -46,6 +47,15 @@ class GrpcTransport:
         with self._errors(model, timeout_s):
             reply = self._infer(body, timeout=timeout_s, metadata=self._metadata)
         return messages.unpack(self._connection, model, reply)
+
+    def infer_files(
+        self, model: str, files: Files, outputs: Sequence[str], parameters: Mapping[str, Parameter], timeout_s: float
+    ) -> Tensors:
+        """The outputs asked for, read-only."""
+        body = pack_grpc(model, files, outputs, parameters)
+        with self._errors(model, timeout_s):
+            reply = self._infer(body, timeout=timeout_s, metadata=self._metadata)
+        return unpack_grpc(self._connection, model, reply)
 
     def infer_shared(self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float) -> Tensors:
         """Faces and embeddings stay in the slot."""

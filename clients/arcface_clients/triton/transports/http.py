@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 from arcface_clients.triton.transports import http_messages as messages
 from arcface_clients.triton.transports import refusals
+from arcface_clients.triton.transports.files import Files, Parameter, pack_http, unpack_http
 
 IDLE_S = 60.0  # a connection that was idle for longer is replaced: what stands between may have forgotten it
 _KEEPALIVE = (("SO_KEEPALIVE", 1), ("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
@@ -51,6 +52,14 @@ class HttpTransport:
     def infer(self, model: str, body: messages.Request, timeout_s: float) -> Tensors:
         """The outputs asked for, read-only."""
         read = partial(messages.unpack, self._connection, model, body.id)
+        return self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, read, body.body, body.headers)
+
+    def infer_files(
+        self, model: str, files: Files, outputs: Sequence[str], parameters: Mapping[str, Parameter], timeout_s: float
+    ) -> Tensors:
+        """The outputs asked for, read-only."""
+        body = pack_http(files, outputs, parameters)
+        read = partial(unpack_http, self._connection, model, body.id)
         return self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, read, body.body, body.headers)
 
     def infer_shared(self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float) -> Tensors:

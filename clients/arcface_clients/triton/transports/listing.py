@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+from collections.abc import Mapping
+from typing import Any
 
-from arcface_clients.errors import DeadlineExceeded
+from arcface_clients.errors import ConfigError, DeadlineExceeded
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.transports import grpc_messages, http_messages, refusals
 
@@ -20,8 +22,24 @@ def models_without_key(connection: Connection, timeout_s: float) -> list[str] | 
         DependencyMissing: the driver of this protocol is not installed.
     """
     if connection.address.protocol == "http":
-        return _over_http(connection, timeout_s)
-    grpc, pb, stubs = grpc_messages.drivers()
+        status, body = http_answer(connection, "POST", "/v2/repository/index", {}, timeout_s)
+        return None if status in (401, 403) else [model["name"] for model in json.loads(body)]
+    _, pb, _ = grpc_messages.drivers()
+    try:
+        reply = grpc_answer(connection, "RepositoryIndex", pb.RepositoryIndexRequest(), {}, timeout_s)
+    except ConfigError:
+        return None
+    return [model.name for model in reply.models]
+
+
+def grpc_answer(connection: Connection, method: str, request: Any, headers: Mapping[str, str], timeout_s: float) -> Any:
+    """The reply to one call on a channel of its own.
+
+    Raises:
+        ServerUnreachable, DeadlineExceeded: no answer.
+        ConfigError: the server restricts this call to whoever has its key.
+    """
+    grpc, _, stubs = grpc_messages.drivers()
     credentials = grpc_messages.credentials(connection)
     target, options = connection.address.target, grpc_messages.channel_options(connection)
     channel = (
@@ -29,19 +47,24 @@ def models_without_key(connection: Connection, timeout_s: float) -> list[str] | 
     )
     with channel:
         try:
-            reply = stubs.GRPCInferenceServiceStub(channel).RepositoryIndex(
-                pb.RepositoryIndexRequest(), timeout=timeout_s
-            )
+            call = getattr(stubs.GRPCInferenceServiceStub(channel), method)
+            return call(request, timeout=timeout_s, metadata=grpc_messages.metadata(headers))
         except grpc.RpcError as exc:
             if "restricted" in (exc.details() or ""):
-                return None
+                raise refusals.refused(connection.address, method, "restricted", exc.details(), busy=False) from exc
             if exc.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise DeadlineExceeded(f"no answer from {connection.address} within {timeout_s:g} s") from exc
             raise refusals.unreachable(connection.address, exc.details()) from exc
-    return [model.name for model in reply.models]
 
 
-def _over_http(connection: Connection, timeout_s: float) -> list[str] | None:
+def http_answer(
+    connection: Connection, verb: str, path: str, headers: Mapping[str, str], timeout_s: float
+) -> tuple[int, bytes]:
+    """Status and body of one request on a connection of its own.
+
+    Raises:
+        ServerUnreachable: no answer.
+    """
     address, context = connection.address, http_messages.tls_context(connection)
     opened = (
         http.client.HTTPSConnection(address.host, address.port, timeout=timeout_s, context=context)
@@ -49,11 +72,10 @@ def _over_http(connection: Connection, timeout_s: float) -> list[str] | None:
         else http.client.HTTPConnection(address.host, address.port, timeout=timeout_s)
     )
     try:
-        opened.request("POST", f"{address.path}/v2/repository/index", b"{}")
+        opened.request(verb, f"{address.path}{path}", b"{}" if verb == "POST" else None, dict(headers))
         reply = opened.getresponse()
-        body = reply.read()
+        return reply.status, reply.read()
     except (OSError, http.client.HTTPException) as exc:
         raise refusals.unreachable(address, exc) from exc
     finally:
         opened.close()
-    return None if reply.status in (401, 403) else [model["name"] for model in json.loads(body)]

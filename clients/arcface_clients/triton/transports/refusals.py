@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.request import proxy_bypass
 
 from arcface_clients.errors import (
     ArcFaceError,
@@ -18,6 +20,7 @@ from arcface_clients.errors import (
     SharedMemoryLost,
 )
 from arcface_clients.triton.address import Address
+from arcface_clients.triton.transports.distrust import tls_reason
 
 _NOT_READY = (
     "unknown model",
@@ -30,6 +33,7 @@ _NOT_READY = (
 )
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 """What an answer of the wrong shape raises in the hands of someone who expects the right one."""
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order
 _OVERLOADED = ("exceeds maximum queue size", "request timeout expired")
 
 
@@ -47,8 +51,11 @@ def too_late(address: Address, model: str, timeout_s: float) -> DeadlineExceeded
 
 def unreachable(address: Address, why: object) -> ServerUnreachable:
     """The connection failed, not the server."""
+    if distrust := tls_reason(address, str(why)):
+        return ServerUnreachable(f"{address} {distrust}")
     return ServerUnreachable(
-        f"no Triton server answers at {address}: {why}.{_port_hint(address, str(why))} Start one: arcface serve"
+        f"no Triton server answers at {address}: {why}.{_port_hint(address, str(why))}{_proxy_hint(address)} "
+        "Start one: arcface serve"
     )
 
 
@@ -98,11 +105,29 @@ def wrong_answer(address: Address, model: str, got: str) -> InferenceFailed:
     )
 
 
+def _proxy_hint(address: Address) -> str:
+    """A sentence where gRPC asks a proxy of the environment for this server; "" otherwise, as on this host."""
+    if address.protocol != "grpc" or address.loopback:
+        return ""
+    named = next((name for name in _PROXIES if os.environ.get(name)), None)
+    if named is None or proxy_bypass(address.target):
+        return ""
+    proxy = os.environ[named].rpartition("@")[2]  # without a password in it
+    return f" It was asked for through {named}={proxy}; to go past that: no_proxy={address.host}."
+
+
 def _port_hint(address: Address, words: str) -> str:
     """A sentence for the commonest slip, one protocol on the other's port; "" otherwise."""
     text = words.lower()
-    if address.protocol == "grpc" and (address.port == 8000 or "socket closed" in text):
-        return f" If port {address.port} is the HTTP port: http://{address.target}."
+    cut = "socket closed" in text or "reset by peer" in text or "certificate required" in text
+    if address.tls and address.protocol == "http" and "unexpected_eof" in text:
+        return " If nothing stands before it: Triton's HTTP has no TLS of its own, use grpcs://."
+    if address.tls and cut:
+        return " If it wants a certificate of its clients: triton.tls.cert_file and key_file."
+    if address.protocol == "grpc" and (address.port == 8000 or cut):
+        return (
+            f" If it is encrypted: grpcs://{address.target}; if port {address.port} is HTTP: http://{address.target}."
+        )
     if address.protocol == "http" and (address.port == 8001 or "badstatusline" in text):
         return f" If port {address.port} is the gRPC port: grpc://{address.target}."
     return ""

@@ -1,0 +1,56 @@
+"""Installs a face detector as a version of `photo_faces`, the served model that takes photos."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from arcface_build.errors import SourceRefused
+from arcface_build.repository.versions import PHOTO_MODEL, install, served_manifest, versions
+from arcface_clients.errors import ConfigError, Missing
+from arcface_clients.extras import how_to_get
+from arcface_clients.faces.detect import FaceDetector, find_detector
+from arcface_clients.plans.manifest import file_sha256
+
+VERIFY_MODEL = "photo_verify"
+YUNET_LICENCE = "MIT (OpenCV Zoo)"
+
+
+def install_detector(file: Path | None, repository: Path, licence: str = YUNET_LICENCE, keep: int = 3) -> int:
+    """Install YuNet's ONNX (None: where `find_detector` finds it); returns the version of `photo_faces` that has it.
+
+    Raises:
+        DependencyMissing: no OpenCV, or no such file.
+        SourceRefused: the file is no detector that OpenCV can run.
+        Missing: the repository has no model `photo_faces`.
+    """
+    if not (repository / PHOTO_MODEL / "config.pbtxt").is_file():
+        raise Missing(
+            f"{repository} has no model {PHOTO_MODEL}: expected {PHOTO_MODEL}/config.pbtxt in it. "
+            "Take model_repository/ of this version of arcface-triton"
+        )
+    found = find_detector(file)
+    try:
+        FaceDetector(found)
+    except ConfigError as exc:
+        raise SourceRefused(str(exc)) from exc
+    source = {"kind": "detector", "file": found.name, "sha256": file_sha256(found), "licence": licence}
+    manifest = {"name": found.stem, "detector": "yunet", "source": source}
+    return install(repository, PHOTO_MODEL, {"detector.onnx": found}, manifest, keep=keep)
+
+
+def installed_detector(repository: Path) -> dict[str, Any] | None:
+    """The manifest of the detector that `photo_faces` would be served with, None if there is none."""
+    return served_manifest(repository, PHOTO_MODEL) if versions(repository / PHOTO_MODEL) else None
+
+
+def photo_models(repository: Path) -> tuple[list[str], str]:
+    """The models to load for photos, and a line that says why: none without a detector, or without what decodes."""
+    if not versions(repository / PHOTO_MODEL):
+        return [], "photos: not served, no detector. Next: arcface import-detector FILE"
+    lacking = [module for module in ("cv2", "PIL") if find_spec(module) is None]
+    if lacking:
+        return [], f"photos: not served, {lacking[0]} is missing. Next: {how_to_get(lacking[0])}"
+    models = [name for name in (PHOTO_MODEL, VERIFY_MODEL) if (repository / name / "config.pbtxt").is_file()]
+    return models, f"photos: {', '.join(models)} with {(installed_detector(repository) or {})['name']}"

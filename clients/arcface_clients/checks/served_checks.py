@@ -1,0 +1,82 @@
+"""What a running server shows whoever calls it: its drift from golden rows, its queue, and when it last answered."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from arcface_clients.checks.report import Check
+from arcface_clients.errors import ArcFaceError, BackendUnavailable
+from arcface_clients.evidence.gate import judge_embeddings
+from arcface_clients.evidence.golden import golden_faces, golden_rows
+from arcface_clients.triton.embedder import TritonEmbedder
+from arcface_clients.triton.transports.statistics import model_statistics
+
+if TYPE_CHECKING:
+    from arcface_clients.config.schema import EmbeddingConfig
+    from arcface_clients.triton.served import ServedModel
+
+TIMEOUT_S = 3.0
+
+
+def served_checks(settings: EmbeddingConfig, timeout_s: float = TIMEOUT_S) -> list[Check]:
+    """Drift, queue and answers of the model at triton.url; `absent` where no server answers, which `server` reports."""
+    options = {**vars(settings.triton), "timeout_s": timeout_s, "retry_for_s": 0.0, "shared_memory": False}
+    try:
+        with TritonEmbedder(**options) as embedder:
+            served = embedder.ensure_ready()
+            # Before our own faces are counted among the answers.
+            before = model_statistics(settings.triton.connection(), served.leaf, timeout_s)
+            started = time.perf_counter()
+            drift = check_drift(embedder, served, settings)
+            took_ms = 1000 * (time.perf_counter() - started)
+    except BackendUnavailable as exc:
+        return [Check(name, "absent", f"not asked: {exc}") for name in ("drift", "queue", "answers")]
+    if before.answered:
+        age_s = max(time.time() - before.last_s, 0.0)
+        answers = f"{before.answered} before, the last {age_s:.0f} s ago, {before.failed} failed"
+    else:
+        answers = "none before"
+    waited = f"; a request waited {before.mean_queue_ms:.1f} ms in the mean" if before.answered else ""
+    return [
+        drift,
+        check_queue(served, waited),
+        Check("answers", "ok", f"{len(golden_faces())} faces in {took_ms:.0f} ms; {answers}"),
+    ]
+
+
+def check_drift(embedder: TritonEmbedder, served: ServedModel, settings: EmbeddingConfig) -> Check:
+    """The served model's embeddings of the golden faces beside what the reference gave for them at the import."""
+    faces, golden = golden_faces(), golden_rows(served.golden)
+    try:
+        rows = embedder.encode(faces)
+    except BackendUnavailable:
+        raise
+    except ArcFaceError as exc:
+        return Check("drift", "problem", str(exc), "see the server's log; go back: arcface rollback")
+    if golden is None:
+        return Check(
+            "drift",
+            "absent",
+            f"{served.leaf} has no golden rows: it was imported by an older version, or served without the overlay",
+            "arcface import SOURCE, and serve it by: arcface serve (or --model-config-name onnx)",
+        )
+    precision = served.precision or "fp32"
+    verdict = judge_embeddings(golden, rows, precision, settings.comparison.max_drift.model_dump())
+    if not verdict.passed:
+        fix = "which faces: arcface parity, arcface compare; go back: arcface rollback"
+        return Check("drift", "problem", f"golden rows of the reference: {verdict.why}", fix)
+    found = f"{len(faces)} golden rows of the reference: drift {max(verdict.max_drift, 0):.1e} ≤ {verdict.limit:g}"
+    return Check("drift", "ok", f"{found} ({precision})")
+
+
+def check_queue(served: ServedModel, waited: str = "") -> Check:
+    """Whether the queue of the model that computes is bounded: without that, an overload fills the server's memory."""
+    if served.max_queue_size:
+        return Check("queue", "ok", f"at most {served.max_queue_size} requests wait for {served.leaf}{waited}")
+    return Check(
+        "queue",
+        "problem",
+        f"the queue of {served.leaf} has no bound: under load it fills the server's memory{waited}",
+        "dynamic_batching { default_queue_policy … } as in model_repository/arcface_onnx/config.pbtxt",
+    )

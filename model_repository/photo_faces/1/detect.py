@@ -1,0 +1,151 @@
+"""Finds the faces of a photo: boxes, scores and five landmarks each.
+
+The seam for other detectors is `Look`: an image in, rows out. Everything else here is the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+Image = npt.NDArray[np.uint8]
+Rows = npt.NDArray[np.float32]
+Look = Callable[[Image, float], Rows]
+"""An image uint8 (H,W,3) BGR and the lowest score in; float32 (F,15) out: x, y, width, height, five landmarks (eyes,
+nose, mouth corners, from left to right), score; in pixels of the image."""
+
+MAX_SIDE = 1280  # larger photos are shrunk to this for detection; faces are cropped from the photo itself
+MIN_SCORE = 0.7
+MIN_SIZE = 16
+# YuNet's landmarks shift by several pixels with the size of the face. Looking again at each face, resized to LOOK_SIDE,
+# and then at its mirror image makes alignment more stable.
+LOOKS = 3
+LOOK_SIDE = 128
+LOOK_MARGIN = 1.5
+KEPT_SIZES = 4  # networks in memory; each holds what one image of its size needs
+
+
+class YuNet:
+    """OpenCV's detector; for one thread."""
+
+    def __init__(self, file: str) -> None:
+        """Load it, and try it on nothing.
+
+        Raises:
+            cv2.error: not a file that OpenCV can run as YuNet.
+        """
+        self._file = file
+        # OpenCV prepares a network anew for each size of image, which takes longer than to look at a small one.
+        self._of_size: OrderedDict[tuple[int, int], cv2.FaceDetectorYN] = OrderedDict()
+        self(np.zeros((LOOK_SIDE, LOOK_SIDE, 3), np.uint8), MIN_SCORE)
+
+    def __call__(self, image_bgr: Image, min_score: float) -> Rows:
+        """See `Look`."""
+        network = self._network((image_bgr.shape[1], image_bgr.shape[0]))
+        network.setScoreThreshold(min_score)
+        rows = network.detect(image_bgr)[1]
+        if rows is None:
+            return np.empty((0, 15), np.float32)
+        return np.asarray(rows[np.isfinite(rows).all(axis=1)], np.float32)
+
+    def _network(self, size: tuple[int, int]) -> cv2.FaceDetectorYN:
+        """The network for images of this size, made or kept: the sizes used last, and LOOK_SIDE's always."""
+        network = self._of_size.get(size) or cv2.FaceDetectorYN.create(self._file, "", size, MIN_SCORE)
+        self._of_size[size] = network
+        self._of_size.move_to_end(size)
+        if len(self._of_size) > KEPT_SIZES:
+            oldest = next(each for each in self._of_size if each != (LOOK_SIDE, LOOK_SIDE))
+            del self._of_size[oldest]
+        return network
+
+
+def find_faces(
+    look: Look,
+    image_bgr: Image,
+    scale: float = 1,
+    *,
+    min_score: float = MIN_SCORE,
+    min_size: float = MIN_SIZE,
+    max_faces: int = 0,
+    max_side: int = MAX_SIDE,
+    looks: int = LOOKS,
+    look_side: int = LOOK_SIDE,
+) -> Rows:
+    """The faces of a photo, float32 (F,15) as of `Look` in pixels of the photo, best score first.
+
+    Args:
+        look: the detector.
+        image_bgr: the photo, or a reduced copy whose pixel v shows the photo at (v + 0.5) / scale − 0.5.
+        scale: of the copy.
+        min_score: lowest score of a face, 0..1.
+        min_size: smallest side of a face, in pixels of the photo.
+        max_faces: so many of the best; 0: all.
+        max_side: larger images are shrunk to this for detection.
+        looks: how often a face is looked at: 1, in the photo; 2, again by itself; 3, and at its mirror image.
+        look_side: pixels of a face's picture for the second and third look.
+    """
+    shrink = min(1.0, max_side / max(image_bgr.shape[:2]))
+    if min(image_bgr.shape[:2]) * shrink < 1:  # a line: nothing is left of it
+        return np.empty((0, 15), np.float32)
+    small, small_scale = image_bgr, scale
+    if shrink < 1:
+        small = np.asarray(cv2.resize(image_bgr, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA), np.uint8)
+        small_scale = scale * shrink
+    rows: Rows = look(small, min_score).copy()
+    shift = 0.5 / small_scale - 0.5
+    rows[:, :14] /= small_scale
+    rows[:, [0, 1, *range(4, 14)]] += shift
+    rows = rows[rows[:, 2:4].min(axis=1) >= min_size]
+    best_first: Rows = rows[np.lexsort((rows[:, 1], rows[:, 0], -rows[:, 14]))]
+    if max_faces:
+        best_first = best_first[:max_faces]
+    for row in best_first if looks > 1 else ():
+        patch, zoom, corner = _patch(image_bgr, scale, small, small_scale, row[:4].astype(np.float64), look_side)
+        points = _look_again(look, patch, zoom, corner, row[4:14].reshape(5, 2), min_score, looks > 2)
+        row[4:14] = points.reshape(10)
+    # Landmarks in one point are no face, and cannot be aligned.
+    spread = np.ptp(best_first[:, 4:14].reshape(-1, 5, 2), axis=1).max(axis=1)
+    faces: Rows = best_first[spread > 1e-3]
+    return faces
+
+
+def _patch(
+    image: Image, scale: float, small: Image, small_scale: float, box: npt.NDArray[np.float64], side: int
+) -> tuple[Image, float, npt.NDArray[np.float64]]:
+    """A face and its surroundings as uint8 (side,side,3), its zoom, and its corner in the photo."""
+    reach = LOOK_MARGIN * float(max(box[2:]))
+    zoom = side / reach  # pixels of the patch for one of the photo
+    corner = box[:2] + box[2:] / 2 - reach / 2
+    # warpAffine does not average, so a large face is taken from the copy that was shrunk with averaging.
+    source, source_scale = (small, small_scale) if zoom < small_scale else (image, scale)
+    shift = zoom * (0.5 / source_scale - 0.5 - corner)
+    matrix = np.array([[zoom / source_scale, 0, shift[0]], [0, zoom / source_scale, shift[1]]])
+    return np.asarray(cv2.warpAffine(source, matrix, (side, side)), np.uint8), zoom, corner
+
+
+def _look_again(
+    look: Look,
+    patch: Image,
+    zoom: float,
+    corner: npt.NDArray[np.float64],
+    landmarks: Rows,
+    min_score: float,
+    mirror: bool,
+) -> npt.NDArray[Any]:
+    """Mean of the landmarks (5,2) found on a face's patch and its mirror image; `landmarks` if it is not found."""
+    side, found = len(patch), []
+    for mirrored in (False, True)[: 1 + mirror]:
+        rows = look(np.ascontiguousarray(patch[:, ::-1]) if mirrored else patch, min_score)
+        points = rows[:, 4:14].reshape(-1, 5, 2)
+        if mirrored:
+            points = np.stack([side - 1 - points[..., 0], points[..., 1]], axis=-1)[:, [1, 0, 2, 4, 3]]
+        points = points / zoom + corner
+        off = np.linalg.norm(points.mean(axis=1) - landmarks.mean(axis=0), axis=1)
+        if len(off) and off.min() < 0.25 * side / zoom:
+            found.append(points[off.argmin()])
+    return np.mean(found, axis=0) if found else landmarks

@@ -1,0 +1,204 @@
+"""Photos in, faces out: decodes a photo, finds and aligns its faces, and has `arcface` embed them.
+
+The steps are decode.py, detect.py and align.py beside this file, the same files as in our Python package. `arcface` is
+called with all faces of a photo at once (BLS); while this instance waits, others send theirs, and its dynamic batcher
+mixes them. A photo that cannot be used is refused with INVALID_ARG, and nothing else is: no face is an answer.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from align import FACE_SIZE, align_face, magnification
+from decode import BadPhoto, Photo, from_base64
+from detect import MAX_SIDE, MIN_SCORE, MIN_SIZE, YuNet, find_faces
+
+BATCH = 64  # max_batch_size of `arcface`
+STAGES = ("decode", "detect", "align", "embed")
+FACES = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+REFUSED = "photo refused: "  # how the message of a bad photo begins, for clients to know it by
+
+
+class TritonPythonModel:
+    """One instance; several run at a time."""
+
+    @staticmethod
+    def auto_complete_config(config):
+        """Nothing to add: config.pbtxt says it all."""
+        return config
+
+    def initialize(self, args):
+        """Load the detector."""
+        config = json.loads(args["model_config"])
+        told = {key: value["string_value"] for key, value in config["parameters"].items()}
+        self.embedder = told["embedder"]
+        self.max_bytes, self.max_pixels = int(told["max_bytes"]), int(told["max_pixels"])
+        self.max_faces = int(told["max_faces"])
+        self.outputs = [output["name"] for output in config["output"]]
+        cv2.setNumThreads(int(told["threads"]))
+        self.look = _detector(Path(args["model_repository"]) / args["model_version"])
+        warm_up = cv2.imencode(".jpg", np.zeros((64, 64, 3), np.uint8))[1].tobytes()
+        find_faces(self.look, Photo(warm_up).pixels())  # Pillow imports its formats with the first photo
+        self.meter = Meter()
+
+    def execute(self, requests):
+        """Answer each request on its own."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request):
+        try:
+            asked = Asked(request, self.max_faces)
+            encoded = _bytes_of(pb_utils.get_input_tensor_by_name(request, "image").as_numpy())
+            found = self._faces(encoded, asked)
+            wanted = set(request.requested_output_names())
+            if not asked.crop and wanted >= set(self.outputs):  # who names no output asks for all
+                wanted.discard("crop")
+            tensors = [pb_utils.Tensor(name, np.ascontiguousarray(found[name])) for name in sorted(wanted)]
+            self.meter.answered(len(found["box"]))
+            return pb_utils.InferenceResponse(output_tensors=tensors)
+        except BadPhoto as exc:
+            self.meter.refused()
+            return _error(f"{REFUSED}{exc}", pb_utils.TritonError.INVALID_ARG)
+        except (ValueError, MemoryError) as exc:
+            return _error(f"photo_faces: {exc or type(exc).__name__}", pb_utils.TritonError.INVALID_ARG)
+        except Failed as exc:
+            return _error(f"photo_faces: {exc}", pb_utils.TritonError.UNAVAILABLE)
+        except Exception as exc:
+            return _error(f"photo_faces: {type(exc).__name__}: {exc}", pb_utils.TritonError.INTERNAL)
+
+    def _faces(self, encoded, asked):
+        with self.meter.stage("decode"):
+            if len(encoded) > self.max_bytes:
+                raise BadPhoto(f"{len(encoded):,} bytes; expected at most {self.max_bytes:,}")
+            photo = Photo(from_base64(encoded), self.max_pixels)
+            reduction = photo.reduction(MAX_SIDE)
+            pixels = photo.pixels(reduction)
+        with self.meter.stage("detect"):
+            limits = {"min_score": asked.min_score, "min_size": asked.min_size, "max_faces": asked.max_faces}
+            rows = find_faces(self.look, pixels, 1 / reduction, **limits)
+        landmarks = rows[:, 4:14].reshape(-1, 5, 2)
+        finer = photo.finer(reduction, max(map(magnification, landmarks), default=0))
+        if finer < reduction:  # a face so small that the crop has room for more of the photo's pixels
+            with self.meter.stage("decode"):
+                reduction, pixels = finer, photo.pixels(finer)
+        with self.meter.stage("align"):
+            crops = np.empty((len(rows), FACE_SIZE, FACE_SIZE, 3), np.uint8)
+            for crop, points in zip(crops, landmarks, strict=True):
+                crop[:] = align_face(pixels, points, 1 / reduction)
+        del pixels
+        with self.meter.stage("embed"):
+            embedded = self._embed(crops)
+        return {"box": rows[:, :4], "score": rows[:, 14], "landmarks": landmarks, "crop": crops, **embedded}
+
+    def _embed(self, crops):
+        """embedding, norm and contract of the crops, which `arcface` makes; batches of 64 one after the other."""
+        names = ["embedding", "norm", "contract"]
+        parts = {name: [] for name in names}
+        for start in range(0, len(crops), BATCH):
+            request = pb_utils.InferenceRequest(
+                model_name=self.embedder,
+                requested_output_names=names,
+                inputs=[pb_utils.Tensor("face", crops[start : start + BATCH])],
+                preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
+            )
+            answer = request.exec()
+            if answer.has_error():
+                raise Failed(f"{self.embedder}: {answer.error().message()}")
+            for name in names:
+                parts[name].append(pb_utils.get_output_tensor_by_name(answer, name).as_numpy())
+        if not len(crops):
+            none = {"embedding": np.empty((0, 0), np.float32), "norm": np.empty((0, 1), np.float32)}
+            return {**none, "contract": np.empty((0, 4), np.int32)}
+        return {name: np.concatenate(found) for name, found in parts.items()}
+
+
+class Failed(Exception):
+    """The photo was right, but `arcface` did not answer."""
+
+
+class Asked:
+    """The parameters of a request: min_score, min_size, max_faces, crop; numbers may come as text."""
+
+    def __init__(self, request, max_faces):
+        """Read and check them."""
+        told = json.loads(request.parameters() or "{}")
+        self.min_score = _number(told, "min_score", MIN_SCORE, 0.01, 0.99)
+        self.min_size = _number(told, "min_size", MIN_SIZE, 1, 1e5)
+        self.max_faces = int(_number(told, "max_faces", max_faces, 1, max_faces))
+        self.crop = str(told.get("crop", "")).lower() in ("true", "1", "yes")
+
+
+class Meter:
+    """What Triton's metrics show of this model: photos, faces, refusals and microseconds by stage."""
+
+    def __init__(self):
+        """Register the families; they are shared with the other instances."""
+        counter, histogram = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.HISTOGRAM
+        make = pb_utils.MetricFamily
+        photos = make(name="arcface_photos", description="photos, by what became of them", kind=counter)
+        faces = make(name="arcface_photo_faces", description="faces a photo", kind=histogram)
+        stages = make(name="arcface_photo_stage_us", description="microseconds spent on photos, by stage", kind=counter)
+        self.families = (photos, faces, stages)  # kept alive: a metric ends with its family
+        self.photos = {end: photos.Metric(labels={"outcome": end}) for end in ("answered", "refused")}
+        self.faces = faces.Metric(labels={"model": "photo_faces"}, buckets=FACES)
+        self.stages = {stage: stages.Metric(labels={"stage": stage}) for stage in STAGES}
+
+    def answered(self, faces):
+        """One photo with so many faces."""
+        self.photos["answered"].increment(1)
+        self.faces.observe(faces)
+
+    def refused(self):
+        """One bad photo."""
+        self.photos["refused"].increment(1)
+
+    def stage(self, name):
+        """A context manager that adds the time spent in it."""
+        return Timed(self.stages[name])
+
+
+class Timed:
+    """Adds the time between enter and exit to a counter, in microseconds."""
+
+    def __init__(self, counter):
+        """Nothing is counted yet."""
+        self.counter = counter
+
+    def __enter__(self):
+        """Start."""
+        self.start_ns = time.perf_counter_ns()
+
+    def __exit__(self, *_):
+        """Add."""
+        self.counter.increment((time.perf_counter_ns() - self.start_ns) / 1000)
+
+
+def _bytes_of(image):
+    if image.size != 1:
+        raise ValueError(f"image has shape {list(image.shape)}: expected [1], one photo a request")
+    return bytes(image.reshape(-1)[0])
+
+
+def _number(told, key, default, low, high):
+    try:
+        number = float(told.get(key, default))
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not low <= number <= high:
+        raise ValueError(f"{key} is {told[key]!r}: expected a number in {low:g}..{high:g}")
+    return number
+
+
+def _detector(folder):
+    """The detector in a version folder, as its manifest.json says; a seam: see `Look` in detect.py."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        raise pb_utils.TritonModelException(f"no detector in {folder}: arcface import-detector FILE")
+    return YuNet(str(folder / "detector.onnx"))
+
+
+def _error(words, code):
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(words, code))

@@ -1,0 +1,118 @@
+"""The hand-written files of a model repository: laid out where there are none, followed, never over an edit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from arcface_build.repository.hand_written import MEMORY, Followed, follow, hand_written, lay_out
+from arcface_build.repository.versions import find_repository
+from arcface_clients.errors import Missing, WrongUse
+from conftest import REPO
+
+
+@pytest.fixture
+def shipped(tmp_path: Path) -> Path:
+    """What a version brings, to be changed by a test."""
+    return lay_out(tmp_path / "shipped", REPO / "model_repository")
+
+
+def test_the_hand_written_files_are_those_in_git():
+    line = ["git", "ls-files", "model_repository"]
+    listed = subprocess.run(line, cwd=REPO, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    in_git = [name.removeprefix("model_repository/") for name in listed.stdout.splitlines()]
+    assert hand_written(REPO / "model_repository") == sorted(in_git)
+
+
+def test_a_repository_is_laid_out_without_what_the_build_wrote_into_the_other(shipped, tmp_path):
+    (shipped / "arcface_onnx" / "1" / "model.onnx").write_bytes(b"weights")
+    (shipped / "arcface_onnx" / "configs").mkdir()
+    (shipped / "arcface_onnx" / "configs" / "onnx.pbtxt").write_text("an overlay")
+    (shipped / "arcface" / "configs" / "tuned.pbtxt").write_text("tuned")
+    made = lay_out(tmp_path / "new", shipped)
+    assert find_repository(made) == made
+    assert hand_written(made) == hand_written(REPO / "model_repository")
+    assert not list(made.glob("*/1/*.onnx")) and not (made / "arcface_onnx" / "configs").exists()
+    assert not list(made.rglob("tuned.pbtxt"))
+
+
+def test_an_empty_folder_is_filled_and_any_other_refused(shipped, tmp_path):
+    (tmp_path / "volume").mkdir()
+    assert lay_out(tmp_path / "volume", shipped).is_dir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"")
+    with pytest.raises(WrongUse, match="neither a model repository of ours nor empty"):
+        lay_out(tmp_path / "photos", shipped)
+
+
+def test_a_copy_that_fails_leaves_nothing(shipped, tmp_path):
+    (shipped / "arcface_trt" / "config.pbtxt").unlink()
+    (shipped / "arcface_trt" / "config.pbtxt").mkdir()
+    with pytest.raises(IsADirectoryError):
+        lay_out(tmp_path / "new", shipped)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_later_version_replaces_what_nobody_edited_and_leaves_weights_alone(shipped, tmp_path):
+    made = lay_out(tmp_path / "new", shipped)
+    assert follow(made, shipped) == Followed()
+    (made / "arcface_onnx" / "1" / "model.onnx").write_bytes(b"weights")
+    edited, untouched = "arcface/config.pbtxt", "embedding_drift/1/model.py"
+    (made / edited).write_text("# ours")
+    for name in (edited, untouched):
+        (shipped / name).write_text("# of the next version")
+    (shipped / "photo_faces").mkdir()
+    (shipped / "photo_faces" / "config.pbtxt").write_text('name: "photo_faces"')
+    (shipped / "arcface_parity" / "configs" / "tensorrt.pbtxt").unlink()
+
+    followed = follow(made, shipped)
+    assert set(followed.updated) == {
+        untouched, "photo_faces/config.pbtxt", "arcface_parity/configs/tensorrt.pbtxt"
+    }  # fmt: skip
+    assert followed.edited == (edited,)
+    assert (made / edited).read_text() == "# ours"
+    assert (made / untouched).read_text() == "# of the next version"
+    assert not (made / "arcface_parity" / "configs" / "tensorrt.pbtxt").exists()
+    assert (made / "arcface_onnx" / "1" / "model.onnx").read_bytes() == b"weights"
+    assert follow(made, shipped) == Followed(edited=(edited,)), "said until it is settled"
+    (made / edited).unlink()
+    assert follow(made, shipped).updated == (edited,)
+    assert follow(made, shipped) == Followed()
+
+
+def test_an_edit_is_nothing_to_talk_about_while_the_version_stays(shipped, tmp_path):
+    made = lay_out(tmp_path / "new", shipped)
+    (made / "arcface" / "config.pbtxt").write_text("# ours")
+    assert follow(made, shipped) == Followed()
+
+
+def test_code_follows_in_every_version_of_its_model(shipped, tmp_path):
+    made = lay_out(tmp_path / "new", shipped)
+    model = made / "arcface_reference"
+    for version in ("2", "3"):
+        shutil.copytree(model / "1", model / version)
+    (model / "3" / "model.py").write_text("# ours")
+    (shipped / "arcface_reference" / "1" / "model.py").write_text("# of the next version")
+    followed = follow(made, shipped)
+    assert followed.updated == ("arcface_reference/1/model.py", "arcface_reference/2/model.py")
+    assert followed.edited == ("arcface_reference/3/model.py",)
+
+
+def test_a_checkout_is_never_touched(shipped, tmp_path):
+    made = lay_out(tmp_path / "new", shipped)
+    (made / MEMORY).unlink()
+    (shipped / "arcface" / "config.pbtxt").write_text("# of the next version")
+    assert follow(made, shipped) == Followed()
+
+
+def test_a_memory_that_cannot_be_read_is_said(shipped, tmp_path):
+    made = lay_out(tmp_path / "new", shipped)
+    (made / MEMORY).write_text(json.dumps(["?"]))
+    with pytest.raises(Missing, match=rf"{MEMORY} cannot be read .* Next: delete it"):
+        follow(made, shipped)

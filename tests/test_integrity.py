@@ -1,0 +1,126 @@
+"""What lies in a version folder or a model folder is what its manifest says, whichever command looks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from arcface_build.repository.assemble import assemble
+from arcface_build.repository.mend import mend
+from arcface_build.repository.versions import check_served, roll_back, served_folder, versions
+from arcface_build.serving.host_checks import check_weights
+from arcface_clients.config.schema import EmbeddingConfig
+from arcface_clients.engines.onnx import OnnxEngine
+from arcface_clients.engines.onnx_contract import contract_in
+from arcface_clients.errors import ContractMismatch, GateFailed
+from conftest import copy_repository
+from tiny_model import write_model
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    return write_model(tmp_path / "models" / "tiny")
+
+
+@pytest.fixture
+def other_dir(tmp_path):
+    return write_model(tmp_path / "models" / "other", seed=1)
+
+
+@pytest.fixture
+def repository(tmp_path, model_dir):
+    repository = copy_repository(tmp_path)
+    assemble(model_dir, repository)
+    return repository
+
+
+def edit(manifest, **changed) -> None:
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changed}))
+
+
+def exchanged(version, other_dir) -> None:
+    shutil.copyfile(other_dir / "serving.onnx", version / "model.onnx")
+
+
+def other_contract(version, other_dir) -> None:
+    edit(version / "manifest.json", contract_id="2" * 64)
+
+
+def other_precision(version, other_dir) -> None:
+    edit(version / "manifest.json", precision="int8")
+
+
+def gone(version, other_dir) -> None:
+    (version / "model.onnx").unlink()
+
+
+def exchanged_before_digests_were_kept(version, other_dir) -> None:
+    manifest = json.loads((version / "manifest.json").read_text())
+    (version / "manifest.json").write_text(json.dumps({k: manifest[k] for k in manifest if k not in ("files", "seal")}))
+    exchanged(version, other_dir)
+
+
+DAMAGE = {
+    exchanged: r"model\.onnx was changed: expected sha256 \w{12}…, got \w{12}…",
+    other_contract: r"its manifest\.json was edited",
+    other_precision: r"its manifest\.json was edited",
+    gone: r"model\.onnx is gone",
+    exchanged_before_digests_were_kept: r"model\.onnx names contract \w{12}…, its manifest\.json \w{12}…",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_version_changed_by_hand_is_refused_named_and_mended_by_assemble(repository, model_dir, other_dir, damage):
+    check_served(repository, "arcface_onnx")
+    damage(served_folder(repository, "arcface_onnx"), other_dir)
+    with pytest.raises(GateFailed, match=rf"arcface_onnx/1 is not what was installed: {DAMAGE[damage]}\. Install"):
+        check_served(repository, "arcface_onnx")
+    check = check_weights(EmbeddingConfig(local={"model_repository": repository}))
+    assert check.status == "problem" and "arcface_onnx/1 is not what was installed" in check.found
+    overlay = repository / "arcface_onnx" / "configs" / "onnx.pbtxt"
+    described = overlay.read_text()
+    assert mend(repository) == [] and overlay.read_text() == described
+    assert assemble(model_dir, repository)["arcface_onnx"] == 2
+    check_served(repository, "arcface_onnx")
+
+
+def test_rollback_refuses_to_go_back_to_a_version_that_was_changed(repository, model_dir, other_dir):
+    assemble(other_dir, repository)
+    exchanged(repository / "arcface_onnx" / "1", other_dir)
+    with pytest.raises(GateFailed, match="arcface_onnx/1 is not what was installed"):
+        roll_back(repository, "arcface_onnx")
+    assert versions(repository / "arcface_onnx") == [1, 2]
+
+
+def test_a_rolled_back_version_is_still_what_was_installed(repository, model_dir, other_dir):
+    assemble(other_dir, repository)
+    roll_back(repository, "arcface_onnx")
+    check_served(repository, "arcface_onnx")
+    assert assemble(model_dir, repository)["arcface_onnx"] == 1
+
+
+def test_a_manifest_with_another_contract_than_its_onnx_is_refused_by_assemble_and_the_engine(repository, model_dir):
+    assert contract_in(model_dir / "source.onnx") is None
+    edit(model_dir / "manifest.json", contract_id="2" * 64)
+    expected = r"serving\.onnx names contract \w{12}… in its answers, the manifest of tiny 222222222222…"
+    with pytest.raises(ContractMismatch, match=expected):
+        assemble(model_dir, repository)
+    with pytest.raises(ContractMismatch, match=expected), OnnxEngine(models_dir=model_dir.parent) as engine:
+        engine.ensure_ready()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\x08truncated", b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 40])
+def test_a_file_that_is_no_onnx_names_no_contract(tmp_path, content):
+    (tmp_path / "model.onnx").write_bytes(content)
+    assert contract_in(tmp_path / "model.onnx") is None
+
+
+def test_the_contract_is_found_in_a_file_cut_off_behind_it_or_not_at_all(model_dir, tmp_path):
+    whole = (model_dir / "serving.onnx").read_bytes()
+    named = contract_in(model_dir / "serving.onnx")
+    assert named == json.loads((model_dir / "manifest.json").read_text())["contract_id"][:32]
+    for length in range(0, len(whole), max(len(whole) // 50, 1)):
+        (tmp_path / "cut.onnx").write_bytes(whole[:length])
+        assert contract_in(tmp_path / "cut.onnx") in (None, named)

@@ -1,0 +1,122 @@
+"""What a host may lack is said in one sentence: shared memory, open files, a way past a proxy."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from arcface_build.errors import ServerFailed
+from arcface_build.serving.limits import check_shared_memory, few_open_files
+from arcface_build.serving.process import CONNECTIONS
+from arcface_clients import TritonEmbedder
+from arcface_clients.errors import ServerUnreachable
+from arcface_clients.faces.synthetic import synthetic_faces
+from odd_models import write_model
+
+SERVE = "from arcface_build.cli import main; import sys; main(sys.argv[1:])"
+
+
+def serve_in(mount: str, repository: Path) -> subprocess.CompletedProcess[str]:
+    """`arcface serve --once` in a mount namespace of its own, with another /dev/shm."""
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs root and a mount namespace (unshare -m)")
+    line = [sys.executable, "-c", SERVE, "serve", "--once", "--no-reference", "--model-repository", str(repository)]
+    script = f'{mount} && exec "$@"'
+    return subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", *line], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare(1)")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "size=4m",
+            "ServerFailed: /dev/shm has 4.0 MB free; expected 16 MB or more, and Triton's Python backends",
+        ),
+        ("ro", "ServerFailed: /dev/shm may not be written, and Triton's Python backends pass faces through it."),
+    ],
+)
+def test_a_small_or_read_only_dev_shm_is_one_sentence(triton_binary, demo_repository, options, message):
+    done = serve_in(f"mount -t tmpfs -o {options} tmpfs /dev/shm", demo_repository)
+    assert done.returncode == 3
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+    assert "--shm-size=1g" in done.stderr
+
+
+def test_shared_memory_that_is_not_there_is_named(tmp_path):
+    check_shared_memory(tmp_path)
+    with pytest.raises(ServerFailed, match=f"there is no {tmp_path}/none, and Triton's Python backends"):
+        check_shared_memory(tmp_path / "none")
+
+
+def test_a_low_soft_limit_of_files_is_raised_for_the_server_and_a_low_hard_one_is_said(tmp_path, start_triton):
+    write_model(tmp_path / "repository", "good")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        server = start_triton(tmp_path / "repository", ["good"], config_name="")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    assert few_open_files(wanted=2) == ""
+    code = "from arcface_build.serving.limits import few_open_files; print(few_open_files())"
+    told = subprocess.run(
+        ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert told.stdout == (
+        "this session may open 64 files, and each connection takes one: more clients than that are not answered. "
+        "Next: ulimit -n 1024 (as an administrator), or LimitNOFILE= of the service\n"
+    )
+
+
+def test_a_peer_that_says_nothing_more_is_cut_off_and_clients_outlive_their_connection(tmp_path, start_triton):
+    write_model(tmp_path / "repository", "good")
+    quick = [f"{option.partition('=')[0]}=1000" if option.split("=")[1].isdigit() else option for option in CONNECTIONS]
+    server = start_triton(tmp_path / "repository", ["good"], config_name="", extra=quick)
+    faces = synthetic_faces(2)
+    with (
+        TritonEmbedder(server.grpc_url, "good", retry_for_s=0) as embedder,
+        socket.create_connection(("127.0.0.1", server.ports.grpc)) as silent,
+    ):
+        silent.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+        silent.settimeout(20)
+        until = time.monotonic() + 20
+        open_ = True
+        while open_ and time.monotonic() < until:
+            assert embedder.encode(faces).shape == (2, 64)
+            silent.settimeout(0.2)
+            try:
+                open_ = bool(silent.recv(4096))
+            except TimeoutError:
+                continue
+            except ConnectionResetError:
+                open_ = False
+        assert not open_
+        assert embedder.encode(faces).shape == (2, 64)
+
+
+def test_the_proxy_that_stands_between_is_named_without_its_password(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
+    for name in ("grpc_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        TritonEmbedder("192.0.2.7:8001", retry_for_s=0, timeout_s=5) as embedder,
+        pytest.raises(ServerUnreachable) as refused,
+    ):
+        embedder.ensure_ready()
+    assert "It was asked for through http_proxy=127.0.0.1:9; to go past that: no_proxy=192.0.2.7." in str(refused.value)
+    assert "secret" not in str(refused.value)
+    with (
+        TritonEmbedder("127.0.0.1:9", retry_for_s=0) as embedder,
+        pytest.raises(ServerUnreachable) as refused,
+    ):
+        embedder.ensure_ready()
+    assert "proxy" not in str(refused.value)

@@ -1,0 +1,172 @@
+"""Photos in, faces out, by the real server: as our own detector finds them, over every way that a photo can come."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from arcface_build.serving.process import TritonProcess
+from arcface_clients import PhotoEmbedder, TritonEmbedder
+from arcface_clients.errors import InferenceFailed, InvalidFaces
+from arcface_clients.faces.detect import MODEL_NAME, FaceDetector
+from conftest import REPO
+
+STEPS = ("decode", "detect", "align")
+
+
+@pytest.fixture(scope="module")
+def portraits(assets: Path) -> list[Path]:
+    """Twelve photos of 250×250; some show more than one face."""
+    return [sorted(folder.iterdir())[0] for folder in sorted((assets / "faces" / "raw250").iterdir())[:12]]
+
+
+@pytest.fixture(scope="module")
+def detector(assets: Path) -> FaceDetector:
+    return FaceDetector(assets / "detectors" / MODEL_NAME)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_served_steps_are_the_files_of_the_package(step: str) -> None:
+    served = REPO / "model_repository" / "photo_faces" / "1" / f"{step}.py"
+    ours = REPO / "clients" / "arcface_clients" / "faces" / "steps" / f"{step}.py"
+    assert served.read_bytes() == ours.read_bytes(), f"cp {ours} {served}"
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_the_server_finds_what_the_client_finds(
+    photo_server: TritonProcess, portraits: list[Path], detector: FaceDetector, protocol: str
+) -> None:
+    url = photo_server.grpc_url if protocol == "grpc" else f"http://{photo_server.http_url}"
+    with PhotoEmbedder(url, crops=True) as photos, TritonEmbedder(photo_server.grpc_url) as embedder:
+        for portrait in portraits:
+            expected, found = detector.detect_encoded(portrait.read_bytes()), photos.faces(portrait)
+            assert len(found) == len(expected)
+            for mine, theirs in zip(expected, found, strict=True):
+                assert np.allclose(theirs.box, mine.box, atol=1e-3)
+                assert np.allclose(theirs.landmarks, mine.landmarks, atol=1e-3)
+                assert theirs.score == pytest.approx(mine.score, abs=1e-5)
+                assert theirs.crop is not None
+                embedding, norm = embedder.encode_with_norms(mine.face)
+                assert embedding[0] @ theirs.embedding >= 0.9999
+                assert theirs.norm == pytest.approx(norm[0], rel=1e-2)
+
+
+def test_plain_http_takes_the_file_base64_and_generate(photo_server: TritonProcess, portraits: list[Path]) -> None:
+    data = portraits[0].read_bytes()
+    text = base64.b64encode(data).decode()
+    as_json = {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [text]}]}
+    status, _, answer = post(photo_server, "infer", json.dumps(as_json).encode())
+    assert status == 200
+    outputs = {output["name"]: output for output in json.loads(answer)["outputs"]}
+    faces = outputs["score"]["shape"][0]
+    assert faces >= 1
+    assert outputs["embedding"]["shape"] == [faces, 512]
+    assert "crop" not in outputs  # 37,632 numbers a face, in JSON: only for who asks
+    status, headers, answer = post(photo_server, "infer", data, {"Inference-Header-Content-Length": "0"})
+    head = json.loads(answer[: int(headers["Inference-Header-Content-Length"])])
+    assert status == 200
+    assert {output["name"]: output["shape"] for output in head["outputs"]} == {
+        name: output["shape"] for name, output in outputs.items()
+    }
+    status, _, answer = post(photo_server, "generate", json.dumps({"image": text}).encode())
+    assert status == 200
+    assert len(np.ravel(json.loads(answer)["embedding"])) == faces * 512
+
+
+def test_no_face_is_an_answer(photo_server: TritonProcess) -> None:
+    with PhotoEmbedder(photo_server.grpc_url) as photos:
+        assert photos.faces(np.full((300, 200, 3), 127, np.uint8)) == []
+
+
+def post(
+    server: TritonProcess, method: str, body: bytes, headers: dict[str, str] | None = None, model: str = "photo_faces"
+) -> tuple[int, dict[str, Any], bytes]:
+    """Status, headers and body of a request without any client of ours."""
+    host, port = server.http_url.split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    try:
+        connection.request("POST", f"/v2/models/{model}/{method}", body, headers or {})
+        reply = connection.getresponse()
+        return reply.status, dict(reply.headers), reply.read()
+    finally:
+        connection.close()
+
+
+def test_two_photos_are_compared_by_their_most_alike_faces(photo_server: TritonProcess, portraits: list[Path]) -> None:
+    with PhotoEmbedder(photo_server.grpc_url) as photos:
+        a, b = photos.faces(portraits[0]), photos.faces(portraits[1])
+        expected = max(float(mine.embedding @ theirs.embedding) for mine in a for theirs in b)
+        pair = photos.verify(portraits[0], portraits[1], max_distance=1 - expected + 1e-3)
+        assert pair is not None
+        assert pair.similarity == pytest.approx(expected, abs=1e-4)
+        assert pair.same
+        assert pair.box_a in [face.box for face in a]
+        assert pair.box_b in [face.box for face in b]
+        farther = photos.verify(portraits[0], portraits[1], max_distance=1 - expected - 1e-3)
+        assert farther is not None
+        assert not farther.same
+        assert photos.verify(portraits[0], np.zeros((90, 90, 3), np.uint8)) is None
+        with pytest.raises(InvalidFaces, match="not an image"):
+            photos.verify(portraits[0], b"text")
+
+
+def test_a_stream_gives_each_photo_its_own_faces_and_goes_on_after_a_bad_one(
+    photo_server: TritonProcess, portraits: list[Path]
+) -> None:
+    with PhotoEmbedder(photo_server.grpc_url) as photos:
+        alone = [photos.faces(portrait) for portrait in portraits]
+        items: list[Any] = [*portraits[:5], b"text", Path("no such file.jpg"), *portraits[5:]]
+        answers = list(photos.faces_stream(iter(items)))
+    assert isinstance(answers[5], InvalidFaces)
+    assert isinstance(answers[6], InvalidFaces)
+    good = [answer for answer in answers if not isinstance(answer, InvalidFaces)]
+    for mine, theirs in zip(alone, good, strict=True):
+        assert [face.box for face in mine] == [face.box for face in theirs]
+        assert all(a.embedding @ b.embedding > 0.9999 for a, b in zip(mine, theirs, strict=True))
+
+
+def test_parameters_choose_which_faces_are_answered(photo_server: TritonProcess, portraits: list[Path]) -> None:
+    with PhotoEmbedder(photo_server.grpc_url) as photos:
+        several = next(p for p in portraits if len(photos.faces(p)) > 1)
+        everyone = photos.faces(several)
+    with PhotoEmbedder(photo_server.grpc_url, max_faces=1) as photos:
+        assert [face.box for face in photos.faces(several)] == [everyone[0].box]
+    with PhotoEmbedder(photo_server.grpc_url, min_size=240) as photos:
+        assert photos.faces(several) == []
+    with PhotoEmbedder(photo_server.grpc_url, min_score=0.98) as photos:
+        assert len(photos.faces(several)) < len(everyone)
+    with (
+        PhotoEmbedder(photo_server.grpc_url, min_score=7) as photos,
+        pytest.raises(InferenceFailed, match=r"min_score is '?7'?: expected a number in 0.01..0.99"),
+    ):
+        photos.faces(several)
+
+
+def test_the_metrics_count_photos_and_faces(photo_server: TritonProcess, portraits: list[Path]) -> None:
+    before = metrics(photo_server)
+    with PhotoEmbedder(photo_server.grpc_url) as photos:
+        faces = sum(len(photos.faces(portrait)) for portrait in portraits[:4])
+    after = metrics(photo_server)
+    assert after['arcface_photos{outcome="answered"}'] - before['arcface_photos{outcome="answered"}'] == 4
+    counted = 'arcface_photo_faces_sum{model="photo_faces"}'
+    assert after[counted] - before[counted] == faces
+    for stage in ("decode", "detect", "align", "embed"):
+        name = f'arcface_photo_stage_us{{stage="{stage}"}}'
+        assert after[name] > before[name]
+
+
+def metrics(server: TritonProcess) -> dict[str, float]:
+    """Triton's metrics of photos by their full names."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.ports.metrics, timeout=10)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    return {
+        name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if "arcface_photo" in line[:14])
+    }
