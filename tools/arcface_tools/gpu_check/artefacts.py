@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from arcface_build.errors import ProofFailed
 from arcface_build.imports.source import file_digest
 from arcface_build.plans.build import PlanProof, build_plan, tensorrt_version
 from arcface_build.plans.form import in_form
@@ -19,7 +20,8 @@ from arcface_build.plans.source import PlanSource, find_source
 from arcface_build.plans.typed import read_typed_onnx
 from arcface_build.variants.make import load_named
 from arcface_build.variants.search import layer_work
-from arcface_clients.atomic import new_file, new_folder
+from arcface_clients.atomic import new_file, new_folder, write_json
+from arcface_clients.errors import PlanRefused
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.plans.manifest import PlanManifest, manifest_path, parse_manifest, write_manifest
 from arcface_clients.plans.spec import BuilderOptions, PlanSpec
@@ -44,11 +46,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """A plan in the state folder."""
+    """A plan in the state folder; `refused` is why the build refused it, None for one that passed."""
 
     path: Path
     manifest: PlanManifest
     source: PlanSource
+    refused: str | None = None
 
     @property
     def gflop_per_face(self) -> float:
@@ -118,15 +121,34 @@ def plan_of(
     if path.is_file() and manifest_path(path).is_file():
         manifest = parse_manifest(manifest_path(path).read_bytes(), str(path))
         if manifest.spec == spec:
-            return BuiltPlan(path, manifest, source)
+            return BuiltPlan(path, manifest, source, _why_refused(path))
     if proof is None:
         proof = PlanProof(check.faces[:PROOF_FACES], reference(check, source)[:PROOF_FACES], LOOSE)
-    manifest = build_plan(
-        typed, spec, path, proof, contract_id=source.contract_id, timing_caches=check.state / "timing",
-        refused=check.logs / "refused", logs=check.logs / path.parent.name, timeout_s=max(check.left_s, 1),
-    )  # fmt: skip
+    logs = check.logs / path.parent.name
+    _refusal(path).unlink(missing_ok=True)
+    try:
+        manifest = build_plan(
+            typed, spec, path, proof, contract_id=source.contract_id, timing_caches=check.state / "timing",
+            refused=logs / "refused", logs=logs, timeout_s=max(check.left_s, 1),
+        )  # fmt: skip
+    except (PlanRefused, ProofFailed):
+        kept = logs / "refused" / f"{path.name}.refused"
+        if not kept.is_file():
+            raise
+        kept.replace(path)  # how fast it is, is still worth knowing; the report says that it was refused
+        told = json.loads((logs / "refused" / f"{path.name}.json.refused").read_text())
+        write_json(_refusal(path), {"why": told.pop("why")})
+        manifest = parse_manifest(json.dumps(told).encode(), str(path))
     write_manifest(path, manifest)
-    return BuiltPlan(path, manifest, source)
+    return BuiltPlan(path, manifest, source, _why_refused(path))
+
+
+def _refusal(plan: Path) -> Path:
+    return plan.with_name("refused.json")
+
+
+def _why_refused(plan: Path) -> str | None:
+    return str(json.loads(_refusal(plan).read_text())["why"]) if _refusal(plan).is_file() else None
 
 
 def _formed(check: GpuCheck, source: PlanSource, precision: str, shape: Shape) -> PlanSource:
