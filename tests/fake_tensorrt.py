@@ -376,6 +376,8 @@ class _Inspector:
         layers = []
         for node in model.graph.node:
             precision = asked.get(node.output[0], "fp32")
+            if precision == "fp32" and self.plan.get("pins", {}).get(node.name) == "HALF":
+                precision = "fp16"
             flag = {"fp16": "FP16", "int8": "INT8"}.get(precision)
             by_flags = flag is None or (flag in self.plan["flags"])
             if FAULT == "fp32" or not (self.plan["typed"] or by_flags):

@@ -163,7 +163,7 @@ def test_the_profiles_of_a_plan_set_are_in_the_config_as_far_as_every_plan_has_t
     plans = [plan(tmp_path, contract, sm, tuned_batches=(8, 1)) for sm in ("8.6", "9.0")]
     assemble_plans(model_dir, plans, repository, cuda_graphs=True)
     config = trt_config(repository)
-    assert [(group.count, list(group.profile)) for group in config.instance_group] == [(1, ["0", "1", "2"])]
+    assert [(group.count, list(group.profile)) for group in config.instance_group] == [(2, ["0", "1", "2"])]
     assert config.optimization.cuda.graphs
     assert not caplog.records
     assemble_plans(model_dir, [plan(tmp_path, contract, "8.0", seed=1, tuned_batches=(8,))], repository)

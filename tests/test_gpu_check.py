@@ -183,6 +183,16 @@ def test_a_step_that_fails_leaves_its_reason_and_the_next_one_runs(host: dict[st
     assert f"- 3. tiny int8: {found['tiny int8']['why']}" in text
 
 
+def test_a_plan_of_another_precision_is_measured_and_called_refused(host: dict[str, str], tmp_path: Path) -> None:
+    stages = ("--stage", "3")
+    report, text, _ = check(host, tmp_path, *stages, FAKE_TRT_FAULT="fp32", FAKE_TRT_VERSION="8.6.0")
+    result = report["stages"]["3"]["steps"]["tiny fp16"]["result"]
+    assert "the plan should be fp16 but has 2 fp32 convolutions" in result["plan"]["refused"]
+    assert not result["plan"]["passes_gate"] and result["drift"]["max_drift"] < 0.001
+    assert "**Refused**, and measured all the same: the plan should be fp16" in text
+    assert report["stages"]["3"]["steps"]["tiny fp32"]["result"]["plan"]["passes_gate"]
+
+
 def test_without_cuda_graphs_plain_launches_are_timed_and_the_report_says_so(
     host: dict[str, str], tmp_path: Path
 ) -> None:
@@ -246,6 +256,15 @@ def test_a_spent_budget_leaves_a_report_without_figures(host: dict[str, str], tm
     report, text, _ = check(host, tmp_path, "--budget-s", "1")
     assert [stage["steps"] for stage in report["stages"].values()] == [{}] * 7
     assert text.count("s of the budget were left") == 7
+
+
+def test_a_report_of_another_tensorrt_is_kept_and_a_new_one_begins(host: dict[str, str], tmp_path: Path) -> None:
+    before, _, _ = check(host, tmp_path, "--budget-s", "1")
+    after, _, said = check(host, tmp_path, "--budget-s", "1", FAKE_TRT_VERSION="11.0.0")
+    assert "is of another GPU, driver or TensorRT: kept as report-" in said
+    assert (after["host"]["tensorrt"], len(after["commands"])) == ("11.0.0", 1)
+    kept = list((tmp_path / "state").glob("report-*.json"))
+    assert [json.loads(file.read_text())["host"]["tensorrt"] for file in kept] == [before["host"]["tensorrt"]]
 
 
 def test_readings_between_two_times_are_those_and_else_the_last_before() -> None:

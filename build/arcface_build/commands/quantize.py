@@ -74,7 +74,7 @@ def command(
     from arcface_clients.engines.import_manifest import model_at
     from arcface_clients.extras import require
 
-    if precision == "int8" and verify is None:
+    if precision == "int8" and search and verify is None:
         require("matplotlib", purpose="the search for an int8 variant")
     model_dir, comparison = model_at(models_dir, name), settings().comparison
     limits = comparison.max_drift.model_dump()

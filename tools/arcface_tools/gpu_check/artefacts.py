@@ -6,19 +6,22 @@ A machine that is given anew has an empty state folder: what a stage needs is ma
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from arcface_build.errors import ProofFailed
 from arcface_build.imports.source import file_digest
 from arcface_build.plans.build import PlanProof, build_plan, tensorrt_version
+from arcface_build.plans.form import in_form
 from arcface_build.plans.gpu import find_gpus
 from arcface_build.plans.source import PlanSource, find_source
 from arcface_build.plans.typed import read_typed_onnx
 from arcface_build.variants.make import load_named
 from arcface_build.variants.search import layer_work
-from arcface_clients.atomic import new_file
+from arcface_clients.atomic import new_file, new_folder, write_json
+from arcface_clients.errors import PlanRefused
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.plans.manifest import PlanManifest, manifest_path, parse_manifest, write_manifest
 from arcface_clients.plans.spec import BuilderOptions, PlanSpec
@@ -30,22 +33,25 @@ LOOSE = dict.fromkeys(DRIFT_LIMITS, 2.0)  # a plan that drifts is still worth me
 
 @dataclass(frozen=True)
 class Shape:
-    """Which batches a plan is built for, under a name for the report."""
+    """Which batches a plan is built for, and in which form of the graph (None: the usual), under a name."""
 
     name: str
     min_batch: int
     opt_batch: int
     max_batch: int
     tuned_batches: tuple[int, ...] = ()
+    fold_padded: bool | None = None
+    prelu: str | None = None
 
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """A plan in the state folder."""
+    """A plan in the state folder; `refused` is why the build refused it, None for one that passed."""
 
     path: Path
     manifest: PlanManifest
     source: PlanSource
+    refused: str | None = None
 
     @property
     def gflop_per_face(self) -> float:
@@ -70,7 +76,7 @@ def imported(check: GpuCheck, network: str) -> Path:
 
 
 def typed_source(check: GpuCheck, network: str, precision: str) -> PlanSource:
-    """The typed ONNX for TensorRT, judged and, for int8, calibrated on some of the run's drawn faces.
+    """The typed ONNX for TensorRT, judged and, for int8, calibrated on some of the run's faces.
 
     int8 without the search, because this measures speed; its drift is reported.
     """
@@ -97,7 +103,8 @@ def reference(check: GpuCheck, source: PlanSource) -> np.ndarray:
 
 def plan(check: GpuCheck, network: str, precision: str, shape: Shape | None = None) -> BuiltPlan:
     """The plan of a network for this GPU, built and proved if it is not in the state folder yet."""
-    return plan_of(check, typed_source(check, network, precision), precision, shape or dynamic(check))
+    shape = shape or dynamic(check)
+    return plan_of(check, _formed(check, typed_source(check, network, precision), precision, shape), precision, shape)
 
 
 def plan_of(
@@ -114,15 +121,44 @@ def plan_of(
     if path.is_file() and manifest_path(path).is_file():
         manifest = parse_manifest(manifest_path(path).read_bytes(), str(path))
         if manifest.spec == spec:
-            return BuiltPlan(path, manifest, source)
+            return BuiltPlan(path, manifest, source, _why_refused(path))
     if proof is None:
         proof = PlanProof(check.faces[:PROOF_FACES], reference(check, source)[:PROOF_FACES], LOOSE)
-    manifest = build_plan(
-        typed, spec, path, proof, contract_id=source.contract_id, timing_caches=check.state / "timing",
-        refused=check.logs / "refused", logs=check.logs / path.parent.name, timeout_s=max(check.left_s, 1),
-    )  # fmt: skip
+    logs = check.logs / path.parent.name
+    _refusal(path).unlink(missing_ok=True)
+    try:
+        manifest = build_plan(
+            typed, spec, path, proof, contract_id=source.contract_id, timing_caches=check.state / "timing",
+            refused=logs / "refused", logs=logs, timeout_s=max(check.left_s, 1),
+        )  # fmt: skip
+    except (PlanRefused, ProofFailed):
+        kept = logs / "refused" / f"{path.name}.refused"
+        if not kept.is_file():
+            raise
+        kept.replace(path)  # how fast it is, is still worth knowing; the report says that it was refused
+        told = json.loads((logs / "refused" / f"{path.name}.json.refused").read_text())
+        write_json(_refusal(path), {"why": told.pop("why")})
+        manifest = parse_manifest(json.dumps(told).encode(), str(path))
     write_manifest(path, manifest)
-    return BuiltPlan(path, manifest, source)
+    return BuiltPlan(path, manifest, source, _why_refused(path))
+
+
+def _refusal(plan: Path) -> Path:
+    return plan.with_name("refused.json")
+
+
+def _why_refused(plan: Path) -> str | None:
+    return str(json.loads(_refusal(plan).read_text())["why"]) if _refusal(plan).is_file() else None
+
+
+def _formed(check: GpuCheck, source: PlanSource, precision: str, shape: Shape) -> PlanSource:
+    """The source in the form that `arcface plan build` would build, or in the one that the shape asks for; kept."""
+    folder = check.state / "forms" / f"{source.name}-{precision}-{shape.name}"
+    if not folder.is_dir():
+        with new_folder(folder) as made:
+            in_form(source, precision, made, fold_padded=shape.fold_padded, prelu=shape.prelu)
+    written = next(folder.glob("*.onnx"), None)  # none: the source has that form already
+    return replace(source, onnx=written) if written else source
 
 
 def inspected(check: GpuCheck, built: BuiltPlan) -> list[dict[str, object]]:

@@ -59,7 +59,7 @@ class GpuCheck:
 
     @property
     def faces(self) -> np.ndarray:
-        """The faces of this run: uint8 (N,112,112,3) BGR, drawn once."""
+        """The faces of this run: uint8 (N,112,112,3) BGR, made once."""
         if self._faces is None:
             file = self.state / f"faces-{self.settings.faces}-{FACES_SEED}.npy"
             if not file.is_file():

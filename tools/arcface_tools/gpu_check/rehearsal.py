@@ -42,8 +42,10 @@ def rehearse(arguments: argparse.Namespace) -> int:
         return subprocess.run(line, env=environment, cwd=folder, check=False).returncode
 
 
-def stand_ins(folder: Path, tensorrt: str = "10.3.0") -> dict[str, str]:
+def stand_ins(folder: Path) -> dict[str, str]:
     """Make the stand-ins in a folder; the environment in which they are found.
+
+    FAKE_TRT_VERSION, where it is set, is the version that TensorRT's stand-in is of.
 
     Raises:
         Missing: no C compiler for the stand-in of libcuda.
@@ -65,7 +67,7 @@ def stand_ins(folder: Path, tensorrt: str = "10.3.0") -> dict[str, str]:
         **os.environ,
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join([str(folder), *places]),
-        "FAKE_TRT_VERSION": tensorrt,
+        "FAKE_TRT_VERSION": os.environ.get("FAKE_TRT_VERSION", "10.3.0"),
         LIBRARY_VARIABLE: str(fake_cuda.FakeCuda(folder).path),
     }
 

@@ -69,6 +69,9 @@ def _plan(result: Mapping[str, Any], report: Mapping[str, Any]) -> Lines:
         f"{'' if plan['passes_gate'] else ' (FAILED)'}."
     )
     yield ""
+    if plan["refused"]:
+        yield f"**Refused**, and measured all the same: {plan['refused']}"
+        yield ""
 
 
 def _figures(result: Mapping[str, Any], report: Mapping[str, Any]) -> Lines:

@@ -77,10 +77,12 @@ class Run:
             "tensorrt": tensorrt, "python": sys.version.split()[0], "cpus": os.cpu_count(),
         }  # fmt: skip
         if not self._continues(host):
+            self._set_aside()
             write_json(self.state / "report.json", {"created": now_utc(), "commands": [], "host": host, "stages": {}})
         _settings(arguments).write(self.state)
         report = read_report(self.state)
         report["commands"].append(" ".join(["scripts/gpu-check", *sys.argv[1:]]))
+        report["host"] = host  # without the Python that had torch on the machine before
         report["faces"] = {"count": arguments.faces, "origin": "synthetic"}
         write_json(self.state / "report.json", report)
 
@@ -116,6 +118,17 @@ class Run:
             return False
         before = read_report(self.state)["host"]
         return all(before.get(key) == host[key] for key in ("gpu", "driver", "tensorrt"))
+
+    def _set_aside(self) -> None:
+        """Keep the report of another GPU, driver or TensorRT that this one would replace."""
+        file = self.state / "report.json"
+        if file.is_file():
+            kept = self.state / f"report-{read_report(self.state)['created'].replace(':', '-')}.json"
+            file.replace(kept)
+            print(
+                f"the report of {self.state} is of another GPU, driver or TensorRT: kept as {kept.name}",
+                file=sys.stderr,
+            )
 
     def _stage(self, number: int, left_s: float) -> int:
         """Run one stage in a process of its own; what it said last is in the report if it did not end by itself."""

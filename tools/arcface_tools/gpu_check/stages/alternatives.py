@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from arcface_build.repository.profiles import CUDA_GRAPHS
@@ -13,18 +14,20 @@ from arcface_tools.gpu_check.served import repository_of, served
 from arcface_tools.gpu_check.stages.bare import time_plan
 from arcface_tools.gpu_check.stages.through_triton import through
 
-TITLE = "Alternatives: plan sets, CUDA graphs, other precisions and networks"
+TITLE = "Alternatives: forms of the graph, plan sets, CUDA graphs, other precisions and networks"
 SERVED: dict[str, Callable[[str], str]] = {
     "CUDA graphs": lambda config: config + CUDA_GRAPHS,
-    "two instances": lambda config: config.replace("count: 1", "count: 2"),
+    "one instance": lambda config: config.replace("count: 2", "count: 1"),
 }
 
 
 def shapes(check: GpuCheck) -> list[Shape]:
-    """A plan for the goal's batch alone, and one with kernels of their own for the small batches."""
+    """Other forms of the graph, a plan for the batch of the goals alone, and a plan set."""
     usual, goal = artefacts.dynamic(check), check.settings.goal_batches[0]
     small = tuple(batch for batch in check.settings.batches if batch < usual.opt_batch)[:2]
     return [
+        replace(usual, name="BatchNormalization not folded into padded convolutions", fold_padded=False),
+        replace(usual, name="PReLU as pointwise nodes", prelu="fused"),
         Shape(f"static-{goal}", goal, goal, goal),
         Shape("set", usual.min_batch, usual.opt_batch, usual.max_batch, small),
     ]

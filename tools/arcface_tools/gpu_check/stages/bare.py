@@ -70,7 +70,8 @@ def facts(built: BuiltPlan) -> dict[str, Any]:
         "layers_onnx": manifest.precision_proof["onnx"],
         "max_drift": drift.get("max_drift"),
         "limit": DRIFT_LIMITS[precision],
-        "passes_gate": judge_record(drift, precision, DRIFT_LIMITS).passed,
+        "refused": built.refused,
+        "passes_gate": built.refused is None and judge_record(drift, precision, DRIFT_LIMITS).passed,
         "batches": [manifest.spec.min_batch, manifest.spec.opt_batch, manifest.spec.max_batch],
     }
 

@@ -15,7 +15,7 @@ from arcface_build.plans.build import PlanProof, tensorrt_version
 from arcface_build.plans.build_child import check_gpu
 from arcface_build.plans.source import PlanSource
 from arcface_clients import TritonEmbedder
-from arcface_clients.errors import Missing
+from arcface_clients.errors import Missing, PlanRefused
 from arcface_clients.evidence.drift import DRIFT_LIMITS, compare_embeddings
 from arcface_clients.gpu.driver import driver
 from arcface_tools.gpu_check import artefacts
@@ -96,6 +96,8 @@ def _three_layers(check: GpuCheck, precision: str, result: Result) -> None:
         result["layer_times"] = len(timer.layers(faces, 1))
     result["row"] = row
     _judge(result, precision, expected, embeddings)
+    if built.refused:
+        raise PlanRefused(built.refused)
 
 
 def _through_triton(check: GpuCheck, result: Result) -> None:
