@@ -19,6 +19,7 @@ import pytest
 
 from arcface_build.errors import ServerFailed
 from arcface_build.repository.assemble import assemble
+from arcface_build.repository.hand_written import MEMORY
 from arcface_build.repository.versions import install, served_manifest
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
 from arcface_build.serving.exposure import Exposure
@@ -158,7 +159,7 @@ def test_a_signal_before_it_serves_is_130_and_leaves_nothing(triton_binary, tmp_
     assert errors.endswith("interrupted\n") and "Traceback" not in errors
     assert processes_of(repository) == []
     if fresh:
-        left = [path for path in (tmp_path / "fresh").rglob(".*") if path.name != ".gitkeep"]
+        left = [path for path in (tmp_path / "fresh").rglob(".*") if path.name not in (".gitkeep", MEMORY)]
         assert left == [] and not (tmp_path / "fresh" / "models" / "demo-mobile").exists()
 
 
