@@ -12,12 +12,11 @@ import contextlib
 import io
 import os
 import re
-import select
 import shlex
 import shutil
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,13 +150,14 @@ def serving(triton_binary, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 def _until_it_serves(process: subprocess.Popen[str], timeout_s: float = 240) -> str:
     assert process.stdout is not None
-    printed, deadline = "", time.monotonic() + timeout_s
-    while not printed.endswith("Ctrl-C stops it.\n"):
-        ready, _, _ = select.select([process.stdout], [], [], max(0, deadline - time.monotonic()))
-        line = process.stdout.readline() if ready else ""
-        assert line, f"it does not serve:\n{printed}"
+    printed, too_late = "", threading.Timer(timeout_s, process.kill)
+    too_late.start()
+    for line in process.stdout:
         printed += line
-    return printed
+        if printed.endswith("Ctrl-C stops it.\n"):
+            too_late.cancel()
+            return printed
+    raise AssertionError(f"it does not serve:\n{printed}")
 
 
 @dataclass
