@@ -28,6 +28,7 @@ from arcface_build.serving.choose import BackendChoice, choose_backend, order_of
 from arcface_build.serving.limits import check_shared_memory, few_open_files
 from arcface_build.serving.process import EXIT_TIMEOUT_S, LATENCY_QUANTILES, Ports, TritonProcess
 from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
+from arcface_build.serving.server_runtimes import runtimes_of_server
 from arcface_build.serving.variant import take_best_variant
 from arcface_build.serving.watch import RESTARTS, RESTARTS_WITHIN_S, Pulse, Restarts, patience_s, watch
 from arcface_clients.checks.parity import ParityReport, measure_parity
@@ -142,10 +143,15 @@ def _serve(
     audience.chosen(f"backend {choice.backend}: {choice.reason}")
     # Tuned for the installed weights: another variant would take the tuned settings away.
     if choice.backend == "onnx" and asked.variant == "auto" and asked.backend != "tuned" and gpu_sm() is None:
-        taken = take_best_variant(asked.repository, asked.models_dir, config.versions_kept, limits)
+        taken = take_best_variant(
+            asked.repository, asked.models_dir, config.versions_kept, limits, lambda: runtimes_of_server(binary)
+        )
         audience.chosen(f"variant {taken}")
-    falls_back = with_reference and not asked.once
-    backends = order_of_backends(choice.backend, config.fallback) if falls_back else [choice.backend]
+    servable = {choice.backend, *["onnx"] * bool(versions(asked.repository / "arcface_onnx"))}
+    servable |= {"reference"} if with_reference else set()
+    backends = [choice.backend]
+    if not asked.once:
+        backends = [name for name in order_of_backends(choice.backend, config.fallback) if name in servable]
     for position, name in enumerate(backends):
         server = TritonProcess(
             binary,
