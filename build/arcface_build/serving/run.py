@@ -147,11 +147,10 @@ def _serve(
             asked.repository, asked.models_dir, config.versions_kept, limits, lambda: runtimes_of_server(binary)
         )
         audience.chosen(f"variant {taken}")
-    servable = {choice.backend, *["onnx"] * bool(versions(asked.repository / "arcface_onnx"))}
-    servable |= {"reference"} if with_reference else set()
-    backends = [choice.backend]
-    if not asked.once:
-        backends = [name for name in order_of_backends(choice.backend, config.fallback) if name in servable]
+    instead_of_it = {"onnx": bool(versions(asked.repository / "arcface_onnx")), "reference": with_reference}
+    backends = order_of_backends(choice.backend, config.fallback, {k for k, there in instead_of_it.items() if there})
+    if asked.once:
+        backends = [choice.backend]
     for position, name in enumerate(backends):
         server = TritonProcess(
             binary,
