@@ -9,6 +9,7 @@ import pytest
 from arcface_build.errors import ProofFailed
 from arcface_build.repository.assemble import assemble, assemble_plans
 from arcface_build.repository.versions import served_folder, served_manifest, versions
+from arcface_build.serving.server_runtimes import ServerRuntimes
 from arcface_build.serving.variant import check_installed, take_best_variant
 from arcface_build.variants.choose import VariantChoice
 from arcface_clients.errors import Missing, PlanRefused, WrongUse
@@ -20,6 +21,8 @@ from arcface_clients.plans.spec import BuilderOptions
 from conftest import copy_repository
 from plan_samples import spec, write_plan
 from tiny_model import write_model
+
+HERE = ServerRuntimes(("openvino-bf16", "openvino-fp32", "onnxruntime"))
 
 
 @pytest.fixture
@@ -88,7 +91,7 @@ def test_serve_does_not_bring_back_what_was_rolled_back(model_dir, repository):
     assemble(model_dir, repository, VariantChoice("serving.onnx", "bf16", "openvino-bf16", "", judged("bf16", 8e-4)))
     roll_back(repository, "arcface_onnx")
     before = served_manifest(repository)
-    said = take_best_variant(repository, model_dir.parent, 3, DRIFT_LIMITS)
+    said = take_best_variant(repository, model_dir.parent, 3, DRIFT_LIMITS, lambda: HERE)
     name = before["name"]
     assert said == f"fp32 as installed: arcface rollback went back to it (another one: arcface assemble {name})"
     assert served_manifest(repository) == before
@@ -111,21 +114,41 @@ def test_what_another_host_installed_is_served_only_where_it_passed_its_gate(run
     sidecar = {"precision": "int8", "passed": True, "gates": gates}
     served = {"name": "tiny", "variant": {"precision": "int8", "runtime": runtime, "sidecar": sidecar}}
     if why_not is None:
-        check_installed(served, here, DRIFT_LIMITS)
+        check_installed(served, ServerRuntimes(here), DRIFT_LIMITS)
     else:
         with pytest.raises(Missing, match=f"may not run on this host: .*{why_not}.* Next: arcface assemble tiny"):
-            check_installed(served, here, DRIFT_LIMITS)
+            check_installed(served, ServerRuntimes(here), DRIFT_LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("precision", "gated_in", "why_not"),
+    [
+        ("bf16", ["openvino-bf16"], "this server does not tell OpenVINO in which precision to compute"),
+        ("int8", ["openvino-bf16"], "int8 passed its gate in openvino-bf16, but this host has onnxruntime"),
+        ("int8", ["openvino-bf16", "openvino-fp32"], None),
+    ],
+)
+def test_a_server_that_tells_openvino_no_precision_runs_only_what_passed_in_each(precision, gated_in, why_not):
+    gates = [gate for one in gated_in for gate in judged(precision, 0.0005, one)["gates"]]
+    sidecar = {"precision": precision, "passed": True, "gates": gates}
+    variant = {"precision": precision, "runtime": "openvino-bf16", "sidecar": sidecar}
+    native = ServerRuntimes(("openvino-bf16", "openvino-fp32", "onnxruntime"), told_precision=False)
+    if why_not is None:
+        check_installed({"name": "tiny", "variant": variant}, native, DRIFT_LIMITS)
+    else:
+        with pytest.raises(Missing, match=why_not):
+            check_installed({"name": "tiny", "variant": variant}, native, DRIFT_LIMITS)
 
 
 def test_fp32_is_served_on_every_host():
-    check_installed({"name": "tiny"}, ("onnxruntime",), DRIFT_LIMITS)
+    check_installed({"name": "tiny"}, ServerRuntimes(("onnxruntime",)), DRIFT_LIMITS)
 
 
 def test_serve_asks_for_the_gate_of_what_it_leaves_installed(model_dir, repository, tmp_path):
     sidecar = judged("int8", 0.005, "openvino-fp8")
     assemble(model_dir, repository, VariantChoice("serving.onnx", "int8", "openvino-fp8", "", sidecar))
     with pytest.raises(Missing, match="arcface_onnx holds int8 of tiny, which may not run on this host: it is set up"):
-        take_best_variant(repository, tmp_path / "no models here", versions_kept=3, limits=DRIFT_LIMITS)
+        take_best_variant(repository, tmp_path / "no models here", 3, DRIFT_LIMITS, lambda: HERE)
 
 
 def test_a_variant_that_was_refused_is_not_installed(model_dir, repository):

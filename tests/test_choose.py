@@ -51,21 +51,27 @@ def test_what_is_not_there_is_refused_with_the_next_command(asked, gpu, plans, m
     assert caught.value.exit_code == 3
 
 
+BOTH = {"onnx", "reference"}
+
+
 def test_a_backend_that_was_asked_for_is_never_replaced_by_a_better_one():
     assert choose_backend("reference", "8.6", good({"8.6"}), onnx=True, reference=True).backend == "reference"
 
 
 @pytest.mark.parametrize(
-    ("first", "chain", "enabled", "order"),
+    ("first", "chain", "enabled", "there", "order"),
     [
-        ("tensorrt", ("onnx", "insightface"), True, ["tensorrt", "onnx", "reference"]),
-        ("onnx", ("onnx", "insightface"), True, ["onnx", "reference"]),
-        ("onnx", ("triton",), True, ["onnx"]),
-        ("tensorrt", ("onnx", "insightface"), False, ["tensorrt"]),
+        ("tensorrt", ("onnx", "insightface"), True, BOTH, ["tensorrt", "onnx", "reference"]),
+        ("tensorrt", ("onnx", "insightface"), True, {"onnx"}, ["tensorrt", "onnx"]),  # --no-reference
+        ("tensorrt", ("onnx", "insightface"), True, {"reference"}, ["tensorrt", "reference"]),
+        ("onnx", ("onnx", "insightface"), True, BOTH, ["onnx", "reference"]),
+        ("onnx", ("triton",), True, BOTH, ["onnx"]),
+        ("reference", ("onnx", "insightface"), True, BOTH, ["reference"]),
+        ("tensorrt", ("onnx", "insightface"), False, BOTH, ["tensorrt"]),
     ],
 )
-def test_what_is_served_after_a_failed_validation_comes_from_the_configuration(first, chain, enabled, order):
-    assert order_of_backends(first, Fallback(chain=chain, enabled=enabled)) == order
+def test_what_is_served_after_a_failed_validation_comes_from_the_configuration(first, chain, enabled, there, order):
+    assert order_of_backends(first, Fallback(chain=chain, enabled=enabled), there) == order
 
 
 def test_a_refused_plan_is_not_served_and_the_reason_is_said():

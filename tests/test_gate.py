@@ -18,6 +18,7 @@ from arcface_build.imports.proof import prove
 from arcface_build.plans import build as plan_build
 from arcface_build.repository.assemble import assemble, assemble_plans
 from arcface_build.repository.versions import served_manifest
+from arcface_build.serving.server_runtimes import ServerRuntimes
 from arcface_build.serving.variant import check_installed, take_best_variant
 from arcface_build.variants import choose as choosing
 from arcface_build.variants.choose import VariantChoice, choose
@@ -310,10 +311,10 @@ def test_a_stricter_limit_acts_in_what_serve_installs_and_keeps(limit, installed
     sidecar = {"precision": "int8", "passed": True, "gates": [gate | {"drift": {"max_drift": 0.005}}]}
     served = {"name": "tiny", "variant": {"precision": "int8", "runtime": "onnxruntime", "sidecar": sidecar}}
     if installed:
-        check_installed(served, ("onnxruntime",), LIMITS | {"int8": limit})
+        check_installed(served, ServerRuntimes(("onnxruntime",)), LIMITS | {"int8": limit})
     else:
         with pytest.raises(Missing, match="int8 passed its gate in no runtime"):
-            check_installed(served, ("onnxruntime",), LIMITS | {"int8": limit})
+            check_installed(served, ServerRuntimes(("onnxruntime",)), LIMITS | {"int8": limit})
     model_dir = sidecar_of(tmp_path, gate | {"drift": {"max_drift": 0.005}}).parent.parent
     (model_dir / "variants" / "speed.json").write_text(
         json.dumps({"cpu": cpu_name(), "ratio": {"int8": 2.0, "fp32": 1.0}})
@@ -321,8 +322,8 @@ def test_a_stricter_limit_acts_in_what_serve_installs_and_keeps(limit, installed
     repository = copy_repository(tmp_path)
     assemble(model_dir, repository)
     monkeypatch.setattr(choosing, "cpu_flags", lambda: frozenset({"avx512_vnni"}))
-    monkeypatch.setattr(choosing, "has_openvino", lambda: False)
-    taken = take_best_variant(repository, model_dir.parent, 3, LIMITS | {"int8": limit})
+    here = ServerRuntimes(("onnxruntime",))
+    taken = take_best_variant(repository, model_dir.parent, 3, LIMITS | {"int8": limit}, lambda: here)
     assert served_manifest(repository).get("precision", "fp32") == ("int8" if installed else "fp32"), taken
 
 

@@ -20,7 +20,6 @@ import pytest
 from arcface_build.cli import main
 from arcface_build.imports.importing import existing_import
 from arcface_build.imports.source import known_models, resolve
-from arcface_build.plans.gpu import gpu_sm
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import copy_repository
 from test_checkpoint import state_dict, write_safetensors
@@ -49,9 +48,10 @@ def test_a_file_is_imported_installed_and_the_second_time_left_alone(workplace: 
     assert manifest == json.loads((workplace / "models" / "mine" / "manifest.json").read_text())
     overlay = (repository / "arcface_onnx" / "configs" / "onnx.pbtxt").read_text()
     assert manifest["contract_id"] in overlay
-    served = (repository / "arcface_onnx" / "1" / "model.onnx").read_bytes()
-    form = "serving.onnx" if gpu_sm() else "serving_cpu.onnx"
-    assert served == (workplace / "models" / "mine" / form).read_bytes()
+    for file, form in (("model.onnx", "serving_cpu.onnx"), ("model.gpu.onnx", "serving.onnx")):
+        served = (repository / "arcface_onnx" / "1" / file).read_bytes()
+        assert served == (workplace / "models" / "mine" / form).read_bytes()
+    assert '{ key: "8.6" value: "model.gpu.onnx" }' in overlay
     again = arcface_import(workplace, "net.onnx", "--name", "mine")
     assert "unchanged: models/mine (512-d, opset 17)" in again.stdout
     assert "served from: arcface_reference/1, arcface_onnx/1" in again.stdout

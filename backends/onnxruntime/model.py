@@ -1,13 +1,14 @@
 """Triton's `onnxruntime` backend in Python: serves the native backend's config.pbtxt where only the wheel is installed.
 
-It reads the settings that the native backend reads: default_model_filename, instance_group, the parameters
-intra_op_thread_count, inter_op_thread_count and execution_mode, optimization.graph.level and
+It reads the settings that the native backend reads: default_model_filename, cc_model_filenames, instance_group, the
+parameters intra_op_thread_count, inter_op_thread_count and execution_mode, optimization.graph.level and
 optimization.execution_accelerators. At load it refuses what the native one refuses, so that a config.pbtxt that works
 here works there. Differences, both measured: threads default to cores / instances, and they stop spinning when a run
 ends. Requests of one batch are computed in one run. I/O binding to our own buffers is not used, because it was no
 faster than `run` (1.00 × on a 0.4 ms network).
 """
 
+import ctypes
 import json
 import os
 from pathlib import Path
@@ -70,7 +71,7 @@ class TritonPythonModel:
     def initialize(self, args):
         """Open the session of this instance."""
         config = json.loads(args["model_config"])
-        filename = config.get("default_model_filename") or "model.onnx"
+        filename = _file_name(config, args["model_instance_kind"], int(args["model_instance_device_id"]))
         path = Path(args["model_repository"]) / args["model_version"] / filename
         wanted = _wanted_providers(config, args["model_instance_kind"], int(args["model_instance_device_id"]))
         threads = _threads(config)
@@ -135,6 +136,29 @@ def _model_file_of_this_stub(config):
     """The ONNX file; auto_complete_config gets no path, but the stub process has it as its first argument."""
     first = Path(Path("/proc/self/cmdline").read_bytes().split(b"\0")[1].decode())
     return first.parent / (config["default_model_filename"] or "model.onnx")
+
+
+def _file_name(config, kind, device):
+    """The file for this instance: that of the GPU's SM where one is mapped, else the default, as for every CPU."""
+    default, mapped = config.get("default_model_filename") or "model.onnx", config.get("cc_model_filenames") or {}
+    return mapped.get(_sm(device), default) if kind == "GPU" and mapped else default
+
+
+def _sm(device):
+    """The GPU's compute capability, "8.6", from the driver; "" where it does not tell."""
+    numbers, handle = [], ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), device):
+            return ""
+    except (OSError, AttributeError):
+        return ""
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR, cuda.h
+        value = ctypes.c_int()
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle):
+            return ""
+        numbers.append(str(value.value))
+    return ".".join(numbers)
 
 
 def _open(path, options, providers):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcface_build.errors import ProofFailed
-from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.profiles import CUDA_GRAPHS, with_profiles
 from arcface_build.repository.versions import install, served_folder, served_manifest
 from arcface_clients.engines.import_manifest import read_import_manifest
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from arcface_build.variants.choose import VariantChoice
 
 KEPT_VERSIONS = 3
+GPU_FILE = "model.gpu.onnx"  # beside model.onnx, where that is laid out for CPUs
 _log = logging.getLogger(__name__)
 
 
@@ -61,7 +61,9 @@ def assemble(
     imported = read_import_manifest(model_dir)
     manifest = imported.to_json()
     weights, extra = model_dir / "serving.onnx", ""
-    if imported.cpu and gpu_sm() is None:  # the same network, laid out for ONNX Runtime's CPU kernels
+    files: dict[str, Path] = {}
+    if imported.cpu:  # the same network, laid out for ONNX Runtime's CPU kernels: the serving host takes its own form
+        files, extra = {GPU_FILE: weights}, _for_gpus(repository)
         weights = model_dir / imported.cpu["file"]
     if variant is not None and variant.precision != "fp32":
         verdict = judge_sidecar(variant.sidecar or {}, limits).get(variant.runtime)
@@ -74,11 +76,11 @@ def assemble(
         runtime, why_not = runtime_for(variant.precision, [variant.runtime], [variant.runtime])
         if runtime is None:
             raise ProofFailed(f"{variant.file} of {imported.name} is not served: {why_not}. Next: arcface quantize")
-        weights, extra = model_dir / variant.file, variant.accelerator_pbtxt()
+        weights, extra, files = model_dir / variant.file, variant.accelerator_pbtxt(), {}
         told = {key: value for key, value in variant.to_json().items() if key != "reason"}
         manifest |= {"precision": variant.precision, "variant": told}
     source, folder = model_dir / "source.onnx", ModelFolder(model_dir, imported)
-    for file in (source, weights):
+    for file in (source, weights, *files.values()):
         folder.check_proved(file)
     manifest["weights"] = weights.relative_to(model_dir).as_posix()
     return {
@@ -87,7 +89,7 @@ def assemble(
             repository, "arcface_reference", {"source.onnx": source}, imported.to_json(), keep=keep
         ),
         "arcface_onnx": install(
-            repository, "arcface_onnx", {"model.onnx": weights}, manifest, overlay=extra, keep=keep
+            repository, "arcface_onnx", {"model.onnx": weights, **files}, manifest, overlay=extra, keep=keep
         ),
     }
 
@@ -195,6 +197,13 @@ def _by_sm(given: Sequence[Plan], before: Mapping[str, Plan], mapped: Sequence[s
             if sm not in chosen and misfit(plan.manifest, sm) is None:
                 chosen[sm] = plan
     return dict(sorted(chosen.items(), key=lambda item: float(item[0])))
+
+
+def _for_gpus(repository: Path) -> str:
+    """The line of config.pbtxt by which instances on a GPU load the serving ONNX itself, not the form for CPUs."""
+    sms = _mapped_sms(repository / "arcface_trt" / "config.pbtxt")
+    mapped = ", ".join(f'{{ key: "{sm}" value: "{GPU_FILE}" }}' for sm in sms)
+    return f"cc_model_filenames [ {mapped} ]\n"
 
 
 def _mapped_sms(config: Path) -> list[str]:

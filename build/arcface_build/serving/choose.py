@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,8 +64,15 @@ def choose_backend(asked: str, gpu_sm: str | None, plans: ServedPlans, onnx: boo
     )
 
 
-def order_of_backends(first: str, fallback: Fallback) -> list[str]:
-    """`first`, then those of fallback.chain that a server can serve: what is tried when one fails its validation."""
+def order_of_backends(first: str, fallback: Fallback, there: Collection[str]) -> list[str]:
+    """What is tried in turn when one does not load or fails its validation.
+
+    Args:
+        first: the choice. The reference stands alone: who serves it wants nothing else.
+        fallback: fallback.chain follows, where it is enabled.
+        there: what can be served besides: onnx with weights, the reference where it is loaded for comparison.
+    """
     served_as = {"onnx": "onnx", "insightface": "reference"}
-    following = [served_as[name] for name in fallback.chain if name in served_as] if fallback.enabled else []
+    wanted = [served_as[name] for name in fallback.chain if name in served_as] if fallback.enabled else []
+    following = [] if first == "reference" else [name for name in wanted if name in there]
     return list(dict.fromkeys([first, *following]))

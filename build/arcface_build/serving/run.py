@@ -30,6 +30,7 @@ from arcface_build.serving.exposure import Exposure, refuse_overrides
 from arcface_build.serving.limits import check_shared_memory, few_open_files
 from arcface_build.serving.process import EXIT_TIMEOUT_S, LATENCY_QUANTILES, Ports, TritonProcess
 from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
+from arcface_build.serving.server_runtimes import runtimes_of_server
 from arcface_build.serving.variant import take_best_variant
 from arcface_build.serving.watch import RESTARTS, RESTARTS_WITHIN_S, Pulse, Restarts, patience_s, watch
 from arcface_clients.checks.parity import ParityReport, measure_parity
@@ -148,12 +149,16 @@ def _serve(
     audience.chosen(f"backend {choice.backend}: {choice.reason}")
     # Tuned for the installed weights: another variant would take the tuned settings away.
     if choice.backend == "onnx" and asked.variant == "auto" and asked.backend != "tuned" and gpu_sm() is None:
-        taken = take_best_variant(asked.repository, asked.models_dir, config.versions_kept, limits)
+        taken = take_best_variant(
+            asked.repository, asked.models_dir, config.versions_kept, limits, lambda: runtimes_of_server(binary)
+        )
         audience.chosen(f"variant {taken}")
     photos, told = photo_models(asked.repository)
     audience.chosen(told)
-    falls_back = with_reference and not asked.once
-    backends = order_of_backends(choice.backend, config.fallback) if falls_back else [choice.backend]
+    instead_of_it = {"onnx": bool(versions(asked.repository / "arcface_onnx")), "reference": with_reference}
+    backends = order_of_backends(choice.backend, config.fallback, {k for k, there in instead_of_it.items() if there})
+    if asked.once:
+        backends = [choice.backend]
     for position, name in enumerate(backends):
         server = TritonProcess(
             binary,

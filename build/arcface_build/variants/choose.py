@@ -52,6 +52,7 @@ def choose(
     flags: frozenset[str] | None = None,
     openvino: bool | None = None,
     cpu: str | None = None,
+    told_precision: bool = True,
 ) -> VariantChoice:
     """The fastest variant that passed its gate in a runtime of this CPU; the fp32 serving ONNX if none did.
 
@@ -63,6 +64,7 @@ def choose(
         flags: instruction sets; default: this CPU's.
         openvino: whether the provider is available; default: detected.
         cpu: name of the CPU, for the measured order; default: this one's.
+        told_precision: whether the provider is told in which precision to compute; see `runtime_for`.
     """
     flags = cpu_flags() if flags is None else flags
     openvino = has_openvino() if openvino is None else openvino
@@ -71,7 +73,9 @@ def choose(
     passed_over: list[str] = []
     for precision in ("int8", "bf16"):
         sidecar = read_sidecar(model_dir, precision, "cpu")
-        runtime, why_not = _worth_serving(precision, sidecar, limits, flags, openvino, precision in speeds)
+        runtime, why_not = _worth_serving(
+            precision, sidecar, limits, flags, openvino, precision in speeds, told_precision
+        )
         if runtime is not None and sidecar is not None:
             try:
                 folder_of(model_dir / "serving.onnx").check_proved(model_dir / sidecar["file"])
@@ -100,13 +104,14 @@ def _worth_serving(
     flags: frozenset[str],
     openvino: bool,
     measured: bool,
+    told_precision: bool,
 ) -> tuple[str | None, str]:
     """A runtime in which a variant may be served and is faster, or None and the reason."""
     if sidecar is None:
         return None, "none that passed its gate (arcface quantize makes one)"
     verdicts, here = judge_sidecar(sidecar, limits), cpu_runtimes(flags, openvino)
     passed = [runtime for runtime, verdict in verdicts.items() if verdict.passed]
-    runtime, why_not = runtime_for(precision, passed, here)
+    runtime, why_not = runtime_for(precision, passed, here, told_precision)
     if runtime is None:
         refused = (verdicts[one].why for one in here if one in verdicts and not verdicts[one].passed)
         return None, next(refused, why_not)

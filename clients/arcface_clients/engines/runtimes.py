@@ -199,7 +199,9 @@ def cpu_runtimes(flags: frozenset[str], openvino: bool) -> tuple[str, ...]:
     return (*bf16, "openvino-fp32", "onnxruntime") if openvino else ("onnxruntime",)
 
 
-def runtime_for(precision: str, gated: Collection[str] | None, here: Sequence[str]) -> tuple[str | None, str]:
+def runtime_for(
+    precision: str, gated: Collection[str] | None, here: Sequence[str], told_precision: bool = True
+) -> tuple[str | None, str]:
     """The rule for which runtime may run a variant: (runtime, "") or (None, why not).
 
     fp32 and fp16 files compute in fp32 on every CPU and need no gate here. bf16 runs in bf16 or not at all. An int8
@@ -210,7 +212,15 @@ def runtime_for(precision: str, gated: Collection[str] | None, here: Sequence[st
         gated: runtimes in which the variant passed its gate (`gated_runtimes`); None for an ungated file that the user
             named: its float layers stay fp32.
         here: runtimes to choose from, preferred one first.
+        told_precision: False where OpenVINO is not told in which precision to compute, as by Triton's own backend: then
+            no bf16 can be promised, and int8 has to have passed its gate in each precision that it may take.
     """
+    openvino = [runtime for runtime in here if runtime != "onnxruntime"]
+    if not told_precision and openvino:
+        if precision == "bf16":
+            return None, "this server does not tell OpenVINO in which precision to compute, so none can be promised"
+        if precision == "int8" and not set(openvino) <= set(gated or ()):
+            here = [runtime for runtime in here if runtime not in openvino]
     exact = [runtime for runtime in here if runtime != "openvino-bf16"]
     if precision == "bf16":
         able = [runtime for runtime in here if runtime == "openvino-bf16"]
