@@ -20,6 +20,7 @@ import pytest
 from arcface_build.errors import ServerFailed
 from arcface_build.repository.assemble import assemble
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
+from arcface_build.serving.exposure import Exposure
 from arcface_build.serving.process import (
     _DIE_WITH_PARENT,
     PortLock,
@@ -393,7 +394,7 @@ def test_shared_memory_is_allowed_where_the_server_on_path_refuses_it_by_default
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     binary = find_tritonserver()
     assert binary.options == options
-    assert set(options) <= set(arguments(binary, "repository", ["arcface"], "onnx", free_ports(), "127.0.0.1"))
+    assert set(options) <= set(arguments(binary, "repository", ["arcface"], "onnx", free_ports(), Exposure()))
 
 
 def test_two_serves_of_one_moment_do_not_prove_each_others_server(triton_binary, own_repository, tmp_path):
