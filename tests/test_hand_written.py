@@ -11,6 +11,7 @@ import pytest
 
 from arcface_build.repository.hand_written import MEMORY, Followed, follow, hand_written, lay_out
 from arcface_build.repository.versions import find_repository
+from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import Missing, WrongUse
 from conftest import REPO
 
@@ -116,3 +117,36 @@ def test_a_memory_that_cannot_be_read_is_said(shipped, tmp_path):
     (made / MEMORY).write_text(json.dumps(["?"]))
     with pytest.raises(Missing, match=rf"{MEMORY} cannot be read .* Next: delete it"):
         follow(made, shipped)
+
+
+@pytest.mark.parametrize("make", [True, False])
+def test_a_command_makes_a_repository_where_it_is_asked_to_and_follows_it(shipped, tmp_path, monkeypatch, capsys, make):
+    from arcface_build.commands.options import folders
+    from arcface_build.repository import hand_written as home
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(home, "shipped", lambda name: shipped)
+    monkeypatch.setattr(folders, "settings", EmbeddingConfig)
+    if not make:
+        with pytest.raises(Missing, match="Make one here: arcface serve"):
+            folders.repository_at(None)
+        return
+    made = folders.repository_at(None, make=True)
+    assert made == tmp_path / "here" / "model_repository"
+    (made / "arcface" / "config.pbtxt").write_text("# ours")
+    for name in ("arcface", "embedding_drift"):
+        (shipped / name / "config.pbtxt").write_text("# of the next version")
+    assert folders.repository_at(None) == made
+    said = " ".join(capsys.readouterr().err.split())
+    assert "brought to this version: embedding_drift/config.pbtxt" in said
+    assert f"kept {made / 'arcface' / 'config.pbtxt'}, which somebody edited" in said
+
+
+def test_an_absent_folder_that_was_named_is_a_mistake_and_not_made(tmp_path, monkeypatch):
+    from arcface_build.commands.options import folders
+
+    monkeypatch.setattr(folders, "settings", EmbeddingConfig)
+    with pytest.raises(Missing, match="is not our model repository"):
+        folders.repository_at(tmp_path / "modl_repository", make=True)
+    assert list(tmp_path.iterdir()) == []

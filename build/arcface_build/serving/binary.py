@@ -126,7 +126,7 @@ def _compose_backends(server: Path, ours: Path) -> Path:
 
 
 def _composed(name: str) -> Path:
-    """Where the backend directory `name` is or may be: in the environment, else in the user's cache."""
+    """Where a backend directory is or may be: with the environment's packages, else in the user's own cache."""
     share = Path(sys.prefix) / "share" / "arcface-triton"
     existing = next(folder for folder in (share / name, *(share / name).parents) if folder.exists())
     made = existing == share / name or os.access(existing, os.W_OK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,9 +52,11 @@ def repository_at(given: Path | None, *, make: bool = False) -> Path:
     try:
         repository = find_repository(given, configured)
     except Missing:
-        if not make or (given is not None and not (given.is_dir() and not any(given.iterdir()))):
+        here = (given or configured).absolute()
+        wanted = given is None or (given.is_dir() and not any(given.iterdir()))
+        if not (make and wanted and os.access(here if here.exists() else here.parent, os.W_OK)):
             raise
-        repository = lay_out((given or configured).absolute())
+        repository = lay_out(here)
         terminal.notice(f"made {repository}: the model repository, without weights yet")
     followed = follow(repository)
     if followed.updated:
