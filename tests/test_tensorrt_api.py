@@ -22,7 +22,7 @@ TABLE: dict[str, dict[str, Any]] = json.loads((REPO / "tests" / "tensorrt_api.js
 OURS = [
     *(REPO / "build" / "arcface_build" / "plans").glob("*.py"),
     *(REPO / "tools" / "arcface_tools" / "gpu_check").glob("*.py"),
-    REPO / "backends" / "tensorrt" / "model.py",
+    *(REPO / "backends" / "tensorrt").glob("*.py"),
     REPO / "clients" / "arcface_clients" / "engines" / "tensorrt.py",
 ]
 # What exists, or is asked for, from a version on; every use of it is behind a question for the version or the name.

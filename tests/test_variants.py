@@ -180,9 +180,7 @@ def test_what_8_6_gets_of_an_int8_variant_means_the_same(serving, ranges):
 def test_every_layer_that_8_6s_parser_makes_of_the_fp16_variant_is_pinned_as_its_onnx_says(serving):
     typed = Recipe("fp16", "tensorrt", "5" * 64, form=TensorRtForm()).apply(serving)
     pins = precision_pins(typed.graph, tensor_types(typed.graph))
-    rows = [
-        line.split("\t") for line in PARSED_BY_8_6.read_text().splitlines()
-    ]  # …, dtype, operation
+    rows = [line.split("\t") for line in PARSED_BY_8_6.read_text().splitlines()]  # …, dtype, operation
     kinds = sorted({"CONSTANT", "SHUFFLE", "SHAPE", "CAST", *(row[0] for row in rows)})
     trt = SimpleNamespace(float32="fp32", float16="fp16", LayerType=SimpleNamespace(**{kind: kind for kind in kinds}))
     network = []
