@@ -35,13 +35,11 @@ def _enum(name: str, members: str) -> type[enum.IntEnum]:
     return enum.IntEnum(name, {member: i for i, member in enumerate(members.split())})
 
 
-DataType = _enum("DataType", "FLOAT HALF INT8 INT32 BOOL UINT8 INT64 BF16")
-float32, float16, int8, int32, uint8, int64 = (
-    DataType(v) for v in (DataType.FLOAT, DataType.HALF, DataType.INT8, DataType.INT32, DataType.UINT8, DataType.INT64)
-)
+DataType = _enum("DataType", "FLOAT HALF INT8 INT32 BOOL UINT8" + (" INT64 BF16" if MAJOR >= 10 else ""))
+float32, float16, int8, int32, uint8 = DataType.FLOAT, DataType.HALF, DataType.INT8, DataType.INT32, DataType.UINT8
 bool = DataType.BOOL
 if MAJOR >= 10:
-    bfloat16 = DataType.BF16
+    bfloat16, int64 = DataType.BF16, DataType.INT64
     _FLAGS = "STRONGLY_TYPED" if MAJOR >= 11 else "EXPLICIT_BATCH STRONGLY_TYPED"
     NetworkDefinitionCreationFlag = _enum("NetworkDefinitionCreationFlag", _FLAGS)
 else:
@@ -55,7 +53,7 @@ ProfilingVerbosity = _enum("ProfilingVerbosity", "LAYER_NAMES_ONLY NONE DETAILED
 _SAME = " SAME_COMPUTE_CAPABILITY" if tuple(map(int, __version__.split(".")[:2])) >= (10, 9) else ""
 HardwareCompatibilityLevel = _enum("HardwareCompatibilityLevel", "NONE AMPERE_PLUS" + _SAME)
 PreviewFeature, DeviceType = _enum("PreviewFeature", "X"), _enum("DeviceType", "GPU DLA")
-LayerType = _enum("LayerType", "CONVOLUTION CONSTANT SHUFFLE SHAPE CAST QUANTIZE DEQUANTIZE OTHER")
+LayerType = _enum("LayerType", "CONVOLUTION CONSTANT SHUFFLE SHAPE CAST QUANTIZE DEQUANTIZE ELEMENTWISE")
 TensorIOMode, TensorFormat = _enum("TensorIOMode", "NONE INPUT OUTPUT"), _enum("TensorFormat", "LINEAR HWC CHW16")
 TensorLocation = _enum("TensorLocation", "DEVICE HOST")
 LayerInformationFormat = _enum("LayerInformationFormat", "ONELINE JSON")
@@ -101,8 +99,10 @@ class _Network(list):
     def get_input(self, index: int) -> types.SimpleNamespace:
         return types.SimpleNamespace(name="face", is_shape_tensor=False, shape=(-1, 112, 112, 3), dtype=uint8)
 
-    def get_flag(self, flag: int) -> int:
-        return self.strongly_typed
+    if MAJOR >= 10:
+
+        def get_flag(self, flag: int) -> int:
+            return self.strongly_typed
 
 
 class OnnxParser:
@@ -114,18 +114,18 @@ class OnnxParser:
     def __init__(self, network: _Network, logger: ILogger) -> None:
         self.network, self.flags = network, 0
 
-    def parse_from_file(self, path: str) -> int:
-        model = self.network.model = onnx.load(path)
-        stored = {i.name for i in model.graph.initializer if i.data_type == 3}
-        half = {i.name for i in model.graph.initializer if i.data_type == 10}
-        quantised = [n for n in model.graph.node if n.op_type == "DequantizeLinear"]
-        newer = max(o.version for o in model.opset_import) > 17
+    def parse_from_file(self, model: str) -> int:
+        parsed = self.network.model = onnx.load(model)
+        stored = {i.name for i in parsed.graph.initializer if i.data_type == 3}
+        half = {i.name for i in parsed.graph.initializer if i.data_type == 10}
+        quantised = [n for n in parsed.graph.node if n.op_type == "DequantizeLinear"]
+        newer = max(o.version for o in parsed.opset_import) > 17
         if MAJOR < 10 and (newer or any(n.input[0] in stored or n.input[1] in half for n in quantised)):
             self.num_errors = 1
             return False
-        kinds, kind_of = tensor_types(model.graph), {1: float32, 10: float16, 3: int8}
-        for node in model.graph.node:
-            layer = types.SimpleNamespace(name=node.name, type=LayerType.OTHER, num_outputs=1, precision=None)
+        kinds, kind_of = tensor_types(parsed.graph), {1: float32, 10: float16, 3: int8}
+        for node in parsed.graph.node:
+            layer = types.SimpleNamespace(name=node.name, type=LayerType.ELEMENTWISE, num_outputs=1, precision=None)
             layer.type = LayerType.CONVOLUTION if node.op_type == "Conv" else layer.type
             output = types.SimpleNamespace(name=node.output[0], dtype=kind_of.get(kinds.get(node.output[0]), int32))
             layer.get_output = lambda _, output=output: output
@@ -141,7 +141,7 @@ class _TimingCache:
     def serialize(self) -> _Buffer:
         return _Buffer(self.data)
 
-    def combine(self, other: _TimingCache, ignore_mismatch: int) -> int:
+    def combine(self, input_cache: _TimingCache, ignore_mismatch: int) -> int:
         return True
 
 
@@ -183,20 +183,20 @@ class _Config:
     def add_optimization_profile(self, profile: _Profile) -> None:
         self.profiles.append(profile)
 
-    def set_memory_pool_limit(self, pool: int, size: int) -> None:
-        self.limits[pool] = size
+    def set_memory_pool_limit(self, pool: int, pool_size: int) -> None:
+        self.limits[pool] = pool_size
 
     def get_memory_pool_limit(self, pool: int) -> int:
         return self.limits.get(pool, 0)
 
-    def set_tactic_sources(self, sources: int) -> None:
-        self.sources = sources
+    def set_tactic_sources(self, tactic_sources: int) -> None:
+        self.sources = tactic_sources
 
     def get_tactic_sources(self) -> int:
         return self.sources
 
-    def create_timing_cache(self, data: bytes) -> _TimingCache:
-        return _TimingCache(data)
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> _TimingCache:
+        return _TimingCache(serialized_timing_cache)
 
     def set_timing_cache(self, cache: _TimingCache, ignore_mismatch: int) -> None:
         self.cache = cache
@@ -206,8 +206,8 @@ class _Config:
 
 
 class _Profile(dict):
-    def set_shape(self, name: str, *shapes: tuple[int, ...]) -> None:
-        self[name] = shapes
+    def set_shape(self, input: str, min: tuple[int, ...], opt: tuple[int, ...], max: tuple[int, ...]) -> None:
+        self[input] = (min, opt, max)
 
 
 class Builder:
@@ -255,8 +255,8 @@ class Runtime:
     def __init__(self, logger: ILogger) -> None:
         pass
 
-    def deserialize_cuda_engine(self, data: bytes) -> ICudaEngine | None:
-        plan = pickle.loads(bytes(data))
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+        plan = pickle.loads(bytes(serialized_engine))
         return ICudaEngine(plan) if plan["version"] == __version__ else None
 
 
@@ -295,11 +295,18 @@ class ICudaEngine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return (-1, 112, 112, 3) if name == "face" else (-1, -1 if FAULT == "open" else self.dim)
 
-    def get_tensor_profile_shape(self, name: str, profile: int) -> tuple[tuple[int, ...], ...]:
-        return self.profiles[profile][name]
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> tuple[tuple[int, ...], ...]:
+        return self.profiles[profile_index][name]
 
-    def get_tensor_format(self, name: str, profile: int) -> TensorFormat:
-        return TensorFormat.LINEAR
+    if MAJOR >= 10:
+
+        def get_tensor_format(self, name: str, profile_index: int = 0) -> TensorFormat:
+            return TensorFormat.LINEAR
+
+    else:
+
+        def get_tensor_format(self, name: str) -> TensorFormat:
+            return TensorFormat.LINEAR
 
     def is_shape_inference_io(self, name: str) -> int:
         return False
@@ -329,15 +336,15 @@ class IExecutionContext:
     def get_tensor_address(self, name: str) -> int:
         return self.addresses.get(name, 0)
 
-    def set_tensor_address(self, name: str, address: int) -> int:
-        self.addresses[name] = address
+    def set_tensor_address(self, name: str, memory: int) -> int:
+        self.addresses[name] = memory
         return True
 
-    def set_output_allocator(self, name: str, allocator: IOutputAllocator) -> int:
-        self.allocator = allocator
+    def set_output_allocator(self, name: str, output_allocator: IOutputAllocator) -> int:
+        self.allocator = output_allocator
         return True
 
-    def execute_async_v3(self, stream: int) -> int:
+    def execute_async_v3(self, stream_handle: int) -> int:
         if _Cudart.capturing is not None:
             shape, addresses = self.shape, dict(self.addresses)
             _Cudart.capturing.append(lambda: self._run(shape, addresses))
@@ -370,7 +377,7 @@ class _Inspector:
     def __init__(self, plan: dict) -> None:
         self.plan = plan
 
-    def get_engine_information(self, form: LayerInformationFormat) -> str:
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
         model = onnx.load_from_string(self.plan["onnx"])
         asked = layer_precisions(model.graph, tensor_types(model.graph))
         layers = []

@@ -12,6 +12,7 @@ import pytest
 from arcface_build.serving.host_checks import check_store
 from arcface_clients import benchmark_embedder, get_embedding_backend
 from arcface_clients.checks.diagnostics import (
+    check_driver_name,
     check_local_model,
     check_onnxruntime,
     check_server,
@@ -67,6 +68,7 @@ def test_host_without_a_server_has_one_problem_with_its_fix(doctor):
         "python",
         "gpu",
         "tensorrt",
+        "tensors on the GPU",
         "onnxruntime",
         "reference",
         "shared memory",
@@ -127,6 +129,15 @@ def test_a_model_that_is_not_served_is_named(server):
 
 def test_unused_server_is_no_problem():
     assert check_server(EmbeddingConfig(backend="onnx", triton={"url": "127.0.0.1:1"})).status == "absent"
+
+
+def test_a_driver_that_triton_does_not_find_by_its_name_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("arcface_clients.gpu.driver.DEVELOPMENT_NAME", str(tmp_path / "libcuda.so"))
+    check = check_driver_name([A10])
+    assert check.status == "absent" and "moves them through the host" in check.found and "libcuda.so.1" in check.fix
+    monkeypatch.setattr("arcface_clients.gpu.driver.DEVELOPMENT_NAME", "libc.so.6")  # any library that opens
+    assert check_driver_name([A10]).status == "ok"
+    assert check_driver_name([]).found == "no GPU"
 
 
 def test_gpu_that_this_onnx_runtime_cannot_use_is_a_problem():

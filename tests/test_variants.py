@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from arcface_build.errors import ProofFailed
 from arcface_build.graph.embedding_only import embedding_only
 from arcface_build.graph.tensorrt_form import TensorRtForm
+from arcface_build.plans.loaders import pin_precisions
 from arcface_build.plans.typed import FLOAT16, layer_precisions, precision_pins, tensor_types
 from arcface_build.plans.weakly_typed import weakly_typed
 from arcface_build.variants.calibrate import Histogram, conv_inputs, least_error_range, on_grid
@@ -34,6 +36,8 @@ from arcface_clients.evidence.drift import compare_embeddings
 from arcface_clients.faces.synthetic import synthetic_faces
 
 FACES = 24
+# What TensorRT 8.6's real ONNX parser makes of the fp16 variant of the mobile demo network.
+PARSED_BY_8_6 = Path(__file__).resolve().parent / "parsed_by_8_6" / "demo-mobile-fp16.tsv"
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +175,29 @@ def test_what_8_6_gets_of_an_int8_variant_means_the_same(serving, ranges):
     faces = synthetic_faces(8)
     judged, weak = (open_session(m).run(None, {"face": faces})[0] for m in (recipe.stand_in(serving), typed))
     assert compare_embeddings(judged, weak).max_drift < 1e-3
+
+
+def test_every_layer_that_8_6s_parser_makes_of_the_fp16_variant_is_pinned_as_its_onnx_says(serving):
+    typed = Recipe("fp16", "tensorrt", "5" * 64, form=TensorRtForm()).apply(serving)
+    pins = precision_pins(typed.graph, tensor_types(typed.graph))
+    rows = [line.split("\t") for line in PARSED_BY_8_6.read_text().splitlines()]  # …, dtype, operation
+    kinds = sorted({"CONSTANT", "SHUFFLE", "SHAPE", "CAST", *(row[0] for row in rows)})
+    trt = SimpleNamespace(float32="fp32", float16="fp16", LayerType=SimpleNamespace(**{kind: kind for kind in kinds}))
+    network = []
+    for kind, name, output, dtype, _ in rows:
+        tensor = SimpleNamespace(name=output, dtype=dtype)
+        layer = SimpleNamespace(type=kind, name=name, num_outputs=1, precision=None)
+        layer.get_output = lambda _, tensor=tensor: tensor
+        network.append(layer)
+    pin_precisions(trt, network, pins)
+    convolutions = [layer.precision for layer in network if layer.type == "CONVOLUTION"]
+    assert convolutions == ["fp16"] * 50
+    for layer in network:
+        computes = layer.type in ("ELEMENTWISE", "REDUCE", "UNARY", "IDENTITY")
+        if layer.get_output(0).dtype == "fp32" and computes:
+            assert layer.precision == "fp32", layer.name  # pixels and norm: nothing there may be lowered
+        if layer.get_output(0).dtype == "fp16":
+            assert layer.precision != "fp32", layer.name
 
 
 def test_residual_stream_is_not_rounded_where_a_convolution_and_a_sum_read_it(serving, ranges):

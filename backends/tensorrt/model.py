@@ -11,21 +11,17 @@ through polygraphy.cuda.
 """
 
 import ctypes
-import hashlib
 import json
 from pathlib import Path
 
 import gpu_tensors
 import numpy as np
+import plan_files
 import triton_python_backend_utils as pb_utils
 
-try:
+if not plan_files.NOT_INSTALLED:  # else the first use of a device says so
     import tensorrt as trt
     from polygraphy import cuda
-
-    NOT_INSTALLED = ""
-except (ImportError, OSError) as exc:
-    NOT_INSTALLED = str(exc)
 
 TRITON_DTYPES = {
     "FLOAT": "TYPE_FP32",
@@ -48,7 +44,6 @@ NUMPY_DTYPES = {
 GRAPH_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # and the largest: those that the native backend captures
 CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
 ALIGNMENT = 256  # bytes: what TensorRT requires of an address (NvInferRuntime.h, setTensorAddress)
-COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76  # cudaDeviceAttr
 
 
 class TritonPythonModel:
@@ -60,7 +55,7 @@ class TritonPythonModel:
         current = config.as_dict()
         if current["input"] and current["output"]:
             return config
-        engine = _load(_version_folder_of_this_stub(), current, _use_device(0))
+        engine = plan_files.load(_version_folder_of_this_stub(), current, plan_files.use_device(0))
         batched = current["max_batch_size"] > 0
         for tensor in _tensors(engine):
             shape = [int(d) for d in engine.get_tensor_shape(tensor)]
@@ -79,9 +74,9 @@ class TritonPythonModel:
         """Load the plan for this instance's GPU and allocate everything that requests will need."""
         config = json.loads(args["model_config"])
         on_gpu = args["model_instance_kind"] == "GPU"
-        device = _use_device(int(args["model_instance_device_id"]) if on_gpu else 0)
+        device = plan_files.use_device(int(args["model_instance_device_id"]) if on_gpu else 0)
         folder = Path(args["model_repository"]) / args["model_version"]
-        self.engine = _load(folder, config, device)
+        self.engine = plan_files.load(folder, config, device)
         self.context = self.engine.create_execution_context()
         if not self.context:
             raise pb_utils.TritonModelException(
@@ -98,8 +93,8 @@ class TritonPythonModel:
         self.outputs = {n: self._buffer(n) for n in _tensors(self.engine) if not _is_input(self.engine, n)}
         self.graphs = self._captured() if _asks_for_graphs(config) else {}
         pb_utils.Logger.log_info(
-            f"{args['model_instance_name']}: {_plan_name(folder, config, device)} on GPU {device}, SM {_sm(device)}, "
-            f"TensorRT {trt.__version__}, batches up to {self.max_batch}"
+            f"{args['model_instance_name']}: {plan_files.plan_name(folder, config, device)} on GPU {device}, "
+            f"SM {plan_files.sm_of(device)}, TensorRT {trt.__version__}, batches up to {self.max_batch}"
             + (f", CUDA graphs of {', '.join(map(str, self.graphs))}" if self.graphs else "")
         )
 
@@ -305,102 +300,6 @@ def _asks_for_graphs(config):
 
 def _error(exc):
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"tensorrt: {exc}"))
-
-
-def _use_device(device):
-    """Make a GPU current in this process, and return its number; an error if it does not exist."""
-    if NOT_INSTALLED:
-        raise pb_utils.TritonModelException(
-            f"TensorRT is not installed for this server ({NOT_INSTALLED}). Next: serve with ONNX Runtime "
-            "(--model-config-name onnx), or install arcface-triton[tensorrt] and tensorrt here"
-        )
-    count = ctypes.c_int()
-    try:
-        runtime = cuda.wrapper().handle
-        status = runtime.cudaGetDeviceCount(ctypes.byref(count))
-    except Exception as exc:  # polygraphy raises its own exception if it finds no CUDA runtime
-        raise pb_utils.TritonModelException(
-            f"no CUDA runtime can be loaded ({str(exc).splitlines()[0]}). Next: pip install 'arcface-triton[tensorrt]'"
-        ) from exc
-    if status or device >= count.value:
-        raise pb_utils.TritonModelException(
-            f"no GPU {device} on this host (CUDA error {status}, {count.value} GPUs). Next: serve with ONNX Runtime "
-            "(--model-config-name onnx), or check the driver with nvidia-smi"
-        )
-    cuda.wrapper().check(runtime.cudaSetDevice(device))
-    return device
-
-
-def _sm(device):
-    """The GPU's compute capability as cc_model_filenames spells it: "8.6"."""
-    numbers = []
-    for attribute in (COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR):
-        value = ctypes.c_int()
-        runtime = cuda.wrapper()
-        runtime.check(runtime.handle.cudaDeviceGetAttribute(ctypes.byref(value), attribute, device))
-        numbers.append(value.value)
-    return f"{numbers[0]}.{numbers[1]}"
-
-
-def _plan_name(folder, config, device):
-    """The plan mapped to this GPU; there is no default, because a plan of another SM does not load."""
-    sm, mapped = _sm(device), config.get("cc_model_filenames") or {}
-    have = ", ".join(sorted(path.name for path in folder.glob("*.plan"))) or "none"
-    if sm not in mapped:
-        raise pb_utils.TritonModelException(
-            f"no plan for SM {sm} in cc_model_filenames (mapped: {', '.join(mapped) or 'none'}). "
-            f"Next, on this host: arcface plan build NAME, then add {sm} to config.pbtxt"
-        )
-    if not (folder / mapped[sm]).is_file():
-        raise pb_utils.TritonModelException(
-            f"no plan {mapped[sm]} for SM {sm} in {folder} (found: {have}). "
-            f"Next, on an SM {sm} GPU: arcface plan build NAME, then arcface assemble"
-        )
-    return mapped[sm]
-
-
-def _load(folder, config, device):
-    """The engine of the plan for this GPU."""
-    path = folder / _plan_name(folder, config, device)
-    content = _checked(path)  # before TensorRT sees it: a plan is code, and runs with the server's rights
-    logger = trt.Logger(trt.Logger.WARNING)
-    trt.init_libnvinfer_plugins(logger, "")
-    engine = trt.Runtime(logger).deserialize_cuda_engine(content)
-    if engine is None:
-        raise pb_utils.TritonModelException(
-            f"TensorRT {trt.__version__} does not load {path.name}: it was built for another GPU. "
-            "Next: arcface plan build on this host"
-        )
-    return engine
-
-
-def _checked(path):
-    """The plan's bytes, if the manifest beside it has their digest and this TensorRT's version.
-
-    `arcface serve` checks the manifest's signature before it starts the server, with the public key that it has.
-    """
-    manifest = path.with_name(path.name + ".json")
-    try:
-        with manifest.open("rb") as file:
-            said = json.loads(file.read(1 << 20))
-        sha256, version = str(said["sha256"]), str(said["spec"]["tensorrt"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
-        raise pb_utils.TritonModelException(
-            f"{path.name} has no readable manifest at {manifest} ({type(exc).__name__}: {exc}), so nothing "
-            "says what it is. Next: arcface assemble NAME --plan FILE"
-        ) from exc
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise pb_utils.TritonModelException(
-            f"{path.name} does not match its manifest (expected sha256 {sha256[:12]}): it was damaged or changed. "
-            "Next: arcface assemble NAME --plan FILE, or arcface rollback --model arcface_trt"
-        )
-    if version.split("+")[0].split(".")[:3] != trt.__version__.split("+")[0].split(".")[:3]:
-        raise pb_utils.TritonModelException(
-            f"{path.name} was built with TensorRT {version}, this server has {trt.__version__}. "
-            "Next: arcface plan build on this host, or a server with that version"
-        )
-    return content
 
 
 def _max_batch(engine, model, configured):

@@ -14,6 +14,7 @@ from arcface_clients.checks.report import Check
 from arcface_clients.errors import ArcFaceError, BackendUnavailable, DependencyMissing
 from arcface_clients.extras import how_to_get, install
 from arcface_clients.gpu.cards import Gpu, find_gpus
+from arcface_clients.gpu.driver import found_under_development_name
 
 if TYPE_CHECKING:
     from arcface_clients.checks.benchmark import BenchmarkReport
@@ -30,6 +31,7 @@ def client_checks(settings: EmbeddingConfig) -> list[Check]:
         "python": check_python,
         "gpu": lambda: gpu,
         "tensorrt": lambda: check_tensorrt(gpus),
+        "tensors on the GPU": lambda: check_driver_name(gpus),
         "onnxruntime": lambda: check_onnxruntime(gpus, settings.backend == "onnx"),
         "reference": check_reference,
         "shared memory": check_shared_memory,
@@ -84,6 +86,22 @@ def check_tensorrt(gpus: list[Gpu]) -> Check:
             install("tensorrt") if version else how_to_get("tensorrt"),
         )
     return Check("tensorrt", "absent", f"not installed: {missing} (needed on a GPU host only)")
+
+
+def check_driver_name(gpus: list[Gpu]) -> Check:
+    """libcuda.so, without which Triton's python backend moves faces in CUDA shared memory through the host."""
+    name = "tensors on the GPU"
+    if not gpus:
+        return Check(name, "absent", "no GPU")
+    if found_under_development_name():
+        return Check(name, "ok", "libcuda.so: Triton's python backend can keep them there")
+    return Check(
+        name,
+        "absent",
+        "no libcuda.so, only libcuda.so.1: Triton's python backend silently moves them through the host (the native "
+        "tensorrt backend does not need it)",
+        "make a link libcuda.so beside libcuda.so.1 (ldconfig -p | grep libcuda), then ldconfig",
+    )
 
 
 def check_onnxruntime(gpus: list[Gpu], needed: bool = False) -> Check:

@@ -17,6 +17,7 @@ from typing import Any
 from arcface_clients.errors import CudaFailed, DependencyMissing
 
 LIBRARY = "libcuda.so.1"
+DEVELOPMENT_NAME = "libcuda.so"  # the name that Triton's python backend opens
 LIBRARY_VARIABLE = "ARCFACE_LIBCUDA"  # overrides the library, for one outside the loader's path
 IPC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE; the runtime's cudaIpcMemHandle_t is the same bytes
 LEGACY_STREAM = 1  # CU_STREAM_LEGACY, the default stream of all threads
@@ -173,3 +174,15 @@ def driver() -> CudaDriver:
         raise DependencyMissing(
             f"no CUDA driver on this host ({exc}). Install NVIDIA's driver; start a container with --gpus"
         ) from exc
+
+
+def found_under_development_name() -> bool:
+    """Whether the driver can be opened as libcuda.so too, not only as libcuda.so.1.
+
+    Triton's python backend opens that name (pb_utils.cc), and without it silently keeps every tensor on the host.
+    """
+    try:
+        ctypes.CDLL(DEVELOPMENT_NAME)
+    except OSError:
+        return False
+    return True
