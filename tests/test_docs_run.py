@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,29 +134,25 @@ def serving(triton_binary, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "ARCFACE_SERVE_METRICS_PORT": str(ports.metrics),
     }
     line = ["scripts/serve"] if by_script else [".venv/bin/python", "-m", "arcface_build", "serve"]
-    process = subprocess.Popen(
-        line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    log = folder / "serve.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(line, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     try:
-        printed, as_served = _until_it_serves(process), tmp_path_factory.mktemp("as-served")
+        printed, as_served = _until_it_serves(process, log), tmp_path_factory.mktemp("as-served")
         for name in ("models", "model_repository", "config"):
             shutil.copytree(folder / name, as_served / name)
         yield Serving(printed, folder, as_served, f"127.0.0.1:{ports.grpc}", by_script)
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.wait(60)
 
 
-def _until_it_serves(process: subprocess.Popen[str], timeout_s: float = 240) -> str:
-    assert process.stdout is not None
-    printed, too_late = "", threading.Timer(timeout_s, process.kill)
-    too_late.start()
-    for line in process.stdout:
-        printed += line
-        if printed.endswith("Ctrl-C stops it.\n"):
-            too_late.cancel()
-            return printed
-    raise AssertionError(f"it does not serve:\n{printed}")
+def _until_it_serves(process: subprocess.Popen[bytes], log: Path, timeout_s: float = 240) -> str:
+    deadline = time.monotonic() + timeout_s
+    while not (printed := log.read_text()).endswith("Ctrl-C stops it.\n"):
+        assert process.poll() is None and time.monotonic() < deadline, f"it does not serve:\n{printed}"
+        time.sleep(0.1)
+    return printed
 
 
 @dataclass
