@@ -12,6 +12,7 @@ COMMANDS = {  # name -> (module under arcface_tools.commands, one line for --hel
     "bench-clients": ("bench_clients", "Measure our client on every transport against the bare runtime."),
     "bench-vectors": ("bench_vectors", "Measure distances, neighbours and gallery search against naive code."),
     "consensus-demo": ("consensus_demo", "Mix strangers into people's faces; measure who is found, and how fast."),
+    "photos": ("photos", "Measure what looking again at a face buys, and accuracy and recall from photos."),
     "measured-table": ("measured_table", "Generate the pages of measured figures from the reports."),
 }
 
