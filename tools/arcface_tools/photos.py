@@ -140,9 +140,7 @@ def stability_page(result: dict[str, Any]) -> str:
         )
         for row in rows
     ]
-    what = (
-        "1 look: as found in the photo. 2: again at the face by itself, at so many pixels. 3: and at its mirror image."
-    )
+    what = "1 look: as found in the photo. 2: again at the face by itself, at so many pixels. 3: and mirrored."
     default = next(row for row in rows if row["default"])
     chosen = f"Default: {_told(default).removesuffix(' (default)')}."
     return page(
