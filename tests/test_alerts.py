@@ -170,6 +170,8 @@ def test_every_panel_shows_what_a_real_server_prints(prometheus: Prometheus, tit
     values = prometheus.values(expression)
     if GPU_ONLY in expression or title == "Failures":  # no GPU here, and nothing failed
         return
+    if "arcface_photo" in expression:  # this server takes none: tests/test_photo_faces.py
+        return
     assert values and not np.isnan(values).all(), f"{title}: {values}"
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from arcface_clients.faces.detect import MODEL_NAME, FaceDetector
 from arcface_clients.faces.photos import read_photo
 from arcface_clients.photos.analysis import FaceAnalysis
 from conftest import REPO
+from test_alerts import Prometheus, panel_expressions
 
 STEPS = ("decode", "detect", "align")
 
@@ -163,6 +167,70 @@ def test_the_metrics_count_photos_and_faces(photo_server: TritonProcess, portrai
     for stage in ("decode", "detect", "align", "embed"):
         name = f'arcface_photo_stage_us{{stage="{stage}"}}'
         assert after[name] > before[name]
+
+
+def test_the_dashboard_shows_photos_on_a_real_prometheus(
+    photo_server: TritonProcess, portraits: list[Path], tmp_path: Path
+) -> None:
+    running = Prometheus(tmp_path, f"127.0.0.1:{photo_server.ports.metrics}")
+    try:
+        running.wait_for('up{job="arcface"} == 1')
+        with PhotoEmbedder(photo_server.grpc_url) as photos:
+            faces = [len(photos.faces(portrait)) for portrait in portraits]
+        scrapes = sum(running.values("count_over_time(up[5m])"))
+        running.wait_for(f"sum(count_over_time(up[5m])) >= {scrapes + 3}")
+        shown = {title: running.values(expr) for title, expr in panel_expressions() if "arcface_photo" in expr}
+    finally:
+        running.stop()
+    assert shown.keys() == {"Photos a second", "Faces a photo", "Time a photo by stage"}
+    assert max(shown["Photos a second"]) > 0
+    assert shown["Faces a photo"] == [pytest.approx(np.mean(faces))]
+    assert len(shown["Time a photo by stage"]) == 4
+    assert min(shown["Time a photo by stage"]) > 0
+
+
+DOCUMENTED = (REPO / "docs" / "photos.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```bash\n(.*?)```", DOCUMENTED, re.DOTALL))
+def test_the_documented_curl_lines_work(
+    photo_server: TritonProcess, portraits: list[Path], tmp_path: Path, block: str
+) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("no curl")
+    (tmp_path / "photo.jpg").write_bytes(portraits[0].read_bytes())
+    script = block.replace("localhost:8000", photo_server.http_url).replace("curl -s ", "curl -sf --noproxy '*' ")
+    done = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"name":"embedding"') == 1  # infer
+    assert done.stdout.count('"embedding":[') == 1  # generate
+    assert b'"binary_data_size"' in (tmp_path / "faces.bin").read_bytes()
+
+
+def test_the_documented_javascript_works(photo_server: TritonProcess, portraits: list[Path], tmp_path: Path) -> None:
+    if shutil.which("node") is None:
+        pytest.skip("no node")
+    (code,) = re.findall(r"```js\n(.*?)```", DOCUMENTED, re.DOTALL)
+    uri = f"data:image/jpeg;base64,{base64.b64encode(portraits[0].read_bytes()).decode()}"
+    (tmp_path / "photo.mjs").write_text(
+        f"const file = null, readAsDataURL = async () => {json.dumps(uri)};\n"
+        + code.replace("localhost:8000", photo_server.http_url)
+        + "console.log(faces.box.length);\n"
+    )
+    done = subprocess.run(["node", "photo.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    if "fetch is not defined" in done.stderr:
+        pytest.skip("this node is older than 18")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 4
+
+
+def test_the_documented_python_works(
+    photo_server: TritonProcess, portraits: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = re.findall(r"```python\n(.*?)```", DOCUMENTED, re.DOTALL)[0]
+    code = code.replace("localhost:8001", photo_server.grpc_url).replace('"photo.jpg"', repr(str(portraits[0])))
+    exec(code, {})
+    assert "(512,)" in capsys.readouterr().out
 
 
 def metrics(server: TritonProcess) -> dict[str, float]:

@@ -14,6 +14,7 @@ COMMANDS = {  # name -> (module under arcface_tools.commands, one line for --hel
     "bench-vectors": ("bench_vectors", "Measure distances, neighbours and gallery search against naive code."),
     "consensus-demo": ("consensus_demo", "Mix strangers into people's faces; measure who is found, and how fast."),
     "first-ten-minutes": ("first_ten_minutes", "Record what a newcomer sees, with times and sizes."),
+    "photos": ("photos", "Measure what looking again at a face buys, and accuracy and recall from photos."),
     "measured-table": ("measured_table", "Generate the pages of measured figures from the reports."),
 }
 

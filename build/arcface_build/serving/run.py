@@ -183,6 +183,11 @@ def _serve(
             try:
                 server.wait_ready(asked.ready_timeout_s)
             except ServerFailed as exc:
+                if photos and "photo_" in str(exc):  # faces do not depend on photos
+                    photos = []
+                    backends.insert(position + 1, name)
+                    audience.failed(str(exc), f"{name} without photos")
+                    continue
                 if instead is None:
                     raise
                 audience.failed(str(exc), instead)
