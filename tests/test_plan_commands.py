@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,8 @@ def test_fit_says_what_a_card_has_memory_for_and_refuses_what_it_has_not(
     assert (small["instances"], small["max_batch"], small["rebuilt"]) == (1, 32, True)
     assert arcface("fit", SPEC.key[:12], "--memory", "3GB") == 0
     assert "An estimate for a smaller plan: arcface plan build tiny --max-batch 32" in arcface.out
+    assert arcface("show", SPEC.key[:12]) == 0
+    assert re.search(r"takes +262\.1 MB loaded, 3221\.2 MB of contexts", arcface.out)
     assert arcface("fit", SPEC.key[:12], "--memory", "2GB", "--instances", "4") == 3
     assert "4 instances need 2.2 GB even for one face at a time" in arcface.err
 

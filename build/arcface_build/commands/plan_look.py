@@ -146,14 +146,27 @@ def _lines(manifest: PlanManifest) -> list[tuple[str, Any]]:
         ("sha256", manifest.sha256),
         ("size", megabytes(manifest.size_bytes)),
         ("runs on", f"SM {spec.sm}{' and newer' if options.hardware_compatible else ''}, TensorRT {spec.tensorrt}"),
-        ("batch", f"min {spec.min_batch}, opt {spec.opt_batch}, max {spec.max_batch}"),
+        ("batch", "; ".join(f"min {low}, opt {opt}, max {high}" for low, opt, high in spec.profiles)),
         ("workspace", megabytes(options.workspace_bytes)),
         ("embedding", f"{manifest.dim or '?'}-d, contract {manifest.contract_id or 'unknown'}"),
         ("typed ONNX", spec.onnx_sha256),
         ("built", f"{build.get('created', '?')} in {build.get('seconds', '?')} s"),
         ("peak VRAM", megabytes(peak) if peak else "not measured"),
+        ("takes", _takes(manifest)),
         ("on", f"{gpu.get('name', '?')}, driver {gpu.get('driver', '?')}, CUDA {gpu.get('cuda', '?')}"),
         ("layers", ", ".join(f"{n} {p}" for p, n in (proof.get("compute") or {}).items()) or "not proved"),
         ("drift", f"max {drift['max_drift']:.2e} on {drift['faces']} faces" if drift else "not measured"),
         ("signed by", manifest.signature["public_key"] if manifest.signature else "nobody"),
     ]
+
+
+def _takes(manifest: PlanManifest) -> str:
+    """Memory of an instance on a GPU."""
+    from arcface_build.plans.memory import PlanMemory
+    from arcface_clients.errors import Missing
+
+    try:
+        memory = PlanMemory.of(manifest)
+    except Missing:
+        return "not measured"
+    return f"{megabytes(memory.loaded_bytes)} loaded, {megabytes(memory.context_bytes)} of contexts"
