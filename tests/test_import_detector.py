@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from arcface_build.cli import cli
 from arcface_build.errors import SourceRefused
 from arcface_build.repository.detector import install_detector, photo_models
-from arcface_build.repository.versions import versions
+from arcface_build.repository.versions import roll_back, versions
 from arcface_build.serving.binary import TritonBinary
 from arcface_build.serving.process import free_ports
 from arcface_clients.errors import DependencyMissing
@@ -56,10 +56,18 @@ def test_another_detector_is_a_new_version_with_the_code_and_can_be_rolled_back(
     assert install_detector(other, repository, licence="ours") == 2
     folder = repository / "photo_faces" / "2"
     assert {path.name for path in folder.glob("*.py")} == {"model.py", "decode.py", "detect.py", "align.py"}
-    line = ["rollback", "--model", "photo_faces", "--model-repository", str(repository), "--json"]
-    result = CliRunner().invoke(cli, line, standalone_mode=False)
-    assert json.loads(result.stdout) == {"photo_faces": {"removed": 2, "serves": 1}}
+    assert roll_back(repository, "photo_faces") == (2, 1)
     assert versions(repository / "photo_faces") == [1]
+
+
+def test_the_command_that_the_docs_name_goes_back_to_the_detector_before(
+    repository: Path, yunet: Path, tmp_path: Path
+) -> None:
+    install_detector(yunet, repository)
+    install_detector(yunet, repository, licence="ours")
+    line = ["rollback", "--model", "photo_faces", "--model-repository", str(repository)]
+    result = CliRunner().invoke(cli, line, standalone_mode=False)
+    assert result.stdout == ("photo_faces: version 2 removed, version 1 is served (face_detection_yunet_2023mar)\n")
 
 
 def test_what_is_no_detector_is_refused_and_nothing_is_installed(
