@@ -25,7 +25,7 @@ from arcface_clients.photos.analysis import FaceAnalysis
 from conftest import REPO
 from test_alerts import Prometheus, panel_expressions
 
-STEPS = ("decode", "detect", "align")
+STEPS = ("decode", "detect", "align", "scrfd")
 
 
 @pytest.fixture(scope="module")

@@ -92,9 +92,7 @@ class Photo:
             return Image.open(io.BytesIO(self._encoded), formats=_formats())
         except UnidentifiedImageError as exc:
             if self._encoded[4:8] == b"ftyp":
-                raise BadPhoto(
-                    "HEIC or AVIF, whose decoder is not installed: pip install 'arcface-triton[heif]'"
-                ) from exc
+                raise BadPhoto("HEIC or AVIF, whose decoder is not installed: pip install pillow-heif") from exc
             raise BadPhoto("not an image, or of a format that is not read") from exc
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
             raise BadPhoto(f"too large: {exc}") from exc
