@@ -13,7 +13,7 @@ from arcface_build.bench.interleaved import Variant, Work
 from arcface_build.bench.pytorch import proved_network, pytorch_sessions
 from arcface_build.bench.result import comparisons
 from arcface_build.errors import ProofFailed
-from arcface_clients.errors import Missing
+from arcface_clients.errors import DependencyMissing, Missing
 from arcface_clients.faces.synthetic import synthetic_faces
 
 
@@ -65,7 +65,8 @@ def test_prelu_broadcasts_its_slopes_as_onnx_does(shape: tuple[int, ...]) -> Non
 
 def test_without_torch_one_sentence_names_the_next_command(source: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # what Python itself does for "this import is known to fail"
-    with pytest.raises(Missing, match=r"^PyTorch is not installed \(.*\)\. Next: pip install torch$") as raised:
+    told = r"^the PyTorch baseline needs torch, which is not installed\. Next: .*\[pytorch\]'$"
+    with pytest.raises(DependencyMissing, match=told) as raised:
         pytorch_sessions(source, synthetic_faces(1), [1])
     assert raised.value.exit_code == 3
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from arcface_clients import extras
+from arcface_clients.errors import DependencyMissing
 from conftest import REPO
 
 ASK = "from arcface_clients.extras import install; print(install('store'))"
@@ -52,12 +53,32 @@ def test_a_wheel_that_is_gone_is_named_without_a_folder(tmp_path, origin):
     assert installed(tmp_path, origin).endswith("pip install 'arcface_triton-0.1.0-py3-none-any.whl[store]'")
 
 
+def test_a_failed_import_says_what_needs_it_and_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)  # what Python itself does for "this import is known to fail"
+    with pytest.raises(DependencyMissing) as raised, extras.importing("reading photos"):
+        import PIL.Image  # noqa: F401
+    assert str(raised.value) == f"reading photos needs PIL, which is not installed. Next: {extras.install('images')}"
+
+
+def test_a_package_that_is_there_but_does_not_load_is_not_called_missing():
+    with (
+        pytest.raises(DependencyMissing, match=r"^faces needs cv2, which does not load here \(libGL.so.1: .*headless$"),
+        extras.importing("faces"),
+    ):
+        raise ImportError("libGL.so.1: cannot open shared object file", name="cv2")
+
+
+def test_a_failure_without_a_name_sends_nobody_to_an_index():
+    assert extras.how_to_mend(ImportError("no name")).endswith("pip check")
+
+
 def test_every_extra_that_a_message_names_exists():
     declared = (REPO / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
-    assert set(extras._EXTRA_OF.values()) | {"tensorrt"} <= set(re.findall(r"^(\w+) = \[", declared, re.MULTILINE))
+    assert set(extras._EXTRA_OF.values()) | {"tensorrt"} <= set(re.findall(r"^([\w-]+) = \[", declared, re.MULTILINE))
 
 
 def test_no_text_sends_anyone_to_an_index_that_does_not_have_us():
-    files = [path for folder in ("clients", "build", "tools", "docs") for path in (REPO / folder).rglob("*.*")]
+    folders = ("clients", "build", "tools", "docs", "backends", "model_repository", "examples")
+    files = [path for folder in folders for path in (REPO / folder).rglob("*.*")]
     texts = {path: path.read_text() for path in [*files, REPO / "README.md"] if path.suffix in (".py", ".md")}
     assert not [str(path) for path, text in texts.items() if re.search(r"pip install '?arcface-triton", text)]

@@ -6,7 +6,7 @@ default_model_filename, no model.plan: a plan of another SM does not load), and 
 Requests of one batch are computed in one run. All buffers are allocated once, for the largest batch of the profile.
 Faces on the host are copied into pinned memory first. Faces on the GPU (CUDA shared memory) stay there, a lone
 request's are read where they are, and their embeddings are handed over on the GPU too: nothing passes through the host.
-It needs tensorrt, polygraphy and a CUDA runtime (arcface-triton[tensorrt] installs the last two); CUDA is called
+It needs tensorrt, polygraphy and a CUDA runtime (the extra `tensorrt` brings the last two); CUDA is called
 through polygraphy.cuda.
 """
 

@@ -22,7 +22,7 @@ def use_device(device):
     if NOT_INSTALLED:
         raise pb_utils.TritonModelException(
             f"TensorRT is not installed for this server ({NOT_INSTALLED}). Next: serve with ONNX Runtime "
-            "(--model-config-name onnx), or install arcface-triton[tensorrt] and tensorrt here"
+            "(--model-config-name onnx), or pip install tensorrt polygraphy nvidia-cuda-runtime-cu12 here"
         )
     count = ctypes.c_int()
     try:
@@ -30,7 +30,7 @@ def use_device(device):
         status = runtime.cudaGetDeviceCount(ctypes.byref(count))
     except Exception as exc:  # polygraphy raises its own exception if it finds no CUDA runtime
         raise pb_utils.TritonModelException(
-            f"no CUDA runtime can be loaded ({str(exc).splitlines()[0]}). Next: pip install 'arcface-triton[tensorrt]'"
+            f"no CUDA runtime can be loaded ({str(exc).splitlines()[0]}). Next: pip install nvidia-cuda-runtime-cu12"
         ) from exc
     if status or device >= count.value:
         raise pb_utils.TritonModelException(

@@ -45,11 +45,7 @@ __all__ = [*sorted(_HOMES), "__version__"]
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(_HOMES[name]), name)
-    except ModuleNotFoundError as exc:
-        from arcface_clients.errors import DependencyMissing
-        from arcface_clients.extras import how_to_get
+    from arcface_clients.extras import importing
 
-        module = exc.name or "a package"
-        raise DependencyMissing(f"{name} needs {module}, which is not installed. Next: {how_to_get(module)}") from exc
+    with importing(name):
+        return getattr(import_module(_HOMES[name]), name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +53,22 @@ def require(*modules: str, purpose: str) -> None:
             raise DependencyMissing(f"{purpose} needs {module}, which is not installed. Next: {how_to_get(module)}")
 
 
+@contextmanager
+def importing(purpose: str) -> Iterator[None]:
+    """Optional packages may be imported within; `purpose` is what needs them.
+
+    Raises:
+        DependencyMissing: one is not installed, or does not load here; the message says how to get it.
+    """
+    try:
+        yield
+    except ImportError as exc:
+        module = (exc.name or "a package").partition(".")[0]
+        absent = isinstance(exc, ModuleNotFoundError)
+        why = "which is not installed" if absent else f"which does not load here ({exc})"
+        raise DependencyMissing(f"{purpose} needs {module}, {why}. Next: {how_to_mend(exc)}") from exc
+
+
 def how_to_get(module: str) -> str:
     """The command that installs a module; `module` may be a submodule."""
     root = module.partition(".")[0]
@@ -69,7 +87,7 @@ def how_to_mend(error: ImportError) -> str:
     """The command after which this import works: for a package that is missing, or one that lacks a display library."""
     if "libGL" in str(error):  # opencv-python; the headless package is the same import without it
         return f"{_pip()} install --force-reinstall --no-deps opencv-python-headless"
-    return how_to_get(error.name or "arcface-triton")
+    return how_to_get(error.name) if error.name else f"{_pip()} check"
 
 
 def install(extra: str) -> str:

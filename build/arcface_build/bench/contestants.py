@@ -17,7 +17,7 @@ from arcface_build.bench.triton_statistics import read_statistics, server_split
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import Missing
-from arcface_clients.extras import how_to_get
+from arcface_clients.extras import importing
 
 
 def in_process(name: str, encode: Callable[[np.ndarray], object], faces_bgr_u8: np.ndarray, batch: int) -> Variant:
@@ -74,10 +74,8 @@ def insightface_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequen
     """
     if not source.is_file():
         raise Missing(f"no source ONNX at {source}. Next: arcface import demo, or arcface import YOUR.onnx")
-    try:
+    with importing("the baseline"):
         from insightface.model_zoo.arcface_onnx import ArcFaceONNX
-    except ImportError as exc:
-        raise Missing(f"InsightFace is not installed ({exc}). Next: {how_to_get(exc.name or 'insightface')}") from exc
     session = open_session(source, threads=0, settings={})
     model = ArcFaceONNX(model_file=str(source), session=session)
     fixed = session.get_inputs()[0].shape[0]

@@ -15,7 +15,7 @@ from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.errors import Missing
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.evidence.gate import judge_embeddings
-from arcface_clients.extras import how_to_get
+from arcface_clients.extras import importing
 
 PROOF_FACES = 8
 
@@ -34,10 +34,8 @@ def pytorch_sessions(source: Path, faces_bgr_u8: np.ndarray, batches: Sequence[i
     """
     if not source.is_file():
         raise Missing(f"no source ONNX at {source}. Next: arcface import demo, or arcface import YOUR.onnx")
-    try:
+    with importing("the PyTorch baseline"):
         import torch
-    except ImportError as exc:
-        raise Missing(f"PyTorch is not installed ({exc}). Next: {how_to_get('torch')}") from exc
     embed = proved_network(source, faces_bgr_u8[:PROOF_FACES])
     variants = [in_process(f"pytorch b{batch}", embed, faces_bgr_u8, batch) for batch in batches]
     for variant in variants:

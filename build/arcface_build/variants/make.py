@@ -25,6 +25,7 @@ from arcface_clients.engines.import_manifest import ImportManifest, read_import_
 from arcface_clients.engines.runtimes import cpu_flags, has_bf16, has_openvino
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.extras import how_to_get
 
 if TYPE_CHECKING:
     import onnx
@@ -282,7 +283,7 @@ def _check(wish: Wish, manifest: ImportManifest) -> str:
         )
     if wish.precision == "bf16":
         if not has_openvino():
-            raise Missing("bf16 on a CPU needs OpenVINO. Next: pip install onnxruntime-openvino (not onnxruntime)")
+            raise Missing(f"bf16 on a CPU needs OpenVINO. Next: {how_to_get('onnxruntime-openvino')} (not onnxruntime)")
         if not has_bf16(cpu_flags()):
             raise Missing(
                 "this CPU has no bf16 instructions (avx512_bf16, amx_bf16): OpenVINO would silently compute in fp32, "

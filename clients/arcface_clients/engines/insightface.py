@@ -15,8 +15,8 @@ from arcface_clients.engines.in_process import LocalEngine
 from arcface_clients.engines.model_folder import ModelFolder, find_model, folder_of
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.engines.runtimes import first_line, open_session
-from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, InvalidEmbeddings, ModelMissing
-from arcface_clients.extras import how_to_get
+from arcface_clients.errors import ConfigError, InferenceFailed, InvalidEmbeddings, ModelMissing
+from arcface_clients.extras import importing
 
 
 @EngineRegistry.register("insightface")
@@ -81,14 +81,9 @@ class InsightFaceEngine(LocalEngine):
         file = self._file or folder.source()
         if not file.is_file():
             raise ModelMissing(f"no source ONNX at {file}. Import one: arcface import SOURCE")
-        try:
-            with warnings.catch_warnings():  # InsightFace's imports raise warnings of their own
-                warnings.simplefilter("ignore")
-                from insightface.model_zoo.arcface_onnx import ArcFaceONNX
-        except ImportError as exc:
-            raise DependencyMissing(
-                f"the reference needs InsightFace ({exc}). Next: {how_to_get(exc.name or 'insightface')}"
-            ) from exc
+        with importing("the reference"), warnings.catch_warnings():  # InsightFace's imports raise warnings of their own
+            warnings.simplefilter("ignore")
+            from insightface.model_zoo.arcface_onnx import ArcFaceONNX
         session = open_session(file, threads=self._threads)
         shape = session.get_inputs()[0].shape
         if len(shape) != 4 or list(shape[1:]) != [3, *FACE_SHAPE[:2]]:

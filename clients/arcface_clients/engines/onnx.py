@@ -32,7 +32,7 @@ from arcface_clients.engines.runtimes import (
     runtime_for,
 )
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
-from arcface_clients.extras import how_to_get
+from arcface_clients.extras import importing
 
 _log = logging.getLogger(__name__)
 
@@ -109,10 +109,8 @@ class OnnxEngine(LocalEngine):
     def _load(self) -> None:
         file = self.file
         self._folder().check_proved(file)
-        try:
+        with importing("the onnx engine"):
             import onnxruntime
-        except ImportError as exc:
-            raise DependencyMissing(f"the onnx engine needs ONNX Runtime. Next: {how_to_get('onnxruntime')}") from exc
         order = order_of_providers(
             self.device, onnxruntime.get_available_providers(), OPENVINO if self.precision == "bf16" else None
         )

@@ -20,7 +20,7 @@ from arcface_clients.arrays import Array
 from arcface_clients.engines.devices import CPU, CUDA, OPENVINO, TENSORRT, wheels_with
 from arcface_clients.errors import ArcFaceError, ConfigError, DependencyMissing, WrongUse
 from arcface_clients.evidence.gate import judge_sidecar
-from arcface_clients.extras import how_to_get
+from arcface_clients.extras import importing
 
 if TYPE_CHECKING:
     import onnx
@@ -110,10 +110,8 @@ def open_session(
         DependencyMissing: ONNX Runtime or the provider is not installed, or did not start. Falls back.
         WrongUse: no such runtime.
     """
-    try:
+    with importing("running an ONNX file"):
         import onnxruntime
-    except ImportError as exc:
-        raise DependencyMissing(f"ONNX Runtime is not installed ({exc}). Next: {how_to_get('onnxruntime')}") from exc
     threads = available_cores() if threads is None else threads
     providers = _providers_of(runtime, threads) if isinstance(runtime, str) else runtime
     expected = providers[0] if isinstance(providers[0], str) else providers[0][0]

@@ -13,7 +13,7 @@ import numpy as np
 
 from arcface_clients.arrays import Array, FaceArray, FloatArray
 from arcface_clients.errors import ConfigError, DependencyMissing, InvalidFaces
-from arcface_clients.extras import how_to_mend
+from arcface_clients.extras import importing
 from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, Found, find_files, gather
 from arcface_clients.faces.photos import opened_photo
 
@@ -143,10 +143,8 @@ def find_detector(model: Path | str | None = None) -> Path:
     Raises:
         DependencyMissing: OpenCV or the file is missing; the message says what to put where.
     """
-    try:
+    with importing("finding faces"):
         import cv2  # noqa: F401
-    except ImportError as exc:
-        raise DependencyMissing(f"finding faces needs OpenCV ({exc}). Next: {how_to_mend(exc)}") from exc
     path = Path(model or os.environ.get("ARCFACE_DETECTOR") or CACHE / MODEL_NAME).expanduser()
     if not path.is_file():
         raise DependencyMissing(

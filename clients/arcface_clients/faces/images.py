@@ -15,7 +15,7 @@ import numpy as np
 from arcface_clients.arrays import Array, FaceArray
 from arcface_clients.contract import FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces, WrongUse
-from arcface_clients.extras import how_to_mend
+from arcface_clients.extras import importing
 from arcface_clients.faces.check import check_faces
 from arcface_clients.faces.synthetic import synthetic_faces
 
@@ -179,10 +179,8 @@ def decode_face(data: Array) -> Array:
         InvalidFaces: see `read_face`.
         DependencyMissing: OpenCV is not installed.
     """
-    try:
+    with importing("reading images"):
         import cv2
-    except ImportError as exc:
-        raise DependencyMissing(f"reading images needs OpenCV ({exc}). Next: {how_to_mend(exc)}") from exc
     if not data.size:
         raise InvalidFaces("the file is empty")
     encoded = data.tobytes()

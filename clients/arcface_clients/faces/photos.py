@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcface_clients.arrays import Array
-from arcface_clients.errors import DependencyMissing, InvalidFaces
-from arcface_clients.extras import how_to_mend
+from arcface_clients.errors import InvalidFaces
+from arcface_clients.extras import importing
 
 if TYPE_CHECKING:
     from arcface_clients.faces.steps.decode import Photo
@@ -48,10 +48,8 @@ def opened_photo(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Photo]:
     Raises:
         InvalidFaces, DependencyMissing: see `read_photo`; also from what is done within the block.
     """
-    try:
+    with importing("reading photos"):
         from arcface_clients.faces.steps.decode import BadPhoto, Photo
-    except ImportError as exc:
-        raise DependencyMissing(f"reading photos needs Pillow and OpenCV ({exc}). Next: {how_to_mend(exc)}") from exc
     try:
         yield Photo(data, max_pixels)
     except BadPhoto as exc:

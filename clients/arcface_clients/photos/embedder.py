@@ -19,12 +19,12 @@ from arcface_clients.contract import contract_prefix, contract_words
 from arcface_clients.errors import (
     BackendUnavailable,
     DeadlineExceeded,
-    DependencyMissing,
     InferenceFailed,
     InvalidFaces,
     ModelNotReady,
     WrongUse,
 )
+from arcface_clients.extras import importing
 from arcface_clients.photos.face import Face, Verified
 from arcface_clients.triton.address import Tls
 from arcface_clients.triton.answer import Tensors, checked_contract, checked_rows, other_contract
@@ -293,10 +293,8 @@ def _encoded(photo: PhotoLike) -> bytes:
     if not isinstance(photo, np.ndarray) or photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
         got = f"{photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
         raise WrongUse(f"expected a photo as a path, a file's bytes, or pixels uint8 (H, W, 3) BGR; got {got}.")
-    try:
+    with importing("sending pixels"):
         import cv2
-    except ImportError as exc:
-        raise DependencyMissing(f"sending pixels needs OpenCV ({exc}): pip install 'arcface-triton[images]'") from exc
     return bytes(cv2.imencode(".png", photo, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1])
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from arcface_clients.arrays import Array
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE
-from arcface_clients.errors import ArcFaceError, DependencyMissing
+from arcface_clients.errors import ArcFaceError
+from arcface_clients.extras import importing
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.answer import KINDS, Tensors, tensor_of
 from arcface_clients.triton.memory.cuda import CudaSlot
@@ -57,13 +58,9 @@ def drivers() -> tuple[Any, Any, Any]:
     Raises:
         DependencyMissing: tritonclient or grpcio is not installed.
     """
-    try:
+    with importing("gRPC"):
         import grpc
         from tritonclient.grpc import service_pb2, service_pb2_grpc
-    except ImportError as exc:
-        raise DependencyMissing(
-            f"gRPC needs the package tritonclient ({exc}): pip install 'tritonclient[grpc]'"
-        ) from exc
     return grpc, service_pb2, service_pb2_grpc
 
 

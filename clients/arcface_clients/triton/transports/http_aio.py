@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from arcface_clients.arrays import Array
-from arcface_clients.errors import ArcFaceError, DependencyMissing, InferenceFailed, InvalidAnswer
+from arcface_clients.errors import ArcFaceError, InferenceFailed, InvalidAnswer
+from arcface_clients.extras import importing
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.admin_key import admin_headers
 from arcface_clients.triton.answer import Tensors
@@ -23,10 +24,8 @@ class AsyncHttpTransport:
 
     def __init__(self, connection: Connection) -> None:
         """Nothing is connected yet."""
-        try:
+        with importing("HTTP with asyncio"):
             import aiohttp
-        except ImportError as exc:
-            raise DependencyMissing(f"HTTP with asyncio needs aiohttp ({exc}): pip install aiohttp") from exc
         self._aiohttp = aiohttp
         self._connection = connection
         address = connection.address
