@@ -28,7 +28,7 @@ from arcface_build.bench.perf_analyzer import (
     write_input_data,
 )
 from arcface_build.bench.result import regressions, summarise
-from arcface_build.bench.server import check_served, own_server, running_server
+from arcface_build.bench.server import check_names, own_server, running_server
 from arcface_build.bench.triton_statistics import ensemble_cost
 from arcface_build.commands.bench import command as bench_command
 from arcface_build.errors import ServerFailed
@@ -173,15 +173,20 @@ def test_what_is_no_older_result_is_refused_before_anything_is_measured(content:
 )
 def test_names_that_triton_would_pass_over_are_refused(models, config: str, message: str, tmp_path: Path) -> None:
     repository = copy_repository(tmp_path)
-    check_served(repository, ("arcface", "arcface_onnx"), "onnx")
+    check_names(repository, ("arcface", "arcface_onnx"), "onnx")
     with pytest.raises(WrongUse, match=message):
-        check_served(repository, models, config)
+        check_names(repository, models, config)
 
 
-@pytest.mark.parametrize("url", ["gpu-host", "gpu-host:", ":8001", "gpu-host:eight"])
-def test_an_address_without_host_and_port_is_refused(url: str) -> None:
-    with pytest.raises(WrongUse, match=f"--url is '{url}': expected host:port"):
+@pytest.mark.parametrize("url", [":8001", "gpu-host:eight", "http://gpu-host:8000"])
+def test_an_address_that_is_not_grpc_s_is_refused(url: str) -> None:
+    with pytest.raises(WrongUse, match=f"{url}'.*xpected "):
         running_server(url)
+
+
+def test_http_is_looked_for_one_port_below_grpc() -> None:
+    target = running_server("grpcs://[::1]:9001")
+    assert (target.grpc_url, target.http_url, target.encrypted) == ("[::1]:9001", "[::1]:9000", True)
 
 
 def test_in_process_variants_report_calls_and_cpu_time() -> None:

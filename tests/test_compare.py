@@ -26,7 +26,7 @@ def model(demo_repository: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six drawn people with three views each: PERSON/VIEW.png."""
+    """Six synthetic people with three views each: PERSON/VIEW.png."""
     import cv2
 
     folder = tmp_path_factory.mktemp("people")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from arcface_clients.config.old_names import OLD_NAMES
-from arcface_clients.config.schema import EmbeddingConfig, workspace_bytes
+from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.config.sources import flatten, leaf_keys, load_config, variable
 from arcface_clients.errors import ConfigError
 from arcface_clients.evidence.drift import DRIFT_LIMITS
@@ -197,10 +197,10 @@ def test_section_with_every_key_commented_out_means_the_defaults(write):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("2GB", 2**31), ("1.5 GiB", 3 * 2**29), ("512mb", 2**29), (2**30, 2**30), (str(2**30), 2**30)],
+    [("2GB", 2**31), ("1.5 GiB", 3 * 2**29), ("512mb", 2**29), ("2G", 2**31), (2**30, 2**30), (str(2**30), 2**30)],
 )
 def test_workspace_is_given_in_gb_or_mb(text, expected):
-    assert workspace_bytes(text) == expected
+    assert EmbeddingConfig(workspace=text).workspace == expected
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Planted faults are named from embeddings alone; the network is the mobile demo, on drawn faces."""
+"""Planted faults are named from embeddings alone; the network is the mobile demo, on synthetic faces."""
 
 from __future__ import annotations
 

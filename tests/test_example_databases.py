@@ -33,7 +33,7 @@ def run(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @dataclass(frozen=True)
 class Embedded:
-    """What `arcface embed` wrote of three drawn people, four views of each, and of three more views."""
+    """What `arcface embed` wrote of three synthetic people, four views of each, and of three more views."""
 
     folder: Path
     people: Path  # .parquet

@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def crops(tmp_path: Path) -> Path:
-    """people/person-N/view-M.png: three drawn people, four views of each that a random network finds alike too."""
+    """people/person-N/view-M.png: three synthetic people, four views of each that a random network finds alike too."""
     cv2 = pytest.importorskip("cv2")
     rng = np.random.default_rng(0)
     for number, face in enumerate(synthetic_faces(3)):

@@ -10,7 +10,7 @@ import pytest
 
 from arcface_clients.bulk.units import iter_units
 from arcface_clients.errors import WrongUse
-from arcface_clients.faces.images import find_files, load_faces, load_or_draw
+from arcface_clients.faces.images import faces_or_synthetic, find_files, load_faces
 from arcface_clients.faces.synthetic import synthetic_faces
 
 cv2 = pytest.importorskip("cv2")
@@ -145,12 +145,12 @@ def test_grey_and_transparent_images_become_bgr(tmp_path: Path) -> None:
 
 
 def test_without_sources_faces_are_drawn_and_with_them_at_least_one_must_be_read(folder: Path) -> None:
-    faces, names = load_or_draw((), 5)
+    faces, names = faces_or_synthetic((), 5)
     assert (len(faces), names) == (5, None)
     (folder / "bad.jpg").write_text("not an image")
     said: list[str] = []
-    faces, names = load_or_draw([folder], 5, said.append)
+    faces, names = faces_or_synthetic([folder], 5, said.append)
     assert len(faces) == len(names or ()) == 3
     assert said == [f"not read: {folder}/bad.jpg: not an image that OpenCV can decode, or truncated"]
     with pytest.raises(WrongUse, match=r"no face could be read from .*bad\.jpg: expected aligned 112×112 crops"):
-        load_or_draw([folder / "bad.jpg"], 5)
+        faces_or_synthetic([folder / "bad.jpg"], 5)

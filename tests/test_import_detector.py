@@ -60,6 +60,16 @@ def test_another_detector_is_a_new_version_with_the_code_and_can_be_rolled_back(
     assert versions(repository / "photo_faces") == [1]
 
 
+def test_the_command_that_the_docs_name_goes_back_to_the_detector_before(
+    repository: Path, yunet: Path, tmp_path: Path
+) -> None:
+    install_detector(yunet, repository)
+    install_detector(yunet, repository, licence="ours")
+    line = ["rollback", "--model", "photo_faces", "--model-repository", str(repository)]
+    result = CliRunner().invoke(cli, line, standalone_mode=False)
+    assert result.stdout == ("photo_faces: version 2 removed, version 1 is served (face_detection_yunet_2023mar)\n")
+
+
 def test_what_is_no_detector_is_refused_and_nothing_is_installed(
     repository: Path, assets: Path, tmp_path: Path
 ) -> None:

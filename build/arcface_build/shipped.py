@@ -13,7 +13,7 @@ def shipped(name: str) -> Path:
     return carried if carried.is_dir() else _PACKAGE.parent.parent / name
 
 
-def config_file(name: str) -> Path:
+def config_table(name: str) -> Path:
     """A table of config/: the one in this folder or above it, else the shipped one."""
     here = (folder / "config" / name for folder in (Path.cwd(), *Path.cwd().parents))
     return next((path for path in here if path.is_file()), shipped("config") / name)

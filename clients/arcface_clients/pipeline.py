@@ -137,8 +137,7 @@ def local_model(settings: EmbeddingConfig) -> ModelFolder:
     Raises:
         ModelMissing, ConfigError: see `find_model`.
     """
-    wanted = _model_of(settings)
-    return find_model(wanted["models_dir"], wanted["model"], wanted["served"], wanted["model_repository"])
+    return find_model(**_model_of(settings))
 
 
 def _model_of(settings: EmbeddingConfig) -> dict[str, Any]:
@@ -154,8 +153,7 @@ def _model_of(settings: EmbeddingConfig) -> dict[str, Any]:
 
 def _served_contract(settings: EmbeddingConfig) -> str | None:
     """The contract id, or its beginning, that the configured server must have, else has, if it answers now."""
-    from arcface_clients.faces.synthetic import synthetic_faces
-    from arcface_clients.triton.embedder import TritonEmbedder
+    from arcface_clients.triton.embedder import TritonEmbedder, named_contract
 
     triton = settings.triton
     if triton.expected_contract or "triton" not in (settings.backend, *settings.fallback.chain):
@@ -163,9 +161,7 @@ def _served_contract(settings: EmbeddingConfig) -> str | None:
     asked = replace(triton, timeout_s=min(triton.timeout_s, ASK_S), total_timeout_s=ASK_S, retry_for_s=0)
     try:
         with TritonEmbedder(**vars(asked)) as embedder:
-            if embedder.ensure_ready().contract_id is None:  # a bare tritonserver: its answers name their contract
-                embedder.encode(synthetic_faces(1))
-            return embedder.contract_id or embedder.contract_prefix
+            return named_contract(embedder)
     except ArcFaceError:  # whoever uses that server reports it
         return None
 

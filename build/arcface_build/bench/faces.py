@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from arcface_clients.faces.images import load_or_draw
+from arcface_clients.faces.images import faces_or_synthetic
 
 
 def faces_for_load(sources: Sequence[str], batch: int, refused: Callable[[str], None]) -> npt.NDArray[Any]:
@@ -21,4 +21,4 @@ def faces_for_load(sources: Sequence[str], batch: int, refused: Callable[[str], 
     Raises:
         WrongUse: not one could be read.
     """
-    return load_or_draw(sources, max(64, batch), refused)[0][: max(256, batch)]
+    return faces_or_synthetic(sources, max(64, batch), refused)[0][: max(256, batch)]

@@ -24,8 +24,7 @@ from arcface_build.bench.waterfall import waterfall, waterfall_loads
 from arcface_build.repository.versions import served_folder, served_manifest
 from arcface_clients.errors import WrongUse
 from arcface_clients.extras import require
-from arcface_clients.faces.synthetic import synthetic_faces
-from arcface_clients.triton.embedder import TritonEmbedder
+from arcface_clients.triton.embedder import TritonEmbedder, named_contract
 
 Bars = Callable[[int], AbstractContextManager[Callable[[str, int], None]]]  # total steps → callback for each
 
@@ -115,12 +114,9 @@ def _served(target: ServerUnderTest, model: str, repository: Path | None) -> dic
     """What the server says of the model under test; `name`: of the import, where our own server has it."""
     url = f"grpcs://{target.grpc_url}" if target.encrypted else target.grpc_url
     with TritonEmbedder(url, model, **target.access) as embedder:
-        served = embedder.ensure_ready()
-        if served.contract_id is None:  # a bare tritonserver: its answers name their contract
-            embedder.encode(synthetic_faces(1))
-        contract = served.contract_id or embedder.contract_prefix
+        contract, precision = named_contract(embedder), embedder.served.precision or "fp32"
     name = (served_manifest(repository) or {}).get("name") if repository else None
-    return {"model": model, "name": name, "precision": served.precision or "fp32", "contract_id": contract}
+    return {"model": model, "name": name, "precision": precision, "contract_id": contract}
 
 
 def served_file(repository: Path, model: str, name: str) -> Path:

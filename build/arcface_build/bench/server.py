@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from arcface_build.bench.perf_analyzer import access_options
@@ -17,6 +17,7 @@ from arcface_build.serving.process import TritonProcess, free_ports
 from arcface_clients.errors import WrongUse
 from arcface_clients.triton.address import Access, Address
 from arcface_clients.triton.admin_key import GRPC_HEADER, HTTP_HEADER, find_key
+from arcface_clients.triton.memory.system import is_local
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def own_server(repository: Path, models: Sequence[str], config: str) -> Iterator
         WrongUse: the repository lacks a model or the config.
         Missing: no tritonserver, or it did not start.
     """
-    check_served(repository, models, config)
+    check_names(repository, models, config)
     with (
         server_log() as log,
         TritonProcess(
@@ -83,20 +84,19 @@ def running_server(url: str, http_url: str | None = None, access: Access | None 
     Raises:
         WrongUse: not a valid address.
     """
-    scheme, _, rest = url.rpartition("://")
-    host, _, port = rest.rpartition(":")
-    if scheme not in ("", "grpc", "grpcs") or not host or not port.isdecimal():
+    address = Address.parse(url)
+    if address.protocol != "grpc":
         raise WrongUse(f"--url is {url!r}: expected host:port of the server's gRPC, such as localhost:8001.")
     return ServerUnderTest(
-        f"{host}:{port}",
-        http_url or f"{host}:{int(port) - 1}",
-        pid_listening_on(int(port)) if host in ("localhost", "127.0.0.1") else None,
+        address.target,
+        http_url or replace(address, port=address.port - 1).target,
+        pid_listening_on(address.port) if is_local(address.host) else None,
         access or {},
-        encrypted=scheme == "grpcs",
+        encrypted=address.tls,
     )
 
 
-def check_served(repository: Path, models: Sequence[str], config: str) -> None:
+def check_names(repository: Path, models: Sequence[str], config: str) -> None:
     """Check names, because Triton says little about a missing model and nothing about a missing config.
 
     Raises:

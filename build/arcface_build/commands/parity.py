@@ -44,9 +44,9 @@ def command(
     Exit code 1 if a backend's drift is above the limit of its precision, 3 if no reference is loaded.
     """
     from arcface_clients.checks.parity import COUNTING, count_drift, measure_parity, render_table
-    from arcface_clients.faces.images import load_or_draw
+    from arcface_clients.faces.images import faces_or_synthetic
 
-    faces = load_or_draw(sources, 32, terminal.complaint)[0][:limit]
+    faces = faces_or_synthetic(sources, 32, terminal.complaint)[0][:limit]
     access, limits = access_to(url), settings().comparison.max_drift.model_dump()
     with terminal.status_line() as progress:
         result = measure_parity(

@@ -12,7 +12,7 @@ from arcface_build import terminal
 from arcface_build.commands.options.folders import models_dir_option
 from arcface_build.commands.options.output import hand_over, json_option
 from arcface_build.commands.options.plans import megabytes, place_options, summary, table
-from arcface_build.shipped import config_file
+from arcface_build.shipped import config_table
 
 if TYPE_CHECKING:
     from arcface_build.plans.places import Places
@@ -60,7 +60,7 @@ def show(places: Places, plan: str, as_json: bool) -> None:
 @click.option(
     "--gpus",
     type=click.Path(path_type=Path),
-    default=lambda: config_file("gpus.yaml"),
+    default=lambda: config_table("gpus.yaml"),
     show_default="config/gpus.yaml, here or above, else the shipped one",
 )
 @place_options

@@ -23,7 +23,7 @@ To serve InsightFace itself instead: arcface serve --backend reference
     "--model",
     "models",
     multiple=True,
-    type=click.Choice(["arcface_onnx", "arcface_reference", "arcface_trt"]),
+    type=click.Choice(["arcface_onnx", "arcface_reference", "arcface_trt", "photo_faces"]),
     help="Repeatable; default: arcface_onnx, and arcface_reference if its source would no longer match.",
 )
 @model_repository_option
@@ -41,7 +41,8 @@ def command(models: tuple[str, ...], model_repository: Path | None, as_json: boo
         lines = []
         for model, (old, new) in done.items():
             manifest = served_manifest(repository, model) or {}
-            what = f"{manifest.get('name')} {manifest.get('precision', 'fp32')}"
+            precision = manifest.get("precision", "fp32" if "contract_id" in manifest else "")  # a detector has none
+            what = f"{manifest.get('name')} {precision}".rstrip()
             lines.append(f"{model}: version {old} removed, version {new} is served ({what})")
         return "\n".join(lines)
 

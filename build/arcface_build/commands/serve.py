@@ -196,9 +196,9 @@ def _faces(faces_from: Path | None, count: int) -> npt.NDArray[Any]:
     Raises:
         WrongUse: there is not one face in `faces_from`.
     """
-    from arcface_clients.faces.images import load_or_draw
+    from arcface_clients.faces.images import faces_or_synthetic
 
-    return load_or_draw([faces_from] if faces_from else [], count, terminal.complaint)[0]
+    return faces_or_synthetic([faces_from] if faces_from else [], count, terminal.complaint)[0]
 
 
 def _invitation(server: TritonProcess) -> str:

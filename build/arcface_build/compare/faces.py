@@ -9,7 +9,7 @@ from arcface_build.compare.comparison import Faces, names_of
 from arcface_build.compare.sides import Side
 from arcface_clients.errors import WrongUse
 from arcface_clients.evidence.accuracy import Pairs, identities_from_paths, pairs_from_csv, pairs_from_identities
-from arcface_clients.faces.images import load_or_draw
+from arcface_clients.faces.images import faces_or_synthetic
 
 
 def faces_of(sources: Sequence[str], sides: Sequence[Side], refused: Callable[[str], None]) -> Faces:
@@ -19,7 +19,7 @@ def faces_of(sources: Sequence[str], sides: Sequence[Side], refused: Callable[[s
     saved = next((side.saved for side in sides if side.saved is not None), None)
     if saved is not None and not wanted:
         return Faces(None, names or tuple(f"row {i}" for i in range(len(saved))))
-    return Faces(*load_or_draw(wanted, 64, refused))
+    return Faces(*faces_or_synthetic(wanted, 64, refused))
 
 
 def pairs_of(path: Path | None, identities: bool, faces: Faces) -> Pairs | None:

@@ -14,7 +14,7 @@ from arcface_build.imports.iresnet import iresnet
 from arcface_build.imports.onnx_file import external_files
 from arcface_build.imports.pack import find_recognition, recognition_in, unzipped
 from arcface_build.imports.tensors import CHECKPOINTS, read_tensors
-from arcface_build.shipped import config_file
+from arcface_build.shipped import config_table
 from arcface_clients.atomic import new_file
 from arcface_clients.contract import Preprocessing
 from arcface_clients.errors import Missing, WrongUse
@@ -60,7 +60,7 @@ def known_models(path: Path | None = None) -> KnownModels:
     """
     import yaml
 
-    path = path or config_file("models.yaml")
+    path = path or config_table("models.yaml")
     try:
         data = yaml.safe_load(path.read_text()) or {}
         known = KnownModels(dict(data.get("models") or {}), dict(data.get("packs") or {}))

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from arcface_clients.errors import PlanRefused, WrongUse
-from arcface_clients.plans.find import served_plans_folder
+from arcface_clients.plans.find import newest_version
 from arcface_clients.plans.fit import misfit
 from arcface_clients.plans.read import read_plan
 from arcface_clients.plans.spec import parse_sm, parse_version
@@ -38,7 +38,7 @@ def served_plans(repository: Path, public_key: Path | None = None, tensorrt: str
     Raises:
         Missing, WrongUse: the public key is not there, or is none.
     """
-    folder = served_plans_folder(repository)
+    folder = newest_version(repository / "arcface_trt")
     good: set[str] = set()
     refused: dict[str, str] = {}
     for path in sorted(folder.glob("sm[0-9]*.plan")) if folder else []:

@@ -16,7 +16,7 @@ from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.faces.images import ARRAY_SUFFIXES, load_faces
 from arcface_clients.faces.synthetic import synthetic_people
 
-VIEWS = 4  # drawn views a person
+VIEWS = 4  # of a synthetic person
 _EXPECTED = (
     "expected aligned crops of 112×112, or an .npz with `faces` (N,112,112,3) uint8 BGR, and perhaps `identities` (N,)"
 )
@@ -55,7 +55,7 @@ class FaceSet:
 
 
 def evaluation_faces(source: str, count: int, seed: int = 0) -> FaceSet:
-    """Faces from a folder, an .npz, or drawn ones.
+    """Faces from a folder or an .npz, or synthetic ones.
 
     Args:
         source: a folder of 112×112 crops (one subfolder per person, if identities are known); an .npz with `faces` and

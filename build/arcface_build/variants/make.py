@@ -47,7 +47,7 @@ class Wish:
         target: cpu or tensorrt.
         eval_source, eval_faces: faces (`eval_set.evaluation_faces`) and at most how many; one half is searched on, the
             other judges.
-        calibration: faces to calibrate on; default: a sample of the first half, or new ones if the faces are drawn.
+        calibration: faces to calibrate on; default: a sample of the first half, or new ones if the faces are synthetic.
         limits: largest drift (1 − cosine) allowed for any face, by precision.
         margin: share of the limit that the search aims at, so that nothing passes only just.
         search: search for layers to keep if the variant as requested misses that aim.
@@ -155,12 +155,10 @@ def _written(
 
 def _faces(wish: Wish) -> tuple[Parts, FaceSet]:
     """The two parts, and the faces to calibrate on, none of which judge."""
-    drawn = wish.eval_source == "synthetic"
-    everything = evaluation_faces(wish.eval_source, wish.eval_faces if drawn else _ALL_FACES)
+    synthetic = wish.eval_source == "synthetic"
+    everything = evaluation_faces(wish.eval_source, wish.eval_faces if synthetic else _ALL_FACES)
     parts = part(everything, wish.eval_faces)
-    if wish.calibration is None and not drawn:
-        return parts, parts.searched.sample(CALIBRATION_FACES, seed=1)
-    if wish.calibration == wish.eval_source and not drawn:
+    if wish.calibration in (None, wish.eval_source) and not synthetic:
         return parts, parts.searched.sample(CALIBRATION_FACES, seed=1)
     calibration = evaluation_faces(wish.calibration or "synthetic", CALIBRATION_FACES, seed=1)
     return replace(parts, held_back=without(parts.held_back, calibration)), calibration
@@ -275,8 +273,8 @@ def _check(wish: Wish, manifest: ImportManifest) -> str:
         raise WrongUse(
             f"no {wish.precision} for {target}: expected --target {' or '.join(TARGETS[wish.precision])} ({hint})."
         )
-    drawn = (wish.calibration or wish.eval_source) == "synthetic"
-    if wish.precision == "int8" and drawn and not wish.recipe and manifest.source.get("kind") != "demo":
+    synthetic = (wish.calibration or wish.eval_source) == "synthetic"
+    if wish.precision == "int8" and synthetic and not wish.recipe and manifest.source.get("kind") != "demo":
         raise WrongUse(
             f"int8 of {manifest.name} needs real crops: ranges of synthetic faces do not fit. Next: arcface quantize "
             f"{manifest.name} --precision int8 --eval FOLDER (112×112 crops, one subfolder per person)"

@@ -58,8 +58,8 @@ def benchmark_embedder(
             f"expected num_faces ≥ 1, batch_size ≥ 1, warmup_batches ≥ 0, "
             f"got {num_faces}, {batch_size}, {warmup_batches}."
         )
-    drawn = synthetic_faces(min(_DISTINCT_FACES, max(num_faces, batch_size)))
-    pool = np.resize(drawn, (max(len(drawn), batch_size), *drawn.shape[1:]))
+    faces = synthetic_faces(min(_DISTINCT_FACES, max(num_faces, batch_size)))
+    pool = np.resize(faces, (max(len(faces), batch_size), *faces.shape[1:]))
     for _ in range(warmup_batches):
         embedder.encode(pool[:batch_size])
     sizes = [min(batch_size, num_faces - done) for done in range(0, num_faces, batch_size)]

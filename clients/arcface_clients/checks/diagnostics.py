@@ -187,7 +187,7 @@ def check_server(settings: EmbeddingConfig, timeout_s: float = 3.0) -> Check:
     status = "problem" if settings.backend == "triton" else "absent"
     fix = "start one: arcface serve, or set triton.url (ARCFACE_TRITON__URL)"
     try:
-        with socket.create_connection(_host_port(triton.url), timeout_s):
+        with socket.create_connection((triton.address.host, triton.address.port), timeout_s):
             pass
     except OSError as exc:
         return Check("server", status, f"nothing answers at {triton.url} ({exc.strerror or exc})", fix)
@@ -206,11 +206,10 @@ def check_server(settings: EmbeddingConfig, timeout_s: float = 3.0) -> Check:
 def check_restrictions(settings: EmbeddingConfig, timeout_s: float = 3.0) -> Check:
     """Whether the server refuses to administer itself for whoever has no key, by asking for its list of models."""
     from arcface_clients.errors import ServerUnreachable
-    from arcface_clients.triton.address import Address
     from arcface_clients.triton.transports.listing import models_without_key
 
     triton, name = settings.triton, "restrictions"
-    address = Address.parse(triton.url)
+    address = triton.address
     try:
         listed = models_without_key(triton.connection(), timeout_s)
     except ServerUnreachable as exc:
@@ -267,16 +266,6 @@ def fact_and_fix(error: Exception) -> tuple[str, str]:
     """Split one of our messages at its first full stop: what happened, and what to do (or "")."""
     fact, _, fix = str(error).partition(". ")
     return fact, fix
-
-
-def _host_port(url: str) -> tuple[str, int]:
-    """Host and port of "localhost:8001", "grpc://host:port" or "http://host"."""
-    scheme, _, rest = url.rpartition("://")
-    place = rest.partition("/")[0]
-    host, _, port = place.rpartition(":")
-    if not port.isdigit():
-        return place.strip("[]"), 8000 if scheme.startswith("http") else 8001
-    return host.strip("[]"), int(port)
 
 
 def _version(package: str) -> str | None:

@@ -6,35 +6,27 @@ Precedence, lowest first: defaults, the file, environment variables (ARCFACE_ + 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from arcface_clients.engines.registry import EngineRegistry
+from arcface_clients.errors import WrongUse
 from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.plans.spec import DEFAULT_WORKSPACE_BYTES, parse_bytes
 from arcface_clients.triton.memory.choice import shared_memory_option
 from arcface_clients.triton.options import ClientOptions
 
-if TYPE_CHECKING:
-    pass
-
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB|M)\s*", re.IGNORECASE)
 
 
-def workspace_bytes(text: object) -> int:
-    """Bytes from "2GB", "512MB" or a whole number of bytes; GB and MB are powers of 1024, as for GPU memory."""
-    if isinstance(text, int) and not isinstance(text, bool):
-        return text
-    match = _SIZE.fullmatch(str(text))
-    if match is None and str(text).isdigit():
-        return int(str(text))
-    if match is None:
-        raise ValueError("expected a size such as 2GB or 512MB")
-    return int(float(match[1]) * (2**30 if match[2].upper().startswith("G") else 2**20))
+def _workspace(text: object) -> int:
+    try:
+        return parse_bytes(str(text))
+    except WrongUse:
+        raise ValueError("expected a size such as 2GB or 512MB") from None  # the key and what it is are told already
 
 
 class _Section(BaseModel):
@@ -171,7 +163,7 @@ class EmbeddingConfig(_Section):
     device: str = "auto"
     precision: Precision = "fp32"
     batch: Batch = Batch()
-    workspace: Annotated[int, BeforeValidator(workspace_bytes), Field(ge=2**20)] = 2**30
+    workspace: Annotated[int, BeforeValidator(_workspace), Field(ge=2**20)] = DEFAULT_WORKSPACE_BYTES
     versions_kept: int = Field(default=3, ge=1)
     local: LocalModel = LocalModel()
     triton: Annotated[ClientOptions, BeforeValidator(_shared_memory_text)] = ClientOptions()

@@ -12,7 +12,7 @@ import numpy as np
 from arcface_clients.arrays import Array, FaceArray, FloatArray, unit_rows
 from arcface_clients.contract import FACE_SHAPE, Preprocessing
 from arcface_clients.engines.in_process import LocalEngine
-from arcface_clients.engines.model_folder import ModelFolder, find_model, folder_of
+from arcface_clients.engines.model_folder import WantedModel
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.engines.runtimes import first_line, open_session
 from arcface_clients.errors import ConfigError, InferenceFailed, InvalidEmbeddings, ModelMissing
@@ -56,8 +56,7 @@ class InsightFaceEngine(LocalEngine):
         """
         super().__init__(max_batch)
         self._file = Path(file).expanduser() if file is not None else None
-        self._models_dir, self._model = models_dir, model
-        self._served, self._model_repository = served, model_repository
+        self._wanted = WantedModel(self._file, models_dir, model, served, model_repository)
         self._stated, self._threads = preprocessing, threads
         self._net: Any = None
         self._one_by_one = False
@@ -67,17 +66,10 @@ class InsightFaceEngine(LocalEngine):
     @property
     def contract_id(self) -> str | None:
         """From the manifest beside the file; None if there is none."""
-        return self._folder().contract_id
-
-    def _folder(self) -> ModelFolder:
-        if self._file is not None:
-            return folder_of(self._file)
-        folder = find_model(self._models_dir, self._model, self._served, self._model_repository)
-        self._model = folder.path.name  # it stays with that, whatever is imported or served later
-        return folder
+        return self._wanted.folder().contract_id
 
     def _load(self) -> None:
-        folder = self._folder()
+        folder = self._wanted.folder()
         file = self._file or folder.source()
         if not file.is_file():
             raise ModelMissing(f"no source ONNX at {file}. Import one: arcface import SOURCE")

@@ -12,6 +12,7 @@ from arcface_clients.contract import Preprocessing
 from arcface_clients.engines.import_manifest import DEMO, IMPORT_MANIFEST, ImportManifest, read_import_manifest
 from arcface_clients.engines.onnx_contract import contract_in
 from arcface_clients.errors import ArcFaceError, ConfigError, ContractMismatch, GateFailed, ModelMissing
+from arcface_clients.plans.find import newest_version
 from arcface_clients.plans.manifest import file_sha256
 
 
@@ -139,7 +140,7 @@ def sidecar_of(file: Path) -> dict[str, Any] | None:
 
 def find_model(
     models_dir: str | Path,
-    name: str | None = None,
+    model: str | None = None,
     served: Callable[[], str | None] = lambda: None,
     model_repository: Path | None = None,
 ) -> ModelFolder:
@@ -149,7 +150,7 @@ def find_model(
 
     Args:
         models_dir: the folder of imported models.
-        name: of the model, if it was stated.
+        model: its name, if it was stated.
         served: the contract id that the server names, or its beginning; None if none answers. Asked only where there
             are several models.
         model_repository: where a model may be installed; asked only where that leaves several.
@@ -160,17 +161,45 @@ def find_model(
     """
     root = Path(models_dir).expanduser()
     there = sorted(file.parent.name for file in root.glob("*/serving.onnx"))
-    if name is None:
+    if model is None:
         if not there:
             raise ModelMissing(f"no model in {root.absolute()}. Import one: arcface import SOURCE (or: import demo)")
-        name = there[0] if len(there) == 1 else _meant(root, there, served, model_repository)
-    elif name not in there:
+        model = there[0] if len(there) == 1 else _meant(root, there, served, model_repository)
+    elif model not in there:
         raise ModelMissing(
-            f"no model {name!r} in {root} (found: {', '.join(there) or 'none'}). "
-            f"Import it: arcface import SOURCE --name {name}"
+            f"no model {model!r} in {root} (found: {', '.join(there) or 'none'}). "
+            f"Import it: arcface import SOURCE --name {model}"
         )
-    known = (root / name / IMPORT_MANIFEST).is_file()
-    return ModelFolder(root / name, read_import_manifest(root / name) if known else None)
+    known = (root / model / IMPORT_MANIFEST).is_file()
+    return ModelFolder(root / model, read_import_manifest(root / model) if known else None)
+
+
+@dataclass
+class WantedModel:
+    """Which model an engine runs: that of a file, or what `find_model` finds at the first use and keeps.
+
+    Attributes:
+        file: of the model; None: the others say which.
+        models_dir, model, served, model_repository: see `find_model`.
+    """
+
+    file: Path | None
+    models_dir: str | Path
+    model: str | None
+    served: Callable[[], str | None]
+    model_repository: Path | None
+
+    def folder(self) -> ModelFolder:
+        """The model's folder.
+
+        Raises:
+            ModelMissing, ConfigError: see `find_model`.
+        """
+        if self.file is not None:
+            return folder_of(self.file)
+        folder = find_model(self.models_dir, self.model, self.served, self.model_repository)
+        self.model = folder.path.name  # it stays with that, whatever is imported or served later
+        return folder
 
 
 def _meant(root: Path, there: list[str], served: Callable[[], str | None], model_repository: Path | None) -> str:
@@ -193,8 +222,8 @@ def _meant(root: Path, there: list[str], served: Callable[[], str | None], model
 
 def installed_contract(model_repository: Path) -> str | None:
     """Contract id of the newest version of arcface_onnx, which `arcface serve` starts with; None if there is none."""
-    versions = [folder for folder in model_repository.glob("arcface_onnx/[0-9]*") if folder.name.isdigit()]
-    manifest = _manifest(max(versions, key=lambda folder: int(folder.name))) if versions else None
+    version = newest_version(model_repository / "arcface_onnx")
+    manifest = _manifest(version) if version else None
     return manifest.contract_id if manifest else None
 
 

@@ -18,7 +18,7 @@ from arcface_clients.engines.devices import (
     order_of_providers,
 )
 from arcface_clients.engines.in_process import LocalEngine
-from arcface_clients.engines.model_folder import ModelFolder, find_model, folder_of, sidecar_of
+from arcface_clients.engines.model_folder import WantedModel, sidecar_of
 from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.engines.runtimes import (
     OnnxSession,
@@ -76,15 +76,14 @@ class OnnxEngine(LocalEngine):
         self.precision = precision
         self.device = canonical_device(device)
         self._file = Path(file).expanduser() if file is not None else None
-        self._models_dir, self._model = models_dir, model
-        self._served, self._model_repository = served, model_repository
+        self._wanted = WantedModel(self._file, models_dir, model, served, model_repository)
         self._threads = threads or available_cores()
         self._session: OnnxSession | None = None
 
     @property
     def contract_id(self) -> str | None:
         """From the manifest beside the file; None if there is none."""
-        return self._folder().contract_id
+        return self._wanted.folder().contract_id
 
     @property
     def file(self) -> Path:
@@ -94,21 +93,14 @@ class OnnxEngine(LocalEngine):
             ModelMissing: it does not exist; falls back.
         """
         if self._file is None:
-            return self._folder().serving(self.precision)
+            return self._wanted.folder().serving(self.precision)
         if not self._file.is_file():
             raise ModelMissing(f"no serving ONNX at {self._file}. Import one: arcface import SOURCE")
         return self._file
 
-    def _folder(self) -> ModelFolder:
-        if self._file is not None:
-            return folder_of(self._file)
-        folder = find_model(self._models_dir, self._model, self._served, self._model_repository)
-        self._model = folder.path.name  # it stays with that, whatever is imported or served later
-        return folder
-
     def _load(self) -> None:
         file = self.file
-        self._folder().check_proved(file)
+        self._wanted.folder().check_proved(file)
         with importing("the onnx engine"):
             import onnxruntime
         order = order_of_providers(
@@ -157,7 +149,7 @@ class OnnxEngine(LocalEngine):
                 f"{file} is {beside['precision']} by its sidecar: expected that precision, got {self.precision}. "
                 f"Set precision={beside['precision']!r}"
             )
-        sidecar = beside if self.precision == "int8" else self._folder().sidecar(self.precision)
+        sidecar = beside if self.precision == "int8" else self._wanted.folder().sidecar(self.precision)
         gated = gated_runtimes(sidecar)
         runtime, why_not = runtime_for(self.precision, gated, here)
         if runtime is not None:

@@ -139,7 +139,7 @@ def gather(crops: Iterable[Crop]) -> tuple[FaceArray, list[str], list[Crop]]:
     return np.stack(faces) if faces else np.empty((0, *FACE_SHAPE), np.uint8), names, refused
 
 
-def load_or_draw(
+def faces_or_synthetic(
     sources: Sequence[str | Path], count: int, say: Callable[[str], object] = lambda told: None
 ) -> tuple[Array, tuple[str, ...] | None]:
     """(faces uint8 (N,112,112,3) BGR, names) from files; without sources, `count` synthetic faces without names.

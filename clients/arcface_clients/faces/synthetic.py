@@ -9,7 +9,7 @@ from arcface_clients.contract import FACE_SIZE
 
 
 def synthetic_faces(count: int, seed: int = 0) -> FaceArray:
-    """`count` different faces, drawn: uint8 (count,112,112,3) BGR, eyes and mouth placed as in the ArcFace template."""
+    """`count` different faces: uint8 (count,112,112,3) BGR, eyes and mouth placed as in the ArcFace template."""
     return np.stack([_draw(np.random.default_rng([seed, i])) for i in range(count)]) if count else _none()
 
 

@@ -49,7 +49,7 @@ def find_plan(
     there: set[str] = set()
     refused: list[ArcFaceError] = []
     fitting: list[tuple[Path, PlanManifest]] = []
-    served = served_plans_folder(model_repository) if model_repository else None
+    served = newest_version(model_repository / "arcface_trt") if model_repository else None
     for path in [*([served / f"{sm_tag(sm)}.plan"] if served else []), *_plans_below(cache.expanduser())]:
         if not path.is_file():
             continue
@@ -93,9 +93,9 @@ def find_plan(
     )
 
 
-def served_plans_folder(model_repository: Path) -> Path | None:
-    """The version of arcface_trt that a server loads: the highest with a manifest; None if there is none."""
-    versions = (p.parent for p in (model_repository / "arcface_trt").glob("*/manifest.json"))
+def newest_version(model: Path) -> Path | None:
+    """The version folder of a served model that a server loads: the highest with a manifest; None if there is none."""
+    versions = (manifest.parent for manifest in model.glob("*/manifest.json"))
     return max((v for v in versions if v.name.isdecimal()), key=lambda v: int(v.name), default=None)
 
 

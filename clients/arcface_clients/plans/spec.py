@@ -13,7 +13,8 @@ from arcface_clients.errors import WrongUse
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 DEFAULT_WORKSPACE_BYTES = 1 << 30  # with weights and activations of an r100 the build stays under 2 GB of VRAM
-_UNITS = {"": 1, "b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{big}{end}": 1 << by for big, by in (("k", 10), ("m", 20), ("g", 30)) for end in ("", "b", "ib")}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from arcface_clients.arrays import FloatArray
 from arcface_clients.errors import ClientUnusable
 from arcface_clients.faces.check import Faces, FacesLike, check_in_place
+from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.triton.answer import Answer, Rows
 from arcface_clients.triton.client import STREAM_RETRY_FOR_S, TritonClient
 from arcface_clients.triton.sansio import run
@@ -246,6 +247,19 @@ class _Live:
         transport.close()
         if workers:
             workers.shutdown(wait=wait, cancel_futures=True)  # forgotten on a worker: it cannot wait for itself
+
+
+def named_contract(embedder: TritonEmbedder) -> str | None:
+    """The contract id of the served model, or its first 32 digits where only its answers name it; asks the server.
+
+    None: it does not name its contract.
+
+    Raises:
+        What `encode` raises.
+    """
+    if embedder.ensure_ready().contract_id is None:  # a bare tritonserver, without the import's overlay
+        embedder.encode(synthetic_faces(1))
+    return embedder.contract_id or embedder.contract_prefix
 
 
 def _later(chunks: Callable[[], list[list[Faces]]]) -> Iterator[list[Faces]]:
