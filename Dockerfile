@@ -14,9 +14,9 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 
 
 FROM ${CPU_BASE} AS cpu
-# libpython for the server's Python stub where Python comes from Debian; libb64 for perf_analyzer (arcface bench)
+# libpython for the server's Python stub where Python comes from Debian; libb64 for perf_analyzer (arcface bench), jemalloc for the server
 RUN apt-get update -qq \
-    && apt-get install -y -qq --no-install-recommends libb64-0d \
+    && apt-get install -y -qq --no-install-recommends libb64-0d libjemalloc2 \
         $(test -e /usr/bin/python3 && python3 -c 'import sys; print("libpython%d.%d" % sys.version_info[:2])') \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=wheel /dist /dist
@@ -43,7 +43,7 @@ CMD ["arcface", "serve"]
 FROM ${GPU_BASE} AS gpu
 USER root
 RUN apt-get update -qq \
-    && apt-get install -y -qq --no-install-recommends python3-venv libb64-0d \
+    && apt-get install -y -qq --no-install-recommends python3-venv libb64-0d libjemalloc2 \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=wheel /dist /dist
 COPY constraints.txt /dist/

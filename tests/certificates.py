@@ -12,10 +12,10 @@ HERE = ("localhost", "127.0.0.1")
 class Authority:
     """ca.pem and ca.key in a folder, and what they sign beside them: WHO.pem and WHO.key."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, days: tuple[float, float] = (-1, 365)) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._key = self._write("ca", None, (), (-1, 365))
+        self._key = self._write("ca", None, (), days)
 
     def sign(self, who: str, names: tuple[str, ...] = HERE, days: tuple[float, float] = (-1, 90)) -> Path:
         """A certificate for these names, valid from and until so many days from now; returns its file."""

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from arcface_build.serving.exposure import OURS, Exposure, ServerTls, closed, refuse_overrides, server_tls
+from arcface_build.serving.exposure import OURS, Exposure, ServerTls, address_of, closed, refuse_overrides, server_tls
 from arcface_clients.errors import ConfigError, WrongUse
-from arcface_clients.triton.certificate import Certificate, read_certificate
+from arcface_clients.triton.certificate import Certificate, check_authorities, read_certificate
 from conftest import REPO
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=timezone.utc)
@@ -191,6 +191,9 @@ def test_files_that_no_client_would_accept_are_refused_in_words(authority, tmp_p
     folder = authority.folder
     good, key = authority.sign("good"), folder / "good.key"
     past, future = authority.sign("past", days=(-9, -2)), authority.sign("future", days=(2, 9))
+    gone_by = type(authority)(tmp_path / "old", days=(-9, -2)).folder / "ca.pem"
+    damaged = tmp_path / "damaged.pem"
+    damaged.write_text("-----BEGIN CERTIFICATE-----\nQUJD\n-----END CERTIFICATE-----\n")
     locked = tmp_path / "locked.key"
     locked.write_bytes(with_password(key.read_bytes()))
     for arguments, words in {
@@ -202,7 +205,9 @@ def test_files_that_no_client_would_accept_are_refused_in_words(authority, tmp_p
         (folder / "none.pem", key, None): f"cannot read {folder}/none.pem: No such file or directory. Expected a PEM",
         (key, key, None): f"{key} and {key} are no certificate for a server with its key. Expected PEM files, the key ",
         (good, locked, None): f"{good} and {locked} are no certificate for a server with its key. Expected PEM files, ",
-        (good, key, key): f"--client-ca {key} holds no certificate. ",
+        (good, key, key): f"{key} holds no certificate, or a damaged one (",
+        (good, key, damaged): f"{damaged} holds no certificate, or a damaged one (",
+        (good, key, gone_by): f"{gone_by} expired on ",
         (good, key, folder / "none.pem"): f"cannot read {folder}/none.pem: No such file or directory. ",
     }.items():
         with pytest.raises(WrongUse) as refused:
@@ -210,3 +215,38 @@ def test_files_that_no_client_would_accept_are_refused_in_words(authority, tmp_p
         assert str(refused.value).startswith(words)
         assert not isinstance(refused.value, ConfigError) or refused.value.key is None
     assert server_tls(None, None) is None
+
+
+def test_an_authority_is_one_that_lets_somebody_in(authority, tmp_path):
+    """Its own certificate, one client's that is pinned, and an old one beside its successor."""
+    old = type(authority)(tmp_path / "old", days=(-9, -2)).folder / "ca.pem"
+    both = tmp_path / "both.pem"
+    both.write_text(old.read_text() + (authority.folder / "ca.pem").read_text())
+    for file in (authority.folder / "ca.pem", authority.sign("pinned", names=()), both):
+        check_authorities(file)
+
+
+@pytest.mark.parametrize("host", ["", " "])
+def test_an_empty_address_is_not_taken_for_all_addresses(host):
+    """What `--host "$ADDRESS"` says where the variable is not set."""
+    with pytest.raises(WrongUse, match=f"cannot listen on '{host}': it is empty. Expected an IPv4 address"):
+        address_of(host)
+
+
+def test_a_renewed_certificate_is_read_again_through_the_link_that_was_given(authority, tmp_path):
+    """As certbot and Kubernetes renew: the name is a link, and is set to another file."""
+    for suffix in (".pem", ".key"):
+        (tmp_path / f"live{suffix}").symlink_to(authority.sign("first").with_suffix(suffix))
+    before = Exposure("0.0.0.0", tls=server_tls(tmp_path / "live.pem", tmp_path / "live.key"))
+    second = authority.sign("second")
+    (tmp_path / "live.pem").unlink()
+    (tmp_path / "live.pem").symlink_to(second)
+    with pytest.raises(ConfigError, match=r"live\.key is not the key of .*live\.pem"):
+        before.renewed()
+    (tmp_path / "live.key").unlink()
+    (tmp_path / "live.key").symlink_to(second.with_suffix(".key"))
+    after = before.renewed()
+    assert after.tls.certificate.sha256 == read_certificate(second, second.with_suffix(".key")).sha256
+    assert after.tls.certificate.sha256 != before.tls.certificate.sha256
+    assert f"--grpc-server-cert={tmp_path / 'live.pem'}" in after.options()
+    assert Exposure().renewed() == Exposure()

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.errors import ProofFailed
+from arcface_build.graph.tensorrt_form import UNTOUCHED
 from arcface_build.imports.proof import prove
 from arcface_build.plans import build as plan_build
 from arcface_build.repository.assemble import assemble, assemble_plans
@@ -129,7 +130,7 @@ def at_plan_build(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
         "check_precision": lambda *_: None,
     }.items():
         monkeypatch.setattr(plan_build, name, stub)
-    typed = SimpleNamespace(path=folder / "x.onnx", layers={"int8": 1}, dim=DIM, sha256="ab" * 32)
+    typed = SimpleNamespace(path=folder / "x.onnx", layers={"int8": 1}, dim=DIM, sha256="ab" * 32, form=UNTOUCHED)
     proof = plan_build.PlanProof(FACES, REFERENCE, LIMITS)
     plan_build.build_plan(typed, spec(precision="int8"), folder / "out" / "x.plan", proof)
 

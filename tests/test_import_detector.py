@@ -55,7 +55,7 @@ def test_another_detector_is_a_new_version_with_the_code_and_can_be_rolled_back(
     other.write_bytes(yunet.read_bytes())
     assert install_detector(other, repository, licence="ours") == 2
     folder = repository / "photo_faces" / "2"
-    assert {path.name for path in folder.glob("*.py")} == {"model.py", "decode.py", "detect.py", "align.py"}
+    assert {path.name for path in folder.glob("*.py")} == {"model.py", "decode.py", "detect.py", "align.py", "scrfd.py"}
     assert roll_back(repository, "photo_faces") == (2, 1)
     assert versions(repository / "photo_faces") == [1]
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from arcface_build.repository.assemble import assemble
+from arcface_build.repository.assemble import assemble, assemble_plans
 from arcface_build.repository.mend import mend
 from arcface_build.repository.versions import check_served, roll_back, served_folder, versions
 from arcface_build.serving.host_checks import check_weights
@@ -15,7 +15,9 @@ from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.engines.onnx import OnnxEngine
 from arcface_clients.engines.onnx_contract import contract_in
 from arcface_clients.errors import ContractMismatch, GateFailed
+from arcface_clients.plans.manifest import manifest_path
 from conftest import copy_repository
+from plan_samples import in_cache
 from tiny_model import write_model
 
 
@@ -124,3 +126,60 @@ def test_the_contract_is_found_in_a_file_cut_off_behind_it_or_not_at_all(model_d
     for length in range(0, len(whole), max(len(whole) // 50, 1)):
         (tmp_path / "cut.onnx").write_bytes(whole[:length])
         assert contract_in(tmp_path / "cut.onnx") in (None, named)
+
+
+@pytest.fixture
+def with_plan(tmp_path, model_dir, repository):
+    """A version of arcface_trt; gives its folder, and assembles it again."""
+    contract = json.loads((model_dir / "manifest.json").read_text())["contract_id"]
+    plan = in_cache(tmp_path / "cache", contract_id=contract, drift={"max_drift": 1e-4, "faces": 64}).path
+    assemble_plans(model_dir, [plan], repository)
+    return repository / "arcface_trt" / "1", lambda: assemble_plans(model_dir, [plan], repository)
+
+
+def plan_of_another_model(version, cache) -> None:
+    other = in_cache(cache, seed=1, contract_id="2" * 64, drift={"max_drift": 1e-4, "faces": 64}).path
+    shutil.copyfile(other, version / "sm86.plan")
+    shutil.copyfile(manifest_path(other), version / "sm86.plan.json")
+
+
+def plan_cut_off(version, cache) -> None:
+    (version / "sm86.plan").write_bytes((version / "sm86.plan").read_bytes()[:-1])
+
+
+def plan_put_there(version, cache) -> None:
+    shutil.copyfile(version / "sm86.plan", version / "sm89.plan")
+
+
+PLAN_DAMAGE = {
+    plan_of_another_model: r"sm86\.plan was changed",
+    plan_cut_off: r"sm86\.plan was changed",
+    plan_put_there: r"sm89\.plan was added",
+}
+
+
+@pytest.mark.parametrize("damage", PLAN_DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_plan_that_was_not_installed_is_refused_and_mended_by_assemble(repository, with_plan, tmp_path, damage):
+    version, again = with_plan
+    check_served(repository, "arcface_trt")
+    assert again() == 1
+    damage(version, tmp_path / "other")
+    with pytest.raises(GateFailed, match=rf"arcface_trt/1 is not what was installed: {PLAN_DAMAGE[damage]}"):
+        check_served(repository, "arcface_trt")
+    assert again() == 2
+    check_served(repository, "arcface_trt")
+
+
+def test_weights_that_lie_beside_those_installed_are_refused(repository):
+    version = served_folder(repository, "arcface_onnx")
+    shutil.copyfile(version / "model.onnx", version / "another.onnx")
+    with pytest.raises(GateFailed, match=r"arcface_onnx/1 is not what was installed: another\.onnx was added"):
+        check_served(repository, "arcface_onnx")
+
+
+def test_weights_of_no_version_are_not_taken_for_those_of_the_first(repository, model_dir):
+    version = repository / "arcface_onnx" / "1"
+    (version / "manifest.json").unlink()
+    (version / "model.onnx").rename(version / "model.gpu.onnx")
+    assert assemble(model_dir, repository)["arcface_onnx"] == 1
+    check_served(repository, "arcface_onnx")

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -25,7 +26,7 @@ from arcface_clients.photos.analysis import FaceAnalysis
 from conftest import REPO
 from test_alerts import Prometheus, panel_expressions
 
-STEPS = ("decode", "detect", "align")
+STEPS = ("decode", "detect", "align", "scrfd")
 
 
 @pytest.fixture(scope="module")
@@ -225,12 +226,21 @@ def test_the_documented_javascript_works(photo_server: TritonProcess, portraits:
 
 
 def test_the_documented_python_works(
-    photo_server: TritonProcess, portraits: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photo_server: TritonProcess,
+    portraits: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code = re.findall(r"```python\n(.*?)```", DOCUMENTED, re.DOTALL)[0]
-    code = code.replace("localhost:8001", photo_server.grpc_url).replace('"photo.jpg"', repr(str(portraits[0])))
-    exec(code, {})
+    monkeypatch.chdir(tmp_path)
+    for name, portrait in zip(("photo.jpg", "a.jpg", "b.jpg"), portraits * 3, strict=False):
+        Path(name).write_bytes(portrait.read_bytes())
+    names = {"paths": ["a.jpg", "b.jpg"], "image": cv2.imread("photo.jpg")}
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENTED, re.DOTALL)
+    for block in blocks:
+        exec(block.replace("localhost:8001", photo_server.grpc_url), names)
     assert "(512,)" in capsys.readouterr().out
+    assert len(blocks) == 3 and names["pair"] is not None and len(names["faces"]) > 0
 
 
 def metrics(server: TritonProcess) -> dict[str, float]:

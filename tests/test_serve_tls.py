@@ -73,7 +73,7 @@ def arcface(folder: Path, *arguments: str, **triton: object) -> subprocess.Compl
 def test_what_serve_says_to_try_works_where_ca_and_client_have_these_names(served, authority):
     said = "".join(served.said)
     assert f"gRPC grpcs://127.0.0.1:{served.ports.grpc} " in said and "passed (fp32: drift" in said
-    assert tried(served, authority.folder).startswith("(4, 512)")
+    assert "\n(4, 512) " in tried(served, authority.folder)
 
 
 def test_with_a_certificate_that_signed_itself_it_works_anywhere_on_this_host(
@@ -84,7 +84,7 @@ def test_with_a_certificate_that_signed_itself_it_works_anywhere_on_this_host(
     options = ["--tls-cert", str(own), "--tls-key", str(own.with_suffix(".key")), "--no-reference"]
     serving = Serving(repository, *options)
     try:
-        assert tried(serving, tmp_path).startswith("(4, 512)")
+        assert "\n(4, 512) " in tried(serving, tmp_path)
         with TritonEmbedder(url(serving), tls=Tls(own), retry_for_s=60) as embedder:
             truth = embedder.encode(FACES)
             os.kill(serving.stub(), signal.SIGKILL)
@@ -95,11 +95,33 @@ def test_with_a_certificate_that_signed_itself_it_works_anywhere_on_this_host(
         serving.stop()
 
 
+def test_a_certificate_that_was_renewed_meanwhile_is_taken_when_the_server_is_started_again(
+    triton_binary, demo_repository, authority, tmp_path
+):
+    live = {suffix: tmp_path / f"live{suffix}" for suffix in (".pem", ".key")}
+    for suffix, file in live.items():
+        file.symlink_to(authority.sign("before").with_suffix(suffix))
+    repository = Path(shutil.copytree(demo_repository, tmp_path / "model_repository"))
+    options = ["--tls-cert", str(live[".pem"]), "--tls-key", str(live[".key"]), "--no-reference"]
+    serving = Serving(repository, *options)
+    try:
+        renewed = authority.self_signed("renewed")
+        for suffix, file in live.items():
+            file.unlink()
+            file.symlink_to(renewed.with_suffix(suffix))
+        os.kill(serving.stub(), signal.SIGKILL)
+        serving.wait_for("Ctrl-C stops it.", 2)
+        with TritonEmbedder(url(serving), tls=Tls(renewed)) as embedder:
+            assert embedder.encode(FACES).shape == (3, 512)
+        assert sum("RESTART in " in line for line in serving.said) == 1
+    finally:
+        serving.stop()
+
+
 def tried(serving: Serving, folder: Path) -> str:
-    """What the lines after "try it" print, run in this folder."""
-    code = re.search(r"try it:\n(.*)Ctrl-C", "".join(serving.said), re.DOTALL)[1]
-    line = [sys.executable, "-c", re.sub("^    ", "", code, flags=re.MULTILINE)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=folder)
+    """What the lines to paste print, run by a shell in this folder."""
+    lines = re.search(r"another shell\n(.*)Ctrl-C", "".join(serving.said), re.DOTALL)[1]
+    done = subprocess.run(["bash", "-e"], input=lines, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -16,10 +16,13 @@ from arcface_clients.arrays import Array, FaceArray, FloatArray
 from arcface_clients.contract import FACE_SIZE
 from arcface_clients.errors import ConfigError, InvalidFaces
 from arcface_clients.faces.photos import read_photo
+from arcface_clients.photos.analysis import FaceAnalysis
 from arcface_clients.triton.embedder import TritonEmbedder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+__all__ = ["FaceAnalysis", "Recognition", "analyse_many"]
 
 
 class Recognition:

@@ -90,13 +90,17 @@ def test_an_odd_photo_gets_the_right_answer(photos: PhotoEmbedder, portrait: Pat
     assert np.abs(found.landmarks - expected.landmarks).max() < 6
 
 
-def test_a_large_jpeg_is_decoded_small_and_its_face_is_found_where_it_is(photos: PhotoEmbedder, portrait: Path) -> None:
+def test_a_large_jpeg_is_decoded_small_and_its_face_is_found_where_it_is(
+    photo_server: TritonProcess, portrait: Path
+) -> None:
     large = on_canvas(Image.open(portrait))
-    (expected,), (reduced,) = photos.faces(portrait), photos.faces(saved(large, "JPEG", quality=95))
-    (whole,) = photos.faces(saved(large, "PNG", compress_level=1))  # cannot be decoded at a reduced size
-    assert np.abs(reduced.landmarks - (expected.landmarks * 10 + [1500, 700])).max() < 40
-    assert np.abs(reduced.landmarks - whole.landmarks).max() < 3  # 0.3 of a pixel of its crop
-    assert reduced.embedding @ whole.embedding > 0.98
+    with PhotoEmbedder(photo_server.grpc_url, crops=True) as photos:
+        (expected,), (reduced,) = photos.faces(portrait), photos.faces(saved(large, "JPEG", quality=95))
+        (whole,) = photos.faces(saved(large, "PNG", compress_level=1))  # cannot be decoded at a reduced size
+    assert np.abs(reduced.landmarks - (expected.landmarks * 10 + [1500, 700])).max() < 60  # 6 pixels of the small one
+    assert np.abs(reduced.landmarks - whole.landmarks).max() < 0.01 * whole.box[3]
+    assert reduced.crop is not None and whole.crop is not None
+    assert np.abs(reduced.crop.astype(int) - whole.crop.astype(int)).mean() < 8
 
 
 def bomb_png() -> bytes:
@@ -198,16 +202,20 @@ def test_mutated_photos_never_take_an_instance_down_nor_change_a_neighbours_answ
         assert peak_mib(pid) < MEMORY_MIB
 
 
-def test_an_instance_that_is_killed_is_replaced(photo_server: TritonProcess, portrait: Path) -> None:
-    with PhotoEmbedder(photo_server.grpc_url, retry_for_s=30) as patient:
-        expected = patient.faces(portrait)
-        instances = len(stubs(photo_server))
-        os.kill(min(stubs(photo_server)), signal.SIGKILL)
-        deadline_s = time.monotonic() + 60
-        while len(stubs(photo_server)) < instances and time.monotonic() < deadline_s:
-            # Triton starts it again when a request comes its way: that request fails, and is sent again.
-            assert all(_same(faces, expected) for faces in patient.faces_stream([portrait] * 8))
-        assert len(stubs(photo_server)) == instances
+def test_the_other_instances_go_on_where_one_is_killed(
+    photo_server: TritonProcess,
+    photos: PhotoEmbedder,
+    start_triton: Callable[..., TritonProcess],
+    portrait: Path,
+    demo_repository: Path,
+) -> None:
+    # Triton 2.51 does not start it again: a request that meets it fails after a second, and our client sends it again.
+    expected, server = photos.faces(portrait), start_triton(demo_repository, ["arcface", "photo_faces"])
+    os.kill(min(stubs(server)), signal.SIGKILL)
+    with PhotoEmbedder(server.grpc_url) as patient:
+        answers = list(patient.faces_stream([portrait] * 24, retry_for_s=30))
+    assert len(answers) == 24
+    assert all(_same(faces, expected) for faces in answers)
 
 
 def mutated(rng: random.Random, seeds: list[bytes]) -> bytes:

@@ -6,9 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from arcface_build.errors import SourceRefused
+from arcface_build.errors import LicenceNotAccepted, SourceRefused
 from arcface_build.repository.versions import PHOTO_MODEL, install, served_manifest, versions
-from arcface_clients.errors import ConfigError, Missing
+from arcface_clients.engines.runtimes import open_session
+from arcface_clients.errors import ConfigError, DependencyMissing, Missing
 from arcface_clients.extras import how_to_get
 from arcface_clients.faces.detect import FaceDetector, find_detector
 from arcface_clients.plans.manifest import file_sha256
@@ -17,12 +18,19 @@ VERIFY_MODEL = "photo_verify"
 YUNET_LICENCE = "MIT (OpenCV Zoo)"
 
 
-def install_detector(file: Path | None, repository: Path, licence: str = YUNET_LICENCE, keep: int = 3) -> int:
-    """Install YuNet's ONNX (None: where `find_detector` finds it); returns the version of `photo_faces` that has it.
+def install_detector(file: Path | None, repository: Path, licence: str | None = None, keep: int = 3) -> int:
+    """Install a detector's ONNX, YuNet or SCRFD, as a version of `photo_faces`; returns its number.
+
+    Args:
+        file: the ONNX; None: YuNet where `find_detector` finds it.
+        repository: the model repository.
+        licence: of the file; None for YuNet's.
+        keep: versions to keep for a rollback.
 
     Raises:
         DependencyMissing: no OpenCV, or no such file.
-        SourceRefused: the file is no detector that OpenCV can run.
+        SourceRefused: the file is no detector.
+        LicenceNotAccepted: SCRFD, and no licence is named.
         Missing: the repository has no model `photo_faces`.
     """
     if not (repository / PHOTO_MODEL / "config.pbtxt").is_file():
@@ -31,13 +39,35 @@ def install_detector(file: Path | None, repository: Path, licence: str = YUNET_L
             "Take model_repository/ of this version of arcface-triton"
         )
     found = find_detector(file)
-    try:
-        FaceDetector(found)
-    except ConfigError as exc:
-        raise SourceRefused(str(exc)) from exc
-    source = {"kind": "detector", "file": found.name, "sha256": file_sha256(found), "licence": licence}
-    manifest = {"name": found.stem, "detector": "yunet", "source": source}
+    kind = _kind(found)
+    if kind != "yunet" and not licence:
+        raise LicenceNotAccepted(
+            f"{found.name} is SCRFD; InsightFace's own weights are licensed for non-commercial research only: expected "
+            "--licence TEXT with the licence that you use them under"
+        )
+    source = {"kind": "detector", "file": found.name, "sha256": file_sha256(found), "licence": licence or YUNET_LICENCE}
+    manifest = {"name": found.stem, "detector": kind, "source": source}
     return install(repository, PHOTO_MODEL, {"detector.onnx": found}, manifest, keep=keep)
+
+
+def _kind(file: Path) -> str:
+    """yunet or scrfd.
+
+    Raises:
+        SourceRefused: neither can run it.
+    """
+    try:
+        FaceDetector(file)
+        return "yunet"
+    except ConfigError as exc:
+        no_yunet = exc
+    from arcface_clients.faces.steps.scrfd import Scrfd
+
+    try:
+        Scrfd(open_session(file))
+        return "scrfd"
+    except (ConfigError, ValueError, DependencyMissing) as exc:
+        raise SourceRefused(f"{no_yunet}; nor is it SCRFD ({exc})") from exc
 
 
 def installed_detector(repository: Path) -> dict[str, Any] | None:

@@ -16,11 +16,11 @@ from arcface_clients.engines.onnx_contract import contract_in
 from arcface_clients.errors import GateFailed
 from arcface_clients.plans.manifest import file_sha256
 
-FILES, SEAL, HELD = "files", "seal", "held"  # keys of a version's manifest.json
+FILES, PLANS, SEAL, HELD = "files", "plans", "seal", "held"  # keys of a version's manifest.json
 
 
 def sealed(manifest: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
-    """The manifest with the digests of these files and of itself; plans have manifests of their own beside them."""
+    """The manifest with the digests of these files and of itself; those of plans stand in it already."""
     digests = {name: file_sha256(path) for name, path in files.items() if ".plan" not in name}
     told = {**manifest, FILES: digests}
     return {**told, SEAL: _seal(told)}
@@ -40,11 +40,14 @@ def check_version(version: Path, manifest: Mapping[str, Any]) -> None:
     """
     if SEAL in manifest and manifest[SEAL] != _seal(manifest):
         raise _refusal(version, "its manifest.json was edited")
-    for name, digest in manifest.get(FILES, {}).items():
+    digests = _digests(manifest)
+    for name, digest in digests.items():
         if not (version / name).is_file():
             raise _refusal(version, f"{name} is gone")
         if (got := file_sha256(version / name)) != digest:
             raise _refusal(version, f"{name} was changed: expected sha256 {digest[:12]}…, got {got[:12]}…")
+    for added in (path for path in weights_in(version) if digests and path.name not in digests):
+        raise _refusal(version, f"{added.name} was added")
     for weights in sorted(version.glob("model*.onnx")):
         named = contract_in(weights)
         if named is not None and named != manifest["contract_id"][:32]:
@@ -52,6 +55,19 @@ def check_version(version: Path, manifest: Mapping[str, Any]) -> None:
                 version,
                 f"{weights.name} names contract {named[:12]}…, its manifest.json {manifest['contract_id'][:12]}…",
             )
+
+
+def weights_in(version: Path) -> list[Path]:
+    """Everything in a version folder that Triton could load, and what lies beside a plan."""
+    return sorted(path for pattern in ("*.onnx", "*.plan", "*.plan.json") for path in version.glob(pattern))
+
+
+def _digests(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """File name → sha256, of everything that was installed."""
+    digests = dict(manifest.get(FILES, {}))
+    for name, told in manifest.get(PLANS, {}).items():
+        digests |= {name: told["sha256"], f"{name}.json": told["manifest_sha256"]}
+    return digests
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

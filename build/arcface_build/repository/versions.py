@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arcface_build.repository.integrity import HELD, check_version, sealed
+from arcface_build.repository.integrity import HELD, check_version, sealed, weights_in
 from arcface_build.repository.lock import locked
 from arcface_build.repository.profiles import with_profiles
 from arcface_clients.atomic import copy_file, new_file, new_folder, remove, write_json
@@ -190,6 +190,8 @@ def _install(folder: Path, files: Mapping[str, Path], manifest: Mapping[str, Any
     version = have[-1] + 1 if have else 1
     target = folder / str(version)
     if version == 1:
+        for stray in weights_in(target):  # of no version: there was no manifest
+            stray.unlink()
         for name, source in files.items():
             copy_file(source, target / name)
         write_json(target / "manifest.json", manifest)
@@ -308,5 +310,5 @@ def _remove(version: Path) -> None:
         remove(version)
         return
     (version / "manifest.json").unlink()  # first: without it the folder is not a version
-    for weights in [*version.glob("*.onnx"), *version.glob("*.plan"), *version.glob("*.plan.json")]:
+    for weights in weights_in(version):
         weights.unlink()

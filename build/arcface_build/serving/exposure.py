@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from arcface_clients.errors import WrongUse
 from arcface_clients.triton.address import is_loopback
-from arcface_clients.triton.certificate import RENEW_DAYS, Certificate, read_certificate
+from arcface_clients.triton.certificate import RENEW_DAYS, Certificate, check_authorities, read_certificate
 
 LOOPBACK = "127.0.0.1"
 # Triton's own options for what is decided here; after "--" they would open what was checked to be shut.
@@ -114,6 +114,15 @@ class Exposure:
                 said.append(f"others of this host can read {self.tls.key_file}: chmod 600 {self.tls.key_file}")
         return said
 
+    def renewed(self) -> Exposure:
+        """The same with its files read again, for a server that is started again: they may have been renewed.
+
+        Raises:
+            ConfigError, WrongUse: they cannot be used (now).
+        """
+        tls = self.tls and server_tls(self.tls.cert_file, self.tls.key_file, self.tls.client_ca_file)
+        return replace(self, tls=tls)
+
     def client_host(self) -> str:
         """How a client should name the host of gRPC: by a name in the certificate, where there is one."""
         host = from_here(self.host)
@@ -129,6 +138,8 @@ def address_of(host: str) -> str:
     Raises:
         WrongUse: it has none.
     """
+    if not host.strip():  # a variable of the shell that is not set; gethostbyname takes it for all addresses
+        raise no_address(repr(host), "it is empty")
     try:
         return socket.gethostbyname(host)
     except (OSError, UnicodeError) as exc:
@@ -157,9 +168,12 @@ def server_tls(cert_file: Path | None, key_file: Path | None, client_ca_file: Pa
     certificate = read_certificate(cert_file, key_file)
     if fault := certificate.fault():
         raise WrongUse(f"{cert_file} {fault}: no client would accept it. Renew it, then start again")
-    if client_ca_file is not None and "-----BEGIN CERTIFICATE-----" not in _text(client_ca_file):
-        raise WrongUse(f"--client-ca {client_ca_file} holds no certificate. Expected the PEM file of an authority.")
-    return ServerTls(cert_file.resolve(), key_file.resolve(), certificate, client_ca_file and client_ca_file.resolve())
+    if client_ca_file is not None:
+        check_authorities(client_ca_file)
+    # Links are left: a renewal sets them to other files, and a server that is started again should take those.
+    return ServerTls(
+        cert_file.absolute(), key_file.absolute(), certificate, client_ca_file and client_ca_file.absolute()
+    )
 
 
 def refuse_overrides(extra: Sequence[str]) -> None:
@@ -185,10 +199,3 @@ def closed(environment: Mapping[str, str]) -> dict[str, str]:
 def from_here(host: str) -> str:
     """The address by which this host reaches what listens on `host`."""
     return LOOPBACK if host in ("0.0.0.0", "") else host
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(errors="replace")
-    except OSError as exc:
-        raise WrongUse(f"cannot read {file}: {exc.strerror}. Expected a PEM file.") from exc

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from arcface_build.errors import ServerFailed
+from arcface_build.serving.allocator import with_jemalloc
 from arcface_build.serving.binary import TritonBinary
 from arcface_build.serving.exposure import Exposure, closed, from_here, no_address
 from arcface_build.serving.guard import forget_key, guard_options, hide_key, keep_key, new_key
@@ -213,7 +214,7 @@ class TritonProcess:
         self._key_files: list[Path] = []
         self._hidden = not guarded
         environment = {**os.environ, **binary.environment, **(environment or {})}
-        self._environment = {"CUDA_MODULE_LOADING": "LAZY", **closed(environment)}
+        self._environment = {"CUDA_MODULE_LOADING": "LAZY", **with_jemalloc(closed(environment))}
         self._child: subprocess.Popen[bytes] | None = None
         self._lock: PortLock | None = None
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -35,7 +35,7 @@ from arcface_build.serving.variant import take_best_variant
 from arcface_build.serving.watch import RESTARTS, RESTARTS_WITHIN_S, Pulse, Restarts, patience_s, watch
 from arcface_clients.checks.parity import ParityReport, measure_parity
 from arcface_clients.config.schema import EmbeddingConfig
-from arcface_clients.errors import GateFailed, Missing
+from arcface_clients.errors import ArcFaceError, GateFailed, Missing
 from arcface_clients.extras import require
 
 LEAF_OF = {"tensorrt": "arcface_trt", "onnx": "arcface_onnx", "reference": "arcface_reference"}
@@ -119,6 +119,8 @@ def serve(asked: ServeRequest, config: EmbeddingConfig, audience: Audience, inte
     try:
         while True:
             try:
+                if restarts.served:
+                    asked = replace(asked, exposure=_renewed(asked.exposure))
                 return _serve(asked, config, audience, interrupt, restarts)
             except ServerFailed as exc:
                 if not restarts.served:
@@ -132,6 +134,18 @@ def serve(asked: ServeRequest, config: EmbeddingConfig, audience: Audience, inte
         if restarts.served:  # it is how one ends it
             return True
         raise
+
+
+def _renewed(exposure: Exposure) -> Exposure:
+    """With the certificates that are there now; between the files of a renewal it is worth another try.
+
+    Raises:
+        ServerFailed: they cannot be used.
+    """
+    try:
+        return exposure.renewed()
+    except ArcFaceError as exc:
+        raise ServerFailed(f"it cannot be encrypted: {exc}") from exc
 
 
 def _serve(

@@ -99,7 +99,7 @@ class FaceDetector:
             return [_face(row, align_face(pixels, _points(row), 1 / reduction)) for row in rows]
 
     def _rows(self, image_bgr: Array, scale: float) -> FloatArray:
-        from arcface_clients.faces.steps.detect import LOOKS, find_faces
+        from arcface_clients.faces.steps.detect import find_faces
 
         return find_faces(
             self._look(),
@@ -108,7 +108,7 @@ class FaceDetector:
             min_score=self.min_score,
             min_size=self.min_size,
             max_side=self.max_side,
-            looks=LOOKS if self.refine else 1,
+            looks=None if self.refine else 1,
         )
 
     def _look(self) -> YuNet:

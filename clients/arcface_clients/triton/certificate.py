@@ -81,6 +81,32 @@ def read_certificate(cert_file: Path, key_file: Path) -> Certificate:
         raise ConfigError(f"cannot read {exc.filename or cert_file}: {exc.strerror}. Expected a PEM file.") from exc
 
 
+def check_authorities(file: Path) -> None:
+    """Refuse a PEM file by which nobody could be let in; one of a single client's certificate is as good as any.
+
+    Raises:
+        ConfigError: it cannot be read, holds no certificate or a damaged one, or its authorities have expired.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_verify_locations(file)
+    except ssl.SSLError as exc:
+        raise ConfigError(
+            f"{file} holds no certificate, or a damaged one ({exc.reason or exc}). "
+            "Expected the PEM file of an authority."
+        ) from exc
+    except OSError as exc:
+        raise ConfigError(f"cannot read {file}: {exc.strerror}. Expected the PEM file of an authority.") from exc
+    authorities: list[Any] = context.get_ca_certs()
+    if authorities and len(authorities) == context.cert_store_stats()["x509"]:
+        ends = max(_time(authority["notAfter"]) for authority in authorities)
+        if ends <= datetime.now(timezone.utc):
+            raise ConfigError(
+                f"{file} expired on {ends:%Y-%m-%d %H:%M} UTC: whom it signed is let in by nobody. "
+                "Renew the authority and what it signed, then start again."
+            )
+
+
 def presented_certificate(address: Address, tls: Tls, timeout_s: float) -> Certificate:
     """The certificate that a server presents, whatever its names and dates; who signed it has to be trusted.
 

@@ -6,8 +6,7 @@ The seam for other detectors is `Look`: an image in, rows out. Everything else h
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -15,9 +14,6 @@ import numpy.typing as npt
 
 Image = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.float32]
-Look = Callable[[Image, float], Rows]
-"""An image uint8 (H,W,3) BGR and the lowest score in; float32 (F,15) out: x, y, width, height, five landmarks (eyes,
-nose, mouth corners, from left to right), score; in pixels of the image."""
 
 MAX_SIDE = 1280  # larger photos are shrunk to this for detection; faces are cropped from the photo itself
 MIN_SCORE = 0.7
@@ -30,8 +26,29 @@ LOOK_MARGIN = 1.5
 KEPT_SIZES = 4  # networks in memory; each holds what one image of its size needs
 
 
+class Look(Protocol):
+    """A detector.
+
+    Attributes:
+        looks: how often a face should be looked at; see `find_faces`.
+    """
+
+    looks: int
+
+    def __call__(self, image_bgr: Image, min_score: float) -> Rows:
+        """The faces in an image uint8 (H,W,3) BGR with at least this score.
+
+        Returns:
+            float32 (F,15): x, y, width, height, five landmarks (eyes, nose, mouth corners, from left to right), score;
+            in pixels of the image.
+        """
+        ...
+
+
 class YuNet:
     """OpenCV's detector; for one thread."""
+
+    looks = LOOKS
 
     def __init__(self, file: str) -> None:
         """Load it, and try it on nothing.
@@ -73,7 +90,7 @@ def find_faces(
     min_size: float = MIN_SIZE,
     max_faces: int = 0,
     max_side: int = MAX_SIDE,
-    looks: int = LOOKS,
+    looks: int | None = None,
     look_side: int = LOOK_SIDE,
 ) -> Rows:
     """The faces of a photo, float32 (F,15) as of `Look` in pixels of the photo, best score first.
@@ -86,7 +103,8 @@ def find_faces(
         min_size: smallest side of a face, in pixels of the photo.
         max_faces: so many of the best; 0: all.
         max_side: larger images are shrunk to this for detection.
-        looks: how often a face is looked at: 1, in the photo; 2, again by itself; 3, and at its mirror image.
+        looks: how often a face is looked at: 1, in the photo; 2, again by itself; 3, and at its mirror image. None: as
+            often as suits the detector.
         look_side: pixels of a face's picture for the second and third look.
     """
     shrink = min(1.0, max_side / max(image_bgr.shape[:2]))
@@ -104,6 +122,7 @@ def find_faces(
     best_first: Rows = rows[np.lexsort((rows[:, 1], rows[:, 0], -rows[:, 14]))]
     if max_faces:
         best_first = best_first[:max_faces]
+    looks = look.looks if looks is None else looks
     for row in best_first if looks > 1 else ():
         patch, zoom, corner = _patch(image_bgr, scale, small, small_scale, row[:4].astype(np.float64), look_side)
         points = _look_again(look, patch, zoom, corner, row[4:14].reshape(5, 2), min_score, looks > 2)

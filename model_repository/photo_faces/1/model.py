@@ -15,6 +15,7 @@ import triton_python_backend_utils as pb_utils
 from align import FACE_SIZE, align_face, magnification
 from decode import BadPhoto, Photo, from_base64
 from detect import MAX_SIDE, MIN_SCORE, MIN_SIZE, YuNet, find_faces
+from scrfd import Scrfd
 
 BATCH = 64  # max_batch_size of `arcface`
 STAGES = ("decode", "detect", "align", "embed")
@@ -38,8 +39,9 @@ class TritonPythonModel:
         self.max_bytes, self.max_pixels = int(told["max_bytes"]), int(told["max_pixels"])
         self.max_faces = int(told["max_faces"])
         self.outputs = [output["name"] for output in config["output"]]
-        cv2.setNumThreads(int(told["threads"]))
-        self.look = _detector(Path(args["model_repository"]) / args["model_version"])
+        threads = int(told["threads"])
+        cv2.setNumThreads(threads)
+        self.look = _detector(Path(args["model_repository"]) / args["model_version"], threads)
         warm_up = cv2.imencode(".jpg", np.zeros((64, 64, 3), np.uint8))[1].tobytes()
         find_faces(self.look, Photo(warm_up).pixels())  # Pillow imports its formats with the first photo
         self.meter = Meter()
@@ -192,12 +194,19 @@ def _number(told, key, default, low, high):
     return number
 
 
-def _detector(folder):
+def _detector(folder, threads):
     """The detector in a version folder, as its manifest.json says; a seam: see `Look` in detect.py."""
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         raise pb_utils.TritonModelException(f"no detector in {folder}: arcface import-detector FILE")
-    return YuNet(str(folder / "detector.onnx"))
+    file = str(folder / "detector.onnx")
+    if json.loads(manifest.read_text())["detector"] == "yunet":
+        return YuNet(file)
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    return Scrfd(ort.InferenceSession(file, options, providers=["CPUExecutionProvider"]))
 
 
 def _error(words, code):
