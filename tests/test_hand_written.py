@@ -68,13 +68,13 @@ def test_a_later_version_replaces_what_nobody_edited_and_leaves_weights_alone(sh
     (made / edited).write_text("# ours")
     for name in (edited, untouched):
         (shipped / name).write_text("# of the next version")
-    (shipped / "photo_faces").mkdir()
-    (shipped / "photo_faces" / "config.pbtxt").write_text('name: "photo_faces"')
+    (shipped / "new_model").mkdir()
+    (shipped / "new_model" / "config.pbtxt").write_text('name: "new_model"')
     (shipped / "arcface_parity" / "configs" / "tensorrt.pbtxt").unlink()
 
     followed = follow(made, shipped)
     assert set(followed.updated) == {
-        untouched, "photo_faces/config.pbtxt", "arcface_parity/configs/tensorrt.pbtxt"
+        untouched, "new_model/config.pbtxt", "arcface_parity/configs/tensorrt.pbtxt"
     }  # fmt: skip
     assert followed.edited == (edited,)
     assert (made / edited).read_text() == "# ours"
