@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from arcface_clients.errors import ConfigError, DeadlineExceeded
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.transports import grpc_messages, http_messages, refusals
+from arcface_clients.triton.transports.http import TimedReply
 
 
 def models_without_key(connection: Connection, timeout_s: float) -> list[str] | None:
@@ -19,11 +22,15 @@ def models_without_key(connection: Connection, timeout_s: float) -> list[str] | 
 
     Raises:
         ServerUnreachable, DeadlineExceeded: no answer.
+        InvalidAnswer: what answers is no Triton server.
         DependencyMissing: the driver of this protocol is not installed.
     """
     if connection.address.protocol == "http":
         status, body = http_answer(connection, "POST", "/v2/repository/index", {}, timeout_s)
-        return None if status in (401, 403) else [model["name"] for model in json.loads(body)]
+        if status in (401, 403):
+            return None
+        with refusals.damage_is_no_answer(connection.address, "the list of models"):
+            return [model["name"] for model in json.loads(body)]
     _, pb, _ = grpc_messages.drivers()
     try:
         reply = grpc_answer(connection, "RepositoryIndex", pb.RepositoryIndexRequest(), {}, timeout_s)
@@ -63,18 +70,22 @@ def http_answer(
     """Status and body of one request on a connection of its own.
 
     Raises:
-        ServerUnreachable: no answer.
+        ServerUnreachable, DeadlineExceeded: no answer, or not all of it in time.
     """
+    deadline_s = time.monotonic() + timeout_s
     address, context = connection.address, http_messages.tls_context(connection)
     opened = (
         http.client.HTTPSConnection(address.host, address.port, timeout=timeout_s, context=context)
         if context
         else http.client.HTTPConnection(address.host, address.port, timeout=timeout_s)
     )
+    opened.response_class = partial(TimedReply, deadline_s)  # type: ignore[assignment]  # made with a socket
     try:
         opened.request(verb, f"{address.path}{path}", b"{}" if verb == "POST" else None, dict(headers))
         reply = opened.getresponse()
-        return reply.status, reply.read()
+        return reply.status, reply.read(http_messages.MAX_ANSWER_BYTES)
+    except TimeoutError as exc:
+        raise DeadlineExceeded(f"no answer from {address} within {timeout_s:g} s") from exc
     except (OSError, http.client.HTTPException) as exc:
         raise refusals.unreachable(address, exc) from exc
     finally:
