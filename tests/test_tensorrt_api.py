@@ -95,9 +95,7 @@ def test_every_name_that_we_take_from_tensorrt_exists_in_every_version_that_has_
         assert not any(has(api, chain) for version, api in TABLE.items() if numbers(version) < since), chain
 
 
-UNTIL = {
-    ("ICudaEngine", "device_memory_size"): (10,)
-}  # newer ones are asked for each profile (build_child.context_bytes)
+UNTIL = {("ICudaEngine", "device_memory_size"): (10,)}  # newer: for each profile
 
 
 def test_every_method_that_we_call_exists_with_these_arguments() -> None:
