@@ -39,6 +39,7 @@ def test_an_unknown_subcommand_is_wrong_use():
 
 
 def test_an_error_is_one_line_with_its_class_and_exit_code(tmp_path):
+    (tmp_path / "somebody's").touch()  # an empty folder would be made into one
     answer = arcface("serve", "--model-repository", str(tmp_path))
     assert answer.returncode == 3
     assert answer.stderr == (f"Missing: {tmp_path} is not our model repository: expected arcface/config.pbtxt in it.\n")

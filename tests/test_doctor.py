@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -15,6 +19,7 @@ from arcface_clients.checks.diagnostics import (
     check_driver_name,
     check_local_model,
     check_onnxruntime,
+    check_restrictions,
     check_server,
     check_shared_memory,
     engine_diagnostics,
@@ -268,7 +273,6 @@ def test_doctor_of_a_url_embeds_a_face_and_expects_a_refusal_without_the_key(ser
 
 
 def test_doctor_names_a_server_that_lets_anyone_control_it(tmp_path, start_triton):
-    from arcface_clients.checks.diagnostics import check_restrictions
     from arcface_clients.config.sources import load_config
     from odd_models import write_model
 
@@ -277,3 +281,53 @@ def test_doctor_names_a_server_that_lets_anyone_control_it(tmp_path, start_trito
     for url in (open_to_all.grpc_url, f"http://{open_to_all.http_url}"):
         check = check_restrictions(load_config(overrides={"triton": {"url": url}}))
         assert check.status == "problem" and "lets anyone who reaches it load and unload models" in check.found
+
+
+def dripping(client: socket.socket) -> None:
+    """One byte of a long answer at a time, for ever."""
+    client.recv(4096)
+    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+    while True:
+        client.sendall(b" ")
+        time.sleep(0.1)
+
+
+def a_page(client: socket.socket) -> None:
+    """What a web server says to a path that it does not know."""
+    client.recv(4096)
+    page = b"<!DOCTYPE HTML>\n<html>\n  <title>Error</title>\n</html>\n"
+    client.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n%s" % (len(page), page))
+
+
+STRANGERS = {
+    "silent": (lambda client: client.recv(1), "no answer from "),
+    "dripping": (dripping, "no answer from "),
+    "a web server": (a_page, "answered HTTP 404: <!DOCTYPE HTML> <html> <title>Error</title> </html>"),
+}
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_what_is_no_triton_server_is_told_soon_and_in_words(stranger, protocol):
+    behave, words = STRANGERS[stranger]
+
+    def answer(client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client:
+            while True:
+                behave(client)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        url = f"{protocol}://127.0.0.1:{listener.getsockname()[1]}"
+        config = EmbeddingConfig(backend="triton", triton={"url": url})
+        started = time.monotonic()
+        server, restrictions = check_server(config, 1.0), check_restrictions(config, 1.0)
+        assert time.monotonic() - started < 10
+    assert server.status == "problem" and "\n" not in server.found
+    assert (words if protocol == "http" else "no ") in server.found
+    assert restrictions.status == "absent" and restrictions.found.startswith("not asked: ")

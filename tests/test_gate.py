@@ -116,7 +116,9 @@ def in_quantize(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
 def at_plan_build(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
     def child(scratch: Path, timeout_s: float, on_phase: object) -> None:
         (scratch / "plan").write_bytes(b"plan")
-        (scratch / "result.json").write_text(json.dumps({"tensorrt": "10.3.0", "seconds": 1.0}))
+        (scratch / "result.json").write_text(
+            json.dumps({"tensorrt": "10.3.0", "seconds": 1.0, "memory": {"loaded_bytes": 1, "context_bytes": [1]}})
+        )
         (scratch / "inspector.json").write_text("{}")
         np.save(scratch / "embeddings.npy", candidate)
 

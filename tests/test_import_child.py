@@ -130,7 +130,7 @@ def test_a_harmful_file_ends_in_one_sentence_in_time_and_leaves_nothing(what: st
     path = make(tmp_path)
     before = sorted(tmp_path.iterdir())
     answer = subprocess.run(
-        [*COMMAND, str(path), "--no-assemble", "--timeout", "8", "--models-dir", str(tmp_path / "models")],
+        [*COMMAND, str(path), "-q", "--no-assemble", "--timeout", "8", "--models-dir", str(tmp_path / "models")],
         capture_output=True,
         text=True,
         timeout=60,

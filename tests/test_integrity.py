@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -183,3 +184,22 @@ def test_weights_of_no_version_are_not_taken_for_those_of_the_first(repository, 
     (version / "model.onnx").rename(version / "model.gpu.onnx")
     assert assemble(model_dir, repository)["arcface_onnx"] == 1
     check_served(repository, "arcface_onnx")
+
+
+@pytest.mark.parametrize("leaf", ["arcface_onnx", "arcface_reference"])
+@pytest.mark.parametrize("later", [False, True], ids=["the only version", "a later version"])
+def test_a_manifest_that_cannot_be_read_is_told_and_mended_by_assemble(repository, model_dir, other_dir, leaf, later):
+    if later:
+        assemble(other_dir, repository)
+    version = served_folder(repository, leaf)
+    (version / "manifest.json").write_text('{"name": "ti')
+    check = check_weights(EmbeddingConfig(local={"model_repository": repository}))
+    assert check.status == "problem" and f"{version}/manifest.json cannot be read" in check.found
+    assert "arcface import SOURCE" in check.fix
+    assemble(model_dir, repository)
+    for name in ("arcface_onnx", "arcface_reference"):
+        check_served(repository, name)
+    check = check_weights(EmbeddingConfig(local={"model_repository": repository}))
+    assert check.fix.startswith("it is not served, and arcface rollback refuses it; to forget it: rm ")
+    Path(check.fix.partition(" rm ")[2]).unlink()
+    assert check_weights(EmbeddingConfig(local={"model_repository": repository})).status == "ok"

@@ -85,7 +85,7 @@ def test_unknown_model_is_not_a_dead_server(server) -> None:
 def test_http_port_is_recognised(server) -> None:
     with (
         TritonEmbedder(server.http_url, retry_for_s=0) as embedder,
-        pytest.raises(ServerUnreachable, match=rf"is the HTTP port: http://{server.http_url}"),
+        pytest.raises(ServerUnreachable, match=rf"if port {server.ports.http} is HTTP: http://{server.http_url}"),
     ):
         embedder.ensure_ready()
 

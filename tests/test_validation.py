@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import load, save
 
+from arcface_build.graph.serving import serving_form
 from arcface_clients import get_embedding_backend
 from arcface_clients.config.schema import EmbeddingConfig, LocalModel, Validation
 from arcface_clients.contract import Preprocessing
@@ -55,6 +58,10 @@ def test_wrong_channel_order_is_refused(tmp_path):
     folder = write_model(tmp_path / "rgb")
     swapped = write_model(tmp_path / "bgr", Preprocessing("bgr"))
     (folder / "serving.onnx").write_bytes((swapped / "serving.onnx").read_bytes())
+    with pytest.raises(ContractMismatch, match="names contract"):
+        validate_engine(onnx(folder), reference(folder), "fp32", {"fp32": 1e-2}, "onnx")
+    network, contract = load(folder / "source.onnx"), json.loads((folder / "manifest.json").read_text())["contract_id"]
+    save(serving_form(network, Preprocessing("bgr"), 64, contract).model, folder / "serving.onnx")  # under our name
     with pytest.raises(GateFailed):
         validate_engine(onnx(folder), reference(folder), "fp32", {"fp32": 1e-2}, "onnx")
 

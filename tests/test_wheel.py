@@ -62,7 +62,7 @@ def test_it_brings_the_hand_written_files_and_no_weights(wheel):
     data = "arcface_build/data/"
     brought = sorted(name.removeprefix(data) for name in names if name.startswith(data))
     ours = [f"model_repository/{name}" for name in hand_written(REPO / "model_repository")]
-    ours += ["backends/onnxruntime/model.py", "backends/tensorrt/model.py"]
+    ours += [path.relative_to(REPO).as_posix() for path in (REPO / "backends").glob("*/*.py")]
     assert brought == sorted([*ours, *(f"config/{name}.yaml" for name in ("embedding", "gpus", "models"))])
     assert {name.partition("/")[0] for name in names} == {
         "arcface_build", "arcface_clients", "arcface_triton-0.1.0.dist-info"

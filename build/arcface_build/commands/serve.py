@@ -157,6 +157,7 @@ class Shell:
         """Nothing is said yet."""
         self._as_json = as_json
         self._told = False
+        self._with_reference = True
 
     def warned(self, text: str) -> None:
         """In yellow, whatever is asked for."""
@@ -171,6 +172,7 @@ class Shell:
         """The table of backends, or the one JSON document."""
         from arcface_clients.checks.parity import render_table
 
+        self._with_reference = with_reference or choice.backend == "reference"
         urls = {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}
         result = {"backend": choice.backend, "reason": choice.reason, "urls": urls, "parity": report.to_json()}
         alone = "" if with_reference else "\nno reference is loaded: nothing was compared with InsightFace"
@@ -187,7 +189,7 @@ class Shell:
 
     def serving(self, server: TritonProcess) -> None:
         """How to use it and how to end it."""
-        _say(_invitation(server), self._as_json)
+        _say(_invitation(server, self._with_reference), self._as_json)
 
 
 def _faces(faces_from: Path | None, count: int) -> npt.NDArray[Any]:
@@ -201,16 +203,17 @@ def _faces(faces_from: Path | None, count: int) -> npt.NDArray[Any]:
     return faces_or_synthetic([faces_from] if faces_from else [], count, terminal.complaint)[0]
 
 
-def _invitation(server: TritonProcess) -> str:
+def _invitation(server: TritonProcess, with_reference: bool) -> str:
     activate = Path(sys.prefix) / "bin" / "activate"
     enter = f"source {shlex.quote(str(activate))}\n" if activate.is_file() else ""
     tls = server.exposure.tls
+    look = f"arcface parity --url {server.own_url}" if with_reference else f"arcface doctor {server.own_url}"
     return f"""
 serving   gRPC {server.grpc_url}   HTTP http://{server.http_url}   metrics {server.metrics_url}
 log       {server.log_path}
 try it: paste these lines into another shell
 
-{enter}arcface parity --url {server.own_url}
+{enter}{look}
 python - <<'PY'
 import numpy as np
 from arcface_clients import {"Tls, " * bool(tls)}TritonEmbedder

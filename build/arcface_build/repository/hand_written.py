@@ -7,7 +7,6 @@ A folder without that memory, such as a checkout's, belongs to somebody else and
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -104,8 +103,7 @@ def follow(repository: Path, source: Path | None = None) -> Followed:
                 remove(repository / name)
                 updated.append(name)
         _remember(repository, remembered)
-        with contextlib.suppress(Missing):  # an unreadable manifest is reported by the code that needs it
-            write_overlays(repository)  # they hold a copy of config.pbtxt
+        write_overlays(repository)  # they hold a copy of config.pbtxt
     return Followed(tuple(updated), tuple(edited))
 
 

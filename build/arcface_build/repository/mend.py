@@ -7,21 +7,17 @@ contract id.
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 from arcface_build.repository.lock import locked
 from arcface_build.repository.versions import LEAVES, PHOTO_MODEL, stale_overlays, write_overlays
 from arcface_clients.atomic import discard, leftovers
-from arcface_clients.errors import Missing
 
 
 def faults(repository: Path) -> list[str]:
     """What a killed command left behind, one sentence each; empty if there is nothing."""
     found = [f"{path} was left behind by a killed command" for path in _leftovers(repository)]
-    with contextlib.suppress(Missing):  # an unreadable manifest is reported by the code that needs it
-        found += [f"{overlay} does not describe the version to be served" for overlay in stale_overlays(repository)]
-    return found
+    return found + [f"{overlay} does not describe the version to be served" for overlay in stale_overlays(repository)]
 
 
 def mend(repository: Path) -> list[str]:
@@ -32,8 +28,7 @@ def mend(repository: Path) -> list[str]:
         found = faults(repository)
         for path in _leftovers(repository):
             discard(path)
-        with contextlib.suppress(Missing):
-            write_overlays(repository)
+        write_overlays(repository)
         left = faults(repository)
     return [fault for fault in found if fault not in left]
 

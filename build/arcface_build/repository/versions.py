@@ -224,18 +224,18 @@ def write_overlays(repository: Path) -> None:
 def stale_overlays(repository: Path) -> dict[Path, str]:
     """The overlays that do not describe the version to be served, and what they should contain.
 
-    Raises:
-        Missing: a manifest cannot be read.
+    Nothing is known of those of a version whose manifest cannot be read, which the code that serves it reports.
     """
     found = {}
     for name in LEAVES:
-        version = served_version(repository, name)
-        if version is None:
-            continue
-        text = _overlay_text(repository / name, version)
-        for overlay in (repository / name / "configs" / f"{kind}.pbtxt" for kind in OVERLAYS):
-            if not overlay.is_file() or overlay.read_text() != text:
-                found[overlay] = text
+        with contextlib.suppress(Missing):
+            version = served_version(repository, name)
+            if version is None:
+                continue
+            text = _overlay_text(repository / name, version)
+            for overlay in (repository / name / "configs" / f"{kind}.pbtxt" for kind in OVERLAYS):
+                if not overlay.is_file() or overlay.read_text() != text:
+                    found[overlay] = text
     return found
 
 

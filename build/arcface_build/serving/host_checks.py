@@ -60,7 +60,7 @@ def _lasted(seconds: float) -> str:
 def check_weights(settings: EmbeddingConfig) -> Check:
     """Versions with weights in the model repository."""
     from arcface_build.repository.mend import faults
-    from arcface_build.repository.versions import check, find_repository, versions
+    from arcface_build.repository.versions import check, find_repository, served_version, versions
 
     given = settings.local.model_repository
     try:
@@ -71,11 +71,15 @@ def check_weights(settings: EmbeddingConfig) -> Check:
         )
     models = ("arcface_trt", "arcface_onnx", "arcface_reference")
     have = {name: versions(repository / name) for name in models}
-    for version in (repository / name / str(number) for name, numbers in have.items() for number in numbers):
+    for name, number in ((name, number) for name, numbers in have.items() for number in numbers):
+        version = repository / name / str(number)
         try:
             check(version)
-        except GateFailed as exc:
-            return Check("weights", "problem", *fact_and_fix(exc))
+        except (GateFailed, Missing) as exc:
+            fact, fix = fact_and_fix(exc)
+            if number != served_version(repository, name):
+                fix = f"it is not served, and arcface rollback refuses it; to forget it: rm {version / 'manifest.json'}"
+            return Check("weights", "problem", fact, fix)
     damage = faults(repository)
     if damage:
         return Check("weights", "problem", "; ".join(damage), "arcface serve mends it")

@@ -259,5 +259,11 @@ def _prepare(
         backend = "onnx"
     plans = served_plans(repository, config.storage.public_key, tensorrt_of_server())
     choice = choose_backend(backend, gpu_sm(), plans, bool(versions(repository / "arcface_onnx")), has_reference)
-    wanted = asked.reference and config.validation.run_on_startup
-    return choice, wanted and has_reference and choice.backend != "reference"
+    wanted = asked.reference and config.validation.run_on_startup and has_reference and choice.backend != "reference"
+    try:
+        if wanted:
+            check_served(repository, LEAF_OF["reference"])
+    except (GateFailed, Missing) as exc:  # what it would be compared with is not needed to serve
+        audience.failed(str(exc), f"{choice.backend} without the reference")
+        wanted = False
+    return choice, wanted

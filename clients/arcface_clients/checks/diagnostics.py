@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcface_clients.checks.report import Check
-from arcface_clients.errors import ArcFaceError, BackendUnavailable, DependencyMissing
+from arcface_clients.errors import ArcFaceError, BackendUnavailable, DependencyMissing, ModelNotReady, ServerUnreachable
 from arcface_clients.extras import how_to_get, install
 from arcface_clients.gpu.cards import Gpu, find_gpus
 from arcface_clients.gpu.driver import found_under_development_name
@@ -199,20 +199,21 @@ def check_server(settings: EmbeddingConfig, timeout_s: float = 3.0) -> Check:
             contract = (engine.contract_id or "unknown: started without --model-config-name")[:48]
             found = f"{triton.url} serves {triton.model}, width {engine.embedding_dim}, contract {contract}"
             return Check("server", "ok", found)
-    except ArcFaceError as exc:
+    except (ServerUnreachable, ModelNotReady) as exc:
         return Check("server", status, str(exc), fix)
+    except ArcFaceError as exc:
+        return Check("server", status, str(exc), "look at what listens there (ss -ltnp), and at its log")
 
 
 def check_restrictions(settings: EmbeddingConfig, timeout_s: float = 3.0) -> Check:
     """Whether the server refuses to administer itself for whoever has no key, by asking for its list of models."""
-    from arcface_clients.errors import ServerUnreachable
     from arcface_clients.triton.transports.listing import models_without_key
 
     triton, name = settings.triton, "restrictions"
     address = triton.address
     try:
         listed = models_without_key(triton.connection(), timeout_s)
-    except ServerUnreachable as exc:
+    except ArcFaceError as exc:
         return Check(name, "absent", f"not asked: {exc}")
     if listed is None:
         return Check(name, "ok", f"{address} refuses model control without its key")

@@ -178,7 +178,7 @@ class HttpTransport:
             connection.connect()
             _end_if_dead(connection)
         connection.sock.settimeout(_left_s(deadline_s))
-        connection.response_class = partial(_Reply, deadline_s)  # type: ignore[assignment]  # made with a socket
+        connection.response_class = partial(TimedReply, deadline_s)  # type: ignore[assignment]  # made with a socket
         connection.request(
             method, self._connection.address.path + path, body, {**self._connection.headers, **(headers or {})}
         )
@@ -221,7 +221,7 @@ class HttpTransport:
             connection.close()
 
 
-class _Reply(http.client.HTTPResponse):
+class TimedReply(http.client.HTTPResponse):
     """A reply that has to be there, to its last byte, before a deadline; a socket's timeout is for each byte."""
 
     def __init__(self, deadline_s: float, sock: socket.socket, *args: Any, **options: Any) -> None:

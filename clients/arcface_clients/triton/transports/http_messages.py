@@ -132,7 +132,8 @@ def translated(connection: Connection, model: str, status: int, body: bytes) -> 
         words = json.loads(body)["error"]
     except refusals.MALFORMED:
         words = body[:200].decode(errors="replace").strip() or "no reason given"
-    return refusals.refused(connection.address, model, f"HTTP {status}", str(words), busy=status in _BUSY)
+    told = " ".join(str(words).split())  # one line, also of a page
+    return refusals.refused(connection.address, model, f"HTTP {status}", told, busy=status in _BUSY)
 
 
 def region_path(name: str, verb: str) -> str:

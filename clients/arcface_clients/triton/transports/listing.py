@@ -6,7 +6,7 @@ import json
 
 from arcface_clients.errors import ConfigError
 from arcface_clients.triton.address import Connection
-from arcface_clients.triton.transports import grpc_messages
+from arcface_clients.triton.transports import grpc_messages, refusals
 from arcface_clients.triton.transports.question import grpc_answer, http_answer
 
 
@@ -17,11 +17,15 @@ def models_without_key(connection: Connection, timeout_s: float) -> list[str] | 
 
     Raises:
         ServerUnreachable, DeadlineExceeded: no answer.
+        InvalidAnswer: what answers is no Triton server.
         DependencyMissing: the driver of this protocol is not installed.
     """
     if connection.address.protocol == "http":
         status, body = http_answer(connection, "POST", "/v2/repository/index", {}, timeout_s)
-        return None if status in (401, 403) else [model["name"] for model in json.loads(body)]
+        if status in (401, 403):
+            return None
+        with refusals.damage_is_no_answer(connection.address, "the list of models"):
+            return [model["name"] for model in json.loads(body)]
     _, pb, _ = grpc_messages.drivers()
     try:
         reply = grpc_answer(connection, "RepositoryIndex", pb.RepositoryIndexRequest(), {}, timeout_s)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import http.client
+import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from arcface_clients.errors import DeadlineExceeded
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.transports import grpc_messages, http_messages, refusals
+from arcface_clients.triton.transports.http import TimedReply
 
 
 def grpc_answer(connection: Connection, method: str, request: Any, headers: Mapping[str, str], timeout_s: float) -> Any:
@@ -42,18 +45,22 @@ def http_answer(
     """Status and body of one request on a connection of its own.
 
     Raises:
-        ServerUnreachable: no answer.
+        ServerUnreachable, DeadlineExceeded: no answer, or not all of it in time.
     """
+    deadline_s = time.monotonic() + timeout_s
     address, context = connection.address, http_messages.tls_context(connection)
     opened = (
         http.client.HTTPSConnection(address.host, address.port, timeout=timeout_s, context=context)
         if context
         else http.client.HTTPConnection(address.host, address.port, timeout=timeout_s)
     )
+    opened.response_class = partial(TimedReply, deadline_s)  # type: ignore[assignment]  # made with a socket
     try:
         opened.request(verb, f"{address.path}{path}", b"{}" if verb == "POST" else None, dict(headers))
         reply = opened.getresponse()
-        return reply.status, reply.read()
+        return reply.status, reply.read(http_messages.MAX_ANSWER_BYTES)
+    except TimeoutError as exc:
+        raise DeadlineExceeded(f"no answer from {address} within {timeout_s:g} s") from exc
     except (OSError, http.client.HTTPException) as exc:
         raise refusals.unreachable(address, exc) from exc
     finally:
