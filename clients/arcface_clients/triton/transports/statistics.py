@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.transports import grpc_messages, refusals
-from arcface_clients.triton.transports.listing import grpc_answer, http_answer
+from arcface_clients.triton.transports.question import grpc_answer, http_answer
 
 
 @dataclass(frozen=True)
