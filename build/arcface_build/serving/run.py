@@ -22,7 +22,7 @@ from arcface_build.errors import ServerFailed
 from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.bring_in import bring_in
 from arcface_build.repository.detector import photo_models
-from arcface_build.repository.mend import mend
+from arcface_build.repository.mend import faults, mend
 from arcface_build.repository.versions import check_served, served_manifest, serves_demo, versions
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
@@ -252,6 +252,9 @@ def _prepare(
     if os.access(repository, os.W_OK):
         for fault in mend(repository):
             audience.warned(f"mended: {fault}")
+    else:
+        for fault in faults(repository):
+            audience.warned(f"{fault}; mend it where it may be written: arcface serve --once")
     if asked.demo and not versions(repository / "arcface_onnx") and not versions(repository / "arcface_trt"):
         require("onnx", "onnxruntime", purpose="importing the demo network")
         audience.notice("no weights in model_repository/: importing the demo network (NOT for recognition)")
