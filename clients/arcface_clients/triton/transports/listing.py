@@ -6,7 +6,7 @@ import json
 
 from arcface_clients.errors import ConfigError
 from arcface_clients.triton.address import Connection
-from arcface_clients.triton.transports import grpc_messages
+from arcface_clients.triton.transports import grpc_messages, refusals
 from arcface_clients.triton.transports.question import grpc_answer, http_answer
 
 
