@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -18,6 +20,7 @@ from arcface_clients import TritonEmbedder
 from arcface_clients.checks.parity import measure_parity, render_table
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import copy_repository
+from serve_process import Serving
 from tiny_model import write_model
 
 FACES = synthetic_faces(2)
@@ -52,6 +55,22 @@ def test_who_installs_or_goes_back_under_a_live_server_is_told_how_to_change_ove
         nothing_new = arcface("assemble", "second", "--models-dir", tmp_path / "models", *options)
         assert "goes on answering" not in nothing_new.stderr
     assert servers_of(repository) == [server.pid]
+
+
+def test_a_server_that_comes_back_with_other_weights_says_so(triton_binary, tmp_path):
+    repository = copy_repository(tmp_path)
+    assemble(write_model(tmp_path / "models" / "first"), repository)
+    serving = Serving(repository, "--no-reference")
+    try:
+        os.kill(serving.stub(), signal.SIGKILL)
+        serving.wait_for("Ctrl-C stops it.", 2)
+        assert "OTHER WEIGHTS" not in "".join(serving.said)
+        assemble(write_model(tmp_path / "models" / "second", seed=1), repository)
+        os.kill(serving.stub(), signal.SIGKILL)
+        serving.wait_for("OTHER WEIGHTS than before: contract ")
+        serving.wait_for("Ctrl-C stops it.", 3)
+    finally:
+        serving.stop()
 
 
 def test_without_a_server_nothing_is_said(tmp_path):

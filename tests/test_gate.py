@@ -120,7 +120,7 @@ def at_plan_build(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
             json.dumps({"tensorrt": "10.3.0", "seconds": 1.0, "memory": {"loaded_bytes": 1, "context_bytes": [1]}})
         )
         (scratch / "inspector.json").write_text("{}")
-        np.save(scratch / "embeddings.npy", candidate)
+        np.save(scratch / "embeddings.npy", candidate[None])  # of one profile
 
     gpu = SimpleNamespace(index=0, name="A10", driver="1", cuda="12", memory_bytes=1, memory_used_bytes=0)
     counts = plan_build.PrecisionProof({"int8": 1}, {}, 0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import shlex
 import shutil
 import socket
 import subprocess
@@ -52,6 +54,21 @@ def test_a_small_or_read_only_dev_shm_is_one_sentence(triton_binary, demo_reposi
     assert done.returncode == 3
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
     assert "--shm-size=1g" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare(1)")
+def test_an_overlay_that_lies_is_named_where_it_cannot_be_mended_and_is_not_served(
+    triton_binary, demo_repository, tmp_path
+):
+    repository = Path(shutil.copytree(demo_repository, tmp_path / "model_repository"))
+    overlay = repository / "arcface_onnx" / "configs" / "onnx.pbtxt"
+    contract = json.loads((repository / "arcface_onnx" / "1" / "manifest.json").read_text())["contract_id"]
+    overlay.write_text(overlay.read_text().replace(contract, "2" * 64))
+    here = shlex.quote(str(tmp_path))
+    done = serve_in(f"mount --bind {here} {here} && mount -o remount,ro,bind {here}", repository)
+    assert done.returncode == 2
+    assert f"{overlay} does not describe the version to be served; mend it where it may be written" in done.stdout
+    assert "answered with rows of contract" in done.stderr and "expected 222222222222" in done.stderr
 
 
 def test_shared_memory_that_is_not_there_is_named(tmp_path):

@@ -314,6 +314,18 @@ def test_weights_that_cannot_be_served_are_replaced_by_the_reference_and_loudly(
     assert "arcface  " in shown and process.returncode == 0
 
 
+def test_a_reference_that_was_changed_is_named_and_keeps_no_backend_from_serving(triton_binary, own_repository):
+    (own_repository / "arcface_reference" / "1" / "source.onnx").write_bytes(b"another")
+    process = serve(own_repository)
+    shown = "".join(iter(process.stdout.readline, "Ctrl-C stops it.\n"))
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert "arcface_reference/1 is not what was installed: source.onnx was changed" in errors
+    assert "serving onnx without the reference instead" in errors
+    assert "arcface doctor 127.0.0.1:" in shown and "arcface parity" not in shown
+    assert process.returncode == 0
+
+
 def test_weights_of_an_older_import_are_named_with_the_command_that_imports_them_again(triton_binary, own_repository):
     model = onnx.load(own_repository / "arcface_onnx" / "1" / "model.onnx")
     del model.graph.output[1:]

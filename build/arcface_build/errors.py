@@ -7,13 +7,13 @@ ArcFaceError
 ├── ProofFailed         the result differs from the reference         exit 1
 └── Missing
     ├── PlanNotFound
-    ├── StoreUnreachable
     └── ServerFailed    tritonserver did not start or did not become ready
 """
 
 from __future__ import annotations
 
 from arcface_clients.errors import ArcFaceError, Missing, WrongUse
+from arcface_clients.errors import StoreUnreachable as StoreUnreachable
 
 
 class SourceRefused(ArcFaceError, ValueError):
@@ -34,10 +34,6 @@ class ProofFailed(ArcFaceError):
 
 class PlanNotFound(Missing):
     """No plan of this key in the cache or the store, and building one was disabled or impossible."""
-
-
-class StoreUnreachable(Missing):
-    """The plan store did not answer, refused the credentials, or has no such bucket."""
 
 
 class ServerFailed(Missing):

@@ -12,6 +12,7 @@ ArcFaceError
 │   └── SharedMemoryLost      the server does not know our region; the client then registers it again
 ├── ClientUnusable        closed, or carried into a fork         never falls back   exit 2
 ├── Missing               no such file, program or network       never falls back   exit 3
+│   └── StoreUnreachable      the object store does not answer, or refuses
 └── BackendUnavailable    the backend cannot answer at all       FALLS BACK         exit 3
     ├── ServerUnreachable     no server answers at the address
     ├── ModelNotReady         the server has no such model, or it is not loaded
@@ -99,6 +100,10 @@ class Missing(ArcFaceError):
     """Something needed is not on this host. Never falls back."""
 
     exit_code = 3
+
+
+class StoreUnreachable(Missing):
+    """The object store did not answer, refused the credentials, or has no such bucket. Never falls back."""
 
 
 class BackendUnavailable(ArcFaceError, ConnectionError):

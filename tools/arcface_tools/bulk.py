@@ -67,15 +67,22 @@ def job(source: str, output: str, dim: int) -> None:
     """The job of the separate process; prints JSON."""
     import time
 
-    from arcface_clients.bulk.job import Job, JobSpec, run_local
+    from arcface_clients.bulk.job import Job, JobSpec
+    from arcface_clients.bulk.on_threads import run_local
 
     engine = CopyingEngine(dim)
     start = time.perf_counter()
     with Job(output, JobSpec((source,), engine.contract_id, dim)) as held:
         run_local(held, [engine])
-        rows, refused = held.finish()
+        done = held.finish()
     seconds = time.perf_counter() - start
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
-    figures = {"rows": rows, "refused": refused, "seconds": seconds, "faces_per_s": rows / seconds, "peak_mb": peak}
+    figures = {
+        "rows": done.rows,
+        "refused": done.refused,
+        "seconds": seconds,
+        "faces_per_s": done.rows / seconds,
+        "peak_mb": peak,
+    }
     print(json.dumps(figures))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from arcface_build import terminal
-from arcface_build.commands.options.output import NewFile, hand_over, json_option
+from arcface_build.commands.options.output import NewOutput, hand_over, json_option
 from arcface_build.commands.options.server import served_model_option, timeout_option, urls_option
 from arcface_build.commands.options.settings import access_to
 from arcface_clients.errors import WrongUse
@@ -30,9 +30,11 @@ Examples:
   arcface embed photos/ -o photos.npz --detect            by the server, where it takes photos
   arcface embed photos/ -o photos.npz --detect=client     with the detector of this host
   arcface embed crops/ db.parquet -o all.parquet --url gpu-1:8001 --url gpu-2:8001
+  arcface embed s3://data/crops/ -o s3://data/embeddings/ --url gpu-1:8001 --url gpu-2:8001 --engine ray
 
-A .parquet output suits any number of faces: memory stays bounded, the same command resumes an interrupted or killed
-run, and unreadable inputs are listed in OUTPUT.bad.jsonl. With --engine ray, Ray Data runs the job.
+A .parquet output or a data set suits any number of faces: memory stays bounded, the same command resumes an interrupted
+or killed run, and unreadable inputs are listed in OUTPUT.bad.jsonl or OUTPUT/_refused/. With --engine ray, the
+machines of a Ray cluster run the job (docs/bulk.md).
 """
 
 
@@ -50,9 +52,9 @@ class DetectCommand(click.Command):
 @click.option(
     "-o",
     "--output",
-    type=NewFile(),
+    type=NewOutput(),
     required=True,
-    help="The .npz or .parquet to write.",
+    help="The .npz or .parquet to write; FOLDER/ or s3://BUCKET/FOLDER/ for a data set of Parquet parts.",
 )
 @urls_option
 @served_model_option
@@ -70,13 +72,19 @@ class DetectCommand(click.Command):
     envvar="ARCFACE_DETECTOR",
     help="YuNet's ONNX.  [default: in ~/.cache/arcface-triton/detectors]",
 )
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="What runs a .parquet job.")
-@click.option("--actors", type=click.IntRange(1), help="Ray actors.  [default: one per URL]")
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="What runs a Parquet job.")
+@click.option("--actors", type=click.IntRange(1), help="Ray actors.  [default: two per served model instance]")
+@click.option(
+    "--runtime-env",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="JSON: Ray's runtime environment, for machines that lack this package or variables.",
+)
+@click.option("--unit-rows", type=click.IntRange(1), default=2048, help="Faces in a part of a Parquet job.")
 @click.option("--force", is_flag=True, help="Overwrite the output and start over.")
 @json_option
 def command(
     sources: tuple[str, ...],
-    output: Path,
+    output: str,
     urls: tuple[str, ...],
     model: str,
     timeout_s: float,
@@ -84,42 +92,52 @@ def command(
     detector: Path | None,
     engine: str,
     actors: int | None,
+    runtime_env: Path | None,
+    unit_rows: int,
     force: bool,
     as_json: bool,
 ) -> int:
-    """Embed face crops (112×112, aligned) from folders, files, globs, .npz, .npy or Parquet through a server.
+    """Embed face crops (112×112, aligned) through a server.
+    Sources: folders, files, globs, .npz, .npy, Parquet and .tar shards (WebDataset), here or as s3:// and gs:// URLs.
 
     Unreadable inputs are skipped and listed with the reason. A .npz contains `paths`, `embeddings` float32 (N,D) of
     unit length, `contract_id` and `model`; a .parquet the columns path, identity, embedding, contract_id and digest.
     With --detect, both record where each face was found, in pixels of the upright photo (docs/people.md).
     """
-    if output.suffix not in (".npz", ".parquet"):
+    name = Path(output)
+    parquet = output.endswith("/") or "://" in output or name.suffix == ".parquet"
+    if not parquet and name.suffix != ".npz":
         raise WrongUse(
-            f"the output is {output.name!r}: expected a name ending in .npz or .parquet, such as {output.stem}.npz"
+            f"the output is {name.name!r}: expected a name ending in .npz or .parquet, such as {name.stem}.npz, or a "
+            f"folder for a data set: {name.stem}/"
         )
-    if output.exists() and not force:
+    if name.is_file() and not force:
         raise WrongUse(f"{output} already exists. Choose another name, or overwrite it: --force")
-    if output.suffix == ".npz" and (len(urls) > 1 or engine == "ray"):
-        raise WrongUse(f"several servers and --engine ray write Parquet. Name the output {output.stem}.parquet")
-    if output.suffix == ".parquet":
-        require("pyarrow", *(("ray",) if engine == "ray" else ()), purpose=f"writing {output.name}")
+    if not parquet and (len(urls) > 1 or engine == "ray"):
+        raise WrongUse(f"several servers and --engine ray write Parquet. Name the output {name.stem}.parquet")
+    remote = [source for source in sources if "://" in source and not source.startswith("file://")]
+    if not parquet and remote:
+        raise WrongUse(f"{remote[0]} is embedded to Parquet. Name the output {name.stem}.parquet")
+    if parquet:
+        require("pyarrow", *(("ray",) if engine == "ray" else ()), purpose=f"writing {name.name}")
     if detector is not None and not detect and not os.environ.get("ARCFACE_DETECTOR"):
         raise WrongUse("--detector is for photos: add --detect")
-    photos = _photos_of_server(detect, output, urls[0], model, timeout_s, bool(detector)) if detect else None
+    photos = _photos_of_server(detect, parquet, urls[0], model, timeout_s, bool(detector)) if detect else None
     found_by = None
     if detect and photos is None:
         from arcface_clients.faces.detect import find_detector
 
         found_by = find_detector(detector)
-    if output.suffix == ".parquet":
-        from arcface_build.commands.embed_parquet import embed_to_parquet
+    if parquet:
+        from arcface_build.commands.embed_parquet import Runner, embed_to_parquet
 
-        return embed_to_parquet(sources, output, urls, model, timeout_s, found_by, engine, actors, force, as_json)
-    return _embed_to_npz(sources, output, urls[0], model, timeout_s, found_by, photos, as_json)
+        runner = Runner(engine, actors, runtime_env)
+        return embed_to_parquet(sources, output, urls, model, timeout_s, found_by, runner, unit_rows, force, as_json)
+    return _embed_to_npz(sources, name, urls[0], model, timeout_s, found_by, photos, as_json)
 
 
 def _photos_of_server(
-    detect: str, output: Path, url: str, model: str, timeout_s: float, has_detector: bool
+    detect: str, parquet: bool, url: str, model: str, timeout_s: float, has_detector: bool
 ) -> PhotoEmbedder | None:
     """The server's own way with photos, None where the detector of this host is used.
 
@@ -131,7 +149,7 @@ def _photos_of_server(
     from arcface_clients.errors import ModelNotReady
 
     only_here = [
-        *["a .parquet output"] * (output.suffix == ".parquet"),
+        *["a Parquet output"] * parquet,
         *["--detector"] * (has_detector and detect == "server"),
         *[f"--model {model}"] * (model != "arcface"),
     ]

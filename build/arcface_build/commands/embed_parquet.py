@@ -1,30 +1,66 @@
-"""Runs the resumable job behind `arcface embed -o FILE.parquet`, and prints its summary."""
+"""Runs the resumable job behind `arcface embed` to Parquet, one file or a data set, and prints its summary."""
 
 from __future__ import annotations
 
+import json
+import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from arcface_build import terminal
 from arcface_build.commands.options.output import hand_over
-from arcface_build.commands.options.settings import access_to
+from arcface_build.commands.options.settings import access_to, settings
 from arcface_clients import TritonEmbedder
-from arcface_clients.bulk.job import Job, JobSpec, run_local
+from arcface_clients.bulk.files import Files, is_url
+from arcface_clients.bulk.job import Job, JobSpec
+from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.parts import bad_path
+from arcface_clients.bulk.work import PATIENCE_S
 from arcface_clients.errors import WrongUse
+from arcface_clients.s3 import S3Options
 from arcface_clients.triton.address import Access
+from arcface_clients.triton.served import ServedModel
+
+ACTORS_OF_INSTANCE = 2  # one reads and packs while the requests of the other are computed
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What runs a job: `engine` "local" or "ray", with Ray's actors and the file of its runtime environment."""
+
+    engine: str
+    actors: int | None = None
+    runtime_env: Path | None = None
+
+    def environment(self) -> dict[str, Any] | None:
+        """Ray's runtime environment.
+
+        Raises:
+            WrongUse: the file holds no JSON object.
+        """
+        if self.runtime_env is None:
+            return None
+        try:
+            found = json.loads(self.runtime_env.read_text())
+        except ValueError as exc:
+            raise WrongUse(f"{self.runtime_env} is not JSON ({exc}): expected Ray's runtime environment") from exc
+        if not isinstance(found, dict):
+            raise WrongUse(f'{self.runtime_env}: expected an object such as {{"env_vars": {{…}}}}')
+        return found
 
 
 def embed_to_parquet(
     sources: tuple[str, ...],
-    output: Path,
+    output: str,
     urls: tuple[str, ...],
     model: str,
     timeout_s: float,
     detector: Path | None,
-    engine: str,
-    actors: int | None,
+    runner: Runner,
+    unit_rows: int,
     start_over: bool,
     as_json: bool,
 ) -> int:
@@ -37,50 +73,96 @@ def embed_to_parquet(
     connect = partial(_connect, model, timeout_s, {url: access_to(url) for url in urls})
     with ExitStack() as stack:
         engines = [stack.enter_context(connect(url)) for url in urls]
-        served = engines[0].ensure_ready()
+        served = [engine.ensure_ready() for engine in engines[: len(urls) if runner.engine == "ray" else 1]]
         spec = JobSpec(
-            tuple(str(Path(source)) for source in sources),
-            served.contract_id,
+            tuple(source if is_url(source) else str(Path(source)) for source in sources),
+            served[0].contract_id,
             engines[0].embedding_dim,
+            unit_rows,
             detector=str(detector) if detector else None,
         )
-        job = stack.enter_context(Job(output, spec, start_over))
-        if not job.items:
-            job.discard()
-            raise WrongUse(f"nothing to embed in {' '.join(sources)}: expected images, .npz, .npy or Parquet files.")
-        progress = stack.enter_context(terminal.item_bars())
-        left = sum(1 for _ in job.pending())
-        if left < job.units:
-            terminal.notice(f"resuming: {job.units - left} of {job.units} units are already done")
-        bar = progress.add_task("faces", total=job.items)
-        progress.advance(bar, max(0, job.items - left * spec.unit_rows))
-        if engine == "ray":
-            from arcface_clients.bulk.on_ray import run_on_ray
+        job = stack.enter_context(Job(output, spec, start_over, _files()))
+        begun = time.monotonic()
+        with terminal.item_bars() as bars:
+            shown = _Shown(bars, job)
+            if runner.engine == "ray":
+                from arcface_clients.bulk.on_ray import Cluster, run_on_ray
 
-            run_on_ray(job, connect, urls, actors or len(urls), partial(progress.advance, bar))
-        else:
-            run_local(job, engines, partial(progress.advance, bar))
-        rows, refused = job.finish()
-    if not rows:
-        output.unlink()
+                cluster = Cluster(runner.actors or _actors(served), runtime_env=runner.environment())
+                run_on_ray(job, connect, urls, cluster, shown.advance, terminal.notice)
+            else:
+                run_local(job, engines, shown.advance, PATIENCE_S)
+        if not job.units:
+            job.discard()
+            raise WrongUse(
+                f"nothing to embed in {' '.join(sources)}: expected images, .npz, .npy, Parquet or .tar files."
+            )
+        done = job.finish()
+        seconds = time.monotonic() - begun
+    refused_list = _refused_list(output, job) if done.refused else None
+    if not done.rows:
+        if job.output is not None:
+            job.output.unlink()
         raise WrongUse(
-            f"no face could be read from {' '.join(sources)}: {refused} refused, see {bad_path(output)}. Expected "
+            f"no face could be read from {' '.join(sources)}: {done.refused} refused, see {refused_list}. Expected "
             + ("photos with a face." if detector else "aligned 112×112 crops; photos need --detect.")
             + f" {output} was not written"
         )
     summary = {
-        "output": str(output),
-        "faces": rows,
+        "output": output,
+        "faces": done.rows,
         "embedding_dim": spec.dim,
         "contract_id": spec.contract_id,
         "model": model,
-        "refused": refused,
-        "refused_list": str(bad_path(output)) if refused else None,
+        "refused": done.refused,
+        "refused_list": refused_list,
+        "set_aside": sorted(done.set_aside),
+        "seconds": round(seconds, 3),
+        "faces_per_s": round(shown.done / seconds, 1),
     }
-    left_out = f", {refused} not read: {bad_path(output)}" if refused else ""
-    told = f"{output}: {rows} embeddings of {spec.dim} numbers from {model}{left_out}"
+    left_out = f", {done.refused} not read: {refused_list}" if done.refused else ""
+    rate = f" ({summary['faces_per_s']:,} faces/s)"
+    told = f"{output}: {done.rows} embeddings of {spec.dim} numbers from {model}{left_out}{rate}"
     hand_over(summary, lambda: told, as_json)
     return 0
+
+
+class _Shown:
+    """The bar of a job, whose length is known once all units are listed."""
+
+    def __init__(self, bars: terminal.Items, job: Job) -> None:
+        self._bars, self._job = bars, job
+        self._bar = bars.add_task("faces", total=None)
+        self.done = 0
+
+    def advance(self, count: int) -> None:
+        """So many more entries are done in this run."""
+        self.done += count
+        before = self._job.before
+        total = max(self._job.items, self.done + before) if self._job.is_listed else None
+        self._bars.update(self._bar, completed=self.done + before, total=total)
+
+
+def _files() -> Files:
+    """URLs are opened with the settings of the plan store, S3's and MinIO's."""
+    storage = settings().storage
+    return Files(
+        S3Options(
+            storage.endpoint,
+            storage.region,
+            storage.path_style,
+            max_attempts=storage.retries + 1,
+            read_timeout_s=storage.timeout_s,
+        )
+    )
+
+
+def _actors(served: list[ServedModel]) -> int:
+    return ACTORS_OF_INSTANCE * sum(each.instances for each in served)
+
+
+def _refused_list(output: str, job: Job) -> str:
+    return str(bad_path(Path(output))) if job.output is not None else job.folder.of("_refused/")
 
 
 def _connect(model: str, timeout_s: float, access: dict[str, Access], url: str) -> TritonEmbedder:

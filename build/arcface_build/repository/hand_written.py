@@ -7,6 +7,7 @@ A folder without that memory, such as a checkout's, belongs to somebody else and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -102,6 +103,9 @@ def follow(repository: Path, source: Path | None = None) -> Followed:
             if _digest(repository / name) == before[name]:
                 remove(repository / name)
                 updated.append(name)
+                for folder in (repository / name).parents[: name.count("/")]:
+                    with contextlib.suppress(OSError):  # there is something else in it
+                        folder.rmdir()
         _remember(repository, remembered)
         write_overlays(repository)  # they hold a copy of config.pbtxt
     return Followed(tuple(updated), tuple(edited))

@@ -83,7 +83,8 @@ def check_weights(settings: EmbeddingConfig) -> Check:
     damage = faults(repository)
     if damage:
         return Check("weights", "problem", "; ".join(damage), "arcface serve mends it")
-    found = ", ".join(f"{name} {'version ' + str(v[-1]) if v else 'none'}" for name, v in have.items())
+    serves = {name: served_version(repository, name) for name in models}
+    found = ", ".join(f"{name} {'none' if v is None else f'version {v}'}" for name, v in serves.items())
     if not any(have.values()):
         return Check(
             "weights", "absent", f"no weights in {repository}", "arcface import SOURCE, or: arcface import demo"

@@ -22,8 +22,8 @@ from arcface_build.errors import ServerFailed
 from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.bring_in import bring_in
 from arcface_build.repository.detector import photo_models
-from arcface_build.repository.mend import mend
-from arcface_build.repository.versions import check_served, serves_demo, versions
+from arcface_build.repository.mend import faults, mend
+from arcface_build.repository.versions import check_served, served_manifest, serves_demo, versions
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
 from arcface_build.serving.exposure import Exposure, refuse_overrides
@@ -213,7 +213,13 @@ def _serve(
             if asked.once:
                 return report.passed
             if report.passed or name == "reference":
-                restarts.served = True
+                contract_id = (served_manifest(asked.repository, LEAF_OF[name]) or {}).get("contract_id")
+                if restarts.served and contract_id != restarts.contract_id:
+                    audience.warned(
+                        f"OTHER WEIGHTS than before: contract {contract_id}, it was {restarts.contract_id}. "
+                        "Connected clients end with ContractMismatch. Next: arcface rollback, or new galleries"
+                    )
+                restarts.served, restarts.contract_id = True, contract_id
                 audience.serving(server)
                 served = next(row for row in report.rows if row.model == "arcface")
                 with closing(Pulse(server, asked.faces_bgr_u8[:1], patience_s(served.faces_per_s))) as pulse:
@@ -246,6 +252,9 @@ def _prepare(
     if os.access(repository, os.W_OK):
         for fault in mend(repository):
             audience.warned(f"mended: {fault}")
+    else:
+        for fault in faults(repository):
+            audience.warned(f"{fault}; mend it where it may be written: arcface serve --once")
     if asked.demo and not versions(repository / "arcface_onnx") and not versions(repository / "arcface_trt"):
         require("onnx", "onnxruntime", purpose="importing the demo network")
         audience.notice("no weights in model_repository/: importing the demo network (NOT for recognition)")

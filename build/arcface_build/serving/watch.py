@@ -35,6 +35,7 @@ class Restarts:
     def __init__(self) -> None:
         """It has not served yet."""
         self.served = False
+        self.contract_id: str | None = None  # of what it served last
         self._at_s: deque[float] = deque()
 
     def pause_s(self, now_s: float | None = None) -> float | None:

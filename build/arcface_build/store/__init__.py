@@ -7,6 +7,7 @@ from typing import Any
 
 from arcface_build.store.objects import ObjectStore
 from arcface_clients.errors import WrongUse
+from arcface_clients.s3 import S3Options
 
 
 def open_store(url: str, **s3_options: Any) -> ObjectStore:
@@ -20,7 +21,7 @@ def open_store(url: str, **s3_options: Any) -> ObjectStore:
     """
     scheme, _, rest = url.partition("://")
     if url.startswith("s3://"):
-        from arcface_build.store.s3 import S3Options, S3Store
+        from arcface_build.store.s3 import S3Store
 
         bucket, _, prefix = rest.partition("/")
         return S3Store(bucket, prefix, S3Options(**{k: v for k, v in s3_options.items() if v is not None}))

@@ -1,8 +1,4 @@
-"""An object store in S3 or MinIO through boto3, which does retries, multipart and progress; maps its errors to ours.
-
-Credentials, endpoint, region, checksums and proxies come from the usual AWS variables and files (AWS_ACCESS_KEY_ID,
-AWS_PROFILE, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_REGION …) unless given here.
-"""
+"""An object store in S3 or MinIO through boto3, which does retries, multipart and progress; maps its errors to ours."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,26 +17,10 @@ from arcface_build.store.local import disk_error
 from arcface_build.store.objects import Progress, Stored
 from arcface_clients.errors import ArcFaceError, Missing, WrongUse
 from arcface_clients.extras import how_to_get
+from arcface_clients.s3 import S3Options
 
 _PART_BYTES = 16 << 20  # plans are 10..300 MB: a few parallel parts, far from S3's limit of 10,000
 _CREDENTIALS = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE: aws sts get-caller-identity"
-
-
-@dataclass(frozen=True)
-class S3Options:
-    """How to reach the store. None: from the AWS variables, else boto3's default.
-
-    endpoint_url: for MinIO and others, "http://minio:9000". region: of the bucket; us-east-1 if not set anywhere.
-    path_style: bucket in the path, not in the host name; None does so if an endpoint is given.
-    max_attempts: attempts for one request, including the first. *_timeout_s: seconds without an answer.
-    """
-
-    endpoint_url: str | None = None
-    region: str | None = None
-    path_style: bool | None = None
-    max_attempts: int = 5
-    connect_timeout_s: float = 5.0
-    read_timeout_s: float = 30.0
 
 
 class S3Store:
@@ -129,10 +108,6 @@ class S3Store:
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
 
-    @property
-    def _endpoint(self) -> str | None:
-        return self.options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-
     @cached_property
     def _client(self) -> Any:
         try:
@@ -141,17 +116,16 @@ class S3Store:
         except ImportError as exc:
             raise Missing(f"an S3 plan store needs boto3. Next: {how_to_get('boto3')}") from exc
         options = self.options
-        path_style = bool(self._endpoint) if options.path_style is None else options.path_style
         config = Config(
             connect_timeout=options.connect_timeout_s,
             read_timeout=options.read_timeout_s,
             retries={"total_max_attempts": options.max_attempts, "mode": "standard"},
-            s3={"addressing_style": "path" if path_style else "auto"},
+            s3={"addressing_style": "path" if options.is_path_style else "auto"},
         )
         with self._errors("configure"):
             session = boto3.session.Session(region_name=options.region)
             region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
-            return session.client("s3", endpoint_url=self._endpoint, region_name=region, config=config)
+            return session.client("s3", endpoint_url=options.endpoint, region_name=region, config=config)
 
     @cached_property
     def _transfer(self) -> Any:
@@ -205,13 +179,13 @@ class S3Store:
             raise self._unreachable(doing, f"{exc}", _NETWORK) from exc
         except ValueError as exc:  # from botocore if the endpoint is not a URL
             raise WrongUse(
-                f"S3 endpoint is {self._endpoint!r} ({exc}): expected a URL such as http://minio:9000."
+                f"S3 endpoint is {self.options.endpoint!r} ({exc}): expected a URL such as http://minio:9000."
             ) from exc
         except OSError as exc:
             raise disk_error(exc, str(file.parent if file else self.url)) from exc
 
     def _unreachable(self, doing: str, reason: str, step: str) -> StoreUnreachable:
-        at = f" at {self._endpoint}" if self._endpoint else ""
+        at = f" at {self.options.endpoint}" if self.options.endpoint else ""
         return StoreUnreachable(f"{self.url}{at}: could not {doing}: {reason.rstrip('.')}. {step}")
 
 

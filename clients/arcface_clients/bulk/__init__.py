@@ -1,11 +1,15 @@
-"""Millions of faces in, one Parquet file of embeddings out; a run that was killed is gone on with.
+"""Any number of faces in, a data set of embeddings out, or one Parquet file; a run that was killed is gone on with.
 
-units.py   what there is to embed, cut into units, listed in a file
-read.py    a unit's faces, one at a time
-parts.py   a unit's rows as a Parquet part; parts as one file
-job.py     the job's folder and the loop over its units, in threads
-on_ray.py  the same loop on Ray Data
-saved.py   what was written, read again
+files.py       files and folders by path or URL
+units.py       what there is to embed, cut into units
+unit_list.py   the list of units, written ahead of the work
+read.py        a unit's faces, one at a time; tars.py: those of WebDataset shards
+parts.py       a unit's rows as a Parquet part; parts as one file
+job.py         the job's folder: what is to do, what is done
+work.py        what a worker does with a unit
+on_threads.py  the workers are threads of this process
+on_ray.py      the workers are Ray actors; schedule.py: which unit is next
+saved.py       what was written, read again
 """
 
 from __future__ import annotations

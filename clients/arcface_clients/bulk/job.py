@@ -1,42 +1,51 @@
-"""Sources and an output name in; the units that are still to do, and at the end one Parquet file, out.
+"""A job: sources and an output in, the units still to do, and at the end a data set or one Parquet file, out.
 
-Beside OUTPUT.parquet lies OUTPUT.parquet.parts/ while the job is under way: units.jsonl (what to do), job.json (with
-what), part-N.parquet (unit N, done). A part has its name only when it is whole and synced, so a run that was killed
-at any moment is gone on with: no unit is missing, none is there twice.
+    OUT/_metadata.json        what decides the rows: sources, contract id, unit size
+    OUT/_units/NNNNNN.*       the units, as they are listed; what a chunk of them gave, once all are done
+    OUT/part-NNNNNNNN.parquet unit N, done: final, and there whole or not at all
+    OUT/_refused/NNNNNNNN.jsonl  what unit N could not read, each with its reason
+    OUT/_SUCCESS              written last: rows, refusals, parts, contract id
+
+A unit is done when its part is there; so a job that was killed at any moment is gone on with, and no face is lost or
+there twice. For an output NAME.parquet, OUT is NAME.parquet.parts/, whose parts become that file at the end.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import re
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-
-from arcface_clients.arrays import Array
-from arcface_clients.atomic import new_file
-from arcface_clients.bulk.parts import is_whole, merge_parts, part_path, schema, write_part
-from arcface_clients.bulk.read import Item, read_unit
-from arcface_clients.bulk.units import Unit, iter_units, unit_size
-from arcface_clients.errors import ConfigError, ContractMismatch
-from arcface_clients.faces.images import Found
+from arcface_clients.bulk.files import Files, is_url, plain
+from arcface_clients.bulk.parts import (
+    FORMAT,
+    SUCCESS,
+    VERSION,
+    Part,
+    is_part,
+    look_at_part,
+    merge_parts,
+    part_name,
+    schema,
+)
+from arcface_clients.bulk.unit_list import ListedChunk, UnitList
+from arcface_clients.bulk.units import Unit, Walk, walk
+from arcface_clients.errors import ConfigError, ContractMismatch, WrongUse
 
 if TYPE_CHECKING:
-    from arcface_clients.engines.protocol import EmbeddingEngine
     from arcface_clients.faces.detect import FaceDetector
 
 UNIT_ROWS = 2048  # what a kill may cost: four minutes of a network that gives 8 faces/s
-BATCH = 256
+LOOKERS = 16  # footers of parts that are read at a time when a job is gone on with
+_METADATA = "_metadata.json"
+_FORMER = ("job.json", "plan.json")  # of unfinished runs of an earlier version
 
 
 @dataclass(frozen=True)
@@ -59,108 +68,290 @@ class JobSpec:
         return FaceDetector(self.detector, min_score=self.min_score)
 
 
-class Job:
-    """The folder of a job; one process at a time may hold it."""
+@dataclass
+class Counts:
+    """What units gave.
 
-    def __init__(self, output: Path | str, spec: JobSpec, start_over: bool = False) -> None:
-        """Begin the job or go on with it.
+    Attributes:
+        rows: faces embedded.
+        refused: entries that gave no row.
+        set_aside: numbers of the units that were given up; what is in them counts as refused.
+    """
+
+    rows: int = 0
+    refused: int = 0
+    set_aside: list[int] = field(default_factory=list)
+
+    def add(self, number: int, part: Part) -> None:
+        """Count a unit."""
+        self.rows += part.rows
+        self.refused += part.refused
+        if part.set_aside:
+            self.set_aside.append(number)
+
+    def add_all(self, other: Counts) -> None:
+        """Count what others counted."""
+        self.rows += other.rows
+        self.refused += other.refused
+        self.set_aside += other.set_aside
+
+
+@dataclass
+class _Open:
+    """A chunk that is not done: what is left of it, and what the rest gave."""
+
+    number: int
+    left: set[int]
+    counts: Counts = field(default_factory=Counts)
+
+
+def is_data_set(output: str) -> bool:
+    """Whether an output is a folder of final parts: a URL, or a path that ends in a slash.
+
+    Raises:
+        WrongUse: a URL that names one file.
+    """
+    if is_url(output) and output.lower().endswith((".parquet", ".npz")):
+        raise WrongUse(f"{output} is one file, which is written on this host only. For a data set of parts: {output}/")
+    return is_url(output) or output.endswith("/")
+
+
+class Job:
+    """The folder of a job.
+
+    On this host one process at a time may hold it. In an object store nothing can be held, but a job of another spec is
+    noticed, and ends.
+    """
+
+    def __init__(
+        self,
+        output: Path | str,
+        spec: JobSpec,
+        start_over: bool = False,
+        files: Files | None = None,
+        walk: Walk = walk,
+    ) -> None:
+        """Begin the job or go on with it; its units are listed from `pending` on.
+
+        Args:
+            output: NAME.parquet for one file, FOLDER/ or a URL for a data set.
+            spec: what decides the rows.
+            start_over: forget what was done.
+            files: how URLs are opened.
+            walk: gives the files of the sources.
 
         Raises:
             ConfigError: another process is at it, or it was begun with other sources or settings.
             ContractMismatch: it was begun with another model.
+            StoreUnreachable: the object store does not answer.
         """
-        self.output = Path(output).absolute()
-        self.folder = self.output.with_name(f"{self.output.name}.parts")
-        self.spec = spec
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
+        self.spec, self.files = spec, files or Files()
+        text = plain(str(output)) if not is_url(plain(str(output))) else str(output)
+        self.output: Path | None = None if is_data_set(text) else Path(text).absolute()
+        self.folder = self.files.folder(text if self.output is None else f"{self.output}.parts")
+        self.counts = Counts()
+        self.before = 0  # entries that were done before this run
+        self._mine = json.loads(json.dumps({"format": FORMAT, "version": VERSION, "spec": asdict(spec)}))
+        self._open: dict[int, _Open] = {}  # by unit
+        self._lock = None if is_url(self.folder.path) else self._locked()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
-        except OSError as exc:
-            self._lock.close()
-            raise ConfigError(
-                f"another process is writing {self.output}: expected one at a time. Wait for it, or give another name."
-            ) from exc
-        try:
-            self._sweep()
             if start_over:
                 self._empty()
             self._begin()
+            self._present = {int(name[5:-8]) for name in self.folder.names() if is_part(name)}
+            self._counted = {name for name in self.folder.names("_units") if name.endswith(".done.json")}
+            self.list = UnitList(self.folder, spec.sources, spec.unit_rows, self.files, walk)
         except BaseException:
-            self._lock.close()
+            if self._lock:
+                self._lock.close()
             raise
 
-    def _begin(self) -> None:
-        file, former = self.folder / "job.json", self.folder / "plan.json"  # its former name
-        file = former if former.exists() and not file.exists() else file
-        mine = json.loads(json.dumps(asdict(self.spec)))
-        if file.exists():
-            try:
-                begun = json.loads(file.read_text())
-                self.units, self.items = begun["units"], begun["items"]
-                theirs = begun["plan" if file == former else "spec"]
-                of_contract = theirs["contract_id"]
-            except (ValueError, KeyError, TypeError) as exc:
-                raise ConfigError(
-                    f"{file} is damaged ({exc}): expected what an unfinished run left. Start over: --force"
-                ) from exc
-            if of_contract != mine["contract_id"]:
-                raise ContractMismatch(
-                    f"{self.output} was begun with contract {of_contract}, the model that is served "
-                    f"now has {mine['contract_id']}: expected one model for all rows. Start over: --force"
-                )
-            different = [key for key in mine if theirs.get(key) != mine[key]]
-            if different:
-                raise ConfigError(
-                    f"{self.output} was begun with other {', '.join(different)}: expected "
-                    f"{[theirs.get(key) for key in different]}, got {[mine[key] for key in different]}. "
-                    "Give the same, or start over: --force"
-                )
-            return
-        self._empty()
-        self.units = self.items = 0
-        with new_file(self.folder / "units.jsonl") as temporary, temporary.open("w") as lines:
-            for unit in iter_units(self.spec.sources, self.spec.unit_rows):
-                lines.write(json.dumps(unit) + "\n")
-                self.units += 1
-                self.items += unit_size(unit)
-        with new_file(file) as temporary:
-            temporary.write_text(json.dumps({"spec": mine, "units": self.units, "items": self.items}))
+    def _locked(self) -> IO[str]:
+        folder = Path(self.folder.path)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "_lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
+        except OSError as exc:
+            lock.close()
+            raise ConfigError(
+                f"another process is writing {self}: expected one at a time. Wait for it, or give another name."
+            ) from exc
+        return lock
 
-    def _sweep(self) -> None:
-        """Remove what a kill in the middle of writing left: temporary files of `new_file` for our names."""
-        output = re.compile(rf"\.{re.escape(self.output.name)}(\.bad\.jsonl)?\.[a-z0-9_]{{8}}")
-        for folder, leftover in ((self.output.parent, output), (self.folder, re.compile(r"\..+\.[a-z0-9_]{8}"))):
-            for path in folder.iterdir():
-                if leftover.fullmatch(path.name):
-                    path.unlink()
+    def _begin(self) -> None:
+        if any(self.folder.has(name) for name in _FORMER):
+            raise ConfigError(f"{self} was begun by an earlier version, whose parts are others. Start over: --force")
+        begun = self.folder.read(_METADATA)
+        if begun is None:
+            if any(map(is_part, self.folder.names())):
+                raise ConfigError(
+                    f"{self.folder.path} holds parts and no {_METADATA}: expected a folder that `arcface embed` made, "
+                    "or a new one. Give another name, or start over: --force"
+                )
+            self.folder.write(_METADATA, json.dumps(self._mine, indent=2).encode())
+            return
+        self._compare(begun)
+        if self.folder.has(SUCCESS):
+            raise ConfigError(f"{self} is finished: {SUCCESS} is in it. Give another name, or start over: --force")
+
+    def _compare(self, begun: bytes | None) -> None:
+        """Check that the folder is of this job's spec."""
+        mine = self._mine["spec"]
+        try:
+            theirs = json.loads(begun or b"")["spec"]
+            of_contract = theirs["contract_id"]
+        except (ValueError, KeyError, TypeError) as exc:
+            raise ConfigError(
+                f"{self.folder.of(_METADATA)} is damaged ({exc}): expected what an unfinished run left. "
+                "Start over: --force"
+            ) from exc
+        if of_contract != mine["contract_id"]:
+            raise ContractMismatch(
+                f"{self} was begun with contract {of_contract}, the model that is served "
+                f"now has {mine['contract_id']}: expected one model for all rows. Start over: --force"
+            )
+        different = [key for key in mine if theirs.get(key) != mine[key]]
+        if different:
+            raise ConfigError(
+                f"{self} was begun with other {', '.join(different)}: expected "
+                f"{[theirs.get(key) for key in different]}, got {[mine[key] for key in different]}. "
+                "Give the same, or start over: --force"
+            )
 
     def _empty(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                path.unlink()
+        """Remove what a job wrote, and nothing else; the marks of a begun and of a finished one first."""
+        names = [SUCCESS, _METADATA, *_FORMER, "units.jsonl", *filter(is_part, self.folder.names())]
+        for below in ("_units", "_refused"):
+            names += [f"{below}/{name}" for name in self.folder.names(below)]
+        with ThreadPoolExecutor(LOOKERS) as pool:
+            list(pool.map(self.folder.delete, names))
+
+    @property
+    def units(self) -> int:
+        """Units listed so far; all, once `is_listed`."""
+        return self.list.units
+
+    @property
+    def items(self) -> int:
+        """Entries listed so far; all, once `is_listed`. Those of tar objects are not known before they are read."""
+        return self.list.items
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether all units are listed."""
+        return self.list.complete
 
     def pending(self) -> Iterator[tuple[int, Unit]]:
-        """Number and unit of what is not done yet, in order; read line by line."""
-        with (self.folder / "units.jsonl").open() as lines:
-            for number, line in enumerate(lines):
-                if not is_whole(part_path(self.folder, number)):
-                    yield number, json.loads(line)
+        """Number and unit of what is not done yet, in order; what is done is counted on the way.
 
-    def finish(self) -> tuple[int, int]:
-        """Merge the parts into the output and remove the folder; returns rows and refusals."""
-        parts = (part_path(self.folder, number) for number in range(self.units))
-        counts = merge_parts(parts, self.output, schema(self.spec.dim, self.spec.contract_id, bool(self.spec.detector)))
-        self.discard()
-        return counts
+        Raises:
+            ContractMismatch, ConfigError: a part or the folder is of another job.
+            ArcFaceError, OSError: the sources cannot be listed.
+        """
+        for chunk in self.list.chunks():
+            if is_url(self.folder.path):
+                self._compare(self.folder.read(_METADATA))
+            done_name = _done_name(chunk.number)
+            if done_name.rpartition("/")[2] in self._counted:
+                counted = Counts(**json.loads(self.folder.read(done_name) or b"{}"))
+                self.counts.add_all(counted)
+                self.before += counted.rows + counted.refused
+                continue
+            opened = self._look(chunk)
+            self.before += opened.counts.rows + opened.counts.refused
+            for number in sorted(opened.left):
+                self._open[number] = opened
+            if not opened.left:
+                self._close_chunk(opened)
+            for number in sorted(opened.left):
+                yield number, chunk.units[number - chunk.first]
+
+    def _look(self, chunk: ListedChunk) -> _Open:
+        """Which parts of a chunk are there, whole and ours."""
+        numbers = range(chunk.first, chunk.first + len(chunk.units))
+        present = [number for number in numbers if number in self._present]
+        opened = _Open(chunk.number, set(numbers))
+        if not present:
+            return opened
+        with ThreadPoolExecutor(LOOKERS) as pool:
+            for number, part in zip(present, pool.map(self.part, present), strict=True):
+                if part is not None:
+                    opened.left.discard(number)
+                    opened.counts.add(number, part)
+        return opened
+
+    def part(self, number: int) -> Part | None:
+        """What the part of a unit says of itself; None if there is none, or a torn one.
+
+        Raises:
+            ContractMismatch: it is of another contract.
+        """
+        with suppress(FileNotFoundError), self.files.open(self.folder.of(part_name(number))) as source:
+            part = look_at_part(source)
+            if part is not None and part.contract_id != self.spec.contract_id:
+                raise ContractMismatch(
+                    f"{self.folder.of(part_name(number))} is of contract {part.contract_id}: expected "
+                    f"{self.spec.contract_id}, as all parts of this job. Start over: --force"
+                )
+            return part
+        return None
+
+    def note(self, number: int, part: Part) -> bool:
+        """Count a unit whose part was written; False if it was counted before, as a copy that came second is."""
+        opened = self._open.pop(number, None)
+        if opened is None:
+            return False
+        opened.left.discard(number)
+        opened.counts.add(number, part)
+        if not opened.left:
+            self._close_chunk(opened)
+        return True
+
+    def _close_chunk(self, opened: _Open) -> None:
+        self.folder.write(_done_name(opened.number), json.dumps(asdict(opened.counts)).encode())
+        self.counts.add_all(opened.counts)
+
+    def finish(self) -> Counts:
+        """Mark the data set as finished, or merge the parts into the one file and remove the folder.
+
+        Raises:
+            ConfigError: not every unit is done.
+        """
+        if self._open or not self.is_listed:
+            raise ConfigError(f"{self} is not done: {len(self._open)} units are missing. Run the same command again")
+        if self.output is None:
+            found: dict[str, Any] = {"rows": self.counts.rows, "refused": self.counts.refused, "parts": self.units}
+            found |= {"set_aside": sorted(self.counts.set_aside), "contract_id": self.spec.contract_id}
+            self.folder.write(SUCCESS, json.dumps({**found, "format": FORMAT, "version": VERSION}, indent=2).encode())
+        else:
+            columns = schema(self.spec.dim, self.spec.contract_id, bool(self.spec.detector))
+            merge_parts(self.folder, self.units, self.output, columns)
+            self.discard()
+        return self.counts
 
     def discard(self) -> None:
-        """Remove the folder and what was done."""
-        shutil.rmtree(self.folder)
+        """Remove what was done, and the folder where nothing else is in it."""
+        self._empty()
+        if not is_url(self.folder.path):
+            folder = Path(self.folder.path)
+            if self.output is not None:
+                shutil.rmtree(folder)
+                return
+            (folder / "_lock").unlink(missing_ok=True)
+            for each in (folder / "_units", folder / "_refused", folder):
+                with suppress(OSError):
+                    each.rmdir()
 
     def close(self) -> None:
         """Let another process have the job."""
-        self._lock.close()
+        self.list.close()
+        if self._lock:
+            self._lock.close()
+
+    def __str__(self) -> str:
+        """Where it writes."""
+        return str(self.output or self.folder.path)
 
     def __enter__(self) -> Job:
         """The job itself."""
@@ -173,115 +364,5 @@ class Job:
         self.close()
 
 
-class Stopped(Exception):
-    """A unit was given up because the run ends; its part was not written."""
-
-
-def embed_unit(
-    folder: Path,
-    number: int,
-    unit: Unit,
-    engine: EmbeddingEngine,
-    spec: JobSpec,
-    detector: FaceDetector | None = None,
-    advance: Callable[[int], object] = lambda count: None,
-    stop: threading.Event | None = None,
-) -> tuple[int, int]:
-    """Write the part of one unit; returns rows and refusals. Memory: two requests of faces, and the unit's rows.
-
-    Raises:
-        ContractMismatch: the engine is of another contract than the spec.
-        ArcFaceError: what the engine raises; nothing was written then.
-        Stopped: `stop` was set.
-    """
-    if engine.contract_id != spec.contract_id:
-        raise ContractMismatch(
-            f"this job is of contract {spec.contract_id}, {engine!r} serves {engine.contract_id}: expected one model "
-            "behind all URLs. Serve the same one everywhere: arcface serve"
-        )
-    names: list[str] = []
-    identities: list[str | None] = []
-    digests: list[bytes] = []
-    refused: list[tuple[str, str]] = []
-    found: list[Found] = []
-
-    def faces() -> Iterator[Array]:
-        for item in read_unit(unit, detector):
-            if stop is not None and stop.is_set():
-                raise Stopped
-            if item.face is None:
-                refused.append((item.name, item.refused))
-                continue
-            names.append(item.name)
-            identities.append(item.identity)
-            digests.append(_digest(item))
-            if item.found is not None:
-                found.append(item.found)
-            yield item.face
-
-    rows: list[Array] = []
-    for row in _stream(engine, faces()):
-        rows.append(row)
-        advance(len(row))
-    advance(unit_size(unit) - len(names))
-    embeddings = np.concatenate(rows) if rows else np.empty((0, spec.dim), np.float32)
-    where = found if spec.detector else None
-    write_part(part_path(folder, number), names, identities, embeddings, digests, refused, spec.contract_id, where)
-    return len(names), len(refused)
-
-
-def run_local(
-    job: Job, engines: Sequence[EmbeddingEngine], advance: Callable[[int], object] = lambda count: None
-) -> None:
-    """Do what is pending, a thread for each engine (one a server); Ctrl-C gives up the units under way at once.
-
-    Raises:
-        ArcFaceError: what an engine raises; the others stop too, and the job can be gone on with.
-    """
-    free: SimpleQueue[tuple[EmbeddingEngine, FaceDetector | None]] = SimpleQueue()
-    for engine in engines:
-        free.put((engine, job.spec.open_detector()))
-    stop = threading.Event()
-
-    def work(number: int, unit: Unit) -> None:
-        engine, detector = free.get()
-        try:
-            embed_unit(job.folder, number, unit, engine, job.spec, detector, advance, stop)
-        finally:
-            free.put((engine, detector))
-
-    pool = ThreadPoolExecutor(len(engines), thread_name_prefix="arcface-bulk")
-    under_way: set[Future[None]] = set()
-    pending = job.pending()
-    try:
-        while True:
-            while len(under_way) <= len(engines) and (entry := next(pending, None)) is not None:
-                under_way.add(pool.submit(work, *entry))
-            if not under_way:
-                return
-            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _stream(engine: Any, faces: Iterator[Array]) -> Iterator[Array]:
-    """Embeddings (n,D) of a stream of faces: several requests in flight where the engine can."""
-    if hasattr(engine, "encode_stream"):
-        for row in engine.encode_stream(faces):
-            yield row[None]
-        return
-    batch: list[Array] = []
-    for face in faces:
-        batch.append(face)
-        if len(batch) == BATCH:
-            yield engine.encode(np.stack(batch))
-            batch = []
-    if batch:
-        yield engine.encode(np.stack(batch))
-
-
-def _digest(item: Item) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(item.face).data).digest()
+def _done_name(chunk: int) -> str:
+    return f"_units/{chunk:06d}.done.json"

@@ -1,116 +1,300 @@
-"""A bulk job in, its parts written by Ray actors out: each actor has its own engine, the servers are dealt out in turn.
+"""A job on Ray: actors with engines of their own, a bounded number of units on the way, no faces in this process.
 
-The parts go to the job's folder, which all of Ray's machines must see. The same job may be begun here and finished in
-one process, or the other way round.
+The driver hands out units and counts parts; actors read the sources and write the parts, so both must be reachable
+from all of Ray's machines (a URL, or a shared folder). An actor or a machine that dies is replaced, and its units are
+handed out again.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from arcface_clients.bulk.job import Job, JobSpec, embed_unit
-from arcface_clients.bulk.units import unit_size
-from arcface_clients.errors import DependencyMissing
+from arcface_clients.bulk.files import Files
+from arcface_clients.bulk.job import Job, JobSpec
+from arcface_clients.bulk.parts import Part
+from arcface_clients.bulk.schedule import TRIES, Schedule
+from arcface_clients.bulk.units import Unit, unit_size
+from arcface_clients.bulk.work import PATIENCE_S, UnitWorker, set_aside
+from arcface_clients.errors import ArcFaceError, DependencyMissing
 from arcface_clients.extras import how_to_get
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
+
+QUEUED = 2  # units that an actor has: one to do, and the next
+SAY_AFTER_S = 30.0  # without an actor, what the cluster lacks is said
+START_TRIES = 5  # actors that may fail to start, none having started, before the job ends
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What of Ray is used.
+
+    Attributes:
+        actors: how many, each with a client of its own.
+        cpus: that an actor claims; a client of a fast server uses one.
+        runtime_env: Ray's, for machines that lack this package or variables: {"pip": …, "env_vars": …}.
+        store_bytes: Ray's object store, where Ray is started here; the job needs next to none.
+    """
+
+    actors: int = 2
+    cpus: float = 1.0
+    runtime_env: Mapping[str, Any] | None = None
+    store_bytes: int = 100 << 20
+
+
+@dataclass
+class _Actor:
+    """An actor and what it was given, the oldest first; `ready` once it has started."""
+
+    handle: Any
+    units: deque[int] = field(default_factory=deque)
+    ready: bool = False
 
 
 def run_on_ray(
     job: Job,
     make_engine: Callable[[str], EmbeddingEngine],
     urls: Sequence[str],
-    actors: int = 2,
+    cluster: Cluster | None = None,
     advance: Callable[[int], object] = lambda count: None,
+    say: Callable[[str], object] = lambda text: None,
+    patience_s: float = PATIENCE_S,
 ) -> None:
-    """Do what is pending with `actors` Ray actors; connects to the Ray that is configured, or starts one here.
+    """Do what is pending with Ray actors; connects to the Ray that is configured or runs here, or starts one.
 
     Args:
         job: held by this process.
         make_engine: from a URL; sent to the actors, so it must pickle.
-        urls: servers; actor i takes urls[i mod len(urls)].
-        actors: each runs one unit at a time.
-        advance: told how many items are done.
+        urls: servers; actor i begins with urls[i mod len(urls)], and moves on when that is lost.
+        cluster: what of Ray is used.
+        advance: told how many entries are done.
+        say: told what the operator should know.
+        patience_s: how long a unit waits for servers that are overloaded or away.
 
     Raises:
-        DependencyMissing: Ray is not installed, cannot be reached or does not start.
-        Exception: what Ray raises for a failed actor, with ours as its cause. The job can be gone on with.
+        DependencyMissing: Ray is not installed, cannot be reached or does not start; or no machine can run an actor.
+        ArcFaceError: what a unit raised. The job can be gone on with.
     """
+    cluster = cluster or Cluster()
+    ray = _connected(cluster)
+    actors = _Actors(ray, job, make_engine, urls, cluster, patience_s)
+    schedule = Schedule(job.pending())
+    quiet_until_s = time.monotonic() + SAY_AFTER_S
     try:
-        import ray
-        import ray.data
-    except ImportError as exc:
-        raise DependencyMissing(f"--engine ray needs Ray Data ({exc}). Next: {how_to_get('ray')}") from exc
-    if not ray.is_initialized():
-        _connect(ray, actors)
-    turn = ray.remote(num_cpus=0)(_Turn).remote(len(urls))
-    units = [{"number": number, "unit": json.dumps(unit)} for number, unit in job.pending()]
-    if not units:
-        return
-    done = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-        _Worker,
-        fn_constructor_args=(str(job.folder), job.spec, make_engine, list(urls), turn),
-        batch_size=1,
-        concurrency=actors,
-        num_cpus=1,
-    )
-    for row in done.iter_rows():
-        advance(int(row["items"]))
+        while True:
+            actors.fill(schedule)
+            if schedule.is_done:
+                return
+            for number, answer in actors.answers():
+                if isinstance(answer, Part):
+                    if job.note(number, answer):
+                        advance(answer.rows + answer.refused)
+                    schedule.finished(number)
+                    continue
+                unit = schedule.lost(number, killed=answer is _DIED)
+                if isinstance(answer, ArcFaceError) and schedule.is_wanted(number):
+                    raise answer
+                if unit is not None:
+                    reason = f"set aside: the unit with it killed {TRIES} workers"
+                    job.note(number, set_aside(job.folder, number, unit, job.spec, reason))
+                    advance(unit_size(unit))
+                    say(f"unit {number} was set aside: it killed {TRIES} workers; what is in it is listed as refused")
+            if actors.ready:
+                quiet_until_s = time.monotonic() + SAY_AFTER_S
+            elif time.monotonic() > quiet_until_s:
+                say(f"waiting for the cluster: no actor of {cluster.cpus:g} CPU could be started yet; see `ray status`")
+                quiet_until_s = time.monotonic() + SAY_AFTER_S
+    finally:
+        actors.end()
 
 
-def _connect(ray: Any, actors: int) -> None:
-    """Connect to the Ray of $RAY_ADDRESS, else start one; a busy host is given more time than Ray gives it."""
-    address = os.environ.get("RAY_ADDRESS")
-    own = {} if address else {"num_cpus": max(actors, 1) + 1, "include_dashboard": False}
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
-    for attempts_left in (1, 0):
-        try:
-            ray.init(log_to_driver=False, **own)
-            return
-        except Exception as exc:  # Ray raises a plain Exception where it did not start in its own 30 s
-            ray.shutdown()
-            if address or not attempts_left:
-                what = f"Ray at {address} cannot be reached" if address else "Ray does not start on this host"
+_DIED, _DROPPED = object(), object()  # over this unit; with it in the queue
+
+
+class _Actors:
+    """The actors of a job, each replaced when it dies."""
+
+    def __init__(
+        self,
+        ray: Any,
+        job: Job,
+        make_engine: Callable[[str], EmbeddingEngine],
+        urls: Sequence[str],
+        cluster: Cluster,
+        patience_s: float,
+    ) -> None:
+        self._ray, self._cluster = ray, cluster
+        self._arguments = (job.folder.path, job.spec, job.files, make_engine, list(urls), patience_s)
+        self._begun = self._failed_starts = 0
+        self._answers: dict[Any, tuple[_Actor, int | None]] = {}  # None: that it has started
+        options: dict[str, Any] = {"num_cpus": cluster.cpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
+        if cluster.runtime_env:
+            options["runtime_env"] = dict(cluster.runtime_env)
+        self._make = ray.remote(_Worker).options(**options)
+        self._all: list[_Actor] = []
+        for _ in range(cluster.actors):
+            self._begin()
+
+    @property
+    def ready(self) -> int:
+        """Actors that have started."""
+        return sum(actor.ready for actor in self._all)
+
+    def _begin(self) -> None:
+        actor = _Actor(self._make.remote(self._begun, *self._arguments))
+        self._begun += 1
+        self._all.append(actor)
+        self._answers[actor.handle.hello.remote()] = (actor, None)
+
+    def fill(self, schedule: Schedule) -> None:
+        """Give every actor what it has room for, those with nothing first."""
+        for room in range(QUEUED):
+            for actor in self._all:
+                while actor.ready and len(actor.units) <= room:
+                    entry = schedule.take(is_idle=not actor.units)
+                    if entry is None:
+                        return
+                    number, unit = entry
+                    actor.units.append(number)
+                    self._answers[actor.handle.do.remote(number, unit)] = (actor, number)
+
+    def answers(self, wait_s: float = 1.0) -> list[tuple[int, Any]]:
+        """What came in: (number, its part or what was raised or _DIED or _DROPPED)."""
+        if not self._answers:
+            return []
+        found: list[tuple[int, Any]] = []
+        done, _ = self._ray.wait(list(self._answers), num_returns=1, timeout=wait_s)
+        more, _ = self._ray.wait(list(self._answers), num_returns=len(self._answers), timeout=0)
+        for reference in {*done, *more}:
+            entry = self._answers.pop(reference, None)
+            if entry is None:
+                continue  # its actor died, and took it along
+            actor, number = entry
+            try:
+                answer = self._ray.get(reference)
+            except self._ray.exceptions.RayTaskError as exc:
+                cause = exc.cause
+                answer = cause if isinstance(cause, ArcFaceError) else _wrapped(exc)
+            except self._ray.exceptions.RayActorError as exc:
+                found += self._buried(actor, exc)
+                continue
+            except self._ray.exceptions.RayError:  # the answer was lost with its machine
+                answer = _DROPPED
+            if number is None:
+                actor.ready, self._failed_starts = True, 0
+            else:
+                actor.units.remove(number)
+                found.append((number, answer))
+        return found
+
+    def _buried(self, actor: _Actor, why: Exception) -> list[tuple[int, Any]]:
+        """Replace an actor that died; its oldest unit killed it, the others were only waiting.
+
+        Raises:
+            DependencyMissing: actors die as they start, and none is alive.
+        """
+        self._all.remove(actor)
+        self._answers = {ref: entry for ref, entry in self._answers.items() if entry[0] is not actor}
+        if not actor.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= START_TRIES and not self.ready:
                 raise DependencyMissing(
-                    f"{what}: {str(exc).rstrip('. ')}. Next: ray start --head, or leave out --engine ray; "
-                    "what is done is kept"
-                ) from exc
+                    f"no Ray actor starts ({_short(why)}). The machines of the cluster need this package: give them a "
+                    "runtime environment (docs/bulk.md): --runtime-env env.json"
+                ) from why
+        self._begin()
+        return [(number, _DROPPED if place else _DIED) for place, number in enumerate(actor.units)]
 
-
-class _Turn:
-    """Deals out server numbers, one to each actor that asks."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._next = -1
-
-    def take(self) -> int:
-        self._next += 1
-        return self._next % self._count
+    def end(self) -> None:
+        """Kill what is left: copies of units that are done."""
+        for actor in self._all:
+            self._ray.kill(actor.handle)
 
 
 class _Worker:
-    """A Ray Data actor: one engine, one detector, one unit at a time."""
+    """The actor: engines for all servers, beginning with its own; one unit at a time."""
 
     def __init__(
-        self, folder: str, spec: JobSpec, make_engine: Callable[[str], EmbeddingEngine], urls: list[str], turn: Any
+        self,
+        index: int,
+        folder: str,
+        spec: JobSpec,
+        files: Files,
+        make_engine: Callable[[str], EmbeddingEngine],
+        urls: list[str],
+        patience_s: float,
     ) -> None:
+        engines = [make_engine(url) for url in urls]
+        self._worker = UnitWorker(files.folder(folder), spec, engines, files, first=index, patience_s=patience_s)
+
+    def hello(self) -> None:
+        """It has started."""
+
+    def do(self, number: int, unit: Unit) -> Part:
+        """Embed a unit."""
+        return self._worker.do(number, unit)
+
+
+def _connected(cluster: Cluster) -> Any:
+    """Ray, connected: as the program did it, else to $RAY_ADDRESS, else to the one on this host, else to a new one.
+
+    $RAY_ADDRESS=local always starts one.
+
+    Raises:
+        DependencyMissing: it is not installed, cannot be reached or does not start.
+    """
+    try:
         import ray
+    except ImportError as exc:
+        raise DependencyMissing(f"--engine ray needs Ray ({exc}). Next: {how_to_get('ray')}") from exc
+    if ray.is_initialized():
+        return ray
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # a busy host is given more time than Ray gives it
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address != "local":
+        try:
+            ray.init(address=address, log_to_driver=False)
+            return ray
+        except Exception as exc:  # Ray raises ConnectionError, RuntimeError, ValueError and plain Exceptions
+            ray.shutdown()
+            if os.environ.get("RAY_ADDRESS"):
+                raise _unreachable(f"Ray at {address} cannot be reached", exc) from exc
+    for attempts_left in (1, 0):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(1, round(cluster.actors * cluster.cpus)),
+                object_store_memory=cluster.store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+            )
+            return ray
+        except Exception as exc:  # a plain Exception where it did not start in its own 30 s
+            ray.shutdown()
+            if not attempts_left:
+                raise _unreachable("Ray does not start on this host", exc) from exc
+    raise AssertionError("unreachable")
 
-        self._folder, self._spec = Path(folder), spec
-        self._engine = make_engine(urls[ray.get(turn.take.remote())])
-        self._detector = spec.open_detector()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        counts: dict[str, list[int]] = {"items": [], "rows": [], "refused": []}
-        for number, text in zip(batch["number"], batch["unit"], strict=True):
-            unit = json.loads(str(text))
-            rows, refused = embed_unit(self._folder, int(number), unit, self._engine, self._spec, self._detector)
-            for name, value in (("items", unit_size(unit)), ("rows", rows), ("refused", refused)):
-                counts[name].append(value)
-        return counts
+def _unreachable(what: str, exc: Exception) -> DependencyMissing:
+    return DependencyMissing(
+        f"{what}: {str(exc).rstrip('. ')}. Next: ray start --head, or leave out --engine ray; what is done is kept"
+    )
+
+
+def _wrapped(exc: Exception) -> ArcFaceError:
+    """An error of an actor that is none of ours."""
+    error = ArcFaceError(f"a Ray actor failed ({_short(exc)}); what is done is kept: run the same command again")
+    error.__cause__ = exc
+    return error
+
+
+def _short(exc: Exception) -> str:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(exc).__name__

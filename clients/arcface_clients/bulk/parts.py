@@ -1,17 +1,19 @@
-"""Rows of a unit in, one Parquet part out, whole or not at all; all parts in, one Parquet file out."""
+"""The Parquet of a job: a unit's rows as a part, what a part says of itself, all parts as one file, reading them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from arcface_clients.arrays import Array
 from arcface_clients.atomic import new_file
-from arcface_clients.errors import DependencyMissing
+from arcface_clients.bulk.files import Files, Folder, is_url
+from arcface_clients.errors import DependencyMissing, WrongUse
 from arcface_clients.extras import how_to_get
 from arcface_clients.faces.images import Found
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT, VERSION = "arcface-embeddings", 1
+Group = tuple[list[str], "list[str | None]", Array]  # paths, identities, embeddings
+SUCCESS = "_SUCCESS"  # in a data set: JSON of what is in it, written last
 ROW_GROUP_ROWS = 16_384  # 34 MB of 512-d embeddings; small enough to merge, large enough to scan
 
 
@@ -45,38 +49,62 @@ def schema(dim: int, contract_id: str | None, found: bool = False) -> pa.Schema:
     return pa.schema(columns, metadata=metadata)
 
 
-def part_path(folder: Path, number: int) -> Path:
-    """Where the part of a unit is, once it is written."""
-    return folder / f"part-{number:08d}.parquet"
+def part_name(number: int) -> str:
+    """The name of a unit's part."""
+    return f"part-{number:08d}.parquet"
 
 
-def write_part(
-    path: Path,
+def refused_name(number: int) -> str:
+    """The name of the list of what a unit refused: JSON lines {path, reason}; there only if there is any."""
+    return f"_refused/{number:08d}.jsonl"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part says of itself in its footer."""
+
+    rows: int
+    refused: int
+    contract_id: str | None
+    set_aside: str = ""  # why the unit was given up; "": it was not
+
+
+def put_part(folder: Folder, number: int, part: bytes, refused: Sequence[tuple[str, str]]) -> None:
+    """Write what a unit refused, then its part; the part is the commit, so the list is there when it is."""
+    if refused:
+        lines = (json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in refused)
+        folder.write(refused_name(number), "".join(lines).encode())
+    folder.write(part_name(number), part)
+
+
+def part_bytes(
     names: list[str],
     identities: list[str | None],
     embeddings: Array,
     digests: list[bytes],
-    refused: list[tuple[str, str]],
     contract_id: str | None,
     found: Sequence[Found] | None = None,
-) -> None:
-    """Write a unit's rows and what was refused in it (in the metadata), atomically and synced to disk.
+    refused: int = 0,
+    set_aside: str = "",
+) -> bytes:
+    """A unit's rows as a Parquet file.
 
     Args:
-        path: its final name.
         names: N.
         identities: N.
         embeddings: float32 (N,D).
         digests: N of 32 bytes.
-        refused: (path, reason) of what gave no row.
         contract_id: of the engine.
         found: N, where the faces were found in photos.
+        refused: how many entries gave no row.
+        set_aside: why the unit was given up.
     """
     pa = _pyarrow()
     import pyarrow.parquet as pq
 
     columns = schema(embeddings.shape[1], contract_id, found is not None)
-    columns = columns.with_metadata({**columns.metadata, b"refused": json.dumps(refused).encode()})
+    own = {"refused": str(refused), "set_aside": set_aside}
+    columns = columns.with_metadata({**columns.metadata, **{k.encode(): v.encode() for k, v in own.items()}})
     values = pa.array(np.ascontiguousarray(embeddings, np.float32).reshape(-1))
     arrays = [
         pa.array(names, pa.string()),
@@ -93,26 +121,28 @@ def write_part(
             pa.FixedSizeListArray.from_arrays(pa.array(boxes), 4),
             pa.FixedSizeListArray.from_arrays(pa.array(landmarks), 10),
         ]
-    with new_file(path) as temporary:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=columns), temporary, **_options())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays(arrays, schema=columns), sink, **_options())
+    return bytes(sink.getvalue())
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a part is there and its footer can be read."""
-    if not path.is_file():
-        return False
+def look_at_part(source: IO[bytes]) -> Part | None:
+    """What the footer of a part says; None if it is torn or none of ours."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        pq.read_metadata(path)
-    except (pa.ArrowInvalid, OSError):
-        return False
-    return True
+        footer = pq.read_metadata(source)
+        told = footer.metadata
+        return Part(
+            footer.num_rows, int(told[b"refused"]), told[b"contract_id"].decode() or None, told[b"set_aside"].decode()
+        )
+    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
+        return None
 
 
-def merge_parts(paths: Iterable[Path], output: Path, columns: pa.Schema) -> tuple[int, int]:
-    """All parts as one file in row groups, and what they refused beside it; returns rows and refusals.
+def merge_parts(folder: Folder, count: int, output: Path, columns: pa.Schema) -> None:
+    """The first `count` parts as one file in row groups, and what they refused beside it.
 
     One part is in memory at a time, and up to a row group of rows. Refusals go to `bad_path(output)`, which is there
     only if there are any; it gets its name before the output does.
@@ -120,21 +150,18 @@ def merge_parts(paths: Iterable[Path], output: Path, columns: pa.Schema) -> tupl
     pa = _pyarrow()
     import pyarrow.parquet as pq
 
-    rows = bad = 0
     waiting: list[Any] = []
-    held = 0
+    held = bad = 0
     with (
         new_file(output) as temporary,
         new_file(bad_path(output)) as bad_temporary,
         pq.ParquetWriter(temporary, columns, **_options()) as writer,
-        bad_temporary.open("w") as bad_file,
+        bad_temporary.open("wb") as bad_file,
     ):
-        for path in paths:
-            table = pq.read_table(path, memory_map=False)
-            for name, reason in json.loads(table.schema.metadata[b"refused"]):
-                bad_file.write(json.dumps({"path": name, "reason": reason}) + "\n")
-                bad += 1
-            rows += len(table)
+        for number in range(count):
+            table = pq.read_table(folder.of(part_name(number)), memory_map=False)
+            if int(table.schema.metadata[b"refused"]):
+                bad += bad_file.write(folder.read(refused_name(number)) or b"")
             held += len(table)
             waiting.append(table.replace_schema_metadata(columns.metadata))
             if held >= ROW_GROUP_ROWS:
@@ -144,20 +171,48 @@ def merge_parts(paths: Iterable[Path], output: Path, columns: pa.Schema) -> tupl
             _write_group(writer, waiting, pa)
     if not bad:
         bad_path(output).unlink()
-    return rows, bad
 
 
 def bad_path(output: Path) -> Path:
-    """The side file: JSON lines {path, reason}."""
+    """The side file of a one-file output: JSON lines {path, reason}."""
     return output.with_name(f"{output.name}.bad.jsonl")
 
 
-def read_embeddings(path: Path | str) -> Iterator[tuple[list[str], list[str | None], Array]]:
-    """(paths, identities, embeddings float32 (n,D)) of a finished file, a row group at a time."""
+def read_embeddings(
+    path: Path | str, files: Files | None = None
+) -> Iterator[tuple[list[str], list[str | None], Array]]:
+    """(paths, identities, embeddings float32 (n,D)) of a finished file or data set, a row group at a time.
+
+    Raises:
+        WrongUse: a data set that is not finished.
+        OSError, StoreUnreachable: it cannot be read.
+    """
+    files = files or Files()
+    for part in _parts_of(str(path), files):
+        with files.open(part) as source:
+            yield from _groups(source)
+
+
+def _parts_of(path: str, files: Files) -> list[str]:
+    """The Parquet files of an output: itself, or the parts of a data set in their order."""
+    if not (is_url(path) or Path(path).is_dir()) or path.lower().endswith(".parquet"):
+        return [path]
+    folder = files.folder(path)
+    if not folder.has(SUCCESS):
+        raise WrongUse(f"{path} is not finished: expected {SUCCESS} in it. Run the same `arcface embed` again")
+    return [folder.of(name) for name in sorted(folder.names()) if is_part(name)]
+
+
+def is_part(name: str) -> bool:
+    """Whether this is a part's name."""
+    return name.startswith("part-") and name.endswith(".parquet")
+
+
+def _groups(source: IO[bytes]) -> Iterator[Group]:
     _pyarrow()
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(source) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=["path", "identity", "embedding"])
             column = table.column("embedding").combine_chunks()

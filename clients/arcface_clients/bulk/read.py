@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from arcface_clients.arrays import Array
+from arcface_clients.bulk.files import Files, is_url
+from arcface_clients.bulk.tars import read_samples
 from arcface_clients.contract import FACE_BYTES, FACE_SHAPE
-from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces
+from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces, StoreUnreachable
 from arcface_clients.extras import how_to_get
 from arcface_clients.faces.check import check_faces
-from arcface_clients.faces.detect import detect_crops
-from arcface_clients.faces.images import Found, decode_face, read_crops
+from arcface_clients.faces.detect import detect_in
+from arcface_clients.faces.images import Found, decode_face
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from arcface_clients.faces.detect import FaceDetector
 
 READ_ROWS = 256  # 9.6 MB of faces at a time
+READERS = 16  # objects fetched at a time, where each image is an object: a store answers late, not slowly
 FACE_COLUMNS = ("face", "image", "bytes")
 
 
@@ -38,40 +44,110 @@ class Item:
     found: Found | None = None  # where a detector found it
 
 
-def read_unit(unit: dict[str, Any], detector: FaceDetector | None = None) -> Iterator[Item]:
-    """The items of a unit in order; with a detector, every face of each image file (`path[0]`, `path[1]` …)."""
-    if unit["kind"] == "files":
-        for path, identity, reason in unit["items"]:
-            if reason:
-                yield Item(path, identity, None, reason)
-                continue
-            for crop in detect_crops([path], detector) if detector else read_crops([path]):
-                yield Item(crop.name, identity, crop.face, crop.refused, crop.found)
-        return
-    rows = _array_rows if unit["kind"] == "array" else _parquet_rows
-    done = unit["start"]
+@dataclass(frozen=True)
+class _Raw:
+    """One entry of a source: an encoded image, or a face as it is, or why there is neither."""
+
+    name: str
+    identity: str | None
+    data: bytes | Array | None
+    refused: str = ""
+
+
+def read_unit(unit: dict[str, Any], detector: FaceDetector | None = None, files: Files | None = None) -> Iterator[Item]:
+    """The items of a unit in order; with a detector, every face of each photo (`path[0]`, `path[1]` …).
+
+    A damaged file costs the rows from the damage on, each listed with the reason.
+
+    Raises:
+        StoreUnreachable: the object store does not answer; nothing is refused for that.
+        DependencyMissing: a package that reads this kind of source is missing.
+    """
+    done = 0
     try:
-        for item in rows(unit["path"], unit["start"], unit["stop"]):
-            yield item
+        for raw in _SOURCES[unit["kind"]](unit, files or Files()):
+            yield from _items(raw, detector)
             done += 1
-    except DependencyMissing:
+    except (DependencyMissing, StoreUnreachable):
         raise
     except (ArcFaceError, OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
-        for row in range(done, unit["stop"]):
-            yield Item(f"{unit['path']}[{row}]", None, None, f"the file became unreadable here ({exc})")
+        why = f"the file became unreadable here ({exc})"
+        if "stop" not in unit:
+            yield Item(unit["path"], None, None, why)
+            return
+        for row in range(unit["start"] + done, unit["stop"]):
+            yield Item(f"{unit['path']}[{row}]", None, None, why)
 
 
-def count_rows(kind: str, path: str) -> int:
+def _items(raw: _Raw, detector: FaceDetector | None) -> Iterator[Item]:
+    name, identity, data = raw.name, raw.identity, raw.data
+    if data is None:
+        yield Item(name, identity, None, raw.refused or "no bytes in this row")
+    elif detector is not None and isinstance(data, bytes):
+        for crop in detect_in(name, data, detector):
+            yield Item(crop.name, identity, crop.face, crop.refused, crop.found)
+    else:
+        try:
+            yield Item(name, identity, _face(data))
+        except InvalidFaces as exc:
+            yield Item(name, identity, None, str(exc))
+
+
+def _face(data: bytes | Array) -> Array:
+    """A face from an array, from raw BGR bytes or from an encoded image."""
+    if not isinstance(data, bytes):
+        checked: Array = check_faces(data)[0]
+        return checked
+    if len(data) == FACE_BYTES:
+        return np.frombuffer(data, np.uint8).reshape(FACE_SHAPE)
+    return decode_face(np.frombuffer(data, np.uint8))
+
+
+def _file_rows(unit: dict[str, Any], files: Files) -> Iterator[_Raw]:
+    entries = iter(unit["items"])
+    if not any(is_url(path) for path, _, _ in unit["items"]):
+        for entry in entries:
+            yield _whole(entry, files)
+        return
+    with ThreadPoolExecutor(READERS, thread_name_prefix="arcface-read") as pool:
+        ahead: deque[Future[_Raw]] = deque(pool.submit(_whole, entry, files) for entry in islice(entries, 2 * READERS))
+        try:
+            while ahead:
+                raw = ahead.popleft().result()
+                ahead.extend(pool.submit(_whole, entry, files) for entry in islice(entries, 1))
+                yield raw
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _whole(entry: tuple[str, str | None, str], files: Files) -> _Raw:
+    path, identity, reason = entry
+    if reason:
+        return _Raw(path, identity, None, reason)
+    try:
+        return _Raw(path, identity, files.read(path))
+    except OSError as exc:
+        return _Raw(path, identity, None, exc.strerror or str(exc))
+
+
+def _tar_rows(unit: dict[str, Any], files: Files) -> Iterator[_Raw]:
+    with files.open(unit["path"]) as file:
+        for sample in read_samples(file, unit["offset"], unit.get("count")):
+            yield _Raw(f"{unit['path']}/{sample.name}", sample.identity, sample.image, "no image in this sample")
+
+
+def count_rows(kind: str, path: str, files: Files | None = None) -> int:
     """Faces in an array or Parquet file, from its header alone.
 
     Raises:
         InvalidFaces: it holds no faces, or is damaged.
-        OSError: it cannot be read.
+        OSError, StoreUnreachable: it cannot be read.
     """
+    files = files or Files()
     if kind == "array":
-        with _open_array(path) as array:
+        with _open_array(path, files) as array:
             return array.count
-    with _open_parquet(path) as file:
+    with files.open(path) as source, _open_parquet(source) as file:
         _face_column(file, path)
         return int(file.metadata.num_rows)
 
@@ -80,8 +156,8 @@ def count_rows(kind: str, path: str) -> int:
 class _Array:
     """An open .npy, or the array in a .npz, positioned at its first face."""
 
+    opened: list[Any]  # to be closed, the last first
     file: IO[bytes]
-    container: zipfile.ZipFile | None
     count: int
     item_bytes: int
     dtype: np.dtype[Any]
@@ -90,38 +166,61 @@ class _Array:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
-        if self.container:
-            self.container.close()
+        _close(self.opened)
 
 
-def _open_array(path: str) -> _Array:
+def _close(opened: list[Any]) -> None:
+    for each in reversed(opened):
+        each.close()
+
+
+def _open_array(path: str, files: Files) -> _Array:
     """Reads the header only: an .npz of a million faces (37 GB) is never loaded."""
-    container: zipfile.ZipFile | None = None
+    opened: list[Any] = [files.open(path)]
+    file: IO[bytes] = opened[0]
     try:
         if path.lower().endswith(".npz"):
-            container = zipfile.ZipFile(path)
+            container = zipfile.ZipFile(file)
+            opened.append(container)
             names = [name for name in container.namelist() if name == "faces.npy"] or container.namelist()
             if len(names) != 1:
                 raise InvalidFaces(f"expected an array `faces` in it, found: {', '.join(names) or 'nothing'}")
-            file: IO[bytes] = container.open(names[0])
-        else:
-            file = Path(path).open("rb")  # noqa: SIM115  closed by _Array
+            file = _member(container, container.getinfo(names[0]), file)
+            opened.append(file)
         npy: Any = np.lib.format  # NumPy has no types for it
         version = npy.read_magic(file)
         header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = header(file)
+        if len(shape) != 4 or shape[1:] != FACE_SHAPE or fortran or dtype.hasobject:
+            raise InvalidFaces(f"expected faces of shape (N, 112, 112, 3) in C order, got {dtype} {shape}")
     except (ValueError, EOFError, zipfile.BadZipFile) as exc:
-        if container:
-            container.close()
+        _close(opened)
         raise InvalidFaces(str(exc) if isinstance(exc, InvalidFaces) else f"not a NumPy file ({exc})") from exc
-    if len(shape) != 4 or shape[1:] != FACE_SHAPE or fortran or dtype.hasobject:
-        raise InvalidFaces(f"expected faces of shape (N, 112, 112, 3) in C order, got {dtype} {shape}")
-    return _Array(file, container, shape[0], FACE_BYTES * dtype.itemsize, dtype)
+    except BaseException:
+        _close(opened)
+        raise
+    return _Array(opened, file, shape[0], FACE_BYTES * dtype.itemsize, dtype)
 
 
-def _array_rows(path: str, start: int, stop: int) -> Iterator[Item]:
-    with _open_array(path) as array:
+def _member(container: zipfile.ZipFile, info: zipfile.ZipInfo, file: IO[bytes]) -> IO[bytes]:
+    """A member of a .npz to read from; where it is stored as it is, the file itself at the member's first byte.
+
+    zipfile reads all that is before a position that is sought, which is a download where the file is an object.
+    """
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        return container.open(info)
+    file.seek(info.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\3\4":
+        raise zipfile.BadZipFile("damaged header")
+    name, extra = struct.unpack("<HH", header[26:30])
+    file.seek(info.header_offset + 30 + name + extra)
+    return file
+
+
+def _array_rows(unit: dict[str, Any], files: Files) -> Iterator[_Raw]:
+    path, start, stop = unit["path"], unit["start"], unit["stop"]
+    with _open_array(path, files) as array:
         array.file.seek(start * array.item_bytes, 1)  # of a compressed .npz this reads, and drops, what is before
         for first in range(start, stop, READ_ROWS):
             count = min(READ_ROWS, stop - first)
@@ -130,17 +229,17 @@ def _array_rows(path: str, start: int, stop: int) -> Iterator[Item]:
                 raise InvalidFaces("cut off")
             faces = np.frombuffer(data, array.dtype).reshape(count, *FACE_SHAPE)
             for row, face in enumerate(faces, start=first):
-                yield _checked(f"{path}[{row}]", None, face)
+                yield _Raw(f"{path}[{row}]", None, face)
 
 
-def _open_parquet(path: str) -> pq.ParquetFile:
+def _open_parquet(source: IO[bytes]) -> pq.ParquetFile:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as exc:
         raise DependencyMissing(f"Parquet needs pyarrow ({exc}). Next: {how_to_get('pyarrow')}") from exc
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(source)
     except pa.ArrowInvalid as exc:
         raise InvalidFaces(f"not a Parquet file, or cut off ({exc})") from exc
 
@@ -156,8 +255,9 @@ def _face_column(file: pq.ParquetFile, path: str) -> str:
     return found[0]
 
 
-def _parquet_rows(path: str, start: int, stop: int) -> Iterator[Item]:
-    with _open_parquet(path) as file:
+def _parquet_rows(unit: dict[str, Any], files: Files) -> Iterator[_Raw]:
+    path, start, stop = unit["path"], unit["start"], unit["stop"]
+    with files.open(path) as source, _open_parquet(source) as file:
         column = _face_column(file, path)
         names = [name for name in ("path", "identity") if name in file.schema_arrow.names]
         groups, before = [], 0
@@ -175,24 +275,10 @@ def _parquet_rows(path: str, start: int, stop: int) -> Iterator[Item]:
                 if start <= row < stop:
                     name, identity = record.get("path"), record.get("identity")  # numbers in many a data set
                     name = f"{path}[{row}]" if name in (None, "") else str(name)
-                    yield _decoded(name, None if identity is None else str(identity), record[column])
+                    data = record[column]
+                    bytes_or_none = data if isinstance(data, bytes) else None
+                    yield _Raw(name, None if identity is None else str(identity), bytes_or_none)
                 row += 1
 
 
-def _decoded(name: str, identity: str | None, data: bytes | None) -> Item:
-    """A face from raw BGR bytes or from an encoded image."""
-    if isinstance(data, bytes) and len(data) == FACE_BYTES:
-        return Item(name, identity, np.frombuffer(data, np.uint8).reshape(FACE_SHAPE))
-    if not isinstance(data, bytes):
-        return Item(name, identity, None, "no bytes in this row")
-    try:
-        return Item(name, identity, decode_face(np.frombuffer(data, np.uint8)))
-    except InvalidFaces as exc:
-        return Item(name, identity, None, str(exc))
-
-
-def _checked(name: str, identity: str | None, face: Array) -> Item:
-    try:
-        return Item(name, identity, check_faces(face)[0])
-    except InvalidFaces as exc:
-        return Item(name, identity, None, str(exc))
+_SOURCES = {"files": _file_rows, "array": _array_rows, "parquet": _parquet_rows, "tar": _tar_rows}

@@ -160,17 +160,28 @@ def detect_crops(files: Iterable[str], detector: FaceDetector) -> Iterator[Crop]
     An image that cannot be read, or has no face, yields one refused crop under its path.
     """
     for name in files:
-        try:
-            if name.lower().endswith(ARRAY_SUFFIXES):
-                raise InvalidFaces("an array of crops, not an image: embed it without --detect")
-            faces = detector.detect_encoded(Path(name).read_bytes())
-            if not faces:
-                raise InvalidFaces(f"no face found (score of at least {detector.min_score:g})")
-        except (InvalidFaces, OSError) as exc:
-            yield Crop(name, None, exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc))
+        if name.lower().endswith(ARRAY_SUFFIXES):
+            yield Crop(name, None, "an array of crops, not an image: embed it without --detect")
             continue
-        for index, found in enumerate(faces):
-            yield Crop(f"{name}[{index}]", found.face, found=Found(found.score, found.box, found.landmarks))
+        try:
+            data = Path(name).read_bytes()
+        except OSError as exc:
+            yield Crop(name, None, exc.strerror or str(exc))
+            continue
+        yield from detect_in(name, data, detector)
+
+
+def detect_in(name: str, data: bytes, detector: FaceDetector) -> Iterator[Crop]:
+    """Like `detect_crops`, of one image's bytes."""
+    try:
+        faces = detector.detect_encoded(data)
+        if not faces:
+            raise InvalidFaces(f"no face found (score of at least {detector.min_score:g})")
+    except InvalidFaces as exc:
+        yield Crop(name, None, str(exc))
+        return
+    for index, found in enumerate(faces):
+        yield Crop(f"{name}[{index}]", found.face, found=Found(found.score, found.box, found.landmarks))
 
 
 def load_detected(sources: Iterable[str | Path], detector: FaceDetector) -> tuple[FaceArray, list[str], list[Crop]]:

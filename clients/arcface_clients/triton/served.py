@@ -29,6 +29,7 @@ class ServedModel:
     demo: bool = False  # random weights: its embeddings recognise nobody
     golden: str | None = None  # the reference's rows of a few faces: `arcface_clients.evidence.golden`
     max_queue_size: int = 0  # requests that may wait for the leaf; 0: without bound
+    instances: int = 1  # of the leaf: batches that the server computes at a time
 
 
 def next_step(config: Mapping[str, Any]) -> str | None:
@@ -75,6 +76,7 @@ def served_model(name: str, configs: Sequence[Mapping[str, Any]]) -> ServedModel
         outputs=tuple(name for name in OUTPUTS if _tensor(top, "output", name)),
         demo=parameters.get("demo", {}).get("string_value", "").lower() in ("true", "1", "yes"),
         golden=parameters.get("golden", {}).get("string_value") or None,
+        instances=max(1, sum(map(_instances, leaf.get("instance_group", [])))),
         max_queue_size=int(leaf.get("dynamic_batching", {}).get("default_queue_policy", {}).get("max_queue_size", 0)),
     )
 
@@ -85,6 +87,10 @@ def _gpu(config: Mapping[str, Any]) -> int | None:
         if group.get("kind", "KIND_AUTO") in ("KIND_GPU", "KIND_AUTO"):
             return int((group.get("gpus") or [0])[0])
     return None
+
+
+def _instances(group: Mapping[str, Any]) -> int:
+    return int(group.get("count", 1)) * max(1, len(group.get("gpus", [])))
 
 
 def _tensor(config: Mapping[str, Any], side: str, name: str) -> Mapping[str, Any] | None:

@@ -38,6 +38,21 @@ class NewFile(click.Path):
         return path
 
 
+class NewOutput(NewFile):
+    """A file as `NewFile`, or a data set: a folder that ends in a slash, or a URL; as text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The text, as it was given.
+
+        Raises:
+            BadParameter: nothing can be written there.
+        """
+        text = str(value)
+        if not text.endswith("/") and "://" not in text:
+            super().convert(value, param, ctx)
+        return text
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 report_option = click.option("--report", type=NewFile(), help="Also write the result to this file, as JSON.")
 html_option = click.option("--html", type=NewFile(), help="Also write the result as one page with plots.")

@@ -1,0 +1,196 @@
+"""What a worker does, a thread or a Ray actor: a unit in, its part written; busy or lost servers are waited for."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from random import uniform
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arcface_clients.arrays import Array
+from arcface_clients.bulk.files import Files, Folder
+from arcface_clients.bulk.job import JobSpec
+from arcface_clients.bulk.parts import Part, part_bytes, put_part
+from arcface_clients.bulk.read import Item, read_unit
+from arcface_clients.bulk.units import Unit, unit_names, unit_size
+from arcface_clients.errors import (
+    ContractMismatch,
+    DeadlineExceeded,
+    InvalidAnswer,
+    ModelNotReady,
+    Overloaded,
+    ServerUnreachable,
+)
+from arcface_clients.faces.images import Found
+
+if TYPE_CHECKING:
+    from arcface_clients.engines.protocol import EmbeddingEngine
+    from arcface_clients.faces.detect import FaceDetector
+
+BATCH = 256
+PATIENCE_S = 600.0  # a server that is restarted with a large model, or a queue that is emptied, needs minutes
+ELSEWHERE_AFTER_S = 10.0  # how long a lost server is tried before another one, where there are several
+_BUSY = (Overloaded, DeadlineExceeded)
+_AWAY = (ServerUnreachable, ModelNotReady, InvalidAnswer)
+
+
+class Stopped(Exception):
+    """A unit was given up because the run ends; its part was not written."""
+
+
+class UnitWorker:
+    """Embeds one unit at a time with its engine; moves to the next one where that is lost, and waits where all are.
+
+    Attributes:
+        engines: one for each server.
+        patience_s: how long a unit is tried again while servers are overloaded or away.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        spec: JobSpec,
+        engines: Sequence[EmbeddingEngine],
+        files: Files,
+        *,
+        first: int = 0,
+        patience_s: float = 0.0,
+    ) -> None:
+        """`first`: the engine to begin with."""
+        self.folder, self.spec, self.engines, self.files = folder, spec, engines, files
+        self.patience_s = patience_s
+        self._at = first % len(engines)
+        self._detector = spec.open_detector()
+
+    def do(
+        self,
+        number: int,
+        unit: Unit,
+        advance: Callable[[int], object] = lambda count: None,
+        stop: threading.Event | None = None,
+    ) -> Part:
+        """Write the part of a unit.
+
+        Raises:
+            BackendUnavailable: the servers were overloaded or away for `patience_s`.
+            ContractMismatch, InferenceFailed, StoreUnreachable …: nothing was written.
+            Stopped: `stop` was set.
+        """
+        stop = stop or threading.Event()
+        give_up_s = time.monotonic() + self.patience_s
+        attempt = 0
+        while True:
+            told = 0
+
+            def advanced(count: int) -> None:
+                nonlocal told
+                told += count
+                advance(count)
+
+            engine = self.engines[self._at]
+            try:
+                return embed_unit(
+                    self.folder, number, unit, engine, self.spec, self.files, self._detector, advanced, stop,
+                    retry_for_s=ELSEWHERE_AFTER_S if len(self.engines) > 1 else None,
+                )  # fmt: skip
+            except (*_BUSY, *_AWAY) as exc:
+                advance(-told)
+                if isinstance(exc, _AWAY):
+                    self._at = (self._at + 1) % len(self.engines)
+                pause_s = uniform(0.1, min(30.0, 0.5 * 2 ** min(attempt, 8)))
+                if time.monotonic() + pause_s > give_up_s:
+                    raise
+                attempt += 1
+                if stop.wait(pause_s):
+                    raise Stopped from exc
+
+
+def embed_unit(
+    folder: Folder,
+    number: int,
+    unit: Unit,
+    engine: EmbeddingEngine,
+    spec: JobSpec,
+    files: Files | None = None,
+    detector: FaceDetector | None = None,
+    advance: Callable[[int], object] = lambda count: None,
+    stop: threading.Event | None = None,
+    retry_for_s: float | None = None,
+) -> Part:
+    """Write the part of one unit. Memory: two requests of faces, and the unit's rows.
+
+    Raises:
+        ContractMismatch: the engine is of another contract than the spec.
+        ArcFaceError: what the engine raises; nothing was written then.
+        StoreUnreachable: the object store does not answer.
+        Stopped: `stop` was set.
+    """
+    if engine.contract_id != spec.contract_id:
+        raise ContractMismatch(
+            f"this job is of contract {spec.contract_id}, {engine!r} serves {engine.contract_id}: expected one model "
+            "behind all URLs. Serve the same one everywhere: arcface serve"
+        )
+    names: list[str] = []
+    identities: list[str | None] = []
+    digests: list[bytes] = []
+    refused: list[tuple[str, str]] = []
+    found: list[Found] = []
+
+    def faces() -> Iterator[Array]:
+        for item in read_unit(unit, detector, files):
+            if stop is not None and stop.is_set():
+                raise Stopped
+            if item.face is None:
+                refused.append((item.name, item.refused))
+                continue
+            names.append(item.name)
+            identities.append(item.identity)
+            digests.append(_digest(item))
+            if item.found is not None:
+                found.append(item.found)
+            yield item.face
+
+    rows: list[Array] = []
+    for row in _stream(engine, faces(), retry_for_s):
+        rows.append(row)
+        advance(len(row))
+    advance(unit_size(unit) - len(names) if unit_size(unit) else 0)
+    embeddings = np.concatenate(rows) if rows else np.empty((0, spec.dim), np.float32)
+    where = found if spec.detector else None
+    data = part_bytes(names, identities, embeddings, digests, spec.contract_id, where, len(refused))
+    put_part(folder, number, data, refused)
+    return Part(len(names), len(refused), spec.contract_id)
+
+
+def set_aside(folder: Folder, number: int, unit: Unit, spec: JobSpec, reason: str) -> Part:
+    """Write an empty part for a unit that is given up, and list what is in it as refused."""
+    refused = [(name, reason) for name in unit_names(unit)]
+    found: list[Found] | None = [] if spec.detector else None
+    nothing = np.empty((0, spec.dim), np.float32)
+    put_part(folder, number, part_bytes([], [], nothing, [], spec.contract_id, found, len(refused), reason), refused)
+    return Part(0, len(refused), spec.contract_id, reason)
+
+
+def _stream(engine: Any, faces: Iterator[Array], retry_for_s: float | None) -> Iterator[Array]:
+    """Embeddings (n,D) of a stream of faces: several requests in flight where the engine can."""
+    if hasattr(engine, "encode_stream"):
+        options = {} if retry_for_s is None else {"retry_for_s": retry_for_s}
+        for row in engine.encode_stream(faces, **options):
+            yield row[None]
+        return
+    batch: list[Array] = []
+    for face in faces:
+        batch.append(face)
+        if len(batch) == BATCH:
+            yield engine.encode(np.stack(batch))
+            batch = []
+    if batch:
+        yield engine.encode(np.stack(batch))
+
+
+def _digest(item: Item) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(item.face).data).digest()

@@ -1,0 +1,120 @@
+"""Bulk jobs on a Ray cluster of node processes, with sources and output in an S3 server process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from arcface_clients.bulk.files import Files
+from arcface_clients.bulk.parts import read_embeddings
+from arcface_clients.faces.synthetic import synthetic_faces
+from bulk_driver import DIM
+from people import PixelEngine
+from ray_cluster import RayCluster
+
+pytest.importorskip("pyarrow.parquet")
+pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
+boto3 = pytest.importorskip("boto3")
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def variables(s3_server: str) -> Iterator[dict[str, str]]:
+    """The AWS variables of the S3 server process, with a bucket `bulk`."""
+    found = {"AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}
+    found |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in found.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="bulk")
+        yield found
+
+
+@pytest.fixture(scope="module")
+def cluster(variables: dict[str, str]) -> Iterator[RayCluster]:
+    """A head and two nodes with a CPU each."""
+    python_path = os.pathsep.join(filter(None, [str(HERE), *sys.path]))
+    cluster = RayCluster({**variables, "PYTHONPATH": python_path})
+    try:
+        cluster.add_node()
+        cluster.add_node()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def crops(variables: dict[str, str]) -> np.ndarray:
+    """30 crops of three people in s3://bulk/crops/, and a file that is no image."""
+    faces, files = synthetic_faces(30), Files()
+    for i, face in enumerate(faces):
+        files.folder(f"s3://bulk/crops/p{i % 3}").write(f"{i:02}.png", cv2.imencode(".png", face)[1].tobytes())
+    files.folder("s3://bulk/crops/p0").write("broken.jpg", b"no image")
+    return faces
+
+
+def start(cluster: RayCluster, output: str, engine: str, *sources: str) -> subprocess.Popen[str]:
+    line = [sys.executable, str(HERE / "bulk_driver.py"), output, engine, *sources]
+    return subprocess.Popen(line, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answer(driver: subprocess.Popen[str]) -> dict[str, Any]:
+    try:
+        told, errors = driver.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        driver.kill()
+        raise AssertionError(driver.communicate()[1][-3000:]) from None
+    assert driver.returncode == 0, errors[-3000:]
+    return {**json.loads(told.splitlines()[-1]), "told": errors}
+
+
+def rows_of(output: str) -> dict[str, tuple[str | None, np.ndarray]]:
+    found: dict[str, tuple[str | None, np.ndarray]] = {}
+    for group in read_embeddings(output):
+        for path, identity, row in zip(*group, strict=True):
+            assert path not in found, "a double row"
+            found[path] = (identity, row)
+    return found
+
+
+def parts_in(output: str) -> int:
+    return sum(name.startswith("part-") for name in Files().folder(output).names())
+
+
+def check_crops(output: str, faces: np.ndarray) -> None:
+    rows, expected = rows_of(output), PixelEngine(DIM).encode(faces)
+    assert len(rows) == len(faces)
+    for i in range(len(faces)):
+        who, row = rows[f"s3://bulk/crops/p{i % 3}/{i:02}.png"]
+        assert who == f"p{i % 3}"
+        np.testing.assert_allclose(row, expected[i], atol=1e-5)
+
+
+def test_a_job_on_two_nodes_reads_and_writes_urls(cluster: RayCluster, crops: np.ndarray) -> None:
+    counts = answer(start(cluster, "s3://bulk/out/", "quick", "s3://bulk/crops/"))
+    assert (counts["rows"], counts["refused"], counts["set_aside"], counts["advanced"]) == (30, 1, [], 31)
+    check_crops("s3://bulk/out/", crops)
+    folder = Files().folder("s3://bulk/out")
+    success = json.loads(folder.read("_SUCCESS") or b"")
+    assert (success["rows"], success["refused"], success["parts"]) == (30, 1, 8)
+    assert success["contract_id"] == json.loads(folder.read("_metadata.json") or b"")["spec"]["contract_id"]
+    (listed,) = folder.names("_refused")
+    assert b"s3://bulk/crops/p0/broken.jpg" in (folder.read(f"_refused/{listed}") or b"")
+
+
+def wait_for_parts(output: str, count: int, driver: subprocess.Popen[str]) -> None:
+    deadline_s = time.monotonic() + 90
+    while parts_in(output) < count and time.monotonic() < deadline_s and driver.poll() is None:
+        time.sleep(0.05)
+    assert driver.poll() is None, "it ended before it was hurt"
