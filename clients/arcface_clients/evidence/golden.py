@@ -1,4 +1,4 @@
-"""Golden rows: the reference's embeddings of a few drawn faces, which travel with the weights in the served config.
+"""Golden rows: the reference's embeddings of a few synthetic faces, which travel with the weights in the served config.
 
 So whoever reaches a server can compare it with InsightFace, without InsightFace and without a file. They are kept as
 float16, which moves a unit row of 512 numbers by a drift of 1e-7 at most: a hundredth of the limit for fp32.
@@ -31,14 +31,14 @@ def golden_record(rows: Array) -> str:
 
 
 def is_golden(record: str | None) -> bool:
-    """Whether a record is one of the faces that are drawn now."""
+    """Whether a record is one of the faces that are synthetic now."""
     return golden_rows(record) is not None
 
 
 def golden_rows(record: str | None) -> FloatArray | None:
     """The rows float32 (2,D) of a record; None if it is none, or was made of other faces."""
-    drawn, _, text = (record or "").partition(":")
-    if drawn != _DRAWN:
+    synthetic, _, text = (record or "").partition(":")
+    if synthetic != _DRAWN:
         return None
     try:
         rows = np.frombuffer(base64.b64decode(text, validate=True), "<f2").reshape(COUNT, -1)
