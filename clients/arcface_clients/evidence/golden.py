@@ -16,7 +16,7 @@ from arcface_clients.faces.synthetic import synthetic_faces
 
 COUNT = 2
 _SEED = 112
-_DRAWN = "faces-1"  # change it when `synthetic_faces` draws other ones; a pixel that is rounded otherwise is no matter
+_MADE_OF = "faces-1"  # change it when `synthetic_faces` gives others; a pixel that is rounded otherwise is no matter
 
 
 def golden_faces() -> FaceArray:
@@ -27,18 +27,18 @@ def golden_faces() -> FaceArray:
 def golden_record(rows: Array) -> str:
     """The rows as text for a manifest and for config.pbtxt; `rows` float (2,D), of any length."""
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return f"{_DRAWN}:{base64.b64encode(unit.astype('<f2').tobytes()).decode()}"
+    return f"{_MADE_OF}:{base64.b64encode(unit.astype('<f2').tobytes()).decode()}"
 
 
 def is_golden(record: str | None) -> bool:
-    """Whether a record is one of the faces that are synthetic now."""
+    """Whether a record is one of the faces that `golden_faces` gives now."""
     return golden_rows(record) is not None
 
 
 def golden_rows(record: str | None) -> FloatArray | None:
     """The rows float32 (2,D) of a record; None if it is none, or was made of other faces."""
-    synthetic, _, text = (record or "").partition(":")
-    if synthetic != _DRAWN:
+    made_of, _, text = (record or "").partition(":")
+    if made_of != _MADE_OF:
         return None
     try:
         rows = np.frombuffer(base64.b64decode(text, validate=True), "<f2").reshape(COUNT, -1)
