@@ -16,13 +16,15 @@ class Faults:
 
     cuts: connections reset once `after_bytes` of an answer have passed. flips: one byte of an answer changed there.
     busy: requests answered with 503 SlowDown. stalls: connections on which nothing is ever answered. greeting_s: how
-    long each new connection waits for its first byte, as on a busy server.
+    long each new connection waits for its first byte, as on a busy server. upload_cuts: connections
+    closed on both sides once `after_bytes` of what the client sends have passed.
     """
 
     cuts: int = 0
     flips: int = 0
     busy: int = 0
     stalls: int = 0
+    upload_cuts: int = 0
     greeting_s: float = 0.0
     after_bytes: int = 100_000
 
@@ -74,7 +76,7 @@ class FaultProxy:
                 head = f"HTTP/1.1 503 Slow Down\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
                 client.sendall(head.encode() + body)
                 return
-            threading.Thread(target=_forward, args=(client, server), daemon=True).start()
+            threading.Thread(target=self._forward, args=(client, server), daemon=True).start()
             passed = 0
             while data := server.recv(1 << 14):
                 if passed <= self.faults.after_bytes < passed + len(data):
@@ -89,9 +91,14 @@ class FaultProxy:
                 client.sendall(data)
                 passed += len(data)
 
-
-def _forward(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(1 << 14):
-            target.sendall(data)
-        target.shutdown(socket.SHUT_WR)
+    def _forward(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            passed = 0
+            while data := source.recv(1 << 14):
+                passed += len(data)
+                if passed > self.faults.after_bytes and self._take("upload_cuts"):
+                    source.shutdown(socket.SHUT_RDWR)
+                    target.shutdown(socket.SHUT_RDWR)
+                    return
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)

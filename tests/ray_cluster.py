@@ -26,7 +26,9 @@ class RayCluster:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.nodes: list[subprocess.Popen[bytes]] = []
         head = ["--head", "--port", self.address.rpartition(":")[2], "--num-cpus", "0", "--temp-dir", self._folder]
+        head += ["--node-ip-address", "127.0.0.1"]
         self._processes: list[subprocess.Popen[bytes]] = []
         self._start("head", *head, "--include-dashboard", "false")
         _wait_for(self.address)
@@ -37,13 +39,16 @@ class RayCluster:
         return {**self._environment, "RAY_ADDRESS": self.address}
 
     def add_node(self, cpus: int = 1) -> subprocess.Popen[bytes]:
-        return self._start(f"node-{len(self._processes)}", "--address", self.address, "--num-cpus", str(cpus))
+        """An address of its own: a driver takes the node that has its address for its own, and dies with it."""
+        number = len(self._processes) + 1
+        place = ["--address", self.address, "--node-ip-address", f"127.0.0.{number}"]
+        return self._start(f"node-{number}", *place, "--num-cpus", str(cpus))
 
     def _start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         line = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
         with (Path(self._folder) / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                [*line, *arguments, "--object-store-memory", "100000000", "--node-ip-address", "127.0.0.1"],
+                [*line, *arguments, "--object-store-memory", "100000000"],
                 env=self._environment,
                 stdout=log,
                 stderr=log,

@@ -47,8 +47,7 @@ def cluster(variables: dict[str, str]) -> Iterator[RayCluster]:
     python_path = os.pathsep.join(filter(None, [str(HERE), *sys.path]))
     cluster = RayCluster({**variables, "PYTHONPATH": python_path})
     try:
-        cluster.add_node()
-        cluster.add_node()
+        cluster.nodes += [cluster.add_node(), cluster.add_node()]
         yield cluster
     finally:
         cluster.stop()
@@ -117,4 +116,57 @@ def wait_for_parts(output: str, count: int, driver: subprocess.Popen[str]) -> No
     deadline_s = time.monotonic() + 90
     while parts_in(output) < count and time.monotonic() < deadline_s and driver.poll() is None:
         time.sleep(0.05)
-    assert driver.poll() is None, "it ended before it was hurt"
+    assert driver.poll() is None, f"it ended before it was hurt: {driver.communicate()}"
+    assert parts_in(output) >= count, "it does not go on"
+
+
+def test_a_node_and_the_driver_are_killed_and_no_face_is_lost_or_double(
+    cluster: RayCluster, variables: dict[str, str], tmp_path: Path
+) -> None:
+    faces = np.random.default_rng(0).integers(0, 256, (160, 112, 112, 3), dtype=np.uint8)
+    np.save(tmp_path / "faces.npy", faces)
+    Files().folder("s3://bulk/arrays").write("faces.npy", (tmp_path / "faces.npy").read_bytes())
+    output, source = "s3://bulk/hurt/", "s3://bulk/arrays/faces.npy"
+    driver = start(cluster, output, "slow", source)
+    wait_for_parts(output, 4, driver)
+    cluster.kill(cluster.nodes.pop())
+    wait_for_parts(output, parts_in(output) + 4, driver)  # the other node goes on
+    cluster.nodes.append(cluster.add_node())
+    driver.kill()
+    driver.communicate()
+    counts = answer(start(cluster, output, "quick", source))
+    assert (counts["rows"], counts["refused"], counts["set_aside"]) == (160, 0, [])
+    assert counts["before"] >= 8 * 4
+    assert counts["before"] + counts["advanced"] == 160
+    rows = rows_of(output)
+    assert list(rows) == [f"{source}[{i}]" for i in range(160)]
+    np.testing.assert_allclose(np.stack([row for _, row in rows.values()]), PixelEngine(DIM).encode(faces), atol=1e-5)
+
+
+def test_a_unit_that_kills_its_worker_three_times_is_set_aside_and_listed(
+    cluster: RayCluster, variables: dict[str, str], tmp_path: Path
+) -> None:
+    faces = np.random.default_rng(0).integers(0, 255, (12, 112, 112, 3), dtype=np.uint8)
+    faces[5] = 255
+    np.save(tmp_path / "faces.npy", faces)
+    Files().folder("s3://bulk/deadly").write("faces.npy", (tmp_path / "faces.npy").read_bytes())
+    counts = answer(start(cluster, "s3://bulk/alive/", "deadly", "s3://bulk/deadly/faces.npy"))
+    assert (counts["rows"], counts["refused"], counts["set_aside"]) == (8, 4, [1])
+    assert "unit 1 was set aside: it killed 3 workers" in counts["told"]
+    lines = (Files().folder("s3://bulk/alive").read("_refused/00000001.jsonl") or b"").splitlines()
+    assert [json.loads(line)["path"] for line in lines] == [f"s3://bulk/deadly/faces.npy[{i}]" for i in range(4, 8)]
+    assert len(rows_of("s3://bulk/alive/")) == 8
+
+
+def test_a_straggler_does_not_hold_the_end(cluster: RayCluster, crops: np.ndarray, tmp_path: Path) -> None:
+    engine = f"StragglingEngine:{tmp_path / 'first'}"
+    counts = answer(start(cluster, "s3://bulk/quick/", engine, "s3://bulk/crops/"))
+    assert (counts["rows"], counts["refused"]) == (30, 1)
+    assert counts["seconds"] < 50  # the straggler alone takes 60
+    check_crops("s3://bulk/quick/", crops)
+
+
+def test_an_overloaded_server_slows_the_job_down_and_does_not_end_it(cluster: RayCluster, crops: np.ndarray) -> None:
+    counts = answer(start(cluster, "s3://bulk/busy/", "busy", "s3://bulk/crops/"))
+    assert (counts["rows"], counts["refused"]) == (30, 1)
+    check_crops("s3://bulk/busy/", crops)

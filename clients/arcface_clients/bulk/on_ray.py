@@ -8,9 +8,11 @@ handed out again.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -82,36 +84,46 @@ def run_on_ray(
         ArcFaceError: what a unit raised. The job can be gone on with.
     """
     cluster = cluster or Cluster()
-    ray = _connected(cluster)
-    actors = _Actors(ray, job, make_engine, urls, cluster, patience_s)
-    schedule = Schedule(job.pending())
-    quiet_until_s = time.monotonic() + SAY_AFTER_S
-    try:
-        while True:
-            actors.fill(schedule)
-            if schedule.is_done:
-                return
-            for number, answer in actors.answers():
-                if isinstance(answer, Part):
-                    if job.note(number, answer):
-                        advance(answer.rows + answer.refused)
-                    schedule.finished(number)
-                    continue
-                unit = schedule.lost(number, killed=answer is _DIED)
-                if isinstance(answer, ArcFaceError) and schedule.is_wanted(number):
-                    raise answer
-                if unit is not None:
-                    reason = f"set aside: the unit with it killed {TRIES} workers"
-                    job.note(number, set_aside(job.folder, number, unit, job.spec, reason))
-                    advance(unit_size(unit))
-                    say(f"unit {number} was set aside: it killed {TRIES} workers; what is in it is listed as refused")
-            if actors.ready:
-                quiet_until_s = time.monotonic() + SAY_AFTER_S
-            elif time.monotonic() > quiet_until_s:
-                say(f"waiting for the cluster: no actor of {cluster.cpus:g} CPU could be started yet; see `ray status`")
-                quiet_until_s = time.monotonic() + SAY_AFTER_S
-    finally:
-        actors.end()
+    with _connected(cluster) as ray:
+        actors = _Actors(ray, job, make_engine, urls, cluster, patience_s)
+        try:
+            _hand_out(job, actors, Schedule(job.pending()), cluster, advance, say)
+        finally:
+            actors.end()
+
+
+def _hand_out(
+    job: Job,
+    actors: _Actors,
+    schedule: Schedule,
+    cluster: Cluster,
+    advance: Callable[[int], object],
+    say: Callable[[str], object],
+) -> None:
+    say_at_s = time.monotonic() + SAY_AFTER_S
+    while True:
+        actors.fill(schedule)
+        if schedule.is_done:
+            return
+        for number, answer in actors.answers():
+            if isinstance(answer, Part):
+                if job.note(number, answer):
+                    advance(answer.rows + answer.refused)
+                schedule.finished(number)
+                continue
+            unit = schedule.lost(number, killed=answer is _DIED)
+            if isinstance(answer, ArcFaceError) and schedule.is_wanted(number):
+                raise answer
+            if unit is not None:
+                reason = f"set aside: the unit with it killed {TRIES} workers"
+                job.note(number, set_aside(job.folder, number, unit, job.spec, reason))
+                advance(unit_size(unit))
+                say(f"unit {number} was set aside: it killed {TRIES} workers; what is in it is listed as refused")
+        if actors.ready:
+            say_at_s = time.monotonic() + SAY_AFTER_S
+        elif time.monotonic() > say_at_s:
+            say(f"waiting for the cluster: no actor of {cluster.cpus:g} CPU could be started yet; see `ray status`")
+            say_at_s = time.monotonic() + SAY_AFTER_S
 
 
 _DIED, _DROPPED = object(), object()  # over this unit; with it in the queue
@@ -241,10 +253,9 @@ class _Worker:
         return self._worker.do(number, unit)
 
 
-def _connected(cluster: Cluster) -> Any:
-    """Ray, connected: as the program did it, else to $RAY_ADDRESS, else to the one on this host, else to a new one.
-
-    $RAY_ADDRESS=local always starts one.
+@contextmanager
+def _connected(cluster: Cluster) -> Iterator[Any]:
+    """Ray, as the program connected it; else connected for the block, with what it prints sent to stderr.
 
     Raises:
         DependencyMissing: it is not installed, cannot be reached or does not start.
@@ -254,13 +265,24 @@ def _connected(cluster: Cluster) -> Any:
     except ImportError as exc:
         raise DependencyMissing(f"--engine ray needs Ray ({exc}). Next: {how_to_get('ray')}") from exc
     if ray.is_initialized():
-        return ray
+        yield ray
+        return
+    with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which is for results
+        try:
+            _connect(ray, cluster)
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _connect(ray: Any, cluster: Cluster) -> None:
+    """Connect to $RAY_ADDRESS, else to the Ray on this host, else start one; $RAY_ADDRESS=local always starts one."""
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # a busy host is given more time than Ray gives it
     address = os.environ.get("RAY_ADDRESS") or "auto"
     if address != "local":
         try:
             ray.init(address=address, log_to_driver=False)
-            return ray
+            return
         except Exception as exc:  # Ray raises ConnectionError, RuntimeError, ValueError and plain Exceptions
             ray.shutdown()
             if os.environ.get("RAY_ADDRESS"):
@@ -274,12 +296,11 @@ def _connected(cluster: Cluster) -> Any:
                 include_dashboard=False,
                 log_to_driver=False,
             )
-            return ray
+            return
         except Exception as exc:  # a plain Exception where it did not start in its own 30 s
             ray.shutdown()
             if not attempts_left:
                 raise _unreachable("Ray does not start on this host", exc) from exc
-    raise AssertionError("unreachable")
 
 
 def _unreachable(what: str, exc: Exception) -> DependencyMissing:

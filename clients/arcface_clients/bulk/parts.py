@@ -127,18 +127,33 @@ def part_bytes(
 
 
 def look_at_part(source: IO[bytes]) -> Part | None:
-    """What the footer of a part says; None if it is torn or none of ours."""
+    """What the footer of a part says; None if it is torn or none of ours.
+
+    The footer must fit the file's size: an upload in pieces that lost one in the middle has a footer too.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         footer = pq.read_metadata(source)
         told = footer.metadata
+        if _bytes_of(footer) != source.seek(0, 2):
+            return None
         return Part(
             footer.num_rows, int(told[b"refused"]), told[b"contract_id"].decode() or None, told[b"set_aside"].decode()
         )
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
         return None
+
+
+def _bytes_of(footer: Any) -> int:
+    """The size of a Parquet file by its footer: the last column's end, the footer, its length and the magic number."""
+    end = 4
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+        for column in map(group.column, range(footer.num_columns)):
+            first = column.dictionary_page_offset or column.data_page_offset
+            end = max(end, min(first, column.data_page_offset) + column.total_compressed_size)
+    return int(end + footer.serialized_size + 8)
 
 
 def merge_parts(folder: Folder, count: int, output: Path, columns: pa.Schema) -> None:

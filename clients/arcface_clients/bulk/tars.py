@@ -101,9 +101,10 @@ def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo
 
 def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = shard.extractfile(member)
-    data = file.read() if file else b""
-    if len(data) != member.size:
-        raise InvalidFaces(f"cut off in {member.name}")
+    try:
+        data = file.read() if file else b""
+    except tarfile.TarError as exc:
+        raise InvalidFaces(f"cut off in {member.name}") from exc
     return data
 
 

@@ -105,14 +105,14 @@ class UnitList:
         try:
             entries = self._walk(self._sources, self._files)
             reach = self._reach
-            last = ""
-            for last, _, _ in islice(entries, reach.entries):  # noqa: B007
+            last, passed = "", 0
+            for passed, (last, _, _) in enumerate(islice(entries, reach.entries), start=1):  # noqa: B007
                 if self._stop:
                     return
-            if last != reach.last:
+            if (passed, last) != (reach.entries, reach.last):
                 raise ConfigError(
                     f"the sources changed since this job was begun: expected {reach.last} as file {reach.entries} of "
-                    f"them, got {last or 'fewer'}. Start over: --force"
+                    f"them, got {last or 'none'} as file {passed}. Start over: --force"
                 )
             for chunk in iter_chunks(entries, self._rows, self._files, reach.entries):
                 if self._stop:
