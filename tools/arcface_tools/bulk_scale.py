@@ -67,6 +67,7 @@ def client(count: int = 4096) -> list[dict[str, Any]]:
         url = f"127.0.0.1:{server.ports.grpc}"
         with TritonEmbedder(url, QUICK, shared_memory=False) as wire:
             sources = _sources(Path(scratch), count)
+            _measure(wire, sources["jpeg"], f"{scratch}/warm-up/")
             for through, engine in (("nothing", CopyingEngine(512)), ("grpc", wire)):
                 for kind, source in sources.items():
                     measured = _measure(engine, source, f"{scratch}/{kind}-{through}/")

@@ -38,8 +38,8 @@ def _table(result: dict[str, Any]) -> str:
         f"peak {listing['peak_mb']:.0f} MB, list {listing['list_mb']:.0f} MB"
     ]
     lines += [
-        f"client, {each['source']} through {each['through']}: {each['cpu_us_per_face']:.0f} µs CPU a face, {each['bytes_read_per_face']:,.0f} "
-        f"bytes read and {each['bytes_written_per_face']:,.0f} written"
+        f"client, {each['source']} through {each['through']}: {each['cpu_us_per_face']:.0f} µs CPU a face, "
+        f"{each['bytes_read_per_face']:,.0f} bytes read and {each['bytes_written_per_face']:,.0f} written"
         for each in result["client"]
     ]
     return "\n".join(lines)
