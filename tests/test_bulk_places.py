@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +16,13 @@ import cv2
 import numpy as np
 import pytest
 
+from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.files import Files
 from arcface_clients.bulk.job import Job, JobSpec
 from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.parts import look_at_part, read_embeddings
 from arcface_clients.bulk.read import read_unit
+from arcface_clients.bulk.saved import read_saved
 from arcface_clients.bulk.schedule import TRIES, Schedule
 from arcface_clients.bulk.tars import index_samples
 from arcface_clients.bulk.unit_list import UnitList
@@ -346,3 +351,52 @@ def test_a_list_of_units_that_was_stopped_is_gone_on_with_under_the_same_numbers
     with pytest.raises(ConfigError, match=r"the sources changed since this job was begun.*--force"):
         (tmp_path / "_units" / "end.json").unlink()
         numbered(lambda sources, files: (entry for entry in list(entries(None, None))[1:]))
+
+
+@pytest.mark.parametrize("output", ["{folder}/out/", "s3://urls/by-command/"])
+def test_the_command_writes_a_data_set_through_a_real_server(
+    server, store: Files, faces: np.ndarray, tmp_path: Path, output: str
+) -> None:
+    output = output.format(folder=tmp_path)
+    store.folder("s3://urls/shards").write("00000.tar", shard(faces))
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    line = [sys.executable, "-c", "from arcface_build.cli import main; main()", "embed", "s3://urls/shards/00000.tar"]
+    line += [str(tmp_path / "bad.jpg"), "-o", output, "--url", server.grpc_url, "--unit-rows", "10", "--json"]
+    environment = {**os.environ, "AWS_ENDPOINT_URL": store.s3.endpoint_url or ""}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["faces"], summary["refused"], summary["set_aside"]) == (COUNT, 1, [])
+    rows = rows_of(output, store)
+    with TritonEmbedder(server.grpc_url) as embedder:
+        expected, contract = embedder.encode(faces), embedder.contract_id
+    assert np.einsum("nd,nd->n", np.stack([row for _, row in rows.values()]), expected).min() > 1 - 1e-5
+    assert json.loads(store.folder(output).read("_SUCCESS") or b"")["contract_id"] == contract == summary["contract_id"]
+    if output.startswith("/"):
+        saved = read_saved(output)
+        assert (saved.contract_id, len(saved.paths or ())) == (contract, COUNT)
+    again = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment)
+    assert again.returncode == 2
+    assert "is finished" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "s3://b/out.parquet"], "is one file, which is written on this host only"),
+        (["s3://b/in/", "-o", "out.npz"], "s3://b/in/ is embedded to Parquet. Name the output out.parquet"),
+    ],
+)
+def test_outputs_that_do_not_fit_a_url_are_refused(server, arguments: list[str], message: str, tmp_path: Path) -> None:
+    line = [sys.executable, "-c", "from arcface_build.cli import main; main()", "embed", str(tmp_path), *arguments]
+    done = subprocess.run([*line, "--url", server.grpc_url], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_the_driver_of_a_large_job_does_not_grow_with_it() -> None:
+    from arcface_tools.bulk_scale import listing
+
+    small, large = listing(300_000), listing(900_000)
+    assert (large["entries"], large["units"]) == (900_000, 440)
+    assert large["peak_mb"] < small["peak_mb"] + 60 < 500  # a chunk is 131,072 names, in memory once or twice

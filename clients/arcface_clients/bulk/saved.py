@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from arcface_clients.arrays import Array
-from arcface_clients.bulk.parts import FORMAT, read_embeddings
+from arcface_clients.bulk.files import Files, is_url
+from arcface_clients.bulk.parts import FORMAT, SUCCESS, read_embeddings
 from arcface_clients.errors import ContractMismatch, WrongUse
 from arcface_clients.extras import require
 
@@ -49,14 +51,33 @@ class SavedEmbeddings:
 
 
 def read_saved(path: Path | str) -> SavedEmbeddings:
-    """The embeddings of a .npz or .parquet file that `arcface embed` wrote, or of a bare .npy (N,D).
+    """The embeddings of a .npz or .parquet file or a data set that `arcface embed` wrote, or of a bare .npy (N,D).
 
     Raises:
         WrongUse: it is no such file, or damaged.
         OSError: it cannot be read.
     """
+    if is_url(str(path)) or Path(path).is_dir():
+        return _data_set(str(path))
     path = Path(path)
     return _parquet(path) if path.suffix.lower() == ".parquet" else _numpy(path)
+
+
+def _data_set(path: str) -> SavedEmbeddings:
+    require("pyarrow", purpose=f"reading {path}")
+    success = Files().folder(path).read(SUCCESS)
+    if success is None:
+        raise WrongUse(
+            f"{path} holds no finished data set: expected {SUCCESS} in it. Next: arcface embed FOLDER -o {path}"
+        )
+    return _gathered(path, json.loads(success)["contract_id"])
+
+
+def _gathered(path: str, contract_id: str | None) -> SavedEmbeddings:
+    groups = [group for group in read_embeddings(path) if len(group[0])]
+    paths = tuple(name for names, _, _ in groups for name in names)
+    embeddings = np.concatenate([rows for _, _, rows in groups]) if groups else np.empty((0, 0), np.float32)
+    return SavedEmbeddings(embeddings, paths, contract_id)
 
 
 def _parquet(path: Path) -> SavedEmbeddings:
@@ -68,12 +89,9 @@ def _parquet(path: Path) -> SavedEmbeddings:
         metadata = pq.read_schema(path).metadata or {}
         if metadata.get(b"format", b"").decode() != FORMAT:
             raise WrongUse(f"{path} is a Parquet file, but not of embeddings. {_NEXT.replace('npz', 'parquet')}")
-        groups = list(read_embeddings(path))
+        return _gathered(str(path), metadata[b"contract_id"].decode() or None)
     except (pa.ArrowInvalid, KeyError) as exc:
         raise WrongUse(f"{path} is not a Parquet file, or truncated ({exc}). {_NEXT}") from exc
-    paths = tuple(name for names, _, _ in groups for name in names)
-    embeddings = np.concatenate([rows for _, _, rows in groups]) if groups else np.empty((0, 0), np.float32)
-    return SavedEmbeddings(embeddings, paths, metadata[b"contract_id"].decode() or None)
 
 
 def _numpy(path: Path) -> SavedEmbeddings:
