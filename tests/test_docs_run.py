@@ -215,6 +215,8 @@ def test_a_block_does_what_the_page_says(
         check_options(line)
     if said := ELSEWHERE.search(block.text) or ELSEWHERE.search(block.before):
         pytest.skip(f"the page says that it needs {said[0]}; its options exist")
+    if "from insightface.app" in block.text:
+        pytest.skip("InsightFace downloads its pack; tests/test_insightface_habits.py runs such code on other weights")
     if block.page == "docs/photos.md" and block.language == "python":
         pytest.skip("it needs a detector, whose file is not in git; tests/test_photo_faces.py runs this page with one")
     page = page_of(block.page)

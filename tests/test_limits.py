@@ -20,7 +20,7 @@ import pytest
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.allocator import PRELOAD, with_jemalloc
 from arcface_build.serving.limits import check_shared_memory, few_open_files
-from arcface_build.serving.process import CONNECTIONS
+from arcface_build.serving.process import CONNECTIONS, free_ports
 from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
@@ -34,6 +34,7 @@ def serve_in(mount: str, repository: Path) -> subprocess.CompletedProcess[str]:
     if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs root and a mount namespace (unshare -m)")
     line = [sys.executable, "-c", SERVE, "serve", "--once", "--no-reference", "--model-repository", str(repository)]
+    line += [f"--{name}-port={port}" for name, port in free_ports().named().items()]
     script = f'{mount} && exec "$@"'
     return subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", *line], capture_output=True, text=True)
 
