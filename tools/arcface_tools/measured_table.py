@@ -74,7 +74,7 @@ def key_text(key: Sequence[Step]) -> str:
         if isinstance(step, str):
             parts += f".{step}"
         else:
-            parts += f"[{', '.join(step.values()) if isinstance(step, Mapping) else step}]"
+            parts += f"[{', '.join(map(str, step.values())) if isinstance(step, Mapping) else step}]"
     return parts.removeprefix(".")
 
 
