@@ -85,9 +85,9 @@ def test_a_later_version_replaces_what_nobody_edited_and_leaves_weights_alone(sh
     (made / edited).unlink()
     assert follow(made, shipped).updated == (edited,)
     assert follow(made, shipped) == Followed()
-    (shipped / "new_model" / "config.pbtxt").unlink()
-    assert follow(made, shipped).updated == ("new_model/config.pbtxt",)
-    assert not (made / "new_model").exists(), "Triton takes a folder without config.pbtxt for a broken model"
+    (shipped / "later_model" / "config.pbtxt").unlink()
+    assert follow(made, shipped).updated == ("later_model/config.pbtxt",)
+    assert not (made / "later_model").exists(), "Triton takes a folder without config.pbtxt for a broken model"
 
 
 def test_an_edit_is_nothing_to_talk_about_while_the_version_stays(shipped, tmp_path):
