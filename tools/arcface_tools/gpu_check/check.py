@@ -23,6 +23,8 @@ from arcface_tools.gpu_check.settings import Settings
 FACES_SEED = 7
 RESERVE_S = 5.0  # of the budget, for ending processes and writing the report
 
+ENDED = "the run was ended"  # why a step has no whole result
+
 Result = dict[str, Any]
 """What a step measured; it is in the report with what was known when the step failed."""
 
@@ -93,8 +95,8 @@ class GpuCheck:
         except Exception as exc:  # a report with a gap is better than none
             entry["why"] = f"{type(exc).__name__}: {exc}"[:1500]
             entry["traceback"] = traceback.format_exc()[-4000:]
-        except BaseException as exc:
-            entry["why"] = f"the run was ended: {type(exc).__name__}"
+        except BaseException:
+            entry["why"] = ENDED
             raise
         finally:
             entry["seconds"] = round(time.monotonic() - started, 1)

@@ -23,7 +23,7 @@ from arcface_build.plans.gpu import Gpu, find_gpus
 from arcface_clients.atomic import new_file, write_json
 from arcface_clients.errors import Missing
 from arcface_clients.plans.manifest import now_utc
-from arcface_tools.gpu_check.check import Stopped, read_report
+from arcface_tools.gpu_check.check import ENDED, Stopped, read_report
 from arcface_tools.gpu_check.checkout import ROOT
 from arcface_tools.gpu_check.report import to_markdown
 from arcface_tools.gpu_check.settings import Settings, named
@@ -147,6 +147,7 @@ class Run:
             code = _end(child)
         except BaseException:
             _end(child)
+            self._note_running_step(number)
             raise
         if code not in (0, EXIT_STOP):
             ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -157,6 +158,14 @@ class Run:
     def _note(self, number: int, key: str, words: str) -> None:
         report = read_report(self.state)
         report["stages"].setdefault(str(number), {"title": STAGES[number].replace("_", " "), "steps": {}})[key] = words
+        write_json(self.state / "report.json", report)
+
+    def _note_running_step(self, number: int) -> None:
+        """A signal may reach the stage before its step can note it, or while it cannot: the step is named here."""
+        report = read_report(self.state)
+        for step in report["stages"].get(str(number), {}).get("steps", {}).values():
+            if step.pop("running", False):
+                step["why"] = ENDED
         write_json(self.state / "report.json", report)
 
 
