@@ -117,8 +117,7 @@ def test_no_plan_is_a_default_so_that_an_unmapped_gpu_fails_loudly():
     assert config.cc_model_filenames["12.0"] == "sm120.plan"
 
 
-@pytest.mark.parametrize("leaf", ["arcface_onnx", "arcface_trt", "arcface_reference"])
-def test_every_leaf_bounds_its_queue_in_requests_and_in_time(leaf):
-    text = (REPO / "model_repository" / leaf / "config.pbtxt").read_text()
-    policy = text_format.Parse(text, model_config_pb2.ModelConfig()).dynamic_batching.default_queue_policy
-    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (256, 60_000_000)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
+def test_no_model_has_a_queue_policy_because_triton_then_loses_wake_ups(path):
+    config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+    assert not config.dynamic_batching.HasField("default_queue_policy")

@@ -24,7 +24,7 @@ def test_a_server_shows_its_drift_from_golden_rows_its_queue_and_its_answers(ser
     told = {check.name: check for check in served_checks(EmbeddingConfig(triton={"url": url}))}
     assert {check.status for check in told.values()} == {"ok"}, told
     assert re.fullmatch(r"2 golden rows of the reference: drift \d\.\de-\d\d ≤ 1e-05 \(fp32\)", told["drift"].found)
-    assert told["queue"].found.startswith("at most 256 requests wait for arcface_onnx")
+    assert told["queue"].found.startswith("requests wait for arcface_onnx without a bound on their number")
     assert re.match(
         r"2 faces in \d+ ms; (none before|\d+ before, the last \d+ s ago, \d+ failed)", told["answers"].found
     )
@@ -51,11 +51,22 @@ def test_weights_that_drift_are_found_without_a_reference(tmp_path, start_triton
     assert "golden rows of the reference: drift" in drift.found and "the limit 1e-05 for fp32" in drift.found
 
 
-def test_a_model_without_golden_rows_or_without_a_bounded_queue_is_told_so(odd_server):
+def test_a_model_without_golden_rows_is_told_so(odd_server):
     settings = EmbeddingConfig(triton={"url": odd_server.grpc_url, "model": "good"})
     drift, queue, answers = served_checks(settings)
-    assert (drift.status, queue.status, answers.status) == ("absent", "problem", "ok")
-    assert "has no golden rows" in drift.found and "has no bound" in queue.found
+    assert (drift.status, queue.status, answers.status) == ("absent", "ok", "ok")
+    assert "has no golden rows" in drift.found
+
+
+def test_a_bound_of_the_queue_that_somebody_chose_is_told_with_its_price(tmp_path, start_triton):
+    repository = copy_repository(tmp_path)
+    config = repository / "arcface_onnx" / "config.pbtxt"
+    bound = "dynamic_batching { default_queue_policy { max_queue_size: 5 }"
+    config.write_text(config.read_text().replace("dynamic_batching {", bound))
+    assemble(write_model(tmp_path / "models" / "tiny"), repository)
+    server = start_triton(repository, ["arcface"])
+    _, queue, _ = served_checks(EmbeddingConfig(triton={"url": server.grpc_url}))
+    assert queue.found.startswith("at most 5 requests wait for arcface_onnx; a lone call may wait 0.5 s")
 
 
 def test_no_server_is_not_asked():

@@ -11,7 +11,7 @@ from arcface_build.terminal import quiet_option
 COMMANDS = {  # name -> (module under arcface_tools.commands, one line for --help)
     "bench-bulk": ("bench_bulk", "Measure the driver of a job of 100,000,000 faces, and the CPU of its clients."),
     "bench-clients": ("bench_clients", "Measure our client on every transport against the bare runtime."),
-    "bench-served": ("bench_served", "Measure what queue policy, keys and the extra outputs cost a server."),
+    "bench-served": ("bench_served", "Measure what keys, the extra outputs and a bounded queue cost a server."),
     "bench-vectors": ("bench_vectors", "Measure distances, neighbours and gallery search against naive code."),
     "consensus-demo": ("consensus_demo", "Mix strangers into people's faces; measure who is found, and how fast."),
     "first-ten-minutes": ("first_ten_minutes", "Record what a newcomer sees, with times and sizes."),

@@ -1,4 +1,4 @@
-"""Measures what safe serving costs: the same model with and without queue policy, keys and the two extra outputs.
+"""Measures what safe serving costs: the same model with and without keys, the two extra outputs and a bounded queue.
 
 Every contestant is a server of its own on a copy of the model repository; they are measured in turns within one run,
 each by one caller over the same transport, so that the ratios hold on a shared machine.
@@ -29,7 +29,8 @@ from arcface_clients.faces.synthetic import synthetic_faces
 
 BATCHES = (1, 8, 32)
 _MODELS = ("arcface", "arcface_onnx")
-_POLICY = re.compile(r"^ *default_queue_policy .*\n", re.MULTILINE)
+_BATCHING = "dynamic_batching {"
+_POLICY = "default_queue_policy { max_queue_size: 256 }"
 _OUTPUT = re.compile(r',?\n *(?:output_map \{ key: "|\{ name: ")(?:norm|contract)".*')
 
 
@@ -37,19 +38,19 @@ _OUTPUT = re.compile(r',?\n *(?:output_map \{ key: "|\{ name: ")(?:norm|contract
 class Setup:
     """How one contestant serves."""
 
-    policy: bool = True
+    policy: bool = False
     keys: bool = True
     outputs: bool = True
     environment: dict[str, str] = field(default_factory=dict)
 
 
-SAFE, BARE = "as served", "without"
+SAFE, BARE, BOUNDED = "as served", "without", "as served, bounded queue"
 SETUPS = {
-    BARE: Setup(policy=False, keys=False, outputs=False),
+    BARE: Setup(keys=False, outputs=False),
     SAFE: Setup(),
-    "policy only": Setup(keys=False, outputs=False),
-    "keys only": Setup(policy=False, outputs=False),
-    "outputs only": Setup(policy=False, keys=False),
+    "keys only": Setup(outputs=False),
+    "outputs only": Setup(keys=False),
+    BOUNDED: Setup(policy=True),
 }
 
 
@@ -63,12 +64,12 @@ def run(
     sample_s: float = 3.0,
     on_sample: Callable[[str, int], None] = lambda name, round_: None,
 ) -> dict[str, Any]:
-    """Throughput of `arcface` as served over that of the same without; JSON as from `arcface bench`.
+    """Throughput of `arcface` as served over that of the same without keys and outputs; JSON as from `arcface bench`.
 
     Args:
         repository: the model repository; the served version of arcface_onnx is measured.
         batches: faces in a request.
-        each: policy, keys and outputs one by one as well.
+        each: keys and outputs one by one as well.
         shared_memory: faces go through shared memory; otherwise over gRPC.
         rounds: undisturbed rounds.
         sample_s: length of a sample.
@@ -77,7 +78,7 @@ def run(
     Raises:
         ProofFailed: a copy still has what it should be without, or the reverse.
     """
-    setups = SETUPS if each else {name: SETUPS[name] for name in (BARE, SAFE)}
+    setups = SETUPS if each else {name: SETUPS[name] for name in (BARE, SAFE, BOUNDED)}
     faces = synthetic_faces(4 * max(batches))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="arcface-bench-")))
@@ -120,8 +121,8 @@ def copy_for(setup: Setup, repository: Path, target: Path) -> None:
     (target / "arcface" / "1").mkdir()
     for config in target.rglob("*.pbtxt"):
         text = config.read_text()
-        if not setup.policy:
-            text = _POLICY.sub("", text)
+        if setup.policy and config.is_relative_to(target / "arcface_onnx"):
+            text = text.replace(_BATCHING, f"{_BATCHING} {_POLICY}", 1)
         if not setup.outputs and config.is_relative_to(target / "arcface"):
             text = _OUTPUT.sub("", text)
         config.write_text(text)

@@ -111,7 +111,9 @@ def _row(variant: Variant, samples: Sequence[Sample]) -> dict[str, Any]:
         **variant.about,
         "faces_per_s": Spread.of([s.faces_per_s for s in samples]).to_json(),
         "cpu_ms_per_face": Spread.of(cpu).to_json() if cpu else None,
-        "latency_ms": {f"p{p}": float(np.percentile(latencies, p)) for p in (50, 90, 95, 99)} if latencies else None,
+        "latency_ms": {f"p{p}": float(np.percentile(latencies, p)) for p in (50, 90, 95, 99)} | {"max": max(latencies)}
+        if latencies
+        else None,
         "calls": len(latencies),
         "server": samples[-1].details.get("server"),
         "ensemble": _ensemble(variant, samples),

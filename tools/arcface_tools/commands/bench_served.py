@@ -1,4 +1,4 @@
-"""`python -m arcface_tools bench-served`: what queue policy, keys and the two extra outputs cost, in turns."""
+"""`python -m arcface_tools bench-served`: what keys, the two extra outputs and a bounded queue cost, in turns."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from arcface_build.commands.options.output import hand_over, json_option, report
 EPILOG = """\b
 Examples:
   python -m arcface_tools bench-served --report docs/measured/served.json
-  python -m arcface_tools bench-served --each --batch 1          policy, keys and outputs one by one
+  python -m arcface_tools bench-served --each --batch 1          keys and outputs one by one
 """
 
 
 @click.command("bench-served", epilog=EPILOG, context_settings={"show_default": True})
 @model_repository_option
 @click.option("--batch", "batches", multiple=True, default=(1, 8, 32), type=click.IntRange(1), help="Repeatable.")
-@click.option("--each", is_flag=True, help="Measure policy, keys and outputs one by one as well.")
+@click.option("--each", is_flag=True, help="Measure keys and outputs one by one as well.")
 @click.option("--shared-memory", is_flag=True, help="Faces go through shared memory instead of gRPC.")
 @click.option("--rounds", default=10, type=click.IntRange(1))
 @click.option("--sample-s", default=3.0, type=POSITIVE)
@@ -37,7 +37,7 @@ def command(
     as_json: bool,
     report: Path | None,
 ) -> None:
-    """Measure `arcface` as served against the same model without queue policy, keys, norm and contract."""
+    """Measure `arcface` as served against the same model without keys, norm and contract, and with a bounded queue."""
     from arcface_build.reports.bench_text import bench_text
     from arcface_tools.served import SETUPS, run
 
