@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
-from arcface_build.serving.process import LATENCY_QUANTILES, TritonProcess, free_ports
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import LATENCY_QUANTILES, TritonProcess
 from arcface_clients.errors import Missing
 
 # Started by a script in the background, pytest inherits an ignored SIGINT and hands it on to the programs under test.

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from arcface_build.serving.process import Ports, free_ports
+from arcface_build.serving.ports import Ports, free_ports
 
 MAIN = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
 NO_WAY_OUT = {"http_proxy": "http://127.0.0.1:9", "grpc_proxy": "http://127.0.0.1:9"}  # loopback needs no proxy

@@ -18,7 +18,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import TritonProcess
 from arcface_clients import TritonEmbedder
 from arcface_clients.checks.parity import count_drift
 from arcface_clients.errors import ConfigError

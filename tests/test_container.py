@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from arcface_build.repository.hand_written import hand_written
-from arcface_build.serving.process import Ports, free_ports
+from arcface_build.serving.ports import Ports, free_ports
 from arcface_clients import TritonEmbedder
 from conftest import REPO
 

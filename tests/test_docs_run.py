@@ -29,7 +29,7 @@ import onnx
 import pytest
 
 from arcface_build.cli import cli, main
-from arcface_build.serving.process import free_ports
+from arcface_build.serving.ports import free_ports
 from arcface_clients import TritonEmbedder
 from arcface_clients.faces.synthetic import synthetic_faces, synthetic_people
 from conftest import REPO, copy_repository

@@ -458,6 +458,8 @@ def test_int8_variant_runs_as_its_sidecar_says(tmp_path, faces):
     with engine("onnx", tmp_path, precision="int8") as got:
         assert got.encode(faces).shape == (9, 64)
         assert (got.taken["runtime"], got.contract_id is not None) == ("onnxruntime", True)
+    with pytest.raises(ModelMissing, match="passed its gate in no runtime, but this host has onnxruntime"):
+        engine("onnx", tmp_path, precision="int8", max_drift={"int8": 0.008}).ensure_ready()
     sidecar.write_text(json.dumps({"precision": "int8", "passed": True, "gates": [{**gate, "passed": False}]}))
     with pytest.raises(ModelMissing, match="passed its gate in no runtime, but this host has onnxruntime"):
         engine("onnx", tmp_path, precision="int8").ensure_ready()

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from arcface_build.serving.exposure import OURS, Exposure, ServerTls, address_of, closed, refuse_overrides, server_tls
+from arcface_build.serving.exposure import (
+    OURS,
+    Exposure,
+    ServerTls,
+    address_of,
+    no_other_ports,
+    refuse_overrides,
+    server_tls,
+)
 from arcface_clients.errors import ConfigError, WrongUse
 from arcface_clients.triton.certificate import Certificate, check_authorities, read_certificate
 from conftest import REPO
@@ -131,7 +139,7 @@ def test_other_options_of_tritons_are_taken_as_they_are():
 
 
 def test_no_variable_of_the_environment_opens_a_port():
-    assert closed({"AIP_MODE": "PREDICTION", "HOME": "/"}) == {"HOME": "/"}
+    assert no_other_ports({"AIP_MODE": "PREDICTION", "HOME": "/"}) == {"HOME": "/"}
 
 
 @pytest.mark.parametrize(

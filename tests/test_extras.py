@@ -14,14 +14,14 @@ from arcface_clients import extras
 from arcface_clients.errors import DependencyMissing
 from conftest import REPO
 
-ASK = "from arcface_clients.extras import install; print(install('store'))"
+ASK = "from arcface_clients.extras import install_command; print(install_command('store'))"
 
 
 def test_in_a_checkout_the_command_names_the_checkout(monkeypatch, tmp_path):
     monkeypatch.chdir(REPO)
-    assert extras.install("store").endswith("pip install -c constraints.txt -e '.[store]'")
+    assert extras.install_command("store").endswith("pip install -c constraints.txt -e '.[store]'")
     monkeypatch.chdir(tmp_path)
-    assert extras.install("store").endswith(f"pip install -c {REPO}/constraints.txt -e '{REPO}[store]'")
+    assert extras.install_command("store").endswith(f"pip install -c {REPO}/constraints.txt -e '{REPO}[store]'")
 
 
 def installed(folder: Path, origin: Path | None) -> str:
@@ -57,7 +57,10 @@ def test_a_failed_import_says_what_needs_it_and_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)  # what Python itself does for "this import is known to fail"
     with pytest.raises(DependencyMissing) as raised, extras.importing("reading photos"):
         import PIL.Image  # noqa: F401
-    assert str(raised.value) == f"reading photos needs PIL, which is not installed. Next: {extras.install('images')}"
+    assert (
+        str(raised.value)
+        == f"reading photos needs PIL, which is not installed. Next: {extras.install_command('images')}"
+    )
 
 
 def test_a_package_that_is_there_but_does_not_load_is_not_called_missing():

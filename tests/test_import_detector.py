@@ -15,7 +15,7 @@ from arcface_build.errors import SourceRefused
 from arcface_build.repository.detector import install_detector, photo_models
 from arcface_build.repository.versions import roll_back, versions
 from arcface_build.serving.binary import TritonBinary
-from arcface_build.serving.process import free_ports
+from arcface_build.serving.ports import free_ports
 from arcface_clients.errors import DependencyMissing
 from arcface_clients.faces.detect import MODEL_NAME
 from arcface_clients.plans.manifest import file_sha256

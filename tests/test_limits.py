@@ -19,8 +19,9 @@ import pytest
 
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.allocator import PRELOAD, with_jemalloc
-from arcface_build.serving.limits import check_shared_memory, few_open_files
-from arcface_build.serving.process import CONNECTIONS, free_ports
+from arcface_build.serving.limits import few_open_files, need_shared_memory
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import CONNECTIONS
 from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
@@ -73,9 +74,9 @@ def test_an_overlay_that_lies_is_named_where_it_cannot_be_mended_and_is_not_serv
 
 
 def test_shared_memory_that_is_not_there_is_named(tmp_path):
-    check_shared_memory(tmp_path)
+    need_shared_memory(tmp_path)
     with pytest.raises(ServerFailed, match=f"there is no {tmp_path}/none, and Triton's Python backends"):
-        check_shared_memory(tmp_path / "none")
+        need_shared_memory(tmp_path / "none")
 
 
 def test_a_low_soft_limit_of_files_is_raised_for_the_server_and_a_low_hard_one_is_said(tmp_path, start_triton):

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from arcface_build.serving.process import free_ports
+from arcface_build.serving.ports import free_ports
 from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ArcFaceError
 from arcface_clients.faces.synthetic import synthetic_faces

@@ -20,7 +20,7 @@ from arcface_build.plans.store import PlanStore, manifest_name
 from arcface_build.repository.assemble import assemble_plans
 from arcface_build.serving.choose import choose_backend
 from arcface_build.serving.host_checks import check_plans
-from arcface_build.serving.process import free_ports
+from arcface_build.serving.ports import free_ports
 from arcface_build.serving.served_plans import served_plans
 from arcface_build.store import open_store
 from arcface_clients.config.schema import EmbeddingConfig, LocalModel, Storage

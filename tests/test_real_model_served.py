@@ -17,7 +17,8 @@ BACKENDS = ("arcface_onnx", "arcface")
 @pytest.fixture(scope="module")
 def served(request, assets, lfw_faces, triton_binary, tmp_path_factory):
     """Embeddings of the 400 faces by each backend, and the server's metrics afterwards."""
-    from arcface_build.serving.process import TritonProcess, free_ports
+    from arcface_build.serving.ports import free_ports
+    from arcface_build.serving.process import TritonProcess
 
     folder = tmp_path_factory.mktemp("mobilefacenet")
     repository = copy_repository(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arcface_build.serving.process import free_ports
+from arcface_build.serving.ports import free_ports
 from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces

@@ -85,7 +85,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_serve_in_an_empty_folder_makes_what_it_needs_and_serves(installed, triton_binary, tmp_path):
-    from arcface_build.serving.process import free_ports
+    from arcface_build.serving.ports import free_ports
 
     ports = free_ports()
     line = [installed / "arcface", "serve", "--once", "--json", "--no-reference", "--http-port", ports.http]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from arcface_build.cli import main
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import TritonProcess
 from arcface_clients import get_embedding_backend
 from arcface_clients.faces.synthetic import synthetic_faces
 from tiny_model import write_model

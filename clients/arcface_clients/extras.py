@@ -73,13 +73,13 @@ def how_to_get(module: str) -> str:
     """The command that installs a module; `module` may be a submodule."""
     root = module.partition(".")[0]
     if root in _EXTRA_OF:
-        return install(_EXTRA_OF[root])
+        return install_command(_EXTRA_OF[root])
     if root == "insightface":  # its own requirements hold a second ONNX Runtime, and an OpenCV with a display library
-        return f"{_pip()} install --no-deps insightface && {install('reference-needs')}"
+        return f"{_pip()} install --no-deps insightface && {install_command('reference-needs')}"
     if root == "onnxruntime":
         return f"{_pip()} install onnxruntime (or onnxruntime-gpu, or onnxruntime-openvino: one of them)"
     if root == "tensorrt":
-        return f"{install('tensorrt')}, and TensorRT itself in the version of the server (docs/plans.md)"
+        return f"{install_command('tensorrt')}, and TensorRT itself in the version of the server (docs/plans.md)"
     return f"{_pip()} install {'tritonclient[grpc]' if root == 'tritonclient' else root}"
 
 
@@ -90,7 +90,7 @@ def how_to_mend(error: ImportError) -> str:
     return how_to_get(error.name) if error.name else f"{_pip()} check"
 
 
-def install(extra: str) -> str:
+def install_command(extra: str) -> str:
     """The command that adds an extra to this installation: to the checkout that it runs from, or to its wheel.
 
     The package is on no index, so the distribution is named by its folder or its file.

@@ -110,6 +110,7 @@ def engine_arguments(link: Link, settings: EmbeddingConfig) -> dict[str, Any]:
             "device": link.device,
             "threads": local.threads,
             "max_batch": settings.batch.max,
+            "max_drift": settings.comparison.max_drift.model_dump(),
         }
     if link.engine == "tensorrt":
         return {

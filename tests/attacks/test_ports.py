@@ -18,7 +18,8 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from arcface_build.serving.exposure import Exposure, server_tls
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import TritonProcess
 from arcface_clients import AsyncTritonEmbedder, Tls, TritonEmbedder
 from arcface_clients.errors import BackendUnavailable
 from arcface_clients.faces.synthetic import synthetic_faces

@@ -28,7 +28,8 @@ from arcface_build.bench.interleaved import Variant, Work, measure_in_turns
 from arcface_build.bench.result import summarise
 from arcface_build.errors import ProofFailed
 from arcface_build.serving.binary import find_tritonserver
-from arcface_build.serving.process import Ports, TritonProcess, free_ports
+from arcface_build.serving.ports import Ports, free_ports
+from arcface_build.serving.process import TritonProcess
 from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ContractMismatch, Missing, WrongUse
 from arcface_clients.faces.check import Faces, to_gpu

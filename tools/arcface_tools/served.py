@@ -22,7 +22,8 @@ from arcface_build.bench.result import summarise
 from arcface_build.errors import ProofFailed
 from arcface_build.repository.versions import served_version
 from arcface_build.serving.binary import find_tritonserver
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import TritonProcess
 from arcface_clients import TritonEmbedder
 from arcface_clients.contract import EMBEDDING_OUTPUT
 from arcface_clients.faces.synthetic import synthetic_faces

@@ -30,7 +30,8 @@ from arcface_build.bench.tune import (
     write_tuned,
 )
 from arcface_build.serving.binary import find_tritonserver
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import TritonProcess
 
 
 @dataclass(frozen=True)

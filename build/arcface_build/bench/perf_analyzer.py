@@ -25,7 +25,7 @@ from arcface_build.bench.interleaved import Work
 from arcface_build.imports.source import CACHE
 from arcface_clients.contract import FACE_INPUT
 from arcface_clients.errors import ArcFaceError, Missing, WrongUse
-from arcface_clients.extras import install
+from arcface_clients.extras import install_command
 from arcface_clients.triton.address import Access, Tls
 
 # Values of --protocol → perf_analyzer's arguments; the first word says which port of the server is used.
@@ -152,7 +152,7 @@ class PerfAnalyzer:
             name = library.group(1) or library.group(2)
             package = {
                 "libb64.so.0d": "apt-get install libb64-0d",
-                "libcudart.so.12": f"{install('evidence')} (it includes nvidia-cuda-runtime-cu12)",
+                "libcudart.so.12": f"{install_command('evidence')} (it includes nvidia-cuda-runtime-cu12)",
             }
             raise Missing(
                 f"{self.path} needs {name}, which this host lacks. Next: {package.get(name, f'install {name}')}"

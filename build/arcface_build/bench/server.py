@@ -13,7 +13,8 @@ from arcface_build.bench.perf_analyzer import access_options
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.listener import pid_listening_on
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import TritonProcess
 from arcface_clients.errors import WrongUse
 from arcface_clients.triton.address import Access, Address
 from arcface_clients.triton.admin_key import GRPC_HEADER, HTTP_HEADER, find_key

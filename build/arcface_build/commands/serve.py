@@ -113,7 +113,7 @@ def command(
 ) -> int:
     """Start Triton on model_repository/, prove it with a few faces, keep serving until Ctrl-C or SIGTERM."""
     from arcface_build.serving.exposure import Exposure, address_of, server_tls
-    from arcface_build.serving.process import Ports
+    from arcface_build.serving.ports import Ports
     from arcface_build.serving.run import Interrupt, ServeRequest, serve
 
     interrupt = Interrupt()

@@ -31,7 +31,7 @@ from arcface_clients.atomic import copy_file, write_json
 from arcface_clients.errors import ArcFaceError, Missing, PlanRefused
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.evidence.gate import GateVerdict, judge_embeddings
-from arcface_clients.extras import install
+from arcface_clients.extras import install_command
 from arcface_clients.plans.manifest import PlanManifest, file_sha256, now_utc
 from arcface_clients.plans.spec import PlanSpec
 
@@ -182,7 +182,7 @@ def child_error(code: int, error: str, log: str, timeout_s: float | None = None)
         return PlanRefused(f"the build took longer than {timeout_s:g} s and was stopped. Give it more: --timeout-s")
     if code == EXIT_MISSING:
         return Missing(
-            f"TensorRT cannot run here: {error}. Check the driver and the CUDA runtime: {install('tensorrt')}"
+            f"TensorRT cannot run here: {error}. Check the driver and the CUDA runtime: {install_command('tensorrt')}"
         )
     # Only the last errors: a successful build also logs kernels that it could not try for lack of memory.
     if re.search(r"out of memory|OutOfMemory|insufficient memory|CUDA Error: 2\b", words + error, re.IGNORECASE):

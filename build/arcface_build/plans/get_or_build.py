@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arcface_build.errors import PlanNotFound
-from arcface_build.plans.store import PlanStore, manifest_name, nearest, plan_name
+from arcface_build.plans.store import PlanStore, manifest_name, plan_name, what_there_is
 from arcface_build.store.local import LocalStore, disk_error
 from arcface_build.store.objects import Progress
 from arcface_clients.errors import ArcFaceError, Missing, PlanRefused, WrongUse
@@ -150,7 +150,7 @@ def _upload(cache: PlanStore, store: PlanStore, manifest: PlanManifest, progress
 
 def _not_found(spec: PlanSpec, cache: PlanStore, store: PlanStore | None) -> PlanNotFound:
     place = store or cache
-    have = nearest(spec, place.manifests(lambda *_: None))
+    have = what_there_is(spec, place.manifests(lambda *_: None))
     return PlanNotFound(
         f"no {spec.precision} plan of {spec.model} for SM {spec.sm} in {place.url} ({have}). "
         f"Build one on an SM {spec.sm} GPU: arcface plan build {spec.model} --precision {spec.precision}"

@@ -233,7 +233,7 @@ def manifest_name(manifest: PlanManifest) -> str:
     return f"{manifest.key}/{_MANIFEST}"
 
 
-def nearest(spec: PlanSpec, manifests: Iterable[PlanManifest]) -> str:
+def what_there_is(spec: PlanSpec, manifests: Iterable[PlanManifest]) -> str:
     """What the store has instead of the requested plan: the SMs, else the versions, else the precisions."""
     same = [m.spec for m in manifests if m.spec.model == spec.model and m.spec.precision == spec.precision]
     if not same:

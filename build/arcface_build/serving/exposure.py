@@ -191,7 +191,7 @@ def refuse_overrides(extra: Sequence[str]) -> None:
                 )
 
 
-def closed(environment: Mapping[str, str]) -> dict[str, str]:
+def no_other_ports(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without the variables that make Triton open another port."""
     return {name: text for name, text in environment.items() if name not in _OPENS_A_PORT}
 

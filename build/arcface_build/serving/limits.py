@@ -15,7 +15,7 @@ FILES_WANTED = 1024  # a connection takes one, and a server with models about fi
 _MORE = "docker run --shm-size=1g (compose: shm_size; Kubernetes: an emptyDir of medium Memory on /dev/shm)"
 
 
-def check_shared_memory(folder: Path = Path("/dev/shm")) -> None:
+def need_shared_memory(folder: Path = Path("/dev/shm")) -> None:
     """Refuse a host on which the Python backends could not exchange faces with Triton.
 
     Raises:

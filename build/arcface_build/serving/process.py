@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,8 +15,8 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,11 +25,11 @@ from typing import Any
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.allocator import with_jemalloc
 from arcface_build.serving.binary import TritonBinary
-from arcface_build.serving.exposure import Exposure, closed, from_here, no_address
+from arcface_build.serving.exposure import Exposure, from_here, no_other_ports
 from arcface_build.serving.guard import forget_key, guard_options, hide_key, keep_key, new_key
 from arcface_build.serving.listener import pid_listening_on
+from arcface_build.serving.ports import PortLock, Ports
 from arcface_build.serving.reasons import missing_library, reason_in_log, reason_of_end
-from arcface_clients.errors import WrongUse
 from arcface_clients.triton.address import Address
 from arcface_clients.triton.admin_key import VARIABLE
 from arcface_clients.triton.certificate import presented_sha256
@@ -60,95 +58,6 @@ _DIE_WITH_PARENT = (
     "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (r.getrlimit(r.RLIMIT_NOFILE)[1],) * 2); "
     "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
 )
-
-
-@dataclass(frozen=True)
-class Ports:
-    """Where the server listens."""
-
-    http: int = 8000
-    grpc: int = 8001
-    metrics: int = 8002
-
-    def named(self) -> dict[str, int]:
-        """What each is for."""
-        return {"http": self.http, "grpc": self.grpc, "metrics": self.metrics}
-
-    def check_free(self, hosts: Mapping[str, str]) -> None:
-        """Refuse before Triton does, with a message that names the port and the option.
-
-        Raises:
-            WrongUse: two of them are the same, or the host is none of this machine's addresses.
-            ServerFailed: something listens on one of them, or this user may not.
-        """
-        named = self.named()
-        if len(set(named.values())) < len(named):
-            told = ", ".join(f"{name} {port}" for name, port in named.items())
-            raise WrongUse(f"expected three different ports, got {told}. Next: arcface serve --help")
-        for name, port in named.items():
-            host = hosts[name]
-            try:
-                with socket.socket() as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that just ended is no hindrance
-                    probe.bind((host, port))
-            except OSError as exc:
-                if isinstance(exc, socket.gaierror) or exc.errno == errno.EADDRNOTAVAIL:
-                    raise no_address(host, exc.strerror) from exc
-                if exc.errno != errno.EADDRINUSE:
-                    raise ServerFailed(
-                        f"cannot listen on port {port} ({name}) of {host}: {exc.strerror}. "
-                        f"Take another: arcface serve --{name}-port {port + 8000}"
-                    ) from exc
-                raise ServerFailed(_in_use(name, port, host)) from exc
-
-
-class PortLock:
-    """Three ports kept for one server of this host, from before it starts until it has ended.
-
-    Between the look whether a port is free and the moment in which tritonserver listens on it, seconds pass: without
-    the lock a second `arcface serve` would start as well, and ask the first one's server whether it is ready. The lock
-    is a name in Linux's abstract socket namespace: it belongs to the network namespace, as ports do, and is gone with
-    its process.
-    """
-
-    def __init__(self, ports: Ports, hosts: Mapping[str, str]) -> None:
-        """Take it.
-
-        Raises:
-            ServerFailed: another server is starting on one of the ports.
-        """
-        self._sockets: list[socket.socket] = []
-        for name, port in ports.named().items():
-            lock = socket.socket(socket.AF_UNIX)
-            self._sockets.append(lock)
-            try:
-                lock.bind(f"\0arcface-port-{port}")
-            except OSError as exc:
-                self.release()
-                raise ServerFailed(_in_use(name, port, hosts[name])) from exc
-
-    def release(self) -> None:
-        """Give it back; once is enough."""
-        while self._sockets:
-            self._sockets.pop().close()
-
-
-def _in_use(name: str, port: int, host: str) -> str:
-    return (
-        f"port {port} ({name}) is in use on {host}. Stop what listens there (ss -ltnp | grep {port}), "
-        f"or take another: arcface serve --{name}-port {port + 10}"
-    )
-
-
-def free_ports() -> Ports:
-    """Three ports that nothing listens on now."""
-    sockets = [socket.socket() for _ in range(3)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = Ports(*(s.getsockname()[1] for s in sockets))
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def arguments(
@@ -214,7 +123,7 @@ class TritonProcess:
         self._key_files: list[Path] = []
         self._hidden = not guarded
         environment = {**os.environ, **binary.environment, **(environment or {})}
-        self._environment = {"CUDA_MODULE_LOADING": "LAZY", **with_jemalloc(closed(environment))}
+        self._environment = {"CUDA_MODULE_LOADING": "LAZY", **with_jemalloc(no_other_ports(environment))}
         self._child: subprocess.Popen[bytes] | None = None
         self._lock: PortLock | None = None
 

@@ -27,8 +27,9 @@ from arcface_build.repository.versions import check_served, served_manifest, ser
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
 from arcface_build.serving.exposure import Exposure, refuse_overrides
-from arcface_build.serving.limits import check_shared_memory, few_open_files
-from arcface_build.serving.process import EXIT_TIMEOUT_S, LATENCY_QUANTILES, Ports, TritonProcess
+from arcface_build.serving.limits import few_open_files, need_shared_memory
+from arcface_build.serving.ports import Ports
+from arcface_build.serving.process import EXIT_TIMEOUT_S, LATENCY_QUANTILES, TritonProcess
 from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
 from arcface_build.serving.server_runtimes import runtimes_of_server
 from arcface_build.serving.variant import take_best_variant
@@ -156,7 +157,7 @@ def _serve(
     binary = find_tritonserver()  # before any work
     choice, with_reference = _prepare(asked, config, limits, audience)
     if binary.backend_directory is not None or with_reference or choice.backend == "reference":
-        check_shared_memory()
+        need_shared_memory()
     if few := few_open_files():
         audience.warned(few)
     audience.chosen(f"tritonserver {binary.origin}")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import TritonProcess
 from arcface_clients.engines.runtimes import cpu_flags, cpu_runtimes, has_openvino
 
 _log = logging.getLogger(__name__)

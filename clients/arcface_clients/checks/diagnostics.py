@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from arcface_clients.checks.report import Check
 from arcface_clients.errors import ArcFaceError, BackendUnavailable, DependencyMissing, ModelNotReady, ServerUnreachable
-from arcface_clients.extras import how_to_get, install
+from arcface_clients.extras import how_to_get, install_command
 from arcface_clients.gpu.cards import Gpu, find_gpus
 from arcface_clients.gpu.driver import found_under_development_name
 
@@ -83,7 +83,7 @@ def check_tensorrt(gpus: list[Gpu]) -> Check:
             "tensorrt",
             "problem",
             f"not installed: {missing}",
-            install("tensorrt") if version else how_to_get("tensorrt"),
+            install_command("tensorrt") if version else how_to_get("tensorrt"),
         )
     return Check("tensorrt", "absent", f"not installed: {missing} (needed on a GPU host only)")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from arcface_clients.arrays import FaceArray, FloatArray
@@ -58,6 +58,7 @@ class OnnxEngine(LocalEngine):
         device: str = "auto",
         threads: int = 0,
         max_batch: int = 64,
+        max_drift: Mapping[str, float] | None = None,
     ) -> None:
         """Choose what to load; nothing is loaded yet.
 
@@ -71,6 +72,7 @@ class OnnxEngine(LocalEngine):
             device: auto, gpu, cuda, cuda:1, tensorrt, coreml, openvino, cpu.
             threads: intra-op threads; 0 uses all cores of this process.
             max_batch: largest batch passed to one run.
+            max_drift: by precision: a variant that drifted more at its gate is not run; None: as its gate judged it.
         """
         super().__init__(max_batch)
         self.precision = precision
@@ -78,6 +80,7 @@ class OnnxEngine(LocalEngine):
         self._file = Path(file).expanduser() if file is not None else None
         self._wanted = WantedModel(self._file, models_dir, model, served, model_repository)
         self._threads = threads or available_cores()
+        self._max_drift = max_drift
         self._session: OnnxSession | None = None
 
     @property
@@ -150,7 +153,7 @@ class OnnxEngine(LocalEngine):
                 f"Set precision={beside['precision']!r}"
             )
         sidecar = beside if self.precision == "int8" else self._wanted.folder().sidecar(self.precision)
-        gated = gated_runtimes(sidecar)
+        gated = gated_runtimes(sidecar, self._max_drift)
         runtime, why_not = runtime_for(self.precision, gated, here)
         if runtime is not None:
             return runtime, f"{self.precision} passed its gate in {runtime}" if gated else ""

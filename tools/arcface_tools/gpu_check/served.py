@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from arcface_build.serving.binary import find_tritonserver
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import TritonProcess
 from arcface_clients.atomic import copy_file
 from arcface_clients.plans.manifest import manifest_path
 from arcface_clients.plans.spec import sm_tag
