@@ -9,7 +9,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -27,6 +26,7 @@ from arcface_build.serving.allocator import with_jemalloc
 from arcface_build.serving.binary import TritonBinary
 from arcface_build.serving.exposure import Exposure, from_here, no_other_ports
 from arcface_build.serving.guard import forget_key, guard_options, hide_key, keep_key, new_key
+from arcface_build.serving.launcher import launcher
 from arcface_build.serving.listener import pid_listening_on
 from arcface_build.serving.ports import PortLock, Ports
 from arcface_build.serving.reasons import missing_library, reason_in_log, reason_of_end
@@ -47,17 +47,6 @@ CONNECTIONS = (
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a server of this host is behind no proxy
 # p50 … p99.9 over the last minute; without it Triton has sums only. Wanted by an alert of deploy/prometheus/rules.yml.
 LATENCY_QUANTILES = "--metrics-config=summary_latencies=true"
-# Run before tritonserver takes its place: asks Linux (PR_SET_PDEATHSIG = 1) to end it when we are killed ourselves, so
-# that no process is left. The kernel means the thread that started it: start a server from a thread that lives as long
-# as it should. Linux does not tell of a parent that was gone before it was asked: hence the comparison.
-# Not a preexec_fn: that forks this process, and gRPC's fork handlers abort one child in sixty where a
-# client of ours is connecting (ev_epoll1_linux: "epoll_wait error: Bad file descriptor").
-# The limit of open files is raised as far as it may be: each connection takes one.
-_DIE_WITH_PARENT = (
-    f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); "
-    "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (r.getrlimit(r.RLIMIT_NOFILE)[1],) * 2); "
-    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
-)
 
 
 def arguments(
@@ -190,10 +179,10 @@ class TritonProcess:
         with self.log_path.open("wb") as log:
             try:
                 self._child = subprocess.Popen(
-                    [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), *line],
+                    [*launcher(self._exit_timeout_s), *line],
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,  # nothing is ever written: its end tells that we are gone
                     env={name: text for name, text in self._environment.items() if name != VARIABLE},
                     start_new_session=True,  # Ctrl-C reaches us first; the group is ours to end as a whole
                 )
@@ -282,6 +271,8 @@ class TritonProcess:
             with contextlib.suppress(ProcessLookupError):  # stubs of the python backend are in its group as well
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+            if child.stdin:
+                child.stdin.close()
             for region in Path("/dev/shm").glob(f"{self._regions}*"):
                 region.unlink(missing_ok=True)
         forget_key(self._key_files, self._key)
