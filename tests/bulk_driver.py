@@ -27,7 +27,7 @@ def quick(url: str) -> PixelEngine:
 
 class SlowEngine(PixelEngine):
     def encode(self, faces: np.ndarray) -> np.ndarray:
-        time.sleep(0.15)
+        time.sleep(0.3)
         return super().encode(faces)
 
 
