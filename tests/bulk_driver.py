@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from arcface_clients import TritonEmbedder
-from arcface_clients.bulk.job import Job, JobSpec
+from arcface_clients.bulk.job import Job
 from arcface_clients.bulk.on_ray import Cluster, run_on_ray
 from arcface_clients.bulk.on_threads import run_local
+from arcface_clients.bulk.spec import JobSpec
 from arcface_clients.bulk.work import PATIENCE_S
 from arcface_clients.errors import Overloaded
 from people import PixelEngine

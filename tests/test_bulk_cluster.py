@@ -17,9 +17,10 @@ import pytest
 
 from arcface_build.serving.binary import TritonBinary
 from arcface_clients.bulk.files import Files
-from arcface_clients.bulk.job import Job, JobSpec
+from arcface_clients.bulk.job import Job
 from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.parts import read_embeddings
+from arcface_clients.bulk.spec import JobSpec
 from arcface_clients.faces.synthetic import synthetic_faces
 from bulk_driver import DIM
 from hurt_job import COUNT, HurtJob, hurt_by_kills, some_faces, two_servers

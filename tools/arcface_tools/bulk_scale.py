@@ -39,8 +39,9 @@ def listing(entries: int, folder: Path | None = None) -> dict[str, Any]:
 
 def list_units(folder: str, entries: int) -> None:
     """The driver of the separate process; prints JSON."""
-    from arcface_clients.bulk.job import Job, JobSpec
+    from arcface_clients.bulk.job import Job
     from arcface_clients.bulk.parts import Part
+    from arcface_clients.bulk.spec import JobSpec
     from arcface_clients.bulk.units import unit_size
 
     def names(sources: object, files: object) -> Iterator[tuple[str, str, None]]:
@@ -116,8 +117,9 @@ def _on_ray(
     output: str, source: Path, unit_rows: int, actors: int, make_engine: Any, urls: Sequence[str]
 ) -> dict[str, Any]:
     """A job whose rate is taken from its first unit to its last, so that the start of its actors is left out."""
-    from arcface_clients.bulk.job import Job, JobSpec
+    from arcface_clients.bulk.job import Job
     from arcface_clients.bulk.on_ray import Cluster, run_on_ray
+    from arcface_clients.bulk.spec import JobSpec
 
     ticks: list[tuple[float, int, float]] = []
 
@@ -174,8 +176,9 @@ def _busy_s() -> float:
 
 def _measure(engine: Any, source: Path, output: str) -> dict[str, float]:
     from arcface_clients.bulk.files import Files
-    from arcface_clients.bulk.job import Job, JobSpec
+    from arcface_clients.bulk.job import Job
     from arcface_clients.bulk.on_threads import run_local
+    from arcface_clients.bulk.spec import JobSpec
 
     begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
     with Job(output, JobSpec((str(source),), engine.contract_id, engine.embedding_dim)) as job:

@@ -12,9 +12,10 @@ import numpy as np
 
 from arcface_clients.arrays import Array
 from arcface_clients.atomic import new_file
-from arcface_clients.bulk.files import Files, Folder, is_url
-from arcface_clients.errors import DependencyMissing, WrongUse
-from arcface_clients.extras import how_to_get
+from arcface_clients.bulk.files import Files, is_url
+from arcface_clients.bulk.folders import Folder
+from arcface_clients.errors import WrongUse
+from arcface_clients.extras import importing
 from arcface_clients.faces.images import Found
 
 if TYPE_CHECKING:
@@ -256,8 +257,6 @@ def _options() -> dict[str, Any]:
 
 
 def _pyarrow() -> Any:
-    try:
+    with importing("Parquet"):
         import pyarrow as pa
-    except ImportError as exc:
-        raise DependencyMissing(f"Parquet needs pyarrow ({exc}). Next: {how_to_get('pyarrow')}") from exc
     return pa
