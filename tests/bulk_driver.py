@@ -1,6 +1,8 @@
-"""A bulk job on Ray as a process of its own: bulk_driver.py OUTPUT ENGINE SOURCE … prints its counts as JSON.
+"""A bulk job as a process of its own: bulk_driver.py OUTPUT ENGINE SOURCE … prints its counts as JSON.
 
-Actors find the engines below by this module's name, which PYTHONPATH must lead to.
+ENGINE is a function or a class below, with `:ARGUMENT,…` for its URLs, and `threads+` before it where threads and not
+Ray do the work; $ARCFACE_DETECTOR makes the sources photos. Ray's actors find the engines by this module's name, which
+PYTHONPATH must lead to.
 """
 
 from __future__ import annotations
@@ -9,14 +11,21 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from arcface_clients.bulk.job import Job, JobSpec
+from arcface_clients import TritonEmbedder
+from arcface_clients.bulk.job import Job
+from arcface_clients.bulk.on_ray import Cluster, run_on_ray
+from arcface_clients.bulk.on_threads import run_local
+from arcface_clients.bulk.spec import JobSpec
+from arcface_clients.bulk.work import PATIENCE_S
 from arcface_clients.errors import Overloaded
-from people import CONTRACT, PixelEngine
+from people import PixelEngine
 
 DIM, ROWS = 64, 4
 
@@ -25,9 +34,24 @@ def quick(url: str) -> PixelEngine:
     return PixelEngine(DIM)
 
 
+class TritonUntil(TritonEmbedder):
+    """A client of the quick model at URL#MARK that takes its time until there is a file MARK."""
+
+    def __init__(self, url: str) -> None:
+        url, _, mark = url.partition("#")
+        super().__init__(url, "quick")
+        self._mark = Path(mark)
+
+    def encode_stream(self, *arguments: Any, **options: Any) -> Iterator[np.ndarray]:
+        for row in super().encode_stream(*arguments, **options):
+            if not self._mark.exists():
+                time.sleep(0.15)
+            yield row
+
+
 class SlowEngine(PixelEngine):
     def encode(self, faces: np.ndarray) -> np.ndarray:
-        time.sleep(0.15)
+        time.sleep(0.3)
         return super().encode(faces)
 
 
@@ -76,17 +100,21 @@ class StragglingEngine(PixelEngine):
 
 
 def main(output: str, engine: str, *sources: str) -> None:
-    from arcface_clients.bulk.on_ray import Cluster, run_on_ray
-
-    urls = ["first", "second"]
-    make = globals()[engine.partition(":")[0]]
-    if engine.startswith("StragglingEngine"):
-        urls = [engine.partition(":")[2]] * 2
+    name, _, argument = engine.rpartition("+")[2].partition(":")
+    make: Any = globals()[name]
+    urls = argument.split(",") if "," in argument else [argument] * 2
     begun_s = time.monotonic()
-    with Job(output, JobSpec(sources, CONTRACT, DIM, ROWS)) as job:
+    with make(urls[0]) as engine_here:
+        spec = JobSpec(
+            sources, engine_here.contract_id, engine_here.embedding_dim, ROWS, os.environ.get("ARCFACE_DETECTOR")
+        )
+    with Job(output, spec) as job:
         told = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
         done: list[int] = []
-        run_on_ray(job, make, urls, Cluster(2), done.append, told)
+        if engine.startswith("threads+"):
+            run_local(job, [make(url) for url in urls], done.append, PATIENCE_S)
+        else:
+            run_on_ray(job, make, urls, Cluster(2), done.append, told)
         found = {**asdict(job.finish()), "advanced": sum(done), "before": job.before}
     print(json.dumps({**found, "seconds": time.monotonic() - begun_s}))
 

@@ -12,65 +12,111 @@ import tempfile
 import time
 from pathlib import Path
 
-START_S = 90  # a busy host
+START_S = 120  # a busy host
+STARTS = 3  # of a node: on a busy host Ray gives up after 30 s of its own
+STARTED = "Ray runtime started."  # said once the head knows the node
+
+
+class Node:
+    """A `ray start` process with what it started."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], *arguments: str) -> None:
+        """A folder of its own: two nodes that start at once in one take the same socket, and one of them aborts."""
+        folder.mkdir()
+        self._log = folder / "start.log"
+        line = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
+        line += [*arguments, "--temp-dir", str(folder), "--object-store-memory", "100000000"]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(line, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def has_joined(self) -> bool:
+        """Wait until it has; False where it gave up."""
+        deadline_s = time.monotonic() + START_S
+        while time.monotonic() < deadline_s and self.process.poll() is None:
+            if STARTED in self._log.read_text():
+                return True
+            time.sleep(0.05)
+        self.kill()
+        return False
+
+    def kill(self) -> None:
+        """As when a machine loses its power."""
+        for pid in _below(self.process.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+    @property
+    def said(self) -> str:
+        """The end of what it printed."""
+        return self._log.read_text()[-2000:]
 
 
 class RayCluster:
     """A head without CPUs for actors, and nodes with one CPU each; `environment` is what their actors see."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # the paths of Ray's sockets must be short
+    def __init__(self, environment: dict[str, str], nodes: int) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # the paths of Ray's sockets must be short
         # a token of this host's user must not decide whether a test's driver may connect
         self._environment = {**os.environ, **environment, "RAY_AUTH_MODE": "disabled"}
         self._environment.pop("RAY_ADDRESS", None)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        self.nodes: list[subprocess.Popen[bytes]] = []
-        head = ["--head", "--port", self.address.rpartition(":")[2], "--num-cpus", "0", "--temp-dir", self._folder]
-        head += ["--node-ip-address", "127.0.0.1"]
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._start("head", *head, "--include-dashboard", "false")
-        _wait_for(self.address)
+        self.nodes: list[Node] = []
+        self._started: list[Node] = []
+        try:
+            self._start_head()
+            self.add_nodes(nodes)
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def environment(self) -> dict[str, str]:
         """Of a driver."""
-        return {**self._environment, "RAY_ADDRESS": self.address}
+        return {**self._environment, "RAY_ADDRESS": self._address}
 
-    def add_node(self, cpus: int = 1) -> subprocess.Popen[bytes]:
-        """An address of its own: a driver takes the node that has its address for its own, and dies with it."""
-        number = len(self._processes) + 1
-        place = ["--address", self.address, "--node-ip-address", f"127.0.0.{number}"]
-        return self._start(f"node-{number}", *place, "--num-cpus", str(cpus))
+    def add_nodes(self, count: int) -> None:
+        """Start nodes at once; back when all of them have joined."""
+        for _ in range(STARTS):
+            starting = [self._start_node() for _ in range(count)]
+            joined = [node for node in starting if node.has_joined()]
+            self.nodes += joined
+            count -= len(joined)
+            if not count:
+                return
+        raise TimeoutError(f"a node of Ray does not start: {starting[-1].said}")
 
-    def _start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        line = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
-        with (Path(self._folder) / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [*line, *arguments, "--object-store-memory", "100000000"],
-                env=self._environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self._processes.append(process)
-        return process
-
-    def kill(self, node: subprocess.Popen[bytes]) -> None:
-        """As when a machine loses its power."""
-        for pid in _below(node.pid):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        node.wait()
+    def kill_node(self) -> None:
+        """The one that joined last."""
+        self.nodes.pop().kill()
 
     def stop(self) -> None:
-        for process in reversed(self._processes):
-            if process.poll() is None:
-                self.kill(process)
+        for node in reversed(self._started):
+            if node.process.poll() is None:
+                node.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start_head(self) -> None:
+        for _ in range(STARTS):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            self._address = f"127.0.0.1:{port}"
+            head = self._start("--head", "--port", str(port), "--num-cpus", "0", "--include-dashboard", "false")
+            if head.has_joined():
+                return
+        raise TimeoutError(f"Ray does not start: {head.said}")
+
+    def _start_node(self) -> Node:
+        """An address of its own: a driver takes the node that has its address for its own, and dies with it."""
+        address = f"127.0.0.{len(self._started) + 2}"
+        return self._start("--address", self._address, "--node-ip-address", address, "--num-cpus", "1")
+
+    def _start(self, *arguments: str) -> Node:
+        node = Node(self._folder / str(len(self._started)), self._environment, *arguments)
+        self._started.append(node)
+        return node
 
 
 def _below(pid: int) -> list[int]:
@@ -83,15 +129,3 @@ def _below(pid: int) -> list[int]:
             except OSError:
                 continue
     return found
-
-
-def _wait_for(address: str) -> None:
-    host, _, port = address.partition(":")
-    deadline_s = time.monotonic() + START_S
-    while time.monotonic() < deadline_s:
-        try:
-            socket.create_connection((host, int(port)), 1).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise TimeoutError(f"no Ray at {address}")

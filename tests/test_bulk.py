@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 
 from arcface_clients import TritonEmbedder
-from arcface_clients.bulk.job import Job, JobSpec
+from arcface_clients.bulk.job import Job
 from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.parts import bad_path, read_embeddings
 from arcface_clients.bulk.read import read_unit
+from arcface_clients.bulk.spec import JobSpec
 from arcface_clients.bulk.units import iter_units, unit_size
 from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
@@ -179,7 +180,8 @@ def test_a_job_that_was_killed_is_gone_on_with_and_no_row_is_lost_or_double(tmp_
     script = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from people import PixelEngine\n"
-        "from arcface_clients.bulk.job import Job, JobSpec\n"
+        "from arcface_clients.bulk.job import Job\n"
+        "from arcface_clients.bulk.spec import JobSpec\n"
         "from arcface_clients.bulk.on_threads import run_local\n"
         "class Slow(PixelEngine):\n"
         "    def encode(self, faces):\n"

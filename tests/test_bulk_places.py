@@ -18,12 +18,13 @@ import pytest
 
 from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.files import Files
-from arcface_clients.bulk.job import Job, JobSpec
+from arcface_clients.bulk.job import Job
 from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.parts import look_at_part, read_embeddings
 from arcface_clients.bulk.read import read_unit
 from arcface_clients.bulk.saved import read_saved
 from arcface_clients.bulk.schedule import TRIES, Schedule
+from arcface_clients.bulk.spec import JobSpec
 from arcface_clients.bulk.tars import index_samples
 from arcface_clients.bulk.unit_list import UnitList
 from arcface_clients.bulk.units import CHUNK_UNITS, iter_units, unit_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import re
@@ -98,6 +99,34 @@ def test_qdrant_search_finds_them_and_refuses_a_foreign_contract(embedded: Embed
 def test_pgvector_search_finds_them_and_refuses_a_foreign_contract(embedded: Embedded, postgres: str) -> None:
     pytest.importorskip("psycopg")
     check(embedded, "pgvector_search.py", postgres)
+
+
+def test_data_set_to_pgvector_stores_each_part_once_and_goes_on(
+    embedded: Embedded, server: TritonProcess, postgres: str
+) -> None:
+    psycopg = pytest.importorskip("psycopg")
+    words = ("embed", "people", "-o", "set/", "--unit-rows", 5, "--url", server.grpc_url)
+    assert run("-m", "arcface_build", *words, folder=embedded.folder).returncode == 0
+
+    def store() -> subprocess.CompletedProcess[str]:
+        return run(EXAMPLES / "data_set_to_pgvector.py", "set/", postgres, folder=embedded.folder)
+
+    assert store().stdout == "3 parts stored, 0 were there\n"
+    with psycopg.connect(postgres, autocommit=True) as database:
+        known = read_saved(embedded.people)
+        last = list(known.paths[5:])  # of the parts that a run that was killed left undone
+        database.execute("DELETE FROM embedded_face WHERE path = ANY(%s)", [last])
+        database.execute("DELETE FROM stored_part WHERE name NOT LIKE '%%00000000.parquet'", [])
+        assert store().stdout == "2 parts stored, 1 were there\n"
+        rows = dict(database.execute("SELECT path, embedding::text FROM embedded_face").fetchall())
+        assert sorted(rows) == sorted(known.paths)
+        assert database.execute("SELECT count(*) FROM embedded_face").fetchone() == (len(known.paths),)
+        for path, row in zip(known.paths, known.embeddings, strict=True):
+            np.testing.assert_allclose(json.loads(rows[path]), row, atol=1e-4)
+        database.execute("UPDATE contract SET id = 'f'")
+        refused = store()
+        assert refused.returncode == 1
+        assert "ContractMismatch" in refused.stderr
 
 
 def postgres_with_pgvector() -> Path | None:

@@ -67,8 +67,9 @@ def job(source: str, output: str, dim: int) -> None:
     """The job of the separate process; prints JSON."""
     import time
 
-    from arcface_clients.bulk.job import Job, JobSpec
+    from arcface_clients.bulk.job import Job
     from arcface_clients.bulk.on_threads import run_local
+    from arcface_clients.bulk.spec import JobSpec
 
     engine = CopyingEngine(dim)
     start = time.perf_counter()

@@ -79,7 +79,7 @@ output [
 instance_group [ { kind: KIND_CPU count: 1 } ]
 parameters { key: "contract_id" value: { string_value: "CONTRACT" } }
 """
-_OURS, _OTHER = "1" * 64, "2" * 64  # contracts: the quick model's, and that of the one it is exchanged for
+OUR_CONTRACT, OTHER_CONTRACT = "1" * 64, "2" * 64  # of the quick model, and of the one it is exchanged for
 
 
 def run(
@@ -288,10 +288,10 @@ class QuickServer:
 
     def exchange(self, noticed: threading.Event, done: threading.Event) -> None:
         """Load a model of another contract under the clients, and the former one when one of them noticed."""
-        for contract in (_OTHER, _OURS):
+        for contract in (OTHER_CONTRACT, OUR_CONTRACT):
             self.serve(contract)
             self.control("load")
-            while contract == _OTHER and not (noticed.is_set() or done.wait(0.01)):
+            while contract == OTHER_CONTRACT and not (noticed.is_set() or done.wait(0.01)):
                 pass
         noticed.clear()
 
@@ -301,7 +301,7 @@ def quick_server() -> Iterator[QuickServer]:
     """The quick server, not started yet; stopped at the end."""
     with tempfile.TemporaryDirectory(prefix="arcface-bench-") as name:
         server = QuickServer(Path(name), free_ports())
-        server.serve(_OURS)
+        server.serve(OUR_CONTRACT)
         try:
             yield server
         finally:

@@ -1,4 +1,4 @@
-"""Generates docs/measured/README.md and README's table of figures from the reports, so that no figure is typed by hand.
+"""Generates the pages of docs/measured/ and README's table of figures from the reports: no figure is typed by hand.
 
 Run: python -m arcface_tools measured-table [--check]
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from arcface_clients.errors import Missing
+from arcface_tools import bulk_paper
 
 REPO = Path(__file__).resolve().parents[2]
 MEASURED = REPO / "docs" / "measured"
@@ -152,6 +153,7 @@ def stale_pages(repo: Path = REPO) -> dict[Path, str]:
     wanted = {
         measured / "README.md": page(measured),
         readme: readme_with(readme_table(measured), readme.read_text(encoding="utf-8")),
+        measured / "bulk-on-paper.md": bulk_paper.paper(measured),
     }
     return {p: text for p, text in wanted.items() if not p.exists() or p.read_text(encoding="utf-8") != text}
 

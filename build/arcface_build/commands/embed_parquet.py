@@ -15,9 +15,10 @@ from arcface_build.commands.options.output import hand_over
 from arcface_build.commands.options.settings import access_to, settings
 from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.files import Files, is_url
-from arcface_clients.bulk.job import Job, JobSpec
+from arcface_clients.bulk.job import Job
 from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.parts import bad_path
+from arcface_clients.bulk.spec import JobSpec
 from arcface_clients.bulk.work import PATIENCE_S
 from arcface_clients.errors import WrongUse
 from arcface_clients.s3 import S3Options

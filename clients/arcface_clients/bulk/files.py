@@ -1,36 +1,19 @@
-"""Files and folders of a bulk job, on this host or in an object store, by path or URL: the one home for schemes.
-
-A path is opened by Python, a URL (s3://, gs:// …) by pyarrow. What is written appears whole or not at all: on this
-host by renaming, in an object store because an upload shows only when it is complete. An object store that does not
-answer is asked again for `patience_s`; credentials never travel, each host uses its own.
-"""
+"""Files and folders of a bulk job by path or URL: a path is this host's, a URL (s3://, gs:// …) an object store's."""
 
 from __future__ import annotations
 
-import io
-import os
-import random
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO
 from urllib.parse import unquote, urlsplit
 
-from arcface_clients.atomic import new_file
-from arcface_clients.errors import DependencyMissing, StoreUnreachable, WrongUse
-from arcface_clients.extras import how_to_get
+from arcface_clients.bulk.folders import Folder, LocalFolder
+from arcface_clients.bulk.objects import ObjectFolder, ObjectStore
 from arcface_clients.s3 import S3Options
 
-T = TypeVar("T")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
-_READ_BYTES = 1 << 20  # of an object at a time
-_FINAL = re.compile(  # what asking again does not change, in the words of pyarrow's AWS and GCS clients
-    r"ACCESS_DENIED|NO_SUCH_BUCKET|NO_SUCH_KEY|INVALID_ACCESS_KEY|InvalidAccessKeyId|SIGNATURE|SignatureDoesNotMatch"
-    r"|INVALID_CLIENT_TOKEN|PERMISSION_DENIED|HTTP status 40[0134]|HTTP status 301|[Nn]o credentials|not authori[sz]ed"
-)
 
 
 def is_url(path: str) -> bool:
@@ -55,10 +38,15 @@ class Files:
     s3: S3Options = field(default_factory=S3Options)
     patience_s: float = 120.0
 
+    @property
+    def store(self) -> ObjectStore:
+        """What opens URLs."""
+        return ObjectStore(self.s3, self.patience_s)
+
     def folder(self, path: str) -> Folder:
         """A folder by path or URL; it need not exist."""
         path = plain(path)
-        return ObjectFolder(path, self) if is_url(path) else LocalFolder(path)
+        return ObjectFolder(path, self.store) if is_url(path) else LocalFolder(path)
 
     def open(self, path: str) -> IO[bytes]:
         """A file to read from, seekable.
@@ -68,287 +56,28 @@ class Files:
             StoreUnreachable: the object store does not answer.
         """
         path = plain(path)
-        if not is_url(path):
-            return Path(path).open("rb")
-        return io.BufferedReader(_Object(path, self), _READ_BYTES)
+        return self.store.open(path) if is_url(path) else Path(path).open("rb")
 
     def read(self, path: str) -> bytes:
         """A whole file; raises what `open` raises."""
         path = plain(path)
-        if not is_url(path):
-            return Path(path).read_bytes()
-        filesystem, key = self.filesystem(path)
-
-        def fetch() -> bytes:
-            with filesystem.open_input_stream(key, compression=None) as stream:
-                return bytes(stream.read())
-
-        return self.patiently(path, fetch)
-
-    def size(self, path: str) -> int:
-        """Bytes in a file.
-
-        Raises:
-            OSError: there is none.
-            StoreUnreachable: the object store does not answer.
-        """
-        path = plain(path)
-        if not is_url(path):
-            return Path(path).stat().st_size
-        filesystem, key = self.filesystem(path)
-        info = self.patiently(path, lambda: filesystem.get_file_info(key))
-        if info.size is None:
-            raise FileNotFoundError(2, os.strerror(2), path)
-        return int(info.size)
-
-    def listed(self, url: str) -> tuple[list[tuple[str, int]], list[str]]:
-        """The files (URL, bytes) and the folders (URL) directly in the folder of a URL, sorted."""
-        filesystem, key = self.filesystem(url)
-        fs = _pyarrow_fs()
-        selector = fs.FileSelector(key.rstrip("/"), allow_not_found=True)
-        base = url[: len(url) - len(key)]
-        found = self.patiently(url, lambda: filesystem.get_file_info(selector))
-        files = sorted((base + each.path, int(each.size)) for each in found if each.type == fs.FileType.File)
-        folders = sorted(base + each.path for each in found if each.type == fs.FileType.Directory)
-        return files, folders
-
-    def is_file(self, url: str) -> bool:
-        """Whether a URL names an object."""
-        filesystem, key = self.filesystem(url)
-        fs = _pyarrow_fs()
-        return bool(self.patiently(url, lambda: filesystem.get_file_info(key)).type == fs.FileType.File)
-
-    def filesystem(self, url: str) -> tuple[Any, str]:
-        """pyarrow's file system for a URL, and the key in it (bucket first)."""
-        scheme, _, key = url.partition("://")
-        return _filesystem(scheme, url if scheme not in ("s3", "gs") else "", self.s3), key
-
-    def patiently(self, what: str, ask: Callable[[], T]) -> T:
-        """The answer of an object store, asked again with growing pauses while it does not answer.
-
-        Raises:
-            StoreUnreachable: it did not for `patience_s`, or it refuses.
-            OSError: there is no such object.
-        """
-        give_up_s = time.monotonic() + self.patience_s
-        for attempt in range(1 << 16):
-            try:
-                return ask()
-            except FileNotFoundError:
-                raise
-            except OSError as exc:
-                wait_s = random.uniform(0.05, min(10.0, 0.2 * 2 ** min(attempt, 8)))
-                if _FINAL.search(str(exc)) or time.monotonic() + wait_s > give_up_s:
-                    raise StoreUnreachable(
-                        f"{what}: the object store refuses or does not answer ({_short(exc)}). Check the bucket, "
-                        "AWS_ACCESS_KEY_ID, AWS_PROFILE and storage.endpoint; what is done is kept"
-                    ) from exc
-                time.sleep(wait_s)
-        raise AssertionError("unreachable")
+        return self.store.read(path) if is_url(path) else Path(path).read_bytes()
 
 
-class Folder:
-    """A folder whose files appear whole or not at all. Names are relative and may hold slashes."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path.rstrip("/")
-
-    def of(self, name: str) -> str:
-        """The path or URL of a file in it."""
-        return f"{self.path}/{name}"
-
-    def names(self, below: str = "") -> dict[str, int]:
-        """Names and sizes of the files directly in the folder `below`; nothing if there is none."""
-        raise NotImplementedError
-
-    def read(self, name: str) -> bytes | None:
-        """A file's content; None if there is none."""
-        raise NotImplementedError
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-        raise NotImplementedError
-
-    def write(self, name: str, data: bytes) -> None:
-        """Make or replace a file."""
-        raise NotImplementedError
-
-    def delete(self, name: str) -> None:
-        """Remove a file; a missing one is no error."""
-        raise NotImplementedError
-
-
-class LocalFolder(Folder):
-    """A folder of this host."""
-
-    def names(self, below: str = "") -> dict[str, int]:
-        """See `Folder`."""
-        try:
-            with os.scandir(self.of(below) if below else self.path) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-        except FileNotFoundError:
-            return {}
-
-    def read(self, name: str) -> bytes | None:
-        """See `Folder`."""
-        try:
-            return Path(self.of(name)).read_bytes()
-        except FileNotFoundError:
-            return None
-
-    def has(self, name: str) -> bool:
-        """See `Folder`."""
-        return Path(self.of(name)).is_file()
-
-    def write(self, name: str, data: bytes) -> None:
-        """See `Folder`."""
-        with new_file(Path(self.of(name))) as temporary:
-            temporary.write_bytes(data)
-
-    def delete(self, name: str) -> None:
-        """See `Folder`."""
-        Path(self.of(name)).unlink(missing_ok=True)
-
-
-class ObjectFolder(Folder):
-    """A prefix of a bucket. Nothing is renamed: an object is there once its upload is complete."""
-
-    def __init__(self, path: str, files: Files) -> None:
-        super().__init__(path)
-        self._files = files
-        _, _, key = self.path.partition("://")
-        if not key:
-            raise WrongUse(f"{path} names no bucket: expected s3://bucket/folder/")
-
-    def names(self, below: str = "") -> dict[str, int]:
-        """See `Folder`."""
-        files, _ = self._files.listed(self.of(below) if below else self.path)
-        return {url.rsplit("/", 1)[1]: size for url, size in files}
-
-    def read(self, name: str) -> bytes | None:
-        """See `Folder`."""
-        try:
-            return self._files.read(self.of(name))
-        except FileNotFoundError:
-            return None
-
-    def has(self, name: str) -> bool:
-        """See `Folder`."""
-        return self._files.is_file(self.of(name))
-
-    def write(self, name: str, data: bytes) -> None:
-        """See `Folder`. pyarrow completes an upload that an exception interrupts, so all of it goes in one write."""
-        url = self.of(name)
-        filesystem, key = self._files.filesystem(url)
-
-        def put() -> None:
-            stream = filesystem.open_output_stream(key, compression=None)
-            stream.write(data)
-            stream.close()
-            size = filesystem.get_file_info(key).size
-            if size != len(data):
-                raise OSError(f"{size} of {len(data)} bytes arrived")
-
-        self._files.patiently(url, put)
-
-    def delete(self, name: str) -> None:
-        """See `Folder`."""
-        url = self.of(name)
-        filesystem, key = self._files.filesystem(url)
-
-        def remove() -> None:
-            filesystem.delete_file(key)
-
-        try:
-            self._files.patiently(url, remove)
-        except FileNotFoundError:
-            return
-
-
-class _Object(io.RawIOBase):
-    """An object to read from; a connection that is cut is opened again where it was."""
-
-    def __init__(self, url: str, files: Files) -> None:
-        self._url, self._files = url, files
-        self._filesystem, self._key = files.filesystem(url)
-        self._file = files.patiently(url, lambda: self._filesystem.open_input_file(self._key))
-        self._at, self._size = 0, int(self._file.size())
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = min(len(view), self._size - self._at)
-        if count <= 0:
-            return 0
-        data = self._files.patiently(self._url, lambda: self._file.read_at(count, self._at))
-        view[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-
-def walk_url(url: str, files: Files) -> Iterator[tuple[str, int]]:
+def walk_url(url: str, store: ObjectStore) -> Iterator[tuple[str, int]]:
     """Every file (URL, bytes) at or below a URL, sorted within each folder; one folder's names are in memory at a time.
 
     Names that begin with "_" or "." are left out below a folder, as every reader of data sets does.
     """
-    if not url.endswith("/") and files.is_file(url):
-        yield url, files.size(url)
+    if not url.endswith("/") and store.is_file(url):
+        yield url, store.size(url)
         return
-    objects, folders = files.listed(url)
+    objects, folders = store.listed(url)
     entries: list[tuple[str, int | None]] = [*objects, *((folder, None) for folder in folders)]
     for path, size in sorted(entries, key=lambda entry: entry[0]):
         if path.rsplit("/", 1)[1].startswith(("_", ".")):
             continue
         if size is None:
-            yield from walk_url(f"{path}/", files)
+            yield from walk_url(f"{path}/", store)
         else:
             yield path, size
-
-
-@lru_cache(maxsize=16)
-def _filesystem(scheme: str, url: str, options: S3Options) -> Any:
-    fs = _pyarrow_fs()
-    if scheme == "s3":
-        endpoint = urlsplit(options.endpoint) if options.endpoint else None
-        where = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme or "https"} if endpoint else {}
-        region = options.region or os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
-        return fs.S3FileSystem(
-            region=region or ("us-east-1" if endpoint else None),
-            force_virtual_addressing=not options.is_path_style,
-            request_timeout=options.read_timeout_s,
-            connect_timeout=options.connect_timeout_s,
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=options.max_attempts),
-            background_writes=False,  # an upload has failed when `write` or `close` raises, never later
-            allow_delayed_open=True,  # one request for what fits one
-            **where,
-        )
-    if scheme == "gs":
-        return fs.GcsFileSystem()
-    try:
-        return fs.FileSystem.from_uri(url)[0]
-    except (ValueError, OSError) as exc:
-        raise WrongUse(f"{url}: pyarrow knows no such place ({exc}): expected a path, s3:// or gs://") from exc
-
-
-def _pyarrow_fs() -> Any:
-    try:
-        import pyarrow.fs
-    except ImportError as exc:
-        raise DependencyMissing(f"object stores need pyarrow ({exc}). Next: {how_to_get('pyarrow')}") from exc
-    return pyarrow.fs
-
-
-def _short(exc: OSError) -> str:
-    return str(exc).split(" (Request ID")[0][:300]

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from arcface_clients.bulk.files import Files, is_url, plain
 from arcface_clients.bulk.parts import (
@@ -35,37 +35,13 @@ from arcface_clients.bulk.parts import (
     part_name,
     schema,
 )
+from arcface_clients.bulk.spec import METADATA, JobSpec, begin, begun, check_still_begun
 from arcface_clients.bulk.unit_list import ListedChunk, UnitList
 from arcface_clients.bulk.units import Unit, Walk, walk
 from arcface_clients.errors import ConfigError, ContractMismatch, WrongUse
 
-if TYPE_CHECKING:
-    from arcface_clients.faces.detect import FaceDetector
-
-UNIT_ROWS = 2048  # what a kill may cost: four minutes of a network that gives 8 faces/s
 LOOKERS = 16  # footers of parts that are read at a time when a job is gone on with
-_METADATA = "_metadata.json"
 _FORMER = ("job.json", "plan.json")  # of unfinished runs of an earlier version
-
-
-@dataclass(frozen=True)
-class JobSpec:
-    """What decides the rows of a job; a job that was begun with another spec is not gone on with."""
-
-    sources: tuple[str, ...]
-    contract_id: str | None
-    dim: int
-    unit_rows: int = UNIT_ROWS
-    detector: str | None = None  # the detector's file; None: the sources are crops
-    min_score: float = 0.7
-
-    def open_detector(self) -> FaceDetector | None:
-        """The detector that the spec names."""
-        if self.detector is None:
-            return None
-        from arcface_clients.faces.detect import FaceDetector
-
-        return FaceDetector(self.detector, min_score=self.min_score)
 
 
 @dataclass
@@ -151,7 +127,6 @@ class Job:
         self.folder = self.files.folder(text if self.output is None else f"{self.output}.parts")
         self.counts = Counts()
         self.before = 0  # entries that were done before this run
-        self._mine = json.loads(json.dumps({"format": FORMAT, "version": VERSION, "spec": asdict(spec)}))
         self._open: dict[int, _Open] = {}  # by unit
         self._lock = None if is_url(self.folder.path) else self._locked()
         try:
@@ -182,46 +157,19 @@ class Job:
     def _begin(self) -> None:
         if any(self.folder.has(name) for name in _FORMER):
             raise ConfigError(f"{self} was begun by an earlier version, whose parts are others. Start over: --force")
-        begun = self.folder.read(_METADATA)
-        if begun is None:
+        if not begun(self.folder, self.spec, str(self)):
             if any(map(is_part, self.folder.names())):
                 raise ConfigError(
-                    f"{self.folder.path} holds parts and no {_METADATA}: expected a folder that `arcface embed` made, "
+                    f"{self.folder.path} holds parts and no {METADATA}: expected a folder that `arcface embed` made, "
                     "or a new one. Give another name, or start over: --force"
                 )
-            self.folder.write(_METADATA, json.dumps(self._mine, indent=2).encode())
-            return
-        self._compare(begun)
-        if self.folder.has(SUCCESS):
+            begin(self.folder, self.spec)
+        elif self.folder.has(SUCCESS):
             raise ConfigError(f"{self} is finished: {SUCCESS} is in it. Give another name, or start over: --force")
-
-    def _compare(self, begun: bytes | None) -> None:
-        """Check that the folder is of this job's spec."""
-        mine = self._mine["spec"]
-        try:
-            theirs = json.loads(begun or b"")["spec"]
-            of_contract = theirs["contract_id"]
-        except (ValueError, KeyError, TypeError) as exc:
-            raise ConfigError(
-                f"{self.folder.of(_METADATA)} is damaged ({exc}): expected what an unfinished run left. "
-                "Start over: --force"
-            ) from exc
-        if of_contract != mine["contract_id"]:
-            raise ContractMismatch(
-                f"{self} was begun with contract {of_contract}, the model that is served "
-                f"now has {mine['contract_id']}: expected one model for all rows. Start over: --force"
-            )
-        different = [key for key in mine if theirs.get(key) != mine[key]]
-        if different:
-            raise ConfigError(
-                f"{self} was begun with other {', '.join(different)}: expected "
-                f"{[theirs.get(key) for key in different]}, got {[mine[key] for key in different]}. "
-                "Give the same, or start over: --force"
-            )
 
     def _empty(self) -> None:
         """Remove what a job wrote, and nothing else; the marks of a begun and of a finished one first."""
-        names = [SUCCESS, _METADATA, *_FORMER, "units.jsonl", *filter(is_part, self.folder.names())]
+        names = [SUCCESS, METADATA, *_FORMER, "units.jsonl", *filter(is_part, self.folder.names())]
         for below in ("_units", "_refused"):
             names += [f"{below}/{name}" for name in self.folder.names(below)]
         with ThreadPoolExecutor(LOOKERS) as pool:
@@ -251,7 +199,7 @@ class Job:
         """
         for chunk in self.list.chunks():
             if is_url(self.folder.path):
-                self._compare(self.folder.read(_METADATA))
+                check_still_begun(self.folder, self.spec, str(self))
             done_name = _done_name(chunk.number)
             if done_name.rpartition("/")[2] in self._counted:
                 counted = Counts(**json.loads(self.folder.read(done_name) or b"{}"))

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from arcface_clients.bulk.files import Files
-from arcface_clients.bulk.job import Job, JobSpec
+from arcface_clients.bulk.job import Job
 from arcface_clients.bulk.parts import Part
 from arcface_clients.bulk.schedule import TRIES, Schedule
+from arcface_clients.bulk.spec import JobSpec
 from arcface_clients.bulk.units import Unit, unit_size
 from arcface_clients.bulk.work import PATIENCE_S, UnitWorker, set_aside
 from arcface_clients.errors import ArcFaceError, DependencyMissing
-from arcface_clients.extras import how_to_get
+from arcface_clients.extras import importing
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
@@ -260,10 +261,8 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
     Raises:
         DependencyMissing: it is not installed, cannot be reached or does not start.
     """
-    try:
+    with importing("--engine ray"):
         import ray
-    except ImportError as exc:
-        raise DependencyMissing(f"--engine ray needs Ray ({exc}). Next: {how_to_get('ray')}") from exc
     if ray.is_initialized():
         yield ray
         return

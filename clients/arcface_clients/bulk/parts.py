@@ -12,9 +12,10 @@ import numpy as np
 
 from arcface_clients.arrays import Array
 from arcface_clients.atomic import new_file
-from arcface_clients.bulk.files import Files, Folder, is_url
-from arcface_clients.errors import DependencyMissing, WrongUse
-from arcface_clients.extras import how_to_get
+from arcface_clients.bulk.files import Files, is_url
+from arcface_clients.bulk.folders import Folder
+from arcface_clients.errors import WrongUse
+from arcface_clients.extras import importing
 from arcface_clients.faces.images import Found
 
 if TYPE_CHECKING:
@@ -203,16 +204,20 @@ def read_embeddings(
         OSError, StoreUnreachable: it cannot be read.
     """
     files = files or Files()
-    for part in _parts_of(str(path), files):
+    for part in parts_of(str(path), files):
         with files.open(part) as source:
             yield from _groups(source)
 
 
-def _parts_of(path: str, files: Files) -> list[str]:
-    """The Parquet files of an output: itself, or the parts of a data set in their order."""
+def parts_of(path: str, files: Files | None = None) -> list[str]:
+    """The Parquet files of an output: itself, or the parts of a finished data set in their order.
+
+    Raises:
+        WrongUse: a data set that is not finished.
+    """
     if not (is_url(path) or Path(path).is_dir()) or path.lower().endswith(".parquet"):
         return [path]
-    folder = files.folder(path)
+    folder = (files or Files()).folder(path)
     if not folder.has(SUCCESS):
         raise WrongUse(f"{path} is not finished: expected {SUCCESS} in it. Run the same `arcface embed` again")
     return [folder.of(name) for name in sorted(folder.names()) if is_part(name)]
@@ -256,8 +261,6 @@ def _options() -> dict[str, Any]:
 
 
 def _pyarrow() -> Any:
-    try:
+    with importing("Parquet"):
         import pyarrow as pa
-    except ImportError as exc:
-        raise DependencyMissing(f"Parquet needs pyarrow ({exc}). Next: {how_to_get('pyarrow')}") from exc
     return pa

@@ -18,7 +18,7 @@ from arcface_clients.bulk.files import Files, is_url
 from arcface_clients.bulk.tars import read_samples
 from arcface_clients.contract import FACE_BYTES, FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces, StoreUnreachable
-from arcface_clients.extras import how_to_get
+from arcface_clients.extras import importing
 from arcface_clients.faces.check import check_faces
 from arcface_clients.faces.detect import detect_in
 from arcface_clients.faces.images import Found, decode_face
@@ -233,11 +233,9 @@ def _array_rows(unit: dict[str, Any], files: Files) -> Iterator[_Raw]:
 
 
 def _open_parquet(source: IO[bytes]) -> pq.ParquetFile:
-    try:
+    with importing("Parquet"):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as exc:
-        raise DependencyMissing(f"Parquet needs pyarrow ({exc}). Next: {how_to_get('pyarrow')}") from exc
     try:
         return pq.ParquetFile(source)
     except pa.ArrowInvalid as exc:

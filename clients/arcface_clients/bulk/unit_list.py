@@ -16,7 +16,8 @@ from itertools import islice
 from types import TracebackType
 from typing import Any
 
-from arcface_clients.bulk.files import Files, Folder
+from arcface_clients.bulk.files import Files
+from arcface_clients.bulk.folders import Folder
 from arcface_clients.bulk.units import Chunk, Unit, Walk, iter_chunks, unit_size
 from arcface_clients.errors import ConfigError
 

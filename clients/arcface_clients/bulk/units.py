@@ -123,7 +123,7 @@ def walk(sources: Sequence[str], files: Files) -> Iterator[Entry]:
 def _walk_url(source: str, files: Files) -> Iterator[Entry]:
     found = False
     top = source.rstrip("/")
-    for url, size in walk_url(source, files):
+    for url, size in walk_url(source, files.store):
         found = True
         folder = url.rpartition("/")[0]
         if url == source or url.lower().endswith((*IMAGE_SUFFIXES, *_KIND)):

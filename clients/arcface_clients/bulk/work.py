@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arcface_clients.arrays import Array
-from arcface_clients.bulk.files import Files, Folder
-from arcface_clients.bulk.job import JobSpec
+from arcface_clients.bulk.files import Files
+from arcface_clients.bulk.folders import Folder
 from arcface_clients.bulk.parts import Part, part_bytes, put_part
 from arcface_clients.bulk.read import Item, read_unit
+from arcface_clients.bulk.spec import JobSpec
 from arcface_clients.bulk.units import Unit, unit_names, unit_size
 from arcface_clients.errors import (
     ContractMismatch,
