@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -20,10 +19,10 @@ from arcface_build.bench.interleaved import Spread
 from arcface_build.repository.stated import completion_options
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_tools.served import STATED_OUTPUTS
 
 ROUNDS = 7
 STATED, COMPLETED = "outputs stated", "outputs completed by Triton"
-_OUTPUTS = re.compile(r"^output .*\n", re.MULTILINE)
 
 
 def main(target: Path, repository: Path) -> None:
@@ -36,7 +35,7 @@ def main(target: Path, repository: Path) -> None:
             shutil.copytree(repository, folder)
             if way == COMPLETED:
                 for overlay in folder.glob("arcface_onnx/configs/*.pbtxt"):
-                    overlay.write_text(_OUTPUTS.sub("", overlay.read_text()))
+                    overlay.write_text(STATED_OUTPUTS.sub("", overlay.read_text()))
             if bool(completion_options(str(folder), "onnx")) != (way == STATED):
                 raise SystemExit(f"{folder}: this copy is not served with {way}; import the model again")
         for number in range(ROUNDS):
