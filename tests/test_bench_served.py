@@ -23,4 +23,5 @@ def test_a_contestant_has_what_it_is_called_after(demo_repository, tmp_path, nam
     ensemble = (tmp_path / "copy" / "arcface" / "configs" / "onnx.pbtxt").read_text()
     assert ("max_queue_size" in leaf) == setup.policy
     assert ensemble.count('"contract"') == (3 if setup.outputs else 0)
+    assert ('name: "contract"' in leaf) == setup.outputs
     assert ensemble.count("embedding") == 3

@@ -32,6 +32,7 @@ BATCHES = (1, 8, 32)
 _MODELS = ("arcface", "arcface_onnx")
 _BATCHING = "dynamic_batching {"
 _POLICY = "default_queue_policy { max_queue_size: 256 }"
+STATED_OUTPUTS = re.compile(r"^output .*\n", re.MULTILINE)  # of an overlay
 _OUTPUT = re.compile(r',?\n *(?:output_map \{ key: "|\{ name: ")(?:norm|contract)".*')
 
 
@@ -124,8 +125,8 @@ def copy_for(setup: Setup, repository: Path, target: Path) -> None:
         text = config.read_text()
         if setup.policy and config.is_relative_to(target / "arcface_onnx"):
             text = text.replace(_BATCHING, f"{_BATCHING} {_POLICY}", 1)
-        if not setup.outputs and config.is_relative_to(target / "arcface"):
-            text = _OUTPUT.sub("", text)
+        if not setup.outputs:
+            text = (_OUTPUT if config.is_relative_to(target / "arcface") else STATED_OUTPUTS).sub("", text)
         config.write_text(text)
     if not setup.outputs:
         for weights in (target / "arcface_onnx" / version).glob("*.onnx"):

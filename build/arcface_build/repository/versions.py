@@ -19,6 +19,7 @@ from typing import Any
 from arcface_build.repository.integrity import HELD, check_version, sealed, weights_in
 from arcface_build.repository.lock import locked
 from arcface_build.repository.profiles import with_profiles
+from arcface_build.repository.stated import outputs_pbtxt, states
 from arcface_clients.atomic import copy_file, new_file, new_folder, remove, write_json
 from arcface_clients.engines.import_manifest import DEMO
 from arcface_clients.errors import GateFailed, Missing, WrongUse
@@ -255,9 +256,11 @@ def _overlay_text(model: Path, version: int) -> str:
     lines = "".join(f'parameters {{ key: "{k}" value: {{ string_value: "{v}" }} }}\n' for k, v in parameters.items())
     pin = f"version_policy: {{ specific {{ versions: [ {version} ] }} }}\n"
     config = with_profiles((model / "config.pbtxt").read_text(), manifest.get("profiles", 1))
+    outputs = "" if states(config, "output") else outputs_pbtxt(model / str(version), manifest)
     return (
         f"{config}\n"
-        f"# Written by the build; settings and identity of these weights:\n{manifest.get('overlay', '')}{pin}{lines}"
+        f"# Written by the build; settings and identity of these weights:\n"
+        f"{manifest.get('overlay', '')}{outputs}{pin}{lines}"
     )
 
 

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from arcface_build.errors import ServerFailed
+from arcface_build.repository.stated import completion_options
 from arcface_build.serving.allocator import with_jemalloc
 from arcface_build.serving.binary import TritonBinary
 from arcface_build.serving.exposure import Exposure, from_here, no_other_ports
@@ -63,6 +64,7 @@ def arguments(
     line += [f"--model-config-name={config_name}"] if config_name else []
     line += [f"--backend-directory={binary.backend_directory}"] if binary.backend_directory else []
     line += binary.options
+    line += completion_options(repository, config_name)
     line += [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}", f"--metrics-port={ports.metrics}"]
     return [*line, *exposure.options()]
 
