@@ -150,7 +150,7 @@ def test_a_model_that_is_unloaded_or_loaded_anew_is_no_lost_process(triton_binar
         triton_binary, repository, ["arcface", "photo_faces"], log_path=tmp_path / "log", ports=free_ports()
     ) as server:
         server.wait_ready()
-        watched = StubWatch(server)
+        watched = StubWatch(server, ["arcface_onnx", "photo_faces"])
         assert sorted({stub.model for stub in stubs_of(server.pid)}) == ["arcface_onnx", "photo_faces"]
         for verb in ("unload", "load", "unload"):
             control(server, verb, "photo_faces")

@@ -24,7 +24,7 @@ from arcface_build.repository.bring_in import bring_in
 from arcface_build.repository.calibration import told_of
 from arcface_build.repository.detector import photo_models
 from arcface_build.repository.mend import faults, mend
-from arcface_build.repository.versions import PHOTO_MODEL, check_served, served_manifest, serves_demo, versions
+from arcface_build.repository.versions import check_served, served_manifest, serves_demo, versions
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.choose import BackendChoice, choose_backend, order_of_backends
 from arcface_build.serving.exposure import Exposure, refuse_overrides
@@ -226,8 +226,8 @@ def _serve(
                 restarts.served, restarts.contract_id = True, contract_id
                 audience.serving(server)
                 served = next(row for row in report.rows if row.model == "arcface")
-                face = asked.faces_bgr_u8[:1]
-                with closing(Signs(server, face, served.faces_per_s, photos=PHOTO_MODEL in photos)) as signs:
+                models = [LEAF_OF[name], *photos]
+                with closing(Signs(server, models, asked.faces_bgr_u8[:1], served.faces_per_s)) as signs:
                     try:
                         watch(server, signs, interrupt)
                     except ServerFailed:

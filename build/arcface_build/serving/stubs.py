@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,12 +41,12 @@ class Stub(NamedTuple):
 
 
 class StubWatch:
-    """Looks at the processes of a server's Python models, without a request; a server without any is always well."""
+    """Looks at the processes of some Python models, without a request; a server without any is always well."""
 
-    def __init__(self, server: TritonProcess) -> None:
-        """To be made once all models are loaded."""
-        self._server = server
-        self._stubs = set(stubs_of(server.pid))
+    def __init__(self, server: TritonProcess, models: Collection[str]) -> None:
+        """To be made once all models are loaded; `models`: those without which nobody is served."""
+        self._server, self._models = server, models
+        self._stubs = self._well()
         self._since_s: float | None = None  # when something was first found amiss
 
     def beats(self) -> bool:
@@ -75,12 +75,15 @@ class StubWatch:
 
     def _was_unloaded(self, gone: Stub) -> bool:
         """Whether a process that is gone was ended by Triton, with its model unloaded or loaded anew."""
-        well = {stub for stub in stubs_of(self._server.pid) if not stub.trouble}
+        well = self._well()
         mine = {stub for stub in well if stub.model == gone.model}
         if mine <= self._stubs and self._server.serves(gone.model):
             return False
         self._stubs = {stub for stub in self._stubs if _stat(stub.pid)} | well
         return True
+
+    def _well(self) -> set[Stub]:
+        return {stub for stub in stubs_of(self._server.pid) if stub.model in self._models and not stub.trouble}
 
 
 def stubs_of(server_pid: int | None) -> Iterable[Stub]:

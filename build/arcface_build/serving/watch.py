@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import NoReturn, Protocol
 
 from arcface_build.errors import ServerFailed
+from arcface_build.repository.versions import PHOTO_MODEL
 from arcface_build.serving.process import TritonProcess
 from arcface_build.serving.reasons import reason_of_end
 from arcface_build.serving.stubs import StubWatch
@@ -131,8 +132,15 @@ class Pulse:
 class Signs:
     """All signs of a server, looked at in turn up to the first that is not well, with the connections they need."""
 
-    def __init__(self, server: TritonProcess, face: Array, faces_per_s: float, *, photos: bool) -> None:
-        """Face uint8 (1,112,112,3); `faces_per_s`: how fast the server embeds; `photos`: it has `photo_faces`."""
+    def __init__(self, server: TritonProcess, models: Collection[str], face: Array, faces_per_s: float) -> None:
+        """To be made once the server is ready.
+
+        Args:
+            server: what is watched.
+            models: those that answer clients; the reference that others are compared with may be lost.
+            face: uint8 (1,112,112,3).
+            faces_per_s: how fast the server embeds.
+        """
         url = server.own_url
         self._open = ExitStack()
         embedder = self._open.enter_context(
@@ -140,10 +148,10 @@ class Signs:
         )
         encode = partial(embedder.encode, face)
         self._signs: list[Sign] = [
-            StubWatch(server),
+            StubWatch(server, models),
             Pulse(encode, partial(finished, server), patience_s(faces_per_s)),
         ]
-        if photos:
+        if PHOTO_MODEL in models:
             asked = self._open.enter_context(PhotoEmbedder(url, timeout_s=PROBE_TIMEOUT_S, retry_for_s=0))
             done = partial(finished, server, photos=True)
             self._signs.append(Pulse(asked.probe, done, photo_patience_s(faces_per_s), "photo"))

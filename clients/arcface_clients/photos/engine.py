@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 
 from arcface_clients.errors import InvalidFaces
@@ -13,23 +14,25 @@ from arcface_clients.triton.embedder import TritonEmbedder
 
 
 class PhotoEngine(TritonEmbedder):
-    """The arguments are those of `TritonEmbedder`.
-
-    Attributes:
-        photos: the same server's client of photos, which gives the crops too.
-    """
+    """The arguments are those of `TritonEmbedder`."""
 
     def _set_up(self) -> None:
         super()._set_up()
-        self.photos = PhotoEmbedder(**{**vars(self.options), "model": "photo_faces"}, crops=True)
+        self._lock = threading.Lock()
+        self._photos: PhotoEmbedder | None = None
 
     def faces_stream(
         self, photos: Iterable[PhotoLike], *, retry_for_s: float = STREAM_RETRY_FOR_S
     ) -> Iterator[list[Face] | InvalidFaces]:
-        """As `PhotoEmbedder.faces_stream`."""
-        return self.photos.faces_stream(photos, retry_for_s=retry_for_s)
+        """As `PhotoEmbedder.faces_stream`, with crops, and of the contract that `contract_id` names."""
+        with self._lock:
+            if self._photos is None:
+                told = {**vars(self.options), "model": "photo_faces", "expected_contract": self.contract_id}
+                self._photos = PhotoEmbedder(**told, crops=True)
+        return self._photos.faces_stream(photos, retry_for_s=retry_for_s)
 
     def close(self) -> None:
         """Give up both connections; may be called twice."""
-        self.photos.close()
+        if self._photos is not None:
+            self._photos.close()
         super().close()

@@ -72,11 +72,10 @@ class Live:
             self._ended = True
             transport, workers = self._transport, self._workers
             self._transport = self._workers = None
-        if transport is None:
-            return
-        if self._farewell:
-            self._farewell(transport)
-        transport.close()
+        if transport is not None:
+            if self._farewell:
+                self._farewell(transport)
+            transport.close()
         if workers:
             workers.shutdown(wait=wait, cancel_futures=True)  # forgotten on a worker: it cannot wait for itself
 
