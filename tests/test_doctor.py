@@ -83,6 +83,7 @@ def test_host_without_a_server_has_one_problem_with_its_fix(doctor):
         "drift",
         "queue",
         "answers",
+        "photos",
         "encryption",
         "tritonserver",
         "weights",

@@ -68,7 +68,7 @@ def test_generate_answers_as_described(photo_server: TritonProcess, texts: list[
 
 @pytest.mark.parametrize("second", [1, 2])
 def test_verify_answers_as_described(photo_server: TritonProcess, texts: list[str], second: int) -> None:
-    request = {"image_a": texts[0], "image_b": texts[second], "max_distance": 0.5, "max_faces": 2}
+    request = {"image_a": texts[0], "image_b": texts[second], "max_distance": 0.5, "min_score": 0.65, "max_faces": 2}
     answer = described(photo_server, VERIFY, request, 200)
     assert (answer["similarity"] == []) == (second == 2)
 

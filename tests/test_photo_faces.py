@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
+import pickle
 import re
 import shutil
 import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,13 @@ from click.testing import CliRunner
 
 from arcface_build.cli import cli
 from arcface_build.serving.process import TritonProcess
-from arcface_clients import PhotoEmbedder, TritonEmbedder
-from arcface_clients.errors import InferenceFailed, InvalidFaces
+from arcface_clients import AsyncPhotoEmbedder, PhotoEmbedder, TritonEmbedder
+from arcface_clients.errors import ClientUnusable, InferenceFailed, InvalidFaces, ServerUnreachable
 from arcface_clients.faces.detect import MODEL_NAME, FaceDetector
 from arcface_clients.faces.photos import read_photo
 from arcface_clients.photos.analysis import FaceAnalysis
+from arcface_clients.photos.face import Face, Verified
+from arcface_clients.triton.options import ClientOptions, PhotoArguments
 from conftest import REPO
 from test_alerts import Prometheus, panel_expressions
 
@@ -88,6 +95,89 @@ def test_plain_http_takes_the_file_base64_and_generate(photo_server: TritonProce
     assert len(np.ravel(json.loads(answer)["embedding"])) == faces * 512
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_the_asyncio_client_answers_as_the_plain_one(
+    photo_server: TritonProcess, portraits: list[Path], protocol: str
+) -> None:
+    url = photo_server.grpc_url if protocol == "grpc" else f"http://{photo_server.http_url}"
+    items: list[Any] = [*portraits[:3], b"text", Path("no such file.jpg"), read_photo(portraits[3])]
+
+    async def later() -> AsyncIterator[Any]:
+        for item in items:
+            yield item
+
+    async def ask() -> tuple[list[Any], list[Any], list[Face], list[Verified | None]]:
+        async with AsyncPhotoEmbedder(url) as photos:
+            await photos.ensure_ready()
+            plain = [answer async for answer in photos.faces_stream(items)]
+            lazy = [answer async for answer in photos.faces_stream(later())]
+            one, *pairs = await asyncio.gather(
+                photos.faces(portraits[0]),
+                photos.verify(portraits[0], portraits[1]),
+                photos.verify(portraits[0], np.zeros((90, 90, 3), np.uint8)),
+            )
+            return plain, lazy, one, pairs
+
+    plain_stream, async_stream, one, pairs = asyncio.run(ask())
+    with PhotoEmbedder(url) as photos:
+        expected = list(photos.faces_stream(items))
+        same_pair = photos.verify(portraits[0], portraits[1])
+    for found in (plain_stream, async_stream):
+        assert list(map(str, map(boxes, found))) == list(map(str, map(boxes, expected)))
+    assert [type(answer) for answer in expected[3:5]] == [InvalidFaces, InvalidFaces]
+    assert boxes(one) == boxes(expected[0])
+    assert pairs[1] is None
+    assert pairs[0] is not None and same_pair is not None
+    assert pairs[0].similarity == pytest.approx(same_pair.similarity, abs=1e-4)
+    assert (pairs[0].box_a, pairs[0].box_b) == (same_pair.box_a, same_pair.box_b)
+
+
+def boxes(answer: list[Face] | InvalidFaces) -> Any:
+    return str(answer) if isinstance(answer, InvalidFaces) else [face.box for face in answer]
+
+
+def test_an_asyncio_stream_that_is_left_early_cancels_what_is_under_way(
+    photo_server: TritonProcess, portraits: list[Path]
+) -> None:
+    async def leave() -> int:
+        taken = 0
+
+        def source() -> Iterator[Path]:
+            nonlocal taken
+            for portrait in portraits:
+                taken += 1
+                yield portrait
+
+        async with AsyncPhotoEmbedder(photo_server.grpc_url, in_flight=2) as photos:
+            async with aclosing(photos.faces_stream(source())) as answers:
+                assert boxes(await anext(answers))
+            left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            assert not left
+            assert boxes(await photos.faces(portraits[0]))  # the connection is as good as before
+        return taken
+
+    assert asyncio.run(leave()) <= 3
+
+
+def test_a_client_of_photos_is_pickled_as_its_arguments_and_refuses_use_after_its_end() -> None:
+    made = PhotoEmbedder("127.0.0.1:9", min_score=0.8, crops=True, retry_for_s=0, total_timeout_s=2.0)
+    again = pickle.loads(pickle.dumps(made))
+    assert vars(again.options) == vars(made.options)
+    assert again._wishes == made._wishes == {"min_score": 0.8, "min_size": None, "max_faces": None, "crops": True}
+    with pytest.raises(ServerUnreachable):
+        again.faces(b"photo")
+    again.close()
+    with pytest.raises(ClientUnusable):
+        again.faces(b"photo")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'min_scores'"):
+        PhotoEmbedder(min_scores=0.8)  # type: ignore[call-arg]
+
+
+def test_the_arguments_that_a_type_checker_knows_are_those_of_the_options() -> None:
+    told = PhotoArguments.__annotations__
+    assert {"url", "model", "shared_memory", *told} == {field.name for field in fields(ClientOptions)}
+
+
 def test_no_face_is_an_answer(photo_server: TritonProcess) -> None:
     with PhotoEmbedder(photo_server.grpc_url) as photos:
         assert photos.faces(np.full((300, 200, 3), 127, np.uint8)) == []
@@ -117,6 +207,11 @@ def test_two_photos_are_compared_by_their_most_alike_faces(photo_server: TritonP
         assert pair.same
         assert pair.box_a in [face.box for face in a]
         assert pair.box_b in [face.box for face in b]
+        assert not pair.calibrated  # the caller's own limit
+        assert pair.max_distance == pytest.approx(1 - expected + 1e-3)
+        guessed = photos.verify(portraits[0], portraits[1])
+        assert guessed is not None
+        assert (guessed.calibrated, guessed.max_distance) == (False, pytest.approx(0.65))
         farther = photos.verify(portraits[0], portraits[1], max_distance=1 - expected - 1e-3)
         assert farther is not None
         assert not farther.same
@@ -240,7 +335,7 @@ def test_the_documented_python_works(
     for block in blocks:
         exec(block.replace("localhost:8001", photo_server.grpc_url), names)
     assert "(512,)" in capsys.readouterr().out
-    assert len(blocks) == 3 and names["pair"] is not None and len(names["faces"]) > 0
+    assert len(blocks) == 4 and names["pair"] is not None and len(names["faces"]) > 0
 
 
 def metrics(server: TritonProcess) -> dict[str, float]:
@@ -277,6 +372,47 @@ def test_embed_detects_on_the_server_with_the_same_output(
         assert np.einsum("nd,nd->n", written[way]["embeddings"], written["client"]["embeddings"]).min() >= 0.9999
         for name in ("scores", "boxes", "landmarks"):
             assert np.allclose(written[way][name], written["client"][name], atol=1e-2)
+
+
+def test_a_bulk_job_has_the_server_find_the_faces_with_the_same_rows(
+    photo_server: TritonProcess, portraits: list[Path], assets: Path, tmp_path: Path
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    people = sorted((assets / "faces" / "aligned112").iterdir())[:2]
+    crops = np.stack([read_photo(min(folder.iterdir())) for folder in people])
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, portrait in enumerate(portraits[:5]):
+        shutil.copy(portrait, photos / f"{number}.jpg")
+    (photos / "2a.jpg").write_bytes(b"text")
+    cv2.imwrite(str(photos / "3a.png"), np.full((90, 90, 3), 127, np.uint8))
+    np.save(photos / "aligned.npy", crops)
+    written, refused = {}, {}
+    for way, options in {"client": ["--detector", assets / "detectors" / MODEL_NAME], "auto": [], "server": []}.items():
+        output = tmp_path / f"{way}.parquet"
+        flag = "--detect" if way == "auto" else f"--detect={way}"
+        line = ["embed", flag, photos, "-o", output, "--url", photo_server.grpc_url, "--unit-rows", 3, "--json"]
+        result = CliRunner().invoke(cli, [*map(str, [*line, *options])], standalone_mode=False)
+        assert result.exception is None, result.output
+        summary = json.loads(result.stdout)
+        assert summary["detected_by"] == ("client" if way == "client" else "server")
+        written[way] = parquet.read_table(output).to_pydict()
+        refused[way] = [json.loads(row) for row in Path(summary["refused_list"]).read_text().splitlines()]
+    expected = written["client"]
+    assert len(expected["path"]) > 5
+    told = {Path(row["path"]).name: row["reason"] for row in refused["client"]}
+    assert told.keys() == {"2a.jpg", "3a.png", "aligned.npy[0]", "aligned.npy[1]"}
+    assert told["aligned.npy[0]"] == "an array of crops, not an image: embed it without --detect"
+    for way in ("auto", "server"):
+        assert [row["path"] for row in refused[way]] == [row["path"] for row in refused["client"]]
+        assert {Path(row["path"]).name: row["reason"] for row in refused[way]}.items() >= {
+            (name, reason) for name, reason in told.items() if name != "2a.jpg"
+        }
+        assert written[way].keys() == expected.keys()
+        for name in ("path", "identity", "contract_id", "digest"):
+            assert written[way][name] == expected[name], name
+        cosines = np.einsum("nd,nd->n", np.array(written[way]["embedding"]), np.array(expected["embedding"]))
+        assert cosines.min() >= 0.9999
 
 
 def test_face_analysis_answers_with_insightfaces_fields(photo_server: TritonProcess, portraits: list[Path]) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from arcface_clients.evidence.gate import run_embedding_regression_tests as run_embedding_regression_tests
     from arcface_clients.people.cache import EmbeddingCache as EmbeddingCache
     from arcface_clients.people.gallery import Gallery as Gallery
+    from arcface_clients.photos.aio import AsyncPhotoEmbedder as AsyncPhotoEmbedder
     from arcface_clients.photos.embedder import PhotoEmbedder as PhotoEmbedder
     from arcface_clients.pipeline import get_embedding_backend as get_embedding_backend
     from arcface_clients.triton.address import Tls as Tls
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {  # public name -> module, loaded on first use (PEP 562)
+    "AsyncPhotoEmbedder": "arcface_clients.photos.aio",
     "AsyncTritonEmbedder": "arcface_clients.triton.aio",
     "EmbeddingCache": "arcface_clients.people.cache",
     "EmbeddingEngine": "arcface_clients.engines.protocol",

@@ -7,25 +7,22 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from arcface_clients.arrays import Array, FaceArray, FloatArray
+from arcface_clients.closing import Closing
 from arcface_clients.contract import FACE_SIZE
 from arcface_clients.errors import ConfigError, InvalidFaces
 from arcface_clients.faces.photos import read_photo
 from arcface_clients.photos.analysis import FaceAnalysis
 from arcface_clients.triton.embedder import TritonEmbedder
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 __all__ = ["FaceAnalysis", "Recognition", "analyse_many"]
 
 
-class Recognition:
+class Recognition(Closing):
     """Takes the place of InsightFace's `ArcFaceONNX`: `app.models["recognition"] = Recognition("localhost:8001")`.
 
     Embeddings have the length that the network gave them, as InsightFace's have; `face.normed_embedding` is what
@@ -106,16 +103,6 @@ class Recognition:
     def close(self) -> None:
         """Give up the connection."""
         self.embedder.close()
-
-    def __enter__(self) -> Self:
-        """The model itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()
 
 
 def analyse_many(app: Any, photos: Iterable[Array | str | Path], **options: Any) -> Iterator[list[Any]]:

@@ -6,14 +6,22 @@ import os
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from arcface_build.errors import ServerFailed
-from arcface_build.serving.watch import RESTARTS, Pulse, Restarts, patience_s
-from arcface_clients import TritonEmbedder
+from arcface_build.repository.detector import install_detector
+from arcface_build.serving.host_checks import check_processes
+from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.stubs import GRACE_S, StubWatch, stubs_of
+from arcface_build.serving.watch import RESTARTS, Pulse, Restarts, finished, patience_s
+from arcface_clients import PhotoEmbedder, TritonEmbedder
+from arcface_clients.checks.served_checks import check_photos
+from arcface_clients.config.schema import EmbeddingConfig
+from arcface_clients.errors import DeadlineExceeded
 from arcface_clients.faces.synthetic import synthetic_faces
 from serve_process import Serving
 
@@ -59,6 +67,118 @@ def test_a_stub_that_died_or_stands_still_is_noticed_within_five_seconds_and_rep
         assert embedder.encode(FACES).shape == (2, 512)
 
 
+@pytest.fixture
+def serving_photos(triton_binary, demo_repository, assets, tmp_path):
+    repository = Path(shutil.copytree(demo_repository, tmp_path / "model_repository"))
+    install_detector(next((assets / "detectors").glob("*yunet*.onnx")), repository)
+    serving = Serving(repository, "--no-reference")
+    yield serving
+    serving.stop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "stopped"])
+def test_one_of_the_processes_of_photos_is_lost_and_all_photos_are_answered_each_with_its_own_faces(
+    serving_photos, assets, number
+):
+    portraits = [min(folder.iterdir()) for folder in sorted((assets / "faces" / "raw250").iterdir())[:4]]
+    with PhotoEmbedder(f"localhost:{serving_photos.ports.grpc}", timeout_s=5, retry_for_s=60) as photos:
+        alone = [[face.box for face in photos.faces(portrait)] for portrait in portraits]
+        found, late = [], 0
+        told = metric(serving_photos, 'arcface_photos{outcome="answered"}')
+        lost = serving_photos.stub("photo_faces")
+        os.kill(lost, number)
+        started = time.monotonic()
+        for turn in range(40):
+            try:
+                found.append((turn % 4, [face.box for face in photos.faces(portraits[turn % 4])]))
+            except DeadlineExceeded:  # it was with the process that stands still
+                late += 1
+            if time.monotonic() > started + 20:
+                break
+        serving_photos.wait_for(f"RESTART in 1 s: the server lost a process: {lost}, which ")
+        serving_photos.wait_for("Ctrl-C stops it.", 2)
+        found += [(i, [face.box for face in photos.faces(portrait)]) for i, portrait in enumerate(portraits)]
+    assert late <= 1
+    assert len(found) > 4
+    assert all(boxes == alone[which] for which, boxes in found)
+    assert told == 4  # being asked every second whether they are there does not count as photos
+
+
+def test_doctor_names_a_server_of_photos_that_lost_a_process(triton_binary, demo_repository, assets, tmp_path):
+    repository = Path(shutil.copytree(demo_repository, tmp_path / "model_repository"))
+    install_detector(next((assets / "detectors").glob("*yunet*.onnx")), repository)
+    with TritonProcess(
+        triton_binary, repository, ["arcface", "photo_faces"], log_path=tmp_path / "log", ports=free_ports()
+    ) as server:
+        server.wait_ready()
+        config = EmbeddingConfig(triton={"url": server.grpc_url})
+        assert check_photos(config).status == "ok"
+        os.kill(next(stub.pid for stub in stubs_of(server.pid) if stub.model == "photo_faces"), signal.SIGKILL)
+        lost = check_photos(config)
+        assert lost.status == "problem"
+        assert "of 16 requests to photo_faces were not answered: " in lost.found
+        here = check_processes(config)
+        assert here.status == "problem" and "which died, of " in here.found
+        control(server, "unload", "photo_faces")
+        assert check_photos(config).status == "absent"
+
+
+def metric(serving, name):
+    import urllib.request
+
+    with urllib.request.urlopen(f"http://127.0.0.1:{serving.ports.metrics}/metrics", timeout=10) as answer:
+        (line,) = [line for line in answer.read().decode().splitlines() if line.startswith(name)]
+    return float(line.rsplit(" ", 1)[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "stopped"])
+def test_a_lost_process_of_photos_that_nobody_asks_is_noticed_within_five_seconds(serving_photos, number):
+    lost = serving_photos.stub("photo_faces")
+    os.kill(lost, number)
+    started = time.monotonic()
+    serving_photos.wait_for("of photo_faces")
+    assert time.monotonic() - started < 5
+    serving_photos.wait_for("Ctrl-C stops it.", 2)
+    with PhotoEmbedder(f"localhost:{serving_photos.ports.grpc}") as photos:
+        photos.probe()
+
+
+def test_a_model_that_is_unloaded_or_loaded_anew_is_no_lost_process(triton_binary, demo_repository, assets, tmp_path):
+    repository = Path(shutil.copytree(demo_repository, tmp_path / "model_repository"))
+    install_detector(next((assets / "detectors").glob("*yunet*.onnx")), repository)
+    with TritonProcess(
+        triton_binary, repository, ["arcface", "photo_faces"], log_path=tmp_path / "log", ports=free_ports()
+    ) as server:
+        server.wait_ready()
+        watched = StubWatch(server, ["arcface_onnx", "photo_faces"])
+        assert sorted({stub.model for stub in stubs_of(server.pid)}) == ["arcface_onnx", "photo_faces"]
+        for verb in ("unload", "load", "unload"):
+            control(server, verb, "photo_faces")
+            until = time.monotonic() + 2 * GRACE_S
+            while time.monotonic() < until:
+                watched.beats()
+                time.sleep(0.05)
+        os.kill(next(stub.pid for stub in stubs_of(server.pid) if stub.model == "arcface_onnx"), signal.SIGKILL)
+        with pytest.raises(ServerFailed, match=r"lost a process: \d+, which died, of arcface_onnx"):
+            while time.monotonic() < until + 10:
+                watched.beats()
+                time.sleep(0.05)
+
+
+def control(server, verb, model):
+    import urllib.request
+
+    from arcface_clients.triton.address import Address, Connection
+    from arcface_clients.triton.admin_key import admin_headers
+
+    connection = Connection(Address.parse(f"http://{server.http_url}"))
+    url = f"http://{server.http_url}/v2/repository/models/{model}/{verb}"
+    with urllib.request.urlopen(
+        urllib.request.Request(url, b"{}", admin_headers(connection), method="POST"), timeout=60
+    ) as answer:
+        assert answer.status == 200
+
+
 class Silent:
     """A server that answers no request in time, and says how much it has computed."""
 
@@ -66,12 +186,19 @@ class Silent:
     finished = 5
 
     def ask(self, path: str, timeout_s: float) -> dict:
-        return {"model_stats": [{"inference_stats": {"success": {"count": count}}} for count in (self.finished, 1)]}
+        counts = {"arcface": self.finished, "arcface_onnx": 1, "photo_faces": time.monotonic_ns()}
+        stats = [{"name": name, "inference_stats": {"success": {"count": n}}} for name, n in counts.items()]
+        return {"model_stats": stats}
 
 
 def test_a_hang_is_told_from_a_long_queue_by_what_was_computed_meanwhile():
     server = Silent()
-    pulse = Pulse(server, FACES[:1], patience_s=0.5)
+    with TritonEmbedder(server.own_url, retry_for_s=0, shared_memory=False) as embedder:
+        pulse = Pulse(partial(embedder.encode, FACES[:1]), partial(finished, server), patience_s=0.5)
+        follow(pulse, server)
+
+
+def follow(pulse: Pulse, server: Silent) -> None:
     until = time.monotonic() + 1.5
     while time.monotonic() < until:
         assert not pulse.beats()  # late, and at work
@@ -81,7 +208,6 @@ def test_a_hang_is_told_from_a_long_queue_by_what_was_computed_meanwhile():
     with pytest.raises(ServerFailed, match=r"the server hangs: nothing was computed for 0\.\d s"):
         while time.monotonic() < started + 10:
             pulse.beats()
-    pulse.close()
 
 
 def test_patience_grows_with_the_time_that_a_batch_takes():

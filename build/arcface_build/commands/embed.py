@@ -122,7 +122,7 @@ def command(
         require("pyarrow", *(("ray",) if engine == "ray" else ()), purpose=f"writing {name.name}")
     if detector is not None and not detect and not os.environ.get("ARCFACE_DETECTOR"):
         raise WrongUse("--detector is for photos: add --detect")
-    photos = _photos_of_server(detect, parquet, urls[0], model, timeout_s, bool(detector)) if detect else None
+    photos = _photos_of_server(detect, urls[0], model, timeout_s, bool(detector)) if detect else None
     found_by = None
     if detect and photos is None:
         from arcface_clients.faces.detect import find_detector
@@ -130,15 +130,18 @@ def command(
         found_by = find_detector(detector)
     if parquet:
         from arcface_build.commands.embed_parquet import Runner, embed_to_parquet
+        from arcface_clients.bulk.spec import ON_SERVER
 
+        by = str(found_by) if found_by else None
+        if photos is not None:
+            photos.close()  # each worker makes its own
+            by = ON_SERVER
         runner = Runner(engine, actors, runtime_env)
-        return embed_to_parquet(sources, output, urls, model, timeout_s, found_by, runner, unit_rows, force, as_json)
+        return embed_to_parquet(sources, output, urls, model, timeout_s, by, runner, unit_rows, force, as_json)
     return _embed_to_npz(sources, name, urls[0], model, timeout_s, found_by, photos, as_json)
 
 
-def _photos_of_server(
-    detect: str, parquet: bool, url: str, model: str, timeout_s: float, has_detector: bool
-) -> PhotoEmbedder | None:
+def _photos_of_server(detect: str, url: str, model: str, timeout_s: float, has_detector: bool) -> PhotoEmbedder | None:
     """The server's own way with photos, None where the detector of this host is used.
 
     Raises:
@@ -149,16 +152,13 @@ def _photos_of_server(
     from arcface_clients.errors import ModelNotReady
 
     only_here = [
-        *["a Parquet output"] * parquet,
         *["--detector"] * (has_detector and detect == "server"),
         *[f"--model {model}"] * (model != "arcface"),
     ]
     if detect == "client" or (detect == "auto" and (only_here or has_detector)):
         return None
     if only_here:
-        raise WrongUse(
-            f"the server finds faces for `arcface` and a .npz output, not with {only_here[0]}: --detect=client"
-        )
+        raise WrongUse(f"the server finds faces for `arcface`, not with {only_here[0]}: --detect=client")
     photos = PhotoEmbedder(url, timeout_s=timeout_s, **access_to(url))
     try:
         photos.ensure_ready()

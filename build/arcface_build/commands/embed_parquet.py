@@ -18,9 +18,10 @@ from arcface_clients.bulk.files import Files, is_url
 from arcface_clients.bulk.job import Job
 from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.parts import bad_path
-from arcface_clients.bulk.spec import JobSpec
+from arcface_clients.bulk.spec import ON_SERVER, JobSpec
 from arcface_clients.bulk.work import PATIENCE_S
 from arcface_clients.errors import WrongUse
+from arcface_clients.photos.engine import PhotoEngine
 from arcface_clients.s3 import S3Options
 from arcface_clients.triton.address import Access
 from arcface_clients.triton.served import ServedModel
@@ -59,7 +60,7 @@ def embed_to_parquet(
     urls: tuple[str, ...],
     model: str,
     timeout_s: float,
-    detector: Path | None,
+    detector: str | None,
     runner: Runner,
     unit_rows: int,
     start_over: bool,
@@ -71,7 +72,8 @@ def embed_to_parquet(
         WrongUse: there is nothing to embed, or no face could be read.
         ArcFaceError: from the servers; running the same command again resumes the job.
     """
-    connect = partial(_connect, model, timeout_s, {url: access_to(url) for url in urls})
+    kind = PhotoEngine if detector == ON_SERVER else TritonEmbedder
+    connect = partial(_connect, kind, model, timeout_s, {url: access_to(url) for url in urls})
     with ExitStack() as stack:
         engines = [stack.enter_context(connect(url)) for url in urls]
         served = [engine.ensure_ready() for engine in engines[: len(urls) if runner.engine == "ray" else 1]]
@@ -80,7 +82,7 @@ def embed_to_parquet(
             served[0].contract_id,
             engines[0].embedding_dim,
             unit_rows,
-            detector=str(detector) if detector else None,
+            detector=detector,
         )
         job = stack.enter_context(Job(output, spec, start_over, _files()))
         begun = time.monotonic()
@@ -115,6 +117,7 @@ def embed_to_parquet(
         "embedding_dim": spec.dim,
         "contract_id": spec.contract_id,
         "model": model,
+        "detected_by": None if detector is None else "server" if detector == ON_SERVER else "client",
         "refused": done.refused,
         "refused_list": refused_list,
         "set_aside": sorted(done.set_aside),
@@ -123,7 +126,8 @@ def embed_to_parquet(
     }
     left_out = f", {done.refused} not read: {refused_list}" if done.refused else ""
     rate = f" ({summary['faces_per_s']:,} faces/s)"
-    told = f"{output}: {done.rows} embeddings of {spec.dim} numbers from {model}{left_out}{rate}"
+    by = ", found by the server" if detector == ON_SERVER else ""
+    told = f"{output}: {done.rows} embeddings of {spec.dim} numbers from {model}{by}{left_out}{rate}"
     hand_over(summary, lambda: told, as_json)
     return 0
 
@@ -166,6 +170,8 @@ def _refused_list(output: str, job: Job) -> str:
     return str(bad_path(Path(output))) if job.output is not None else job.folder.of("_refused/")
 
 
-def _connect(model: str, timeout_s: float, access: dict[str, Access], url: str) -> TritonEmbedder:
+def _connect(
+    kind: type[TritonEmbedder], model: str, timeout_s: float, access: dict[str, Access], url: str
+) -> TritonEmbedder:
     """Create a client for a server; at module level, so that Ray can pickle it."""
-    return TritonEmbedder(url, model, timeout_s=timeout_s, **access[url])
+    return kind(url, model, timeout_s=timeout_s, **access[url])

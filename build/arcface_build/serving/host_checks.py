@@ -38,14 +38,21 @@ def check_tritonserver() -> Check:
 
 def check_processes(settings: EmbeddingConfig) -> Check:
     """The tritonserver of this host that listens at triton.url, and since when the processes behind its models run."""
-    from arcface_build.serving.listener import pid_listening_on, python_models_of
+    from arcface_build.serving.listener import pid_listening_on
+    from arcface_build.serving.stubs import stubs_of
     from arcface_clients.triton.memory.system import is_local
 
     address = settings.triton.address
     pid = pid_listening_on(address.port) if is_local(address.host) else None
     if pid is None:
         return Check("processes", "absent", f"no process of this host that we may see listens at {address}")
-    models = ", ".join(f"{name} for {_lasted(age_s)}" for name, age_s in sorted(python_models_of(pid).items()))
+    stubs = sorted(stubs_of(pid), key=lambda stub: -stub.age_s)
+    lost = [f"{stub.pid}, which {trouble}, of {stub.model}" for stub in stubs if (trouble := stub.trouble)]
+    if lost:
+        fix = "start the server again; arcface serve does that by itself"
+        return Check("processes", "problem", f"tritonserver {pid} lost a process: {', '.join(lost)}", fix)
+    newest = {stub.model: stub.age_s for stub in stubs}
+    models = ", ".join(f"{name} for {_lasted(age_s)}" for name, age_s in sorted(newest.items()))
     return Check("processes", "ok", f"process {pid} listens at {address}; Python backends: {models or 'none'}")
 
 

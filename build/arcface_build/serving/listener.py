@@ -1,10 +1,7 @@
-"""Which process of this host listens on a port, and which Python backends it has started, from /proc."""
+"""Which process of this host listens on a port, from /proc."""
 
 from __future__ import annotations
 
-import os
-import time
-from contextlib import suppress
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -29,22 +26,3 @@ def pid_listening_on(port: int) -> int | None:
         except OSError:  # it ended meanwhile, or belongs to somebody else
             continue
     return None
-
-
-def python_models_of(server: int) -> dict[str, float]:
-    """Model → how long the newest process of a Python backend behind it has run, in seconds.
-
-    Args:
-        server: process id of tritonserver; its stubs are in its process group.
-    """
-    started: dict[str, float] = {}
-    booted_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-    for process in _PROC.glob("[0-9]*"):
-        with suppress(OSError, ValueError, IndexError):
-            line = (process / "cmdline").read_bytes().split(b"\0")
-            if b"triton_python_backend_stub" not in line[0] or os.getpgid(int(process.name)) != os.getpgid(server):
-                continue
-            since = int((process / "stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-            model = Path(os.fsdecode(line[1])).parent.parent.name
-            started[model] = min(started.get(model, float("inf")), booted_s - since)
-    return started

@@ -238,6 +238,16 @@ class TritonProcess:
         with _OPENER.open(f"http://{self.http_url}{path}", timeout=timeout_s) as answer:
             return json.load(answer)
 
+    def serves(self, model: str, timeout_s: float = 2.0) -> bool:
+        """Whether it has the model loaded; True also where it does not say."""
+        try:
+            self.ask(f"/v2/models/{model}/config", timeout_s)
+        except urllib.error.HTTPError:
+            return False
+        except (OSError, ValueError):
+            return True
+        return True
+
     def _hide_key(self) -> None:
         """Take the key out of the command line as soon as Triton has read it."""
         if not self._hidden and self._child is not None and self.log_path.stat().st_size:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from arcface_build.errors import ServerFailed
 from arcface_build.plans.gpu import gpu_sm
 from arcface_build.repository.bring_in import bring_in
+from arcface_build.repository.calibration import told_of
 from arcface_build.repository.detector import photo_models
 from arcface_build.repository.mend import faults, mend
 from arcface_build.repository.versions import check_served, served_manifest, serves_demo, versions
@@ -33,7 +34,7 @@ from arcface_build.serving.process import EXIT_TIMEOUT_S, LATENCY_QUANTILES, Tri
 from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
 from arcface_build.serving.server_runtimes import runtimes_of_server
 from arcface_build.serving.variant import take_best_variant
-from arcface_build.serving.watch import RESTARTS, RESTARTS_WITHIN_S, Pulse, Restarts, patience_s, watch
+from arcface_build.serving.watch import RESTARTS, RESTARTS_WITHIN_S, Restarts, Signs, watch
 from arcface_clients.checks.parity import ParityReport, measure_parity
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import ArcFaceError, GateFailed, Missing
@@ -170,6 +171,9 @@ def _serve(
         audience.chosen(f"variant {taken}")
     photos, told = photo_models(asked.repository)
     audience.chosen(told)
+    if photos:
+        contract_id = (served_manifest(asked.repository, LEAF_OF[choice.backend]) or {}).get("contract_id")
+        audience.chosen(told_of(asked.repository, contract_id))
     instead_of_it = {"onnx": bool(versions(asked.repository / "arcface_onnx")), "reference": with_reference}
     backends = order_of_backends(choice.backend, config.fallback, {k for k, there in instead_of_it.items() if there})
     if asked.once:
@@ -223,9 +227,10 @@ def _serve(
                 restarts.served, restarts.contract_id = True, contract_id
                 audience.serving(server)
                 served = next(row for row in report.rows if row.model == "arcface")
-                with closing(Pulse(server, asked.faces_bgr_u8[:1], patience_s(served.faces_per_s))) as pulse:
+                models = [LEAF_OF[name], *photos]
+                with closing(Signs(server, models, asked.faces_bgr_u8[:1], served.faces_per_s)) as signs:
                     try:
-                        watch(server, pulse, interrupt)
+                        watch(server, signs, interrupt)
                     except ServerFailed:
                         server.kill()  # one that hangs would not finish its requests either
                         raise

@@ -20,7 +20,7 @@ from arcface_clients.contract import FACE_BYTES, FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces, StoreUnreachable
 from arcface_clients.extras import importing
 from arcface_clients.faces.check import check_faces
-from arcface_clients.faces.detect import detect_in
+from arcface_clients.faces.detect import CROPS_NOT_PHOTOS, detect_in
 from arcface_clients.faces.images import Found, decode_face
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class _Raw:
+class Raw:
     """One entry of a source: an encoded image, or a face as it is, or why there is neither."""
 
     name: str
@@ -57,6 +57,22 @@ class _Raw:
 def read_unit(unit: dict[str, Any], detector: FaceDetector | None = None, files: Files | None = None) -> Iterator[Item]:
     """The items of a unit in order; with a detector, every face of each photo (`path[0]`, `path[1]` …).
 
+    Raises:
+        What `read_raw` raises.
+    """
+    for raw in read_raw(unit, files):
+        if detector is None:
+            yield face_of(raw)
+        elif isinstance(raw.data, bytes):
+            for crop in detect_in(raw.name, raw.data, detector):
+                yield Item(crop.name, raw.identity, crop.face, crop.refused, crop.found)
+        else:
+            yield no_photo(raw)
+
+
+def read_raw(unit: dict[str, Any], files: Files | None = None) -> Iterator[Raw]:
+    """The entries of a unit in order, as its sources hold them.
+
     A damaged file costs the rows from the damage on, each listed with the reason.
 
     Raises:
@@ -66,31 +82,32 @@ def read_unit(unit: dict[str, Any], detector: FaceDetector | None = None, files:
     done = 0
     try:
         for raw in _SOURCES[unit["kind"]](unit, files or Files()):
-            yield from _items(raw, detector)
+            yield raw
             done += 1
     except (DependencyMissing, StoreUnreachable):
         raise
     except (ArcFaceError, OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
         why = f"the file became unreadable here ({exc})"
         if "stop" not in unit:
-            yield Item(unit["path"], None, None, why)
+            yield Raw(unit["path"], None, None, why)
             return
         for row in range(unit["start"] + done, unit["stop"]):
-            yield Item(f"{unit['path']}[{row}]", None, None, why)
+            yield Raw(f"{unit['path']}[{row}]", None, None, why)
 
 
-def _items(raw: _Raw, detector: FaceDetector | None) -> Iterator[Item]:
-    name, identity, data = raw.name, raw.identity, raw.data
-    if data is None:
-        yield Item(name, identity, None, raw.refused or "no bytes in this row")
-    elif detector is not None and isinstance(data, bytes):
-        for crop in detect_in(name, data, detector):
-            yield Item(crop.name, identity, crop.face, crop.refused, crop.found)
-    else:
-        try:
-            yield Item(name, identity, _face(data))
-        except InvalidFaces as exc:
-            yield Item(name, identity, None, str(exc))
+def face_of(raw: Raw) -> Item:
+    """An entry that is an aligned face, or nothing."""
+    if raw.data is None:
+        return Item(raw.name, raw.identity, None, raw.refused or "no bytes in this row")
+    try:
+        return Item(raw.name, raw.identity, _face(raw.data))
+    except InvalidFaces as exc:
+        return Item(raw.name, raw.identity, None, str(exc))
+
+
+def no_photo(raw: Raw) -> Item:
+    """An entry without a file's bytes, where photos are wanted."""
+    return face_of(raw) if raw.data is None else Item(raw.name, raw.identity, None, CROPS_NOT_PHOTOS)
 
 
 def _face(data: bytes | Array) -> Array:
@@ -103,14 +120,14 @@ def _face(data: bytes | Array) -> Array:
     return decode_face(np.frombuffer(data, np.uint8))
 
 
-def _file_rows(unit: dict[str, Any], files: Files) -> Iterator[_Raw]:
+def _file_rows(unit: dict[str, Any], files: Files) -> Iterator[Raw]:
     entries = iter(unit["items"])
     if not any(is_url(path) for path, _, _ in unit["items"]):
         for entry in entries:
             yield _whole(entry, files)
         return
     with ThreadPoolExecutor(READERS, thread_name_prefix="arcface-read") as pool:
-        ahead: deque[Future[_Raw]] = deque(pool.submit(_whole, entry, files) for entry in islice(entries, 2 * READERS))
+        ahead: deque[Future[Raw]] = deque(pool.submit(_whole, entry, files) for entry in islice(entries, 2 * READERS))
         try:
             while ahead:
                 raw = ahead.popleft().result()
@@ -120,20 +137,20 @@ def _file_rows(unit: dict[str, Any], files: Files) -> Iterator[_Raw]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _whole(entry: tuple[str, str | None, str], files: Files) -> _Raw:
+def _whole(entry: tuple[str, str | None, str], files: Files) -> Raw:
     path, identity, reason = entry
     if reason:
-        return _Raw(path, identity, None, reason)
+        return Raw(path, identity, None, reason)
     try:
-        return _Raw(path, identity, files.read(path))
+        return Raw(path, identity, files.read(path))
     except OSError as exc:
-        return _Raw(path, identity, None, exc.strerror or str(exc))
+        return Raw(path, identity, None, exc.strerror or str(exc))
 
 
-def _tar_rows(unit: dict[str, Any], files: Files) -> Iterator[_Raw]:
+def _tar_rows(unit: dict[str, Any], files: Files) -> Iterator[Raw]:
     with files.open(unit["path"]) as file:
         for sample in read_samples(file, unit["offset"], unit.get("count")):
-            yield _Raw(f"{unit['path']}/{sample.name}", sample.identity, sample.image, "no image in this sample")
+            yield Raw(f"{unit['path']}/{sample.name}", sample.identity, sample.image, "no image in this sample")
 
 
 def count_rows(kind: str, path: str, files: Files | None = None) -> int:
@@ -218,7 +235,7 @@ def _member(container: zipfile.ZipFile, info: zipfile.ZipInfo, file: IO[bytes]) 
     return file
 
 
-def _array_rows(unit: dict[str, Any], files: Files) -> Iterator[_Raw]:
+def _array_rows(unit: dict[str, Any], files: Files) -> Iterator[Raw]:
     path, start, stop = unit["path"], unit["start"], unit["stop"]
     with _open_array(path, files) as array:
         array.file.seek(start * array.item_bytes, 1)  # of a compressed .npz this reads, and drops, what is before
@@ -229,7 +246,7 @@ def _array_rows(unit: dict[str, Any], files: Files) -> Iterator[_Raw]:
                 raise InvalidFaces("cut off")
             faces = np.frombuffer(data, array.dtype).reshape(count, *FACE_SHAPE)
             for row, face in enumerate(faces, start=first):
-                yield _Raw(f"{path}[{row}]", None, face)
+                yield Raw(f"{path}[{row}]", None, face)
 
 
 def _open_parquet(source: IO[bytes]) -> pq.ParquetFile:
@@ -253,7 +270,7 @@ def _face_column(file: pq.ParquetFile, path: str) -> str:
     return found[0]
 
 
-def _parquet_rows(unit: dict[str, Any], files: Files) -> Iterator[_Raw]:
+def _parquet_rows(unit: dict[str, Any], files: Files) -> Iterator[Raw]:
     path, start, stop = unit["path"], unit["start"], unit["stop"]
     with files.open(path) as source, _open_parquet(source) as file:
         column = _face_column(file, path)
@@ -275,7 +292,7 @@ def _parquet_rows(unit: dict[str, Any], files: Files) -> Iterator[_Raw]:
                     name = f"{path}[{row}]" if name in (None, "") else str(name)
                     data = record[column]
                     bytes_or_none = data if isinstance(data, bytes) else None
-                    yield _Raw(name, None if identity is None else str(identity), bytes_or_none)
+                    yield Raw(name, None if identity is None else str(identity), bytes_or_none)
                 row += 1
 
 

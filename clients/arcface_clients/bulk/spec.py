@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 UNIT_ROWS = 2048  # what a kill may cost: four minutes of a network that gives 8 faces/s
 METADATA = "_metadata.json"
+ON_SERVER = "server:photo_faces"  # as a spec's detector: the server finds the faces
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,12 @@ class JobSpec:
     contract_id: str | None
     dim: int
     unit_rows: int = UNIT_ROWS
-    detector: str | None = None  # the detector's file; None: the sources are crops
+    detector: str | None = None  # the detector's file, or `ON_SERVER`; None: the sources are crops
     min_score: float = 0.7
 
     def open_detector(self) -> FaceDetector | None:
-        """The detector that the spec names."""
-        if self.detector is None:
+        """The detector of this host that the spec names."""
+        if self.detector in (None, ON_SERVER):
             return None
         from arcface_clients.faces.detect import FaceDetector
 

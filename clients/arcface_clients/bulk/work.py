@@ -14,9 +14,10 @@ import numpy as np
 from arcface_clients.arrays import Array
 from arcface_clients.bulk.files import Files
 from arcface_clients.bulk.folders import Folder
+from arcface_clients.bulk.on_server import photo_rows
 from arcface_clients.bulk.parts import Part, part_bytes, put_part
 from arcface_clients.bulk.read import Item, read_unit
-from arcface_clients.bulk.spec import JobSpec
+from arcface_clients.bulk.spec import ON_SERVER, JobSpec
 from arcface_clients.bulk.units import Unit, unit_names, unit_size
 from arcface_clients.errors import (
     ContractMismatch,
@@ -141,22 +142,38 @@ def embed_unit(
     refused: list[tuple[str, str]] = []
     found: list[Found] = []
 
+    def keep(item: Item) -> bool:
+        if item.face is None:
+            refused.append((item.name, item.refused))
+            return False
+        names.append(item.name)
+        identities.append(item.identity)
+        digests.append(_digest(item))
+        if item.found is not None:
+            found.append(item.found)
+        return True
+
+    def check() -> None:
+        if stop is not None and stop.is_set():
+            raise Stopped
+
     def faces() -> Iterator[Array]:
         for item in read_unit(unit, detector, files):
-            if stop is not None and stop.is_set():
-                raise Stopped
-            if item.face is None:
-                refused.append((item.name, item.refused))
-                continue
-            names.append(item.name)
-            identities.append(item.identity)
-            digests.append(_digest(item))
-            if item.found is not None:
-                found.append(item.found)
-            yield item.face
+            check()
+            if keep(item) and item.face is not None:
+                yield item.face
+
+    def rows_of() -> Iterator[Array]:
+        if spec.detector != ON_SERVER:
+            yield from _stream(engine, faces(), retry_for_s)
+            return
+        server: Any = engine  # a PhotoServer, as whoever made the spec connects
+        for item, row in photo_rows(unit, server, files, spec.min_score, retry_for_s, check):
+            if keep(item) and row is not None:
+                yield row[None]
 
     rows: list[Array] = []
-    for row in _stream(engine, faces(), retry_for_s):
+    for row in rows_of():
         rows.append(row)
         advance(len(row))
     advance(unit_size(unit) - len(names) if unit_size(unit) else 0)

@@ -44,10 +44,10 @@ def client_checks(settings: EmbeddingConfig) -> list[Check]:
 
 def _served(settings: EmbeddingConfig) -> list[Check]:
     """The checks of a running server; one line where even asking failed."""
-    from arcface_clients.checks.served_checks import served_checks
+    from arcface_clients.checks.served_checks import check_photos, served_checks
 
     try:
-        return served_checks(settings)
+        return [*served_checks(settings), check_photos(settings)]
     except ArcFaceError as exc:
         return [Check("drift", "absent", f"not asked: {exc}")]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from arcface_clients.checks.report import Check
 from arcface_clients.errors import ArcFaceError, BackendUnavailable
 from arcface_clients.evidence.gate import judge_embeddings
 from arcface_clients.evidence.golden import golden_faces, golden_rows
+from arcface_clients.photos.embedder import PhotoEmbedder
 from arcface_clients.triton.embedder import TritonEmbedder
 from arcface_clients.triton.transports.statistics import model_statistics
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from arcface_clients.triton.served import ServedModel
 
 TIMEOUT_S = 3.0
+PROBES = 16  # several for each process of photo_faces
 
 
 def served_checks(settings: EmbeddingConfig, timeout_s: float = TIMEOUT_S) -> list[Check]:
@@ -43,6 +46,29 @@ def served_checks(settings: EmbeddingConfig, timeout_s: float = TIMEOUT_S) -> li
         check_queue(served, waited),
         Check("answers", "ok", f"{len(golden_faces())} faces in {took_ms:.0f} ms; {answers}"),
     ]
+
+
+def check_photos(settings: EmbeddingConfig, timeout_s: float = TIMEOUT_S) -> Check:
+    """Whether every process of `photo_faces` answers: Triton calls the model ready as long as one was started.
+
+    So many requests at a time reach each of them that is idle.
+    """
+    options = {**vars(settings.triton), "model": "photo_faces", "timeout_s": timeout_s, "retry_for_s": 0.0}
+    with PhotoEmbedder(**options) as photos, ThreadPoolExecutor(PROBES) as askers:
+        try:
+            photos.ensure_ready()
+        except BackendUnavailable as exc:
+            return Check("photos", "absent", str(exc))
+        errors = [asked.exception() for asked in [askers.submit(photos.probe) for _ in range(PROBES)]]
+    failed = [error for error in errors if error is not None]
+    if failed:
+        return Check(
+            "photos",
+            "problem",
+            f"{len(failed)} of {PROBES} requests to photo_faces were not answered: {failed[0]}",
+            "start the server again; arcface serve does that by itself when one of its processes is lost",
+        )
+    return Check("photos", "ok", f"{PROBES} of {PROBES} requests to photo_faces were answered")
 
 
 def check_drift(embedder: TritonEmbedder, served: ServedModel, settings: EmbeddingConfig) -> Check:

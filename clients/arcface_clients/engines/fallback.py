@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from arcface_clients.arrays import FloatArray
+from arcface_clients.closing import Closing
 from arcface_clients.engines.protocol import EmbeddingEngine, takes_gpu_faces
 from arcface_clients.errors import (
     BackendUnavailable,
@@ -22,9 +22,6 @@ from arcface_clients.errors import (
     Overloaded,
 )
 from arcface_clients.faces.check import FacesLike, check_faces, check_in_place
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Result = TypeVar("Result")
 Link = EmbeddingEngine | tuple[str, Callable[[], EmbeddingEngine]]
@@ -47,7 +44,7 @@ class _State:
     refused: GateFailed | None = None  # failed its validation: not tried again
 
 
-class FallbackEmbedder:
+class FallbackEmbedder(Closing):
     """An engine that tries the engines of `chain` in order and uses the first available one.
 
     Only `BackendUnavailable` falls back. The caller's mistakes (`InvalidFaces`, `ConfigError`) and a failure on this
@@ -151,16 +148,6 @@ class FallbackEmbedder:
         for state in self._states:
             if state.engine is not None:
                 state.engine.close()
-
-    def __enter__(self) -> Self:
-        """The chain itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the chain."""
-        self.close()
 
     def _ask(self, question: Callable[[EmbeddingEngine], Result]) -> Result:
         skipped: dict[str, str] = {}

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
-from types import TracebackType
-from typing import TYPE_CHECKING
+from abc import abstractmethod
 
 import numpy as np
 
 from arcface_clients.arrays import FaceArray, FloatArray
+from arcface_clients.closing import Closing
 from arcface_clients.errors import ConfigError, InferenceFailed
 from arcface_clients.faces.check import FacesLike, check_faces
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
-
-class LocalEngine(ABC):
+class LocalEngine(Closing):
     """An engine in this process: subclasses load in `_load`, embed a chunk in `_run`, release in `_unload`.
 
     Attributes:
@@ -81,16 +77,6 @@ class LocalEngine(ABC):
             if self._ready:
                 self._unload()
                 self._ready = False
-
-    def __enter__(self) -> Self:
-        """The engine itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the engine."""
-        self.close()
 
     @abstractmethod
     def _load(self) -> None:

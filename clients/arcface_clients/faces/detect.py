@@ -137,6 +137,9 @@ def _face(row: FloatArray, face: FaceArray) -> DetectedFace:
     return DetectedFace(face, float(row[14]), (x, y, width, height), _points(row))
 
 
+CROPS_NOT_PHOTOS = "an array of crops, not an image: embed it without --detect"
+
+
 def find_detector(model: Path | str | None = None) -> Path:
     """Path of the detector's file: the given one, $ARCFACE_DETECTOR, or the one in the cache folder.
 
@@ -161,7 +164,7 @@ def detect_crops(files: Iterable[str], detector: FaceDetector) -> Iterator[Crop]
     """
     for name in files:
         if name.lower().endswith(ARRAY_SUFFIXES):
-            yield Crop(name, None, "an array of crops, not an image: embed it without --detect")
+            yield Crop(name, None, CROPS_NOT_PHOTOS)
             continue
         try:
             data = Path(name).read_bytes()

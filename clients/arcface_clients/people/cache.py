@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from arcface_clients.arrays import Array
+from arcface_clients.closing import Closing
 from arcface_clients.errors import ConfigError, ContractMismatch
 from arcface_clients.faces.check import check_faces
 
@@ -52,7 +52,7 @@ def face_digest(face_bgr_u8: Array) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(face_bgr_u8).data).digest()
 
 
-class EmbeddingCache:
+class EmbeddingCache(Closing):
     """Embeddings by face content and contract id: the least recently used leave memory first; a file keeps all.
 
     The file is SQLite in write-ahead mode: commits survive a kill, and several processes may share it. Thread-safe;
@@ -142,16 +142,6 @@ class EmbeddingCache:
     def __len__(self) -> int:
         """Embeddings in memory."""
         return len(self._vectors)
-
-    def __enter__(self) -> EmbeddingCache:
-        """The cache itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Closes the file."""
-        self.close()
 
     def _find(self, keys: Sequence[Key]) -> dict[Key, Array]:
         known: dict[Key, Array] = {}

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from arcface_clients.arrays import Array
+from arcface_clients.closing import Closing
 from arcface_clients.errors import ConfigError, ContractMismatch
 from arcface_clients.faces.images import Crop, find_files, load_faces
 from arcface_clients.people.consensus import MAX_DISTANCE, find_consensus
@@ -120,7 +120,7 @@ def signature(files: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-class Journal:
+class Journal(Closing):
     """Finished records, one per line, in a file beside the output; a line cut short by a kill is dropped."""
 
     def __init__(
@@ -202,13 +202,3 @@ class Journal:
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
-
-    def __enter__(self) -> Journal:
-        """The journal itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the file and leave it there."""
-        self.close()

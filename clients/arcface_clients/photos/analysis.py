@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace, TracebackType
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from arcface_clients.arrays import Array
-from arcface_clients.photos.embedder import PhotoEmbedder, PhotoLike
+from arcface_clients.closing import Closing
+from arcface_clients.photos.embedder import PhotoEmbedder
 from arcface_clients.photos.face import Face
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from arcface_clients.photos.session import PhotoLike
 
 
 class AnalysedFace(SimpleNamespace):
@@ -32,7 +31,7 @@ class AnalysedFace(SimpleNamespace):
         return getattr(self, name)
 
 
-class FaceAnalysis:
+class FaceAnalysis(Closing):
     """`app.get(img)` as in InsightFace, with the models on a server.
 
     Args:
@@ -67,16 +66,6 @@ class FaceAnalysis:
     def close(self) -> None:
         """Give up the connection."""
         self._photos.close()
-
-    def __enter__(self) -> Self:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()
 
 
 def _analysed(face: Face) -> AnalysedFace:

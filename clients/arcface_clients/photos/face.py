@@ -27,3 +27,5 @@ class Verified:
     same: bool  # whether the distance, 1 − similarity, is at most the limit
     box_a: tuple[float, float, float, float]  # x, y, width, height, in the first photo
     box_b: tuple[float, float, float, float]
+    max_distance: float  # the limit
+    calibrated: bool  # whether it was measured with the weights that are served; False for a limit of the caller's

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from arcface_clients.bulk.npz import Written, write_npz
 from arcface_clients.errors import InvalidFaces
+from arcface_clients.faces.detect import CROPS_NOT_PHOTOS
 from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, Found
 from arcface_clients.photos.embedder import PhotoEmbedder
 from arcface_clients.photos.face import Face
@@ -53,6 +54,6 @@ def _answers(files: Sequence[str], photos: PhotoEmbedder) -> Iterator[list[Face]
     answers = photos.faces_stream(Path(name) for name in files if not name.lower().endswith(ARRAY_SUFFIXES))
     for name in files:
         if name.lower().endswith(ARRAY_SUFFIXES):
-            yield InvalidFaces("an array of crops, not an image: embed it without --detect")
+            yield InvalidFaces(CROPS_NOT_PHOTOS)
         else:
             yield next(answers)

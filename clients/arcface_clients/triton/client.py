@@ -1,4 +1,4 @@
-"""What the plain and the asyncio embedder share: arguments, what is known of the served model, and their refusals."""
+"""What all clients share, plain and asyncio: arguments, what is known of the served model, and their refusals."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from arcface_clients.triton.session import Session
 STREAM_RETRY_FOR_S = 120.0  # a server that is restarted loads its models again, which takes a while
 
 
-class TritonClient(ABC):
+class ServerClient(ABC):
     """One model on one server. The arguments are the fields of `ClientOptions`, which says what each means.
 
     Attributes:
         options: the arguments.
     """
-
-    takes_gpu_faces = True
 
     def __init__(
         self,
@@ -55,17 +53,37 @@ class TritonClient(ABC):
             tls=tls or Tls(),
         )
         self.options.tls.check_files()
-        self._session = Session(self.options)
         self._set_up()
 
     @abstractmethod
     def _set_up(self) -> None:
-        """Prepare what the kind of embedder opens later."""
+        """Prepare what the kind of client opens later."""
 
     @property
     def address(self) -> Address:
         """Where the server answers."""
-        return self._session.address
+        return self.options.address
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its arguments: it arrives in another process as a client of its own, not connected yet."""
+        return _made_again, (type(self), self._arguments())
+
+    def __repr__(self) -> str:
+        """URL and model."""
+        return f"{type(self).__name__}({str(self.address)!r}, model={self.options.model!r})"
+
+    def _arguments(self) -> dict[str, Any]:
+        """What it was made with."""
+        return dict(vars(self.options))
+
+
+class TritonClient(ServerClient):
+    """A client that sends faces."""
+
+    takes_gpu_faces = True
+
+    def _set_up(self) -> None:
+        self._session = Session(self.options)
 
     @property
     @abstractmethod
@@ -106,14 +124,6 @@ class TritonClient(ABC):
         """The same for faces on a GPU; None before the first ones came."""
         return self._session.regions.chosen_for_gpu
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its arguments: it arrives in another process as a client of its own, not connected yet."""
-        return _made_again, (type(self), vars(self.options))
-
-    def __repr__(self) -> str:
-        """URL and model."""
-        return f"{type(self).__name__}({str(self.address)!r}, model={self.options.model!r})"
-
     def _stream_size(self, served: ServedModel, batch_size: int | None) -> int:
         """Faces in a full request of a stream.
 
@@ -128,5 +138,5 @@ class TritonClient(ABC):
         return size
 
 
-def _made_again(kind: type[TritonClient], arguments: dict[str, Any]) -> TritonClient:
+def _made_again(kind: type[ServerClient], arguments: dict[str, Any]) -> ServerClient:
     return kind(**arguments)

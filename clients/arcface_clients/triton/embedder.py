@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from itertools import chain, islice
 from math import inf
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 from arcface_clients.arrays import FloatArray
-from arcface_clients.errors import ClientUnusable
+from arcface_clients.closing import Closing
 from arcface_clients.faces.check import Faces, FacesLike, check_in_place
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.triton.answer import Answer, Rows
 from arcface_clients.triton.client import STREAM_RETRY_FOR_S, TritonClient
+from arcface_clients.triton.live import Live, in_turn
 from arcface_clients.triton.sansio import run
 from arcface_clients.triton.served import ServedModel
-from arcface_clients.triton.session import InferRequest, Session
+from arcface_clients.triton.session import InferRequest
 from arcface_clients.triton.streaming import Stream
 from arcface_clients.triton.transports import Transport, open_transport
-from arcface_clients.triton.transports.refusals import closed
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
-class TritonEmbedder(TritonClient):
+class TritonEmbedder(TritonClient, Closing):
     """Embeddings from a Triton server; safe to use from many threads, connects with the first use.
 
     The arguments are the fields of `ClientOptions`.
     """
 
     def _set_up(self) -> None:
-        self._live = _Live(self._session, self._opener())
+        super()._set_up()
+        regions = self._session.regions
+        self._live = Live(self._opener(), lambda transport: run(regions.detach(), transport))
         # also when it is forgotten, and at the end of the process: regions must not be left to the server
         self._finalizer = weakref.finalize(self, self._live.end)
 
@@ -158,20 +152,14 @@ class TritonEmbedder(TritonClient):
             for request in head:
                 yield self._embed(request, retry_for_s, deadline_s)
             return
-        window: deque[tuple[Future[Answer], InferRequest]] = deque()
-        try:
-            for request in chain(head, requests):
-                window.append(
-                    (self._live.workers(in_flight).submit(self._embed, request, retry_for_s, deadline_s), request)
-                )
-                while window and (len(window) == in_flight or window[0][0].done()):
-                    yield window.popleft()[0].result()
-            while window:
-                yield window.popleft()[0].result()
-        finally:
-            for future, request in window:
-                if future.cancel():
-                    self._session.drop(request)
+        begun = (self._submit(request, retry_for_s, deadline_s) for request in chain(head, requests))
+        yield from in_turn(begun, in_flight)
+
+    def _submit(self, request: InferRequest, retry_for_s: float | None, deadline_s: float | None) -> Future[Answer]:
+        workers = self._live.workers(self.options.in_flight)
+        future = workers.submit(self._embed, request, retry_for_s, deadline_s)
+        future.add_done_callback(lambda _: self._session.drop(request))  # also when it is cancelled before it ran
+        return future
 
     def _prepared(self, parts: list[Faces], norms: bool) -> InferRequest:
         transport = self._transport()
@@ -189,64 +177,6 @@ class TritonEmbedder(TritonClient):
     def _opener(self) -> Callable[[], Transport]:
         """What opens the transport; it must not hold this embedder, which may be forgotten before."""
         return partial(open_transport, self.options.connection())
-
-    def __enter__(self) -> Self:
-        """The embedder itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()
-
-
-class _Live:
-    """What an embedder has open; apart from it, so that it can be ended when the embedder is forgotten."""
-
-    def __init__(self, session: Session, opener: Callable[[], Transport]) -> None:
-        self._session = session
-        self._opener = opener
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._ended = False
-        self._transport: Transport | None = None
-        self._workers: ThreadPoolExecutor | None = None
-
-    def transport(self) -> Transport:
-        if os.getpid() != self._pid:
-            raise ClientUnusable(
-                f"this client was opened by process {self._pid} and carried over a fork into {os.getpid()}: its "
-                "threads do not survive that. Make one client in each process"
-            )
-        with self._lock:
-            if self._ended:
-                raise closed()
-            if self._transport is None:
-                self._transport = self._opener()
-            return self._transport
-
-    def workers(self, count: int) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._ended:
-                raise closed()
-            if self._workers is None:
-                self._workers = ThreadPoolExecutor(count, thread_name_prefix="arcface-triton")
-            return self._workers
-
-    def end(self, wait: bool = False) -> None:
-        if os.getpid() != self._pid:
-            return  # the parent's connection and regions are not a forked child's to close
-        with self._lock:
-            self._ended = True
-            transport, workers = self._transport, self._workers
-            self._transport = self._workers = None
-        if transport is None:
-            return
-        run(self._session.regions.detach(), transport)
-        transport.close()
-        if workers:
-            workers.shutdown(wait=wait, cancel_futures=True)  # forgotten on a worker: it cannot wait for itself
 
 
 def named_contract(embedder: TritonEmbedder) -> str | None:

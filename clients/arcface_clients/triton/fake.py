@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from arcface_clients.errors import InferenceFailed
 from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.embedder import TritonEmbedder
 from arcface_clients.triton.memory.system import Slot
-from arcface_clients.triton.transports import Transport
+from arcface_clients.triton.transports import Files, Parameter, Transport
 
 
 class FakeEmbedder(TritonEmbedder):
@@ -120,6 +120,12 @@ class FakeTransport:
     def infer_shared(self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float) -> Tensors:
         """Never asked: shared memory is switched off."""
         raise InferenceFailed("the fake has no shared memory")
+
+    def infer_files(
+        self, model: str, files: Files, outputs: Sequence[str], parameters: Mapping[str, Parameter], timeout_s: float
+    ) -> Tensors:
+        """Never asked: it takes faces."""
+        raise InferenceFailed("the fake takes faces, not photos")
 
     def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Never asked: shared memory is switched off."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from arcface_clients.errors import ConfigError
 from arcface_clients.triton.address import Access, Address, Connection, Tls
@@ -90,6 +91,19 @@ class ClientOptions:
             ConfigError: the URL cannot be read, or TLS files go with one that is not encrypted.
         """
         return Connection(self.address, dict(self.headers), self.tls, self.compression)
+
+
+class PhotoArguments(TypedDict, total=False):
+    """The arguments of a client that sends photos: `ClientOptions` but for shared memory, which is for faces."""
+
+    timeout_s: float
+    total_timeout_s: float | None
+    retry_for_s: float
+    in_flight: int
+    expected_contract: str | None
+    compression: str | None
+    headers: Mapping[str, str] | None
+    tls: Tls | None
 
 
 def _check(key: str, value: object, good: object, expected: str) -> None:

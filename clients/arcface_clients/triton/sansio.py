@@ -14,7 +14,7 @@ from inspect import isawaitable
 from typing import Any, TypeVar
 
 from arcface_clients.errors import DeadlineExceeded
-from arcface_clients.triton.transports import AsyncTransport, FileTransport, Transport
+from arcface_clients.triton.transports import AsyncTransport, Transport
 
 CONTROL_TIMEOUT_S = 10.0  # for everything that is asked of a server but inference
 _CLOCK_S = 0.05  # by so much a driver's clock may run ahead of ours
@@ -23,7 +23,7 @@ T = TypeVar("T")
 Steps = Generator[tuple[Any, ...], Any, T]
 
 
-def run(steps: Steps[T], transport: Transport | FileTransport) -> T:
+def run(steps: Steps[T], transport: Transport) -> T:
     """Do each step on a transport; what a step raises is raised at its `yield`."""
     act, argument = steps.send, None
     while True:

@@ -54,13 +54,41 @@ class InferRequest:
     slot: Slot | None = None
 
 
-class Session:
-    """What is known of one model on one server, and the exchanges with it."""
+class Exchanges:
+    """What all exchanges with one model on one server have in common: its name in messages, and when they must end."""
 
     def __init__(self, options: ClientOptions) -> None:
         """Nothing is sent yet."""
         self.options = options
         self.address = options.address
+
+    @property
+    def who(self) -> str:
+        """The model and its server, for messages."""
+        return f"{self.options.model!r} at {self.address}"
+
+    def deadline_s(self) -> float:
+        """When a call that begins now has to be done, by the monotonic clock."""
+        total_s = self.options.total_timeout_s
+        return inf if total_s is None else time.monotonic() + total_s
+
+    def in_time(self, steps: Steps[T], deadline_s: float) -> Steps[T]:
+        """An exchange of this session that ends by then, with DeadlineExceeded if need be."""
+        return within(steps, deadline_s, self._too_late) if deadline_s < inf else steps
+
+    def _too_late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"{self.who} did not give all answers within total_timeout_s = {self.options.total_timeout_s:g} s. "
+            "Raise it, or send fewer faces at once"
+        )
+
+
+class Session(Exchanges):
+    """What is known of one model on one server, and the exchanges with it."""
+
+    def __init__(self, options: ClientOptions) -> None:
+        """Nothing is sent yet."""
+        super().__init__(options)
         self.served: ServedModel | None = None
         self.embedding_dim = 0
         self.regions = Regions(options)
@@ -144,15 +172,6 @@ class Session:
         if slot:
             self.regions.pool.give(slot)
 
-    def deadline_s(self) -> float:
-        """When a call that begins now has to be done, by the monotonic clock."""
-        total_s = self.options.total_timeout_s
-        return inf if total_s is None else time.monotonic() + total_s
-
-    def in_time(self, steps: Steps[T], deadline_s: float) -> Steps[T]:
-        """An exchange of this session that ends by then, with DeadlineExceeded if need be."""
-        return within(steps, deadline_s, self._too_late) if deadline_s < inf else steps
-
     def embed(self, request: InferRequest, retry_for_s: float | None = None) -> Steps[Answer]:
         """The answer to a request. A server or model that is not there is asked again for `retry_for_s`.
 
@@ -170,7 +189,7 @@ class Session:
                     tensors = yield from self._infer(request)
                     self._last_answer_s = time.monotonic()
                     if self._is_ours(tensors, request, may_learn):
-                        return checked_rows(tensors, (request.count, self.embedding_dim), self._who)
+                        return checked_rows(tensors, (request.count, self.embedding_dim), self.who)
                     check_again, may_learn = True, False
                     continue
                 except DeadlineExceeded:
@@ -197,7 +216,7 @@ class Session:
         has = self.served.outputs if self.served else ()
         if norms and NORM_OUTPUT not in has:
             raise WrongUse(
-                f"{self._who} has no output `norm`: expected a model imported since it exists. Import it again: "
+                f"{self.who} has no output `norm`: expected a model imported since it exists. Import it again: "
                 "arcface import SOURCE"
             )
         return (EMBEDDING_OUTPUT, *[NORM_OUTPUT] * norms, *[CONTRACT_OUTPUT] * (CONTRACT_OUTPUT in has))
@@ -211,7 +230,7 @@ class Session:
         if CONTRACT_OUTPUT not in request.outputs:
             self._told = True
             return True
-        row = checked_contract(tensors, request.count, self._who)
+        row = checked_contract(tensors, request.count, self.who)
         with self._contract_lock:
             if self._contract_row is None:
                 self._contract_row = row
@@ -219,7 +238,7 @@ class Session:
                 self._told = True
                 return True
             if self._told or self.options.expected_contract or not may_learn:
-                raise other_contract(row, self._contract_row, self._who)
+                raise other_contract(row, self._contract_row, self.who)
         return False
 
     def _move(self, request: InferRequest) -> Steps[None]:
@@ -237,16 +256,6 @@ class Session:
         tensors: Tensors = yield "infer", self.options.model, body, self.options.timeout_s
         return int(tensors[EMBEDDING_OUTPUT].shape[1])
 
-    def _too_late(self) -> DeadlineExceeded:
-        return DeadlineExceeded(
-            f"{self._who} did not give all answers within total_timeout_s = {self.options.total_timeout_s:g} s. "
-            "Raise it, or send fewer faces at once"
-        )
-
-    @property
-    def _who(self) -> str:
-        return f"{self.options.model!r} at {self.address}"
-
     def _accept(self, served: ServedModel) -> None:
         """Take over the contract of a model, or refuse the model.
 
@@ -261,18 +270,18 @@ class Session:
             for known, since in expected:
                 if known is not None and served.contract_id != known:
                     raise ContractMismatch(
-                        f"{self._who} serves contract {_short(served.contract_id)}, but {since} is {_short(known)}. "
+                        f"{self.who} serves contract {_short(served.contract_id)}, but {since} is {_short(known)}. "
                         "Embeddings of two contracts cannot be compared: serve the model of "
                         f"{_short(known)}, or enrol every person again with the new one"
                     )
             if self.served and served.embedding_dim not in (None, self.embedding_dim):
                 raise ContractMismatch(
-                    f"{self._who} makes embeddings of width {served.embedding_dim} now; expected {self.embedding_dim}, "
+                    f"{self.who} makes embeddings of width {served.embedding_dim} now; expected {self.embedding_dim}, "
                     "that of its first answer. Make a new client"
                 )
             if before and CONTRACT_OUTPUT in before.outputs and CONTRACT_OUTPUT not in served.outputs:
                 raise ContractMismatch(
-                    f"{self._who} does not name its contract in its answers any more; expected "
+                    f"{self.who} does not name its contract in its answers any more; expected "
                     f"{_short(before.contract_id)}. Serve the former model, or make a new client"
                 )
             if not before and CONTRACT_OUTPUT in served.outputs:
@@ -281,9 +290,9 @@ class Session:
     def _say(self, served: ServedModel) -> None:
         """What the log should hold of the model, once a connection."""
         if CONTRACT_OUTPUT not in served.outputs:
-            _log.info("%s does not name its contract in its answers: import it again to have each checked", self._who)
+            _log.info("%s does not name its contract in its answers: import it again to have each checked", self.who)
         if served.demo:
-            _log.warning("%s runs DEMO weights: its embeddings recognise nobody. arcface import YOUR.onnx", self._who)
+            _log.warning("%s runs DEMO weights: its embeddings recognise nobody. arcface import YOUR.onnx", self.who)
 
 
 def _row(contract_id: str | None) -> npt.NDArray[np.int32] | None:

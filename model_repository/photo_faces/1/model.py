@@ -53,6 +53,8 @@ class TritonPythonModel:
     def _answer(self, request):
         try:
             asked = Asked(request, self.max_faces)
+            if asked.probe:
+                return pb_utils.InferenceResponse([pb_utils.Tensor("score", np.empty(0, np.float32))])
             encoded = _bytes_of(pb_utils.get_input_tensor_by_name(request, "image").as_numpy())
             found = self._faces(encoded, asked)
             wanted = set(request.requested_output_names())
@@ -122,7 +124,10 @@ class Failed(Exception):
 
 
 class Asked:
-    """The parameters of a request: min_score, min_size, max_faces, crop; numbers may come as text."""
+    """The parameters of a request: min_score, min_size, max_faces, crop; numbers may come as text.
+
+    `probe`: only whether this process answers; the image is not looked at, and nothing is counted.
+    """
 
     def __init__(self, request, max_faces):
         """Read and check them."""
@@ -130,7 +135,7 @@ class Asked:
         self.min_score = _number(told, "min_score", MIN_SCORE, 0.01, 0.99)
         self.min_size = _number(told, "min_size", MIN_SIZE, 1, 1e5)
         self.max_faces = int(_number(told, "max_faces", max_faces, 1, max_faces))
-        self.crop = str(told.get("crop", "")).lower() in ("true", "1", "yes")
+        self.crop, self.probe = (str(told.get(key, "")).lower() in ("true", "1", "yes") for key in ("crop", "probe"))
 
 
 class Meter:

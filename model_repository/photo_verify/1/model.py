@@ -6,12 +6,13 @@ its words.
 
 import asyncio
 import json
+from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 NAMES = ("box", "embedding", "contract")
-REFUSED = "photo refused: "
+WRONG = ("photo refused: ", ": expected a number in ")  # how photo_faces refuses a photo, and a parameter
 
 
 class TritonPythonModel:
@@ -27,6 +28,7 @@ class TritonPythonModel:
         told = json.loads(args["model_config"])["parameters"]
         self.photo_model = told["photo_model"]["string_value"]
         self.max_distance = float(told["max_distance"]["string_value"])
+        self.measured = measured(Path(args["model_repository"]) / args["model_version"] / "calibration.json")
 
     async def execute(self, requests):
         """Answer each request on its own."""
@@ -35,12 +37,15 @@ class TritonPythonModel:
     async def _answer(self, request):
         try:
             asked = json.loads(request.parameters() or "{}")
-            max_distance = float(asked.pop("max_distance", self.max_distance))
-            if not 0 <= max_distance <= 2:
-                raise ValueError(f"max_distance is {max_distance}: expected a number in 0..2")
+            limit = asked.pop("max_distance", None)
+            if limit is not None and not 0 <= float(limit) <= 2:
+                raise ValueError(f"max_distance is {limit}: expected a number in 0..2")
             images = [pb_utils.get_input_tensor_by_name(request, name) for name in ("image_a", "image_b")]
             answers = await asyncio.gather(*[self._faces(image.as_numpy(), asked) for image in images])
-            found = best_pair(*answers, max_distance)
+            found = best_pair(*answers) | self._decision(answers[0]["contract"], limit)
+            found["same"] = 1 - found["similarity"] <= found["max_distance"]
+            if not len(found["similarity"]):
+                found = {name: rows[:0] for name, rows in found.items()}
             wanted = [pb_utils.Tensor(name, found[name]) for name in request.requested_output_names()]
             return pb_utils.InferenceResponse(output_tensors=wanted)
         except ValueError as exc:
@@ -48,33 +53,46 @@ class TritonPythonModel:
         except Exception as exc:
             return _error(f"photo_verify: {exc}", pb_utils.TritonError.UNAVAILABLE)
 
+    def _decision(self, contract, limit):
+        """At which distance to decide, and whether that was measured with these weights; what the caller wants goes."""
+        own = self.measured.get(tuple(contract[0].tolist())) if len(contract) and limit is None else None
+        distance = self.max_distance if limit is None else float(limit)
+        return {
+            "max_distance": np.array([distance if own is None else own], np.float32),
+            "calibrated": np.array([own is not None]),
+        }
+
     async def _faces(self, image, parameters):
         request = pb_utils.InferenceRequest(
             model_name=self.photo_model,
             requested_output_names=list(NAMES),
             inputs=[pb_utils.Tensor("image", image)],
-            parameters=parameters,
+            parameters={key: str(value) if isinstance(value, float) else value for key, value in parameters.items()},
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
         answer = await request.async_exec()
         if answer.has_error():
-            words = answer.error().message()
-            raise (ValueError if REFUSED in words else RuntimeError)(words)
+            words = answer.error().message()  # its code is INTERNAL here, whatever the model gave it
+            raise (ValueError if any(wrong in words for wrong in WRONG) else RuntimeError)(words)
         return {name: pb_utils.get_output_tensor_by_name(answer, name).as_numpy() for name in NAMES}
 
 
-def best_pair(a, b, max_distance):
+def measured(file):
+    """Contract → the distance that `arcface compare --pairs --calibrate` measured with these weights."""
+    if not file.is_file():
+        return {}
+    return {tuple(row["contract"]): float(row["max_distance"]) for row in json.loads(file.read_text())["models"]}
+
+
+def best_pair(a, b):
     """One row for the most alike pair; no row where there is none."""
     if not len(a["box"]) or not len(b["box"]):
-        none = {"similarity": np.empty(0, np.float32), "same": np.empty(0, np.bool_)}
-        boxes = np.empty((0, 4), np.float32)
-        return {**none, "box_a": boxes, "box_b": boxes, "contract": np.empty((0, 4), np.int32)}
+        boxes, contract = np.empty((0, 4), np.float32), np.empty((0, 4), np.int32)
+        return {"similarity": np.empty(0, np.float32), "box_a": boxes, "box_b": boxes, "contract": contract}
     cosine = a["embedding"] @ b["embedding"].T
     i, j = np.unravel_index(cosine.argmax(), cosine.shape)
-    similarity = cosine[i, j][None].astype(np.float32)
     return {
-        "similarity": similarity,
-        "same": 1 - similarity <= max_distance,
+        "similarity": cosine[i, j][None].astype(np.float32),
         "box_a": a["box"][i][None].copy(),
         "box_b": b["box"][j][None].copy(),
         "contract": a["contract"][:1].copy(),

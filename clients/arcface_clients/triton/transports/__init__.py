@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from arcface_clients.arrays import Array
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
 
-if TYPE_CHECKING:
-    from arcface_clients.triton.transports.grpc import GrpcTransport
-    from arcface_clients.triton.transports.http import HttpTransport
+Parameter = float | int | str | bool
+Files = Mapping[str, bytes]
+"""Input name → the file."""
 
 
 class Transport(Protocol):
@@ -49,6 +49,12 @@ class Transport(Protocol):
 
     def shared_regions(self, memory: str, timeout_s: float) -> list[str]:
         """Names of all regions in "system" or "cuda" shared memory that the server knows."""
+        ...
+
+    def infer_files(
+        self, model: str, files: Files, outputs: Sequence[str], parameters: Mapping[str, Parameter], timeout_s: float
+    ) -> Tensors:
+        """The outputs asked for, of any shape, of a model that takes encoded files; the arrays may be read-only."""
         ...
 
     def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
@@ -93,6 +99,12 @@ class AsyncTransport(Protocol):
         """As `Transport.shared_regions`."""
         ...
 
+    async def infer_files(
+        self, model: str, files: Files, outputs: Sequence[str], parameters: Mapping[str, Parameter], timeout_s: float
+    ) -> Tensors:
+        """As `Transport.infer_files`."""
+        ...
+
     async def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
         """As `Transport.model_config`."""
         ...
@@ -106,34 +118,7 @@ class AsyncTransport(Protocol):
         ...
 
 
-class FileTransport(Protocol):
-    """What the models that take encoded photos need of a connection."""
-
-    def infer_files(
-        self,
-        model: str,
-        files: Mapping[str, bytes],
-        outputs: Sequence[str],
-        parameters: Mapping[str, float | int | str | bool],
-        timeout_s: float,
-    ) -> Tensors:
-        """The outputs asked for, of any shape; the arrays may be read-only."""
-        ...
-
-    def model_config(self, model: str, timeout_s: float) -> dict[str, Any]:
-        """As `Transport.model_config`."""
-        ...
-
-    def sleep(self, seconds: float) -> None:
-        """As `Transport.sleep`."""
-        ...
-
-    def close(self) -> None:
-        """As `Transport.close`."""
-        ...
-
-
-def open_transport(connection: Connection) -> HttpTransport | GrpcTransport:
+def open_transport(connection: Connection) -> Transport:
     """A transport for the address's protocol; does not talk to the server yet.
 
     Raises:

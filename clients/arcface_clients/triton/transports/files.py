@@ -14,13 +14,10 @@ import numpy as np
 from arcface_clients.errors import InvalidAnswer
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.answer import Tensors
-from arcface_clients.triton.transports import refusals
+from arcface_clients.triton.transports import Files, Parameter, refusals
 from arcface_clients.triton.transports.grpc_messages import drivers
 from arcface_clients.triton.transports.http_messages import Request, binary_request
 
-Parameter = float | int | str | bool
-Files = Mapping[str, bytes]
-"""Input name → the file."""
 _DTYPES = {"FP32": np.float32, "INT32": np.int32, "UINT8": np.uint8, "BOOL": np.bool_}
 
 

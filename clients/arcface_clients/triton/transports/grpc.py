@@ -12,9 +12,9 @@ from arcface_clients.triton.address import Connection
 from arcface_clients.triton.admin_key import admin_headers
 from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
+from arcface_clients.triton.transports import Files, Parameter, refusals
 from arcface_clients.triton.transports import grpc_messages as messages
-from arcface_clients.triton.transports import refusals
-from arcface_clients.triton.transports.files import Files, Parameter, pack_grpc, unpack_grpc
+from arcface_clients.triton.transports.files import pack_grpc, unpack_grpc
 
 
 class GrpcTransport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,9 @@ from arcface_clients.triton.address import Connection
 from arcface_clients.triton.admin_key import admin_headers
 from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
+from arcface_clients.triton.transports import Files, Parameter, refusals
 from arcface_clients.triton.transports import grpc_messages as messages
-from arcface_clients.triton.transports import refusals
+from arcface_clients.triton.transports.files import pack_grpc, unpack_grpc
 
 
 class AsyncGrpcTransport:
@@ -46,6 +47,15 @@ class AsyncGrpcTransport:
         with self._errors(model, timeout_s):
             reply = await self._infer(body, timeout=timeout_s, metadata=self._metadata)
         return messages.unpack(self._connection, model, reply)
+
+    async def infer_files(
+        self, model: str, files: Files, outputs: Sequence[str], parameters: Mapping[str, Parameter], timeout_s: float
+    ) -> Tensors:
+        """The outputs asked for, read-only."""
+        body = pack_grpc(model, files, outputs, parameters)
+        with self._errors(model, timeout_s):
+            reply = await self._infer(body, timeout=timeout_s, metadata=self._metadata)
+        return unpack_grpc(self._connection, model, reply)
 
     async def infer_shared(
         self, model: str, slot: Slot, count: int, outputs: Sequence[str], timeout_s: float

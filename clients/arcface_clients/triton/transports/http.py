@@ -23,9 +23,9 @@ from arcface_clients.triton.address import Address, Connection
 from arcface_clients.triton.admin_key import admin_headers
 from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
+from arcface_clients.triton.transports import Files, Parameter, refusals
 from arcface_clients.triton.transports import http_messages as messages
-from arcface_clients.triton.transports import refusals
-from arcface_clients.triton.transports.files import Files, Parameter, pack_http, unpack_http
+from arcface_clients.triton.transports.files import pack_http, unpack_http
 
 IDLE_S = 60.0  # a connection that was idle for longer is replaced: what stands between may have forgotten it
 _KEEPALIVE = (("SO_KEEPALIVE", 1), ("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))

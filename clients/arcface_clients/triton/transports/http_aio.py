@@ -15,8 +15,9 @@ from arcface_clients.triton.address import Connection
 from arcface_clients.triton.admin_key import admin_headers
 from arcface_clients.triton.answer import Tensors
 from arcface_clients.triton.memory.system import Slot
+from arcface_clients.triton.transports import Files, Parameter, refusals
 from arcface_clients.triton.transports import http_messages as messages
-from arcface_clients.triton.transports import refusals
+from arcface_clients.triton.transports.files import pack_http, unpack_http
 
 
 class AsyncHttpTransport:
@@ -41,6 +42,14 @@ class AsyncHttpTransport:
     async def infer(self, model: str, body: messages.Request, timeout_s: float) -> Tensors:
         """The outputs asked for, read-only."""
         read = partial(messages.unpack, self._connection, model, body.id)
+        return await self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, read, body.body, body.headers)
+
+    async def infer_files(
+        self, model: str, files: Files, outputs: Sequence[str], parameters: Mapping[str, Parameter], timeout_s: float
+    ) -> Tensors:
+        """The outputs asked for, read-only."""
+        body = pack_http(files, outputs, parameters, self._connection.compression)
+        read = partial(unpack_http, self._connection, model, body.id)
         return await self._ask(model, "POST", f"/v2/models/{model}/infer", timeout_s, read, body.body, body.headers)
 
     async def infer_shared(

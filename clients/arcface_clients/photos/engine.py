@@ -1,0 +1,38 @@
+"""PhotoEngine: a TritonEmbedder whose server finds the faces of photos too, for bulk jobs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+
+from arcface_clients.errors import InvalidFaces
+from arcface_clients.photos.embedder import PhotoEmbedder
+from arcface_clients.photos.face import Face
+from arcface_clients.photos.session import PhotoLike
+from arcface_clients.triton.client import STREAM_RETRY_FOR_S
+from arcface_clients.triton.embedder import TritonEmbedder
+
+
+class PhotoEngine(TritonEmbedder):
+    """The arguments are those of `TritonEmbedder`."""
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self._lock = threading.Lock()
+        self._photos: PhotoEmbedder | None = None
+
+    def faces_stream(
+        self, photos: Iterable[PhotoLike], *, retry_for_s: float = STREAM_RETRY_FOR_S
+    ) -> Iterator[list[Face] | InvalidFaces]:
+        """As `PhotoEmbedder.faces_stream`, with crops, and of the contract that `contract_id` names."""
+        with self._lock:
+            if self._photos is None:
+                told = {**vars(self.options), "model": "photo_faces", "expected_contract": self.contract_id}
+                self._photos = PhotoEmbedder(**told, crops=True)
+        return self._photos.faces_stream(photos, retry_for_s=retry_for_s)
+
+    def close(self) -> None:
+        """Give up both connections; may be called twice."""
+        if self._photos is not None:
+            self._photos.close()
+        super().close()

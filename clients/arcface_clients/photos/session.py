@@ -1,0 +1,205 @@
+"""The exchanges of a client that sends photos: asking, trying again, checking the answer; as steps without I/O."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from arcface_clients.arrays import Array
+from arcface_clients.contract import CONTRACT_OUTPUT, contract_words
+from arcface_clients.errors import (
+    BackendUnavailable,
+    DeadlineExceeded,
+    InferenceFailed,
+    InvalidFaces,
+    ModelNotReady,
+    WrongUse,
+)
+from arcface_clients.extras import importing
+from arcface_clients.photos.face import Face, Verified
+from arcface_clients.triton.answer import Tensors, checked_contract, checked_rows, other_contract
+from arcface_clients.triton.options import ClientOptions
+from arcface_clients.triton.sansio import CONTROL_TIMEOUT_S, Steps, backoff_s
+from arcface_clients.triton.session import Exchanges
+from arcface_clients.triton.transports import Files, Parameter
+
+PhotoLike = bytes | Path | str | Array
+"""A photo: a file's bytes, its path, or pixels uint8 (H,W,3) BGR, which are sent as PNG."""
+VERIFY_MODEL = "photo_verify"
+_REFUSED = "photo refused: "  # how the model's message of a bad photo begins
+_OUTPUTS = ("box", "score", "landmarks", "embedding", "norm", CONTRACT_OUTPUT)
+_VERIFY_OUTPUTS = ("similarity", "same", "box_a", "box_b", "max_distance", "calibrated", CONTRACT_OUTPUT)
+
+
+class PhotoRequest(NamedTuple):
+    """What goes to a model that takes photos."""
+
+    model: str
+    files: Files
+    outputs: tuple[str, ...]
+    parameters: Mapping[str, Parameter]
+
+
+class PhotoSession(Exchanges):
+    """What is known of `photo_faces` on one server, and the exchanges with it."""
+
+    def __init__(self, options: ClientOptions, parameters: Mapping[str, float | None], crops: bool) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            options: how the server is called.
+            parameters: of every request; None: the server's default.
+            crops: ask for the aligned faces too.
+        """
+        super().__init__(options)
+        self._parameters: dict[str, Parameter] = {k: v for k, v in parameters.items() if v is not None}
+        self._parameters |= {"crop": True} if crops else {}
+        self._outputs = (*_OUTPUTS, *["crop"] * crops)
+        expected = options.expected_contract
+        self._lock = threading.Lock()
+        self.contract: npt.NDArray[np.int32] | None = contract_words(expected) if expected else None
+
+    def ready(self) -> Steps[None]:
+        """Ask the server for the model.
+
+        Raises:
+            ServerUnreachable, ModelNotReady, DeadlineExceeded: it cannot answer.
+        """
+        try:
+            yield "model_config", self.options.model, min(self.options.timeout_s, CONTROL_TIMEOUT_S)
+        except ModelNotReady as exc:
+            raise ModelNotReady(f"{exc} (photos need a detector there: arcface import-detector FILE)") from exc
+
+    def probe(self) -> Steps[None]:
+        """Have a process of the model answer without a photo; it does not count in the model's own metrics.
+
+        Raises:
+            What `faces` raises.
+        """
+        request = PhotoRequest(self.options.model, {"image": b""}, ("score",), {"probe": True})
+        with suppress(InvalidFaces):  # a model.py of before refuses the photo, which is as good an answer
+            yield from self._asked(request, self.options.retry_for_s)
+
+    def faces(self, photo: bytes, retry_for_s: float) -> Steps[list[Face]]:
+        """The faces of an encoded photo; see `PhotoEmbedder.faces`."""
+        request = PhotoRequest(self.options.model, {"image": photo}, self._outputs, self._parameters)
+        return self._faces((yield from self._asked(request, retry_for_s)))
+
+    def verify(self, a: bytes, b: bytes, max_distance: float | None) -> Steps[Verified | None]:
+        """The most alike faces of two encoded photos; see `PhotoEmbedder.verify`."""
+        parameters = self._parameters | ({} if max_distance is None else {"max_distance": max_distance})
+        request = PhotoRequest(VERIFY_MODEL, {"image_a": a, "image_b": b}, _VERIFY_OUTPUTS, parameters)
+        found = yield from self._asked(request, self.options.retry_for_s)
+        if not len(found["similarity"]):
+            return None
+        self._check_contract(found, 1)
+        return Verified(
+            float(found["similarity"][0]),
+            bool(found["same"][0]),
+            _box(found["box_a"][0]),
+            _box(found["box_b"][0]),
+            float(found["max_distance"][0]),
+            bool(found["calibrated"][0]),
+        )
+
+    def _asked(self, request: PhotoRequest, retry_for_s: float) -> Steps[Tensors]:
+        """The answer to a request, which is sent again to a server or model that is not there; see `Session.embed`."""
+        give_up_s, attempt = time.monotonic() + retry_for_s, 0
+        while True:
+            try:
+                found: Tensors = yield "infer_files", *request, self.options.timeout_s
+                break
+            except DeadlineExceeded:
+                raise
+            except BackendUnavailable:
+                wait_s = backoff_s(attempt)
+                if time.monotonic() + wait_s > give_up_s:
+                    raise
+            except InferenceFailed as exc:
+                _, bad, why = str(exc).partition(_REFUSED)
+                if bad:
+                    raise InvalidFaces(why) from exc
+                raise
+            yield "sleep", wait_s
+            attempt += 1
+        missing = [name for name in request.outputs if name not in found]
+        if missing:
+            raise InferenceFailed(f"{request.model!r} at {self.address} answered without {', '.join(missing)}.")
+        return found
+
+    def _faces(self, found: Tensors) -> list[Face]:
+        count = len(found["box"])
+        shapes = {"box": (count, 4), "score": (count,), "landmarks": (count, 5, 2)}
+        wrong = [f"{name} {found[name].shape}" for name, shape in shapes.items() if found[name].shape != shape]
+        if wrong:
+            raise InferenceFailed(f"{self.who} answered {', '.join(wrong)} for {count} faces.")
+        if not count:
+            return []
+        self._check_contract(found, count)
+        answer = checked_rows(found, (count, found["embedding"].shape[-1]), self.who)
+        crops = found.get("crop")
+        return [
+            Face(
+                _box(found["box"][i]),
+                float(found["score"][i]),
+                found["landmarks"][i],
+                answer.embeddings[i],
+                float(answer.norms[i]),
+                None if crops is None else crops[i],
+            )
+            for i in range(count)
+        ]
+
+    def _check_contract(self, found: Tensors, count: int) -> None:
+        """Raises ContractMismatch where the rows are not of the first answer's contract, or of the expected one."""
+        row = checked_contract(found, count, self.who)
+        with self._lock:
+            if self.contract is None:
+                self.contract = row
+            expected = self.contract
+        if not np.array_equal(row, expected):
+            raise other_contract(row, expected, self.who)
+
+
+def encoded(photo: PhotoLike) -> bytes:
+    """The bytes of a photo's file.
+
+    Raises:
+        OSError: it cannot be read.
+        WrongUse: this is no photo.
+    """
+    if isinstance(photo, (bytes, bytearray, memoryview)):
+        return bytes(photo)
+    if isinstance(photo, (str, Path)):
+        return Path(photo).read_bytes()
+    if not isinstance(photo, np.ndarray) or photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+        got = f"{photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
+        raise WrongUse(f"expected a photo as a path, a file's bytes, or pixels uint8 (H, W, 3) BGR; got {got}.")
+    with importing("sending pixels"):
+        import cv2
+    return bytes(cv2.imencode(".png", photo, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1])
+
+
+def refused(exc: InvalidFaces | OSError) -> InvalidFaces:
+    """What a stream yields for a photo that cannot be used, instead of ending.
+
+    Raises:
+        BackendUnavailable: it is the server that cannot answer.
+    """
+    if isinstance(exc, InvalidFaces):
+        return exc
+    if isinstance(exc, BackendUnavailable):
+        raise exc
+    return InvalidFaces(exc.strerror or str(exc))
+
+
+def _box(row: Array) -> tuple[float, float, float, float]:
+    x, y, width, height = row.tolist()
+    return x, y, width, height
