@@ -228,7 +228,7 @@ def test_a_precision_that_is_asked_for_undoes_a_rollback_and_auto_does_not(tmp_p
     assert take(Wanted(precision="int8")).startswith("int8")
     with pytest.raises(
         Missing,
-        match=r"cannot serve fp32: .* does not hold this model.* Next: arcface serve --variant installed \(int8\)",
+        match=r"cannot serve fp32: .* does not hold this model.* serve --variant installed",
     ):
         take_best_variant(repository, tmp_path, 3, DRIFT_LIMITS, lambda: ServerRuntimes(HERE), Wanted(precision="fp32"))
 
