@@ -11,7 +11,7 @@ from typing import Any
 from arcface_build.variants.candidates import PLAIN, Candidate, candidates
 from arcface_build.variants.fastest import fastest, lead, outruns
 from arcface_build.variants.measure import measure
-from arcface_build.variants.speeds import NOTHING_MEASURED, Speed, SpeedTable, host_key, keep_speeds, kept_speeds
+from arcface_build.variants.speeds import NOTHING_MEASURED, Goal, Speed, SpeedTable, host_key, keep_speeds, kept_speeds
 from arcface_build.variants.untried import offer, untried
 from arcface_clients.errors import GateFailed
 
@@ -26,7 +26,7 @@ class Wanted:
         remeasure: do not believe what was measured earlier.
     """
 
-    goal: str = "throughput"
+    goal: Goal = "throughput"
     precision: str | None = None
     remeasure: bool = False
 
@@ -164,7 +164,7 @@ def _chosen(one: Candidate, reason: str, why_not: Mapping[str, str]) -> VariantC
     return VariantChoice(one.file, one.precision, one.runtime, reason + passed + others, one.sidecar)
 
 
-def _why(taken: Speed, runner_up: Speed | None, usable: Sequence[Speed], full_batch: int, goal: str) -> str:
+def _why(taken: Speed, runner_up: Speed | None, usable: Sequence[Speed], full_batch: int, goal: Goal) -> str:
     """What was measured, in one line: against the runner-up, and against what is served where nothing is chosen."""
     plain = next((speed for speed in usable if (speed.precision, speed.runtime) == PLAIN), None)
     others = dict.fromkeys(speed for speed in (runner_up, plain) if speed is not None and speed is not taken)

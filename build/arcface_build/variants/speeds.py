@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from arcface_build.variants.candidates import Candidate
 from arcface_build.variants.sidecar import variants_folder
 from arcface_clients.atomic import write_json
 from arcface_clients.engines.runtimes import TELLING_FLAGS, available_cores, cpu_flags, cpu_name
 
-GOALS = ("throughput", "latency")
+Goal: TypeAlias = Literal["throughput", "latency"]
 _FORMAT = 2
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Speed:
         """For people: precision and runtime."""
         return f"{self.precision} in {self.runtime}"
 
-    def rounds(self, goal: str) -> tuple[float, ...]:
+    def rounds(self, goal: Goal) -> tuple[float, ...]:
         """faces/s that count for a goal, one figure a round."""
         return self.one if goal == "latency" else self.full
 
