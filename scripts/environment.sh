@@ -29,6 +29,14 @@ onnxruntime_package() {
   fi
 }
 
+require_tritonserver() { # before anything is downloaded: the wheel that holds one is for Linux x86-64
+  local host
+  host=$(uname -sm)
+  [ "$host" = "Linux x86_64" ] || command -v tritonserver >/dev/null ||
+    fail 3 "nothing was installed: no tritonserver is on PATH, and the wheel that holds one is for Linux x86_64; this is $host.
+Next: start it where a tritonserver is (NGC's image has one for arm64), or install what runs here: docs/install.md, \"arm64\""
+}
+
 parts_of() { # extras less the ONNX Runtime and the InsightFace that they would bring: both are installed by themselves
   local extra
   for extra in ${1//,/ }; do

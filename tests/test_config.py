@@ -103,8 +103,8 @@ def test_caller_wins_over_environment_and_file(write):
         ),
         (
             "bakend: onnx",
-            "FILE: bakend: no such key. Did you mean backend? Allowed: backend, device, precision, batch, workspace, "
-            "versions_kept, local, triton, storage, fallback, validation, comparison.",
+            "FILE: bakend: no such key. Did you mean backend? Allowed: backend, device, precision, goal, batch, "
+            "workspace, versions_kept, local, triton, storage, fallback, validation, comparison.",
         ),
         ("backend: onnx\nbackend: triton", "FILE: not YAML in line 2: backend appears twice: delete one of them."),
         ("triton: {headers: {a: 1}}", "FILE: triton.headers.a: got 1; input should be a valid string."),

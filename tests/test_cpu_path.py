@@ -1,8 +1,9 @@
-"""The CPU fast path: the rule as a table, and sessions that run where they were asked to."""
+"""What a CPU could serve: the rule as a table, and sessions that run where they were asked to."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,129 +11,85 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from arcface_build.variants.choose import choose, speeds_file
-from arcface_clients.engines.runtimes import RUNTIMES, cpu_flags, has_openvino, open_session
+from arcface_build.variants.candidates import candidates
+from arcface_build.variants.choose import Wanted, choose
+from arcface_clients.engines.runtimes import RUNTIMES, cpu_flags, cpu_runtimes, has_openvino, open_session
 from arcface_clients.errors import WrongUse
+from tiny_model import write_model
 
 SAPPHIRE = frozenset({"avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"})
 CASCADE = frozenset({"avx512_vnni"})
 HASWELL = frozenset({"avx2"})
+ORT, FP32, BF16 = "onnxruntime", "openvino-fp32", "openvino-bf16"
 
 
 def model_dir(folder: Path, **drifts: dict[str, float]) -> Path:
     """A model folder with sidecars; drifts: precision → runtime → drift, above 1 meaning refused there."""
-    (folder / "variants").mkdir()
-    (folder / "serving.onnx").touch()
-    (folder / "variants" / "int8-cpu.onnx").touch()
+    made = write_model(folder / "models" / "tiny")
+    (made / "variants").mkdir()
     for precision, by_runtime in drifts.items():
         gates = [
             {"runtime": r, "passed": d < 1, "limit": 0.01, "drift": {"max_drift": d}, "judged_on": "held back"}
             for r, d in by_runtime.items()
         ]
         file = "serving.onnx" if precision == "bf16" else "variants/int8-cpu.onnx"
+        if precision == "int8":
+            shutil.copyfile(made / "serving.onnx", made / file)
         sidecar = {"format": 1, "file": file, "gates": gates, "precision": precision, "passed": True}
-        (folder / "variants" / f"{precision}-cpu.json").write_text(json.dumps(sidecar))
-    return folder
+        (made / "variants" / f"{precision}-cpu.json").write_text(json.dumps(sidecar))
+    return made
 
 
-BOTH = {"int8": {"openvino-bf16": 0.009, "openvino-fp32": 0.008}, "bf16": {"openvino-bf16": 0.0008}}
+BOTH = {"int8": {BF16: 0.009, FP32: 0.008}, "bf16": {BF16: 0.0008}}
+EXACT = [("fp32", ORT), ("fp32", FP32)]
+STRICT = {"int8": 0.001, "bf16": 0.001}
 
 
 @pytest.mark.parametrize(
-    ("variants", "flags", "openvino", "limits", "precision", "runtime", "reason"),
+    ("variants", "flags", "openvino", "limits", "expected", "why_not"),
     [
-        (BOTH, SAPPHIRE, True, None, "int8", "openvino-bf16", "int8 passed its gate (drift 0.009)"),
-        (BOTH, CASCADE, True, None, "int8", "openvino-fp32", "int8 passed its gate (drift 0.008)"),
-        (
-            BOTH,
-            SAPPHIRE,
-            True,
-            {"int8": 0.001, "bf16": 0.001},
-            "bf16",
-            "openvino-bf16",
-            "not int8: drift 0.009, 9.0 × the limit 0.001 for int8",
-        ),
-        (
-            BOTH,
-            CASCADE,
-            True,
-            {"int8": 0.001, "bf16": 0.001},
-            "fp32",
-            "openvino-fp32",
-            "not bf16: bf16 needs OpenVINO and a CPU",
-        ),
-        (BOTH, HASWELL, True, None, "fp32", "openvino-fp32", "not int8: no 8-bit dot product"),
-        (
-            BOTH,
-            SAPPHIRE,
-            False,
-            None,
-            "fp32",
-            "onnxruntime",
-            "passed its gate in openvino-bf16, openvino-fp32, but this host has onnxruntime",
-        ),
-        ({}, SAPPHIRE, True, None, "fp32", "openvino-fp32", "not int8: none that passed its gate"),
-        (
-            {"int8": {"openvino-bf16": 2.0, "openvino-fp32": 0.008}},
-            SAPPHIRE,
-            True,
-            None,
-            "int8",
-            "openvino-fp32",
-            "int8 passed its gate (drift 0.008)",
-        ),
-        ({"int8": {"onnxruntime": 0.008}}, SAPPHIRE, False, None, "fp32", "onnxruntime", "no gain was measured here"),
-        (
-            {"int8": {"openvino-bf16": 0.009}},
-            CASCADE,
-            True,
-            None,
-            "fp32",
-            "openvino-fp32",
-            "not int8: int8 passed its gate in openvino-bf16, but this",
-        ),
+        (BOTH, SAPPHIRE, True, None, [*EXACT, ("bf16", BF16), ("int8", BF16), ("int8", FP32)], ""),
+        (BOTH, CASCADE, True, None, [*EXACT, ("int8", FP32)], "bf16 needs OpenVINO and a CPU with"),
+        (BOTH, HASWELL, True, None, [*EXACT, ("int8", FP32)], "bf16 needs OpenVINO and a CPU with"),
+        (BOTH, SAPPHIRE, True, STRICT, [*EXACT, ("bf16", BF16)], "drift 0.009, 9.0 × the limit 0.001 for int8"),
+        (BOTH, CASCADE, True, STRICT, EXACT, "drift 0.008, 8.0 × the limit 0.001 for int8"),
+        (BOTH, SAPPHIRE, False, None, EXACT[:1], "in openvino-bf16, openvino-fp32, but this host has onnxruntime"),
+        ({}, SAPPHIRE, True, None, EXACT, "none that passed its gate (arcface quantize tiny makes one)"),
+        ({"int8": {BF16: 2.0, FP32: 0.008}}, SAPPHIRE, True, None, [*EXACT, ("int8", FP32)], ""),
+        ({"int8": {ORT: 0.008}}, SAPPHIRE, False, None, [("fp32", ORT), ("int8", ORT)], ""),
+        ({"int8": {BF16: 0.009}}, CASCADE, True, None, EXACT, "int8 passed its gate in openvino-bf16, but this"),
     ],
 )
-def test_fastest_variant_that_passed_and_that_this_cpu_has(
-    tmp_path, variants, flags, openvino, limits, precision, runtime, reason
+def test_what_passed_its_gate_competes_in_every_runtime_that_can_compute_it(
+    tmp_path, variants, flags, openvino, limits, expected, why_not
 ):
-    choice = choose(model_dir(tmp_path, **variants), limits, flags, openvino)
-    assert (choice.precision, choice.runtime) == (precision, runtime)
-    assert reason in choice.reason
+    found, reasons = candidates(model_dir(tmp_path, **variants), limits, cpu_runtimes(flags, openvino))
+    assert [(one.precision, one.runtime) for one in found] == expected
+    assert why_not in " ".join(reasons.values())
 
 
 @pytest.mark.parametrize(
-    ("cpu", "ratio", "precision", "reason"),
+    ("flags", "expected"),
     [
-        (
-            "mine",
-            {"int8": 1.8, "bf16": 2.2, "fp32": 1.1},
-            "bf16",
-            "2.20 × ONNX Runtime fp32; not int8: measured slower",
-        ),
-        ("mine", {"int8": 2.9, "bf16": 2.2, "fp32": 1.1}, "int8", "measured here: 2.90 ×"),
-        ("mine", {"int8": 0.4, "bf16": 0.5, "fp32": 1.1}, "fp32", "not int8: measured slower here; not bf16: measured"),
-        ("mine", {"int8": 1.8, "fp32": 1.1}, "int8", "int8 passed its gate"),  # bf16 was made later
-        ("another", {"int8": 1.8, "bf16": 2.2, "fp32": 1.1}, "int8", "int8 passed its gate"),
+        (SAPPHIRE, [("fp32", ORT), ("int8", BF16)]),  # OpenVINO takes bf16 by itself: fp32 in it would be none
+        (HASWELL, [("fp32", ORT), ("fp32", FP32), ("int8", FP32)]),
     ],
 )
-def test_what_was_measured_on_this_cpu_decides(tmp_path, cpu, ratio, precision, reason):
-    folder = model_dir(tmp_path, **BOTH)
-    speeds_file(folder).write_text(json.dumps({"cpu": "mine", "batch": 8, "ratio": ratio}))
-    choice = choose(folder, None, SAPPHIRE, True, "mine" if cpu == "mine" else "another")
-    assert choice.precision == precision
-    assert reason in choice.reason
+def test_an_openvino_that_is_not_told_a_precision_is_one_runtime(tmp_path, flags, expected):
+    found, _ = candidates(model_dir(tmp_path, **BOTH), None, cpu_runtimes(flags, True), told_precision=False)
+    assert [(one.precision, one.runtime) for one in found] == expected
 
 
 def test_sidecar_whose_file_is_gone_names_the_command(tmp_path):
     folder = model_dir(tmp_path, **BOTH)
     (folder / "variants" / "int8-cpu.onnx").unlink()
     with pytest.raises(WrongUse, match=r"names variants/int8-cpu.onnx, which is gone. Make it again: arcface quantize"):
-        choose(folder, None, SAPPHIRE, True)
+        choose(folder, None, cpu_runtimes(SAPPHIRE, True))
 
 
 def test_choice_writes_the_field_that_triton_knows(tmp_path):
-    text = choose(model_dir(tmp_path, **BOTH), None, SAPPHIRE, True).accelerator_pbtxt()
+    here = cpu_runtimes(SAPPHIRE, True)
+    text = choose(model_dir(tmp_path, **BOTH), None, here, wanted=Wanted(precision="int8")).accelerator_pbtxt()
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
 

@@ -68,3 +68,29 @@ def test_a_failed_installation_names_the_log_and_repeats_its_last_words(checkout
     assert "all that pip said is in .venv/install.log" in done.stderr
     assert "  ERROR: no matching distribution\nNext: check the network" in done.stderr
     assert prepare(checkout).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "on_path", "status"),
+    [("Linux aarch64", False, 3), ("Darwin arm64", False, 3), ("Linux aarch64", True, 0), ("Linux x86_64", False, 0)],
+)
+def test_where_no_wheel_holds_a_tritonserver_it_says_so_before_it_downloads(
+    checkout: Path, host: str, on_path: bool, status: int
+) -> None:
+    programs = checkout / "bin"
+    programs.mkdir()
+    for name, text in {"uname": f"#!/bin/sh\necho {host}\n", "tritonserver": "#!/bin/sh\n" if on_path else ""}.items():
+        if text:
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", "set -euo pipefail; source scripts/environment.sh; require_tritonserver"],
+        cwd=checkout,
+        env={"PATH": f"{programs}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    if status:
+        assert f"the wheel that holds one is for Linux x86_64; this is {host}.\nNext: " in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,14 +23,15 @@ from arcface_build.repository.versions import served_manifest
 from arcface_build.serving.server_runtimes import ServerRuntimes
 from arcface_build.serving.variant import check_installed, take_best_variant
 from arcface_build.variants import choose as choosing
+from arcface_build.variants.candidates import Candidate
 from arcface_build.variants.choose import VariantChoice, choose
 from arcface_build.variants.eval_set import FaceSet
 from arcface_build.variants.gate import judge_variant
+from arcface_build.variants.speeds import Speed, SpeedTable
 from arcface_build.variants.verify import verify_variant
 from arcface_clients.checks import parity
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines import EngineRegistry
-from arcface_clients.engines.runtimes import cpu_name
 from arcface_clients.engines.validation import StoredReference, validate_engine
 from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed, InferenceFailed, Missing, PlanRefused
 from arcface_clients.evidence.drift import compare_embeddings
@@ -319,15 +321,17 @@ def test_a_stricter_limit_acts_in_what_serve_installs_and_keeps(limit, installed
         with pytest.raises(Missing, match="int8 passed its gate in no runtime"):
             check_installed(served, ServerRuntimes(("onnxruntime",)), LIMITS | {"int8": limit})
     model_dir = sidecar_of(tmp_path, gate | {"drift": {"max_drift": 0.005}}).parent.parent
-    (model_dir / "variants" / "speed.json").write_text(
-        json.dumps({"cpu": cpu_name(), "ratio": {"int8": 2.0, "fp32": 1.0}})
-    )
     repository = copy_repository(tmp_path)
     assemble(model_dir, repository)
-    monkeypatch.setattr(choosing, "cpu_flags", lambda: frozenset({"avx512_vnni"}))
+    monkeypatch.setattr(choosing, "measure", int8_twice_as_fast)
     here = ServerRuntimes(("onnxruntime",))
     taken = take_best_variant(repository, model_dir.parent, 3, LIMITS | {"int8": limit}, lambda: here)
     assert served_manifest(repository).get("precision", "fp32") == ("int8" if installed else "fp32"), taken
+
+
+def int8_twice_as_fast(model_dir: Path, found: Sequence[Candidate], *_: object) -> SpeedTable:
+    rates = {"fp32": (10.0,), "int8": (20.0,)}
+    return SpeedTable(4, tuple(Speed(*one.key, rates[one.precision], rates[one.precision]) for one in found))
 
 
 def sidecar_of(folder: Path, *gates: dict, **changed: object) -> Path:
@@ -365,7 +369,7 @@ def by_verify(file: Path) -> None:
 
 
 def by_auto(file: Path) -> None:
-    choice = choose(file.parent.parent, LIMITS, frozenset({"avx512_vnni"}), openvino=False, cpu="none")
+    choice = choose(file.parent.parent, LIMITS, ("onnxruntime",))
     assert choice.precision == "fp32"
     raise GateFailed(choice.reason)
 
@@ -376,7 +380,6 @@ VARIANT_DOORS = [by_assemble, by_engine_with_a_name, by_engine_with_a_file, by_v
 @pytest.mark.parametrize("door", VARIANT_DOORS, ids=lambda door: door.__name__)
 def test_a_variant_swapped_after_it_was_judged_is_served_by_no_door(door, tmp_path):
     file = sidecar_of(tmp_path)
-    (file.parent / "speed.json").write_text(json.dumps({"cpu": "none", "ratio": {"int8": 2.0, "fp32": 1.0}}))
     write_model(tmp_path / "other", seed=1)
     file.write_bytes((tmp_path / "other" / "serving.onnx").read_bytes())
     with pytest.raises(GateFailed, match=r"int8-cpu\.onnx is not the file that was proved: expected sha256"):
@@ -386,7 +389,6 @@ def test_a_variant_swapped_after_it_was_judged_is_served_by_no_door(door, tmp_pa
 @pytest.mark.parametrize("door", VARIANT_DOORS, ids=lambda door: door.__name__)
 def test_a_variant_of_another_import_is_served_by_no_door(door, tmp_path):
     file = sidecar_of(tmp_path)
-    (file.parent / "speed.json").write_text(json.dumps({"cpu": "none", "ratio": {"int8": 2.0, "fp32": 1.0}}))
     with_digests(file.parent.parent)
     with pytest.raises(GateFailed, match=r"was made from another serving ONNX \(555555555555…\)"):
         door(file)

@@ -16,13 +16,15 @@ from arcface_build.errors import ProofFailed
 from arcface_build.repository.assemble import assemble
 from arcface_build.variants import make
 from arcface_build.variants.calibrate import clipped_shares, conv_inputs
-from arcface_build.variants.choose import VariantChoice, choose
+from arcface_build.variants.candidates import candidates
+from arcface_build.variants.choose import VariantChoice
 from arcface_build.variants.eval_set import FaceSet
 from arcface_build.variants.gate import judge_variant
 from arcface_build.variants.held_back import MIN_PEOPLE, likeness, part, without
 from arcface_build.variants.make import Wish, load_named, make_variant
 from arcface_build.variants.search import Attempt, SearchResult
 from arcface_clients.engines import EngineRegistry
+from arcface_clients.engines.runtimes import RUNTIMES
 from arcface_clients.errors import Missing, ModelMissing, WrongUse
 from arcface_clients.evidence.gate import judge_sidecar
 from arcface_clients.faces.synthetic import synthetic_people
@@ -252,4 +254,4 @@ def test_bf16_that_is_set_aside_is_not_run_by_an_engine_in_this_process(variant)
     (variant / "variants" / "bf16-cpu.json.refused").write_text("{}")
     with pytest.raises(ModelMissing, match="the gate refused"):
         EngineRegistry.get("onnx", models_dir=variant.parent, model="demo", precision="bf16").ensure_ready()
-    assert choose(variant, flags=frozenset({"avx512_bf16"}), openvino=True).precision == "fp32"
+    assert "bf16" not in {one.precision for one in candidates(variant, None, RUNTIMES)[0]}

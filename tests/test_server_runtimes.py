@@ -16,6 +16,7 @@ from arcface_build.repository.assemble import GPU_FILE, assemble
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
 from arcface_build.serving.server_runtimes import _ONNX, ServerRuntimes, loads_openvino, runtimes_of_server
 from arcface_build.serving.variant import take_best_variant
+from arcface_build.variants.speeds import Speed, SpeedTable
 from arcface_clients.engines.runtimes import cpu_flags, cpu_runtimes, has_openvino
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from conftest import REPO, copy_repository
@@ -69,6 +70,11 @@ def test_the_wheels_server_has_what_this_environment_has(triton_binary):
     assert runtimes_of_server(triton_binary) == ServerRuntimes(cpu_runtimes(cpu_flags(), has_openvino()))
 
 
+def bf16_twice_as_fast(model_dir, found, *_):
+    rates = {"fp32": (10.0,), "bf16": (20.0,)}
+    return SpeedTable(4, tuple(Speed(*one.key, rates[one.precision], rates[one.precision]) for one in found))
+
+
 @pytest.mark.parametrize(
     ("server", "precision"),
     [
@@ -78,7 +84,7 @@ def test_the_wheels_server_has_what_this_environment_has(triton_binary):
     ],
 )
 def test_bf16_is_chosen_and_claimed_only_where_the_server_computes_it(tmp_path, monkeypatch, server, precision):
-    monkeypatch.setattr("arcface_build.variants.choose.cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr("arcface_build.variants.choose.measure", bf16_twice_as_fast)
     folder = write_model(tmp_path / "models" / "tiny")
     (folder / "variants").mkdir()
     sidecar = {**judged("bf16", 8e-4), "file": "serving.onnx"}
@@ -89,16 +95,6 @@ def test_bf16_is_chosen_and_claimed_only_where_the_server_computes_it(tmp_path, 
     assert said.startswith(precision), said
     overlay = (repository / "arcface_onnx" / "configs" / "onnx.pbtxt").read_text()
     assert f'key: "precision" value: {{ string_value: "{precision}" }}' in overlay
-
-
-def test_a_model_without_variants_does_not_start_a_server_to_ask(tmp_path):
-    repository, folder = copy_repository(tmp_path), write_model(tmp_path / "models" / "tiny")
-    assemble(folder, repository)
-
-    def asked() -> ServerRuntimes:
-        raise AssertionError("the server was asked")
-
-    assert take_best_variant(repository, folder.parent, 3, DRIFT_LIMITS, asked).startswith("fp32")
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_every_key_is_read_by_a_command_or_an_engine(elsewhere, monkeypatch, rec
             get_embedding_backend(config=with_backend).close()
     for line in (
         "plan list",
-        "assemble absent",
+        "assemble absent --variant auto",
         "quantize absent --precision int8",
         "compare a.npz b.npz",
         "doctor",
@@ -151,6 +151,7 @@ COMMANDS_OF = {
     "consensus people -o out.json": [*SERVER_KEYS, "triton.model"],
     "import absent.onnx": ["local.models_dir", "local.model_repository", "versions_kept", "storage.cache"],
     "assemble absent": ["local.models_dir", "local.model_repository", "versions_kept"],
+    "assemble absent --variant auto": ["goal"],
     "rollback": ["local.model_repository"],
     "serve --no-demo --http-port 9 --grpc-port 9 --metrics-port 9": [
         "local.models_dir",

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from arcface_clients.engines.runtimes import TELLING_FLAGS
 from arcface_clients.errors import DependencyMissing
 from arcface_clients.gpu.cards import find_gpus
 
@@ -25,7 +26,6 @@ _PACKAGES = (
     "tensorrt",
     "torch",
 )
-_TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
 def describe_host() -> dict[str, Any]:
@@ -35,7 +35,7 @@ def describe_host() -> dict[str, Any]:
     return {
         "cpu": _field(cpuinfo, "model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "cpu_flags": [flag for flag in _TELLING_FLAGS if flag in flags],
+        "cpu_flags": [flag for flag in TELLING_FLAGS if flag in flags],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": _gpus(),
         "governor": _text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or "not visible",

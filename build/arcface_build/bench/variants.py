@@ -24,8 +24,7 @@ from arcface_build.variants.recipe import Recipe, load_recipe
 from arcface_build.variants.sidecar import read_sidecar
 from arcface_clients.contract import FACE_INPUT
 from arcface_clients.engines.import_manifest import read_import_manifest
-from arcface_clients.engines.runtimes import cpu_flags, cpu_name, has_bf16, has_openvino, open_session
-from arcface_clients.errors import WrongUse
+from arcface_clients.engines.runtimes import cpu_flags, cpu_runtimes, has_openvino, open_session
 from arcface_clients.evidence.drift import compare_embeddings
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class Contestant:
 
 def run(
     model_dir: Path,
-    batches: Sequence[int] = (8, 32),
+    batches: Sequence[int] = (1, 8, 32),
     *,
     threads: int = 2,
     rounds: int = 7,
@@ -56,7 +55,7 @@ def run(
     insightface: bool = False,
     on_sample: Callable[[str, int], None] = lambda name, round_: None,
 ) -> dict[str, Any]:
-    """Measure fp32, bf16 and int8 of one model against ONNX Runtime fp32.
+    """Measure fp32, bf16 and int8 of one model, in each runtime of this host, against ONNX Runtime fp32.
 
     Args:
         model_dir: models/NAME/ with what `arcface quantize` made.
@@ -98,40 +97,27 @@ def run(
     return result
 
 
-def speeds(result: dict[str, Any]) -> dict[str, Any]:
-    """The input of `variants.choose.choose`: the ratio of each precision at the smallest batch, and the CPU's name."""
-    batch = min(row["batch"] for row in result["variants"])
-    ratio = {
-        row["name"].split()[0]: row["ratio"]["median"]
-        for row in result["variants"]
-        if row["batch"] == batch and row.get("ratio") and row["name"] == f"{row['name'].split()[0]} openvino b{batch}"
-    }
-    return {"cpu": cpu_name(), "batch": batch, "ratio": ratio, "disturbed": result["rounds"]["disturbed"]}
-
-
 def contestants(model_dir: Path) -> list[Contestant]:
-    """ONNX Runtime fp32 first, then what this host can run: OpenVINO fp32, bf16, gated int8, int8 of every layer.
+    """ONNX Runtime fp32 as imported first; then each file in each runtime of this host, gated there or not.
 
-    Raises:
-        WrongUse: the model has no int8 variant yet, and no bf16 one either.
+    Where OpenVINO is there, also int8 of every layer: as fast as int8 could be if nothing had to be kept.
     """
-    serving = model_dir / read_import_manifest(model_dir).serving["file"]
+    imported = read_import_manifest(model_dir)
+    serving, here = model_dir / imported.serving["file"], cpu_runtimes(cpu_flags(), has_openvino())
     found = [Contestant(BASE, serving, "onnxruntime")]
-    if not has_openvino():
-        return found
-    found.append(Contestant("fp32 openvino", serving, "openvino-fp32"))
-    rest = "openvino-bf16" if has_bf16(cpu_flags()) else "openvino-fp32"
+    if imported.cpu:
+        found.append(Contestant("fp32 onnxruntime", model_dir / imported.cpu["file"], "onnxruntime"))
+    found += [Contestant(f"fp32 {one}", serving, one) for one in here if one == "openvino-fp32"]
     bf16, int8 = (read_sidecar(model_dir, precision, "cpu") for precision in ("bf16", "int8"))
-    if bf16 is None and int8 is None:
-        raise WrongUse(f"{model_dir.name} has no variants. Next: arcface quantize {model_dir.name} --precision bf16")
-    if bf16 and rest == "openvino-bf16":
-        found.append(Contestant("bf16 openvino", serving, rest, _gate(bf16, rest)))
+    if bf16:
+        found += [Contestant(f"bf16 {one}", serving, one, _gate(bf16, one)) for one in here if one == "openvino-bf16"]
     if int8:
         kept = len(int8["recipe"]["keep"])
-        found.append(Contestant("int8 openvino", model_dir / int8["file"], rest, _gate(int8, rest), kept))
+        found += [Contestant(f"int8 {one}", model_dir / int8["file"], one, _gate(int8, one), kept) for one in here]
         path = model_dir / "variants" / "int8-cpu.json"
         full = every_layer(serving, load_recipe(path, "int8", "cpu", int8["serving_sha256"]))
-        found.append(Contestant("int8 of every layer openvino", full, rest, None, 1))
+        if here[0] != "onnxruntime":
+            found.append(Contestant(f"int8 of every layer {here[0]}", full, here[0], None, 1))
     return found
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   arcface assemble r50                         the fp32 serving ONNX, and its reference
-  arcface assemble r50 --variant auto          the fastest variant that passed its gate on this CPU
+  arcface assemble r50 --variant auto          the fastest that passed its gate, measured on this CPU
+  arcface assemble r50 --variant int8          int8, whatever its speed here
   arcface assemble r50 --plan r50-fp16-sm86.plan --plan r50-fp16-sm89.plan
   arcface plan pull --sm auto && arcface assemble r50 --plan auto     what the store has for this GPU
   arcface rollback                             back to the previous version
@@ -27,7 +28,8 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.argument("name")
-@click.option("--variant", type=click.Choice(["fp32", "auto"]), default="fp32", show_default=True)
+@click.option("--variant", type=click.Choice(["fp32", "bf16", "int8", "auto"]), default="fp32", show_default=True)
+@click.option("--remeasure", is_flag=True, help="With --variant auto: do not believe what was measured earlier.")
 @click.option(
     "--plan",
     "plans",
@@ -42,6 +44,7 @@ Examples:
 def command(
     name: str,
     variant: str,
+    remeasure: bool,
     plans: tuple[Path, ...],
     cuda_graphs: bool,
     models_dir: Path,
@@ -54,7 +57,8 @@ def command(
     """
     from arcface_build.repository.assemble import assemble, assemble_plans
     from arcface_build.serving.change_over import ChangeOver
-    from arcface_build.variants.choose import choose
+    from arcface_build.serving.server_runtimes import runtimes_of_host
+    from arcface_build.variants.choose import Wanted, choose
     from arcface_clients.engines.import_manifest import model_at
 
     model_dir, choice, config = model_at(models_dir, name), None, settings()
@@ -69,14 +73,18 @@ def command(
     elif cuda_graphs:
         raise click.UsageError("--cuda-graphs is for plans: add --plan FILE")
     else:
-        choice = choose(model_dir, limits) if variant == "auto" else None
+        if variant != "fp32":
+            server, wanted = runtimes_of_host(), Wanted(config.goal, None if variant == "auto" else variant, remeasure)
+            choice = choose(model_dir, limits, server.here, server.told_precision, wanted, terminal.notice)
         installed = assemble(model_dir, repository, choice, keep, limits)
     reason = choice.reason if choice else None
     lines = [f"{model}: version {version} is {name}" for model, version in installed.items()]
     lines += [f"because: {reason}"] if reason else []
-    hand_over({"installed": installed, "reason": reason}, lambda: "\n".join(lines), as_json)
-    if told := change.told():
-        terminal.complaint(told)
+    lines += [choice.offer] if choice and choice.offer else []
+    told = {"installed": installed, "reason": reason, "measured": choice.measured if choice else None}
+    hand_over(told, lambda: "\n".join(lines), as_json)
+    if changed := change.told():
+        terminal.complaint(changed)
 
 
 def _plan_for_this_gpu(model: str, config: EmbeddingConfig) -> Path:

@@ -15,14 +15,14 @@ from arcface_build.commands.options.plans import table as columns
 
 EPILOG = """\b
 Examples:
-  arcface bench-variants demo-r50                            fp32, bf16 and int8, batch 8 and 32, two threads
+  arcface bench-variants demo-r50                            fp32, bf16 and int8 in each runtime; two threads
   arcface bench-variants mymodel --faces crops/ --report variants.json
 """
 
 
 @click.command(epilog=EPILOG, context_settings={"auto_envvar_prefix": "ARCFACE_BENCH_VARIANTS", "show_default": True})
 @click.argument("name")
-@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(8, 32), help="Faces per call.")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), default=(1, 8, 32), help="Faces per call.")
 @click.option("--threads", default=2, type=click.IntRange(1), help="Threads of each session.")
 @click.option("--rounds", default=7, type=click.IntRange(1), help="Undisturbed rounds; each measures everything once.")
 @click.option("--sample-s", default=2.0, type=NOT_NEGATIVE, help="Approximate length of a sample in seconds.")
@@ -40,15 +40,12 @@ def command(
     report: Path | None,
     **how_long: Any,
 ) -> None:
-    """Measure speed and drift of the variants of NAME against ONNX Runtime fp32, interleaved.
+    """Measure speed and drift of NAME's variants in each runtime of this host against ONNX Runtime fp32, interleaved.
 
-    The ranking is stored in models/NAME/variants/speed.json, which `arcface assemble NAME --variant auto` follows on
-    this CPU.
+    What is served is chosen by a short measurement of its own: `arcface assemble NAME --variant auto --remeasure`.
     """
-    from arcface_build.bench.variants import run, speeds, table
-    from arcface_build.variants.choose import speeds_file
+    from arcface_build.bench.variants import run, table
     from arcface_build.variants.eval_set import evaluation_faces
-    from arcface_clients.atomic import write_json
     from arcface_clients.engines.import_manifest import model_at
 
     model_dir = model_at(models_dir, name)
@@ -60,7 +57,6 @@ def command(
             on_sample=lambda variant, number: progress(f"round {number}: {variant}"),
             **how_long,
         )
-    write_json(speeds_file(model_dir), speeds(result))
     header, *rows = table(result)
     hand_over(result, lambda: columns(header, rows), as_json, report)
     if result["rounds"]["disturbed"]:

@@ -52,9 +52,11 @@ PEM = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--variant",
     default="auto",
-    type=click.Choice(["auto", "installed"]),
-    help="On a CPU; auto: the fastest variant of the installed model that passed its gate here.",
+    type=click.Choice(["auto", "installed", "fp32", "bf16", "int8"]),
+    help="On a CPU; auto: what was measured to be the fastest of the installed model's variants that passed their "
+    "gates; a precision: that one, unmeasured.",
 )
+@click.option("--remeasure", is_flag=True, help="Measure the variants again, for --variant auto.")
 @click.option("--host", default="127.0.0.1", help="Address for gRPC; any but loopback needs TLS or --insecure.")
 @click.option("--tls-cert", type=PEM, help="Certificate of gRPC (PEM); with --tls-key.")
 @click.option("--tls-key", type=PEM, help="Its private key, without a password.")
@@ -92,6 +94,7 @@ def command(
     models_dir: Path,
     backend: str,
     variant: str,
+    remeasure: bool,
     host: str,
     tls_cert: Path | None,
     tls_key: Path | None,
@@ -126,6 +129,7 @@ def command(
         faces_bgr_u8=_faces(faces_from, config.validation.eval_set_size),
         backend=backend,
         variant=variant,
+        remeasure=remeasure,
         exposure=Exposure(
             host=address_of(host),
             http_host=address_of(http_host),

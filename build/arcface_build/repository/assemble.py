@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcface_build.errors import ProofFailed
+from arcface_build.repository.integrity import CHOICE
 from arcface_build.repository.profiles import CUDA_GRAPHS, with_profiles
 from arcface_build.repository.versions import install, served_folder, served_manifest
 from arcface_clients.engines.import_manifest import read_import_manifest
@@ -65,20 +66,13 @@ def assemble(
     if imported.cpu:  # the same network, laid out for ONNX Runtime's CPU kernels: the serving host takes its own form
         files, extra = {GPU_FILE: weights}, _for_gpus(repository)
         weights = model_dir / imported.cpu["file"]
-    if variant is not None and variant.precision != "fp32":
-        verdict = judge_sidecar(variant.sidecar or {}, limits).get(variant.runtime)
-        if verdict is None or not verdict.passed:
-            why = verdict.why if verdict else f"it was never judged in {variant.runtime}"
-            raise ProofFailed(
-                f"{variant.file} of {imported.name} has not passed its gate: {why}. "
-                f"Next: arcface quantize {imported.name} --precision {variant.precision}"
-            )
-        runtime, why_not = runtime_for(variant.precision, [variant.runtime], [variant.runtime])
-        if runtime is None:
-            raise ProofFailed(f"{variant.file} of {imported.name} is not served: {why_not}. Next: arcface quantize")
+    if variant is not None and not variant.plain:
+        _check_gate(variant, imported.name, limits)
         weights, extra, files = model_dir / variant.file, variant.accelerator_pbtxt(), {}
-        told = {key: value for key, value in variant.to_json().items() if key != "reason"}
+        told = {key: value for key, value in variant.to_json().items() if key not in ("reason", "measured", "offer")}
         manifest |= {"precision": variant.precision, "variant": told}
+    if variant is not None and variant.measured:
+        manifest[CHOICE] = {**variant.measured, "reason": variant.reason}
     source, folder = model_dir / "source.onnx", ModelFolder(model_dir, imported)
     for file in (source, weights, *files.values()):
         folder.check_proved(file)
@@ -92,6 +86,21 @@ def assemble(
             repository, "arcface_onnx", {"model.onnx": weights, **files}, manifest, overlay=extra, keep=keep
         ),
     }
+
+
+def _check_gate(variant: VariantChoice, name: str, limits: Mapping[str, float]) -> None:
+    """Refuse a variant whose sidecar does not show that it passes in the chosen runtime; fp32 has none."""
+    if variant.precision != "fp32":
+        verdict = judge_sidecar(variant.sidecar or {}, limits).get(variant.runtime)
+        if verdict is None or not verdict.passed:
+            why = verdict.why if verdict else f"it was never judged in {variant.runtime}"
+            raise ProofFailed(
+                f"{variant.file} of {name} has not passed its gate: {why}. "
+                f"Next: arcface quantize {name} --precision {variant.precision}"
+            )
+    runtime, why_not = runtime_for(variant.precision, [variant.runtime], [variant.runtime])
+    if runtime is None:
+        raise ProofFailed(f"{variant.file} of {name} is not served: {why_not}. Next: arcface quantize")
 
 
 def assemble_plans(

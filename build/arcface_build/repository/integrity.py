@@ -16,7 +16,8 @@ from arcface_clients.engines.onnx_contract import contract_in
 from arcface_clients.errors import GateFailed
 from arcface_clients.plans.manifest import file_sha256
 
-FILES, PLANS, SEAL, HELD = "files", "plans", "seal", "held"  # keys of a version's manifest.json
+FILES, PLANS, SEAL = "files", "plans", "seal"  # keys of a version's manifest.json
+HELD, CHOICE = "held", "choice"  # remarks: went back to it; why it was chosen. They do not make another version
 
 
 def sealed(manifest: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def _digests(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
-    told = {key: value for key, value in manifest.items() if key not in (SEAL, HELD)}
+    told = {key: value for key, value in manifest.items() if key not in (SEAL, HELD, CHOICE)}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

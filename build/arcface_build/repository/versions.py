@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arcface_build.repository.integrity import HELD, check_version, sealed, weights_in
+from arcface_build.repository.integrity import CHOICE, HELD, check_version, sealed, weights_in
 from arcface_build.repository.lock import locked
 from arcface_build.repository.profiles import with_profiles
 from arcface_build.repository.stated import outputs_pbtxt, states
@@ -185,8 +185,12 @@ def _is_demo(version: Path) -> bool:
 def _install(folder: Path, files: Mapping[str, Path], manifest: Mapping[str, Any]) -> int:
     have = versions(folder)
     with contextlib.suppress(Missing, GateFailed):  # an unreadable manifest, or a changed version, is another one
-        if have and {k: v for k, v in _manifest(folder / str(have[-1])).items() if k != HELD} == manifest:
+        served = _manifest(folder / str(have[-1])) if have else {}
+        if have and _identity(served) == _identity(manifest):
             check(folder / str(have[-1]))
+            if served.get(CHOICE) != manifest.get(CHOICE):
+                held = {HELD: served[HELD]} if HELD in served else {}
+                write_json(folder / str(have[-1]) / "manifest.json", {**manifest, **held})
             return have[-1]
     version = have[-1] + 1 if have else 1
     target = folder / str(version)
@@ -204,6 +208,11 @@ def _install(folder: Path, files: Mapping[str, Path], manifest: Mapping[str, Any
                 shutil.copyfile(source, temporary / name)
             write_json(temporary / "manifest.json", manifest)
     return version
+
+
+def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a version another one: the same weights, chosen for another reason, are none."""
+    return {key: value for key, value in manifest.items() if key not in (HELD, CHOICE)}
 
 
 def write_overlays(repository: Path) -> None:

@@ -50,6 +50,12 @@ def find_tritonserver() -> TritonBinary:
         )
     spec = util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
+        if (host := f"{platform.system()} {platform.machine()}") != "Linux x86_64":
+            raise Missing(
+                f"no tritonserver on PATH, and the one that a wheel brings is for Linux x86_64; this is {host}. "
+                "Use an image that holds one, as NGC's for arm64, or a server elsewhere: clients, import and the "
+                "in-process engines run here (docs/install.md)"
+            )
         if sys.version_info >= TOO_NEW_PYTHON:
             raise Missing(
                 "no tritonserver on PATH, and the one that a wheel brings runs on Python 3.10 to 3.12; this is "

@@ -35,6 +35,7 @@ from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
 from arcface_build.serving.server_runtimes import runtimes_of_server
 from arcface_build.serving.variant import take_best_variant
 from arcface_build.serving.watch import RESTARTS, RESTARTS_WITHIN_S, Restarts, Signs, watch
+from arcface_build.variants.choose import Wanted
 from arcface_clients.checks.parity import ParityReport, measure_parity
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import ArcFaceError, GateFailed, Missing
@@ -51,7 +52,8 @@ class ServeRequest:
     models_dir: Path
     faces_bgr_u8: npt.NDArray[Any]  # uint8 (N,112,112,3), N ≥ 1: what a server is proved with
     backend: str = "auto"
-    variant: str = "auto"
+    variant: str = "auto"  # auto: the fastest; installed: what is there; or a precision
+    remeasure: bool = False
     exposure: Exposure = field(default_factory=Exposure)
     ports: Ports = field(default_factory=Ports)
     demo: bool = True
@@ -164,9 +166,19 @@ def _serve(
     audience.chosen(f"tritonserver {binary.origin}")
     audience.chosen(f"backend {choice.backend}: {choice.reason}")
     # Tuned for the installed weights: another variant would take the tuned settings away.
-    if choice.backend == "onnx" and asked.variant == "auto" and asked.backend != "tuned" and gpu_sm() is None:
+    if choice.backend == "onnx" and asked.variant != "installed" and asked.backend != "tuned" and gpu_sm() is None:
         taken = take_best_variant(
-            asked.repository, asked.models_dir, config.versions_kept, limits, lambda: runtimes_of_server(binary)
+            asked.repository,
+            asked.models_dir,
+            config.versions_kept,
+            limits,
+            lambda: runtimes_of_server(binary),
+            Wanted(
+                config.goal,
+                None if asked.variant == "auto" else asked.variant,
+                asked.remeasure and not restarts.served,
+            ),
+            audience.notice,
         )
         audience.chosen(f"variant {taken}")
     photos, told = photo_models(asked.repository)

@@ -10,10 +10,11 @@ from functools import cache
 from pathlib import Path
 
 from arcface_build.errors import ServerFailed
-from arcface_build.serving.binary import TritonBinary
+from arcface_build.serving.binary import TritonBinary, find_tritonserver
 from arcface_build.serving.ports import free_ports
 from arcface_build.serving.process import TritonProcess
 from arcface_clients.engines.runtimes import cpu_flags, cpu_runtimes, has_openvino
+from arcface_clients.errors import Missing
 
 _log = logging.getLogger(__name__)
 _PROBE = "arcface_probe"
@@ -47,6 +48,14 @@ def runtimes_of_server(binary: TritonBinary) -> ServerRuntimes:
     if binary.backend_directory is not None:
         return ServerRuntimes(cpu_runtimes(cpu_flags(), has_openvino()))
     return ServerRuntimes(cpu_runtimes(cpu_flags(), loads_openvino(binary)), told_precision=False)
+
+
+def runtimes_of_host() -> ServerRuntimes:
+    """The runtimes of the tritonserver of this host; of this Python where there is none, as on a build host."""
+    try:
+        return runtimes_of_server(find_tritonserver())
+    except Missing:
+        return ServerRuntimes(cpu_runtimes(cpu_flags(), has_openvino()))
 
 
 def loads_openvino(binary: TritonBinary, timeout_s: float = 60.0) -> bool:

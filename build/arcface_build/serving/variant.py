@@ -1,4 +1,4 @@
-"""Before serving on a CPU: the fastest variant of the model that is served already, where one passed its gate here."""
+"""Before serving on a CPU: the fastest form of the model that is served already, of those that passed their gates."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from arcface_build.repository.integrity import HELD
 from arcface_build.repository.versions import served_manifest
 from arcface_build.serving.server_runtimes import ServerRuntimes
+from arcface_build.variants.choose import FASTEST, Wanted, choose
 from arcface_clients.engines.import_manifest import read_import_manifest
-from arcface_clients.engines.runtimes import gated_runtimes, runtime_for
+from arcface_clients.engines.runtimes import able_runtimes, gated_runtimes
 from arcface_clients.errors import Missing, WrongUse
 
 
@@ -20,6 +22,8 @@ def take_best_variant(
     versions_kept: int,
     limits: Mapping[str, float],
     runtimes: Callable[[], ServerRuntimes],
+    wanted: Wanted = FASTEST,
+    say: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Install what `arcface_build.variants.choose.choose` chooses for the model in arcface_onnx; returns what and why.
 
@@ -30,29 +34,32 @@ def take_best_variant(
         models_dir: where imported models are.
         versions_kept: number of versions to keep for rollbacks.
         limits: largest drift by precision.
-        runtimes: those of the server that will run it; only asked where there are variants.
+        runtimes: those of the server that will run it; only asked where something is chosen.
+        wanted: the goal, or one precision.
+        say: told before seconds are spent on measuring.
 
     Raises:
-        Missing: what is installed stays, and it passed its gate in no runtime of this host.
+        Missing: what is installed stays, and it passed its gate in no runtime of this host, or is not what is wanted.
+        GateFailed: the precision that is wanted may not be served here.
     """
     from arcface_build.repository.assemble import assemble
-    from arcface_build.variants.choose import choose
 
     served = served_manifest(repository) or {}
     model_dir = models_dir / served.get("name", "")
-    stays = _why_it_stays(served, model_dir, repository)
+    stays = _why_it_stays(served, model_dir, repository, asked=wanted.precision is not None)
     if stays:
+        precision = served.get("precision", "fp32")
+        if wanted.precision not in (None, precision):
+            raise Missing(
+                f"cannot serve {wanted.precision}: {stays}. Next: arcface serve --variant installed ({precision})"
+            )
         if served.get("variant"):
             check_installed(served, runtimes(), limits)
-        return f"{served.get('precision', 'fp32')} as installed: {stays}"
-    if any((model_dir / "variants").glob("*-cpu.json")):
-        server = runtimes()
-        openvino = any(runtime != "onnxruntime" for runtime in server.here)
-        choice = choose(model_dir, limits, openvino=openvino, told_precision=server.told_precision)
-    else:
-        choice = choose(model_dir, limits, openvino=False)
+        return f"{precision} as installed: {stays}"
+    server = runtimes()
+    choice = choose(model_dir, limits, server.here, server.told_precision, wanted, say)
     assemble(model_dir, repository, choice, versions_kept, limits)
-    return choice.reason
+    return "\n".join(filter(None, (choice.reason, choice.offer)))
 
 
 def check_installed(served: Mapping[str, Any], server: ServerRuntimes, limits: Mapping[str, float]) -> None:
@@ -69,22 +76,23 @@ def check_installed(served: Mapping[str, Any], server: ServerRuntimes, limits: M
     variant = served.get("variant")
     if not variant:
         return
-    runtime, why_not = None, f"it is set up for {variant['runtime']}, this host has {' and '.join(server.here)}"
+    why_not = f"it is set up for {variant['runtime']}, this host has {' and '.join(server.here)}"
+    able: list[str] = []
     if variant["runtime"] in server.here:
         gated = gated_runtimes(variant.get("sidecar"), limits) or []
         # A server that tells no precision takes any of its own.
-        able = [variant["runtime"]] if server.told_precision else server.here
-        runtime, why_not = runtime_for(variant["precision"], gated, able, server.told_precision)
-    if runtime is None:
+        here = [variant["runtime"]] if server.told_precision else server.here
+        able, why_not = able_runtimes(variant["precision"], gated, here, server.told_precision)
+    if variant["runtime"] not in able:
         raise Missing(
             f"arcface_onnx holds {variant['precision']} of {served['name']}, which may not run on this host: "
             f"{why_not}. Next: arcface assemble {served['name']} (fp32), or arcface rollback"
         )
 
 
-def _why_it_stays(served: Mapping[str, Any], model_dir: Path, repository: Path) -> str:
-    """Why the installed version is not replaced; empty where it may be."""
-    if served.get("held"):
+def _why_it_stays(served: Mapping[str, Any], model_dir: Path, repository: Path, asked: bool) -> str:
+    """Why the installed version is not replaced; empty where it may be. A rollback gives way to who asks by name."""
+    if served.get(HELD) and not asked:
         return f"arcface rollback went back to it (another one: arcface assemble {served['name']})"
     try:
         here = read_import_manifest(model_dir).contract_id

@@ -1,40 +1,69 @@
-"""The CPU fast path: picks the fastest variant that passed its gate in a runtime of this CPU, and says why."""
+"""Chooses what to serve on a CPU: the fastest candidate by what was measured on this host, and why it was that one."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from arcface_build.variants.sidecar import read_sidecar
-from arcface_clients.engines.model_folder import folder_of
-from arcface_clients.engines.runtimes import (
-    cpu_flags,
-    cpu_name,
-    cpu_runtimes,
-    has_int8,
-    has_openvino,
-    runtime_for,
-)
+from arcface_build.variants.candidates import PLAIN, Candidate, candidates
+from arcface_build.variants.fastest import fastest, lead, outruns
+from arcface_build.variants.measure import measure
+from arcface_build.variants.speeds import NOTHING_MEASURED, Goal, Speed, SpeedTable, host_key, keep_speeds, kept_speeds
+from arcface_build.variants.untried import offer, untried
 from arcface_clients.errors import GateFailed
-from arcface_clients.evidence.gate import judge_sidecar
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for.
+
+    Attributes:
+        goal: "throughput" (faces/s at full batch) or "latency" (a lone face).
+        precision: this one, unmeasured; None: the fastest.
+        remeasure: do not believe what was measured earlier.
+    """
+
+    goal: Goal = "throughput"
+    precision: str | None = None
+    remeasure: bool = False
+
+
+FASTEST = Wanted()
 
 
 @dataclass(frozen=True)
 class VariantChoice:
-    """What to serve on this CPU: `file` is relative to the model folder; `reason` is one line for people."""
+    """What to serve on this CPU.
+
+    Attributes:
+        file: the ONNX, relative to the model folder.
+        precision: fp32, bf16 or int8.
+        runtime: one of `arcface_clients.engines.runtimes.RUNTIMES`.
+        reason: one line for people.
+        sidecar: the variant's; None for fp32.
+        measured: goal, figures and runner-up, for the version's manifest; None where nothing was measured.
+        offer: a line for people about a variant that would be faster and is not made yet; empty if none is known.
+    """
 
     file: str
     precision: str
     runtime: str
     reason: str
     sidecar: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
+    offer: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the field names as keys."""
         return asdict(self)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is what would be served without a choice."""
+        return (self.precision, self.runtime) == PLAIN
 
     def accelerator_pbtxt(self) -> str:
         """The `optimization` block for config.pbtxt; empty for ONNX Runtime's own kernels."""
@@ -48,93 +77,102 @@ class VariantChoice:
 
 def choose(
     model_dir: Path,
-    limits: Mapping[str, float] | None = None,
-    flags: frozenset[str] | None = None,
-    openvino: bool | None = None,
-    cpu: str | None = None,
+    limits: Mapping[str, float] | None,
+    here: Sequence[str],
     told_precision: bool = True,
+    wanted: Wanted = FASTEST,
+    say: Callable[[str], None] = lambda text: None,
 ) -> VariantChoice:
-    """The fastest variant that passed its gate in a runtime of this CPU; the fp32 serving ONNX if none did.
-
-    The order is int8, bf16, fp32, unless `arcface bench-variants` has measured this model on this CPU.
+    """The fastest of a model's files and runtimes that passed its gate; measured on this host unless it already was.
 
     Args:
         model_dir: models/NAME/.
         limits: largest drift by precision; None keeps the limits that the variants were judged by.
-        flags: instruction sets; default: this CPU's.
-        openvino: whether the provider is available; default: detected.
-        cpu: name of the CPU, for the measured order; default: this one's.
-        told_precision: whether the provider is told in which precision to compute; see `runtime_for`.
+        here: runtimes of what will serve it (`arcface_clients.engines.runtimes.RUNTIMES`), the preferred one first.
+        told_precision: whether OpenVINO is told in which precision to compute; see `able_runtimes`.
+        wanted: the goal, or a precision that is obeyed without measuring.
+        say: told before seconds are spent on measuring.
+
+    Raises:
+        GateFailed: the precision that is wanted may not be served here.
+        WrongUse: a sidecar cannot be read, or names a file that is gone.
     """
-    flags = cpu_flags() if flags is None else flags
-    openvino = has_openvino() if openvino is None else openvino
-    speeds = measured_speeds(model_dir, cpu_name() if cpu is None else cpu)
-    found: list[VariantChoice] = []
-    passed_over: list[str] = []
-    for precision in ("int8", "bf16"):
-        sidecar = read_sidecar(model_dir, precision, "cpu")
-        runtime, why_not = _worth_serving(
-            precision, sidecar, limits, flags, openvino, precision in speeds, told_precision
+    found, why_not = candidates(model_dir, limits, here, told_precision)
+    if wanted.precision is not None:
+        return _asked_for(wanted.precision, found, why_not, model_dir)
+    missing = untried(model_dir, here, told_precision)
+    several = len(found) + len(missing) > 1
+    table = _table(model_dir, found, missing, limits, wanted.remeasure, say) if several else NOTHING_MEASURED
+    by_key = {one.key: one for one in found}
+    why_not |= table.failed | {speed.name: speed.refused for speed in table.speeds if speed.refused}
+    usable = [speed for speed in table.speeds if speed.key in by_key and not speed.refused]
+    if not usable:
+        return _chosen(found[0], f"{found[0].name}, the only one that may run here", why_not)
+    taken, runner_up = fastest(usable, wanted.goal)
+    told = {
+        "goal": wanted.goal,
+        "host": host_key(),
+        "full_batch": table.full_batch,
+        "runner_up": runner_up.name if runner_up else None,
+        "speeds": [speed.told() for speed in usable],
+    }
+    offers = [
+        offer(model_dir.name, speed.precision, lead(speed, taken, wanted.goal))
+        for speed in sorted(table.speeds, key=lambda speed: -median(speed.rounds(wanted.goal)))
+        if speed.key not in by_key
+    ]
+    reason = _why(taken, runner_up, usable, table.full_batch, wanted.goal)
+    choice = _chosen(by_key[taken.key], reason, why_not)
+    return replace(choice, measured=told, offer=next(filter(None, offers), ""))
+
+
+def _asked_for(
+    precision: str, found: Sequence[Candidate], why_not: Mapping[str, str], model_dir: Path
+) -> VariantChoice:
+    able = [one for one in found if one.precision == precision]
+    if not able:
+        raise GateFailed(
+            f"{precision} of {model_dir.name} is not served: {why_not.get(precision, 'no runtime here computes it')}. "
+            f"Next: arcface quantize {model_dir.name} --precision {precision}, or leave the choice: --variant auto"
         )
-        if runtime is not None and sidecar is not None:
-            try:
-                folder_of(model_dir / "serving.onnx").check_proved(model_dir / sidecar["file"])
-            except GateFailed as exc:
-                runtime, why_not = None, str(exc)
-        if runtime is None or sidecar is None:
-            passed_over.append(f"{precision}: {why_not}")
-            continue
-        drift = _drift(sidecar, runtime)
-        reason = f"{precision} passed its gate (drift {drift:.2g}) and this CPU has its instructions"
-        if precision in speeds:
-            reason += f"; measured here: {speeds[precision]:.2f} × ONNX Runtime fp32"
-        found.append(VariantChoice(sidecar["file"], precision, runtime, reason, sidecar))
-    fp32 = "openvino-fp32" if openvino else "onnxruntime"
-    found.append(VariantChoice("serving.onnx", "fp32", fp32, "fp32, which needs no separate gate"))
-    measured = [c for c in found if c.precision in speeds]
-    best = max(measured, key=lambda c: speeds[c.precision]) if len(measured) == len(found) else found[0]
-    passed_over += [f"{c.precision}: measured slower here" for c in found[: found.index(best)]]
-    return replace(best, reason=best.reason + "".join(f"; not {why}" for why in passed_over))
+    return _chosen(able[0], f"{able[0].name}, as asked for", {})
 
 
-def _worth_serving(
-    precision: str,
-    sidecar: dict[str, Any] | None,
+def _table(
+    model_dir: Path,
+    found: Sequence[Candidate],
+    missing: Sequence[Candidate],
     limits: Mapping[str, float] | None,
-    flags: frozenset[str],
-    openvino: bool,
-    measured: bool,
-    told_precision: bool,
-) -> tuple[str | None, str]:
-    """A runtime in which a variant may be served and is faster, or None and the reason."""
-    if sidecar is None:
-        return None, "none that passed its gate (arcface quantize makes one)"
-    verdicts, here = judge_sidecar(sidecar, limits), cpu_runtimes(flags, openvino)
-    passed = [runtime for runtime, verdict in verdicts.items() if verdict.passed]
-    runtime, why_not = runtime_for(precision, passed, here, told_precision)
-    if runtime is None:
-        refused = (verdicts[one].why for one in here if one in verdicts and not verdicts[one].passed)
-        return None, next(refused, why_not)
-    if precision == "int8" and not has_int8(flags):
-        return None, "no 8-bit dot product (avx512_vnni, avx_vnni, amx_int8) on this CPU"
-    if runtime == "onnxruntime" and not measured:
-        return None, "ONNX Runtime's own kernels compute what it leaves in float, and no gain was measured here"
-    return runtime, ""
+    remeasure: bool,
+    say: Callable[[str], None],
+) -> SpeedTable:
+    """What was measured of these on such a host, else what is measured now."""
+    host = host_key()
+    kept = None if remeasure else kept_speeds(model_dir, host)
+    if kept and (have := kept.of(found, missing)):
+        return have
+    say(f"measuring {len(found) + len(missing)} ways to run {model_dir.name} on this CPU, once: a few seconds")
+    table = measure(model_dir, found, missing, limits)
+    if table.speeds and not table.failed:
+        keep_speeds(model_dir, host, table)
+    return table
 
 
-def _drift(sidecar: dict[str, Any], runtime: str) -> float:
-    return float(next(gate["drift"]["max_drift"] for gate in sidecar["gates"] if gate["runtime"] == runtime))
+def _chosen(one: Candidate, reason: str, why_not: Mapping[str, str]) -> VariantChoice:
+    passed = f"; it passed its gate with drift {one.drift:.2g}" if one.drift is not None else ""
+    others = "".join(f"; not {name}: {why}" for name, why in why_not.items())
+    return VariantChoice(one.file, one.precision, one.runtime, reason + passed + others, one.sidecar)
 
 
-def speeds_file(model_dir: Path) -> Path:
-    """Where `arcface bench-variants` stores its measurements."""
-    return model_dir / "variants" / "speed.json"
-
-
-def measured_speeds(model_dir: Path, cpu: str) -> dict[str, float]:
-    """Precision → throughput over ONNX Runtime fp32, as measured on a CPU of this name; empty if never measured."""
-    path = speeds_file(model_dir)
-    if not path.is_file():
-        return {}
-    data = json.loads(path.read_text())
-    return data["ratio"] if data.get("cpu") == cpu else {}
+def _why(taken: Speed, runner_up: Speed | None, usable: Sequence[Speed], full_batch: int, goal: Goal) -> str:
+    """What was measured, in one line: against the runner-up, and against what is served where nothing is chosen."""
+    plain = next((speed for speed in usable if (speed.precision, speed.runtime) == PLAIN), None)
+    others = dict.fromkeys(speed for speed in (runner_up, plain) if speed is not None and speed is not taken)
+    against = (
+        f"{lead(taken, other, goal):.2f} × {other.name}" if outruns(taken, other, goal) else f"level with {other.name}"
+        for other in others
+    )
+    rate = median(taken.rounds(goal))
+    figure = f"{1000 / rate:.3g} ms a face" if goal == "latency" else f"{rate:.3g} faces/s"
+    batch = 1 if goal == "latency" else full_batch
+    return f"{taken.name}: {', '.join((figure, *against))} (measured on this CPU at batch {batch}, for {goal})"

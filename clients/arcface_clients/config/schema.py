@@ -162,6 +162,7 @@ class EmbeddingConfig(_Section):
     backend: str = "triton"
     device: str = "auto"
     precision: Precision = "fp32"
+    goal: Literal["throughput", "latency"] = "throughput"
     batch: Batch = Batch()
     workspace: Annotated[int, BeforeValidator(_workspace), Field(ge=2**20)] = DEFAULT_WORKSPACE_BYTES
     versions_kept: int = Field(default=3, ge=1)

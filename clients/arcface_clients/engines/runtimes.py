@@ -30,6 +30,8 @@ Provider: TypeAlias = "str | tuple[str, Mapping[str, str]]"
 """An ONNX Runtime provider, with its options if any."""
 NO_IDLE_SPINNING = {"session.force_spinning_stop": "1"}  # idle threads that spin would starve other sessions
 _HINTS = {"openvino-fp32": "f32", "openvino-bf16": "bf16"}
+# Instruction sets that decide how fast each precision runs.
+TELLING_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 # What ONNX Runtime raises for a bad graph with any provider; any other error is the provider's.
 _GRAPH_FAULTS = ("InvalidArgument", "InvalidGraph", "InvalidProtobuf", "ModelLoadCanceled", "NoModel", "NoSuchFile")
 
@@ -66,11 +68,6 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 def has_bf16(flags: frozenset[str]) -> bool:
     """Whether this CPU has bf16 multiply instructions; without them OpenVINO would silently compute in fp32."""
     return bool(flags & {"avx512_bf16", "amx_bf16"})
-
-
-def has_int8(flags: frozenset[str]) -> bool:
-    """Whether this CPU has 8-bit dot-product instructions."""
-    return bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 def has_openvino() -> bool:
@@ -200,7 +197,15 @@ def cpu_runtimes(flags: frozenset[str], openvino: bool) -> tuple[str, ...]:
 def runtime_for(
     precision: str, gated: Collection[str] | None, here: Sequence[str], told_precision: bool = True
 ) -> tuple[str | None, str]:
-    """The rule for which runtime may run a variant: (runtime, "") or (None, why not).
+    """The first of `able_runtimes`: (runtime, "") or (None, why not)."""
+    able, why_not = able_runtimes(precision, gated, here, told_precision)
+    return (able[0] if able else None), why_not
+
+
+def able_runtimes(
+    precision: str, gated: Collection[str] | None, here: Sequence[str], told_precision: bool = True
+) -> tuple[list[str], str]:
+    """The rule for which runtimes may run a variant: (runtimes in the order of `here`, ""), or ([], why none may).
 
     fp32 and fp16 files compute in fp32 on every CPU and need no gate here. bf16 runs in bf16 or not at all. An int8
     file leaves some layers in float; it was gated with those in bf16, in fp32, or both, and runs only as it was gated.
@@ -210,29 +215,31 @@ def runtime_for(
         gated: runtimes in which the variant passed its gate (`gated_runtimes`); None for an ungated file that the user
             named: its float layers stay fp32.
         here: runtimes to choose from, preferred one first.
-        told_precision: False where OpenVINO is not told in which precision to compute, as by Triton's own backend: then
-            no bf16 can be promised, and int8 has to have passed its gate in each precision that it may take.
+        told_precision: False where OpenVINO is not told in which precision to compute, as by Triton's own backend: it
+            takes bf16 where the CPU has it. Then no bf16 can be promised, no fp32 on such a CPU, and int8 has to have
+            passed its gate in each precision that it may take.
     """
-    openvino = [runtime for runtime in here if runtime != "onnxruntime"]
+    openvino = [runtime for runtime in here if runtime in _HINTS]
     if not told_precision and openvino:
         if precision == "bf16":
-            return None, "this server does not tell OpenVINO in which precision to compute, so none can be promised"
-        if precision == "int8" and not set(openvino) <= set(gated or ()):
+            return [], "this server does not tell OpenVINO in which precision to compute, so none can be promised"
+        unsure = not set(openvino) <= set(gated or ()) if precision == "int8" else "openvino-bf16" in openvino
+        if unsure:
             here = [runtime for runtime in here if runtime not in openvino]
     exact = [runtime for runtime in here if runtime != "openvino-bf16"]
     if precision == "bf16":
         able = [runtime for runtime in here if runtime == "openvino-bf16"]
         if not able:
-            return None, "bf16 needs OpenVINO and a CPU with avx512_bf16 or amx_bf16"
+            return [], "bf16 needs OpenVINO and a CPU with avx512_bf16 or amx_bf16"
     elif precision == "int8" and gated is not None:
         able = list(here)
     else:
-        return (exact[0], "") if exact else (None, f"no runtime here computes {precision} in fp32")
-    runtime = next((one for one in able if gated is None or one in gated), None)
-    if runtime is None:
+        return exact, "" if exact else f"no runtime here computes {precision} in fp32"
+    passed_here = [runtime for runtime in able if gated is None or runtime in gated]
+    if not passed_here:
         passed = ", ".join(gated or ()) or "no runtime"
-        return None, f"{precision} passed its gate in {passed}, but this host has {' and '.join(able)}"
-    return runtime, ""
+        return [], f"{precision} passed its gate in {passed}, but this host has {' and '.join(able)}"
+    return passed_here, ""
 
 
 def gated_runtimes(sidecar: Mapping[str, Any] | None, limits: Mapping[str, float] | None = None) -> list[str] | None:

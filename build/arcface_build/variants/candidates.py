@@ -1,0 +1,124 @@
+"""What could be served on a CPU: each file of a model in each runtime that may run it, and why the rest may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arcface_build.variants.sidecar import read_sidecar
+from arcface_clients.engines.import_manifest import ImportManifest, read_import_manifest
+from arcface_clients.engines.model_folder import ModelFolder
+from arcface_clients.engines.runtimes import RUNTIMES, able_runtimes
+from arcface_clients.errors import GateFailed
+from arcface_clients.evidence.gate import judge_sidecar
+from arcface_clients.plans.manifest import file_sha256
+
+if TYPE_CHECKING:
+    import onnx
+
+PRECISIONS = ("fp32", "bf16", "int8")  # the more exact one first
+PLAIN = ("fp32", "onnxruntime")  # what is served where nothing was chosen
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One file in one runtime.
+
+    Attributes:
+        precision: fp32, bf16 or int8.
+        runtime: one of `arcface_clients.engines.runtimes.RUNTIMES`.
+        file: the ONNX, relative to the model folder.
+        sha256: of that file.
+        sidecar: the variant's, with its gates; None for fp32.
+        made: makes the model where it is not that file.
+    """
+
+    precision: str
+    runtime: str
+    file: str
+    sha256: str
+    sidecar: dict[str, Any] | None = None
+    made: Callable[[], onnx.ModelProto] | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What a measurement of it is kept under."""
+        return self.precision, self.runtime, self.sha256
+
+    @property
+    def name(self) -> str:
+        """For people: precision and runtime."""
+        return f"{self.precision} in {self.runtime}"
+
+    @property
+    def drift(self) -> float | None:
+        """1 − cosine of the worst face that judged it in this runtime; None for fp32."""
+        gates = (self.sidecar or {}).get("gates", ())
+        return next((float(gate["drift"]["max_drift"]) for gate in gates if gate["runtime"] == self.runtime), None)
+
+
+def candidates(
+    model_dir: Path,
+    limits: Mapping[str, float] | None,
+    here: Sequence[str],
+    told_precision: bool = True,
+) -> tuple[list[Candidate], dict[str, str]]:
+    """All that passed its gate and that a runtime here can compute, the most exact precision first.
+
+    Args:
+        model_dir: models/NAME/.
+        limits: largest drift by precision; None keeps the limits that the variants were judged by.
+        here: runtimes of what will serve it, the preferred one first.
+        told_precision: whether OpenVINO is told in which precision to compute; see `able_runtimes`.
+
+    Returns:
+        The candidates, fp32 in ONNX Runtime's own kernels first (it is what an import proved), and precision → why it
+        is not among them.
+
+    Raises:
+        WrongUse: a sidecar cannot be read, or names a file that is gone.
+    """
+    imported = read_import_manifest(model_dir)
+    exact = _told(able_runtimes("fp32", None, here, told_precision)[0], told_precision)
+    found = [
+        Candidate("fp32", runtime, *_fp32_file(model_dir, imported, runtime))
+        for runtime in sorted(exact, key=RUNTIMES.index)
+    ]
+    why_not: dict[str, str] = {}
+    for precision in PRECISIONS[1:]:
+        sidecar = read_sidecar(model_dir, precision, "cpu")
+        if sidecar is None:
+            why_not[precision] = f"none that passed its gate (arcface quantize {model_dir.name} makes one)"
+            continue
+        verdicts = judge_sidecar(sidecar, limits)
+        passed = [runtime for runtime, verdict in verdicts.items() if verdict.passed]
+        able, why = able_runtimes(precision, passed, here, told_precision)
+        if not able:
+            refused = (verdicts[one].why for one in here if one in verdicts and not verdicts[one].passed)
+            why_not[precision] = next(refused, why)
+            continue
+        file = model_dir / sidecar["file"]
+        try:
+            ModelFolder(model_dir, imported).check_proved(file)
+        except GateFailed as exc:
+            why_not[precision] = str(exc)
+            continue
+        digest = sidecar.get("sha256") or file_sha256(file)
+        found += [
+            Candidate(precision, runtime, sidecar["file"], digest, sidecar) for runtime in _told(able, told_precision)
+        ]
+    return found, why_not
+
+
+def _told(able: Sequence[str], told_precision: bool) -> list[str]:
+    """An OpenVINO that is not told a precision is one runtime: the one that it takes by itself on this CPU."""
+    openvino = [runtime for runtime in able if runtime.startswith("openvino")]
+    return [runtime for runtime in able if told_precision or runtime not in openvino[1:]]
+
+
+def _fp32_file(model_dir: Path, imported: ImportManifest, runtime: str) -> tuple[str, str]:
+    """File and digest: ONNX Runtime's own kernels have a form of their own; OpenVINO fuses the plain one itself."""
+    part = imported.cpu if imported.cpu and runtime == "onnxruntime" else imported.serving
+    return str(part["file"]), str(part.get("sha256") or file_sha256(model_dir / part["file"]))

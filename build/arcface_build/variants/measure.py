@@ -1,0 +1,121 @@
+"""Times candidates in this process, about a second each, in turns: at batch 1 and at a full batch."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from arcface_build.variants.candidates import Candidate
+from arcface_build.variants.speeds import Speed, SpeedTable
+from arcface_clients.arrays import FaceArray
+from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.engines.runtimes import OnnxSession, first_line, open_session
+from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.evidence.gate import judge_embeddings
+from arcface_clients.faces.synthetic import synthetic_faces
+
+ROUNDS = 5
+SAMPLE_S = 0.1
+SMALLEST_FULL_BATCH, LARGEST_FULL_BATCH = 4, 64  # 64: max_batch_size of arcface_onnx
+_DIFFERENT_FACES = 8
+
+
+def measure(
+    model_dir: Path,
+    found: Sequence[Candidate],
+    missing: Sequence[Candidate] = (),
+    limits: Mapping[str, float] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> SpeedTable:
+    """Measure each candidate in each round, in rotating order: a disturbance hits neighbours alike.
+
+    The full batch is what the first candidate embeds in a tenth of a second, from 4 to 64 faces: on a CPU larger
+    batches gain little, and a call of many seconds could not be repeated.
+
+    Args:
+        model_dir: models/NAME/.
+        found: from `candidates`; fp32 in ONNX Runtime first, which the import proved.
+        missing: from `untried`; nobody asked for them, so one that fails is left out without a word.
+        limits: largest drift by precision. fp32 in another runtime was never judged, so it is here, against the first.
+        clock: seconds; `time.perf_counter`.
+    """
+    faces = synthetic_faces(_DIFFERENT_FACES)
+    sessions: dict[str, OnnxSession] = {}
+    failed: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    proved: np.ndarray | None = None
+    for candidate in found:
+        try:
+            session, embeddings = _opened(model_dir, candidate, faces)
+            if candidate.precision == "fp32":
+                proved = embeddings if proved is None else proved
+                refused[candidate.name] = judge_embeddings(
+                    proved, embeddings, "fp32", {**DRIFT_LIMITS, **(limits or {})}
+                ).why
+        except Exception as exc:  # whatever it is, the others can be served
+            failed[candidate.name] = first_line(exc)
+            continue
+        sessions[candidate.name] = session
+    for candidate in missing:
+        with contextlib.suppress(Exception):
+            sessions[candidate.name], _ = _opened(model_dir, candidate, faces)
+    if len(sessions) < 2:
+        return SpeedTable(SMALLEST_FULL_BATCH, (), failed)
+    one = faces[:1]
+    full = _full_batch(_rate(next(iter(sessions.values())), one, 0, clock), faces)
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
+    for session in sessions.values():
+        _embed(session, full)  # a runtime compiles for a shape at its first call
+    turn = list(sessions)
+    for _ in range(ROUNDS):
+        for name in turn:
+            rounds[name].append(
+                (_rate(sessions[name], one, SAMPLE_S, clock), _rate(sessions[name], full, SAMPLE_S, clock))
+            )
+        turn = [*turn[1:], turn[0]]
+    speeds = [
+        Speed(
+            candidate.precision,
+            candidate.runtime,
+            candidate.sha256,
+            tuple(rate for rate, _ in rounds[candidate.name]),
+            tuple(rate for _, rate in rounds[candidate.name]),
+            refused.get(candidate.name, ""),
+        )
+        for candidate in (*found, *missing)
+        if candidate.name in sessions
+    ]
+    return SpeedTable(len(full), tuple(speeds), failed)
+
+
+def _opened(model_dir: Path, candidate: Candidate, faces: FaceArray) -> tuple[OnnxSession, np.ndarray]:
+    session = open_session(
+        candidate.made() if candidate.made else model_dir / candidate.file, candidate.runtime, label=candidate.file
+    )
+    return session, _embed(session, faces)
+
+
+def _full_batch(faces_per_s: float, faces: FaceArray) -> FaceArray:
+    count = SMALLEST_FULL_BATCH
+    while 2 * count <= min(LARGEST_FULL_BATCH, SAMPLE_S * faces_per_s):
+        count *= 2
+    return np.resize(faces, (count, *faces.shape[1:]))
+
+
+def _rate(session: OnnxSession, faces: FaceArray, at_least_s: float, clock: Callable[[], float]) -> float:
+    """faces/s over whole calls that take at least this long together."""
+    calls, started = 0, clock()
+    while True:
+        _embed(session, faces)
+        calls += 1
+        passed_s = clock() - started
+        if passed_s >= at_least_s:
+            return calls * len(faces) / max(passed_s, 1e-9)
+
+
+def _embed(session: OnnxSession, faces: FaceArray) -> np.ndarray:
+    return session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces})[0]
