@@ -177,7 +177,7 @@ def test_a_missing_detector_says_what_to_put_where(tmp_path: Path, monkeypatch: 
 
 def test_a_file_that_is_no_detector_and_a_wrong_image_are_refused(detector: FaceDetector, tmp_path: Path) -> None:
     (tmp_path / "other.onnx").write_bytes(b"not an onnx file")
-    with pytest.raises(ConfigError, match="is not a detector that OpenCV can run"):
+    with pytest.raises(ConfigError, match="is not a detector that can be run as YuNet"):
         FaceDetector(tmp_path / "other.onnx")
     with pytest.raises(InvalidFaces, match="expected an image uint8"):
         detector.detect(np.zeros((10, 10), np.uint8))

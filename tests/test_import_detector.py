@@ -55,7 +55,14 @@ def test_another_detector_is_a_new_version_with_the_code_and_can_be_rolled_back(
     other.write_bytes(yunet.read_bytes())
     assert install_detector(other, repository, licence="ours") == 2
     folder = repository / "photo_faces" / "2"
-    assert {path.name for path in folder.glob("*.py")} == {"model.py", "decode.py", "detect.py", "align.py", "scrfd.py"}
+    assert {path.name for path in folder.glob("*.py")} == {
+        "model.py",
+        "decode.py",
+        "detect.py",
+        "align.py",
+        "scrfd.py",
+        "yunet.py",
+    }
     assert roll_back(repository, "photo_faces") == (2, 1)
     assert versions(repository / "photo_faces") == [1]
 
@@ -74,7 +81,7 @@ def test_what_is_no_detector_is_refused_and_nothing_is_installed(
     repository: Path, assets: Path, tmp_path: Path
 ) -> None:
     for file in (assets / "models" / "MobileFaceNet.onnx", repository / "photo_faces" / "config.pbtxt"):
-        with pytest.raises(SourceRefused, match="not a detector that OpenCV can run"):
+        with pytest.raises(SourceRefused, match="not a detector that can be run as YuNet"):
             install_detector(file, repository)
     with pytest.raises(DependencyMissing, match="no face detector at"):
         install_detector(tmp_path / "nowhere.onnx", repository)

@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import fields
@@ -33,7 +34,7 @@ from arcface_clients.triton.options import ClientOptions, PhotoArguments
 from conftest import REPO
 from test_alerts import Prometheus, panel_expressions
 
-STEPS = ("decode", "detect", "align", "scrfd")
+STEPS = ("decode", "detect", "align", "scrfd", "yunet")
 
 
 @pytest.fixture(scope="module")
@@ -253,10 +254,10 @@ def test_parameters_choose_which_faces_are_answered(photo_server: TritonProcess,
 
 
 def test_the_metrics_count_photos_and_faces(photo_server: TritonProcess, portraits: list[Path]) -> None:
-    before = metrics(photo_server)
+    before = settled_metrics(photo_server)
     with PhotoEmbedder(photo_server.grpc_url) as photos:
         faces = sum(len(photos.faces(portrait)) for portrait in portraits[:4])
-    after = metrics(photo_server)
+    after = settled_metrics(photo_server)
     assert after['arcface_photos{outcome="answered"}'] - before['arcface_photos{outcome="answered"}'] == 4
     counted = 'arcface_photo_faces_sum{model="photo_faces"}'
     assert after[counted] - before[counted] == faces
@@ -336,6 +337,15 @@ def test_the_documented_python_works(
         exec(block.replace("localhost:8001", photo_server.grpc_url), names)
     assert "(512,)" in capsys.readouterr().out
     assert len(blocks) == 4 and names["pair"] is not None and len(names["faces"]) > 0
+
+
+def settled_metrics(server: TritonProcess) -> dict[str, float]:
+    """The metrics when they change no more: each instance tells its sums half a second late."""
+    before: dict[str, float] = {}
+    while (now := metrics(server)) != before:
+        before = now
+        time.sleep(1)
+    return now
 
 
 def metrics(server: TritonProcess) -> dict[str, float]:

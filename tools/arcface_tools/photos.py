@@ -21,7 +21,8 @@ from arcface_clients.evidence.accuracy import measure_accuracy, pairs_from_csv
 from arcface_clients.faces.detect import FaceDetector, find_detector
 from arcface_clients.faces.photos import read_photo
 from arcface_clients.faces.steps.align import align_face
-from arcface_clients.faces.steps.detect import LOOK_SIDE, LOOKS, YuNet, find_faces
+from arcface_clients.faces.steps.detect import LOOK_SIDE, find_faces
+from arcface_clients.faces.steps.yunet import LOOKS, open_yunet
 from arcface_clients.photos.embedder import PhotoEmbedder
 
 Image = npt.NDArray[Any]
@@ -68,7 +69,7 @@ def stability(
     cv2.setNumThreads(1)
     rows = []
     for looks, side in SETTINGS:
-        look = YuNet(str(find_detector(detector)))
+        look = open_yunet(str(find_detector(detector)))
         find_faces(look, images[0], looks=looks, look_side=side)  # the networks of these sizes are made
         found, spent_s = [], 0.0
         for image in images:

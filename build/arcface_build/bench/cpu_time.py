@@ -25,6 +25,11 @@ class CpuUse:
 
 def tree_cpu_s(*pids: int) -> float:
     """User and system seconds of processes, their living descendants and reaped children."""
+    return sum(tree_cpu_by_pid(*pids).values())
+
+
+def tree_cpu_by_pid(*pids: int) -> dict[int, float]:
+    """User and system seconds of each of these processes and of their living descendants, with reaped children."""
     stats = dict(_all_stats())
     children: dict[int, list[int]] = {}
     for child, (parent, _) in stats.items():
@@ -36,7 +41,7 @@ def tree_cpu_s(*pids: int) -> float:
         if current in stats and current not in seen:
             seen.add(current)
             todo += children.get(current, [])
-    return sum(stats[pid][1] for pid in seen)
+    return {pid: stats[pid][1] for pid in seen}
 
 
 def host_busy_cpu_s() -> float:

@@ -1,4 +1,8 @@
-"""Photos a second through the server, in turns with the same work in this process, and where the server's time goes."""
+"""Photos a second through the server, in turns with the same work in this process, and where the server's time goes.
+
+This process does it in two ways: as we do it best, and with YuNet through OpenCV's own wrapper and a session as ONNX
+Runtime opens it, as a program does that was put together from the usual parts.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from arcface_build.bench.cpu_time import tree_cpu_by_pid
 from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import Spread, Variant, Work, measure_in_turns, ratio, undisturbed_rounds
 from arcface_build.bench.run import Bars
@@ -27,6 +32,8 @@ from arcface_clients.faces.detect import FaceDetector
 from arcface_clients.photos.embedder import PhotoEmbedder
 
 STAGES = ("decode", "detect", "align", "embed")
+HERE, USUAL, SERVER = "one process", "usual parts", "server"
+METRICS_BEHIND_S = 0.7  # photo_faces tells Triton its sums twice a second
 Answer = Callable[[bytes], int]
 """A photo's bytes in, the number of its faces out."""
 
@@ -67,12 +74,12 @@ def measure_photos(
     with ExitStack() as stack:
         server = stack.enter_context(own_server(repository, ["arcface", *models], config))
         client = stack.enter_context(PhotoEmbedder(server.grpc_url))
-        here = one_process(repository)
-        expected, found = (sum(map(answer, photos)) for answer in (here, _asks(client)))
+        ways = {HERE: one_process(repository), USUAL: one_process(repository, usual=True), SERVER: _asks(client)}
+        faces = {way: sum(map(answer, photos)) for way, answer in ways.items()}
         variants = []
         for number in callers:
-            variants.append(_variant(f"one process c{number}", here, photos, number))
-            variants.append(_variant(f"server c{number}", _asks(client), photos, number, server))
+            variants += [_variant(f"{way} c{number}", ways[way], photos, number) for way in (HERE, USUAL)]
+            variants.append(_variant(f"{SERVER} c{number}", ways[SERVER], photos, number, server))
         advance = stack.enter_context(bars(len(variants) * (rounds + 1)))
         samples = measure_in_turns(variants, rounds, sample_s, advance)
     kept, disturbed = undisturbed_rounds(samples)
@@ -81,26 +88,39 @@ def measure_photos(
             "name": variant.name,
             "photos_per_s": Spread.of([samples[variant.name][r].faces_per_s for r in kept]).to_json(),
             "latency_ms": Spread.of([ms for r in kept for ms in samples[variant.name][r].latencies_ms]).to_json(),
+            "cpu_ms_per_photo": _median([samples[variant.name][r].details["cpu_ms_per_photo"] for r in kept]),
         }
         for variant in variants
     ]
-    ratios = [{"callers": n, **ratio(samples, f"server c{n}", f"one process c{n}", kept).to_json()} for n in callers]
-    waterfalls = {str(n): _median([samples[f"server c{n}"][r].details["ms_per_photo"] for r in kept]) for n in callers}
+    ratios = {
+        way: [{"callers": n, **ratio(samples, f"{SERVER} c{n}", f"{way} c{n}", kept).to_json()} for n in callers]
+        for way in (HERE, USUAL)
+    }
+    waterfalls = {
+        str(n): _median([samples[f"{SERVER} c{n}"][r].details["ms_per_photo"] for r in kept]) for n in callers
+    }
     return {
         "host": host,
         "photos": len(photos),
-        "faces": {"one process": expected, "server": found},
+        "faces": faces,
         "variants": rows,
-        "ratios": ratios,
+        "ratios": ratios[HERE],
+        "ratios_to_usual_parts": ratios[USUAL],
         "waterfall_ms": waterfalls,
         "rounds": {"measured": len(next(iter(samples.values()))), "kept": kept, "disturbed": disturbed},
     }
 
 
-def one_process(repository: Path) -> Answer:
-    """Decode, detect, align and embed in this process, as a program without a server would; for several threads."""
-    detector = FaceDetector(served_folder(repository, "photo_faces") / "detector.onnx")
-    session = open_session(served_folder(repository, "arcface_onnx") / "model.onnx", threads=0, settings={})
+def one_process(repository: Path, *, usual: bool = False) -> Answer:
+    """Decode, detect, align and embed in this process, as a program without a server would; for several threads.
+
+    Args:
+        repository: with a detector and weights.
+        usual: YuNet through OpenCV, and ONNX Runtime's own settings; else as our detector and our engine do it.
+    """
+    detector = FaceDetector(served_folder(repository, "photo_faces") / "detector.onnx", opencv=usual)
+    weights = served_folder(repository, "arcface_onnx") / "model.onnx"
+    session = open_session(weights, threads=0, settings={}) if usual else open_session(weights)
 
     def answer(photo: bytes) -> int:
         faces = detector.detect_encoded(photo)
@@ -113,19 +133,23 @@ def one_process(repository: Path) -> Answer:
 
 def photos_text(result: dict[str, Any]) -> str:
     """The result as text."""
-    lines = [f"{'':20} {'photos/s':>9} {'p10–p90':>17} {'ms a photo':>11}"]
+    lines = [f"{'':20} {'photos/s':>9} {'p10–p90':>17} {'ms a photo':>11} {'ms CPU':>7}"]
     for row in result["variants"]:
         speed = row["photos_per_s"]
         span = f"{speed['low']:8.1f}–{speed['high']:<8.1f}"
-        lines.append(f"{row['name']:20} {speed['median']:9.1f} {span} {row['latency_ms']['median']:11.1f}")
-    lines += ["", "server / one process, within a round: median (p10–p90)"]
-    for row in result["ratios"]:
-        lines.append(f"  {row['median']:.3f} ({row['low']:.3f}–{row['high']:.3f})  {row['callers']} callers")
+        cpu_ms = sum(row["cpu_ms_per_photo"].values())
+        lines.append(
+            f"{row['name']:20} {speed['median']:9.1f} {span} {row['latency_ms']['median']:11.1f} {cpu_ms:7.2f}"
+        )
+    for way, key in ((HERE, "ratios"), (USUAL, "ratios_to_usual_parts")):
+        lines += ["", f"{SERVER} / {way}, within a round: median (p10–p90)"]
+        for row in result[key]:
+            lines.append(f"  {row['median']:.3f} ({row['low']:.3f}–{row['high']:.3f})  {row['callers']} callers")
     lines += ["", "where a photo's time goes on the server, ms"]
     for callers, steps in result["waterfall_ms"].items():
         lines.append(f"  {callers:>2} callers: " + ", ".join(f"{step} {ms:.2f}" for step, ms in steps.items()))
     found = result["faces"]
-    lines.append(f"faces found: {found['server']} by the server, {found['one process']} in one process")
+    lines.append("faces found: " + ", ".join(f"{number} {way}" for way, number in found.items()))
     if result["rounds"]["disturbed"]:
         lines.append("NOT RELIABLE: other processes used the CPU in nearly every round. Measure on an idle machine.")
     return "\n".join(lines)
@@ -156,12 +180,17 @@ def _variant(
                 if now - started >= seconds:
                     return
 
+        spent = _cpu_s(server)
         with ThreadPoolExecutor(callers) as pool:
             for future in [pool.submit(call) for _ in range(callers)]:
                 future.result()
         wall_s = time.perf_counter() - started
-        details = {}
+        spent = {side: seconds - spent[side] for side, seconds in _cpu_s(server).items()}
+        details: dict[str, Any] = {
+            "cpu_ms_per_photo": {side: 1000 * seconds / len(latencies_s) for side, seconds in spent.items()}
+        }
         if server is not None:
+            time.sleep(METRICS_BEHIND_S)
             details["ms_per_photo"] = _split(before, _counters(server), 1000 * float(np.mean(latencies_s)))
         return Work(len(latencies_s), wall_s, [1000 * s for s in latencies_s], details=details)
 
@@ -195,6 +224,19 @@ def _counters(server: ServerUnderTest | None) -> dict[str, float]:
         lines = answer.read().decode().splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     return {name: float(value) for name, value in pairs if "photo" in name}
+
+
+def _cpu_s(server: ServerUnderTest | None) -> dict[str, float]:
+    """CPU seconds since their start: of this process, of tritonserver itself, and of each model's instances."""
+    spent = {"this process": time.process_time()}
+    if server is None or not server.pid:
+        return spent
+    for pid, seconds in tree_cpu_by_pid(server.pid).items():
+        name = "tritonserver"
+        if pid != server.pid:  # an instance of a Python model, whose first argument is the path of its version's file
+            name = Path((Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")[1].decode()).parent.parent.name
+        spent[name] = spent.get(name, 0) + seconds
+    return spent
 
 
 def _median(steps: Sequence[dict[str, float]]) -> dict[str, float]:

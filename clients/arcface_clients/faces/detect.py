@@ -1,13 +1,11 @@
-"""Detects and aligns the faces in images with YuNet, through OpenCV."""
+"""Detects and aligns the faces in images with YuNet."""
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,9 +14,6 @@ from arcface_clients.errors import ConfigError, DependencyMissing, InvalidFaces
 from arcface_clients.extras import importing
 from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, Found, find_files, gather
 from arcface_clients.faces.photos import opened_photo
-
-if TYPE_CHECKING:
-    from arcface_clients.faces.steps.detect import YuNet
 
 MODEL_NAME = "face_detection_yunet_2023mar.onnx"
 CACHE = Path("~/.cache/arcface-triton/detectors")
@@ -36,7 +31,7 @@ class DetectedFace:
 
 
 class FaceDetector:
-    """YuNet; can be used from several threads, each with its own network."""
+    """YuNet, in the fastest runtime that is installed; can be used from several threads."""
 
     def __init__(
         self,
@@ -45,6 +40,8 @@ class FaceDetector:
         min_size: int = 16,
         max_side: int = 1280,
         refine: bool = True,
+        *,
+        opencv: bool = False,
     ) -> None:
         """Find and load the model.
 
@@ -54,6 +51,7 @@ class FaceDetector:
             min_size: smallest side of a face, in pixels of the image.
             max_side: larger images are shrunk to this for detection; faces are cropped from the full image.
             refine: look at each face again for better landmarks.
+            opencv: run it through OpenCV even where ONNX Runtime is installed, which is faster.
 
         Raises:
             DependencyMissing: no OpenCV, or no model file.
@@ -66,8 +64,14 @@ class FaceDetector:
             )
         self.model = find_detector(model)
         self.min_score, self.min_size, self.max_side, self.refine = min_score, min_size, max_side, refine
-        self._of_thread = threading.local()
-        self._look()
+        from arcface_clients.faces.steps.yunet import NotYuNet, open_yunet
+
+        try:
+            self._look = open_yunet(str(self.model), opencv=opencv)
+        except NotYuNet as exc:
+            raise ConfigError(
+                f"{self.model} is not a detector that can be run as YuNet ({exc}): expected {MODEL_NAME} from {SOURCE}"
+            ) from exc
 
     def detect(self, image_bgr: Array) -> list[DetectedFace]:
         """The faces in an image uint8 (H,W,3) BGR, best score first; an empty list if there are none.
@@ -102,7 +106,7 @@ class FaceDetector:
         from arcface_clients.faces.steps.detect import find_faces
 
         return find_faces(
-            self._look(),
+            self._look,
             image_bgr,
             scale,
             min_score=self.min_score,
@@ -110,22 +114,6 @@ class FaceDetector:
             max_side=self.max_side,
             looks=None if self.refine else 1,
         )
-
-    def _look(self) -> YuNet:
-        import cv2
-
-        from arcface_clients.faces.steps.detect import YuNet
-
-        if not hasattr(self._of_thread, "look"):
-            try:
-                self._of_thread.look = YuNet(str(self.model))
-            except cv2.error as exc:
-                raise ConfigError(
-                    f"{self.model} is not a detector that OpenCV can run ({exc.err or exc}): "
-                    f"expected {MODEL_NAME} from {SOURCE}"
-                ) from exc
-        look: YuNet = self._of_thread.look
-        return look
 
 
 def _points(row: FloatArray) -> FloatArray:

@@ -1,4 +1,4 @@
-"""`python -m arcface_tools photos`: what looking again at a face buys, and accuracy and recall from photos alone."""
+"""`python -m arcface_tools photos`: what looking again at a face buys, accuracy from photos alone, large photos."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ EPILOG = """\b
 Examples:
   python -m arcface_tools photos raw250/ --model mobilefacenet --html looks.html       the curve
   python -m arcface_tools photos raw250/ --model mobilefacenet --pairs pairs.csv --url localhost:8001
+  python -m arcface_tools photos raw250/ --model mobilefacenet --megapixels 48 --limit 36
 """
 
 
 @click.command(epilog=EPILOG, context_settings={"show_default": True})
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--pairs", type=click.Path(path_type=Path, exists=True), help="Accuracy and recall through a server.")
+@click.option("--megapixels", type=click.FloatRange(1, 79), help="Time and memory of JPEGs as large as this.")
 @click.option("--url", default="localhost:8001", help="The server, for --pairs.")
 @click.option("--model", help="Model under --models-dir; default: the only one.")
 @click.option("--models-dir", type=click.Path(path_type=Path), default=Path("models"))
 @click.option("--detector", type=click.Path(path_type=Path, dir_okay=False), help="YuNet's ONNX.")
-@click.option("--limit", default=100, type=click.IntRange(1), help="Photos for the curve.")
+@click.option("--limit", default=100, type=click.IntRange(1), help="Photos for the curve and the large JPEGs.")
 @json_option
 @report_option
 @html_option
 def command(
     folder: Path,
     pairs: Path | None,
+    megapixels: float | None,
     url: str,
     model: str | None,
     models_dir: Path,
@@ -39,16 +42,22 @@ def command(
     report: Path | None,
     html: Path | None,
 ) -> None:
-    """Measure how stable embeddings are by how often and how large a face is looked at; or, with --pairs, accuracy."""
+    """Measure how stable embeddings are by how a face is looked at; or accuracy; or large photos."""
     from arcface_clients import PhotoEmbedder
     from arcface_clients.engines.registry import EngineRegistry
     from arcface_clients.faces.images import find_files
+    from arcface_tools.large_photos import large_photos, large_photos_text
     from arcface_tools.photos import from_photos, stability, stability_page
 
     with EngineRegistry.get("onnx", models_dir=models_dir, model=model) as engine:
+        files = find_files([folder])
+        files = files[:: max(1, len(files) // limit)][:limit]
+        if megapixels is not None:
+            result = large_photos([Path(name) for name in files], megapixels, engine, detector)
+            hand_over(result, lambda: large_photos_text(result), as_json, report)
+            return
         if pairs is None:
-            files = find_files([folder])
-            result = stability(files[:: max(1, len(files) // limit)][:limit], engine, detector, terminal.notice)
+            result = stability(files, engine, detector, terminal.notice)
             hand_over(result, lambda: "", as_json, report, {html: lambda: stability_page(result)})
             return
         with PhotoEmbedder(url) as photos:

@@ -5,7 +5,6 @@ The seam for other detectors is `Look`: an image in, rows out. Everything else h
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any, Protocol
 
 import cv2
@@ -18,12 +17,10 @@ Rows = npt.NDArray[np.float32]
 MAX_SIDE = 1280  # larger photos are shrunk to this for detection; faces are cropped from the photo itself
 MIN_SCORE = 0.7
 MIN_SIZE = 16
-# YuNet's landmarks shift by several pixels with the size of the face. Looking again at each face, resized to LOOK_SIDE,
-# and then at its mirror image makes alignment more stable.
-LOOKS = 3
+# A small detector's landmarks shift by several pixels with the size of the face. Looking again at each face, resized to
+# LOOK_SIDE, and then at its mirror image makes alignment more stable.
 LOOK_SIDE = 128
 LOOK_MARGIN = 1.5
-KEPT_SIZES = 4  # networks in memory; each holds what one image of its size needs
 
 
 class Look(Protocol):
@@ -43,42 +40,6 @@ class Look(Protocol):
             in pixels of the image.
         """
         ...
-
-
-class YuNet:
-    """OpenCV's detector; for one thread."""
-
-    looks = LOOKS
-
-    def __init__(self, file: str) -> None:
-        """Load it, and try it on nothing.
-
-        Raises:
-            cv2.error: not a file that OpenCV can run as YuNet.
-        """
-        self._file = file
-        # OpenCV prepares a network anew for each size of image, which takes longer than to look at a small one.
-        self._of_size: OrderedDict[tuple[int, int], cv2.FaceDetectorYN] = OrderedDict()
-        self(np.zeros((LOOK_SIDE, LOOK_SIDE, 3), np.uint8), MIN_SCORE)
-
-    def __call__(self, image_bgr: Image, min_score: float) -> Rows:
-        """See `Look`."""
-        network = self._network((image_bgr.shape[1], image_bgr.shape[0]))
-        network.setScoreThreshold(min_score)
-        rows = network.detect(image_bgr)[1]
-        if rows is None:
-            return np.empty((0, 15), np.float32)
-        return np.asarray(rows[np.isfinite(rows).all(axis=1)], np.float32)
-
-    def _network(self, size: tuple[int, int]) -> cv2.FaceDetectorYN:
-        """The network for images of this size, made or kept: the sizes used last, and LOOK_SIDE's always."""
-        network = self._of_size.get(size) or cv2.FaceDetectorYN.create(self._file, "", size, MIN_SCORE)
-        self._of_size[size] = network
-        self._of_size.move_to_end(size)
-        if len(self._of_size) > KEPT_SIZES:
-            oldest = next(each for each in self._of_size if each != (LOOK_SIDE, LOOK_SIDE))
-            del self._of_size[oldest]
-        return network
 
 
 def find_faces(
@@ -162,7 +123,7 @@ def _look_again(
     """Mean of the landmarks (5,2) found on a face's patch and its mirror image; `landmarks` if it is not found."""
     side, found = len(patch), []
     for mirrored in (False, True)[: 1 + mirror]:
-        rows = look(np.ascontiguousarray(patch[:, ::-1]) if mirrored else patch, min_score)
+        rows = look(np.asarray(cv2.flip(patch, 1), np.uint8) if mirrored else patch, min_score)
         points = rows[:, 4:14].reshape(-1, 5, 2)
         if mirrored:
             points = np.stack([side - 1 - points[..., 0], points[..., 1]], axis=-1)[:, [1, 0, 2, 4, 3]]

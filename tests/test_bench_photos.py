@@ -1,0 +1,62 @@
+"""The benches of photos, in small: what they compare, and what they say of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arcface_build.bench.photos import STAGES, measure_photos, photos_text
+from arcface_build.repository.detector import install_detector
+from arcface_build.serving.binary import TritonBinary
+from arcface_build.terminal import round_bar
+from arcface_clients.errors import WrongUse
+from arcface_clients.faces.detect import MODEL_NAME
+from arcface_tools.large_photos import large_photos, large_photos_text
+
+
+@pytest.fixture(scope="module")
+def portraits(assets: Path) -> list[Path]:
+    return [sorted(folder.iterdir())[0] for folder in sorted((assets / "faces" / "raw250").iterdir())[:12]]
+
+
+def test_the_server_is_compared_with_both_ways_in_one_process_and_cpu_is_told_by_part(
+    triton_binary: TritonBinary, demo_repository: Path, assets: Path, portraits: list[Path]
+) -> None:
+    install_detector(assets / "detectors" / MODEL_NAME, demo_repository)
+    photos = [portrait.read_bytes() for portrait in portraits[:3]]
+    result = measure_photos(photos, demo_repository, callers=[1, 2], rounds=1, sample_s=0.05, bars=round_bar)
+    names = [f"{way} c{n}" for n in (1, 2) for way in ("one process", "usual parts", "server")]
+    assert [row["name"] for row in result["variants"]] == names
+    assert len(set(result["faces"].values())) == 1
+    for key in ("ratios", "ratios_to_usual_parts"):
+        assert [row["callers"] for row in result[key]] == [1, 2]
+        assert all(row["median"] > 0 for row in result[key])
+    parts = result["variants"][2]["cpu_ms_per_photo"]
+    assert parts.keys() >= {"this process", "tritonserver", "photo_faces", "arcface_onnx"}
+    assert all(result["waterfall_ms"]["1"][stage] > 0 for stage in STAGES)
+    assert "server / usual parts" in photos_text(result)
+
+
+class Thumbnails:
+    """Embeds a face as its 8×8 pixels."""
+
+    embedding_dim = 192
+
+    def encode(self, faces: np.ndarray) -> np.ndarray:
+        small = faces.reshape(len(faces), 8, 14, 8, 14, 3).mean(axis=(2, 4)).reshape(len(faces), -1)
+        return small / np.linalg.norm(small, axis=1, keepdims=True)
+
+
+def test_a_large_photo_decoded_no_larger_than_needed_has_the_faces_of_the_whole_one(
+    assets: Path, portraits: list[Path]
+) -> None:
+    result = large_photos(portraits, 12, Thumbnails(), assets / "detectors" / MODEL_NAME)
+    reduced, whole = result["ways"]["reduced"], result["ways"]["whole"]
+    assert reduced["faces"] == whole["faces"] == result["same_faces"] >= 12
+    assert reduced["peak_mb"] < whole["peak_mb"]
+    assert result["cosine_min"] > 0.99
+    assert "1 JPEGs of 12 million pixels" in large_photos_text(result)
+    with pytest.raises(WrongUse, match="expected at least 12"):
+        large_photos(portraits[:11], 12, Thumbnails())
