@@ -18,7 +18,8 @@ from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import Spread
 from arcface_build.repository.stated import completion_options
 from arcface_build.serving.binary import find_tritonserver
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import TritonProcess
 from arcface_tools.served import STATED_OUTPUTS
 
 ROUNDS = 7
