@@ -41,9 +41,7 @@ def main(data_set: str, url: str = "postgresql://localhost/postgres") -> None:
                 f"the database holds embeddings of another model than {contract_id}: take another one"
             )
         before = {name for (name,) in database.execute("SELECT name FROM stored_part")}
-        for part in parts:
-            if part in before:
-                continue
+        for part in filter(lambda part: part not in before, parts):
             with database.transaction(), database.cursor() as cursor:
                 with cursor.copy("COPY embedded_face FROM STDIN") as copy:
                     for paths, identities, rows in read_embeddings(part):
