@@ -239,14 +239,14 @@ class TritonProcess:
             return json.load(answer)
 
     def serves(self, model: str, timeout_s: float = 2.0) -> bool:
-        """Whether it has the model loaded; True also where it does not say."""
+        """Whether it calls the model ready, as it does one whose process died; True also where it does not say."""
         try:
-            self.ask(f"/v2/models/{model}/config", timeout_s)
+            with _OPENER.open(f"http://{self.http_url}/v2/models/{model}/ready", timeout=timeout_s):
+                return True
         except urllib.error.HTTPError:
             return False
-        except (OSError, ValueError):
+        except OSError:
             return True
-        return True
 
     def _hide_key(self) -> None:
         """Take the key out of the command line as soon as Triton has read it."""

@@ -68,18 +68,18 @@ class StubWatch:
     def _amiss(self) -> str | None:
         for stub in self._stubs:
             if trouble := stub.trouble:
-                if _stat(stub.pid) is None and self._was_unloaded(stub):
+                if self._was_unloaded(stub):
                     return None
                 return f"{stub.pid}, which {trouble}, of {stub.model}"
         return None
 
     def _was_unloaded(self, gone: Stub) -> bool:
-        """Whether a process that is gone was ended by Triton, with its model unloaded or loaded anew."""
+        """Whether a process was ended by Triton, with its model unloaded, being unloaded, or loaded anew."""
         well = self._well()
         mine = {stub for stub in well if stub.model == gone.model}
         if mine <= self._stubs and self._server.serves(gone.model):
             return False
-        self._stubs = {stub for stub in self._stubs if _stat(stub.pid)} | well
+        self._stubs = {stub for stub in self._stubs if stub.model != gone.model} | well
         return True
 
     def _well(self) -> set[Stub]:
