@@ -217,7 +217,7 @@ def test_a_block_does_what_the_page_says(
         pytest.skip(f"the page says that it needs {said[0]}; its options exist")
     if "from insightface.app" in block.text:
         pytest.skip("InsightFace downloads its pack; tests/test_insightface_habits.py runs such code on other weights")
-    if block.page == "docs/photos.md" and block.language == "python":
+    if block.language == "python" and (block.page == "docs/photos.md" or "PhotoEmbedder" in block.text):
         pytest.skip("it needs a detector, whose file is not in git; tests/test_photo_faces.py runs this page with one")
     page = page_of(block.page)
     monkeypatch.chdir(page.folder)

@@ -304,6 +304,12 @@ def test_the_documented_curl_lines_work(
     assert b'"binary_data_size"' in (tmp_path / "faces.bin").read_bytes()
 
 
+def test_the_blocks_of_readme_are_those_that_are_tried_here() -> None:
+    readme = (REPO / "README.md").read_text()
+    shown = re.findall(r"```(?:js|python)\n[^`]*?photo_faces[^`]*```|```python\n[^`]*PhotoEmbedder[^`]*```", readme)
+    assert len(shown) == 2 and all(block in DOCUMENTED for block in shown)
+
+
 def test_the_documented_javascript_works(photo_server: TritonProcess, portraits: list[Path], tmp_path: Path) -> None:
     if shutil.which("node") is None:
         pytest.skip("no node")
