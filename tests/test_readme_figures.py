@@ -60,7 +60,7 @@ def test_the_command_of_a_row_exists(row: dict[str, Any]) -> None:
     program, first = row["command"].split()[:2]
     if program == "python":
         module = row["command"].split()[2].replace(".", "/")
-        assert (REPO / "tools" / f"{module}.py").exists()
+        assert any((REPO / "tools" / file).exists() for file in (f"{module}.py", f"{module}/__main__.py"))
     elif program == "arcface":
         from arcface_build.cli import COMMANDS
 

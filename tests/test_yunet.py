@@ -56,9 +56,12 @@ def test_both_runtimes_find_the_same_boxes_landmarks_and_scores(
 def test_there_is_no_face_in_a_strip_of_a_photo(
     file: Path, portraits: list[np.ndarray], shape: tuple[int, int], opencv: bool
 ) -> None:
-    """OpenCV by itself finds one there in one of ten networks."""
-    for image in portraits:
-        assert len(open_yunet(str(file), opencv=opencv)(image[: shape[0], : shape[1]], 0.7)) == 0
+    """OpenCV by itself finds one there now and then, in memory that an earlier look has left."""
+    for _ in range(4):
+        for image in portraits:
+            look = open_yunet(str(file), opencv=opencv)
+            look(image, 0.7)
+            assert len(look(image[: shape[0], : shape[1]], 0.7)) == 0
 
 
 def test_an_embedding_does_not_depend_on_the_runtime_of_the_detector(
