@@ -20,11 +20,12 @@ import numpy as np
 
 from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.job import Job
-from arcface_clients.bulk.on_ray import Cluster, run_on_ray
+from arcface_clients.bulk.on_ray import run_on_ray
 from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.spec import JobSpec
 from arcface_clients.bulk.work import PATIENCE_S
 from arcface_clients.errors import Overloaded
+from arcface_clients.ray_cluster import Cluster
 from people import PixelEngine
 
 DIM, ROWS = 64, 4

@@ -326,7 +326,8 @@ def test_listing_the_units_of_a_large_tree_holds_no_list_of_it(tmp_path: Path) -
 @pytest.mark.filterwarnings("ignore")  # Ray warns about itself, and leaves sockets and files to its garbage collector
 def test_two_ray_workers_write_the_same_file(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
-    from arcface_clients.bulk.on_ray import Cluster, run_on_ray
+    from arcface_clients.bulk.on_ray import run_on_ray
+    from arcface_clients.ray_cluster import Cluster
 
     monkeypatch.setenv("RAY_ADDRESS", "local")  # one of its own, whatever runs on this host
     # Ray's processes find what they unpickle (engine_of, PixelEngine) by this variable, not by pytest's sys.path.

@@ -23,7 +23,7 @@ from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.parts import look_at_part, read_embeddings
 from arcface_clients.bulk.read import read_unit
 from arcface_clients.bulk.saved import read_saved
-from arcface_clients.bulk.schedule import TRIES, Schedule
+from arcface_clients.bulk.schedule import Schedule
 from arcface_clients.bulk.spec import JobSpec
 from arcface_clients.bulk.tars import index_samples
 from arcface_clients.bulk.unit_list import UnitList
@@ -38,6 +38,7 @@ from arcface_clients.errors import (
     WrongUse,
 )
 from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.ray_cluster import TRIES
 from arcface_clients.s3 import S3Options
 from fault_proxy import FaultProxy
 from people import CONTRACT, PixelEngine

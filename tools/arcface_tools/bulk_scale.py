@@ -118,8 +118,9 @@ def _on_ray(
 ) -> dict[str, Any]:
     """A job whose rate is taken from its first unit to its last, so that the start of its actors is left out."""
     from arcface_clients.bulk.job import Job
-    from arcface_clients.bulk.on_ray import Cluster, run_on_ray
+    from arcface_clients.bulk.on_ray import run_on_ray
     from arcface_clients.bulk.spec import JobSpec
+    from arcface_clients.ray_cluster import Cluster
 
     ticks: list[tuple[float, int, float]] = []
 

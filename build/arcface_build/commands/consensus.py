@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,21 +13,27 @@ import click
 from arcface_build import terminal
 from arcface_build.commands.options.numbers import FiniteNumber
 from arcface_build.commands.options.output import NewFile, hand_over, json_option
+from arcface_build.commands.options.runner import Runner, engine_option, runtime_env_option
 from arcface_build.commands.options.server import served_model_option, url_option
 from arcface_build.commands.options.settings import access_to
 from arcface_clients.atomic import write_json
 from arcface_clients.errors import WrongUse
+from arcface_clients.extras import require
 from arcface_clients.faces.images import load_faces
 from arcface_clients.people.persons import FORMAT, VERSION, Journal, Limits, Loader, consensus_of_people, people_in
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
+    from arcface_clients.ray_cluster import Cluster
+
+WORKERS = 4
 
 EPILOG = """\b
 Examples:
   arcface consensus people/ -o consensus.json
   arcface consensus photos/ -o consensus.json --detect
   arcface consensus people/ -o consensus.json --max-distance 0.58 --workers 8 --cache embeddings.sqlite
+  arcface consensus /shared/people/ -o consensus.json --engine ray --url gpu-1:8001
 
 Ctrl-C keeps finished people in OUTPUT.partial; the same command resumes from there.
 """
@@ -49,7 +57,13 @@ Ctrl-C keeps finished people in OUTPUT.partial; the same command resumes from th
     default=Limits.min_share,
     help="They must also exceed this share of all faces.",
 )
-@click.option("--workers", type=click.IntRange(1), default=4, help="People processed at a time.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help=f"People processed at a time.  [default: {WORKERS}; with --engine ray, two per served model instance]",
+)
+@engine_option
+@runtime_env_option
 @click.option("--detect", is_flag=True, help="The files are photos: every face found in them is a candidate.")
 @click.option(
     "--detector",
@@ -68,7 +82,9 @@ def command(
     max_distance: float,
     min_support: int,
     min_share: float,
-    workers: int,
+    workers: int | None,
+    engine: str,
+    runtime_env: Path | None,
     detect: bool,
     detector: Path | None,
     cache_path: Path | None,
@@ -85,15 +101,24 @@ def command(
 
     if output.exists() and not force:
         raise WrongUse(f"{output} already exists. Choose another name, or overwrite it: --force")
-    limits = Limits(max_distance, min_support, min_share)
-    load = load_faces
+    on_ray = engine == "ray"
+    if on_ray and cache_path:
+        raise WrongUse("--cache is a file of one host, which the workers of --engine ray do not share: leave it out")
+    if runtime_env and not on_ray:
+        raise WrongUse("--runtime-env is for Ray: add --engine ray")
+    if on_ray:
+        require("ray", purpose="--engine ray")
+    found_by = None
     if detect:
-        from arcface_clients.faces.detect import FaceDetector, load_detected
+        from arcface_clients.faces.detect import find_detector
 
-        load = partial(load_detected, detector=FaceDetector(detector))
-    with TritonEmbedder(url, model, **access_to(url)) as engine:
-        engine.ensure_ready()
-        records = run(folder, output, engine, limits, workers, cache_path, force, load)
+        found_by = find_detector(detector).absolute()
+    limits = Limits(max_distance, min_support, min_share)
+    connect = partial(TritonEmbedder, url, model, **access_to(url))
+    with connect() as embedder:
+        served = embedder.ensure_ready()
+        ray = OnRay(connect, Runner(engine, workers, runtime_env).cluster([served])) if on_ray else None
+        records = run(folder, output, embedder, limits, workers or WORKERS, cache_path, force, found_by, ray)
     undecided = {name: record["reason"] for name, record in records.items() if not record["agreed"]}
     summary = {
         "output": str(output),
@@ -136,6 +161,14 @@ def _nothing_read(folder: Path, records: dict[str, dict], photos: bool) -> str:
     )
 
 
+@dataclass(frozen=True)
+class OnRay:
+    """What a run on Ray needs: `connect` makes a worker's engine, `cluster` is what of Ray is used."""
+
+    connect: Callable[[], EmbeddingEngine]
+    cluster: Cluster
+
+
 def run(
     folder: Path,
     output: Path,
@@ -144,12 +177,18 @@ def run(
     workers: int,
     cache_path: Path | None,
     start_over: bool,
-    load: Loader = load_faces,
+    detector: Path | None = None,
+    on_ray: OnRay | None = None,
 ) -> dict[str, dict]:
-    """Write the records of everybody in `folder` to `output`, resuming an interrupted run; returns them by name."""
+    """Write the records of everybody in `folder` to `output`, resuming an interrupted run; returns them by name.
+
+    `detector`: the files are photos, and this is YuNet's file. `on_ray`: the people are tasks there, else threads here.
+    """
     from contextlib import ExitStack
 
     from arcface_clients.people.cache import EmbeddingCache
+
+    photos = detector is not None
 
     people = people_in(folder)
     with ExitStack() as stack:
@@ -159,7 +198,7 @@ def run(
                 engine.contract_id,
                 limits,
                 start_over,
-                load is not load_faces,
+                photos,
             )
         )
         cache = stack.enter_context(EmbeddingCache(path=cache_path)) if cache_path else None
@@ -168,13 +207,32 @@ def run(
             terminal.notice(f"resuming: {len(people) - len(left)} of {len(people)} people are already done")
         progress = stack.enter_context(terminal.item_bars())
         bar = progress.add_task("people", total=len(people), completed=len(people) - len(left))
-        for record in consensus_of_people(left, engine, limits, workers=workers, cache=cache, load=load):
+
+        def keep(record: dict[str, Any]) -> None:
             journal.add(record)
             progress.advance(bar)
+
+        if on_ray:
+            from arcface_clients.people.on_ray import consensus_on_ray
+
+            consensus_on_ray(
+                left,
+                on_ray.connect,
+                engine.contract_id,
+                keep,
+                limits,
+                detector=str(detector) if detector else None,
+                cluster=on_ray.cluster,
+                say=terminal.notice,
+            )
+        else:
+            load = _loader(detector)
+            for record in consensus_of_people(left, engine, limits, workers=workers, cache=cache, load=load):
+                keep(record)
         records = {name: journal.records[name] for name in people}
         if not any(record["distances"] for record in records.values()):
             journal.close(delete=True)
-            raise WrongUse(_nothing_read(folder, records, load is not load_faces))
+            raise WrongUse(_nothing_read(folder, records, photos))
         write_json(
             output,
             {
@@ -187,3 +245,11 @@ def run(
         )
         journal.close(delete=True)
     return records
+
+
+def _loader(detector: Path | None) -> Loader:
+    if detector is None:
+        return load_faces
+    from arcface_clients.faces.detect import FaceDetector, load_detected
+
+    return partial(load_detected, detector=FaceDetector(detector))

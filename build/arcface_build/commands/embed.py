@@ -10,6 +10,7 @@ import click
 
 from arcface_build import terminal
 from arcface_build.commands.options.output import NewOutput, hand_over, json_option
+from arcface_build.commands.options.runner import Runner, engine_option, runtime_env_option
 from arcface_build.commands.options.server import served_model_option, timeout_option, urls_option
 from arcface_build.commands.options.settings import access_to
 from arcface_clients.errors import WrongUse
@@ -72,13 +73,9 @@ class DetectCommand(click.Command):
     envvar="ARCFACE_DETECTOR",
     help="YuNet's ONNX.  [default: in ~/.cache/arcface-triton/detectors]",
 )
-@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="What runs a Parquet job.")
+@engine_option
 @click.option("--actors", type=click.IntRange(1), help="Ray actors.  [default: two per served model instance]")
-@click.option(
-    "--runtime-env",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="JSON: Ray's runtime environment, for machines that lack this package or variables.",
-)
+@runtime_env_option
 @click.option("--unit-rows", type=click.IntRange(1), default=2048, help="Faces in a part of a Parquet job.")
 @click.option("--force", is_flag=True, help="Overwrite the output and start over.")
 @json_option
@@ -129,7 +126,7 @@ def command(
 
         found_by = find_detector(detector)
     if parquet:
-        from arcface_build.commands.embed_parquet import Runner, embed_to_parquet
+        from arcface_build.commands.embed_parquet import embed_to_parquet
         from arcface_clients.bulk.spec import ON_SERVER
 
         by = str(found_by) if found_by else None

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from arcface_build import terminal
 from arcface_build.commands.options.output import hand_over
+from arcface_build.commands.options.runner import Runner
 from arcface_build.commands.options.settings import access_to, settings
 from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.files import Files, is_url
@@ -24,34 +22,6 @@ from arcface_clients.errors import WrongUse
 from arcface_clients.photos.engine import PhotoEngine
 from arcface_clients.s3 import S3Options
 from arcface_clients.triton.address import Access
-from arcface_clients.triton.served import ServedModel
-
-ACTORS_OF_INSTANCE = 2  # one reads and packs while the requests of the other are computed
-
-
-@dataclass(frozen=True)
-class Runner:
-    """What runs a job: `engine` "local" or "ray", with Ray's actors and the file of its runtime environment."""
-
-    engine: str
-    actors: int | None = None
-    runtime_env: Path | None = None
-
-    def environment(self) -> dict[str, Any] | None:
-        """Ray's runtime environment.
-
-        Raises:
-            WrongUse: the file holds no JSON object.
-        """
-        if self.runtime_env is None:
-            return None
-        try:
-            found = json.loads(self.runtime_env.read_text())
-        except ValueError as exc:
-            raise WrongUse(f"{self.runtime_env} is not JSON ({exc}): expected Ray's runtime environment") from exc
-        if not isinstance(found, dict):
-            raise WrongUse(f'{self.runtime_env}: expected an object such as {{"env_vars": {{…}}}}')
-        return found
 
 
 def embed_to_parquet(
@@ -89,10 +59,9 @@ def embed_to_parquet(
         with terminal.item_bars() as bars:
             shown = _Shown(bars, job)
             if runner.engine == "ray":
-                from arcface_clients.bulk.on_ray import Cluster, run_on_ray
+                from arcface_clients.bulk.on_ray import run_on_ray
 
-                cluster = Cluster(runner.actors or _actors(served), runtime_env=runner.environment())
-                run_on_ray(job, connect, urls, cluster, shown.advance, terminal.notice)
+                run_on_ray(job, connect, urls, runner.cluster(served), shown.advance, terminal.notice)
             else:
                 run_local(job, engines, shown.advance, PATIENCE_S)
         if not job.units:
@@ -160,10 +129,6 @@ def _files() -> Files:
             read_timeout_s=storage.timeout_s,
         )
     )
-
-
-def _actors(served: list[ServedModel]) -> int:
-    return ACTORS_OF_INSTANCE * sum(each.instances for each in served)
 
 
 def _refused_list(output: str, job: Job) -> str:

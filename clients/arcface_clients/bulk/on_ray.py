@@ -7,48 +7,27 @@ handed out again.
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from arcface_clients.bulk.files import Files
 from arcface_clients.bulk.job import Job
 from arcface_clients.bulk.parts import Part
-from arcface_clients.bulk.schedule import TRIES, Schedule
+from arcface_clients.bulk.schedule import Schedule
 from arcface_clients.bulk.spec import JobSpec
 from arcface_clients.bulk.units import Unit, unit_size
 from arcface_clients.bulk.work import PATIENCE_S, UnitWorker, set_aside
 from arcface_clients.errors import ArcFaceError, DependencyMissing
-from arcface_clients.extras import importing
+from arcface_clients.ray_cluster import SAY_AFTER_S, TRIES, Cluster, connected, raised_by, short
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
 
 QUEUED = 2  # units that an actor has: one to do, and the next
-SAY_AFTER_S = 30.0  # without an actor, what the cluster lacks is said
 START_TRIES = 5  # actors that may fail to start, none having started, before the job ends
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What of Ray is used.
-
-    Attributes:
-        actors: how many, each with a client of its own.
-        cpus: that an actor claims; a client of a fast server uses one.
-        runtime_env: Ray's, for machines that lack this package or variables: {"pip": …, "env_vars": …}.
-        store_bytes: Ray's object store, where Ray is started here; the job needs next to none.
-    """
-
-    actors: int = 2
-    cpus: float = 1.0
-    runtime_env: Mapping[str, Any] | None = None
-    store_bytes: int = 100 << 20
 
 
 @dataclass
@@ -85,7 +64,7 @@ def run_on_ray(
         ArcFaceError: what a unit raised. The job can be gone on with.
     """
     cluster = cluster or Cluster()
-    with _connected(cluster) as ray:
+    with connected(cluster) as ray:
         actors = _Actors(ray, job, make_engine, urls, cluster, patience_s)
         try:
             _hand_out(job, actors, Schedule(job.pending()), cluster, advance, say)
@@ -146,10 +125,7 @@ class _Actors:
         self._arguments = (job.folder.path, job.spec, job.files, make_engine, list(urls), patience_s)
         self._begun = self._failed_starts = 0
         self._answers: dict[Any, tuple[_Actor, int | None]] = {}  # None: that it has started
-        options: dict[str, Any] = {"num_cpus": cluster.cpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
-        if cluster.runtime_env:
-            options["runtime_env"] = dict(cluster.runtime_env)
-        self._make = ray.remote(_Worker).options(**options)
+        self._make = ray.remote(_Worker).options(max_restarts=0, **cluster.options())
         self._all: list[_Actor] = []
         for _ in range(cluster.actors):
             self._begin()
@@ -192,8 +168,7 @@ class _Actors:
             try:
                 answer = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as exc:
-                cause = exc.cause
-                answer = cause if isinstance(cause, ArcFaceError) else _wrapped(exc)
+                answer = raised_by(exc)
             except self._ray.exceptions.RayActorError as exc:
                 found += self._buried(actor, exc)
                 continue
@@ -218,7 +193,7 @@ class _Actors:
             self._failed_starts += 1
             if self._failed_starts >= START_TRIES and not self.ready:
                 raise DependencyMissing(
-                    f"no Ray actor starts ({_short(why)}). The machines of the cluster need this package: give them a "
+                    f"no Ray actor starts ({short(why)}). The machines of the cluster need this package: give them a "
                     "runtime environment (docs/bulk.md): --runtime-env env.json"
                 ) from why
         self._begin()
@@ -252,69 +227,3 @@ class _Worker:
     def do(self, number: int, unit: Unit) -> Part:
         """Embed a unit."""
         return self._worker.do(number, unit)
-
-
-@contextmanager
-def _connected(cluster: Cluster) -> Iterator[Any]:
-    """Ray, as the program connected it; else connected for the block, with what it prints sent to stderr.
-
-    Raises:
-        DependencyMissing: it is not installed, cannot be reached or does not start.
-    """
-    with importing("--engine ray"):
-        import ray
-    if ray.is_initialized():
-        yield ray
-        return
-    with redirect_stdout(sys.stderr):  # Ray tells of dead workers on stdout, which is for results
-        try:
-            _connect(ray, cluster)
-            yield ray
-        finally:
-            ray.shutdown()
-
-
-def _connect(ray: Any, cluster: Cluster) -> None:
-    """Connect to $RAY_ADDRESS, else to the Ray on this host, else start one; $RAY_ADDRESS=local always starts one."""
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # a busy host is given more time than Ray gives it
-    address = os.environ.get("RAY_ADDRESS") or "auto"
-    if address != "local":
-        try:
-            ray.init(address=address, log_to_driver=False)
-            return
-        except Exception as exc:  # Ray raises ConnectionError, RuntimeError, ValueError and plain Exceptions
-            ray.shutdown()
-            if os.environ.get("RAY_ADDRESS"):
-                raise _unreachable(f"Ray at {address} cannot be reached", exc) from exc
-    for attempts_left in (1, 0):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=max(1, round(cluster.actors * cluster.cpus)),
-                object_store_memory=cluster.store_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-            )
-            return
-        except Exception as exc:  # a plain Exception where it did not start in its own 30 s
-            ray.shutdown()
-            if not attempts_left:
-                raise _unreachable("Ray does not start on this host", exc) from exc
-
-
-def _unreachable(what: str, exc: Exception) -> DependencyMissing:
-    return DependencyMissing(
-        f"{what}: {str(exc).rstrip('. ')}. Next: ray start --head, or leave out --engine ray; what is done is kept"
-    )
-
-
-def _wrapped(exc: Exception) -> ArcFaceError:
-    """An error of an actor that is none of ours."""
-    error = ArcFaceError(f"a Ray actor failed ({_short(exc)}); what is done is kept: run the same command again")
-    error.__cause__ = exc
-    return error
-
-
-def _short(exc: Exception) -> str:
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(exc).__name__

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from arcface_clients.bulk.units import Unit
+from arcface_clients.ray_cluster import TRIES
 
-TRIES = 3  # workers that a unit may kill
 COPIES = 2  # of a unit under way at a time
 
 

@@ -76,6 +76,22 @@ def consensus_of_person(
     }
 
 
+def record_of_failure(name: str, files: Sequence[str], reason: str) -> dict[str, Any]:
+    """The record of a person who could not be processed: undecided, with all files refused for this reason."""
+    return {
+        "person": name,
+        "signature": signature(files),
+        "agreed": False,
+        "reason": reason,
+        "references": [],
+        "outliers": [],
+        "groups": [],
+        "refused": [{"path": file, "reason": reason} for file in files],
+        "distances": {},
+        "embedding": None,
+    }
+
+
 def consensus_of_people(
     people: Mapping[str, Sequence[str]],
     engine: EmbeddingEngine,
