@@ -70,7 +70,7 @@ def consensus_on_ray(
     cluster = cluster or Cluster()
     with connected(cluster) as ray:
         task = _Task(ray.cloudpickle.dumps(make_engine), contract_id, limits or Limits(), detector, str(Path.cwd()))
-        # Deaths are counted here: Ray tries a task that ran out of memory again for ever.
+        # Not Ray's retries: deaths are counted here, whether a worker crashed, its machine was lost or memory ran out.
         begin = partial(ray.remote(_record).options(max_retries=0, **cluster.options()).remote, task)
         waiting = iter(people.items())
         under_way: dict[Any, tuple[str, Sequence[str], int]] = {}
@@ -83,9 +83,7 @@ def consensus_on_ray(
                     return
                 ready, _ = ray.wait(list(under_way), num_returns=1, timeout=SAY_AFTER_S)
                 if not ready and not has_answered:
-                    say(
-                        f"no task of {cluster.cpus:g} CPU has answered yet: see `ray status`, or wait for large folders"
-                    )
+                    say(f"no task of {cluster.cpus:g} CPU has answered yet: see `ray status`, or wait")
                 for reference in ready:
                     name, files, deaths = under_way.pop(reference)
                     record = _answer(ray, reference)
