@@ -272,6 +272,7 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(command, tmp_path):
         ("boto3", "plan list --store s3://bucket/plans", "-e '.[store]'"),
         ("pyarrow", "embed crops -o out.parquet", "-e '.[bulk]'"),
         ("ray", "embed crops -o out.parquet --engine ray", "-e '.[ray]'"),
+        ("ray", "consensus docs -o out.json --engine ray", "-e '.[ray]'"),
         ("torch", "bench --pytorch", "-e '.[pytorch]'"),
     ],
 )
