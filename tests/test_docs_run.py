@@ -43,6 +43,7 @@ NOT_RUN = {  # beginning of a line → why it is not run here; its options are l
     "scripts/test": "it runs this; .ci/run calls it",
     "arcface serve": "scripts/serve ends in it",
     "arcface bench": "measures for minutes",
+    "arcface compare insightface onnx --faces crops/ --pairs": "wants 200 pairs: tests/test_calibration.py",
     "arcface import-detector": "a detector's file is not in git: tests/test_import_detector.py",
     "arcface import buffalo_l": "downloads",
     "arcface import mobilefacenet": "downloads",
