@@ -15,7 +15,8 @@ from arcface_build.repository.calibration import calibrate_verify, calibration_o
 from arcface_build.repository.detector import install_detector
 from arcface_build.repository.versions import served_manifest
 from arcface_build.serving.binary import TritonBinary
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import TritonProcess
 from arcface_clients import PhotoEmbedder
 from arcface_clients.bulk.npz import write_npz
 from arcface_clients.errors import Missing, WrongUse

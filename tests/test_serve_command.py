@@ -23,14 +23,9 @@ from arcface_build.repository.hand_written import MEMORY
 from arcface_build.repository.versions import install, served_manifest
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
 from arcface_build.serving.exposure import Exposure
-from arcface_build.serving.process import (
-    _DIE_WITH_PARENT,
-    PortLock,
-    Ports,
-    TritonProcess,
-    arguments,
-    free_ports,
-)
+from arcface_build.serving.launcher import launcher
+from arcface_build.serving.ports import PortLock, Ports, free_ports
+from arcface_build.serving.process import TritonProcess, arguments
 from arcface_build.serving.reasons import reason_in_log, reason_of_end
 from arcface_build.serving.run import Interrupt
 from arcface_build.serving.watch import watch
@@ -180,8 +175,8 @@ def test_a_second_signal_ends_a_server_that_does_not_stop(tmp_path):
 
 
 def test_a_server_whose_starter_is_gone_does_not_start(tmp_path):
-    line = [sys.executable, "-ISc", _DIE_WITH_PARENT, "1", "/bin/touch", str(tmp_path / "started")]
-    subprocess.run(line, check=True)
+    line = [*launcher(1, parent=1), "/bin/touch", str(tmp_path / "started")]
+    subprocess.run(line, check=True, start_new_session=True)
     assert not (tmp_path / "started").exists()
 
 

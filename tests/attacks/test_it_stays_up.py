@@ -15,7 +15,8 @@ import pytest
 from arcface_build.errors import ServerFailed
 from arcface_build.repository.detector import install_detector
 from arcface_build.serving.host_checks import check_processes
-from arcface_build.serving.process import TritonProcess, free_ports
+from arcface_build.serving.ports import free_ports
+from arcface_build.serving.process import TritonProcess
 from arcface_build.serving.stubs import GRACE_S, StubWatch, stubs_of
 from arcface_build.serving.watch import RESTARTS, Pulse, Restarts, finished, patience_s
 from arcface_clients import PhotoEmbedder, TritonEmbedder

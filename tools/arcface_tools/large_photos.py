@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -103,7 +102,13 @@ def _detect(sheet: bytes, way: str, detector: Path | None) -> tuple[list[Detecte
     started = time.perf_counter()
     faces = finder.detect_encoded(sheet) if way == "reduced" else finder.detect(decode_photo(sheet))
     seconds = time.perf_counter() - started
-    return faces, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return faces, seconds, _peak_mb()
+
+
+def _peak_mb() -> float:
+    """Largest memory of this process, in MiB. Not getrusage's: that begins with the memory of the parent."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def _cosines(mine: list[DetectedFace], theirs: list[DetectedFace], engine: EmbeddingEngine) -> list[float]:

@@ -24,12 +24,13 @@ _END_THE_REST = (
 # The limit of open files is raised as far as it may be: each connection takes one.
 _DIE_WITH_PARENT = (
     f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); me = os.getpid(); "
+    "os.getppid() == int(sys.argv[1]) or sys.exit(); "
     f"os.fork() or os.execv(sys.executable, [sys.executable, '-ISc', {_END_THE_REST!r}, str(me), sys.argv[2]]); "
     "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (r.getrlimit(r.RLIMIT_NOFILE)[1],) * 2); "
-    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[3], sys.argv[3:])"
+    "os.execv(sys.argv[3], sys.argv[3:])"
 )
 
 
-def launcher(exit_timeout_s: float) -> list[str]:
-    """What stands before tritonserver's command line; its standard input has to be a pipe that we never write to."""
-    return [sys.executable, "-ISc", _DIE_WITH_PARENT, str(os.getpid()), str(exit_timeout_s + GRACE_S)]
+def launcher(exit_timeout_s: float, parent: int | None = None) -> list[str]:
+    """What stands before tritonserver's command line; it leads a session, and nothing is ever written to its input."""
+    return [sys.executable, "-ISc", _DIE_WITH_PARENT, str(parent or os.getpid()), str(exit_timeout_s + GRACE_S)]
