@@ -85,6 +85,7 @@ def test_one_of_the_processes_of_photos_is_lost_and_all_photos_are_answered_each
     with PhotoEmbedder(f"localhost:{serving_photos.ports.grpc}", timeout_s=5, retry_for_s=60) as photos:
         alone = [[face.box for face in photos.faces(portrait)] for portrait in portraits]
         found, late = [], 0
+        time.sleep(1)  # the metrics are half a second behind
         told = metric(serving_photos, 'arcface_photos{outcome="answered"}')
         lost = serving_photos.stub("photo_faces")
         os.kill(lost, number)

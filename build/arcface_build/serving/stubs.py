@@ -47,6 +47,7 @@ class StubWatch:
         """To be made once all models are loaded; `models`: those without which nobody is served."""
         self._server, self._models = server, models
         self._stubs = self._well()
+        self._leaving: set[Stub] = set()  # of models that were unloaded: on a busy host some end after the next load
         self._since_s: float | None = None  # when something was first found amiss
 
     def beats(self) -> bool:
@@ -79,7 +80,8 @@ class StubWatch:
         mine = {stub for stub in well if stub.model == gone.model}
         if mine <= self._stubs and self._server.serves(gone.model):
             return False
-        self._stubs = {stub for stub in self._stubs if stub.model != gone.model} | well
+        self._leaving |= {stub for stub in self._stubs if stub.model == gone.model}
+        self._stubs = ({stub for stub in self._stubs if stub.model != gone.model} | well) - self._leaving
         return True
 
     def _well(self) -> set[Stub]:
