@@ -69,12 +69,31 @@ def test_a_stub_that_died_or_stands_still_is_noticed_within_five_seconds_and_rep
 
 
 @pytest.fixture
-def serving_photos(triton_binary, demo_repository, assets, tmp_path):
+def repository_with_photos(triton_binary, demo_repository, assets, tmp_path):
     repository = Path(shutil.copytree(demo_repository, tmp_path / "model_repository"))
     install_detector(next((assets / "detectors").glob("*yunet*.onnx")), repository)
-    serving = Serving(repository, "--no-reference")
+    return repository
+
+
+@pytest.fixture
+def serving_photos(repository_with_photos):
+    serving = Serving(repository_with_photos, "--no-reference")
     yield serving
     serving.stop()
+
+
+@pytest.fixture
+def server_of_photos(triton_binary, repository_with_photos, tmp_path):
+    """A bare tritonserver, which nobody starts again."""
+    with TritonProcess(
+        triton_binary,
+        repository_with_photos,
+        ["arcface", "photo_faces"],
+        log_path=tmp_path / "log",
+        ports=free_ports(),
+    ) as server:
+        server.wait_ready()
+        yield server
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "stopped"])
@@ -106,23 +125,21 @@ def test_one_of_the_processes_of_photos_is_lost_and_all_photos_are_answered_each
     assert told == 4  # being asked every second whether they are there does not count as photos
 
 
-def test_doctor_names_a_server_of_photos_that_lost_a_process(triton_binary, demo_repository, assets, tmp_path):
-    repository = Path(shutil.copytree(demo_repository, tmp_path / "model_repository"))
-    install_detector(next((assets / "detectors").glob("*yunet*.onnx")), repository)
-    with TritonProcess(
-        triton_binary, repository, ["arcface", "photo_faces"], log_path=tmp_path / "log", ports=free_ports()
-    ) as server:
-        server.wait_ready()
-        config = EmbeddingConfig(triton={"url": server.grpc_url})
-        assert check_photos(config).status == "ok"
-        os.kill(next(stub.pid for stub in stubs_of(server.pid) if stub.model == "photo_faces"), signal.SIGKILL)
-        lost = check_photos(config)
-        assert lost.status == "problem"
-        assert "of 16 requests to photo_faces were not answered: " in lost.found
-        here = check_processes(config)
-        assert here.status == "problem" and "which died, of " in here.found
-        control(server, "unload", "photo_faces")
-        assert check_photos(config).status == "absent"
+def test_doctor_names_a_server_of_photos_that_lost_a_process(server_of_photos):
+    config = EmbeddingConfig(triton={"url": server_of_photos.grpc_url})
+    assert check_photos(config).status == "ok"
+    os.kill(a_process_of(server_of_photos, "photo_faces"), signal.SIGKILL)
+    lost = check_photos(config)
+    assert lost.status == "problem"
+    assert "of 16 requests to photo_faces were not answered: " in lost.found
+    here = check_processes(config)
+    assert here.status == "problem" and "which died, of " in here.found
+    control(server_of_photos, "unload", "photo_faces")
+    assert check_photos(config).status == "absent"
+
+
+def a_process_of(server, model):
+    return next(stub.pid for stub in stubs_of(server.pid) if stub.model == model)
 
 
 def metric(serving, name):
@@ -145,26 +162,25 @@ def test_a_lost_process_of_photos_that_nobody_asks_is_noticed_within_five_second
         photos.probe()
 
 
-def test_a_model_that_is_unloaded_or_loaded_anew_is_no_lost_process(triton_binary, demo_repository, assets, tmp_path):
-    repository = Path(shutil.copytree(demo_repository, tmp_path / "model_repository"))
-    install_detector(next((assets / "detectors").glob("*yunet*.onnx")), repository)
-    with TritonProcess(
-        triton_binary, repository, ["arcface", "photo_faces"], log_path=tmp_path / "log", ports=free_ports()
-    ) as server:
-        server.wait_ready()
-        watched = StubWatch(server, ["arcface_onnx", "photo_faces"])
-        assert sorted({stub.model for stub in stubs_of(server.pid)}) == ["arcface_onnx", "photo_faces"]
-        for verb in ("unload", "load", "unload"):
-            control(server, verb, "photo_faces")
-            until = time.monotonic() + 2 * GRACE_S
-            while time.monotonic() < until:
-                watched.beats()
-                time.sleep(0.05)
-        os.kill(next(stub.pid for stub in stubs_of(server.pid) if stub.model == "arcface_onnx"), signal.SIGKILL)
-        with pytest.raises(ServerFailed, match=r"lost a process: \d+, which died, of arcface_onnx"):
-            while time.monotonic() < until + 10:
-                watched.beats()
-                time.sleep(0.05)
+@pytest.mark.parametrize(
+    ("verbs", "victim"), [(["unload", "load", "unload"], "arcface_onnx"), (["unload", "load"], "photo_faces")]
+)
+def test_a_model_unloaded_or_loaded_anew_is_no_lost_process_and_its_new_ones_are_watched(
+    server_of_photos, verbs, victim
+):
+    watched = StubWatch(server_of_photos, ["arcface_onnx", "photo_faces"])
+    assert sorted({stub.model for stub in stubs_of(server_of_photos.pid)}) == ["arcface_onnx", "photo_faces"]
+    for verb in verbs:
+        control(server_of_photos, verb, "photo_faces")
+        until = time.monotonic() + 2 * GRACE_S
+        while time.monotonic() < until:
+            watched.beats()
+            time.sleep(0.05)
+    os.kill(a_process_of(server_of_photos, victim), signal.SIGKILL)
+    with pytest.raises(ServerFailed, match=rf"lost a process: \d+, which died, of {victim}"):
+        while time.monotonic() < until + 10:
+            watched.beats()
+            time.sleep(0.05)
 
 
 def control(server, verb, model):

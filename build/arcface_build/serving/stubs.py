@@ -48,6 +48,7 @@ class StubWatch:
         self._server, self._models = server, models
         self._stubs = self._well()
         self._leaving: set[Stub] = set()  # of models that were unloaded: on a busy host some end after the next load
+        self._away: set[str] = set()  # models that were unloaded, until they are served again
         self._since_s: float | None = None  # when something was first found amiss
 
     def beats(self) -> bool:
@@ -59,6 +60,7 @@ class StubWatch:
         amiss = self._amiss()
         if amiss is None:
             self._since_s = None
+            self._welcome_back()
             return True
         now_s = time.monotonic()
         self._since_s = now_s if self._since_s is None else self._since_s
@@ -76,13 +78,20 @@ class StubWatch:
 
     def _was_unloaded(self, gone: Stub) -> bool:
         """Whether a process was ended by Triton, with its model unloaded, being unloaded, or loaded anew."""
-        well = self._well()
-        mine = {stub for stub in well if stub.model == gone.model}
+        mine = {stub for stub in self._well() if stub.model == gone.model}
         if mine <= self._stubs and self._server.serves(gone.model):
             return False
         self._leaving |= {stub for stub in self._stubs if stub.model == gone.model}
-        self._stubs = ({stub for stub in self._stubs if stub.model != gone.model} | well) - self._leaving
+        self._stubs = {stub for stub in self._stubs if stub.model != gone.model}
+        self._away.add(gone.model)
         return True
+
+    def _welcome_back(self) -> None:
+        """Look from now on at the processes of models that are served again."""
+        for model in self._away & {stub.model for stub in self._well() - self._leaving}:
+            if self._server.serves(model):
+                self._stubs |= {stub for stub in self._well() if stub.model == model} - self._leaving
+                self._away.discard(model)
 
     def _well(self) -> set[Stub]:
         return {stub for stub in stubs_of(self._server.pid) if stub.model in self._models and not stub.trouble}

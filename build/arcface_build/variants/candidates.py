@@ -22,8 +22,26 @@ PRECISIONS = ("fp32", "bf16", "int8")  # the more exact one first
 PLAIN = ("fp32", "onnxruntime")  # what is served where nothing was chosen
 
 
+class Measurable:
+    """What a measurement is kept under: a file by its digest, in a runtime."""
+
+    precision: str
+    runtime: str
+    sha256: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Tells it from all others."""
+        return self.precision, self.runtime, self.sha256
+
+    @property
+    def name(self) -> str:
+        """For people: precision and runtime."""
+        return f"{self.precision} in {self.runtime}"
+
+
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(Measurable):
     """One file in one runtime.
 
     Attributes:
@@ -41,16 +59,6 @@ class Candidate:
     sha256: str
     sidecar: dict[str, Any] | None = None
     made: Callable[[], onnx.ModelProto] | None = None
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What a measurement of it is kept under."""
-        return self.precision, self.runtime, self.sha256
-
-    @property
-    def name(self) -> str:
-        """For people: precision and runtime."""
-        return f"{self.precision} in {self.runtime}"
 
     @property
     def drift(self) -> float | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeAlias
 
-from arcface_build.variants.candidates import Candidate
+from arcface_build.variants.candidates import Candidate, Measurable
 from arcface_build.variants.sidecar import variants_folder
 from arcface_clients.atomic import write_json
 from arcface_clients.engines.runtimes import TELLING_FLAGS, available_cores, cpu_flags, cpu_name
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Speed:
+class Speed(Measurable):
     """What was measured of one candidate.
 
     Attributes:
@@ -38,16 +38,6 @@ class Speed:
     one: tuple[float, ...]
     full: tuple[float, ...]
     refused: str = ""
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What it was measured of."""
-        return self.precision, self.runtime, self.sha256
-
-    @property
-    def name(self) -> str:
-        """For people: precision and runtime."""
-        return f"{self.precision} in {self.runtime}"
 
     def rounds(self, goal: Goal) -> tuple[float, ...]:
         """faces/s that count for a goal, one figure a round."""

@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from arcface_clients.bulk.files import Files, is_url, plain
@@ -38,6 +37,7 @@ from arcface_clients.bulk.parts import (
 from arcface_clients.bulk.spec import METADATA, JobSpec, begin, begun, check_still_begun
 from arcface_clients.bulk.unit_list import ListedChunk, UnitList
 from arcface_clients.bulk.units import Unit, Walk, walk
+from arcface_clients.closing import Closing
 from arcface_clients.errors import ConfigError, ContractMismatch, WrongUse
 
 LOOKERS = 16  # footers of parts that are read at a time when a job is gone on with
@@ -92,7 +92,7 @@ def is_data_set(output: str) -> bool:
     return is_url(output) or output.endswith("/")
 
 
-class Job:
+class Job(Closing):
     """The folder of a job.
 
     On this host one process at a time may hold it. In an object store nothing can be held, but a job of another spec is
@@ -300,16 +300,6 @@ class Job:
     def __str__(self) -> str:
         """Where it writes."""
         return str(self.output or self.folder.path)
-
-    def __enter__(self) -> Job:
-        """The job itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
 
 
 def _done_name(chunk: int) -> str:

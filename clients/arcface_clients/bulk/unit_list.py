@@ -13,12 +13,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from types import TracebackType
 from typing import Any
 
 from arcface_clients.bulk.files import Files
 from arcface_clients.bulk.folders import Folder
 from arcface_clients.bulk.units import Chunk, Unit, Walk, iter_chunks, unit_size
+from arcface_clients.closing import Closing
 from arcface_clients.errors import ConfigError
 
 _FOLDER, _END = "_units", "_units/end.json"
@@ -43,7 +43,7 @@ class ListedChunk:
     units: list[Unit]
 
 
-class UnitList:
+class UnitList(Closing):
     """Lists units ahead of whoever takes them; one that was begun before is gone on with."""
 
     def __init__(self, folder: Folder, sources: Sequence[str], rows: int, files: Files, walk: Walk) -> None:
@@ -147,16 +147,6 @@ class UnitList:
             raise ConfigError(
                 f"{self._folder.of(name)} is damaged ({exc}): expected what an unfinished run left. Start over: --force"
             ) from exc
-
-    def __enter__(self) -> UnitList:
-        """The list itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
 
 
 def _name(chunk: int) -> str:
