@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 from arcface_build.errors import ServerFailed
 from arcface_build.repository.detector import install_detector
+from arcface_build.repository.versions import served_folder
 from arcface_build.serving.host_checks import check_processes
 from arcface_build.serving.ports import free_ports
 from arcface_build.serving.process import TritonProcess
@@ -22,7 +26,7 @@ from arcface_build.serving.watch import RESTARTS, Pulse, Restarts, finished, pat
 from arcface_clients import PhotoEmbedder, TritonEmbedder
 from arcface_clients.checks.served_checks import check_photos
 from arcface_clients.config.schema import EmbeddingConfig
-from arcface_clients.errors import DeadlineExceeded
+from arcface_clients.errors import ArcFaceError, DeadlineExceeded
 from arcface_clients.faces.synthetic import synthetic_faces
 from serve_process import Serving
 
@@ -84,14 +88,15 @@ def serving_photos(repository_with_photos):
 
 @pytest.fixture
 def server_of_photos(triton_binary, repository_with_photos, tmp_path):
-    """A bare tritonserver, which nobody starts again."""
-    with TritonProcess(
-        triton_binary,
-        repository_with_photos,
-        ["arcface", "photo_faces"],
-        log_path=tmp_path / "log",
-        ports=free_ports(),
-    ) as server:
+    with bare_server(triton_binary, repository_with_photos, tmp_path) as server:
+        yield server
+
+
+@contextmanager
+def bare_server(triton_binary, repository, tmp_path):
+    """A tritonserver that nobody starts again."""
+    models = ["arcface", "photo_faces"]
+    with TritonProcess(triton_binary, repository, models, log_path=tmp_path / "log", ports=free_ports()) as server:
         server.wait_ready()
         yield server
 
@@ -140,6 +145,42 @@ def test_doctor_names_a_server_of_photos_that_lost_a_process(server_of_photos):
 
 def a_process_of(server, model):
     return next(stub.pid for stub in stubs_of(server.pid) if stub.model == model)
+
+
+def test_a_process_of_photos_that_loops_over_one_says_where_and_ends(
+    triton_binary, repository_with_photos, assets, tmp_path
+):
+    config = repository_with_photos / "photo_faces" / "config.pbtxt"
+    config.write_text(re.sub(r'("stuck_after_s" .*)"60"', r'\1"2"', config.read_text()))
+    detect = served_folder(repository_with_photos, "photo_faces") / "detect.py"
+    detect.write_text(detect.read_text() + LOOPS)
+    portrait = min((assets / "faces" / "raw250").rglob("*.jpg"))
+    with bare_server(triton_binary, repository_with_photos, tmp_path) as server:
+        watched = StubWatch(server, ["photo_faces"])
+        with PhotoEmbedder(server.grpc_url, timeout_s=20, retry_for_s=0) as photos:
+            assert photos.faces(portrait)
+            time.sleep(2.5)  # the limit holds for each photo alone, and ends with it
+            assert photos.faces(portrait)
+            with pytest.raises(ArcFaceError):
+                photos.faces(cv2.imencode(".png", np.zeros((77, 77, 3), np.uint8))[1].tobytes())
+            assert photos.faces(portrait)
+        with pytest.raises(ServerFailed, match="which died, of photo_faces"):
+            until = time.monotonic() + 10
+            while time.monotonic() < until:
+                watched.beats()
+                time.sleep(0.05)
+        assert re.search(r'File ".*/detect.py", line \d+ in find_faces', server.log_path.read_text())
+
+
+LOOPS = """
+really_find_faces = find_faces
+
+
+def find_faces(look, pixels, *rest, **limits):
+    while pixels.shape[:2] == (77, 77):
+        pass
+    return really_find_faces(look, pixels, *rest, **limits)
+"""
 
 
 def metric(serving, name):

@@ -5,7 +5,9 @@ called with all faces of a photo at once (BLS); while this instance waits, other
 mixes them. A photo that cannot be used is refused with INVALID_ARG, and nothing else is: no face is an answer.
 """
 
+import faulthandler
 import json
+import signal
 import threading
 import time
 from collections import Counter
@@ -43,6 +45,8 @@ class TritonPythonModel:
         self.embedder = told["embedder"]
         self.max_bytes, self.max_pixels = int(told["max_bytes"]), int(told["max_pixels"])
         self.max_faces = int(told["max_faces"])
+        self.stuck_after_s = float(told.get("stuck_after_s", 60))
+        faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)  # say where, then die of it
         self.outputs = [output["name"] for output in config["output"]]
         threads = int(told["threads"])
         cv2.setNumThreads(threads)
@@ -83,6 +87,14 @@ class TritonPythonModel:
             return _error(f"photo_faces: {type(exc).__name__}: {exc}", pb_utils.TritonError.INTERNAL)
 
     def _faces(self, encoded, asked):
+        with _ends_after(self.stuck_after_s):
+            rows, landmarks, crops = self._crops(encoded, asked)
+        with self.meter.stage("embed"):
+            embedded = self._embed(crops)
+        return {"box": rows[:, :4], "score": rows[:, 14], "landmarks": landmarks, "crop": crops, **embedded}
+
+    def _crops(self, encoded, asked):
+        """The detector's rows, their landmarks (F,5,2) and the crops (F,112,112,3), in the photo's pixels."""
         with self.meter.stage("decode"):
             if len(encoded) > self.max_bytes:
                 raise BadPhoto(f"{len(encoded):,} bytes; expected at most {self.max_bytes:,}")
@@ -101,10 +113,7 @@ class TritonPythonModel:
             crops = np.empty((len(rows), FACE_SIZE, FACE_SIZE, 3), np.uint8)
             for crop, points in zip(crops, landmarks, strict=True):
                 crop[:] = align_face(pixels, points, 1 / reduction)
-        del pixels
-        with self.meter.stage("embed"):
-            embedded = self._embed(crops)
-        return {"box": rows[:, :4], "score": rows[:, 14], "landmarks": landmarks, "crop": crops, **embedded}
+        return rows, landmarks, crops
 
     def _embed(self, crops):
         """embedding, norm and contract of the crops, which `arcface` makes; batches of 64 one after the other."""
@@ -208,6 +217,16 @@ class Meter:
                 self.counters[name].increment(amount)
             for faces in seen:
                 self.faces.observe(faces)
+
+
+@contextmanager
+def _ends_after(seconds):
+    """Ends this process if what is within takes longer: a decoder that loops holds the interpreter's lock for good."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _bytes_of(image):
