@@ -46,7 +46,7 @@ NEEDS = {  # what a command cannot start without; packages that only some option
     "import": ("onnx", "onnxruntime"),
     "import-detector": ("cv2", "PIL"),
     "quantize": ("onnx", "onnxruntime"),
-    "bench-photos": ("cv2", "PIL", "onnxruntime"),
+    "bench-photos": ("cv2", "PIL", "onnxruntime", "insightface"),
     "bench-variants": ("onnx", "onnxruntime"),
 }
 GONE = {  # benchmarks of this project itself: not in the wheel

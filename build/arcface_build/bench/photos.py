@@ -1,7 +1,8 @@
 """Photos a second through the server, in turns with the same work in this process, and where the server's time goes.
 
-This process does it in two ways: as we do it best, and with YuNet through OpenCV's own wrapper and a session as ONNX
-Runtime opens it, as a program does that was put together from the usual parts.
+This process does it in two ways. "One process" runs the files that are served, in the runtimes that they are served in.
+"Usual parts" is what people run today: YuNet through OpenCV's own wrapper, and InsightFace on the model as it was
+given, in fp32, one face a call, in a session as ONNX Runtime opens it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import count
@@ -24,8 +25,9 @@ from arcface_build.bench.interleaved import Spread, Variant, Work, measure_in_tu
 from arcface_build.bench.run import Bars
 from arcface_build.bench.server import ServerUnderTest, own_server
 from arcface_build.repository.detector import photo_models
-from arcface_build.repository.versions import served_folder
+from arcface_build.repository.versions import served_folder, served_manifest
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.engines.insightface import InsightFaceEngine
 from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.faces.detect import FaceDetector
@@ -33,6 +35,7 @@ from arcface_clients.photos.embedder import PhotoEmbedder
 
 STAGES = ("decode", "detect", "align", "embed")
 HERE, USUAL, SERVER = "one process", "usual parts", "server"
+LEAF_OF = {"tensorrt": "arcface_trt", "reference": "arcface_reference"}  # by Triton's --model-config-name
 METRICS_BEHIND_S = 0.7  # photo_faces tells Triton its sums twice a second
 Answer = Callable[[bytes], int]
 """A photo's bytes in, the number of its faces out."""
@@ -46,6 +49,7 @@ def measure_photos(
     rounds: int,
     sample_s: float,
     config: str = "onnx",
+    single_face: bool = False,
     bars: Bars,
 ) -> dict[str, Any]:
     """Measure both ways at each number of callers; returns the result's JSON.
@@ -57,10 +61,11 @@ def measure_photos(
         rounds: undisturbed rounds; each measures everything once.
         sample_s: approximate length of a sample.
         config: Triton's --model-config-name.
+        single_face: only with the photos that show exactly one face.
         bars: shows progress.
 
     Raises:
-        WrongUse: no photos.
+        WrongUse: no photos, or none with a single face.
         Missing: no detector is installed, or no weights.
     """
     if not photos:
@@ -70,11 +75,14 @@ def measure_photos(
     models, why = photo_models(repository)
     if not models:
         raise Missing(why)
-    host = describe_host()
+    host, here = describe_host(), one_process(repository)
+    photos = [photo for photo in photos if not single_face or here(photo) == 1]
+    if not photos:
+        raise WrongUse("no photo shows exactly one face. Next: arcface bench-photos FOLDER")
     with ExitStack() as stack:
         server = stack.enter_context(own_server(repository, ["arcface", *models], config))
         client = stack.enter_context(PhotoEmbedder(server.grpc_url))
-        ways = {HERE: one_process(repository), USUAL: one_process(repository, usual=True), SERVER: _asks(client)}
+        ways = {HERE: here, USUAL: usual_parts(repository), SERVER: _asks(client)}
         faces = {way: sum(map(answer, photos)) for way, answer in ways.items()}
         variants = []
         for number in callers:
@@ -103,6 +111,7 @@ def measure_photos(
         "host": host,
         "photos": len(photos),
         "faces": faces,
+        "runs": what_runs(repository, config),
         "variants": rows,
         "ratios": ratios[HERE],
         "ratios_to_usual_parts": ratios[USUAL],
@@ -111,16 +120,34 @@ def measure_photos(
     }
 
 
-def one_process(repository: Path, *, usual: bool = False) -> Answer:
-    """Decode, detect, align and embed in this process, as a program without a server would; for several threads.
+def what_runs(repository: Path, config: str) -> dict[str, str]:
+    """Model, precision and runtime of each way, in words."""
+    given = served_manifest(repository, "arcface_reference") or {}
+    return {
+        HERE: f"{_leaf(repository, 'arcface_onnx')}, all faces of a photo in one call; the detector as it is served",
+        USUAL: f"{given.get('name')} as it was given, fp32 in onnxruntime through InsightFace, one face a call; "
+        "YuNet in OpenCV",
+        SERVER: _leaf(repository, LEAF_OF.get(config, "arcface_onnx")),
+    }
 
-    Args:
-        repository: with a detector and weights.
-        usual: YuNet through OpenCV, and ONNX Runtime's own settings; else as our detector and our engine do it.
-    """
-    detector = FaceDetector(served_folder(repository, "photo_faces") / "detector.onnx", opencv=usual)
-    weights = served_folder(repository, "arcface_onnx") / "model.onnx"
-    session = open_session(weights, threads=0, settings={}) if usual else open_session(weights)
+
+def _leaf(repository: Path, leaf: str) -> str:
+    """What a leaf model serves, in words."""
+    manifest = served_manifest(repository, leaf) or {}
+    default = {"arcface_trt": "TensorRT", "arcface_reference": "onnxruntime through InsightFace"}.get(leaf)
+    runtime = default or _runtime(manifest)
+    return f"{manifest.get('name')} {manifest.get('precision', 'fp32')} in {runtime}"
+
+
+def _runtime(manifest: Mapping[str, Any]) -> str:
+    return str(manifest.get("variant", {}).get("runtime", "onnxruntime"))
+
+
+def one_process(repository: Path) -> Answer:
+    """Decode, detect, align and embed in this process, with the files and runtimes that are served; for any threads."""
+    detector = FaceDetector(served_folder(repository, "photo_faces") / "detector.onnx")
+    runtime = _runtime(served_manifest(repository, "arcface_onnx") or {})
+    session = open_session(served_folder(repository, "arcface_onnx") / "model.onnx", runtime)
 
     def answer(photo: bytes) -> int:
         faces = detector.detect_encoded(photo)
@@ -131,9 +158,25 @@ def one_process(repository: Path, *, usual: bool = False) -> Answer:
     return answer
 
 
+def usual_parts(repository: Path) -> Answer:
+    """The same with YuNet through OpenCV and InsightFace on the source ONNX, one face a call; for several threads."""
+    detector = FaceDetector(served_folder(repository, "photo_faces") / "detector.onnx", opencv=True)
+    engine = InsightFaceEngine(served_folder(repository, "arcface_reference") / "source.onnx", settings={})
+    engine.ensure_ready()
+
+    def answer(photo: bytes) -> int:
+        faces = detector.detect_encoded(photo)
+        for face in faces:
+            engine.encode(face.face[None])
+        return len(faces)
+
+    return answer
+
+
 def photos_text(result: dict[str, Any]) -> str:
     """The result as text."""
-    lines = [f"{'':20} {'photos/s':>9} {'p10–p90':>17} {'ms a photo':>11} {'ms CPU':>7}"]
+    lines = [f"{way}: {runs}" for way, runs in result["runs"].items()]
+    lines += ["", f"{'':20} {'photos/s':>9} {'p10–p90':>17} {'ms a photo':>11} {'ms CPU':>7}"]
     for row in result["variants"]:
         speed = row["photos_per_s"]
         span = f"{speed['low']:8.1f}–{speed['high']:<8.1f}"

@@ -14,7 +14,7 @@ from arcface_build.commands.options.output import hand_over, json_option, report
 EPILOG = """\b
 Examples:
   arcface bench-photos photos/
-  arcface bench-photos photos/ --callers 4 --rounds 7 --sample-s 5 --report bench-photos.json
+  arcface bench-photos photos/ --single-face --callers 4 --rounds 7 --sample-s 5 --report bench-photos.json
 """
 
 
@@ -24,6 +24,7 @@ Examples:
 @click.option("--rounds", default=5, type=click.IntRange(1), help="Undisturbed rounds; each measures everything once.")
 @click.option("--sample-s", default=4.0, type=NOT_NEGATIVE, help="Approximate length of a sample in seconds.")
 @click.option("--limit", default=200, type=click.IntRange(1), help="Photos to take from the sources.")
+@click.option("--single-face", is_flag=True, help="Only photos that show exactly one face.")
 @model_repository_option
 @click.option("--config-name", default="onnx", help="Backend of the server: onnx, tensorrt, reference, tuned.")
 @json_option
@@ -34,12 +35,17 @@ def command(
     rounds: int,
     sample_s: float,
     limit: int,
+    single_face: bool,
     model_repository: Path | None,
     config_name: str,
     as_json: bool,
     report: Path | None,
 ) -> None:
-    """Measure both ways in turns, with 1, 4 and 16 callers, and where the server's time goes."""
+    """Measure the server in turns with one process and with the usual parts, and where the server's time goes.
+
+    "One process" runs in this process what is served; "usual parts" is InsightFace on the model as it was given, with
+    YuNet through OpenCV.
+    """
     from arcface_build.bench.photos import measure_photos, photos_text
     from arcface_clients.faces.images import ARRAY_SUFFIXES, find_files
 
@@ -52,6 +58,7 @@ def command(
         rounds=rounds,
         sample_s=sample_s,
         config=config_name,
+        single_face=single_face,
         bars=terminal.round_bar,
     )
     hand_over(result, lambda: photos_text(result), as_json, report)

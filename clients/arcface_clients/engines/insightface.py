@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from arcface_clients.contract import FACE_SHAPE, Preprocessing
 from arcface_clients.engines.in_process import LocalEngine
 from arcface_clients.engines.model_folder import WantedModel
 from arcface_clients.engines.registry import EngineRegistry
-from arcface_clients.engines.runtimes import first_line, open_session
+from arcface_clients.engines.runtimes import NO_IDLE_SPINNING, first_line, open_session
 from arcface_clients.errors import ConfigError, InferenceFailed, InvalidEmbeddings, ModelMissing
 from arcface_clients.extras import importing
 
@@ -40,6 +40,7 @@ class InsightFaceEngine(LocalEngine):
         model_repository: Path | None = None,
         preprocessing: Preprocessing | None = None,
         threads: int = 0,
+        settings: Mapping[str, str] = NO_IDLE_SPINNING,
         max_batch: int = 64,
     ) -> None:
         """Choose what to load; nothing is loaded yet.
@@ -52,12 +53,13 @@ class InsightFaceEngine(LocalEngine):
             model_repository: where the installed model is, if nothing is served.
             preprocessing: None uses the manifest beside the file, else InsightFace's own guess.
             threads: intra-op threads; 0 lets ONNX Runtime decide.
+            settings: session configuration entries.
             max_batch: largest batch passed to one run.
         """
         super().__init__(max_batch)
         self._file = Path(file).expanduser() if file is not None else None
         self._wanted = WantedModel(self._file, models_dir, model, served, model_repository)
-        self._stated, self._threads = preprocessing, threads
+        self._stated, self._threads, self._settings = preprocessing, threads, settings
         self._net: Any = None
         self._one_by_one = False
         self._guess_fits = True
@@ -76,7 +78,7 @@ class InsightFaceEngine(LocalEngine):
         with importing("the reference"), warnings.catch_warnings():  # InsightFace's imports raise warnings of their own
             warnings.simplefilter("ignore")
             from insightface.model_zoo.arcface_onnx import ArcFaceONNX
-        session = open_session(file, threads=self._threads)
+        session = open_session(file, threads=self._threads, settings=self._settings)
         shape = session.get_inputs()[0].shape
         if len(shape) != 4 or list(shape[1:]) != [3, *FACE_SHAPE[:2]]:
             raise ConfigError(

@@ -97,9 +97,10 @@ class FaceDetector:
             reduction = photo.reduction(self.max_side)
             pixels = photo.pixels(reduction)
             rows = self._rows(pixels, 1 / reduction)
-            finer = photo.finer(reduction, max((magnification(_points(row)) for row in rows), default=0))
-            if finer < reduction:  # a face so small that the crop has room for more of the photo's pixels
-                reduction, pixels = finer, photo.pixels(finer)
+            if reduction > 1:
+                finer = photo.finer(reduction, max((magnification(_points(row)) for row in rows), default=0))
+                if finer < reduction:  # a face so small that the crop has room for more of the photo's pixels
+                    reduction, pixels = finer, photo.pixels(finer)
             return [_face(row, align_face(pixels, _points(row), 1 / reduction)) for row in rows]
 
     def _rows(self, image_bgr: Array, scale: float) -> FloatArray:

@@ -20,6 +20,7 @@ import triton_python_backend_utils as pb_utils
 from align import FACE_SIZE, align_face, magnification
 from decode import BadPhoto, Photo, from_base64
 from detect import MAX_SIDE, MIN_SCORE, MIN_SIZE, find_faces
+from PIL import Image
 from scrfd import Scrfd
 from yunet import open_yunet
 
@@ -50,6 +51,7 @@ class TritonPythonModel:
         self.outputs = [output["name"] for output in config["output"]]
         threads = int(told["threads"])
         cv2.setNumThreads(threads)
+        Image.core.set_blocks_max(1)  # Pillow keeps up to 16 MB for the next photo, whose pages need no faults again
         self.look = _detector(Path(args["model_repository"]) / args["model_version"], threads)
         warm_up = cv2.imencode(".jpg", np.zeros((64, 64, 3), np.uint8))[1].tobytes()
         find_faces(self.look, Photo(warm_up).pixels())  # Pillow imports its formats with the first photo
@@ -105,10 +107,11 @@ class TritonPythonModel:
             limits = {"min_score": asked.min_score, "min_size": asked.min_size, "max_faces": asked.max_faces}
             rows = find_faces(self.look, pixels, 1 / reduction, **limits)
         landmarks = rows[:, 4:14].reshape(-1, 5, 2)
-        finer = photo.finer(reduction, max(map(magnification, landmarks), default=0))
-        if finer < reduction:  # a face so small that the crop has room for more of the photo's pixels
-            with self.meter.stage("decode"):
-                reduction, pixels = finer, photo.pixels(finer)
+        if reduction > 1:
+            finer = photo.finer(reduction, max(map(magnification, landmarks), default=0))
+            if finer < reduction:  # a face so small that the crop has room for more of the photo's pixels
+                with self.meter.stage("decode"):
+                    reduction, pixels = finer, photo.pixels(finer)
         with self.meter.stage("align"):
             crops = np.empty((len(rows), FACE_SIZE, FACE_SIZE, 3), np.uint8)
             for crop, points in zip(crops, landmarks, strict=True):

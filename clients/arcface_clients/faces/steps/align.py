@@ -14,6 +14,8 @@ FACE_SIZE = 112
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
 )
+_CENTRE = TEMPLATE.mean(axis=0)
+_SPREAD = TEMPLATE - _CENTRE
 
 
 def similarity_to_template(landmarks: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -29,16 +31,20 @@ def similarity_to_template(landmarks: npt.NDArray[Any]) -> npt.NDArray[Any]:
     points = points if points.dtype == np.float32 else points.astype(np.float64)
     if points.shape != (5, 2) or not np.isfinite(points).all():
         raise ValueError(f"expected five landmarks (5, 2) in pixels, got {points.shape} or NaN.")
-    centre, target = points.mean(axis=0), TEMPLATE.mean(axis=0)
+    centre = points.mean(axis=0)
     spread = points - centre
     variance = spread.var(axis=0).sum()
     if variance < 1e-9:
         raise ValueError("the five landmarks coincide: expected eyes, nose and mouth corners.")
-    left, stretch, right = np.linalg.svd((TEMPLATE - target).T @ spread / len(points))
-    signs = np.array([1.0, -1.0 if np.linalg.det(left) * np.linalg.det(right) < 0 else 1.0])
+    left, stretch, right = np.linalg.svd(_SPREAD.T @ spread / len(points))
+    signs = np.array([1.0, -1.0 if _determinant(left) * _determinant(right) < 0 else 1.0])
     rotation = left @ np.diag(signs) @ right
     scale = 1.0 / variance * (stretch @ signs)
-    return np.column_stack([scale * rotation, target - scale * (rotation @ centre)])
+    return np.column_stack([scale * rotation, _CENTRE - scale * (rotation @ centre)])
+
+
+def _determinant(turn: npt.NDArray[Any]) -> float:
+    return float(turn[0, 0] * turn[1, 1] - turn[0, 1] * turn[1, 0])
 
 
 def magnification(landmarks: npt.NDArray[Any]) -> float:

@@ -43,20 +43,22 @@ class Photo:
             BadPhoto: not an image, more than `max_pixels`, or HEIC without pillow-heif.
         """
         self._encoded = encoded
-        with self._open() as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise BadPhoto(f"{width}×{height} pixels; expected at most {max_pixels:,}. Shrink it first")
-            orientation = _orientation(image)
-            self.width, self.height = (height, width) if orientation >= 5 else (width, height)
-            # A side that the reduction does not divide is rounded up, at its end: an orientation would turn that end.
-            self._reductions = tuple(
-                by
-                for by in REDUCTIONS
-                if image.format in ("JPEG", "MPO")
-                and (orientation in _UPRIGHT or not (width % by or height % by))
-                and min(width, height) >= by
-            )
+        image = self._open()
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadPhoto(f"{width}×{height} pixels; expected at most {max_pixels:,}. Shrink it first")
+        orientation = _orientation(image)
+        self._upright = orientation in _UPRIGHT
+        self.width, self.height = (height, width) if orientation >= 5 else (width, height)
+        jpeg = image.format in ("JPEG", "MPO")
+        # A side that the reduction does not divide is rounded up, at its end: an orientation would turn that end.
+        self._reductions = tuple(
+            by
+            for by in REDUCTIONS
+            if jpeg and (self._upright or not (width % by or height % by)) and min(width, height) >= by
+        )
+        # Its first pixels are read from here on. Not so a PNG, which is decoded when it is asked for its orientation.
+        self._opened: Image.Image | None = image if jpeg else None
 
     def reduction(self, side: int) -> int:
         """The largest usable reduction that leaves the longer side at least `side` pixels; 1 if there is none."""
@@ -75,13 +77,17 @@ class Photo:
         Raises:
             BadPhoto: damaged or truncated.
         """
-        with self._open() as image:
+        image, self._opened = self._opened or self._open(), None
+        with image:
             try:
                 if reduction > 1:
                     width, height = image.size
                     image.draft(None, (width // reduction, height // reduction))
-                upright = ImageOps.exif_transpose(_eight_bits(image)) or image
-                rgb = np.asarray(upright.convert("RGB"))
+                image.load()
+                upright = _eight_bits(image)
+                if not self._upright:
+                    upright = ImageOps.exif_transpose(upright)
+                rgb = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
             except Exception as exc:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error …
                 raise BadPhoto(f"damaged or truncated ({exc})") from exc
         return np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), np.uint8)
