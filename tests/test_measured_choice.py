@@ -36,7 +36,8 @@ HERE = (ORT,)
 
 
 def speed(precision: str, runtime: str, *full: float, one: Sequence[float] = ()) -> Speed:
-    return Speed(precision, runtime, "ab", tuple(one or full), full)
+    drift = 0.0 if (precision, runtime) == ("fp32", FP32) else None
+    return Speed(precision, runtime, "ab", tuple(one or full), full, drift)
 
 
 FP32_ORT, FP32_OV = speed("fp32", ORT, 10, 10, 10, 10, 10), speed("fp32", FP32, 12, 12, 12, 12, 12)
@@ -92,7 +93,7 @@ class Stopwatch:
     def __init__(self, rates: dict[str, float], one: dict[str, float] | None = None) -> None:
         self.rates, self.one, self.asked = rates, one or rates, 0
 
-    def __call__(self, model_dir: Path, found: Sequence[Candidate], missing=(), limits=None) -> SpeedTable:
+    def __call__(self, model_dir: Path, found: Sequence[Candidate], missing=()) -> SpeedTable:
         self.asked += 1
         return table_of([*found, *missing], self.rates, self.one)
 
@@ -248,7 +249,9 @@ def test_the_choice_travels_in_the_manifest_and_new_figures_are_no_new_version(t
 @pytest.mark.skipif(not has_openvino(), reason="ONNX Runtime without OpenVINO")
 def test_fp32_in_openvino_is_installed_as_such_where_it_is_faster(tmp_path, monkeypatch):
     def openvino_first(model_dir: Path, found: Sequence[Candidate], *_: object) -> SpeedTable:
-        return SpeedTable(8, tuple(Speed(*one.key, *2 * [(9.0 if one.runtime == ORT else 10.0,)]) for one in found))
+        return SpeedTable(
+            8, tuple(Speed(*one.key, *2 * [(9.0 if one.runtime == ORT else 10.0,)], 0.0) for one in found)
+        )
 
     monkeypatch.setattr(choosing, "measure", openvino_first)
     folder, repository = model_dir(tmp_path), copy_repository(tmp_path)
@@ -294,13 +297,28 @@ def test_what_cannot_be_opened_is_named_and_the_rest_is_served(tmp_path):
 
 
 @pytest.mark.skipif(not has_openvino(), reason="ONNX Runtime without OpenVINO")
-def test_fp32_that_another_runtime_computes_differently_is_not_served(tmp_path):
+def test_fp32_that_another_runtime_computes_differently_is_judged_by_the_limit_of_the_day(tmp_path):
     folder = model_dir(tmp_path)
     write_model(tmp_path / "drifting", error=0.1)
     (folder / "drifting.onnx").write_bytes((tmp_path / "drifting" / "serving.onnx").read_bytes())
     found = [Candidate("fp32", ORT, "serving.onnx", "a"), Candidate("fp32", FP32, "drifting.onnx", "b")]
-    plain, other = measure(folder, found).speeds
-    assert plain.refused == "" and "× the limit 1e-05 for fp32" in other.refused
+    table = measure(folder, found)
+    keep_speeds(folder, host_key(), table)
+    kept = kept_speeds(folder, host_key())
+    assert kept == table and kept.speeds[0].drift is None
+    refused = choosing._refused(kept.speeds, DRIFT_LIMITS)
+    assert list(refused) == ["fp32 in openvino-fp32"] and "× the limit 1e-05 for fp32" in refused[found[1].name]
+    assert not choosing._refused(kept.speeds, {**DRIFT_LIMITS, "fp32": 2 * kept.speeds[1].drift})
+
+
+@pytest.mark.skipif(not has_openvino(), reason="ONNX Runtime without OpenVINO")
+def test_fp32_in_another_runtime_is_not_compared_with_itself_where_the_proved_one_does_not_load(tmp_path):
+    folder = model_dir(tmp_path)
+    (folder / "broken.onnx").write_bytes(b"no graph")
+    found = [Candidate("fp32", ORT, "broken.onnx", "a"), Candidate("fp32", FP32, "serving.onnx", "b")]
+    table = measure(folder, found)
+    assert not table.speeds
+    assert "nothing to compare it with" in table.failed["fp32 in openvino-fp32"]
 
 
 def test_ctrl_c_while_measuring_leaves_nothing_half(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from arcface_build.commands.options.output import NewOutput, hand_over, json_opt
 from arcface_build.commands.options.runner import Runner, engine_option, runtime_env_option
 from arcface_build.commands.options.server import served_model_option, timeout_option, urls_option
 from arcface_build.commands.options.settings import access_to
+from arcface_clients.bulk.spec import UNIT_ROWS
 from arcface_clients.errors import WrongUse
 from arcface_clients.extras import require
 
@@ -76,7 +77,7 @@ class DetectCommand(click.Command):
 @engine_option
 @click.option("--actors", type=click.IntRange(1), help="Ray actors.  [default: two per served model instance]")
 @runtime_env_option
-@click.option("--unit-rows", type=click.IntRange(1), default=2048, help="Faces in a part of a Parquet job.")
+@click.option("--unit-rows", type=click.IntRange(1), default=UNIT_ROWS, help="Faces in a part of a Parquet job.")
 @click.option("--force", is_flag=True, help="Overwrite the output and start over.")
 @json_option
 def command(

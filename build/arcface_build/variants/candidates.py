@@ -91,7 +91,7 @@ def candidates(
     imported = read_import_manifest(model_dir)
     exact = _told(able_runtimes("fp32", None, here, told_precision)[0], told_precision)
     found = [
-        Candidate("fp32", runtime, *_fp32_file(model_dir, imported, runtime))
+        Candidate("fp32", runtime, *_form_for(model_dir, imported, runtime))
         for runtime in sorted(exact, key=RUNTIMES.index)
     ]
     why_not: dict[str, str] = {}
@@ -126,7 +126,11 @@ def _told(able: Sequence[str], told_precision: bool) -> list[str]:
     return [runtime for runtime in able if told_precision or runtime not in openvino[1:]]
 
 
-def _fp32_file(model_dir: Path, imported: ImportManifest, runtime: str) -> tuple[str, str]:
+def _form_for(model_dir: Path, imported: ImportManifest, runtime: str) -> tuple[str, str]:
     """File and digest: ONNX Runtime's own kernels have a form of their own; OpenVINO fuses the plain one itself."""
-    part = imported.cpu if imported.cpu and runtime == "onnxruntime" else imported.serving
+    return fp32_file(model_dir, imported.cpu if imported.cpu and runtime == "onnxruntime" else imported.serving)
+
+
+def fp32_file(model_dir: Path, part: Mapping[str, Any]) -> tuple[str, str]:
+    """File and digest of a part of an import's manifest; older ones state no digest."""
     return str(part["file"]), str(part.get("sha256") or file_sha256(model_dir / part["file"]))

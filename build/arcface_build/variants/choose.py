@@ -14,6 +14,8 @@ from arcface_build.variants.measure import measure
 from arcface_build.variants.speeds import NOTHING_MEASURED, Goal, Speed, SpeedTable, host_key, keep_speeds, kept_speeds
 from arcface_build.variants.untried import offer, untried
 from arcface_clients.errors import GateFailed
+from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.evidence.gate import judge_record
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,10 @@ def choose(
         return _asked_for(wanted.precision, found, why_not, model_dir)
     missing = untried(model_dir, here, told_precision)
     several = len(found) + len(missing) > 1
-    table = _table(model_dir, found, missing, limits, wanted.remeasure, say) if several else NOTHING_MEASURED
+    table = _table(model_dir, found, missing, wanted.remeasure, say) if several else NOTHING_MEASURED
     by_key = {one.key: one for one in found}
-    why_not |= table.failed | {speed.name: speed.refused for speed in table.speeds if speed.refused}
-    usable = [speed for speed in table.speeds if speed.key in by_key and not speed.refused]
+    why_not |= table.failed | _refused(table.speeds, {**DRIFT_LIMITS, **(limits or {})})
+    usable = [speed for speed in table.speeds if speed.key in by_key and speed.name not in why_not]
     if not usable:
         return _chosen(found[0], f"{found[0].name}, the only one that may run here", why_not)
     taken, runner_up = fastest(usable, wanted.goal)
@@ -126,6 +128,16 @@ def choose(
     return replace(choice, measured=told, offer=next(filter(None, offers), ""))
 
 
+def _refused(speeds: Sequence[Speed], limits: Mapping[str, float]) -> dict[str, str]:
+    """Name → why, of fp32 in another runtime than the import proved: it drifts too far, or nobody measured how far."""
+    verdicts = {
+        speed.name: judge_record({"max_drift": speed.drift}, "fp32", limits)
+        for speed in speeds
+        if speed.precision == "fp32" and (speed.precision, speed.runtime) != PLAIN
+    }
+    return {name: verdict.why for name, verdict in verdicts.items() if not verdict.passed}
+
+
 def _asked_for(
     precision: str, found: Sequence[Candidate], why_not: Mapping[str, str], model_dir: Path
 ) -> VariantChoice:
@@ -142,7 +154,6 @@ def _table(
     model_dir: Path,
     found: Sequence[Candidate],
     missing: Sequence[Candidate],
-    limits: Mapping[str, float] | None,
     remeasure: bool,
     say: Callable[[str], None],
 ) -> SpeedTable:
@@ -152,7 +163,7 @@ def _table(
     if kept and (have := kept.of(found, missing)):
         return have
     say(f"measuring {len(found) + len(missing)} ways to run {model_dir.name} on this CPU, once: a few seconds")
-    table = measure(model_dir, found, missing, limits)
+    table = measure(model_dir, found, missing)
     if table.speeds and not table.failed:
         keep_speeds(model_dir, host, table)
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from arcface_build.variants.speeds import Speed, SpeedTable
 from arcface_clients.arrays import FaceArray
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.runtimes import OnnxSession, first_line, open_session
-from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.errors import GateFailed
 from arcface_clients.evidence.gate import judge_embeddings
 from arcface_clients.faces.synthetic import synthetic_faces
 
@@ -22,16 +22,18 @@ ROUNDS = 5
 SAMPLE_S = 0.1
 SMALLEST_FULL_BATCH, LARGEST_FULL_BATCH = 4, 64  # 64: max_batch_size of arcface_onnx
 _DIFFERENT_FACES = 8
+_ANY_DRIFT = 2.0  # whoever chooses judges it, by the limit of the day
 
 
 def measure(
     model_dir: Path,
     found: Sequence[Candidate],
     missing: Sequence[Candidate] = (),
-    limits: Mapping[str, float] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SpeedTable:
     """Measure each candidate in each round, in rotating order: a disturbance hits neighbours alike.
+
+    fp32 in another runtime is compared with the first candidate: no import and no gate has judged it.
 
     The full batch is what the first candidate embeds in a tenth of a second, from 4 to 64 faces: on a CPU larger
     batches gain little, and a call of many seconds could not be repeated.
@@ -40,22 +42,20 @@ def measure(
         model_dir: models/NAME/.
         found: from `candidates`; fp32 in ONNX Runtime first, which the import proved.
         missing: from `untried`; nobody asked for them, so one that fails is left out without a word.
-        limits: largest drift by precision. fp32 in another runtime was never judged, so it is here, against the first.
         clock: seconds; `time.perf_counter`.
     """
     faces = synthetic_faces(_DIFFERENT_FACES)
     sessions: dict[str, OnnxSession] = {}
     failed: dict[str, str] = {}
-    refused: dict[str, str] = {}
+    drifts: dict[str, float] = {}
     proved: np.ndarray | None = None
     for candidate in found:
         try:
             session, embeddings = _opened(model_dir, candidate, faces)
-            if candidate.precision == "fp32":
-                proved = embeddings if proved is None else proved
-                refused[candidate.name] = judge_embeddings(
-                    proved, embeddings, "fp32", {**DRIFT_LIMITS, **(limits or {})}
-                ).why
+            if candidate is found[0]:
+                proved = embeddings
+            elif candidate.precision == "fp32":
+                drifts[candidate.name] = _drift(proved, embeddings)
         except Exception as exc:  # whatever it is, the others can be served
             failed[candidate.name] = first_line(exc)
             continue
@@ -84,7 +84,7 @@ def measure(
             candidate.sha256,
             tuple(rate for rate, _ in rounds[candidate.name]),
             tuple(rate for _, rate in rounds[candidate.name]),
-            refused.get(candidate.name, ""),
+            drifts.get(candidate.name),
         )
         for candidate in (*found, *missing)
         if candidate.name in sessions
@@ -97,6 +97,20 @@ def _opened(model_dir: Path, candidate: Candidate, faces: FaceArray) -> tuple[On
         candidate.made() if candidate.made else model_dir / candidate.file, candidate.runtime, label=candidate.file
     )
     return session, _embed(session, faces)
+
+
+def _drift(proved: np.ndarray | None, embeddings: np.ndarray) -> float:
+    """1 − cosine of the worst face.
+
+    Raises:
+        GateFailed: these are no embeddings, or there is nothing to compare them with.
+    """
+    if proved is None:
+        raise GateFailed("there is nothing to compare it with: fp32 in ONNX Runtime could not be loaded")
+    verdict = judge_embeddings(proved, embeddings, "fp32", {"fp32": _ANY_DRIFT})
+    if not verdict.passed:
+        raise GateFailed(verdict.why)
+    return verdict.max_drift
 
 
 def _full_batch(faces_per_s: float, faces: FaceArray) -> FaceArray:

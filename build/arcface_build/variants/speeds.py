@@ -17,7 +17,7 @@ from arcface_clients.atomic import write_json
 from arcface_clients.engines.runtimes import TELLING_FLAGS, available_cores, cpu_flags, cpu_name
 
 Goal: TypeAlias = Literal["throughput", "latency"]
-_FORMAT = 2
+_FORMAT = 3
 _log = logging.getLogger(__name__)
 
 
@@ -29,7 +29,8 @@ class Speed(Measurable):
         precision, runtime, sha256: of the candidate.
         one: faces/s at batch 1, one figure a round.
         full: faces/s at the full batch, one figure a round.
-        refused: why it may not be served, though it could be loaded; empty if it may.
+        drift: of fp32 in another runtime than the import proved, 1 − cosine of the worst face against that one; nothing
+            else judges it. None for the rest.
     """
 
     precision: str
@@ -37,7 +38,7 @@ class Speed(Measurable):
     sha256: str
     one: tuple[float, ...]
     full: tuple[float, ...]
-    refused: str = ""
+    drift: float | None = None
 
     def rounds(self, goal: Goal) -> tuple[float, ...]:
         """faces/s that count for a goal, one figure a round."""
@@ -50,7 +51,7 @@ class Speed(Measurable):
             "runtime": self.runtime,
             "latency_ms": round(1000 / median(self.one), 3),
             "faces_per_s": round(median(self.full), 2),
-        }
+        } | ({} if self.drift is None else {"drift": self.drift})
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,10 @@ def _speed(entry: Mapping[str, Any]) -> Speed:
     one, full = (tuple(_rate(figure) for figure in entry[key]) for key in ("one", "full"))
     if not one or len(one) != len(full):
         raise ValueError("rounds")
-    texts = (entry["precision"], entry["runtime"], entry["sha256"], entry["refused"])
+    texts = (entry["precision"], entry["runtime"], entry["sha256"])
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("text")
-    return Speed(*texts[:3], one, full, texts[3])
+    return Speed(*texts, one, full, entry["drift"])
 
 
 def _rate(value: object) -> float:

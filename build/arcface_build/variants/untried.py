@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arcface_build.variants.candidates import Candidate
+from arcface_build.variants.candidates import Candidate, fp32_file
 from arcface_build.variants.int8 import quantizable_layers, quantize_convolutions
 from arcface_build.variants.make import load_named
 from arcface_build.variants.sidecar import variants_folder
@@ -30,7 +30,7 @@ def untried(model_dir: Path, here: Sequence[str], told_precision: bool = True) -
     openvino = [runtime for runtime in here if runtime.startswith("openvino")]
     if imported.source.get("kind") == DEMO or not openvino or find_spec("onnx") is None:
         return []
-    file, digest = str(imported.serving["file"]), str(imported.serving.get("sha256"))
+    file, digest = fp32_file(model_dir, imported.serving)
     found = []
     if "openvino-bf16" in openvino and told_precision and not _tried(model_dir, "bf16"):
         found.append(Candidate("bf16", "openvino-bf16", file, digest))
