@@ -19,10 +19,12 @@ from arcface_build.serving.ports import free_ports
 from arcface_build.serving.process import TritonProcess
 from arcface_clients import PhotoEmbedder
 from arcface_clients.bulk.npz import write_npz
+from arcface_clients.contract import contract_words
 from arcface_clients.errors import Missing, WrongUse
 from conftest import copy_repository
 
 OTHER = "ab" * 32
+COUNTS = {"genuine": 150, "impostor": 150, "fold_accuracy": 0.9, "fold_standard_error": 0.01}
 
 
 @pytest.fixture
@@ -85,9 +87,19 @@ def test_what_cannot_be_calibrated_is_refused_and_nothing_is_written(people, tmp
     assert not (repository / "photo_verify" / "1" / "calibration.json").exists()
 
 
-def test_a_damaged_calibration_is_named_with_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"contract_id": OTHER, "contract": contract_words(OTHER).tolist(), "max_distance": 0.5},
+        {"contract_id": OTHER, "contract": [1, 2, 3, 4], "max_distance": 0.5, **COUNTS},
+        {"contract_id": OTHER, "contract": contract_words(OTHER).tolist(), "max_distance": "far", **COUNTS},
+        {"contract_id": 7, "contract": [], "max_distance": 0.5, **COUNTS},
+    ],
+)
+def test_a_damaged_calibration_is_named_with_what_to_do(tmp_path: Path, row: dict) -> None:
     repository = copy_repository(tmp_path)
-    (repository / "photo_verify" / "1" / "calibration.json").write_text('{"models": [{}]}')
+    (repository / "photo_verify" / "1" / "calibration.json").write_text(json.dumps({"models": [row]}))
     with pytest.raises(Missing, match=r"Delete it, and calibrate again: arcface compare"):
         calibration_of(repository, OTHER)
     assert "cannot be read" in told_of(repository, OTHER)
@@ -99,9 +111,8 @@ def test_the_server_decides_at_the_distance_of_its_own_weights_and_says_that_it_
     repository = Path(shutil.copytree(demo_repository, tmp_path / "model_repository"))
     install_detector(next((assets / "detectors").glob("*yunet*.onnx")), repository)
     served = (served_manifest(repository) or {})["contract_id"]
-    measured = {"genuine": 150, "impostor": 150, "fold_accuracy": 0.9, "fold_standard_error": 0.01}
     for contract_id, threshold in ((OTHER, 0.9), (served, 0.3125)):
-        report = {"accuracy": {"b": measured | {"fold_threshold": threshold}}, "b": {"contract_id": contract_id}}
+        report = {"accuracy": {"b": COUNTS | {"fold_threshold": threshold}}, "b": {"contract_id": contract_id}}
         calibrate_verify(repository, report)
     portraits = [min(folder.iterdir()) for folder in sorted((assets / "faces" / "raw250").iterdir())[:2]]
     models = ["arcface", "photo_faces", "photo_verify"]

@@ -25,11 +25,12 @@ from click.testing import CliRunner
 from arcface_build.cli import cli
 from arcface_build.serving.process import TritonProcess
 from arcface_clients import AsyncPhotoEmbedder, PhotoEmbedder, TritonEmbedder
-from arcface_clients.errors import ClientUnusable, InferenceFailed, InvalidFaces, ServerUnreachable
+from arcface_clients.errors import ClientUnusable, InferenceFailed, InvalidFaces, ModelNotReady, ServerUnreachable
 from arcface_clients.faces.detect import MODEL_NAME, FaceDetector
 from arcface_clients.faces.photos import read_photo
 from arcface_clients.photos.analysis import FaceAnalysis
 from arcface_clients.photos.face import Face, Verified
+from arcface_clients.photos.session import PhotoSession
 from arcface_clients.triton.options import ClientOptions, PhotoArguments
 from conftest import REPO
 from test_alerts import Prometheus, panel_expressions
@@ -172,6 +173,26 @@ def test_a_client_of_photos_is_pickled_as_its_arguments_and_refuses_use_after_it
         again.faces(b"photo")
     with pytest.raises(TypeError, match="unexpected keyword argument 'min_scores'"):
         PhotoEmbedder(min_scores=0.8)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(("took_s", "error"), [(61, InvalidFaces), (1, ModelNotReady)])
+def test_a_photo_that_ends_two_processes_is_refused_and_not_sent_for_ever(
+    monkeypatch: pytest.MonkeyPatch, took_s: float, error: type[Exception]
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr("arcface_clients.photos.session.time.monotonic", lambda: now_s)
+    steps = PhotoSession(ClientOptions(model="photo_faces"), {}, crops=False).faces(b"photo", retry_for_s=600)
+    asked, sent = next(steps), 0
+    with pytest.raises(error, match="not healthy"):
+        while True:
+            if asked[0] == "infer_files":
+                sent += 1
+                now_s += took_s
+                asked = steps.throw(ModelNotReady("Stub process 'photo_faces_0_1' is not healthy."))
+            else:
+                now_s += asked[1]
+                asked = steps.send(None)
+    assert (sent == 2) == (error is InvalidFaces)
 
 
 def test_the_arguments_that_a_type_checker_knows_are_those_of_the_options() -> None:

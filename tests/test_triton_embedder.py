@@ -173,6 +173,25 @@ embedder.encode(face)
     assert done.returncode == 0, done.stderr
 
 
+def test_threads_of_before_a_fork_are_refused_too() -> None:
+    script = """
+import os
+from arcface_clients.errors import ClientUnusable
+from arcface_clients.triton.live import Live
+live = Live(lambda: None)
+live.workers(1).submit(int).result()
+if os.fork() == 0:
+    try:
+        live.workers(1)
+    except ClientUnusable:
+        os._exit(7)
+    os._exit(9)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_clients_imports_no_driver() -> None:
     script = "import sys, arcface_clients.triton.embedder, arcface_clients.faces.images; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()

@@ -14,6 +14,7 @@ from arcface_clients.contract import contract_words
 from arcface_clients.errors import Missing, WrongUse
 
 FEWEST_PAIRS = 100  # of each kind; with fewer the threshold is chance
+_MEASURED = ("genuine", "impostor", "fold_accuracy", "fold_standard_error")
 _FILE = Path(VERIFY_MODEL) / "1" / "calibration.json"
 
 
@@ -43,7 +44,7 @@ def calibrate_verify(repository: Path, report: Mapping[str, Any]) -> float:
     if not (repository / VERIFY_MODEL / "config.pbtxt").is_file():
         raise Missing(f"{repository} has no model {VERIFY_MODEL}: expected that of this version of arcface-triton")
     max_distance = 1 - measured["fold_threshold"]
-    kept = {name: measured[name] for name in ("genuine", "impostor", "fold_accuracy", "fold_standard_error")}
+    kept = {name: measured[name] for name in _MEASURED}
     row = {"contract_id": contract_id, "contract": contract_words(contract_id).tolist(), "max_distance": max_distance}
     with locked(repository):
         others = [known for known in _read(repository) if known["contract_id"] != contract_id]
@@ -81,8 +82,13 @@ def _read(repository: Path) -> list[dict[str, Any]]:
         return []
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text())["models"]
-        if any(not row["contract_id"] or not 0 <= row["max_distance"] <= 2 for row in rows):
-            raise ValueError("a distance outside 0..2")
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise Missing(f"{path} cannot be read ({exc}). Delete it, and calibrate again: arcface compare") from exc
+        for row in rows:
+            if row["contract"] != contract_words(row["contract_id"]).tolist() or not 0 <= row["max_distance"] <= 2:
+                raise ValueError("a distance outside 0..2, or another contract")
+            if not all(row[name] >= 0 for name in _MEASURED):
+                raise ValueError("a count below 0")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise Missing(
+            f"{path} cannot be read ({type(exc).__name__}: {exc}). Delete it, and calibrate again: arcface compare"
+        ) from exc
     return rows

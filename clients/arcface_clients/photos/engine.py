@@ -11,6 +11,7 @@ from arcface_clients.photos.face import Face
 from arcface_clients.photos.session import PhotoLike
 from arcface_clients.triton.client import STREAM_RETRY_FOR_S
 from arcface_clients.triton.embedder import TritonEmbedder
+from arcface_clients.triton.transports.refusals import closed
 
 
 class PhotoEngine(TritonEmbedder):
@@ -20,19 +21,26 @@ class PhotoEngine(TritonEmbedder):
         super()._set_up()
         self._lock = threading.Lock()
         self._photos: PhotoEmbedder | None = None
+        self._closed = False
 
     def faces_stream(
         self, photos: Iterable[PhotoLike], *, retry_for_s: float = STREAM_RETRY_FOR_S
     ) -> Iterator[list[Face] | InvalidFaces]:
         """As `PhotoEmbedder.faces_stream`, with crops, and of the contract that `contract_id` names."""
         with self._lock:
+            if self._closed:
+                raise closed()
             if self._photos is None:
                 told = {**vars(self.options), "model": "photo_faces", "expected_contract": self.contract_id}
                 self._photos = PhotoEmbedder(**told, crops=True)
-        return self._photos.faces_stream(photos, retry_for_s=retry_for_s)
+            embedder = self._photos
+        return embedder.faces_stream(photos, retry_for_s=retry_for_s)
 
     def close(self) -> None:
         """Give up both connections; may be called twice."""
-        if self._photos is not None:
-            self._photos.close()
+        with self._lock:
+            self._closed = True
+            photos, self._photos = self._photos, None
+        if photos is not None:
+            photos.close()
         super().close()

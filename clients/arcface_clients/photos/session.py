@@ -34,6 +34,8 @@ PhotoLike = bytes | Path | str | Array
 """A photo: a file's bytes, its path, or pixels uint8 (H,W,3) BGR, which are sent as PNG."""
 VERIFY_MODEL = "photo_verify"
 _REFUSED = "photo refused: "  # how the model's message of a bad photo begins
+# A process of the server that ends after so long may have ended over the photo: it is sent once more, and then refused.
+LONG_S = 30.0
 _OUTPUTS = ("box", "score", "landmarks", "embedding", "norm", CONTRACT_OUTPUT)
 _VERIFY_OUTPUTS = ("similarity", "same", "box_a", "box_b", "max_distance", "calibrated", CONTRACT_OUTPUT)
 
@@ -111,14 +113,18 @@ class PhotoSession(Exchanges):
 
     def _asked(self, request: PhotoRequest, retry_for_s: float) -> Steps[Tensors]:
         """The answer to a request, which is sent again to a server or model that is not there; see `Session.embed`."""
-        give_up_s, attempt = time.monotonic() + retry_for_s, 0
+        give_up_s, attempt, ended = time.monotonic() + retry_for_s, 0, 0
         while True:
+            sent_s = time.monotonic()
             try:
                 found: Tensors = yield "infer_files", *request, self.options.timeout_s
                 break
             except DeadlineExceeded:
                 raise
-            except BackendUnavailable:
+            except BackendUnavailable as exc:
+                ended += isinstance(exc, ModelNotReady) and time.monotonic() - sent_s > LONG_S
+                if ended == 2:
+                    raise InvalidFaces(f"two processes of the server ended while they were at it ({exc})") from exc
                 wait_s = backoff_s(attempt)
                 if time.monotonic() + wait_s > give_up_s:
                     raise

@@ -39,11 +39,7 @@ class Live:
         Raises:
             ClientUnusable: closed, or carried over a fork.
         """
-        if os.getpid() != self._pid:
-            raise ClientUnusable(
-                f"this client was opened by process {self._pid} and carried over a fork into {os.getpid()}: its "
-                "threads do not survive that. Make one client in each process"
-            )
+        self._check_fork()
         with self._lock:
             if self._ended:
                 raise closed()
@@ -55,14 +51,22 @@ class Live:
         """The pool, of `count` threads.
 
         Raises:
-            ClientUnusable: closed.
+            ClientUnusable: closed, or carried over a fork.
         """
+        self._check_fork()
         with self._lock:
             if self._ended:
                 raise closed()
             if self._workers is None:
                 self._workers = ThreadPoolExecutor(count, thread_name_prefix="arcface-triton")
             return self._workers
+
+    def _check_fork(self) -> None:
+        if os.getpid() != self._pid:
+            raise ClientUnusable(
+                f"this client was opened by process {self._pid} and carried over a fork into {os.getpid()}: its "
+                "threads do not survive that. Make one client in each process"
+            )
 
     def end(self, wait: bool = False) -> None:
         """Close both; requests under way fail."""

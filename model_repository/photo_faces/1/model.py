@@ -2,7 +2,8 @@
 
 The steps are decode.py, detect.py and align.py beside this file, the same files as in our Python package. `arcface` is
 called with all faces of a photo at once (BLS); while this instance waits, others send theirs, and its dynamic batcher
-mixes them. A photo that cannot be used is refused with INVALID_ARG, and nothing else is: no face is an answer.
+mixes them. A photo that cannot be used, and a request that makes no sense, are refused with INVALID_ARG; nothing else
+is: no face is an answer.
 """
 
 import faulthandler
@@ -81,8 +82,11 @@ class TritonPythonModel:
         except BadPhoto as exc:
             self.meter.add("refused")
             return _error(f"{REFUSED}{exc}", pb_utils.TritonError.INVALID_ARG)
-        except (ValueError, MemoryError) as exc:
-            return _error(f"photo_faces: {exc or type(exc).__name__}", pb_utils.TritonError.INVALID_ARG)
+        except MemoryError:
+            self.meter.add("refused")
+            return _error(f"{REFUSED}not enough memory for it", pb_utils.TritonError.INVALID_ARG)
+        except WrongCall as exc:
+            return _error(f"photo_faces: {exc}", pb_utils.TritonError.INVALID_ARG)
         except Failed as exc:
             return _error(f"photo_faces: {exc}", pb_utils.TritonError.UNAVAILABLE)
         except Exception as exc:
@@ -138,6 +142,10 @@ class TritonPythonModel:
             none = {"embedding": np.empty((0, 0), np.float32), "norm": np.empty((0, 1), np.float32)}
             return {**none, "contract": np.empty((0, 4), np.int32)}
         return {name: np.concatenate(found) for name, found in parts.items()}
+
+
+class WrongCall(Exception):
+    """It is the request that cannot be answered, whatever the photo."""
 
 
 class Failed(Exception):
@@ -234,7 +242,7 @@ def _ends_after(seconds):
 
 def _bytes_of(image):
     if image.size != 1:
-        raise ValueError(f"image has shape {list(image.shape)}: expected [1], one photo a request")
+        raise WrongCall(f"image has shape {list(image.shape)}: expected [1], one photo a request")
     return bytes(image.reshape(-1)[0])
 
 
@@ -244,7 +252,7 @@ def _number(told, key, default, low, high):
     except (TypeError, ValueError):
         number = float("nan")
     if not low <= number <= high:
-        raise ValueError(f"{key} is {told[key]!r}: expected a number in {low:g}..{high:g}")
+        raise WrongCall(f"{key} is {told[key]!r}: expected a number in {low:g}..{high:g}")
     return number
 
 
@@ -255,7 +263,7 @@ def _detector(folder, threads):
         raise pb_utils.TritonModelException(f"no detector in {folder}: arcface import-detector FILE")
     file = str(folder / "detector.onnx")
     if json.loads(manifest.read_text())["detector"] == "yunet":
-        return open_yunet(file)
+        return open_yunet(file, threads)
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -28,7 +28,12 @@ class TritonPythonModel:
         told = json.loads(args["model_config"])["parameters"]
         self.photo_model = told["photo_model"]["string_value"]
         self.max_distance = float(told["max_distance"]["string_value"])
-        self.measured = measured(Path(args["model_repository"]) / args["model_version"] / "calibration.json")
+        file = Path(args["model_repository"]) / args["model_version"] / "calibration.json"
+        try:
+            self.measured = measured(file)
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            self.measured = {}
+            pb_utils.Logger.log_error(f"{file} cannot be read, so nothing is calibrated ({type(exc).__name__}: {exc})")
 
     async def execute(self, requests):
         """Answer each request on its own."""
@@ -37,6 +42,7 @@ class TritonPythonModel:
     async def _answer(self, request):
         try:
             asked = json.loads(request.parameters() or "{}")
+            asked.pop("probe", None)  # photo_faces would answer it without looking at the photo
             limit = asked.pop("max_distance", None)
             if limit is not None and not 0 <= float(limit) <= 2:
                 raise ValueError(f"max_distance is {limit}: expected a number in 0..2")

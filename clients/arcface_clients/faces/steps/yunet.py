@@ -34,17 +34,17 @@ class NotYuNet(ValueError):
     """A file that cannot be run as YuNet."""
 
 
-def open_yunet(file: str, *, opencv: bool = False) -> YuNet | OpenCvYuNet:
-    """YuNet in the fastest runtime that is installed; with `opencv` in OpenCV all the same.
+def open_yunet(file: str, threads: int = 1, *, opencv: bool = False) -> YuNet | OpenCvYuNet:
+    """YuNet in the fastest runtime that is installed; with `opencv` in OpenCV all the same, which has its own threads.
 
     Raises:
         NotYuNet: that runtime cannot run the file.
     """
-    return OpenCvYuNet(file) if opencv or find_spec("onnxruntime") is None else YuNet(file)
+    return OpenCvYuNet(file) if opencv or find_spec("onnxruntime") is None else YuNet(file, threads)
 
 
 class YuNet:
-    """YuNet through ONNX Runtime, for any number of threads.
+    """YuNet through ONNX Runtime; may be called from any number of threads.
 
     Attributes:
         looks: how often a face should be looked at.
@@ -52,8 +52,12 @@ class YuNet:
 
     looks = LOOKS
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, threads: int = 1) -> None:
         """Load it, and try it on nothing.
+
+        Args:
+            file: YuNet's ONNX.
+            threads: of a look; several photos at a time use the cores better than several threads.
 
         Raises:
             NotYuNet: not a file that ONNX Runtime can run as YuNet.
@@ -61,7 +65,7 @@ class YuNet:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # several photos at a time use the cores better than several threads
+        options.intra_op_num_threads = threads
         options.log_severity_level = 4  # everything it would log is raised as well
         try:
             model = for_any_size(Path(file).read_bytes())

@@ -28,7 +28,7 @@ _NOT_READY = (
     "is not ready",
     "version not ready",
     "has no available versions",
-    "is not healthy",  # the process behind a Python model died; Triton starts it again
+    "is not healthy",  # the process behind a Python model died; only a new start of the server brings it back
     "stub process",
 )
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
