@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from arcface_build.errors import ServerFailed
 from arcface_build.repository.stated import completion_options
@@ -151,19 +151,18 @@ class TritonProcess:
         """Start the server and return at once; `wait_ready` follows.
 
         Raises:
-            ServerFailed: a port is taken, or the program cannot be executed.
+            ServerFailed: a port is taken, the log cannot be written, or the program cannot be executed.
         """
         self._lock = PortLock(self.ports, self.exposure.hosts())
         try:
             self._launch()
         except BaseException:
-            self._lock.release()
+            self.kill()  # nobody else removes what it has made so far
             raise
         return self
 
     def _launch(self) -> None:
         self.ports.check_free(self.exposure.hosts())
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(self._binary.path, os.X_OK):
             raise ServerFailed(f"cannot execute {self._binary.path}: it is not there, or not executable.")
         backends = self._binary.backend_directory
@@ -176,9 +175,7 @@ class TritonProcess:
             line += guard_options(self._key)
             self._key_files = keep_key((self.ports.http, self.ports.grpc), self._key)
             self._hidden = False
-        if self.log_path.exists():  # what the one before said last
-            self.log_path.replace(self.log_path.with_suffix(".previous.log"))
-        with self.log_path.open("wb") as log:
+        with self._new_log() as log:
             try:
                 self._child = subprocess.Popen(
                     [*launcher(self._exit_timeout_s), *line],
@@ -190,6 +187,16 @@ class TritonProcess:
                 )
             except OSError as exc:
                 raise ServerFailed(f"cannot execute {self._binary.path}: {exc}") from exc
+
+    def _new_log(self) -> BinaryIO:
+        """An empty log; what the server before said last stays beside it."""
+        try:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            if self.log_path.exists():
+                self.log_path.replace(self.log_path.with_suffix(".previous.log"))
+            return self.log_path.open("wb")
+        except OSError as exc:
+            raise ServerFailed(f"cannot write the server's log {self.log_path}: {exc.strerror}") from exc
 
     def wait_ready(self, timeout_s: float = 180.0) -> None:
         """Return when the server and all its models are ready.
