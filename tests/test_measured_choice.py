@@ -265,6 +265,13 @@ def test_a_precision_that_assemble_was_asked_for_by_name_stays_until_the_fastest
     assert served_by_serve()[1] == asked, "and serve chooses again"
 
 
+def test_a_precision_beside_a_plan_is_wrong_use(tmp_path):
+    folder, repository = model_dir(tmp_path), copy_repository(tmp_path)
+    line = ["tiny", "--models-dir", str(folder.parent), "--model-repository", str(repository)]
+    result = CliRunner().invoke(command, [*line, "--plan", "a.plan", "--variant", "int8"])
+    assert result.exit_code == 2 and "--variant is for arcface_onnx, --plan for arcface_trt" in result.output
+
+
 def test_a_precision_asked_for_by_name_is_held_where_it_is_installed_already(tmp_path, watch):
     folder, repository = model_dir(tmp_path, **JUDGED), copy_repository(tmp_path)
     assemble(folder, repository)
