@@ -21,7 +21,7 @@ from arcface_build.serving.binary import TritonBinary
 from arcface_build.serving.ports import free_ports
 from arcface_build.serving.process import TritonProcess
 from arcface_build.serving.request import ServeRequest
-from arcface_build.serving.watch import faces_under_way
+from arcface_build.serving.watch import Signs, faces_under_way
 from arcface_build.variants.choose import VariantChoice
 from arcface_clients.checks.parity import measure_parity
 from arcface_clients.config.schema import EmbeddingConfig
@@ -41,6 +41,7 @@ class Listener:
         self.lines: list[str] = []
         self.refused: list[str] = []
         self.lives = 0
+        self.watched: list[object] = []  # the signs by which servers are watched
 
     def notice(self, text: str) -> None:
         self.lines.append(text)
@@ -59,6 +60,7 @@ class Listener:
     def serving(self, server: TritonProcess) -> None:
         """Crash in the first life; in the next one somebody presses Ctrl-C."""
         self.lives += 1
+        assert len(self.watched) == self.lives, "what is lost before it is watched is not noticed"
         if self.lives > 1:
             raise KeyboardInterrupt
         server._child.kill()
@@ -99,6 +101,7 @@ def test_a_server_that_dies_while_it_is_proved_again_is_started_again_and_no_var
 
     servers, make = [], run._server
     monkeypatch.setattr(run, "_server", lambda *all_of_it: servers.append(make(*all_of_it)) or servers[-1])
+    monkeypatch.setattr(run, "Signs", lambda *of: audience.watched.append(Signs(*of)) or audience.watched[-1])
     monkeypatch.setattr(run, "measure_parity", prove)
     monkeypatch.setattr(preparing, "take_best_variant", choose)
     assert serve(repository, audience), audience.warnings

@@ -150,9 +150,13 @@ def _serve_as(
         if asked.once:
             return report.passed
         if report.passed or backend == "reference":
-            _note_contract(asked.repository, backend, audience, restarts)
-            audience.serving(server)
-            _watch(server, asked, [LEAF_OF[backend], *ready.photos], report, interrupt)
+            served = next(row for row in report.rows if row.model == "arcface")
+            models = [LEAF_OF[backend], *ready.photos]
+            # Before it is said that it serves: what is lost from then on is noticed.
+            with closing(Signs(server, models, asked.faces_bgr_u8[:1], served.faces_per_s)) as signs:
+                _note_contract(asked.repository, backend, audience, restarts)
+                audience.serving(server)
+                _watch(server, signs, interrupt)
     failed = "; ".join(f"{row.model} {row.gate}" for row in report.rows if not row.passed)
     raise _Declined(f"VALIDATION FAILED: {failed}")
 
@@ -202,22 +206,18 @@ def _note_contract(repository: Path, backend: str, audience: Audience, restarts:
     restarts.served, restarts.contract_id = True, contract_id
 
 
-def _watch(
-    server: TritonProcess, asked: ServeRequest, models: list[str], report: ParityReport, interrupt: Interrupt
-) -> NoReturn:
+def _watch(server: TritonProcess, signs: Signs, interrupt: Interrupt) -> NoReturn:
     """Watch a server that serves, to its end.
 
     Raises:
         KeyboardInterrupt: interrupted.
         ServerFailed: it ended or hangs.
     """
-    served = next(row for row in report.rows if row.model == "arcface")
-    with closing(Signs(server, models, asked.faces_bgr_u8[:1], served.faces_per_s)) as signs:
-        try:
-            watch(server, signs, interrupt)
-        except ServerFailed:
-            server.kill()  # one that hangs would not finish its requests either
-            raise
+    try:
+        watch(server, signs, interrupt)
+    except ServerFailed:
+        server.kill()  # one that hangs would not finish its requests either
+        raise
 
 
 def log_path(repository: Path, http_port: int) -> Path:
