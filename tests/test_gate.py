@@ -316,10 +316,10 @@ def test_a_stricter_limit_acts_in_what_serve_installs_and_keeps(limit, installed
     sidecar = {"precision": "int8", "passed": True, "gates": [gate | {"drift": {"max_drift": 0.005}}]}
     served = {"name": "tiny", "variant": {"precision": "int8", "runtime": "onnxruntime", "sidecar": sidecar}}
     if installed:
-        check_installed(served, ServerRuntimes(("onnxruntime",)), LIMITS | {"int8": limit})
+        check_installed(served, lambda: ServerRuntimes(("onnxruntime",)), LIMITS | {"int8": limit})
     else:
         with pytest.raises(Missing, match="int8 passed its gate in no runtime"):
-            check_installed(served, ServerRuntimes(("onnxruntime",)), LIMITS | {"int8": limit})
+            check_installed(served, lambda: ServerRuntimes(("onnxruntime",)), LIMITS | {"int8": limit})
     model_dir = sidecar_of(tmp_path, gate | {"drift": {"max_drift": 0.005}}).parent.parent
     repository = copy_repository(tmp_path)
     assemble(model_dir, repository)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from arcface_build.cli import cli
 from arcface_build.errors import SourceRefused
 from arcface_build.repository.detector import install_detector, photo_models
-from arcface_build.repository.versions import roll_back, versions
+from arcface_build.repository.versions import install, roll_back, versions
 from arcface_build.serving.binary import TritonBinary
 from arcface_build.serving.ports import free_ports
 from arcface_clients.errors import DependencyMissing
@@ -89,18 +89,18 @@ def test_what_is_no_detector_is_refused_and_nothing_is_installed(
 
 
 def test_serve_loads_the_photo_models_and_goes_on_without_them_where_they_fail(
-    triton_binary: TritonBinary, demo_repository: Path, yunet: Path
+    triton_binary: TritonBinary, demo_repository: Path, yunet: Path, tmp_path: Path
 ) -> None:
     install_detector(yunet, demo_repository)
     output, _ = serve_once(demo_repository)
     assert "photos: photo_faces, photo_verify with face_detection_yunet_2023mar" in output
-    installed = demo_repository / "photo_faces" / "1" / "detector.onnx"
-    whole = installed.read_bytes()
+    cut = tmp_path / "detector.onnx"
+    cut.write_bytes(yunet.read_bytes()[:1000])
+    install(demo_repository, "photo_faces", {"detector.onnx": cut}, {"name": "cut", "source": {"kind": "detector"}})
     try:
-        installed.write_bytes(whole[:1000])
         output, errors = serve_once(demo_repository)
     finally:
-        installed.write_bytes(whole)
+        roll_back(demo_repository, "photo_faces")
     assert "photo_faces: " in errors
     assert "serving onnx without photos instead" in errors
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from arcface_build.repository.assemble import assemble, assemble_plans
+from arcface_build.repository.detector import photo_models
 from arcface_build.repository.mend import mend
-from arcface_build.repository.versions import check_served, roll_back, served_folder, versions
+from arcface_build.repository.versions import check_served, install, roll_back, served_folder, versions
 from arcface_build.serving.host_checks import check_weights
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.engines.onnx import OnnxEngine
@@ -112,6 +113,45 @@ def test_a_manifest_with_another_contract_than_its_onnx_is_refused_by_assemble_a
         assemble(model_dir, repository)
     with pytest.raises(ContractMismatch, match=expected), OnnxEngine(models_dir=model_dir.parent) as engine:
         engine.ensure_ready()
+
+
+def detector_exchanged(version) -> None:
+    (version / "detector.onnx").write_bytes(b"another detector")
+
+
+def detectors_manifest_edited(version) -> None:
+    edit(version / "manifest.json", name="a better one")
+
+
+def detectors_manifest_cut_off(version) -> None:
+    (version / "manifest.json").write_text('{"name": "yu')
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (detector_exchanged, "photo_faces/1 is not what was installed: detector.onnx was changed"),
+        (detectors_manifest_edited, "photo_faces/1 is not what was installed: its manifest.json was edited"),
+        (detectors_manifest_cut_off, "photo_faces/1/manifest.json cannot be read"),
+    ],
+)
+def test_a_detector_that_is_not_what_was_installed_is_not_served_and_named_by_doctor(
+    repository, tmp_path, damage, what
+):
+    (tmp_path / "yunet.onnx").write_bytes(b"a detector")
+    told = {"name": "yunet", "source": {"kind": "detector"}}
+    install(repository, "photo_faces", {"detector.onnx": tmp_path / "yunet.onnx"}, told)
+    settings = EmbeddingConfig(local={"model_repository": repository})
+    assert photo_models(repository)[0] == ["photo_faces", "photo_verify"]
+    assert check_weights(settings).found.endswith("photo_faces version 1")
+    damage(repository / "photo_faces" / "1")
+    models, why = photo_models(repository)
+    assert models == [] and what in why
+    assert why.endswith(
+        "Install it again: arcface import-detector FILE, or go back: arcface rollback --model photo_faces"
+    )
+    check = check_weights(settings)
+    assert check.status == "problem" and what in check.found and "arcface import-detector FILE" in check.fix
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\x08truncated", b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 40])

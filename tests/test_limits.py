@@ -19,9 +19,9 @@ import pytest
 
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.allocator import PRELOAD, with_jemalloc
+from arcface_build.serving.command_line import CONNECTIONS
 from arcface_build.serving.limits import few_open_files, need_shared_memory
 from arcface_build.serving.ports import free_ports
-from arcface_build.serving.process import CONNECTIONS
 from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces

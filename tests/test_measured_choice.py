@@ -13,9 +13,10 @@ from click.testing import CliRunner
 
 from arcface_build.commands.assemble import command
 from arcface_build.repository.assemble import assemble
-from arcface_build.repository.versions import roll_back, served_manifest, versions
+from arcface_build.repository.integrity import BY_ASSEMBLE
+from arcface_build.repository.versions import check_served, roll_back, served_manifest, versions
 from arcface_build.serving.server_runtimes import ServerRuntimes, runtimes_of_host
-from arcface_build.serving.variant import take_best_variant
+from arcface_build.serving.variant import check_installed, take_best_variant
 from arcface_build.variants import choose as choosing
 from arcface_build.variants.candidates import Candidate, candidates
 from arcface_build.variants.choose import Wanted, choose
@@ -234,6 +235,54 @@ def test_a_precision_that_is_asked_for_undoes_a_rollback_and_auto_does_not(tmp_p
         take_best_variant(repository, tmp_path, 3, DRIFT_LIMITS, lambda: ServerRuntimes(HERE), Wanted(precision="fp32"))
 
 
+@pytest.mark.parametrize("asked", ["fp32", "int8"])
+def test_a_precision_that_assemble_was_asked_for_by_name_stays_until_the_fastest_is_asked_for(tmp_path, watch, asked):
+    folder, repository = model_dir(tmp_path, **JUDGED), copy_repository(tmp_path)
+    here = runtimes_of_host(print).here
+    if "int8" not in {one.precision for one in candidates(folder, DRIFT_LIMITS, here)[0]}:
+        pytest.skip("no runtime here computes the int8 of this test")
+    other = "fp32" if asked == "int8" else "int8"
+    watch.rates |= {asked: 1.0, other: 30.0}
+
+    def install(*variant: str) -> str:
+        line = ["tiny", "--models-dir", str(folder.parent), "--model-repository", str(repository), *variant]
+        return CliRunner().invoke(command, line, catch_exceptions=False).stdout
+
+    def served_by_serve() -> tuple[str, str]:
+        take = partial(take_best_variant, repository, folder.parent, 3, DRIFT_LIMITS)
+        said = take(lambda: ServerRuntimes(here))
+        return said, served_manifest(repository).get("precision", "fp32")
+
+    back = "(the fastest instead: arcface assemble tiny --variant auto)"
+    assert f"arcface serve leaves it so {back}" in install("--variant", asked)
+    assert served_by_serve() == (f"{asked} as installed: arcface assemble --variant asked for it {back}", asked)
+    if asked == "fp32":
+        install()  # the same weights, and nothing else asked for
+        assert served_by_serve()[1] == asked
+    install("--variant", "auto")
+    assert served_by_serve()[1] == other
+    watch.rates |= {asked: 99.0}
+    speeds_file(folder).unlink()
+    assert served_by_serve()[1] == asked, "and serve chooses again"
+
+
+def test_a_precision_beside_a_plan_is_wrong_use(tmp_path):
+    folder, repository = model_dir(tmp_path), copy_repository(tmp_path)
+    line = ["tiny", "--models-dir", str(folder.parent), "--model-repository", str(repository)]
+    result = CliRunner().invoke(command, [*line, "--plan", "a.plan", "--variant", "int8"])
+    assert result.exit_code == 2 and "--variant is for arcface_onnx, --plan for arcface_trt" in result.output
+
+
+def test_a_precision_asked_for_by_name_is_held_where_it_is_installed_already(tmp_path, watch):
+    folder, repository = model_dir(tmp_path, **JUDGED), copy_repository(tmp_path)
+    assemble(folder, repository)
+    assemble(folder, repository, held=BY_ASSEMBLE)
+    assert versions(repository / "arcface_onnx") == [1] and served_manifest(repository)["held"] == BY_ASSEMBLE
+    check_served(repository, "arcface_onnx")
+    assemble(folder, repository, held="")
+    assert "held" not in served_manifest(repository)
+
+
 def test_the_choice_travels_in_the_manifest_and_new_figures_are_no_new_version(tmp_path, watch):
     folder, repository = model_dir(tmp_path, **JUDGED), copy_repository(tmp_path)
     assemble(folder, repository, choose(folder, None, HERE))
@@ -259,12 +308,12 @@ def test_fp32_in_openvino_is_installed_as_such_where_it_is_faster(tmp_path, monk
     overlay = (repository / "arcface_onnx" / "configs" / "onnx.pbtxt").read_text()
     assert 'name: "openvino" parameters { key: "precision" value: "fp32" }' in overlay
     with pytest.raises(Missing, match="holds fp32 of tiny, which may not run on this host: it is set up for openvino"):
-        take_best_variant(repository, tmp_path / "none", 3, DRIFT_LIMITS, lambda: ServerRuntimes(HERE))
+        check_installed(served_manifest(repository) or {}, lambda: ServerRuntimes(HERE), DRIFT_LIMITS)
 
 
 def test_the_goal_of_the_configuration_decides(tmp_path):
     folder, repository = model_dir(tmp_path, **JUDGED), copy_repository(tmp_path)
-    found, _ = candidates(folder, DRIFT_LIMITS, runtimes_of_host().here)
+    found, _ = candidates(folder, DRIFT_LIMITS, runtimes_of_host(print).here)
     if "int8" not in {one.precision for one in found}:
         pytest.skip("no runtime here computes the int8 of this test")
     keep_speeds(folder, host_key(), table_of(found, {"fp32": 10.0, "int8": 30.0}, {"fp32": 20.0, "int8": 10.0}))

@@ -22,10 +22,11 @@ from arcface_build.repository.assemble import assemble
 from arcface_build.repository.hand_written import MEMORY
 from arcface_build.repository.versions import install, served_manifest
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
+from arcface_build.serving.command_line import arguments
 from arcface_build.serving.exposure import Exposure
 from arcface_build.serving.launcher import launcher
 from arcface_build.serving.ports import PortLock, Ports, free_ports
-from arcface_build.serving.process import TritonProcess, arguments
+from arcface_build.serving.process import TritonProcess
 from arcface_build.serving.reasons import reason_in_log, reason_of_end
 from arcface_build.serving.run import Interrupt
 from arcface_build.serving.watch import watch

@@ -55,7 +55,7 @@ def test_the_probe_is_a_model():
 
 
 def test_a_server_whose_backend_has_no_openvino_is_known_by_its_refusal(on_path):
-    assert runtimes_of_server(on_path(WITHOUT)) == ServerRuntimes(("onnxruntime",), told_precision=False)
+    assert runtimes_of_server(on_path(WITHOUT), pytest.fail) == ServerRuntimes(("onnxruntime",), told_precision=False)
 
 
 def test_a_server_whose_backend_has_openvino_is_known_by_loading_a_model_with_it(on_path):
@@ -67,7 +67,7 @@ def test_a_server_whose_backend_has_openvino_is_known_by_loading_a_model_with_it
 def test_the_wheels_server_has_what_this_environment_has(triton_binary):
     if triton_binary.backend_directory is None:
         pytest.skip("a tritonserver of its own is on PATH")
-    assert runtimes_of_server(triton_binary) == ServerRuntimes(cpu_runtimes(cpu_flags(), has_openvino()))
+    assert runtimes_of_server(triton_binary, pytest.fail) == ServerRuntimes(cpu_runtimes(cpu_flags(), has_openvino()))
 
 
 def bf16_twice_as_fast(model_dir, found, *_):
@@ -95,6 +95,31 @@ def test_bf16_is_chosen_and_claimed_only_where_the_server_computes_it(tmp_path, 
     assert said.startswith(precision), said
     overlay = (repository / "arcface_onnx" / "configs" / "onnx.pbtxt").read_text()
     assert f'key: "precision" value: {{ string_value: "{precision}" }}' in overlay
+
+
+REFUSAL = "failed to load 'arcface_probe' version 1: Invalid argument: unknown Execution Accelerator 'openvino'"
+
+
+@pytest.mark.parametrize(
+    ("says", "known"),
+    [
+        (f"E1122 04:00:00.0 1 model_lifecycle.cc:654] {REFUSAL} is requested", True),
+        ("error: creating server: Internal - failed to bind to 127.0.0.1:8001", False),
+        ("failed to load 'arcface_probe' version 1: Internal: no space left on device", False),
+    ],
+    ids=["a refusal of OpenVINO", "a port that was taken", "a full disk"],
+)
+def test_a_trial_that_says_nothing_about_openvino_is_told_and_tried_again(tmp_path, says, known):
+    program, starts = tmp_path / "tritonserver", tmp_path / "starts"
+    program.write_text(f'#!/bin/sh\necho start >>{starts}\ncat <<"END"\n{says}\nEND\nexit 1\n')
+    program.chmod(0o755)
+    warnings = []
+    for times in (1, 2):
+        found = runtimes_of_server(TritonBinary(program), warnings.append)
+        assert found == ServerRuntimes(("onnxruntime",), told_precision=False)
+        assert len(warnings) == (0 if known else times)
+        assert len(starts.read_text().split()) == (1 if known else times)
+    assert all("whether this tritonserver has OpenVINO is not known" in warning for warning in warnings)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ EPILOG = """\b
 Examples:
   arcface assemble r50                         the fp32 serving ONNX, and its reference
   arcface assemble r50 --variant auto          the fastest that passed its gate, measured on this CPU
-  arcface assemble r50 --variant int8          int8, whatever its speed here
+  arcface assemble r50 --variant int8          int8, whatever its speed here; arcface serve leaves it so
   arcface assemble r50 --plan r50-fp16-sm86.plan --plan r50-fp16-sm89.plan
   arcface plan pull --sm auto && arcface assemble r50 --plan auto     what the store has for this GPU
   arcface rollback                             back to the previous version
@@ -28,7 +28,12 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.argument("name")
-@click.option("--variant", type=click.Choice(["fp32", "bf16", "int8", "auto"]), default="fp32", show_default=True)
+@click.option(
+    "--variant",
+    type=click.Choice(["fp32", "bf16", "int8", "auto"]),
+    help="A precision is what arcface serve then leaves as it is; auto: the fastest here. Without it: fp32, in whose "
+    "place arcface serve may put a faster one.",
+)
 @click.option("--remeasure", is_flag=True, help="With --variant auto: do not believe what was measured earlier.")
 @click.option(
     "--plan",
@@ -43,7 +48,7 @@ Examples:
 @json_option
 def command(
     name: str,
-    variant: str,
+    variant: str | None,
     remeasure: bool,
     plans: tuple[Path, ...],
     cuda_graphs: bool,
@@ -56,6 +61,7 @@ def command(
     A running server picks up the new version after a restart of `arcface serve`, or on Triton's load request.
     """
     from arcface_build.repository.assemble import assemble, assemble_plans
+    from arcface_build.repository.integrity import BY_ASSEMBLE
     from arcface_build.serving.change_over import ChangeOver
     from arcface_build.serving.server_runtimes import runtimes_of_host
     from arcface_build.variants.choose import Wanted, choose
@@ -65,6 +71,9 @@ def command(
     repository = repository_at(model_repository, make=model_dir.is_dir())
     keep, limits = config.versions_kept, config.comparison.max_drift.model_dump()
     change = ChangeOver(repository)
+    held = {None: None, "auto": ""}.get(variant, BY_ASSEMBLE)
+    if plans and variant:
+        raise click.UsageError("--variant is for arcface_onnx, --plan for arcface_trt: give one of them")
     if plans:
         key = config.storage.public_key
         if plans == (Path("auto"),):
@@ -73,13 +82,16 @@ def command(
     elif cuda_graphs:
         raise click.UsageError("--cuda-graphs is for plans: add --plan FILE")
     else:
-        if variant != "fp32":
-            server, wanted = runtimes_of_host(), Wanted(config.goal, None if variant == "auto" else variant, remeasure)
+        if variant not in (None, "fp32"):
+            server = runtimes_of_host(terminal.complaint)
+            wanted = Wanted(config.goal, None if variant == "auto" else variant, remeasure)
             choice = choose(model_dir, limits, server.here, server.told_precision, wanted, terminal.notice)
-        installed = assemble(model_dir, repository, choice, keep, limits)
+        installed = assemble(model_dir, repository, choice, keep, limits, held)
     reason = choice.reason if choice else None
     lines = [f"{model}: version {version} is {name}" for model, version in installed.items()]
     lines += [f"because: {reason}"] if reason else []
+    if held:
+        lines.append(f"arcface serve leaves it so (the fastest instead: arcface assemble {name} --variant auto)")
     lines += [choice.offer] if choice and choice.offer else []
     told = {"installed": installed, "reason": reason, "measured": choice.measured if choice else None}
     hand_over(told, lambda: "\n".join(lines), as_json)

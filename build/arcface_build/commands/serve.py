@@ -117,7 +117,8 @@ def command(
     """Start Triton on model_repository/, prove it with a few faces, keep serving until Ctrl-C or SIGTERM."""
     from arcface_build.serving.exposure import Exposure, address_of, server_tls
     from arcface_build.serving.ports import Ports
-    from arcface_build.serving.run import Interrupt, ServeRequest, serve
+    from arcface_build.serving.request import ServeRequest
+    from arcface_build.serving.run import Interrupt, serve
 
     interrupt = Interrupt()
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored

@@ -41,6 +41,7 @@ def assemble(
     variant: VariantChoice | None = None,
     keep: int = KEPT_VERSIONS,
     limits: Mapping[str, float] = DRIFT_LIMITS,
+    held: str | None = None,
 ) -> dict[str, int]:
     """Install an imported model; `variant` is what arcface_onnx serves instead of the fp32 serving ONNX.
 
@@ -50,6 +51,7 @@ def assemble(
         variant: a choice by `arcface_build.variants.choose.choose` that passed its gates.
         keep: number of versions to keep for rollbacks.
         limits: largest drift by precision (configuration: comparison.max_drift).
+        held: BY_ASSEMBLE: `arcface serve` leaves arcface_onnx as it is; empty: it may choose; None: as it was.
 
     Returns:
         Model name → version number that now serves these weights.
@@ -83,7 +85,13 @@ def assemble(
             repository, "arcface_reference", {"source.onnx": source}, imported.to_json(), keep=keep
         ),
         "arcface_onnx": install(
-            repository, "arcface_onnx", {"model.onnx": weights, **files}, manifest, overlay=extra, keep=keep
+            repository,
+            "arcface_onnx",
+            {"model.onnx": weights, **files},
+            manifest,
+            overlay=extra,
+            keep=keep,
+            held=held,
         ),
     }
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from arcface_build.errors import LicenceNotAccepted, SourceRefused
-from arcface_build.repository.versions import PHOTO_MODEL, install, served_manifest, versions
+from arcface_build.repository.integrity import PHOTO_MODEL
+from arcface_build.repository.versions import check_served, install, served_manifest, versions
 from arcface_clients.engines.runtimes import open_session
-from arcface_clients.errors import ConfigError, DependencyMissing, Missing
+from arcface_clients.errors import ConfigError, DependencyMissing, GateFailed, Missing
 from arcface_clients.extras import how_to_get
 from arcface_clients.faces.detect import FaceDetector, find_detector
 from arcface_clients.plans.manifest import file_sha256
@@ -71,16 +72,28 @@ def _kind(file: Path) -> str:
 
 
 def installed_detector(repository: Path) -> dict[str, Any] | None:
-    """The manifest of the detector that `photo_faces` would be served with, None if there is none."""
+    """The manifest of the detector that `photo_faces` would be served with, None if there is none.
+
+    Raises:
+        Missing: it cannot be read.
+    """
     return served_manifest(repository, PHOTO_MODEL) if versions(repository / PHOTO_MODEL) else None
 
 
 def photo_models(repository: Path) -> tuple[list[str], str]:
-    """The models to load for photos, and a line that says why: none without a detector, or without what decodes."""
-    if not versions(repository / PHOTO_MODEL):
+    """The models to load for photos, and a line that says why.
+
+    None without a detector that is what was installed, or without what decodes.
+    """
+    try:
+        check_served(repository, PHOTO_MODEL)
+        detector = installed_detector(repository)
+    except (GateFailed, Missing) as exc:  # faces do not depend on photos
+        return [], f"photos: not served, {exc}"
+    if detector is None:
         return [], "photos: not served, no detector. Next: arcface import-detector FILE"
     lacking = [module for module in ("cv2", "PIL") if find_spec(module) is None]
     if lacking:
         return [], f"photos: not served, {lacking[0]} is missing. Next: {how_to_get(lacking[0])}"
     models = [name for name in (PHOTO_MODEL, VERIFY_MODEL) if (repository / name / "config.pbtxt").is_file()]
-    return models, f"photos: {', '.join(models)} with {(installed_detector(repository) or {})['name']}"
+    return models, f"photos: {', '.join(models)} with {detector['name']}"

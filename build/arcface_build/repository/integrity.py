@@ -17,7 +17,10 @@ from arcface_clients.errors import GateFailed
 from arcface_clients.plans.manifest import file_sha256
 
 FILES, PLANS, SEAL = "files", "plans", "seal"  # keys of a version's manifest.json
-HELD, CHOICE = "held", "choice"  # remarks: went back to it; why it was chosen. They do not make another version
+PHOTO_MODEL = "photo_faces"  # holds a detector
+# Remarks, which do not make another version: by which command `serve` leaves it as it is, and why it was chosen.
+HELD, CHOICE = "held", "choice"
+BY_ROLLBACK, BY_ASSEMBLE = "rollback", "assemble"  # formerly true: by a rollback
 
 
 def sealed(manifest: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
@@ -76,8 +79,13 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
+def how_to_mend(model: str) -> str:
+    """The commands that put another version in the place of a damaged one, as a sentence."""
+    again = {PHOTO_MODEL: "arcface import-detector FILE", "arcface_trt": "arcface assemble NAME --plan FILE"}
+    back = f" --model {model}" if model in again else ""
+    command = again.get(model, "arcface assemble NAME (or arcface import SOURCE)")
+    return f"Install it again: {command}, or go back: arcface rollback{back}"
+
+
 def _refusal(version: Path, what: str) -> GateFailed:
-    return GateFailed(
-        f"{version} is not what was installed: {what}. Install it again: arcface assemble NAME, or go back: "
-        "arcface rollback"
-    )
+    return GateFailed(f"{version} is not what was installed: {what}. {how_to_mend(version.parent.name)}")

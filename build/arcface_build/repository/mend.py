@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from arcface_build.repository.integrity import PHOTO_MODEL
 from arcface_build.repository.lock import locked
-from arcface_build.repository.versions import LEAVES, PHOTO_MODEL, stale_overlays, write_overlays
+from arcface_build.repository.versions import LEAVES, stale_overlays, write_overlays
 from arcface_clients.atomic import discard, leftovers
 
 

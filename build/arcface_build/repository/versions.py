@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arcface_build.repository.integrity import CHOICE, HELD, check_version, sealed, weights_in
+from arcface_build.repository.integrity import BY_ROLLBACK, CHOICE, HELD, check_version, how_to_mend, sealed, weights_in
 from arcface_build.repository.lock import locked
 from arcface_build.repository.profiles import with_profiles
 from arcface_build.repository.stated import outputs_pbtxt, states
@@ -24,11 +24,9 @@ from arcface_clients.atomic import copy_file, new_file, new_folder, remove, writ
 from arcface_clients.engines.import_manifest import DEMO
 from arcface_clients.errors import GateFailed, Missing, WrongUse
 
-_AGAIN = "arcface rollback (the previous version), or install the weights again: arcface import SOURCE"
 OVERLAYS = ("tensorrt", "onnx", "reference")  # valid values of --model-config-name
 REFERENCE = "arcface_reference"
 LEAVES = ("arcface_onnx", "arcface_trt", REFERENCE)  # the models that hold weights
-PHOTO_MODEL = "photo_faces"  # holds a detector
 
 
 def find_repository(given: Path | None = None, configured: Path = Path("model_repository")) -> Path:
@@ -89,15 +87,15 @@ def served_manifest(repository: Path, model: str = "arcface_onnx") -> dict[str, 
 
 
 def _manifest(version: Path) -> dict[str, Any]:
-    path = version / "manifest.json"
+    path, fix = version / "manifest.json", how_to_mend(version.parent.name)
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as exc:
-        raise Missing(f"{path} cannot be read ({exc}). Next: {_AGAIN}") from exc
+        raise Missing(f"{path} cannot be read ({exc}). {fix}") from exc
     expected = {"name", "source", *["contract_id"] * (version.parent.name in LEAVES)}  # a detector has no contract
     lacking = expected - set(data if isinstance(data, dict) else ())
     if lacking:
-        raise Missing(f"{path} is not a version's manifest: it lacks {', '.join(sorted(lacking))}. Next: {_AGAIN}")
+        raise Missing(f"{path} is not a version's manifest: it lacks {', '.join(sorted(lacking))}. {fix}")
     return data
 
 
@@ -148,19 +146,21 @@ def install(
     *,
     overlay: str = "",
     keep: int = 3,
+    held: str | None = None,
 ) -> int:
     """Install files as a new version of a model and write its overlays; installing the same again changes nothing.
 
     The first version goes into the folder `1`, which is in git; each later one appears in a single rename. Files whose
     names end in .py are copied from the previous version. `overlay` is additional text for config.pbtxt that these
-    weights need. All versions but the newest `keep` are removed, and demo versions once a real model is there.
+    weights need. All versions but the newest `keep` are removed, and demo versions once a real model is there. `held`
+    is the remark by which `arcface serve` leaves the version as it is; empty takes it away, None leaves it.
 
     Returns:
         The number of the version with these files.
     """
     manifest = sealed({**manifest, "overlay": overlay} if overlay else manifest, files)
     with locked(repository):
-        version = _install(repository / model, files, manifest)
+        version = _install(repository / model, files, manifest, held)
         write_overlays(repository)
         for old in _outlived(repository / model, manifest, keep):
             _remove(repository / model / str(old))
@@ -182,16 +182,17 @@ def _is_demo(version: Path) -> bool:
     return False
 
 
-def _install(folder: Path, files: Mapping[str, Path], manifest: Mapping[str, Any]) -> int:
+def _install(folder: Path, files: Mapping[str, Path], manifest: Mapping[str, Any], held: str | None) -> int:
     have = versions(folder)
     with contextlib.suppress(Missing, GateFailed):  # an unreadable manifest, or a changed version, is another one
         served = _manifest(folder / str(have[-1])) if have else {}
         if have and _identity(served) == _identity(manifest):
             check(folder / str(have[-1]))
-            if served.get(CHOICE) != manifest.get(CHOICE):
-                held = {HELD: served[HELD]} if HELD in served else {}
-                write_json(folder / str(have[-1]) / "manifest.json", {**manifest, **held})
+            told = _remarked(manifest, served.get(HELD) if held is None else held)
+            if told != served:
+                write_json(folder / str(have[-1]) / "manifest.json", told)
             return have[-1]
+    manifest = _remarked(manifest, held)
     version = have[-1] + 1 if have else 1
     target = folder / str(version)
     if version == 1:
@@ -208,6 +209,10 @@ def _install(folder: Path, files: Mapping[str, Path], manifest: Mapping[str, Any
                 shutil.copyfile(source, temporary / name)
             write_json(temporary / "manifest.json", manifest)
     return version
+
+
+def _remarked(manifest: Mapping[str, Any], held: object) -> dict[str, Any]:
+    return {**manifest, HELD: held} if held else dict(manifest)
 
 
 def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,7 +297,7 @@ def roll_back(repository: Path, model: str) -> tuple[int, int]:
             )
         check(folder / str(have[-2]))
         manifest = _manifest(folder / str(have[-2]))
-        write_json(folder / str(have[-2]) / "manifest.json", {**manifest, HELD: True})
+        write_json(folder / str(have[-2]) / "manifest.json", _remarked(manifest, BY_ROLLBACK))
         _remove(folder / str(have[-1]))
         write_overlays(repository)
     return have[-1], have[-2]

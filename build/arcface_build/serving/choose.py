@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from arcface_build.serving.served_plans import ServedPlans
-from arcface_clients.errors import Missing, PlanRefused
+from arcface_clients.errors import Missing, PlanRefused, WrongUse
 from arcface_clients.extras import how_to_get
 
 if TYPE_CHECKING:
     from arcface_clients.config.schema import Fallback
+
+LEAF_OF = {"tensorrt": "arcface_trt", "onnx": "arcface_onnx", "reference": "arcface_reference"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,38 @@ def choose_backend(asked: str, gpu_sm: str | None, plans: ServedPlans, onnx: boo
     raise Missing(
         "no weights in the model repository. Next: arcface import demo (for trying), or arcface import YOUR.onnx"
     )
+
+
+def refuse_unheeded_precision(variant: str, asked: str, choice: BackendChoice, gpu_sm: str | None) -> None:
+    """Refuse a precision that was asked for by name where what is served has its own.
+
+    Args:
+        variant: auto, installed, or a precision.
+        asked: the backend that was asked for; auto, tuned, or one of the three.
+        choice: the backend that is served.
+        gpu_sm: SM of this host's GPU, None where there is none.
+
+    Raises:
+        WrongUse: it could not be heeded.
+    """
+    if variant in ("auto", "installed"):
+        return
+    why = {
+        "tensorrt": "a plan has its own precision. Next: arcface assemble NAME --plan FILE, with a plan of that one",
+        "reference": "InsightFace computes in fp32. Next: leave --variant out",
+    }.get(choice.backend, "")
+    if asked == "tuned":
+        why = (
+            "configs/tuned.pbtxt was measured with the installed weights. "
+            f"Next: arcface assemble NAME --variant {variant} && arcface tune"
+        )
+    elif not why and gpu_sm is not None:
+        why = (
+            f"variants are for the CPU, and this host has a GPU of SM {gpu_sm}. Next: hide it (CUDA_VISIBLE_DEVICES=), "
+            "or leave --variant out"
+        )
+    if why:
+        raise WrongUse(f"--variant {variant} cannot be heeded with backend {choice.backend} ({choice.reason}): {why}")
 
 
 def order_of_backends(first: str, fallback: Fallback, there: Collection[str]) -> list[str]:

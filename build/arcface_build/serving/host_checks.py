@@ -66,6 +66,7 @@ def _lasted(seconds: float) -> str:
 
 def check_weights(settings: EmbeddingConfig) -> Check:
     """Versions with weights in the model repository."""
+    from arcface_build.repository.integrity import PHOTO_MODEL
     from arcface_build.repository.mend import faults
     from arcface_build.repository.versions import check, find_repository, served_version, versions
 
@@ -76,7 +77,7 @@ def check_weights(settings: EmbeddingConfig) -> Check:
         return Check(
             "weights", "absent", fact_and_fix(exc)[0], "make one: arcface serve; or set local.model_repository"
         )
-    models = ("arcface_trt", "arcface_onnx", "arcface_reference")
+    models = ("arcface_trt", "arcface_onnx", "arcface_reference", PHOTO_MODEL)
     have = {name: versions(repository / name) for name in models}
     for name, number in ((name, number) for name, numbers in have.items() for number in numbers):
         version = repository / name / str(number)
@@ -92,7 +93,7 @@ def check_weights(settings: EmbeddingConfig) -> Check:
         return Check("weights", "problem", "; ".join(damage), "arcface serve mends it")
     serves = {name: served_version(repository, name) for name in models}
     found = ", ".join(f"{name} {'none' if v is None else f'version {v}'}" for name, v in serves.items())
-    if not any(have.values()):
+    if not any(numbers for name, numbers in have.items() if name != PHOTO_MODEL):
         return Check(
             "weights", "absent", f"no weights in {repository}", "arcface import SOURCE, or: arcface import demo"
         )

@@ -19,12 +19,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from arcface_build.errors import ServerFailed
-from arcface_build.repository.stated import completion_options
 from arcface_build.serving.allocator import with_jemalloc
 from arcface_build.serving.binary import TritonBinary
+from arcface_build.serving.command_line import CONNECTIONS, arguments
 from arcface_build.serving.exposure import Exposure, from_here, no_other_ports
 from arcface_build.serving.guard import forget_key, guard_options, hide_key, keep_key, new_key
 from arcface_build.serving.launcher import launcher
@@ -36,37 +36,9 @@ from arcface_clients.triton.admin_key import VARIABLE
 from arcface_clients.triton.certificate import presented_sha256
 
 EXIT_TIMEOUT_S = 15.0
-# A peer that vanished without a word (a pulled cable, a frozen laptop) is asked after a minute and given up after 20 s
-# more. Every connection ends after five minutes, once its requests are done: idle ones go, busy clients connect anew.
-CONNECTIONS = (
-    "--grpc-keepalive-time=60000",
-    "--grpc-keepalive-timeout=20000",
-    "--grpc-keepalive-permit-without-calls=true",
-    "--grpc-max-connection-age=300000",
-    "--grpc-max-connection-age-grace=120000",
-)
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a server of this host is behind no proxy
 # p50 … p99.9 over the last minute; without it Triton has sums only. Wanted by an alert of deploy/prometheus/rules.yml.
 LATENCY_QUANTILES = "--metrics-config=summary_latencies=true"
-
-
-def arguments(
-    binary: TritonBinary,
-    repository: Path | str,
-    models: Sequence[str],
-    config_name: str,
-    ports: Ports,
-    exposure: Exposure,
-) -> list[str]:
-    """Triton's command line. Explicit control: an ensemble loads what it is composed of, and nothing else."""
-    line = [str(binary.path), f"--model-repository={repository}", "--model-control-mode=explicit"]
-    line += [f"--load-model={model}" for model in models]
-    line += [f"--model-config-name={config_name}"] if config_name else []
-    line += [f"--backend-directory={binary.backend_directory}"] if binary.backend_directory else []
-    line += binary.options
-    line += completion_options(repository, config_name)
-    line += [f"--http-port={ports.http}", f"--grpc-port={ports.grpc}", f"--metrics-port={ports.metrics}"]
-    return [*line, *exposure.options()]
 
 
 class TritonProcess:
@@ -151,19 +123,18 @@ class TritonProcess:
         """Start the server and return at once; `wait_ready` follows.
 
         Raises:
-            ServerFailed: a port is taken, or the program cannot be executed.
+            ServerFailed: a port is taken, the log cannot be written, or the program cannot be executed.
         """
         self._lock = PortLock(self.ports, self.exposure.hosts())
         try:
             self._launch()
         except BaseException:
-            self._lock.release()
+            self.kill()  # nobody else removes what it has made so far
             raise
         return self
 
     def _launch(self) -> None:
         self.ports.check_free(self.exposure.hosts())
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(self._binary.path, os.X_OK):
             raise ServerFailed(f"cannot execute {self._binary.path}: it is not there, or not executable.")
         backends = self._binary.backend_directory
@@ -176,9 +147,7 @@ class TritonProcess:
             line += guard_options(self._key)
             self._key_files = keep_key((self.ports.http, self.ports.grpc), self._key)
             self._hidden = False
-        if self.log_path.exists():  # what the one before said last
-            self.log_path.replace(self.log_path.with_suffix(".previous.log"))
-        with self.log_path.open("wb") as log:
+        with self._new_log() as log:
             try:
                 self._child = subprocess.Popen(
                     [*launcher(self._exit_timeout_s), *line],
@@ -190,6 +159,16 @@ class TritonProcess:
                 )
             except OSError as exc:
                 raise ServerFailed(f"cannot execute {self._binary.path}: {exc}") from exc
+
+    def _new_log(self) -> BinaryIO:
+        """An empty log; what the server before said last stays beside it."""
+        try:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            if self.log_path.exists():
+                self.log_path.replace(self.log_path.with_suffix(".previous.log"))
+            return self.log_path.open("wb")
+        except OSError as exc:
+            raise ServerFailed(f"cannot write the server's log {self.log_path}: {exc.strerror}") from exc
 
     def wait_ready(self, timeout_s: float = 180.0) -> None:
         """Return when the server and all its models are ready.

@@ -27,9 +27,7 @@ def reason_in_log(path: Path) -> str:
             f"the weights in {older[2]} come from an older import: they have no output {older[1]!r}. "
             f"Import the same source again: arcface import SOURCE (log: {path})"
         )
-    reasons = re.findall(r"failed to load '(\w+)' version \d+: \w+(?: \w+)*: (.+)", text)
-    if reasons:
-        told = {model: _first_line(reason) for model, reason in reasons}
+    if told := refusals(path):
         return "; ".join(f"{model}: {reason}" for model, reason in told.items()) + f" (log: {path})"
     unread = re.findall(r"Poll failed for model directory '(\w+)': (.+?)\"?$", text, re.MULTILINE)
     if unread:
@@ -37,6 +35,13 @@ def reason_in_log(path: Path) -> str:
     errors = [line for line in text.splitlines() if re.match(r"E\d{4} |error: |.*unrecognized option", line)]
     reason = re.sub(r"^\S*/tritonserver: ", "", errors[-1]) if errors else "no reason in its output"
     return f"{reason} (log: {path})"
+
+
+def refusals(path: Path) -> dict[str, str]:
+    """Model → why its backend did not load it, by a tritonserver log."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    reasons = re.findall(r"failed to load '(\w+)' version \d+: \w+(?: \w+)*: (.+)", text)
+    return {model: _first_line(reason) for model, reason in reasons}
 
 
 def missing_library(path: Path) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,10 +13,10 @@ from arcface_build.errors import ServerFailed
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
 from arcface_build.serving.ports import free_ports
 from arcface_build.serving.process import TritonProcess
+from arcface_build.serving.reasons import refusals
 from arcface_clients.engines.runtimes import cpu_flags, cpu_runtimes, has_openvino
 from arcface_clients.errors import Missing
 
-_log = logging.getLogger(__name__)
 _PROBE = "arcface_probe"
 # ONNX: y = Relu(x), float32 [N,1].
 _ONNX = "CAc6QQoMCgF4EgF5IgRSZWx1EgVwcm9iZVoUCgF4Eg8KDQgBEgkKAxIBTgoCCAFiFAoBeRIPCg0IARIJCgMSAU4KAggBQgQKABAN"
@@ -43,23 +43,39 @@ class ServerRuntimes:
     told_precision: bool = True
 
 
-def runtimes_of_server(binary: TritonBinary) -> ServerRuntimes:
-    """The runtimes of this server: our backend runs in this very environment; a native one is tried with a model."""
+def runtimes_of_server(binary: TritonBinary, warn: Callable[[str], None]) -> ServerRuntimes:
+    """The runtimes of this server: our backend runs in this very environment; a native one is tried with a model.
+
+    Args:
+        binary: the server.
+        warn: told where the trial itself failed, so that OpenVINO is done without.
+    """
     if binary.backend_directory is not None:
         return ServerRuntimes(cpu_runtimes(cpu_flags(), has_openvino()))
-    return ServerRuntimes(cpu_runtimes(cpu_flags(), loads_openvino(binary)), told_precision=False)
+    try:
+        openvino = loads_openvino(binary)
+    except ServerFailed as exc:
+        warn(f"whether this tritonserver has OpenVINO is not known, so nothing runs in it this time: {exc}")
+        openvino = False
+    return ServerRuntimes(cpu_runtimes(cpu_flags(), openvino), told_precision=False)
 
 
-def runtimes_of_host() -> ServerRuntimes:
+def runtimes_of_host(warn: Callable[[str], None]) -> ServerRuntimes:
     """The runtimes of the tritonserver of this host; of this Python where there is none, as on a build host."""
     try:
-        return runtimes_of_server(find_tritonserver())
+        return runtimes_of_server(find_tritonserver(), warn)
     except Missing:
         return ServerRuntimes(cpu_runtimes(cpu_flags(), has_openvino()))
 
 
 def loads_openvino(binary: TritonBinary, timeout_s: float = 60.0) -> bool:
-    """Whether the server's onnxruntime backend loads a model with the OpenVINO provider: it is started for that."""
+    """Whether the server's onnxruntime backend loads a model with the OpenVINO provider: it is started for that.
+
+    An answer holds as long as this process; no answer is asked for again.
+
+    Raises:
+        ServerFailed: it did not start, for a reason that says nothing about OpenVINO.
+    """
     return _probed(binary.path, binary.backend_directory, tuple(binary.environment.items()), timeout_s)
 
 
@@ -78,7 +94,8 @@ def _probed(path: Path, backends: Path | None, environment: tuple[tuple[str, str
         try:
             with server:
                 server.wait_ready(timeout_s)
-        except ServerFailed as exc:
-            _log.info("%s has no OpenVINO: %s", path, exc)
-            return False
+        except ServerFailed:
+            if "openvino" in refusals(log_path).get(_PROBE, "").lower():
+                return False
+            raise
     return True

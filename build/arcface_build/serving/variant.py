@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from arcface_build.repository.integrity import HELD
+from arcface_build.repository.integrity import BY_ASSEMBLE, HELD
 from arcface_build.repository.versions import served_manifest
 from arcface_build.serving.server_runtimes import ServerRuntimes
 from arcface_build.variants.choose import FASTEST, Wanted, choose
@@ -39,7 +39,7 @@ def take_best_variant(
         say: told before seconds are spent on measuring.
 
     Raises:
-        Missing: what is installed stays, and it passed its gate in no runtime of this host, or is not what is wanted.
+        Missing: what is installed stays, and is not what is wanted.
         GateFailed: the precision that is wanted may not be served here.
     """
     from arcface_build.repository.assemble import assemble
@@ -53,8 +53,6 @@ def take_best_variant(
             raise Missing(
                 f"cannot serve {wanted.precision}: {stays}. Next: arcface serve --variant installed ({precision})"
             )
-        if served.get("variant"):
-            check_installed(served, runtimes(), limits)
         return f"{precision} as installed: {stays}"
     server = runtimes()
     choice = choose(model_dir, limits, server.here, server.told_precision, wanted, say)
@@ -62,12 +60,14 @@ def take_best_variant(
     return "\n".join(filter(None, (choice.reason, choice.offer)))
 
 
-def check_installed(served: Mapping[str, Any], server: ServerRuntimes, limits: Mapping[str, float]) -> None:
+def check_installed(
+    served: Mapping[str, Any], runtimes: Callable[[], ServerRuntimes], limits: Mapping[str, float]
+) -> None:
     """Refuse a variant that was installed on another host or under wider limits: no runtime here passes.
 
     Args:
         served: manifest of the version that arcface_onnx serves.
-        server: runtimes of the server that will run it.
+        runtimes: those of the server that will run it; only asked where a variant is served.
         limits: largest drift by precision.
 
     Raises:
@@ -76,6 +76,7 @@ def check_installed(served: Mapping[str, Any], server: ServerRuntimes, limits: M
     variant = served.get("variant")
     if not variant:
         return
+    server = runtimes()
     why_not = f"it is set up for {variant['runtime']}, this host has {' and '.join(server.here)}"
     able: list[str] = []
     if variant["runtime"] in server.here:
@@ -91,9 +92,10 @@ def check_installed(served: Mapping[str, Any], server: ServerRuntimes, limits: M
 
 
 def _why_it_stays(served: Mapping[str, Any], model_dir: Path, repository: Path, asked: bool) -> str:
-    """Why the installed version is not replaced; empty where it may be. A rollback gives way to who asks by name."""
+    """Why the installed version is not replaced; empty where it may be. One held gives way to who asks by name."""
     if served.get(HELD) and not asked:
-        return f"arcface rollback went back to it (another one: arcface assemble {served['name']})"
+        by = "assemble --variant asked for" if served[HELD] == BY_ASSEMBLE else "rollback went back to"
+        return f"arcface {by} it (the fastest instead: arcface assemble {served['name']} --variant auto)"
     try:
         here = read_import_manifest(model_dir).contract_id
     except (Missing, WrongUse):  # none, or none that can be read

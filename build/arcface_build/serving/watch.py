@@ -10,7 +10,7 @@ from functools import partial
 from typing import NoReturn, Protocol
 
 from arcface_build.errors import ServerFailed
-from arcface_build.repository.versions import PHOTO_MODEL
+from arcface_build.repository.integrity import PHOTO_MODEL
 from arcface_build.serving.process import TritonProcess
 from arcface_build.serving.reasons import reason_of_end
 from arcface_build.serving.stubs import StubWatch
@@ -25,7 +25,6 @@ PATIENCE_S = 3.0
 BATCHES_OF_PATIENCE = 4.0  # with slower models: nothing was computed in the time of so many full batches
 # A large photo is decoded in seconds; embedding a crowd takes what the network takes.
 PHOTO_PATIENCE_S = 30.0
-PHOTOS_AT_A_TIME, FACES_OF_A_PHOTO = 4, 512  # instances and max_faces of photo_faces
 RESTARTS = 5
 RESTARTS_WITHIN_S = 600.0
 
@@ -140,8 +139,12 @@ class Signs:
             models: those that answer clients; the reference that others are compared with may be lost.
             face: uint8 (1,112,112,3).
             faces_per_s: how fast the server embeds.
+
+        Raises:
+            ServerFailed: it does not tell how `photo_faces` is configured.
         """
         url = server.own_url
+        under_way = faces_under_way(server) if PHOTO_MODEL in models else 0
         self._open = ExitStack()
         embedder = self._open.enter_context(
             TritonEmbedder(url, timeout_s=PROBE_TIMEOUT_S, retry_for_s=0, shared_memory=False)
@@ -154,7 +157,8 @@ class Signs:
         if PHOTO_MODEL in models:
             asked = self._open.enter_context(PhotoEmbedder(url, timeout_s=PROBE_TIMEOUT_S, retry_for_s=0))
             done = partial(finished, server, photos=True)
-            self._signs.append(Pulse(asked.probe, done, photo_patience_s(faces_per_s), "photo"))
+            patient_s = photo_patience_s(faces_per_s, under_way)
+            self._signs.append(Pulse(asked.probe, done, patient_s, "photo"))
 
     def beats(self) -> bool:
         """Whether all is well; see `Sign`."""
@@ -179,9 +183,23 @@ def patience_s(faces_per_s: float, batch: int = 64) -> float:
     return max(PATIENCE_S, BATCHES_OF_PATIENCE * batch / faces_per_s if faces_per_s > 0 else 0.0)
 
 
-def photo_patience_s(faces_per_s: float) -> float:
-    """The same for photos, all of whose instances may be busy with a crowd."""
-    return PHOTO_PATIENCE_S + (PHOTOS_AT_A_TIME * FACES_OF_A_PHOTO / faces_per_s if faces_per_s > 0 else 0.0)
+def faces_under_way(server: TritonProcess) -> int:
+    """How many faces all instances of `photo_faces` together may be at, by the configuration that is served.
+
+    Raises:
+        ServerFailed: the server does not tell it.
+    """
+    try:
+        config = server.ask(f"/v2/models/{PHOTO_MODEL}/config", PROBE_TIMEOUT_S)
+        groups, faces = config["instance_group"], config["parameters"]["max_faces"]["string_value"]
+        return sum(int(group["count"]) * max(len(group.get("gpus", [])), 1) for group in groups) * int(faces)
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise ServerFailed(f"the server does not tell how {PHOTO_MODEL} is configured: {exc!r}") from exc
+
+
+def photo_patience_s(faces_per_s: float, faces: int) -> float:
+    """The same for photos, all of whose instances may be busy with a crowd: so many faces."""
+    return PHOTO_PATIENCE_S + (faces / faces_per_s if faces_per_s > 0 else 0.0)
 
 
 def watch(server: TritonProcess, signs: Sign, interrupt: Interrupted) -> NoReturn:
