@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from arcface_build.variants.fastest import fastest
 from arcface_build.variants.measure import measure
 from arcface_build.variants.speeds import Speed, SpeedTable, host_key, keep_speeds, kept_speeds, speeds_file
 from arcface_build.variants.untried import _stand_in, untried
-from arcface_clients.engines.runtimes import has_openvino
+from arcface_clients.engines.runtimes import has_openvino, open_session
 from arcface_clients.errors import GateFailed, Missing
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from conftest import copy_repository
@@ -158,12 +159,12 @@ def test_a_variant_that_was_made_again_is_measured_again(tmp_path, watch):
 
 DAMAGED = {
     "empty": "",
-    "cut short": '{"format": 2, "hosts": {',
+    "cut short": '{"format": 3, "hosts": {',
     "a list": "[]",
     "of a former format": '{"cpu": "HOST", "batch": 8, "ratio": {"int8": 0.1, "fp32": 1.0}}',
-    "hosts are a list": '{"format": 2, "hosts": []}',
-    "a host is a number": '{"format": 2, "hosts": {"HOST": 3}}',
-    "no batch": '{"format": 2, "hosts": {"HOST": {"speeds": []}}}',
+    "hosts are a list": '{"format": 3, "hosts": []}',
+    "a host is a number": '{"format": 3, "hosts": {"HOST": 3}}',
+    "no batch": '{"format": 3, "hosts": {"HOST": {"speeds": []}}}',
     "not UTF-8": "\udcff",
 }
 
@@ -301,6 +302,23 @@ def test_fp32_that_another_runtime_computes_differently_is_not_served(tmp_path):
     found = [Candidate("fp32", ORT, "serving.onnx", "a"), Candidate("fp32", FP32, "drifting.onnx", "b")]
     plain, other = measure(folder, found).speeds
     assert plain.refused == "" and "× the limit 1e-05 for fp32" in other.refused
+
+
+def test_int8_that_this_cpu_computes_differently_from_its_file_is_not_served(tmp_path, monkeypatch):
+    folder = model_dir(tmp_path)
+    wrong = tmp_path / "wrong"
+    write_model(wrong, error=1.0)
+    module = sys.modules[measure.__module__]
+
+    def on_another_cpu(model, runtime, **options):
+        return open_session(model if runtime == ORT else wrong / "serving.onnx", **options)
+
+    monkeypatch.setattr(module, "open_session", on_another_cpu)
+    found = [Candidate("fp32", ORT, "serving.onnx", "a"), Candidate("int8", BF16, "serving.onnx", "b")]
+    plain, int8 = measure(folder, found).speeds
+    assert plain.refused == "" and "on this CPU it computes something else" in int8.refused
+    monkeypatch.setattr(module, "open_session", lambda model, runtime, **options: open_session(model, **options))
+    assert [one.refused for one in measure(folder, found).speeds] == ["", ""]
 
 
 def test_ctrl_c_while_measuring_leaves_nothing_half(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from arcface_clients.atomic import write_json
 from arcface_clients.engines.runtimes import TELLING_FLAGS, available_cores, cpu_flags, cpu_name
 
 Goal: TypeAlias = Literal["throughput", "latency"]
-_FORMAT = 2
+_FORMAT = 3
 _log = logging.getLogger(__name__)
 
 
