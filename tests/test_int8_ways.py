@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
 
 from arcface_build.variants.calibrate import conv_inputs
 from arcface_build.variants.int8 import Range, quantizable_layers, quantize_convolutions
@@ -55,11 +54,6 @@ def test_equalizing_channels_does_not_change_the_function(serving, faces):
     even, tensors = equalized(serving, faces)
     assert tensors > 10
     assert compare_embeddings(embed(serving, faces), embed(even, faces)).max_drift < 1e-5
-    weights = {i.name: numpy_helper.to_array(i) for i in even.graph.initializer}
-    changed = [
-        n for n, old in zip(even.graph.node, serving.graph.node, strict=True) if list(n.input) != list(old.input)
-    ]
-    assert len(changed) >= tensors and all(np.isfinite(weights[n.input[1]]).all() for n in changed)
 
 
 def test_correcting_biases_leaves_no_mean_error_in_any_convolution(serving, quantized, faces):

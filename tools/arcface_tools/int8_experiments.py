@@ -36,7 +36,14 @@ from arcface_clients.engines.import_manifest import read_import_manifest
 from arcface_clients.engines.runtimes import fast_runtime, open_session
 from arcface_clients.evidence.drift import DRIFT_LIMITS, compare_embeddings
 from arcface_clients.faces.synthetic import synthetic_faces
-from arcface_tools.int8_ways import bias_corrected, calibrated, convolutions_alone, equalized, sums_in_int8
+from arcface_tools.int8_ways import (
+    bias_corrected,
+    calibrated,
+    convolutions_alone,
+    equalized,
+    sums_in_int8,
+    weights_in_int8,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -45,7 +52,7 @@ if TYPE_CHECKING:
 
 FACES, BATCHES, ROUNDS, SAMPLE_S = 400, (1, 8), 5, 0.4
 FOLDER, TODAY, BASE = "int8-experiments", "today", "insightface b1"
-SEARCHED = (TODAY, "bias corrected", "equalized", "equalized, bias corrected")
+SEARCHED = (TODAY, "bias corrected", "equalized")
 
 
 def drift(model_dir: Path, source: str) -> dict[str, Any]:
@@ -133,6 +140,7 @@ def _ways(model: onnx.ModelProto, faces: Any) -> tuple[dict[str, Way], int]:
     ways: dict[str, Way] = {TODAY: partial(plain, model), "bias corrected": partial(corrected, model)}
     if tensors:
         ways |= {"equalized": partial(plain, even), "equalized, bias corrected": partial(corrected, even)}
+    ways["weights in int8 only"] = partial(weights_in_int8, model)
     ways["sums in int8"] = lambda keep: sums_in_int8(plain(model, keep), model, faces)
     return ways, tensors
 
@@ -163,7 +171,7 @@ def _save(model: onnx.ModelProto, model_dir: Path, name: str) -> None:
 def main(what: str, report: Path, model_dir: Path, source: str) -> None:
     """Add one model's measurement to the report."""
     told: dict[str, Any] = json.loads(report.read_text()) if report.is_file() else {"format": 1, "models": {}}
-    told["kind"] = "int8-experiments"
+    told |= {"kind": "int8-experiments", "host": describe_host()}  # of the last run; each measurement names its own
     found = drift(model_dir, source) if what == "drift" else speed(model_dir)
     told["models"].setdefault(model_dir.name, {})[what] = found
     write_json(report, told)

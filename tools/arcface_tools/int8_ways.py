@@ -97,6 +97,20 @@ def sums_in_int8(quantized: onnx.ModelProto, model: onnx.ModelProto, faces: Face
     return made
 
 
+def weights_in_int8(model: onnx.ModelProto, keep: Sequence[str]) -> onnx.ModelProto:
+    """The model with activations in float, and weights rounded as in int8 except in the convolutions of `keep`."""
+    made = _copied(model)
+    index = GraphIndex(made.graph)
+    for name in quantizable_layers(made):
+        node = next(node for node in made.graph.node if node.name == name)
+        if name not in keep:
+            weight = _constant(index, node.input[1])
+            step = np.abs(weight).max(axis=(1, 2, 3), keepdims=True).clip(1e-12) / 127
+            node.input[1] = index.add_constant(f"{name}.rounded", (np.rint(weight / step) * step).astype(np.float32))
+    drop_unused(made.graph)
+    return made
+
+
 def convolutions_alone(model: onnx.ModelProto) -> onnx.ModelProto:
     """Every convolution but the first in int8, and no PRelu, BatchNormalization or sum: wrong, but as fast as can be.
 
