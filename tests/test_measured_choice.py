@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from arcface_build.variants.fastest import fastest
 from arcface_build.variants.measure import measure
 from arcface_build.variants.speeds import Speed, SpeedTable, host_key, keep_speeds, kept_speeds, speeds_file
 from arcface_build.variants.untried import _stand_in, untried
-from arcface_clients.engines.runtimes import has_openvino
+from arcface_clients.engines.runtimes import has_openvino, open_session
 from arcface_clients.errors import GateFailed, Missing
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from conftest import copy_repository
@@ -37,8 +38,11 @@ HERE = (ORT,)
 
 
 def speed(precision: str, runtime: str, *full: float, one: Sequence[float] = ()) -> Speed:
-    drift = 0.0 if (precision, runtime) == ("fp32", FP32) else None
-    return Speed(precision, runtime, "ab", tuple(one or full), full, drift)
+    return Speed(precision, runtime, "ab", tuple(one or full), full, drift_of(precision, runtime))
+
+
+def drift_of(precision: str, runtime: str) -> float | None:
+    return None if runtime == ORT or precision == "bf16" else 0.0
 
 
 FP32_ORT, FP32_OV = speed("fp32", ORT, 10, 10, 10, 10, 10), speed("fp32", FP32, 12, 12, 12, 12, 12)
@@ -100,7 +104,12 @@ class Stopwatch:
 
 
 def table_of(found: Sequence[Candidate], full: dict[str, float], one: dict[str, float]) -> SpeedTable:
-    entries = [Speed(*each.key, (one[each.precision],) * 5, (full[each.precision],) * 5) for each in found]
+    entries = [
+        Speed(
+            *each.key, (one[each.precision],) * 5, (full[each.precision],) * 5, drift_of(each.precision, each.runtime)
+        )
+        for each in found
+    ]
     return SpeedTable(8, tuple(entries))
 
 
@@ -160,12 +169,12 @@ def test_a_variant_that_was_made_again_is_measured_again(tmp_path, watch):
 
 DAMAGED = {
     "empty": "",
-    "cut short": '{"format": 2, "hosts": {',
+    "cut short": '{"format": 3, "hosts": {',
     "a list": "[]",
     "of a former format": '{"cpu": "HOST", "batch": 8, "ratio": {"int8": 0.1, "fp32": 1.0}}',
-    "hosts are a list": '{"format": 2, "hosts": []}',
-    "a host is a number": '{"format": 2, "hosts": {"HOST": 3}}',
-    "no batch": '{"format": 2, "hosts": {"HOST": {"speeds": []}}}',
+    "hosts are a list": '{"format": 3, "hosts": []}',
+    "a host is a number": '{"format": 3, "hosts": {"HOST": 3}}',
+    "no batch": '{"format": 3, "hosts": {"HOST": {"speeds": []}}}',
     "not UTF-8": "\udcff",
 }
 
@@ -368,6 +377,24 @@ def test_fp32_in_another_runtime_is_not_compared_with_itself_where_the_proved_on
     table = measure(folder, found)
     assert not table.speeds
     assert "nothing to compare it with" in table.failed["fp32 in openvino-fp32"]
+
+
+def test_int8_that_this_cpu_computes_differently_from_its_file_is_not_served(tmp_path, monkeypatch):
+    folder = model_dir(tmp_path)
+    wrong = tmp_path / "wrong"
+    write_model(wrong, error=1.0)
+    module = sys.modules[measure.__module__]
+
+    def on_another_cpu(model, runtime, **options):
+        return open_session(model if runtime == ORT else wrong / "serving.onnx", **options)
+
+    monkeypatch.setattr(module, "open_session", on_another_cpu)
+    found = [Candidate("fp32", ORT, "serving.onnx", "a"), Candidate("int8", BF16, "serving.onnx", "b")]
+    refused = choosing._refused(measure(folder, found).speeds, DRIFT_LIMITS)
+    assert list(refused) == ["int8 in openvino-bf16"]
+    assert "on this CPU it computes something else" in refused["int8 in openvino-bf16"]
+    monkeypatch.setattr(module, "open_session", lambda model, runtime, **options: open_session(model, **options))
+    assert not choosing._refused(measure(folder, found).speeds, DRIFT_LIMITS)
 
 
 def test_ctrl_c_while_measuring_leaves_nothing_half(tmp_path, monkeypatch):

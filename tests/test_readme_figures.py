@@ -30,7 +30,8 @@ def test_the_pages_are_what_the_reports_say_today() -> None:
 def test_a_page_that_somebody_edited_by_hand_is_found(tmp_path: Path) -> None:
     shutil.copytree(MEASURED, tmp_path / "docs" / "measured")
     readme = tmp_path / "README.md"
-    readme.write_text((REPO / "README.md").read_text().replace("3.42 (3.38–3.54)", "3.52 (3.38–3.54)"))
+    text = (REPO / "README.md").read_text()
+    readme.write_text(re.sub(r"\d\.\d\d \(", "9.99 (", text, count=1))
     assert set(stale_pages(tmp_path)) == {readme}
 
 

@@ -29,8 +29,8 @@ class Speed(Measurable):
         precision, runtime, sha256: of the candidate.
         one: faces/s at batch 1, one figure a round.
         full: faces/s at the full batch, one figure a round.
-        drift: of fp32 in another runtime than the import proved, 1 − cosine of the worst face against that one; nothing
-            else judges it. None for the rest.
+        drift: in another runtime than ONNX Runtime's own kernels, 1 − cosine of the worst face against those: fp32
+            against what the import proved, int8 against the same file. None for the rest.
     """
 
     precision: str
