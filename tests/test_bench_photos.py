@@ -15,6 +15,7 @@ from arcface_build.serving.binary import TritonBinary
 from arcface_build.terminal import round_bar
 from arcface_clients.errors import WrongUse
 from arcface_clients.faces.detect import MODEL_NAME
+from arcface_tools import served_detector
 from arcface_tools.large_photos import large_photos, large_photos_text
 
 
@@ -61,6 +62,17 @@ def test_no_photo_with_a_single_face_is_wrong_use(demo_repository: Path, assets:
     photos = [cv2.imencode(".jpg", group)[1].tobytes()]
     with pytest.raises(WrongUse, match="exactly one face"):
         measure_photos(photos, demo_repository, callers=[1], rounds=1, sample_s=0.0, single_face=True, bars=round_bar)
+
+
+def test_the_detector_as_a_served_model_finds_the_same_faces_and_its_cpu_is_told(
+    triton_binary: TritonBinary, demo_repository: Path, assets: Path, portraits: list[Path]
+) -> None:
+    install_detector(assets / "detectors" / MODEL_NAME, demo_repository)
+    photos = [portrait.read_bytes() for portrait in portraits[:2]]
+    result = served_detector.run(photos, demo_repository, callers=[1], rounds=1, sample_s=0.05, bars=round_bar)
+    assert [row["name"] for row in result["variants"]] == ["inside c1", "served c1"]
+    assert result["variants"][1]["cpu_ms_per_photo"].keys() >= {"yunet", "photo_faces_bls", "tritonserver"}
+    assert "served / inside, 1 callers" in served_detector.text(result)
 
 
 class Thumbnails:

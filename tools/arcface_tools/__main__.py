@@ -11,6 +11,7 @@ from arcface_build.terminal import quiet_option
 COMMANDS = {  # name -> (module under arcface_tools.commands, one line for --help)
     "bench-bulk": ("bench_bulk", "Measure the driver of a job of 100,000,000 faces, and the CPU of its clients."),
     "bench-clients": ("bench_clients", "Measure our client on every transport against the bare runtime."),
+    "bench-detector": ("bench_detector", "Measure the detector as a served model against the session in photo_faces."),
     "bench-served": ("bench_served", "Measure what keys, the extra outputs and a bounded queue cost a server."),
     "bench-vectors": ("bench_vectors", "Measure distances, neighbours and gallery search against naive code."),
     "consensus-demo": ("consensus_demo", "Mix strangers into people's faces; measure who is found, and how fast."),

@@ -21,7 +21,7 @@ import numpy as np
 
 from arcface_build.bench.cpu_time import tree_cpu_by_pid
 from arcface_build.bench.host import describe_host
-from arcface_build.bench.interleaved import Spread, Variant, Work, measure_in_turns, ratio, undisturbed_rounds
+from arcface_build.bench.interleaved import Sample, Spread, Variant, Work, measure_in_turns, ratio, undisturbed_rounds
 from arcface_build.bench.run import Bars
 from arcface_build.bench.server import ServerUnderTest, own_server
 from arcface_build.repository.detector import photo_models
@@ -82,12 +82,12 @@ def measure_photos(
     with ExitStack() as stack:
         server = stack.enter_context(own_server(repository, ["arcface", *models], config))
         client = stack.enter_context(PhotoEmbedder(server.grpc_url))
-        ways = {HERE: here, USUAL: usual_parts(repository), SERVER: _asks(client)}
+        ways = {HERE: here, USUAL: usual_parts(repository), SERVER: asks(client)}
         faces = {way: sum(map(answer, photos)) for way, answer in ways.items()}
         variants = []
         for number in callers:
-            variants += [_variant(f"{way} c{number}", ways[way], photos, number) for way in (HERE, USUAL)]
-            variants.append(_variant(f"{SERVER} c{number}", ways[SERVER], photos, number, server))
+            variants += [callers_of(f"{way} c{number}", ways[way], photos, number) for way in (HERE, USUAL)]
+            variants.append(callers_of(f"{SERVER} c{number}", ways[SERVER], photos, number, server))
         advance = stack.enter_context(bars(len(variants) * (rounds + 1)))
         samples = measure_in_turns(variants, rounds, sample_s, advance)
     kept, disturbed = undisturbed_rounds(samples)
@@ -96,7 +96,7 @@ def measure_photos(
             "name": variant.name,
             "photos_per_s": Spread.of([samples[variant.name][r].faces_per_s for r in kept]).to_json(),
             "latency_ms": Spread.of([ms for r in kept for ms in samples[variant.name][r].latencies_ms]).to_json(),
-            "cpu_ms_per_photo": _median([samples[variant.name][r].details["cpu_ms_per_photo"] for r in kept]),
+            "cpu_ms_per_photo": cpu_by_part([samples[variant.name][r] for r in kept]),
         }
         for variant in variants
     ]
@@ -198,11 +198,12 @@ def photos_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _asks(client: PhotoEmbedder) -> Answer:
+def asks(client: PhotoEmbedder) -> Answer:
+    """Asks the server."""
     return lambda photo: len(client.faces(photo))
 
 
-def _variant(
+def callers_of(
     name: str, answer: Answer, photos: Sequence[bytes], callers: int, server: ServerUnderTest | None = None
 ) -> Variant:
     """`callers` threads that answer photos in turn. Its "faces a second" are photos a second."""
@@ -238,6 +239,11 @@ def _variant(
         return Work(len(latencies_s), wall_s, [1000 * s for s in latencies_s], details=details)
 
     return Variant(name, sample, "server" if server else "process", (server.pid,) if server and server.pid else ())
+
+
+def cpu_by_part(samples: Sequence[Sample]) -> dict[str, float]:
+    """Medians of the milliseconds of CPU a photo, by process."""
+    return _median([sample.details["cpu_ms_per_photo"] for sample in samples])
 
 
 def _split(before: dict[str, float], after: dict[str, float], latency_ms: float) -> dict[str, float]:

@@ -1,4 +1,8 @@
-"""Gives tritonserver jemalloc where this host has it: glibc keeps most of what a burst of requests took."""
+"""Gives tritonserver jemalloc where this host has it: glibc keeps most of what a burst of requests took.
+
+Its Python models get it too. It zeroes large memory (calloc, `np.zeros`) with fresh pages from the kernel, whatever its
+decay settings: what runs a thousand times a second should take memory that it fills itself (`np.empty`).
+"""
 
 from __future__ import annotations
 
