@@ -22,7 +22,8 @@ from arcface_build.bench.run import Bars
 from arcface_build.bench.server import own_server
 from arcface_build.errors import ProofFailed
 from arcface_build.repository.detector import installed_detector
-from arcface_build.repository.versions import PHOTO_MODEL, served_folder
+from arcface_build.repository.integrity import PHOTO_MODEL
+from arcface_build.repository.versions import served_folder
 from arcface_clients.errors import WrongUse
 from arcface_clients.faces.steps.yunet import OUTPUTS, for_any_size
 from arcface_clients.photos.embedder import PhotoEmbedder
