@@ -56,7 +56,7 @@ class _ServedYuNet(YuNet):
         self._session = _Served()
 
 
-def open_yunet(file):
+def open_yunet(file, threads):
     return _ServedYuNet()
 '''
 _CONFIG = """name: "{name}"
