@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from ctypes.util import find_library
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ import pytest
 from arcface_build.errors import ServerFailed
 from arcface_build.serving.allocator import PRELOAD, with_jemalloc
 from arcface_build.serving.command_line import CONNECTIONS
-from arcface_build.serving.limits import few_open_files, need_shared_memory
+from arcface_build.serving.launcher import launcher
+from arcface_build.serving.limits import few_open_files, memory_limit, need_shared_memory
 from arcface_build.serving.ports import free_ports
 from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ServerUnreachable
@@ -77,6 +79,16 @@ def test_shared_memory_that_is_not_there_is_named(tmp_path):
     need_shared_memory(tmp_path)
     with pytest.raises(ServerFailed, match=f"there is no {tmp_path}/none, and Triton's Python backends"):
         need_shared_memory(tmp_path / "none")
+
+
+@pytest.mark.parametrize("own", [None, 1 << 30], ids=["no limit of its own", "a lower one"])
+def test_a_server_may_take_half_of_the_hosts_memory_or_what_its_user_said(own):
+    ask = "import resource; print(*resource.getrlimit(resource.RLIMIT_DATA))"
+    line = [*launcher(1), sys.executable, "-c", ask]
+    lower = partial(resource.setrlimit, resource.RLIMIT_DATA, (own or resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    told = subprocess.run(line, check=True, start_new_session=True, capture_output=True, preexec_fn=lower).stdout
+    assert told.split() == [str(own or memory_limit()).encode()] * 2
+    assert own or 0 < memory_limit() < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_a_low_soft_limit_of_files_is_raised_for_the_server_and_a_low_hard_one_is_said(tmp_path, start_triton):

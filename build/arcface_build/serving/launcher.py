@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 
+from arcface_build.serving.limits import memory_limit
+
 GRACE_S = 5.0  # beyond the time that running requests have, for a server whose parent was killed
 # Beside tritonserver, in its group. When that is gone, or some seconds after we are (standard input ends), it ends
 # the rest: Triton may wait for a python stub in the middle of a batch for ever, and such a stub outlives Triton.
@@ -21,16 +23,19 @@ _END_THE_REST = (
 # as it should. Linux does not tell of a parent that was gone before it was asked: hence the comparison.
 # Not a preexec_fn: that forks this process, and gRPC's fork handlers abort one child in sixty where a
 # client of ours is connecting (ev_epoll1_linux: "epoll_wait error: Bad file descriptor").
-# The limit of open files is raised as far as it may be: each connection takes one.
+# The limit of open files is raised as far as it may be: each connection takes one. That of memory is lowered.
 _DIE_WITH_PARENT = (
     f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)}); me = os.getpid(); "
     "os.getppid() == int(sys.argv[1]) or sys.exit(); "
     f"os.fork() or os.execv(sys.executable, [sys.executable, '-ISc', {_END_THE_REST!r}, str(me), sys.argv[2]]); "
     "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (r.getrlimit(r.RLIMIT_NOFILE)[1],) * 2); "
-    "os.execv(sys.argv[3], sys.argv[3:])"
+    "had = [n for n in r.getrlimit(r.RLIMIT_DATA) if n != r.RLIM_INFINITY]; "
+    "r.setrlimit(r.RLIMIT_DATA, (min([int(sys.argv[3]), *had]),) * 2); "
+    "os.execv(sys.argv[4], sys.argv[4:])"
 )
 
 
 def launcher(exit_timeout_s: float, parent: int | None = None) -> list[str]:
     """What stands before tritonserver's command line; it leads a session, and nothing is ever written to its input."""
-    return [sys.executable, "-ISc", _DIE_WITH_PARENT, str(parent or os.getpid()), str(exit_timeout_s + GRACE_S)]
+    parent_pid, grace = str(parent or os.getpid()), str(exit_timeout_s + GRACE_S)
+    return [sys.executable, "-ISc", _DIE_WITH_PARENT, parent_pid, grace, str(memory_limit())]

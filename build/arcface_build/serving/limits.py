@@ -1,4 +1,4 @@
-"""Looks before a start whether this host leaves a tritonserver room: in /dev/shm, and for open files."""
+"""How much of this host a tritonserver needs, looked at before a start (/dev/shm, open files), and may take (memory)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from arcface_build.errors import ServerFailed
 # A stub starts with 1 MB and grows: a batch of 64 faces is 2.4 MB, once for each of the two models that may hold one.
 NEEDED_BYTES = 16 << 20
 FILES_WANTED = 1024  # a connection takes one, and a server with models about fifty
+MEMORY_SHARE = 0.5  # a server of ours has 0.6 GB of its own, each of its Python models about 1 GB
 _MORE = "docker run --shm-size=1g (compose: shm_size; Kubernetes: an emptyDir of medium Memory on /dev/shm)"
 
 
@@ -43,3 +44,12 @@ def few_open_files(wanted: int = FILES_WANTED) -> str:
         f"this session may open {hard} files, and each connection takes one: more clients than that are not answered. "
         f"Next: ulimit -n {wanted} (as an administrator), or LimitNOFILE= of the service"
     )
+
+
+def memory_limit() -> int:
+    """Bytes of its own (RLIMIT_DATA) that each process of a server may ask for.
+
+    Triton 2.51 takes what a body over HTTP says that it holds: 80 TB for a shape of 2^31 faces. jemalloc asks the kernel
+    for memory that it need not have (MAP_NORESERVE), so without a limit such a server fills the host until it is killed.
+    """
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE)
