@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnx
 
 PRECISIONS = ("fp32", "bf16", "int8")  # the more exact one first
+WINOGRAD = "Winograd"
 PLAIN = ("fp32", "onnxruntime")  # what is served where nothing was chosen
 
 
@@ -33,6 +34,7 @@ class Candidate:
         sha256: of that file.
         sidecar: the variant's, with its gates; None for fp32.
         made: makes the model where it is not that file.
+        form: "Winograd" where it computes convolutions by that method, which costs memory.
     """
 
     precision: str
@@ -41,6 +43,7 @@ class Candidate:
     sha256: str
     sidecar: dict[str, Any] | None = None
     made: Callable[[], onnx.ModelProto] | None = None
+    form: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -49,8 +52,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """For people: precision and runtime."""
-        return f"{self.precision} in {self.runtime}"
+        """For people: precision, form and runtime."""
+        return told_name(self.precision, self.runtime, self.form)
 
     @property
     def drift(self) -> float | None:
@@ -83,8 +86,9 @@ def candidates(
     imported = read_import_manifest(model_dir)
     exact = _told(able_runtimes("fp32", None, here, told_precision)[0], told_precision)
     found = [
-        Candidate("fp32", runtime, *_fp32_file(model_dir, imported, runtime))
+        Candidate("fp32", runtime, *_file(model_dir, part), form=form)
         for runtime in sorted(exact, key=RUNTIMES.index)
+        for form, part in _fp32_parts(imported, runtime)
     ]
     why_not: dict[str, str] = {}
     for precision in PRECISIONS[1:]:
@@ -118,7 +122,20 @@ def _told(able: Sequence[str], told_precision: bool) -> list[str]:
     return [runtime for runtime in able if told_precision or runtime not in openvino[1:]]
 
 
-def _fp32_file(model_dir: Path, imported: ImportManifest, runtime: str) -> tuple[str, str]:
-    """File and digest: ONNX Runtime's own kernels have a form of their own; OpenVINO fuses the plain one itself."""
-    part = imported.cpu if imported.cpu and runtime == "onnxruntime" else imported.serving
+def told_name(precision: str, runtime: str, form: str) -> str:
+    """A candidate's name, for people: none of a model's has that of another."""
+    return " ".join(filter(None, (precision, form and f"by {form}", f"in {runtime}")))
+
+
+def _fp32_parts(imported: ImportManifest, runtime: str) -> list[tuple[str, dict[str, Any]]]:
+    """Form and manifest entry: ONNX Runtime's own kernels have a form of their own, OpenVINO fuses the plain one.
+
+    Winograd's method is for OpenVINO: one face a call it is slower in ONNX Runtime's own kernels.
+    """
+    if runtime == "onnxruntime":
+        return [("", imported.cpu or imported.serving)]
+    return [("", imported.serving), *([(WINOGRAD, imported.winograd)] if imported.winograd else [])]
+
+
+def _file(model_dir: Path, part: Mapping[str, Any]) -> tuple[str, str]:
     return str(part["file"]), str(part.get("sha256") or file_sha256(model_dir / part["file"]))

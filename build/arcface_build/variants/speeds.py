@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeAlias
 
-from arcface_build.variants.candidates import Candidate
+from arcface_build.variants.candidates import Candidate, told_name
 from arcface_build.variants.sidecar import variants_folder
 from arcface_clients.atomic import write_json
 from arcface_clients.engines.runtimes import TELLING_FLAGS, available_cores, cpu_flags, cpu_name
@@ -26,7 +26,7 @@ class Speed:
     """What was measured of one candidate.
 
     Attributes:
-        precision, runtime, sha256: of the candidate.
+        precision, runtime, sha256, form: of the candidate.
         one: faces/s at batch 1, one figure a round.
         full: faces/s at the full batch, one figure a round.
         refused: why it may not be served, though it could be loaded; empty if it may.
@@ -38,6 +38,7 @@ class Speed:
     one: tuple[float, ...]
     full: tuple[float, ...]
     refused: str = ""
+    form: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -46,8 +47,8 @@ class Speed:
 
     @property
     def name(self) -> str:
-        """For people: precision and runtime."""
-        return f"{self.precision} in {self.runtime}"
+        """For people: precision, form and runtime."""
+        return told_name(self.precision, self.runtime, self.form)
 
     def rounds(self, goal: Goal) -> tuple[float, ...]:
         """faces/s that count for a goal, one figure a round."""
@@ -58,6 +59,7 @@ class Speed:
         return {
             "precision": self.precision,
             "runtime": self.runtime,
+            **({"form": self.form} if self.form else {}),
             "latency_ms": round(1000 / median(self.one), 3),
             "faces_per_s": round(median(self.full), 2),
         }
@@ -166,10 +168,10 @@ def _speed(entry: Mapping[str, Any]) -> Speed:
     one, full = (tuple(_rate(figure) for figure in entry[key]) for key in ("one", "full"))
     if not one or len(one) != len(full):
         raise ValueError("rounds")
-    texts = (entry["precision"], entry["runtime"], entry["sha256"], entry["refused"])
+    texts = (entry["precision"], entry["runtime"], entry["sha256"], entry["refused"], entry.get("form", ""))
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("text")
-    return Speed(*texts[:3], one, full, texts[3])
+    return Speed(*texts[:3], one, full, *texts[3:])
 
 
 def _rate(value: object) -> float:
