@@ -22,6 +22,7 @@ from arcface_build.graph.fold_constants import fold_constants
 from arcface_build.graph.repair_source import repair_source
 from arcface_build.graph.serving import serving_form
 from arcface_build.graph.upgrade_opset import opset_of, upgrade_opset
+from arcface_build.graph.winograd import winograd
 from arcface_build.imports.as_given import check_as_given
 from arcface_build.imports.flavour import check_width, flavour_of
 from arcface_build.imports.front import Front
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
 SOURCE_FILE = "source.onnx"
 SERVING_FILE = "serving.onnx"
 CPU_FILE = "serving_cpu.onnx"
-CONVERSION = 4  # increase it when the steps produce a different graph: earlier imports are then redone
+WINOGRAD_FILE = "serving_winograd.onnx"
+CONVERSION = 5  # increase it when the steps produce a different graph: earlier imports are then redone
 TOOLS = ("arcface-triton", "onnx", "onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu", "insightface", "numpy")
 OnStep = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -121,7 +123,9 @@ def import_model(
             progress=progress,
         )
         proof = prove_file(temporary / SERVING_FILE)
-        cpu, cpu_step = _cpu_form(serving, temporary / CPU_FILE, prove_file)
+        cpu, cpu_step = _other_form("blocked_layout", blocked_layout, serving, temporary / CPU_FILE, prove_file)
+        again = _load(temporary / SERVING_FILE)  # the steps work in place
+        fewer, fewer_step = _other_form("winograd", winograd, again, temporary / WINOGRAD_FILE, prove_file)
         manifest = ImportManifest(
             name=folder.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -130,11 +134,12 @@ def import_model(
             preprocessing={**decision.to_json(), "look": look.to_json() if look else None},
             dim=dim,
             contract_id=contract,
-            steps=[step.to_json() for step in (repaired, *steps, cpu_step)],
+            steps=[step.to_json() for step in (repaired, *steps, fewer_step, cpu_step)],
             serving={**_described(temporary / SERVING_FILE), "opset": opset, "conversion": CONVERSION},
             proof=proof.to_json(),
             tools=tool_versions(),
             cpu=cpu,
+            winograd=fewer,
             golden=golden_record(np.stack([reference.embed(face) for face in golden_faces()])),
         )
         write_json(temporary / IMPORT_MANIFEST, manifest.to_json())
@@ -183,16 +188,20 @@ def _prove(
     return prove(file, faces.faces, expected, reference, faces.origin, on_face, limits, contract)
 
 
-def _cpu_form(
-    serving: onnx.ModelProto, file: Path, prove_file: Callable[[Path], Proof]
+def _other_form(
+    name: str,
+    transform: Callable[[onnx.ModelProto], Step],
+    serving: onnx.ModelProto,
+    file: Path,
+    prove_file: Callable[[Path], Proof],
 ) -> tuple[dict[str, Any] | None, Step]:
-    """Write and prove the form for ONNX Runtime's CPU provider; returns its entry for the manifest.
+    """Write and prove another form of the serving model, for CPUs; returns its entry for the manifest.
 
     It only makes serving faster, so if it fails the import continues without it.
     """
-    step = Step("blocked_layout", serving, False, "")
+    step = Step(name, serving, False, "")
     try:
-        step = blocked_layout(serving)
+        step = transform(serving)
         if not step.changed:
             return None, step
         _save_checked(step.model, file)
@@ -245,7 +254,7 @@ def existing_import(
             and (bool(said) or source.preprocessing in (None, manifest.wants()))
             and all(
                 file_digest(folder / part["file"]) == part["sha256"]
-                for part in (manifest.serving, manifest.source["copy"], manifest.cpu)
+                for part in (manifest.serving, manifest.source["copy"], manifest.cpu, manifest.winograd)
                 if part
             )
         )
@@ -277,6 +286,12 @@ def _keep_variants(old: Path, new: Path, manifest: ImportManifest) -> None:
 
 def _described(path: Path) -> dict[str, str | int]:
     return {"file": path.name, "sha256": file_digest(path), "bytes": path.stat().st_size}
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    import onnx
+
+    return onnx.load(path)
 
 
 def _save_checked(model: onnx.ModelProto, path: Path) -> None:

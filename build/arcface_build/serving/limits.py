@@ -1,4 +1,4 @@
-"""How much of this host a tritonserver needs, looked at before a start (/dev/shm, open files), and may take (memory)."""
+"""What a tritonserver needs of this host, looked at before a start (/dev/shm, open files), and may take (memory)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def few_open_files(wanted: int = FILES_WANTED) -> str:
 def memory_limit() -> int:
     """Bytes of its own (RLIMIT_DATA) that each process of a server may ask for.
 
-    Triton 2.51 takes what a body over HTTP says that it holds: 80 TB for a shape of 2^31 faces. jemalloc asks the kernel
-    for memory that it need not have (MAP_NORESERVE), so without a limit such a server fills the host until it is killed.
+    Triton 2.51 takes what a body over HTTP says that it holds: 80 TB for a shape of 2^31 faces. jemalloc asks for it
+    as memory that the kernel need not have (MAP_NORESERVE): without a limit such a server fills the host.
     """
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE)

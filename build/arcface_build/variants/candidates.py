@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnx
 
 PRECISIONS = ("fp32", "bf16", "int8")  # the more exact one first
+WINOGRAD = "Winograd"
 PLAIN = ("fp32", "onnxruntime")  # what is served where nothing was chosen
 
 
@@ -28,6 +29,7 @@ class Measurable:
     precision: str
     runtime: str
     sha256: str
+    form: str
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -36,8 +38,8 @@ class Measurable:
 
     @property
     def name(self) -> str:
-        """For people: precision and runtime."""
-        return f"{self.precision} in {self.runtime}"
+        """For people: precision, form and runtime; no two candidates of a model share one."""
+        return " ".join(filter(None, (self.precision, self.form and f"by {self.form}", f"in {self.runtime}")))
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Candidate(Measurable):
         sha256: of that file.
         sidecar: the variant's, with its gates; None for fp32.
         made: makes the model where it is not that file.
+        form: "Winograd" where it computes convolutions by that method, which costs memory.
     """
 
     precision: str
@@ -59,6 +62,7 @@ class Candidate(Measurable):
     sha256: str
     sidecar: dict[str, Any] | None = None
     made: Callable[[], onnx.ModelProto] | None = None
+    form: str = ""
 
     @property
     def drift(self) -> float | None:
@@ -91,8 +95,9 @@ def candidates(
     imported = read_import_manifest(model_dir)
     exact = _told(able_runtimes("fp32", None, here, told_precision)[0], told_precision)
     found = [
-        Candidate("fp32", runtime, *_form_for(model_dir, imported, runtime))
+        Candidate("fp32", runtime, *fp32_file(model_dir, part), form=form)
         for runtime in sorted(exact, key=RUNTIMES.index)
+        for form, part in _fp32_parts(imported, runtime)
     ]
     why_not: dict[str, str] = {}
     for precision in PRECISIONS[1:]:
@@ -126,9 +131,14 @@ def _told(able: Sequence[str], told_precision: bool) -> list[str]:
     return [runtime for runtime in able if told_precision or runtime not in openvino[1:]]
 
 
-def _form_for(model_dir: Path, imported: ImportManifest, runtime: str) -> tuple[str, str]:
-    """File and digest: ONNX Runtime's own kernels have a form of their own; OpenVINO fuses the plain one itself."""
-    return fp32_file(model_dir, imported.cpu if imported.cpu and runtime == "onnxruntime" else imported.serving)
+def _fp32_parts(imported: ImportManifest, runtime: str) -> list[tuple[str, dict[str, Any]]]:
+    """Form and manifest entry: ONNX Runtime's own kernels have a form of their own, OpenVINO fuses the plain one.
+
+    Winograd's method is for OpenVINO: one face a call it is slower in ONNX Runtime's own kernels.
+    """
+    if runtime == "onnxruntime":
+        return [("", imported.cpu or imported.serving)]
+    return [("", imported.serving), *([(WINOGRAD, imported.winograd)] if imported.winograd else [])]
 
 
 def fp32_file(model_dir: Path, part: Mapping[str, Any]) -> tuple[str, str]:

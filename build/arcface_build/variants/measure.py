@@ -90,6 +90,7 @@ def measure(
             tuple(rate for rate, _ in rounds[candidate.name]),
             tuple(rate for _, rate in rounds[candidate.name]),
             drifts.get(candidate.name),
+            candidate.form,
         )
         for candidate in (*found, *missing)
         if candidate.name in sessions

@@ -26,7 +26,7 @@ class Speed(Measurable):
     """What was measured of one candidate.
 
     Attributes:
-        precision, runtime, sha256: of the candidate.
+        precision, runtime, sha256, form: of the candidate.
         one: faces/s at batch 1, one figure a round.
         full: faces/s at the full batch, one figure a round.
         drift: in another runtime than ONNX Runtime's own kernels, 1 − cosine of the worst face against those: fp32
@@ -39,6 +39,7 @@ class Speed(Measurable):
     one: tuple[float, ...]
     full: tuple[float, ...]
     drift: float | None = None
+    form: str = ""
 
     def rounds(self, goal: Goal) -> tuple[float, ...]:
         """faces/s that count for a goal, one figure a round."""
@@ -49,6 +50,7 @@ class Speed(Measurable):
         return {
             "precision": self.precision,
             "runtime": self.runtime,
+            **({"form": self.form} if self.form else {}),
             "latency_ms": round(1000 / median(self.one), 3),
             "faces_per_s": round(median(self.full), 2),
         } | ({} if self.drift is None else {"drift": self.drift})
@@ -157,10 +159,10 @@ def _speed(entry: Mapping[str, Any]) -> Speed:
     one, full = (tuple(_rate(figure) for figure in entry[key]) for key in ("one", "full"))
     if not one or len(one) != len(full):
         raise ValueError("rounds")
-    texts = (entry["precision"], entry["runtime"], entry["sha256"])
+    texts = (entry["precision"], entry["runtime"], entry["sha256"], entry.get("form", ""))
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("text")
-    return Speed(*texts, one, full, entry["drift"])
+    return Speed(*texts[:3], one, full, entry["drift"], texts[3])
 
 
 def _rate(value: object) -> float:

@@ -102,7 +102,9 @@ class ModelFolder:
     def _part(self, file: Path) -> dict[str, Any]:
         """What the manifest records of one of its own files."""
         known = self.manifest
-        parts = (known.serving, known.cpu, known.source.get("copy")) if known and file.parent == self.path else ()
+        if known is None or file.parent != self.path:
+            return {}
+        parts = (known.serving, known.cpu, known.winograd, known.source.get("copy"))
         return next((part for part in parts if part and part.get("file") == file.name), {})
 
     def _refused(self, variant: str) -> bool:
