@@ -331,7 +331,7 @@ def test_a_stricter_limit_acts_in_what_serve_installs_and_keeps(limit, installed
 
 def int8_twice_as_fast(model_dir: Path, found: Sequence[Candidate], *_: object) -> SpeedTable:
     rates = {"fp32": (10.0,), "int8": (20.0,)}
-    return SpeedTable(4, tuple(Speed(*one.key, rates[one.precision], rates[one.precision]) for one in found))
+    return SpeedTable(4, tuple(Speed(*one.key, rates[one.precision], rates[one.precision], drift=0.0) for one in found))
 
 
 def sidecar_of(folder: Path, *gates: dict, **changed: object) -> Path:

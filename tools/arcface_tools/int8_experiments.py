@@ -21,7 +21,6 @@ from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import measure_in_turns, ratio, undisturbed_rounds
 from arcface_build.bench.result import summarise
 from arcface_build.variants.calibrate import conv_inputs
-from arcface_build.variants.choose import WRONG
 from arcface_build.variants.eval_set import evaluation_faces
 from arcface_build.variants.gate import VariantVerdict, embed_all
 from arcface_build.variants.held_back import part
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
 
 FACES, BATCHES, ROUNDS, SAMPLE_S = 400, (1, 8), 5, 0.4
 FOLDER, TODAY, BASE = "int8-experiments", "today", "insightface b1"
+WRONG = 0.1  # drift between two runtimes on one file: 0.007 is rounding (demo r18), 0.3 and more was seen
 SEARCHED = (TODAY, "bias corrected", "equalized")
 
 

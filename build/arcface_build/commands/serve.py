@@ -180,7 +180,9 @@ class Shell:
         self._with_reference = with_reference or choice.backend == "reference"
         urls = {"grpc": server.grpc_url, "http": server.http_url, "metrics": server.metrics_url}
         result = {"backend": choice.backend, "reason": choice.reason, "urls": urls, "parity": report.to_json()}
-        alone = "" if with_reference else "\nno reference is loaded: nothing was compared with InsightFace"
+        golden = any(row.golden_drift is not None for row in report.rows)
+        with_what = "only InsightFace's rows of two golden faces were compared" if golden else "nothing was compared"
+        alone = "" if with_reference else f"\nno reference is loaded: {with_what}"
         if self._as_json and self._told:  # one document, however often the server is started again
             terminal.notice(render_table(report))
             return

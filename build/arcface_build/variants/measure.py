@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,11 @@ from arcface_build.variants.candidates import Candidate
 from arcface_build.variants.speeds import Speed, SpeedTable
 from arcface_clients.arrays import FaceArray
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.engines.import_manifest import read_import_manifest
 from arcface_clients.engines.runtimes import OnnxSession, first_line, open_session
 from arcface_clients.errors import GateFailed
 from arcface_clients.evidence.gate import judge_embeddings
+from arcface_clients.evidence.golden import golden_faces, golden_rows
 from arcface_clients.faces.synthetic import synthetic_faces
 
 ROUNDS = 5
@@ -34,8 +35,8 @@ def measure(
 ) -> SpeedTable:
     """Measure each candidate in each round, in rotating order: a disturbance hits neighbours alike.
 
-    fp32 in another runtime is compared with the first candidate: no import and no gate has judged it. int8 was judged
-    where it was made, which may have been another CPU: it is compared with what ONNX Runtime's own kernels make of it.
+    Each of `found` embeds the golden faces: its gate, if it had one, may have been judged on another CPU. They are
+    compared with the reference's rows; where an older import kept none, with those of the first candidate.
 
     The full batch is what the first candidate embeds in a tenth of a second, from 4 to 64 faces: on a CPU larger
     batches gain little, and a call of many seconds could not be repeated.
@@ -50,24 +51,22 @@ def measure(
     sessions: dict[str, OnnxSession] = {}
     failed: dict[str, str] = {}
     drifts: dict[str, float] = {}
-    proved: np.ndarray | None = None
+    expected = golden_rows(read_import_manifest(model_dir).golden)
     for candidate in found:
         try:
-            session, embeddings = _opened(model_dir, candidate, faces)
-            if candidate is found[0]:
-                proved = embeddings
-            elif candidate.precision == "fp32":
-                drifts[candidate.name] = _drift(proved, embeddings)
-            elif candidate.precision == "int8" and candidate.runtime != "onnxruntime":
-                written = _opened(model_dir, replace(candidate, runtime="onnxruntime"), faces)[1]
-                drifts[candidate.name] = _drift(written, embeddings)
+            session = _opened(model_dir, candidate)
+            rows = _embed(session, golden_faces())
+            if expected is None and candidate is found[0]:
+                expected = rows
+            drifts[candidate.name] = _drift(expected, rows)
         except Exception as exc:  # whatever it is, the others can be served
             failed[candidate.name] = first_line(exc)
             continue
         sessions[candidate.name] = session
     for candidate in missing:
         with contextlib.suppress(Exception):
-            sessions[candidate.name], _ = _opened(model_dir, candidate, faces)
+            sessions[candidate.name] = _opened(model_dir, candidate)
+            _embed(sessions[candidate.name], faces)
     if len(sessions) < 2:
         return SpeedTable(SMALLEST_FULL_BATCH, (), failed)
     one = faces[:1]
@@ -98,22 +97,34 @@ def measure(
     return SpeedTable(len(full), tuple(speeds), failed)
 
 
-def _opened(model_dir: Path, candidate: Candidate, faces: FaceArray) -> tuple[OnnxSession, np.ndarray]:
-    session = open_session(
+def drift_here(model_dir: Path, candidate: Candidate) -> float | None:
+    """1 − cosine of the worst golden face, of what this host makes of a candidate; None if the import kept no rows.
+
+    Raises:
+        GateFailed: these are no embeddings.
+        DependencyMissing, WrongUse: it cannot be opened.
+    """
+    expected = golden_rows(read_import_manifest(model_dir).golden)
+    if expected is None:
+        return None
+    return _drift(expected, _embed(_opened(model_dir, candidate), golden_faces()))
+
+
+def _opened(model_dir: Path, candidate: Candidate) -> OnnxSession:
+    return open_session(
         candidate.made() if candidate.made else model_dir / candidate.file, candidate.runtime, label=candidate.file
     )
-    return session, _embed(session, faces)
 
 
-def _drift(proved: np.ndarray | None, embeddings: np.ndarray) -> float:
+def _drift(expected: np.ndarray | None, embeddings: np.ndarray) -> float:
     """1 − cosine of the worst face.
 
     Raises:
         GateFailed: these are no embeddings, or there is nothing to compare them with.
     """
-    if proved is None:
+    if expected is None:
         raise GateFailed("there is nothing to compare it with: fp32 in ONNX Runtime could not be loaded")
-    verdict = judge_embeddings(proved, embeddings, "fp32", {"fp32": _ANY_DRIFT})
+    verdict = judge_embeddings(expected, embeddings, "fp32", {"fp32": _ANY_DRIFT})
     if not verdict.passed:
         raise GateFailed(verdict.why)
     return verdict.max_drift

@@ -17,7 +17,7 @@ from arcface_clients.atomic import write_json
 from arcface_clients.engines.runtimes import TELLING_FLAGS, available_cores, cpu_flags, cpu_name
 
 Goal: TypeAlias = Literal["throughput", "latency"]
-_FORMAT = 3
+_FORMAT = 4
 _log = logging.getLogger(__name__)
 
 
@@ -29,8 +29,7 @@ class Speed(Measurable):
         precision, runtime, sha256, form: of the candidate.
         one: faces/s at batch 1, one figure a round.
         full: faces/s at the full batch, one figure a round.
-        drift: in another runtime than ONNX Runtime's own kernels, 1 − cosine of the worst face against those: fp32
-            against what the import proved, int8 against the same file. None for the rest.
+        drift: 1 − cosine of the worst golden face on this host; None for what was timed only to be offered.
     """
 
     precision: str

@@ -22,6 +22,7 @@ from arcface_clients.errors import (
     ServerUnreachable,
 )
 from arcface_clients.evidence.gate import judge_embeddings
+from arcface_clients.evidence.golden import judge_golden
 from arcface_clients.faces.check import check_faces
 from arcface_clients.triton.address import Access, Address, Connection, Tls
 from arcface_clients.triton.embedder import TritonEmbedder
@@ -34,7 +35,11 @@ COUNTED_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class BackendParity:
-    """One row: a served model against the reference, on the same faces; cosines are None if no reference is loaded."""
+    """One row: a served model against the reference, on the same faces.
+
+    Where no reference is loaded it was judged on the two faces whose golden rows it has, and cosines are None: they
+    would be of other faces than the report says.
+    """
 
     model: str
     leaf: str  # the model that answers where `model` is an ensemble
@@ -47,6 +52,7 @@ class BackendParity:
     limit: float | None  # largest drift allowed for its precision; None for the reference itself
     refused: str = ""  # the gate's reason if it did not pass
     demo: bool = False  # random weights: it recognises nobody, however near to its reference it is
+    golden_drift: float | None = None  # of the worst golden face, where no reference is loaded
 
     @property
     def passed(self) -> bool:
@@ -58,6 +64,8 @@ class BackendParity:
         """The verdict in words, with its figures."""
         if self.refused:
             return f"FAILED ({self.precision}: {self.refused})"
+        if self.golden_drift is not None:
+            return f"golden rows ({self.precision}: drift {max(self.golden_drift, 0):.1e} ≤ {self.limit:g})"
         if self.min_cosine is None:
             return "not compared"
         if self.limit is None:
@@ -152,27 +160,29 @@ def measure_parity(
             except ModelNotReady as exc:
                 skipped[model] = str(exc)
                 continue
-            embeddings, broken, faces_per_s = None, "", 0.0
+            precision = served.precision or "fp32"
+            if precision not in limits:
+                raise ConfigError(f"{model!r} states precision {precision!r}; expected one of {', '.join(limits)}.")
+            verdict = None
+            broken, faces_per_s = "", 0.0
             try:
                 embedder.encode(faces[:1])  # the first request may allocate; it is not timed
                 started = time.perf_counter()
                 embeddings = embedder.encode(faces)
                 faces_per_s = len(faces) / (time.perf_counter() - started)
+                if model == REFERENCE:
+                    reference = embeddings
+                if reference is not None:
+                    verdict = judge_embeddings(reference, embeddings, precision, limits)
+                else:
+                    verdict = judge_golden(served.golden, embedder.encode, precision, limits)
             except InferenceFailed as exc:  # NaN, another shape, rows that are not of unit length
                 if model == REFERENCE:
                     raise
                 broken = str(exc)
             named = _one_contract(model, named, embedder.contract_prefix)
-        if model == REFERENCE:
-            reference = embeddings
         contract = contract or served.contract_id
-        precision = served.precision or "fp32"
-        if precision not in limits:
-            raise ConfigError(f"{model!r} states precision {precision!r}; expected one of {', '.join(limits)}.")
-        verdict = None
-        if reference is not None and embeddings is not None:
-            verdict = judge_embeddings(reference, embeddings, precision, limits)
-        drift = verdict.report if verdict else None
+        drift = verdict.report if verdict and reference is not None else None
         rows.append(
             BackendParity(
                 model=model,
@@ -186,6 +196,7 @@ def measure_parity(
                 limit=None if model == REFERENCE else limits[precision],
                 refused=verdict.why if verdict else broken,
                 demo=served.demo,
+                golden_drift=verdict.max_drift if verdict and reference is None else None,
             )
         )
     return ParityReport(url=url, faces=len(faces), contract_id=contract, rows=tuple(rows), skipped=skipped)

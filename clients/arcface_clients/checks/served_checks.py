@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from arcface_clients.checks.report import Check
 from arcface_clients.errors import ArcFaceError, BackendUnavailable
-from arcface_clients.evidence.gate import judge_embeddings
-from arcface_clients.evidence.golden import golden_faces, golden_rows
+from arcface_clients.evidence.golden import golden_faces, judge_golden
 from arcface_clients.photos.embedder import PhotoEmbedder
 from arcface_clients.triton.embedder import TritonEmbedder
 from arcface_clients.triton.transports.statistics import model_statistics
@@ -73,26 +72,25 @@ def check_photos(settings: EmbeddingConfig, timeout_s: float = TIMEOUT_S) -> Che
 
 def check_drift(embedder: TritonEmbedder, served: ServedModel, settings: EmbeddingConfig) -> Check:
     """The served model's embeddings of the golden faces beside what the reference gave for them at the import."""
-    faces, golden = golden_faces(), golden_rows(served.golden)
+    precision = served.precision or "fp32"
+    limits = settings.comparison.max_drift.model_dump()
     try:
-        rows = embedder.encode(faces)
+        verdict = judge_golden(served.golden, embedder.encode, precision, limits)
     except BackendUnavailable:
         raise
     except ArcFaceError as exc:
         return Check("drift", "problem", str(exc), "see the server's log; go back: arcface rollback")
-    if golden is None:
+    if verdict is None:
         return Check(
             "drift",
             "absent",
             f"{served.leaf} has no golden rows: it was imported by an older version, or served without the overlay",
             "arcface import SOURCE, and serve it by: arcface serve (or --model-config-name onnx)",
         )
-    precision = served.precision or "fp32"
-    verdict = judge_embeddings(golden, rows, precision, settings.comparison.max_drift.model_dump())
     if not verdict.passed:
         fix = "which faces: arcface parity, arcface compare; go back: arcface rollback"
         return Check("drift", "problem", f"golden rows of the reference: {verdict.why}", fix)
-    found = f"{len(faces)} golden rows of the reference: drift {max(verdict.max_drift, 0):.1e} ≤ {verdict.limit:g}"
+    found = f"{verdict.faces} golden rows of the reference: drift {max(verdict.max_drift, 0):.1e} ≤ {verdict.limit:g}"
     return Check("drift", "ok", f"{found} ({precision})")
 
 

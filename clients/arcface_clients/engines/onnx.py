@@ -32,6 +32,7 @@ from arcface_clients.engines.runtimes import (
     runtime_for,
 )
 from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
+from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.extras import importing
 
 _log = logging.getLogger(__name__)
@@ -169,6 +170,10 @@ class OnnxEngine(LocalEngine):
         if provider == TENSORRT:  # operators that it does not support run on the same GPU
             return [(TENSORRT, index), (CUDA, index), CPU]
         return [(provider, index) if provider == CUDA else provider, CPU]
+
+    def _judged_by(self) -> tuple[str | None, str, Mapping[str, float]]:
+        manifest = self._wanted.folder().manifest
+        return (manifest.golden if manifest else None), str(self.taken["precision"]), self._max_drift or DRIFT_LIMITS
 
     def _run(self, faces: FaceArray) -> FloatArray:
         session = self._session

@@ -1,17 +1,21 @@
-"""Golden rows: the reference's embeddings of a few synthetic faces, which travel with the weights in the served config.
+"""Golden rows: the reference's embeddings of a few synthetic faces, which travel with the weights.
 
-So whoever reaches a server can compare it with InsightFace, without InsightFace and without a file. They are kept as
-float16, which moves a unit row of 512 numbers by a drift of 1e-7 at most: a hundredth of the limit for fp32.
+They are in the import's manifest and in the served config. So whoever loads a model, or reaches a server, can compare
+it with InsightFace, without InsightFace and without a file: a gate that was passed on one CPU says little about a
+runtime that computes the same file wrongly on another. They are kept as float16, which moves a unit row of 512 numbers
+by a drift of 1e-7 at most: a hundredth of the limit for fp32.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from arcface_clients.arrays import Array, FaceArray, FloatArray
+from arcface_clients.evidence.gate import GateVerdict, judge_embeddings
 from arcface_clients.faces.synthetic import synthetic_faces
 
 COUNT = 2
@@ -33,6 +37,21 @@ def golden_record(rows: Array) -> str:
 def is_golden(record: str | None) -> bool:
     """Whether a record is one of the faces that `golden_faces` gives now."""
     return golden_rows(record) is not None
+
+
+def judge_golden(
+    record: str | None, embed: Callable[[FaceArray], Array], precision: str, limits: Mapping[str, float]
+) -> GateVerdict | None:
+    """Embed the faces and judge them beside the record's rows; None, and nothing is embedded, if it has none.
+
+    Args:
+        record: what `golden_record` made at the import.
+        embed: uint8 (2,112,112,3) BGR → float32 (2,D).
+        precision: of what embeds.
+        limits: largest 1 − cosine by precision (configuration: comparison.max_drift).
+    """
+    expected = golden_rows(record)
+    return None if expected is None else judge_embeddings(expected, embed(golden_faces()), precision, limits)
 
 
 def golden_rows(record: str | None) -> FloatArray | None:
