@@ -28,7 +28,7 @@ from arcface_clients.checks.served_checks import check_photos
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import ArcFaceError, DeadlineExceeded
 from arcface_clients.faces.synthetic import synthetic_faces
-from serve_process import Serving
+from serve_process import Serving, control
 
 FACES = synthetic_faces(2)
 DEADLY = {
@@ -222,20 +222,6 @@ def test_a_model_unloaded_or_loaded_anew_is_no_lost_process_and_its_new_ones_are
         while time.monotonic() < until + 10:
             watched.beats()
             time.sleep(0.05)
-
-
-def control(server, verb, model):
-    import urllib.request
-
-    from arcface_clients.triton.address import Address, Connection
-    from arcface_clients.triton.admin_key import admin_headers
-
-    connection = Connection(Address.parse(f"http://{server.http_url}"))
-    url = f"http://{server.http_url}/v2/repository/models/{model}/{verb}"
-    with urllib.request.urlopen(
-        urllib.request.Request(url, b"{}", admin_headers(connection), method="POST"), timeout=60
-    ) as answer:
-        assert answer.status == 200
 
 
 class Silent:
