@@ -38,16 +38,14 @@ class JobSpec:
         Raises:
             DetectorMismatch: its file is another one than when the job began.
         """
-        if self.detector in (None, ON_SERVER):
+        if self.detector is None or self.detector == ON_SERVER:
             return None
-        from arcface_clients.faces.detect import FaceDetector
+        from arcface_clients.faces.detect import open_detector
 
-        found = FaceDetector(self.detector, min_score=self.min_score)
-        self.check_detector(found.detector_id, str(found.model))
-        return found
+        return open_detector(self.detector, self.detector_id, self.min_score)
 
     def check_detector(self, detector_id: str | None, whose: str) -> None:
-        """Check that this detector finds the faces of this job. `whose`: how a message names who has it.
+        """Check that this detector finds the faces of this job. `whose`: how a message names what has it.
 
         Raises:
             DetectorMismatch: another one does.

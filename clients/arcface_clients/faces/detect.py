@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from arcface_clients.arrays import Array, FaceArray, FloatArray
-from arcface_clients.errors import ConfigError, DependencyMissing, InvalidFaces
+from arcface_clients.errors import ConfigError, DependencyMissing, DetectorMismatch, InvalidFaces
 from arcface_clients.extras import importing
 from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, Found, find_files, gather
 from arcface_clients.faces.photos import opened_photo
@@ -136,6 +136,22 @@ class FaceDetector:
             max_side=self.max_side,
             looks=None if self.refine else 1,
         )
+
+
+def open_detector(model: Path | str, detector_id: str | None, min_score: float = 0.7) -> FaceDetector:
+    """The detector of a run, for one of its workers, which may begin long after it. `detector_id`: None: any.
+
+    Raises:
+        DetectorMismatch: the file is another one than when the run began.
+        What `FaceDetector` raises.
+    """
+    found = FaceDetector(model, min_score=min_score)
+    if detector_id not in (None, found.detector_id):
+        raise DetectorMismatch(
+            f"{found.model} is {found.detector_id}: expected {detector_id}, with which this run was begun. Put the "
+            "former file there, or start over: --force"
+        )
+    return found
 
 
 def _points(row: FloatArray) -> FloatArray:
