@@ -1,8 +1,8 @@
 """A bulk job as a process of its own: bulk_driver.py OUTPUT ENGINE SOURCE … prints its counts as JSON.
 
 ENGINE is a function or a class below, with `:ARGUMENT,…` for its URLs, and `threads+` before it where threads and not
-Ray do the work; $ARCFACE_DETECTOR makes the sources photos, whose detector has to be $DETECTOR_ID. Ray's actors find the
-engines by this module's name, which PYTHONPATH must lead to.
+Ray do the work; $ARCFACE_DETECTOR makes the sources photos, whose detector has to be $DETECTOR_ID. Ray's actors find
+the engines by this module's name, which PYTHONPATH must lead to.
 """
 
 from __future__ import annotations
