@@ -132,7 +132,9 @@ def test_one_of_the_processes_of_photos_is_lost_and_all_photos_are_answered_each
 
 def test_doctor_names_a_server_of_photos_that_lost_a_process(server_of_photos):
     config = EmbeddingConfig(triton={"url": server_of_photos.grpc_url})
-    assert check_photos(config).status == "ok"
+    found = check_photos(config)
+    assert found.status == "ok"
+    assert "; yunet sha256=8f2383e4dd3cfbb4553ea8718107fc04" in found.found
     os.kill(a_process_of(server_of_photos, "photo_faces"), signal.SIGKILL)
     lost = check_photos(config)
     assert lost.status == "problem"
