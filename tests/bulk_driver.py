@@ -1,8 +1,8 @@
 """A bulk job as a process of its own: bulk_driver.py OUTPUT ENGINE SOURCE … prints its counts as JSON.
 
 ENGINE is a function or a class below, with `:ARGUMENT,…` for its URLs, and `threads+` before it where threads and not
-Ray do the work; $ARCFACE_DETECTOR makes the sources photos. Ray's actors find the engines by this module's name, which
-PYTHONPATH must lead to.
+Ray do the work; $ARCFACE_DETECTOR makes the sources photos, whose detector has to be $DETECTOR_ID. Ray's actors find
+the engines by this module's name, which PYTHONPATH must lead to.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.spec import JobSpec
 from arcface_clients.bulk.work import PATIENCE_S
 from arcface_clients.errors import Overloaded
+from arcface_clients.photos.engine import PhotoEngine  # noqa: F401
 from arcface_clients.ray_cluster import Cluster
 from people import PixelEngine
 
@@ -107,7 +108,12 @@ def main(output: str, engine: str, *sources: str) -> None:
     begun_s = time.monotonic()
     with make(urls[0]) as engine_here:
         spec = JobSpec(
-            sources, engine_here.contract_id, engine_here.embedding_dim, ROWS, os.environ.get("ARCFACE_DETECTOR")
+            sources,
+            engine_here.contract_id,
+            engine_here.embedding_dim,
+            ROWS,
+            os.environ.get("ARCFACE_DETECTOR"),
+            detector_id=os.environ.get("DETECTOR_ID"),
         )
     with Job(output, spec) as job:
         told = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731

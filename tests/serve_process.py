@@ -7,9 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 from arcface_build.serving.ports import Ports, free_ports
+from arcface_build.serving.process import TritonProcess
+from arcface_clients.triton.address import Address, Connection
+from arcface_clients.triton.admin_key import admin_headers
 
 MAIN = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
 NO_WAY_OUT = {"http_proxy": "http://127.0.0.1:9", "grpc_proxy": "http://127.0.0.1:9"}  # loopback needs no proxy
@@ -63,3 +67,13 @@ class Serving:
         assert self.process.wait(60) == 0, "".join(self.said)
         self.listener.join()
         self.process.stdout.close()
+
+
+def control(server: TritonProcess, verb: str, model: str) -> None:
+    """Have a server load or unload a model."""
+    connection = Connection(Address.parse(f"http://{server.http_url}"))
+    url = f"http://{server.http_url}/v2/repository/models/{model}/{verb}"
+    with urllib.request.urlopen(
+        urllib.request.Request(url, b"{}", admin_headers(connection), method="POST"), timeout=60
+    ) as answer:
+        assert answer.status == 200

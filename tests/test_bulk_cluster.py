@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from arcface_build.serving.binary import TritonBinary
+from arcface_build.serving.process import TritonProcess
 from arcface_clients.bulk.files import Files
 from arcface_clients.bulk.job import Job
 from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.parts import read_embeddings
-from arcface_clients.bulk.spec import JobSpec
+from arcface_clients.bulk.spec import ON_SERVER, JobSpec
 from arcface_clients.faces.synthetic import synthetic_faces
 from bulk_driver import DIM
 from hurt_job import COUNT, HurtJob, hurt_by_kills, some_faces, two_servers
@@ -186,6 +187,22 @@ def test_photos_are_searched_by_the_actors_and_a_killed_node_loses_none(
     assert {name: who for name, (who, _) in rows.items()} == {name: who for name, (who, _) in rows_here.items()}
     for name, (_, row) in rows.items():
         np.testing.assert_allclose(row, rows_here[name][1], atol=1e-4)
+
+
+def test_actors_refuse_a_server_and_a_file_with_another_detector(
+    cluster: RayCluster, photo_server: TritonProcess, assets: Path
+) -> None:
+    person = str(min((assets / "faces" / "raw250").iterdir()))
+    file = str(next((assets / "detectors").glob("*yunet*.onnx")))
+    for engine, detector in ((f"PhotoEngine:{photo_server.grpc_url}", ON_SERVER), ("quick", file)):
+        output = f"s3://bulk/{'mixed' if detector == ON_SERVER else 'mixed-here'}/"
+        variables = {"ARCFACE_DETECTOR": detector, "DETECTOR_ID": "yunet sha256=0"}
+        driver = start(cluster, output, engine, person, **variables)
+        _, errors = driver.communicate(timeout=150)
+        assert driver.returncode != 0
+        assert "DetectorMismatch" in errors
+        assert "yunet sha256=0" in errors
+        assert parts_in(output) == 0
 
 
 def test_a_unit_that_kills_its_worker_three_times_is_set_aside_and_listed(

@@ -53,9 +53,9 @@ def test_infer_answers_as_described(
 
 def test_only_the_outputs_that_are_named_are_answered(photo_server: TritonProcess, texts: list[str]) -> None:
     image = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [texts[0]]}
-    request = {"inputs": [image], "outputs": [{"name": "box"}, {"name": "crop"}]}
+    request = {"inputs": [image], "outputs": [{"name": "box"}, {"name": "crop"}, {"name": "detector"}]}
     answer = described(photo_server, FACES, request, 200)
-    assert {output["name"] for output in answer["outputs"]} == {"box", "crop"}
+    assert {output["name"] for output in answer["outputs"]} == {"box", "crop", "detector"}
 
 
 @pytest.mark.parametrize("photo", [0, 1, 2])
@@ -64,6 +64,9 @@ def test_generate_answers_as_described(photo_server: TritonProcess, texts: list[
     for image in (texts[photo], uri):
         answer = described(photo_server, GENERATE, {"image": image, "min_score": 0.6}, 200)
         assert len(answer["box"]) == 4 * np.size(answer["score"])
+        assert "detector" not in answer
+    answer = described(photo_server, GENERATE, {"image": texts[photo], "min_score": 0.6, "detector": True}, 200)
+    assert " min_score=0.6 min_size=16 max_faces=512 " in answer["detector"]
 
 
 @pytest.mark.parametrize("second", [1, 2])

@@ -143,8 +143,8 @@ def test_a_journal_of_another_model_or_other_limits_is_not_mixed_in(tmp_path: Pa
         Journal(path, "d" * 64, LIMITS)
     with pytest.raises(ConfigError, match=r"was started with \{'max_distance': 0.12"):
         Journal(path, CONTRACT, Limits())
-    with pytest.raises(ConfigError, match="'photos': True}: expected the same"):
-        Journal(path, CONTRACT, LIMITS, photos=True)
+    with pytest.raises(ConfigError, match="'photos': 'yunet sha256=1'}: expected the same"):
+        Journal(path, CONTRACT, LIMITS, detector_id="yunet sha256=1")
     with (
         Journal(path, "d" * 64, LIMITS, start_over=True),
         pytest.raises(ConfigError, match="another process is writing"),
@@ -154,6 +154,18 @@ def test_a_journal_of_another_model_or_other_limits_is_not_mixed_in(tmp_path: Pa
         path.write_text(f"{text}\n")
         with pytest.raises(ConfigError, match="is not a journal written by this program"):
             Journal(path, CONTRACT, LIMITS)
+
+
+def test_a_journal_of_another_detector_is_not_mixed_in_and_one_of_an_unknown_detector_only_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "out.json.partial"
+    Journal(path, CONTRACT, LIMITS, detector_id="yunet sha256=1").close()
+    with pytest.raises(ConfigError, match=r"'photos': 'yunet sha256=1'\}, now it is .*sha256=2'\}: expected the same"):
+        Journal(path, CONTRACT, LIMITS, detector_id="yunet sha256=2")
+    path.write_text(path.read_text().replace('"yunet sha256=1"', "true"))  # as earlier versions wrote it
+    Journal(path, CONTRACT, LIMITS, detector_id="yunet sha256=2").close()
+    assert "does not say which detector found the faces of the people who are in it" in caplog.text
 
 
 def test_a_dead_server_stops_the_run_and_no_more_people_wait_than_twice_the_workers(folder: Path) -> None:

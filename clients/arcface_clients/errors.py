@@ -6,6 +6,7 @@ ArcFaceError
 ├── WrongUse              arguments that cannot work             never falls back   exit 2
 │   └── ConfigError           a key or value in the configuration
 ├── ContractMismatch      embeddings of two different contracts  never falls back   exit 2
+├── DetectorMismatch      faces found by two detectors           never falls back   exit 2
 ├── GateFailed            drift above its limit                  never falls back   exit 1
 ├── PlanRefused           truncated, foreign, unsigned, replayed never falls back   exit 1
 ├── InferenceFailed       the backend answered with an error     never falls back   exit 1
@@ -64,6 +65,12 @@ class ConfigError(WrongUse):
 
 class ContractMismatch(ArcFaceError, ValueError):
     """Embeddings of two different contracts were about to be compared or mixed. Never falls back."""
+
+    exit_code = 2
+
+
+class DetectorMismatch(ArcFaceError, ValueError):
+    """Faces that two detectors found, or one with other limits, were about to be mixed. Never falls back."""
 
     exit_code = 2
 

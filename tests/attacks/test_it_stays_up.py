@@ -28,7 +28,7 @@ from arcface_clients.checks.served_checks import check_photos
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import ArcFaceError, DeadlineExceeded
 from arcface_clients.faces.synthetic import synthetic_faces
-from serve_process import Serving
+from serve_process import Serving, control
 
 FACES = synthetic_faces(2)
 DEADLY = {
@@ -132,7 +132,9 @@ def test_one_of_the_processes_of_photos_is_lost_and_all_photos_are_answered_each
 
 def test_doctor_names_a_server_of_photos_that_lost_a_process(server_of_photos):
     config = EmbeddingConfig(triton={"url": server_of_photos.grpc_url})
-    assert check_photos(config).status == "ok"
+    found = check_photos(config)
+    assert found.status == "ok"
+    assert "; yunet sha256=8f2383e4dd3cfbb4553ea8718107fc04" in found.found
     os.kill(a_process_of(server_of_photos, "photo_faces"), signal.SIGKILL)
     lost = check_photos(config)
     assert lost.status == "problem"
@@ -222,20 +224,6 @@ def test_a_model_unloaded_or_loaded_anew_is_no_lost_process_and_its_new_ones_are
         while time.monotonic() < until + 10:
             watched.beats()
             time.sleep(0.05)
-
-
-def control(server, verb, model):
-    import urllib.request
-
-    from arcface_clients.triton.address import Address, Connection
-    from arcface_clients.triton.admin_key import admin_headers
-
-    connection = Connection(Address.parse(f"http://{server.http_url}"))
-    url = f"http://{server.http_url}/v2/repository/models/{model}/{verb}"
-    with urllib.request.urlopen(
-        urllib.request.Request(url, b"{}", admin_headers(connection), method="POST"), timeout=60
-    ) as answer:
-        assert answer.status == 200
 
 
 class Silent:

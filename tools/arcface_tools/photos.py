@@ -164,14 +164,15 @@ def from_photos(
         engine: embeds what our own detector finds; the same weights.
         detector: YuNet's ONNX.
     """
+    served_detector = photos.pin_detector()
     names = sorted({name for line in pairs.read_text().splitlines()[1:] for name in line.split(",")[:2]})
-    finder, missing, lowest, faces = FaceDetector(detector), [], 1.0, 0
+    finder, differing, lowest, faces = FaceDetector(detector), [], 1.0, 0
     rows: dict[str, list[Image]] = {"server": [], "client": []}
     for name, answer in zip(names, photos.faces_stream(folder / name for name in names), strict=True):
         found = finder.detect_encoded((folder / name).read_bytes())
         served = [] if isinstance(answer, InvalidFaces) else answer
         if len(found) != len(served) or not found:
-            missing.append(name)
+            differing.append(name)
         height, width = read_photo(folder / name).shape[:2]
         mine = engine.encode(np.stack([face.face for face in found])) if found else np.zeros((1, engine.embedding_dim))
         for ours, theirs in zip(mine, served, strict=False):
@@ -184,17 +185,24 @@ def from_photos(
         for way, each in rows.items()
     }
     return {
+        "host": describe_host(),
+        "contract_id": engine.contract_id,
+        "detectors": {"server": served_detector, "client": finder.detector_id},
         "photos": len(names),
         "faces": faces,
         "lowest_cosine": lowest,
-        "photos_with_other_faces_or_none": missing,
+        "photos_with_other_faces_or_none": {"count": len(differing), "names": differing},
         "accuracy": accuracy,
         "recall": recall([folder / name for name in names[:100]], photos),
     }
 
 
-def recall(files: Iterable[Path], photos: PhotoEmbedder) -> dict[str, float]:
-    """Share of faces that are found again when the photo is shrunk until they are so many pixels high, by that size."""
+def recall(files: Iterable[Path], photos: PhotoEmbedder) -> dict[str, dict[str, float]]:
+    """Faces that are found again when the photo is shrunk until they are so many pixels high, by that size.
+
+    Returns:
+        By size: how many `faces` were that large or larger, and the `share` of them that was found.
+    """
     sizes: dict[int, list[bool]] = {size: [] for size in SIZES}
     for file in files:
         image = read_photo(file)
@@ -210,7 +218,7 @@ def recall(files: Iterable[Path], photos: PhotoEmbedder) -> dict[str, float]:
             centre = by * (np.array(face.box[:2]) + np.array(face.box[2:]) / 2)
             found = [np.array(each.box[:2]) + np.array(each.box[2:]) / 2 for each in photos.faces(small)]
             hits.append(any(np.abs(each - centre).max() < size / 2 for each in found))
-    return {str(size): float(np.mean(hits)) for size, hits in sizes.items() if hits}
+    return {str(size): {"faces": len(hits), "share": float(np.mean(hits))} for size, hits in sizes.items() if hits}
 
 
 def _nearest(boxes: Sequence[Sequence[float]], width: int, height: int) -> int:

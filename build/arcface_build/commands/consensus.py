@@ -20,10 +20,11 @@ from arcface_clients.atomic import write_json
 from arcface_clients.errors import WrongUse
 from arcface_clients.extras import require
 from arcface_clients.faces.images import load_faces
-from arcface_clients.people.persons import FORMAT, VERSION, Journal, Limits, Loader, consensus_of_people, people_in
+from arcface_clients.people.persons import FORMAT, VERSION, Journal, Limits, consensus_of_people, people_in
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
+    from arcface_clients.faces.detect import FaceDetector
     from arcface_clients.ray_cluster import Cluster
 
 WORKERS = 4
@@ -186,10 +187,10 @@ def run(
     """
     from contextlib import ExitStack
 
+    from arcface_clients.faces.detect import load_detected
     from arcface_clients.people.cache import EmbeddingCache
 
-    photos = detector is not None
-
+    finder = _finder(detector)
     people = people_in(folder)
     with ExitStack() as stack:
         journal = stack.enter_context(
@@ -198,7 +199,7 @@ def run(
                 engine.contract_id,
                 limits,
                 start_over,
-                photos,
+                finder.detector_id if finder else None,
             )
         )
         cache = stack.enter_context(EmbeddingCache(path=cache_path)) if cache_path else None
@@ -221,24 +222,26 @@ def run(
                 engine.contract_id,
                 keep,
                 limits,
-                detector=str(detector) if detector else None,
+                detector=str(finder.model) if finder else None,
+                detector_id=finder.detector_id if finder else None,
                 cluster=on_ray.cluster,
                 say=terminal.notice,
             )
         else:
-            load = _loader(detector)
+            load = partial(load_detected, detector=finder) if finder else load_faces
             for record in consensus_of_people(left, engine, limits, workers=workers, cache=cache, load=load):
                 keep(record)
         records = {name: journal.records[name] for name in people}
         if not any(record["distances"] for record in records.values()):
             journal.close(delete=True)
-            raise WrongUse(_nothing_read(folder, records, photos))
+            raise WrongUse(_nothing_read(folder, records, finder is not None))
         write_json(
             output,
             {
                 "format": FORMAT,
                 "version": VERSION,
                 "contract_id": engine.contract_id,
+                **({"detector_id": finder.detector_id} if finder else {}),
                 "limits": vars(limits),
                 "people": {name: {k: v for k, v in r.items() if k != "person"} for name, r in records.items()},
             },
@@ -247,9 +250,9 @@ def run(
     return records
 
 
-def _loader(detector: Path | None) -> Loader:
+def _finder(detector: Path | None) -> FaceDetector | None:
     if detector is None:
-        return load_faces
-    from arcface_clients.faces.detect import FaceDetector, load_detected
+        return None
+    from arcface_clients.faces.detect import FaceDetector
 
-    return partial(load_detected, detector=FaceDetector(detector))
+    return FaceDetector(detector)

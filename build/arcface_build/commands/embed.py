@@ -100,7 +100,8 @@ def command(
 
     Unreadable inputs are skipped and listed with the reason. A .npz contains `paths`, `embeddings` float32 (N,D) of
     unit length, `contract_id` and `model`; a .parquet the columns path, identity, embedding, contract_id and digest.
-    With --detect, both record where each face was found, in pixels of the upright photo (docs/people.md).
+    With --detect, both record where each face was found, in pixels of the upright photo, and by which detector
+    (docs/people.md).
     """
     name = Path(output)
     parquet = output.endswith("/") or "://" in output or name.suffix == ".parquet"

@@ -53,6 +53,7 @@ def embed_to_parquet(
             engines[0].embedding_dim,
             unit_rows,
             detector=detector,
+            detector_id=_detector_id(detector, engines[0]),
         )
         job = stack.enter_context(Job(output, spec, start_over, _files()))
         begun = time.monotonic()
@@ -87,6 +88,7 @@ def embed_to_parquet(
         "contract_id": spec.contract_id,
         "model": model,
         "detected_by": None if detector is None else "server" if detector == ON_SERVER else "client",
+        "detector_id": spec.detector_id,
         "refused": done.refused,
         "refused_list": refused_list,
         "set_aside": sorted(done.set_aside),
@@ -129,6 +131,17 @@ def _files() -> Files:
             read_timeout_s=storage.timeout_s,
         )
     )
+
+
+def _detector_id(detector: str | None, engine: TritonEmbedder) -> str | None:
+    """Which detector finds the faces: what the server says, or the content of the file of this host."""
+    if isinstance(engine, PhotoEngine):
+        return engine.detector_id
+    if detector is None:
+        return None
+    from arcface_clients.faces.detect import FaceDetector
+
+    return FaceDetector(detector).detector_id
 
 
 def _refused_list(output: str, job: Job) -> str:

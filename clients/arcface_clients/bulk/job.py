@@ -118,7 +118,7 @@ class Job(Closing):
 
         Raises:
             ConfigError: another process is at it, or it was begun with other sources or settings.
-            ContractMismatch: it was begun with another model.
+            ContractMismatch, DetectorMismatch: it was begun with another model, or another detector.
             StoreUnreachable: the object store does not answer.
         """
         self.spec, self.files = spec, files or Files()
@@ -194,7 +194,7 @@ class Job(Closing):
         """Number and unit of what is not done yet, in order; what is done is counted on the way.
 
         Raises:
-            ContractMismatch, ConfigError: a part or the folder is of another job.
+            ContractMismatch, DetectorMismatch, ConfigError: a part or the folder is of another job.
             ArcFaceError, OSError: the sources cannot be listed.
         """
         for chunk in self.list.chunks():
@@ -233,7 +233,7 @@ class Job(Closing):
         """What the part of a unit says of itself; None if there is none, or a torn one.
 
         Raises:
-            ContractMismatch: it is of another contract.
+            ContractMismatch, DetectorMismatch: it is of another contract, or another detector found its faces.
         """
         with suppress(FileNotFoundError), self.files.open(self.folder.of(part_name(number))) as source:
             part = look_at_part(source)
@@ -242,6 +242,8 @@ class Job(Closing):
                     f"{self.folder.of(part_name(number))} is of contract {part.contract_id}: expected "
                     f"{self.spec.contract_id}, as all parts of this job. Start over: --force"
                 )
+            if part is not None and part.detector_id is not None:  # earlier versions did not say
+                self.spec.check_detector(part.detector_id, f"that of {self.folder.of(part_name(number))}")
             return part
         return None
 
@@ -271,9 +273,11 @@ class Job(Closing):
         if self.output is None:
             found: dict[str, Any] = {"rows": self.counts.rows, "refused": self.counts.refused, "parts": self.units}
             found |= {"set_aside": sorted(self.counts.set_aside), "contract_id": self.spec.contract_id}
+            found |= {"detector_id": self.spec.detector_id} if self.spec.detector else {}
             self.folder.write(SUCCESS, json.dumps({**found, "format": FORMAT, "version": VERSION}, indent=2).encode())
         else:
-            columns = schema(self.spec.dim, self.spec.contract_id, bool(self.spec.detector))
+            spec = self.spec
+            columns = schema(spec.dim, spec.contract_id, bool(spec.detector), spec.detector_id)
             merge_parts(self.folder, self.units, self.output, columns)
             self.discard()
         return self.counts

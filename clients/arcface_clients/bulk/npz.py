@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from arcface_clients.arrays import Array, FloatArray
+from arcface_clients.arrays import Array
 from arcface_clients.atomic import new_file
 from arcface_clients.faces.images import Crop, Found, read_crops
 
@@ -44,7 +44,7 @@ def embed_to_npz(
     on_file: Callable[[], None] = lambda: None,
 ) -> Written:
     """Embed every face of `files` into `output`: `paths`, `embeddings` float32 (N,D), `contract_id`, `model`; with a
-    detector also `scores`, `boxes` and `landmarks`.
+    detector also `scores`, `boxes`, `landmarks` and `detector_id`.
 
     Files are read while the server works. Without one face nothing is written.
 
@@ -77,7 +77,8 @@ def embed_to_npz(
                 yield crop.face
 
     rows = list(embedder.encode_stream(readable()))
-    write_npz(output, names, rows, contract_id=contract_id, model=model, found=found if detector else None)
+    detector_id, places = (detector.detector_id, found) if detector else (None, None)
+    write_npz(output, names, rows, contract_id=contract_id, model=model, found=places, detector_id=detector_id)
     return Written(len(rows), len(rows[0]) if rows else 0, tuple(refused))
 
 
@@ -89,18 +90,19 @@ def write_npz(
     contract_id: str | None,
     model: str,
     found: Sequence[Found] | None,
+    detector_id: str | None = None,
 ) -> None:
     """Write the embeddings `rows` and what they are of; nothing if there are none. `found`: None for crops."""
     if not rows:
         return
     columns: dict[str, Any] = {"paths": np.array(names), "embeddings": np.stack(rows)}
     columns |= {"contract_id": np.array(contract_id or ""), "model": np.array(model)}
-    columns |= {} if found is None else _places(found)
+    columns |= {} if found is None else _places(found) | {"detector_id": np.array(detector_id or "")}
     with new_file(output) as temporary, temporary.open("wb") as file:
         np.savez(file, **columns)
 
 
-def _places(found: Sequence[Found]) -> dict[str, FloatArray]:
+def _places(found: Sequence[Found]) -> dict[str, Array]:
     """Scores (N,), boxes (N,4) and landmarks (N,5,2), float32, in pixels of the upright photo."""
     return {
         "scores": np.array([each.score for each in found], np.float32),

@@ -32,6 +32,11 @@ class FoundFace(Protocol):
 class PhotoServer(Protocol):
     """An engine that takes photos too."""
 
+    @property
+    def detector_id(self) -> str | None:
+        """Which detector finds the faces, and how; None where the server does not say."""
+        ...
+
     def faces_stream(
         self, photos: Iterable[bytes], *, retry_for_s: float = ...
     ) -> Iterator[Sequence[FoundFace] | InvalidFaces]:

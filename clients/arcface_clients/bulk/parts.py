@@ -27,10 +27,10 @@ SUCCESS = "_SUCCESS"  # in a data set: JSON of what is in it, written last
 ROW_GROUP_ROWS = 16_384  # 34 MB of 512-d embeddings; small enough to merge, large enough to scan
 
 
-def schema(dim: int, contract_id: str | None, found: bool = False) -> pa.Schema:
+def schema(dim: int, contract_id: str | None, found: bool = False, detector_id: str | None = None) -> pa.Schema:
     """Columns of the output, with those of detection where faces were `found` in photos.
 
-    Format, version and contract id are in its metadata too.
+    Format, version, contract id and the detector's are in its metadata too.
     """
     pa = _pyarrow()
     columns = [
@@ -47,6 +47,7 @@ def schema(dim: int, contract_id: str | None, found: bool = False) -> pa.Schema:
             ("landmarks", pa.list_(pa.float32(), 10)),  # x, y of eye, eye, nose, mouth corners
         ]
     metadata = {"format": FORMAT, "version": str(VERSION), "contract_id": contract_id or ""}
+    metadata |= {} if detector_id is None else {"detector_id": detector_id}
     return pa.schema(columns, metadata=metadata)
 
 
@@ -68,6 +69,7 @@ class Part:
     refused: int
     contract_id: str | None
     set_aside: str = ""  # why the unit was given up; "": it was not
+    detector_id: str | None = None  # None: crops, or it does not say
 
 
 def put_part(folder: Folder, number: int, part: bytes, refused: Sequence[tuple[str, str]]) -> None:
@@ -83,10 +85,8 @@ def part_bytes(
     identities: list[str | None],
     embeddings: Array,
     digests: list[bytes],
-    contract_id: str | None,
+    part: Part,
     found: Sequence[Found] | None = None,
-    refused: int = 0,
-    set_aside: str = "",
 ) -> bytes:
     """A unit's rows as a Parquet file.
 
@@ -95,23 +95,21 @@ def part_bytes(
         identities: N.
         embeddings: float32 (N,D).
         digests: N of 32 bytes.
-        contract_id: of the engine.
+        part: what it says of itself.
         found: N, where the faces were found in photos.
-        refused: how many entries gave no row.
-        set_aside: why the unit was given up.
     """
     pa = _pyarrow()
     import pyarrow.parquet as pq
 
-    columns = schema(embeddings.shape[1], contract_id, found is not None)
-    own = {"refused": str(refused), "set_aside": set_aside}
+    columns = schema(embeddings.shape[1], part.contract_id, found is not None, part.detector_id)
+    own = {"refused": str(part.refused), "set_aside": part.set_aside}
     columns = columns.with_metadata({**columns.metadata, **{k.encode(): v.encode() for k, v in own.items()}})
     values = pa.array(np.ascontiguousarray(embeddings, np.float32).reshape(-1))
     arrays = [
         pa.array(names, pa.string()),
         pa.array(identities, pa.string()),
         pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1]),
-        pa.array([contract_id] * len(names), pa.string()).dictionary_encode(),
+        pa.array([part.contract_id] * len(names), pa.string()).dictionary_encode(),
         pa.array(digests, pa.binary(32)),
     ]
     if found is not None:
@@ -141,7 +139,11 @@ def look_at_part(source: IO[bytes]) -> Part | None:
         if _bytes_of(footer) != source.seek(0, 2):
             return None
         return Part(
-            footer.num_rows, int(told[b"refused"]), told[b"contract_id"].decode() or None, told[b"set_aside"].decode()
+            footer.num_rows,
+            int(told[b"refused"]),
+            told[b"contract_id"].decode() or None,
+            told[b"set_aside"].decode(),
+            told.get(b"detector_id", b"").decode() or None,
         )
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
         return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from arcface_clients.bulk.folders import Folder
 from arcface_clients.bulk.parts import FORMAT, VERSION
-from arcface_clients.errors import ConfigError, ContractMismatch
+from arcface_clients.errors import ConfigError, ContractMismatch, DetectorMismatch
 
 if TYPE_CHECKING:
     from arcface_clients.faces.detect import FaceDetector
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 UNIT_ROWS = 2048  # what a kill may cost: four minutes of a network that gives 8 faces/s
 METADATA = "_metadata.json"
 ON_SERVER = "server:photo_faces"  # as a spec's detector: the server finds the faces
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,36 @@ class JobSpec:
     unit_rows: int = UNIT_ROWS
     detector: str | None = None  # the detector's file, or `ON_SERVER`; None: the sources are crops
     min_score: float = 0.7
+    detector_id: str | None = None  # which detector that is, and how it is used; None: not known, and not checked
 
     def open_detector(self) -> FaceDetector | None:
-        """The detector of this host that the spec names."""
-        if self.detector in (None, ON_SERVER):
-            return None
-        from arcface_clients.faces.detect import FaceDetector
+        """The detector of this host that the spec names.
 
-        return FaceDetector(self.detector, min_score=self.min_score)
+        Raises:
+            DetectorMismatch: its file is another one than when the job began.
+        """
+        if self.detector is None or self.detector == ON_SERVER:
+            return None
+        from arcface_clients.faces.detect import open_detector
+
+        return open_detector(self.detector, self.detector_id, self.min_score)
+
+    def check_detector(self, detector_id: str | None, whose: str) -> None:
+        """Check that this detector finds the faces of this job. `whose`: how a message names what has it.
+
+        Raises:
+            DetectorMismatch: another one does.
+        """
+        if self.detector_id is not None and detector_id != self.detector_id:
+            raise DetectorMismatch(
+                f"the faces of this job are those that {self.detector_id} finds, and {whose} is {_named(detector_id)}: "
+                f"expected one detector for all rows. {self._former_one()}"
+            )
+
+    def _former_one(self) -> str:
+        if self.detector == ON_SERVER:
+            return "Serve the former one again (arcface rollback --model photo_faces), or start over: --force"
+        return "Give the former file: --detector FILE, or start over: --force"
 
 
 def begin(folder: Folder, spec: JobSpec) -> None:
@@ -46,13 +70,22 @@ def begin(folder: Folder, spec: JobSpec) -> None:
 def begun(folder: Folder, spec: JobSpec, output: str) -> bool:
     """Whether the folder is one of this job; False where it is of none. `output`: how messages name it.
 
+    One that does not name its detector, as earlier versions left it, is of today's from now on, with a warning.
+
     Raises:
-        ConfigError, ContractMismatch: it is of another job.
+        ConfigError, ContractMismatch, DetectorMismatch: it is of another job.
     """
     data = folder.read(METADATA)
     if data is None:
         return False
-    _compare(data, folder, spec, output)
+    if _compare(data, folder, spec, output).get("detector_id") != spec.detector_id:
+        _log.warning(
+            "%s does not say which detector found the faces that are in it; the rest will be those that %s finds. "
+            "Start over if that is another one: --force",
+            output,
+            spec.detector_id,
+        )
+        begin(folder, spec)
     return True
 
 
@@ -60,15 +93,16 @@ def check_still_begun(folder: Folder, spec: JobSpec, output: str) -> None:
     """Check that no other job has taken the folder.
 
     Raises:
-        ConfigError, ContractMismatch: one has.
+        ConfigError, ContractMismatch, DetectorMismatch: one has.
     """
     _compare(folder.read(METADATA) or b"", folder, spec, output)
 
 
-def _compare(data: bytes, folder: Folder, spec: JobSpec, output: str) -> None:
+def _compare(data: bytes, folder: Folder, spec: JobSpec, output: str) -> dict[str, Any]:
+    """The spec in a folder, which may leave open which detector it is, and nothing else."""
     mine: dict[str, Any] = json.loads(json.dumps(asdict(spec)))  # tuples become lists
     try:
-        theirs = json.loads(data)["spec"]
+        theirs: dict[str, Any] = json.loads(data)["spec"]
         of_contract = theirs["contract_id"]
     except (ValueError, KeyError, TypeError) as exc:
         raise ConfigError(
@@ -79,10 +113,20 @@ def _compare(data: bytes, folder: Folder, spec: JobSpec, output: str) -> None:
             f"{output} was begun with contract {of_contract}, the model that is served "
             f"now has {spec.contract_id}: expected one model for all rows. Start over: --force"
         )
-    different = [key for key in mine if theirs.get(key) != mine[key]]
+    different = [key for key in mine if theirs.get(key) != mine[key] and key != "detector_id"]
     if different:
         raise ConfigError(
             f"{output} was begun with other {', '.join(different)}: expected "
             f"{[theirs.get(key) for key in different]}, got {[mine[key] for key in different]}. "
             "Give the same, or start over: --force"
         )
+    if theirs.get("detector_id") not in (None, spec.detector_id):
+        raise DetectorMismatch(
+            f"{output} was begun with the faces that {theirs['detector_id']} finds; now they would be found by "
+            f"{_named(spec.detector_id)}: expected one detector for all rows. {spec._former_one()}"
+        )
+    return theirs
+
+
+def _named(detector_id: str | None) -> str:
+    return "a detector that the server does not name" if detector_id is None else detector_id

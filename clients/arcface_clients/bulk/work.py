@@ -127,6 +127,7 @@ def embed_unit(
 
     Raises:
         ContractMismatch: the engine is of another contract than the spec.
+        DetectorMismatch: its server finds faces with another detector.
         ArcFaceError: what the engine raises; nothing was written then.
         StoreUnreachable: the object store does not answer.
         Stopped: `stop` was set.
@@ -168,6 +169,7 @@ def embed_unit(
             yield from _stream(engine, faces(), retry_for_s)
             return
         server: Any = engine  # a PhotoServer, as whoever made the spec connects
+        spec.check_detector(server.detector_id, f"that of {engine!r}")
         for item, row in photo_rows(unit, server, files, spec.min_score, retry_for_s, check):
             if keep(item) and row is not None:
                 yield row[None]
@@ -179,9 +181,9 @@ def embed_unit(
     advance(unit_size(unit) - len(names) if unit_size(unit) else 0)
     embeddings = np.concatenate(rows) if rows else np.empty((0, spec.dim), np.float32)
     where = found if spec.detector else None
-    data = part_bytes(names, identities, embeddings, digests, spec.contract_id, where, len(refused))
-    put_part(folder, number, data, refused)
-    return Part(len(names), len(refused), spec.contract_id)
+    part = Part(len(names), len(refused), spec.contract_id, detector_id=spec.detector_id)
+    put_part(folder, number, part_bytes(names, identities, embeddings, digests, part, where), refused)
+    return part
 
 
 def set_aside(folder: Folder, number: int, unit: Unit, spec: JobSpec, reason: str) -> Part:
@@ -189,8 +191,9 @@ def set_aside(folder: Folder, number: int, unit: Unit, spec: JobSpec, reason: st
     refused = [(name, reason) for name in unit_names(unit)]
     found: list[Found] | None = [] if spec.detector else None
     nothing = np.empty((0, spec.dim), np.float32)
-    put_part(folder, number, part_bytes([], [], nothing, [], spec.contract_id, found, len(refused), reason), refused)
-    return Part(0, len(refused), spec.contract_id, reason)
+    part = Part(0, len(refused), spec.contract_id, reason, spec.detector_id)
+    put_part(folder, number, part_bytes([], [], nothing, [], part, found), refused)
+    return part
 
 
 def _stream(engine: Any, faces: Iterator[Array], retry_for_s: float | None) -> Iterator[Array]:

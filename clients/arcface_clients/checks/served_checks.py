@@ -59,7 +59,8 @@ def check_photos(settings: EmbeddingConfig, timeout_s: float = TIMEOUT_S) -> Che
         except BackendUnavailable as exc:
             return Check("photos", "absent", str(exc))
         errors = [asked.exception() for asked in [askers.submit(photos.probe) for _ in range(PROBES)]]
-    failed = [error for error in errors if error is not None]
+        failed = [error for error in errors if error is not None]
+        detector_id = None if failed else photos.pin_detector()
     if failed:
         return Check(
             "photos",
@@ -67,7 +68,8 @@ def check_photos(settings: EmbeddingConfig, timeout_s: float = TIMEOUT_S) -> Che
             f"{len(failed)} of {PROBES} requests to photo_faces were not answered: {failed[0]}",
             "start the server again; arcface serve does that by itself when one of its processes is lost",
         )
-    return Check("photos", "ok", f"{PROBES} of {PROBES} requests to photo_faces were answered")
+    by = f"; {detector_id} finds the faces" if detector_id else ""
+    return Check("photos", "ok", f"{PROBES} of {PROBES} requests to photo_faces were answered{by}")
 
 
 def check_drift(embedder: TritonEmbedder, served: ServedModel, settings: EmbeddingConfig) -> Check:

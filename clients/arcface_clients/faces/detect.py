@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from arcface_clients.arrays import Array, FaceArray, FloatArray
-from arcface_clients.errors import ConfigError, DependencyMissing, InvalidFaces
+from arcface_clients.errors import ConfigError, DependencyMissing, DetectorMismatch, InvalidFaces
 from arcface_clients.extras import importing
 from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, Found, find_files, gather
 from arcface_clients.faces.photos import opened_photo
@@ -31,7 +32,12 @@ class DetectedFace:
 
 
 class FaceDetector:
-    """YuNet, in the fastest runtime that is installed; can be used from several threads."""
+    """YuNet, in the fastest runtime that is installed; can be used from several threads.
+
+    Attributes:
+        model: its file.
+        sha256: of that, when it was opened.
+    """
 
     def __init__(
         self,
@@ -63,6 +69,7 @@ class FaceDetector:
                 f"got {min_score}, {min_size} and {max_side}."
             )
         self.model = find_detector(model)
+        self.sha256 = hashlib.sha256(self.model.read_bytes()).hexdigest()
         self.min_score, self.min_size, self.max_side, self.refine = min_score, min_size, max_side, refine
         from arcface_clients.faces.steps.yunet import NotYuNet, open_yunet
 
@@ -72,6 +79,20 @@ class FaceDetector:
             raise ConfigError(
                 f"{self.model} is not a detector that can be run as YuNet ({exc}): expected {MODEL_NAME} from {SOURCE}"
             ) from exc
+
+    @property
+    def detector_id(self) -> str:
+        """What decides which faces it finds; see `steps.detect.detector_id`."""
+        from arcface_clients.faces.steps.detect import detector_id
+
+        return detector_id(
+            "yunet",
+            self.sha256,
+            self._look.looks if self.refine else 1,
+            min_score=self.min_score,
+            min_size=self.min_size,
+            max_side=self.max_side,
+        )
 
     def detect(self, image_bgr: Array) -> list[DetectedFace]:
         """The faces in an image uint8 (H,W,3) BGR, best score first; an empty list if there are none.
@@ -115,6 +136,22 @@ class FaceDetector:
             max_side=self.max_side,
             looks=None if self.refine else 1,
         )
+
+
+def open_detector(model: Path | str, detector_id: str | None, min_score: float = 0.7) -> FaceDetector:
+    """The detector of a run, for one of its workers, which may begin long after it. `detector_id`: None: any.
+
+    Raises:
+        DetectorMismatch: the file is another one than when the run began.
+        What `FaceDetector` raises.
+    """
+    found = FaceDetector(model, min_score=min_score)
+    if detector_id not in (None, found.detector_id):
+        raise DetectorMismatch(
+            f"{found.model} is {found.detector_id}: expected {detector_id}, with which this run was begun. Put the "
+            "former file there, or start over: --force"
+        )
+    return found
 
 
 def _points(row: FloatArray) -> FloatArray:

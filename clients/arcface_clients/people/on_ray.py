@@ -31,6 +31,7 @@ class _Task:
     contract_id: str | None
     limits: Limits
     detector: str | None
+    detector_id: str | None
     folder: str  # where the driver runs, from which relative names of files count
 
 
@@ -42,6 +43,7 @@ def consensus_on_ray(
     limits: Limits | None = None,
     *,
     detector: str | None = None,
+    detector_id: str | None = None,
     cluster: Cluster | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> None:
@@ -56,12 +58,13 @@ def consensus_on_ray(
         keep: called in this process.
         limits: for agreement.
         detector: YuNet's file, at the same path on all machines: the files are photos; None: they are crops.
+        detector_id: which detector that has to be; None: any.
         cluster: what of Ray is used.
         say: told what the operator should know.
 
     Raises:
         DependencyMissing: Ray is not installed, cannot be reached or does not start.
-        ContractMismatch: a worker's engine is of another contract.
+        ContractMismatch, DetectorMismatch: a worker's engine is of another contract, or its detector another one.
         ConfigError: a worker does not see the files that this process sees.
         ArcFaceError: what a task raised; no more people are started.
     """
@@ -69,7 +72,8 @@ def consensus_on_ray(
         return
     cluster = cluster or Cluster()
     with connected(cluster) as ray:
-        task = _Task(ray.cloudpickle.dumps(make_engine), contract_id, limits or Limits(), detector, str(Path.cwd()))
+        engine, limits, here = ray.cloudpickle.dumps(make_engine), limits or Limits(), str(Path.cwd())
+        task = _Task(engine, contract_id, limits, detector, detector_id, here)
         # Not Ray's retries: deaths are counted here, whether a worker crashed, its machine was lost or memory ran out.
         begin = partial(ray.remote(_record).options(max_retries=0, **cluster.options()).remote, task)
         waiting = iter(people.items())
@@ -131,7 +135,7 @@ def _record(task: _Task, name: str, files: Sequence[str]) -> dict[str, Any]:
             f"this run is of contract {task.contract_id}, {engine!r} serves {engine.contract_id}: expected one model "
             "for all people. Serve the earlier one, or start over: --force"
         )
-    load = load_faces if task.detector is None else _load_detected(task.detector)
+    load = load_faces if task.detector is None else _load_detected(task.detector, task.detector_id)
     with _working_in(task.folder):
         return consensus_of_person(name, files, engine, task.limits, load=load)
 
@@ -144,10 +148,10 @@ def _engine(pickled: bytes, contract_id: str | None) -> EmbeddingEngine:
 
 
 @lru_cache(maxsize=1)
-def _load_detected(detector: str) -> Loader:
-    from arcface_clients.faces.detect import FaceDetector, load_detected
+def _load_detected(detector: str, detector_id: str | None) -> Loader:
+    from arcface_clients.faces.detect import load_detected, open_detector
 
-    return partial(load_detected, detector=FaceDetector(detector))
+    return partial(load_detected, detector=open_detector(detector, detector_id))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
     from arcface_clients.people.cache import EmbeddingCache
 
+_log = logging.getLogger(__name__)
 FORMAT, VERSION = "arcface-consensus", 2
 Loader = Callable[[Sequence[str]], tuple[Array, list[str], list[Crop]]]
 
@@ -140,17 +142,22 @@ class Journal(Closing):
     """Finished records, one per line, in a file beside the output; a line cut short by a kill is dropped."""
 
     def __init__(
-        self, path: Path, contract_id: str | None, limits: Limits, start_over: bool = False, photos: bool = False
+        self,
+        path: Path,
+        contract_id: str | None,
+        limits: Limits,
+        start_over: bool = False,
+        detector_id: str | None = None,
     ) -> None:
-        """Open or start the journal; `photos` means that the files are photos with faces to detect, not crops.
+        """Open or start the journal; `detector_id`: the files are photos, whose faces this one finds; None: crops.
 
         Raises:
             ContractMismatch: it was started with another model.
-            ConfigError: it was started with other limits, or another process is writing it.
+            ConfigError: it was started with other limits or another detector, or another process is writing it.
         """
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
-        settings = {**asdict(limits), "photos": photos}
+        settings = {**asdict(limits), "photos": detector_id or False}
         head = {"format": FORMAT, "version": VERSION, "contract_id": contract_id, "settings": settings}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
@@ -188,6 +195,15 @@ class Journal(Closing):
             raise ContractMismatch(
                 f"{self.path} was started with contract {began_with}, this model's is {head['contract_id']}: "
                 "expected one model for all people. Start over: --force"
+            )
+        settings = begun.get("settings", {})
+        if settings.get("photos") is True and head["settings"]["photos"]:  # as earlier versions wrote it
+            settings["photos"] = head["settings"]["photos"]
+            _log.warning(
+                "%s does not say which detector found the faces of the people who are in it; the rest will be those "
+                "that %s finds. Start over if that is another one: --force",
+                self.path,
+                settings["photos"],
             )
         if begun != head:
             raise ConfigError(

@@ -48,6 +48,10 @@ class AsyncPhotoEmbedder(PhotoClient, AsyncClosing):
         """Ask the server for the model now; see `PhotoEmbedder.ensure_ready`."""
         await self._run(self._session.ready())
 
+    async def pin_detector(self) -> str | None:
+        """Refuse the faces of any other detector than now; see `PhotoEmbedder.pin_detector`."""
+        return await self._run(self._session.pin_detector())
+
     async def close(self) -> None:
         """Give up the connection; may be called twice. Requests under way fail."""
         transport = self._live.end()

@@ -76,6 +76,19 @@ class PhotoEmbedder(PhotoClient, Closing):
         """
         self._run(self._session.ready())
 
+    def pin_detector(self) -> str | None:
+        """Ask which detector finds the faces, and refuse those of any other from now on.
+
+        Returns:
+            Its id: kind, sha256 and limits, as `steps.detect.detector_id` writes them. None, with a warning, where the
+            server does not say; then nothing is refused.
+
+        Raises:
+            ServerUnreachable, ModelNotReady, DeadlineExceeded: it cannot answer. Later, from what asks for faces:
+            DetectorMismatch.
+        """
+        return self._run(self._session.pin_detector())
+
     def probe(self) -> None:
         """Have a process of the model answer, without a photo: a server may be ready while it is dead.
 

@@ -24,6 +24,8 @@ def embed_photos_to_npz(
 ) -> Written:
     """Embed every face of the photos `files` into `output`; without one face nothing is written.
 
+    Raises DetectorMismatch where the server gets another detector meanwhile.
+
     Args:
         files: paths of photos.
         photos: finds and embeds the faces.
@@ -32,6 +34,7 @@ def embed_photos_to_npz(
         model: its name.
         on_file: called after each file.
     """
+    detector_id = photos.pin_detector()
     names: list[str] = []
     rows = []
     found: list[Found] = []
@@ -45,7 +48,7 @@ def embed_photos_to_npz(
                 rows.append(face.embedding)
                 found.append(Found(face.score, face.box, face.landmarks))
         on_file()
-    write_npz(output, names, rows, contract_id=contract_id, model=model, found=found)
+    write_npz(output, names, rows, contract_id=contract_id, model=model, found=found, detector_id=detector_id)
     return Written(len(rows), len(rows[0]) if rows else 0, tuple(refused))
 
 

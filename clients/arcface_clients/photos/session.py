@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from arcface_clients.contract import CONTRACT_OUTPUT, contract_words
 from arcface_clients.errors import (
     BackendUnavailable,
     DeadlineExceeded,
+    DetectorMismatch,
     InferenceFailed,
     InvalidFaces,
     ModelNotReady,
@@ -37,7 +39,9 @@ _REFUSED = "photo refused: "  # how the model's message of a bad photo begins
 # A process of the server that ends after so long may have ended over the photo: it is sent once more, and then refused.
 LONG_S = 30.0
 _OUTPUTS = ("box", "score", "landmarks", "embedding", "norm", CONTRACT_OUTPUT)
+_DETECTOR = "detector"  # the output that says which detector found the faces, and how
 _VERIFY_OUTPUTS = ("similarity", "same", "box_a", "box_b", "max_distance", "calibrated", CONTRACT_OUTPUT)
+_log = logging.getLogger(__name__)
 
 
 class PhotoRequest(NamedTuple):
@@ -63,21 +67,50 @@ class PhotoSession(Exchanges):
         super().__init__(options)
         self._parameters: dict[str, Parameter] = {k: v for k, v in parameters.items() if v is not None}
         self._parameters |= {"crop": True} if crops else {}
-        self._outputs = (*_OUTPUTS, *["crop"] * crops)
+        self._outputs: tuple[str, ...] = (*_OUTPUTS, *["crop"] * crops)
+        self._detector_id: str | None = None
         expected = options.expected_contract
         self._lock = threading.Lock()
         self.contract: npt.NDArray[np.int32] | None = contract_words(expected) if expected else None
 
-    def ready(self) -> Steps[None]:
-        """Ask the server for the model.
+    def ready(self) -> Steps[Mapping[str, Any]]:
+        """Ask the server for the model: its configuration.
 
         Raises:
             ServerUnreachable, ModelNotReady, DeadlineExceeded: it cannot answer.
         """
         try:
-            yield "model_config", self.options.model, min(self.options.timeout_s, CONTROL_TIMEOUT_S)
+            config: Mapping[str, Any] = yield (
+                "model_config",
+                self.options.model,
+                min(self.options.timeout_s, CONTROL_TIMEOUT_S),
+            )
         except ModelNotReady as exc:
             raise ModelNotReady(f"{exc} (photos need a detector there: arcface import-detector FILE)") from exc
+        return config
+
+    def pin_detector(self) -> Steps[str | None]:
+        """Learn which detector finds the faces, which each answer then has to name; see `PhotoEmbedder.pin_detector`.
+
+        Raises:
+            What `ready` and `faces` raise.
+        """
+        config = yield from self.ready()
+        if _DETECTOR not in [output.get("name") for output in config.get("output", [])]:
+            _log.warning(
+                "%s does not say which detector finds the faces: that it is exchanged would go unnoticed. Take "
+                "model_repository/photo_faces/ of this version of arcface-triton",
+                self.who,
+            )
+            return None
+        parameters = {**self._parameters, _DETECTOR: True, "probe": True}
+        found = yield from self._asked(
+            PhotoRequest(self.options.model, {"image": b""}, (_DETECTOR,), parameters), self.options.retry_for_s
+        )
+        self._detector_id = self._detector_of(found)
+        self._parameters[_DETECTOR] = True
+        self._outputs = (*self._outputs, *[_DETECTOR] * (_DETECTOR not in self._outputs))
+        return self._detector_id
 
     def probe(self) -> Steps[None]:
         """Have a process of the model answer without a photo; it does not count in the model's own metrics.
@@ -141,6 +174,11 @@ class PhotoSession(Exchanges):
         return found
 
     def _faces(self, found: Tensors) -> list[Face]:
+        if self._detector_id is not None and (other := self._detector_of(found)) != self._detector_id:
+            raise DetectorMismatch(
+                f"{self.who} answered with the faces that {other} finds; expected those of {self._detector_id}, "
+                "as before. Serve that one again: arcface rollback --model photo_faces"
+            )
         count = len(found["box"])
         shapes = {"box": (count, 4), "score": (count,), "landmarks": (count, 5, 2)}
         wrong = [f"{name} {found[name].shape}" for name, shape in shapes.items() if found[name].shape != shape]
@@ -162,6 +200,11 @@ class PhotoSession(Exchanges):
             )
             for i in range(count)
         ]
+
+    def _detector_of(self, found: Tensors) -> str:
+        if found[_DETECTOR].shape != (1,):
+            raise InferenceFailed(f"{self.who} answered {_DETECTOR} {found[_DETECTOR].shape}; expected (1,).")
+        return str(found[_DETECTOR][0])
 
     def _check_contract(self, found: Tensors, count: int) -> None:
         """Raises ContractMismatch where the rows are not of the first answer's contract, or of the expected one."""

@@ -42,6 +42,32 @@ class Look(Protocol):
         ...
 
 
+def detector_id(
+    kind: str,
+    sha256: str,
+    looks: int,
+    *,
+    min_score: float = MIN_SCORE,
+    min_size: float = MIN_SIZE,
+    max_faces: int = 0,
+    max_side: int = MAX_SIDE,
+    look_side: int = LOOK_SIDE,
+) -> str:
+    """What decides which faces are found in a photo and how they are aligned, in one line, for two runs to compare.
+
+    The runtime is not in it: all of them find the same.
+
+    Args:
+        kind: yunet or scrfd, which says how the file is run.
+        sha256: of the detector's ONNX.
+        looks: as in `find_faces`, like the rest.
+    """
+    return (
+        f"{kind} sha256={sha256} min_score={min_score:g} min_size={min_size:g} max_faces={max_faces} "
+        f"max_side={max_side} looks={looks} look_side={look_side}"
+    )
+
+
 def find_faces(
     look: Look,
     image_bgr: Image,

@@ -7,6 +7,7 @@ is: no face is an answer.
 """
 
 import faulthandler
+import hashlib
 import json
 import signal
 import threading
@@ -20,7 +21,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from align import FACE_SIZE, align_face, magnification
 from decode import BadPhoto, Photo, from_base64
-from detect import MAX_SIDE, MIN_SCORE, MIN_SIZE, find_faces
+from detect import MAX_SIDE, MIN_SCORE, MIN_SIZE, detector_id, find_faces
 from PIL import Image
 from scrfd import Scrfd
 from yunet import open_yunet
@@ -53,7 +54,7 @@ class TritonPythonModel:
         threads = int(told["threads"])
         cv2.setNumThreads(threads)
         Image.core.set_blocks_max(1)  # Pillow keeps up to 16 MB for the next photo, whose pages need no faults again
-        self.look = _detector(Path(args["model_repository"]) / args["model_version"], threads)
+        self.look, self.kind, self.sha256 = _detector(Path(args["model_repository"]) / args["model_version"], threads)
         warm_up = cv2.imencode(".jpg", np.zeros((64, 64, 3), np.uint8))[1].tobytes()
         find_faces(self.look, Photo(warm_up).pixels())  # Pillow imports its formats with the first photo
         self.meter = Meter()
@@ -69,15 +70,19 @@ class TritonPythonModel:
     def _answer(self, request):
         try:
             asked = Asked(request, self.max_faces)
-            if asked.probe:
-                return pb_utils.InferenceResponse([pb_utils.Tensor("score", np.empty(0, np.float32))])
-            encoded = _bytes_of(pb_utils.get_input_tensor_by_name(request, "image").as_numpy())
-            found = self._faces(encoded, asked)
             wanted = set(request.requested_output_names())
-            if not asked.crop and wanted >= set(self.outputs):  # who names no output asks for all
-                wanted.discard("crop")
+            if wanted >= set(self.outputs):  # who names no output asks for all
+                wanted -= asked.not_asked_for
+            found = {"detector": self._detector_id(asked)}
+            if asked.probe:
+                wanted &= {"score", "detector"}
+                found["score"] = np.empty(0, np.float32)
+            else:
+                encoded = _bytes_of(pb_utils.get_input_tensor_by_name(request, "image").as_numpy())
+                found |= self._faces(encoded, asked)
             tensors = [pb_utils.Tensor(name, np.ascontiguousarray(found[name])) for name in sorted(wanted)]
-            self.meter.answered(len(found["box"]))
+            if not asked.probe:
+                self.meter.answered(len(found["box"]))
             return pb_utils.InferenceResponse(output_tensors=tensors)
         except BadPhoto as exc:
             self.meter.add("refused")
@@ -91,6 +96,10 @@ class TritonPythonModel:
             return _error(f"photo_faces: {exc}", pb_utils.TritonError.UNAVAILABLE)
         except Exception as exc:
             return _error(f"photo_faces: {type(exc).__name__}: {exc}", pb_utils.TritonError.INTERNAL)
+
+    def _detector_id(self, asked):
+        limits = {"min_score": asked.min_score, "min_size": asked.min_size, "max_faces": asked.max_faces}
+        return np.array([detector_id(self.kind, self.sha256, self.look.looks, **limits).encode()], np.object_)
 
     def _faces(self, encoded, asked):
         with _ends_after(self.stuck_after_s):
@@ -153,7 +162,7 @@ class Failed(Exception):
 
 
 class Asked:
-    """The parameters of a request: min_score, min_size, max_faces, crop; numbers may come as text.
+    """The parameters of a request: min_score, min_size, max_faces, crop, detector; numbers may come as text.
 
     `probe`: only whether this process answers; the image is not looked at, and nothing is counted.
     """
@@ -164,7 +173,9 @@ class Asked:
         self.min_score = _number(told, "min_score", MIN_SCORE, 0.01, 0.99)
         self.min_size = _number(told, "min_size", MIN_SIZE, 1, 1e5)
         self.max_faces = int(_number(told, "max_faces", max_faces, 1, max_faces))
-        self.crop, self.probe = (str(told.get(key, "")).lower() in ("true", "1", "yes") for key in ("crop", "probe"))
+        said = {key for key in ("crop", "detector", "probe") if str(told.get(key, "")).lower() in ("true", "1", "yes")}
+        self.probe = "probe" in said
+        self.not_asked_for = {"crop", "detector"} - said  # outputs
 
 
 class Meter:
@@ -257,18 +268,19 @@ def _number(told, key, default, low, high):
 
 
 def _detector(folder, threads):
-    """The detector in a version folder, as its manifest.json says; a seam: see `Look` in detect.py."""
+    """The detector in a version folder, its kind by manifest.json, and its sha256; a seam: see `Look` in detect.py."""
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         raise pb_utils.TritonModelException(f"no detector in {folder}: arcface import-detector FILE")
-    file = str(folder / "detector.onnx")
-    if json.loads(manifest.read_text())["detector"] == "yunet":
-        return open_yunet(file, threads)
+    file, kind = folder / "detector.onnx", json.loads(manifest.read_text())["detector"]
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    if kind == "yunet":
+        return open_yunet(str(file), threads), kind, sha256
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    return Scrfd(ort.InferenceSession(file, options, providers=["CPUExecutionProvider"]))
+    return Scrfd(ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])), kind, sha256
 
 
 def _error(words, code):

@@ -69,10 +69,11 @@ def _told(result: dict) -> str:
     lines = [
         f"{result['photos']} photos, {result['faces']} faces: lowest cosine of server to client "
         f"{result['lowest_cosine']:.6f}; photos without a face or with another number of them: "
-        f"{len(result['photos_with_other_faces_or_none'])}"
+        f"{result['photos_with_other_faces_or_none']['count']}"
     ]
     for way, measured in result["accuracy"].items():
         accuracy, eer = 100 * measured["fold_accuracy"], 100 * measured["eer"]["value"]
         lines.append(f"{way}: ten-fold accuracy {accuracy:.2f} %, EER {eer:.2f} %")
-    lines.append("recall by height of the face: " + ", ".join(f"{k} px {v:.2f}" for k, v in result["recall"].items()))
+    recalled = (f"{size} px {found['share']:.2f}" for size, found in result["recall"].items())
+    lines.append(f"recall by height of the face: {', '.join(recalled)}")
     return "\n".join(lines)

@@ -101,7 +101,13 @@ def _element(file: bytes) -> bytes:
 
 
 def _tensor(datatype: str, shape: Iterable[int], raw: bytes | memoryview) -> Any:
-    dims, dtype = tuple(int(d) for d in shape), np.dtype(_DTYPES[datatype])
+    dims = tuple(int(d) for d in shape)
+    if datatype == "BYTES" and dims == (1,):
+        size = int.from_bytes(raw[:4], "little")
+        if len(raw) != 4 + size:
+            raise ValueError(f"{len(raw)} bytes for a text of {size}")
+        return np.array([bytes(raw[4:]).decode()])
+    dtype = np.dtype(_DTYPES[datatype])
     if min(dims) < 0 or len(raw) != dtype.itemsize * prod(dims):
         raise ValueError(f"{len(raw)} bytes for {datatype} {list(dims)}")
     return np.frombuffer(raw, dtype).reshape(dims)
