@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from arcface_build.repository.find import find_repository
 from arcface_build.repository.hand_written import MEMORY, Followed, follow, hand_written, lay_out
-from arcface_build.repository.versions import find_repository
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import Missing, WrongUse
 from conftest import REPO

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from arcface_build.repository.lock import locked
-from arcface_build.repository.versions import LEAVES, write_overlays
+from arcface_build.repository.overlays import write_overlays
+from arcface_build.repository.versions import LEAVES
 from arcface_build.shipped import shipped
 from arcface_clients.atomic import copy_file, new_folder, remove, write_json
 from arcface_clients.errors import Missing, WrongUse
