@@ -118,7 +118,7 @@ def _places(repository: Path, name: str) -> list[Path]:
     if path.suffix != ".py":
         return [path]
     later = (folder for folder in path.parent.parent.glob("[0-9]*") if folder.name != "1")
-    return [path, *(folder / path.name for folder in sorted(later) if (folder / path.name).is_file())]
+    return [path, *(folder / path.name for folder in sorted(later) if any(folder.glob("*.py")))]
 
 
 def _digests(repository: Path) -> dict[str, str]:
