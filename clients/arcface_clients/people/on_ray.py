@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcface_clients.errors import ConfigError, ContractMismatch
-from arcface_clients.faces.images import load_faces
-from arcface_clients.people.persons import Limits, Loader, consensus_of_person, record_of_failure, signature
+from arcface_clients.people.persons import Limits, consensus_of_person, loader, record_of_failure, signature
 from arcface_clients.ray_cluster import SAY_AFTER_S, TRIES, Cluster, connected, raised_by, short
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
+
+_loader = lru_cache(maxsize=1)(loader)  # that of this worker
 
 
 @dataclass(frozen=True)
@@ -86,21 +87,12 @@ def consensus_on_ray(
                     say(f"no task of {cluster.cpus:g} CPU has answered yet: see `ray status`, or wait")
                 for reference in ready:
                     name, files, deaths = under_way.pop(reference)
-                    record = _answer(ray, reference)
-                    if isinstance(record, str):
-                        if deaths + 1 < TRIES:
-                            under_way[begin(name, files)] = (name, files, deaths + 1)
-                            continue
-                        reason = f"failed: this person killed {TRIES} workers ({record})"
-                        say(f"{name}: {reason}")
-                        record = record_of_failure(name, files, reason)
-                    elif record["signature"] != signature(files):
-                        raise ConfigError(
-                            f"a Ray worker sees other files of {name} than this process: expected a shared folder at "
-                            "the same path everywhere, and nobody writing there. Share it, or leave out --engine ray"
-                        )
+                    answer = _answer(ray, reference)
+                    if isinstance(answer, str) and deaths + 1 < TRIES:
+                        under_way[begin(name, files)] = (name, files, deaths + 1)
+                        continue
                     has_answered = True
-                    keep(record)
+                    keep(_given_up(name, files, answer, say) if isinstance(answer, str) else _same(name, files, answer))
         finally:
             for reference in under_way:
                 with suppress(ray.exceptions.RayError):
@@ -123,6 +115,27 @@ def _answer(ray: Any, reference: Any) -> dict[str, Any] | str:
     return record
 
 
+def _given_up(name: str, files: Sequence[str], death: str, say: Callable[[str], object]) -> dict[str, Any]:
+    """The record of a person who killed too many workers, the last one so."""
+    reason = f"failed: this person killed {TRIES} workers ({death})"
+    say(f"{name}: {reason}")
+    return record_of_failure(name, files, reason)
+
+
+def _same(name: str, files: Sequence[str], record: dict[str, Any]) -> dict[str, Any]:
+    """The record, if the worker saw the files that this process sees.
+
+    Raises:
+        ConfigError: it did not.
+    """
+    if record["signature"] != signature(files):
+        raise ConfigError(
+            f"a Ray worker sees other files of {name} than this process: expected a shared folder at the same path "
+            "everywhere, and nobody writing there. Share it, or leave out --engine ray"
+        )
+    return record
+
+
 def _record(task: _Task, name: str, files: Sequence[str]) -> dict[str, Any]:
     """The task: one person, with the engine and the detector that this worker has."""
     engine = _engine(task.engine, task.contract_id)
@@ -131,9 +144,8 @@ def _record(task: _Task, name: str, files: Sequence[str]) -> dict[str, Any]:
             f"this run is of contract {task.contract_id}, {engine!r} serves {engine.contract_id}: expected one model "
             "for all people. Serve the earlier one, or start over: --force"
         )
-    load = load_faces if task.detector is None else _load_detected(task.detector)
     with _working_in(task.folder):
-        return consensus_of_person(name, files, engine, task.limits, load=load)
+        return consensus_of_person(name, files, engine, task.limits, load=_loader(task.detector))
 
 
 @lru_cache(maxsize=1)
@@ -141,13 +153,6 @@ def _engine(pickled: bytes, contract_id: str | None) -> EmbeddingEngine:
     """The engine of this worker; made again for another contract, as a client keeps to the one that it has seen."""
     engine: EmbeddingEngine = pickle.loads(pickled)()
     return engine
-
-
-@lru_cache(maxsize=1)
-def _load_detected(detector: str) -> Loader:
-    from arcface_clients.faces.detect import FaceDetector, load_detected
-
-    return partial(load_detected, detector=FaceDetector(detector))
 
 
 @contextmanager
