@@ -20,7 +20,8 @@ from arcface_build.commands.options.settings import access_to
 from arcface_clients.atomic import write_json
 from arcface_clients.errors import WrongUse
 from arcface_clients.extras import require
-from arcface_clients.people.persons import FORMAT, VERSION, Journal, Limits, consensus_of_people, loader, people_in
+from arcface_clients.faces.images import load_faces
+from arcface_clients.people.persons import FORMAT, VERSION, Journal, Limits, Loader, consensus_of_people, people_in
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
@@ -254,7 +255,7 @@ def _on_threads(
     from arcface_clients.people.cache import EmbeddingCache
 
     with EmbeddingCache(path=cache_path) if cache_path else nullcontext() as cache:
-        load = loader(detector)
+        load = _loader(detector)
         for record in consensus_of_people(people, engine, limits, workers=workers, cache=cache, load=load):
             keep(record)
 
@@ -270,3 +271,11 @@ def _write(output: Path, records: dict[str, dict], contract_id: str | None, limi
             "people": {name: {k: v for k, v in r.items() if k != "person"} for name, r in records.items()},
         },
     )
+
+
+def _loader(detector: Path | None) -> Loader:
+    if detector is None:
+        return load_faces
+    from arcface_clients.faces.detect import FaceDetector, load_detected
+
+    return partial(load_detected, detector=FaceDetector(detector))

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arcface_clients.errors import ConfigError, ContractMismatch
-from arcface_clients.people.persons import Limits, consensus_of_person, loader, record_of_failure, signature
+from arcface_clients.faces.images import load_faces
+from arcface_clients.people.persons import Limits, Loader, consensus_of_person, record_of_failure, signature
 from arcface_clients.ray_cluster import SAY_AFTER_S, TRIES, Cluster, connected, raised_by, short
 
 if TYPE_CHECKING:
     from arcface_clients.engines.protocol import EmbeddingEngine
-
-_loader = lru_cache(maxsize=1)(loader)  # that of this worker
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,9 @@ def _record(task: _Task, name: str, files: Sequence[str]) -> dict[str, Any]:
             f"this run is of contract {task.contract_id}, {engine!r} serves {engine.contract_id}: expected one model "
             "for all people. Serve the earlier one, or start over: --force"
         )
+    load = load_faces if task.detector is None else _load_detected(task.detector)
     with _working_in(task.folder):
-        return consensus_of_person(name, files, engine, task.limits, load=_loader(task.detector))
+        return consensus_of_person(name, files, engine, task.limits, load=load)
 
 
 @lru_cache(maxsize=1)
@@ -153,6 +153,13 @@ def _engine(pickled: bytes, contract_id: str | None) -> EmbeddingEngine:
     """The engine of this worker; made again for another contract, as a client keeps to the one that it has seen."""
     engine: EmbeddingEngine = pickle.loads(pickled)()
     return engine
+
+
+@lru_cache(maxsize=1)
+def _load_detected(detector: str) -> Loader:
+    from arcface_clients.faces.detect import FaceDetector, load_detected
+
+    return partial(load_detected, detector=FaceDetector(detector))
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,15 +44,6 @@ def people_in(folder: Path | str) -> dict[str, list[str]]:
     if not people:
         raise ConfigError(f"{folder} has no subfolders: expected one per person, FOLDER/NAME/*.jpg.")
     return people
-
-
-def loader(detector: Path | str | None) -> Loader:
-    """What reads a person's files: as photos, with YuNet's file, or (None) as crops."""
-    if detector is None:
-        return load_faces
-    from arcface_clients.faces.detect import FaceDetector, load_detected
-
-    return partial(load_detected, detector=FaceDetector(detector))
 
 
 def consensus_of_person(
