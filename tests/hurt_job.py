@@ -17,7 +17,7 @@ import numpy as np
 from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.files import Files
 from arcface_clients.bulk.parts import is_part, look_at_part, read_embeddings
-from arcface_tools.clients import OTHER_CONTRACT, OUR_CONTRACT, QUICK, QuickServer, quick_server
+from arcface_tools.quick_server import OTHER_CONTRACT, OUR_CONTRACT, QUICK, QuickServer, quick_server
 
 COUNT, ROWS = 800, 4
 WAIT_S = 120  # for the next parts, on a busy host

@@ -76,7 +76,7 @@ def test_a_variant_brings_its_precision_and_its_accelerator(model_dir, repositor
 
 
 def test_going_back_from_a_variant_takes_its_accelerator_away(model_dir, repository):
-    from arcface_build.repository.versions import roll_back
+    from arcface_build.repository.install import roll_back
 
     assemble(model_dir, repository)
     assemble(model_dir, repository, VariantChoice("serving.onnx", "bf16", "openvino-bf16", "", judged("bf16", 8e-4)))
@@ -85,7 +85,7 @@ def test_going_back_from_a_variant_takes_its_accelerator_away(model_dir, reposit
 
 
 def test_serve_does_not_bring_back_what_was_rolled_back(model_dir, repository):
-    from arcface_build.repository.versions import roll_back
+    from arcface_build.repository.install import roll_back
 
     assemble(model_dir, repository)
     assemble(model_dir, repository, VariantChoice("serving.onnx", "bf16", "openvino-bf16", "", judged("bf16", 8e-4)))

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from arcface_build.bench.photos import STAGES, measure_photos, photos_text, what_runs
+from arcface_build.bench.photo_callers import STAGES
+from arcface_build.bench.photos import measure_photos, photos_text, what_runs
 from arcface_build.repository.detector import install_detector
 from arcface_build.serving.binary import TritonBinary
 from arcface_build.terminal import round_bar

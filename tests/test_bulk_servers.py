@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from arcface_build.serving.binary import TritonBinary
-from arcface_tools.clients import OUR_CONTRACT, QuickServer
+from arcface_tools.quick_server import OUR_CONTRACT, QuickServer
 from hurt_job import COUNT, HurtJob, exchange, hurt_by_kills, some_faces, two_servers
 
 pytest.importorskip("pyarrow.parquet")

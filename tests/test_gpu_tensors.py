@@ -113,7 +113,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Back
         monkeypatch.setitem(sys.modules, "triton_python_backend_utils", pb_utils)
         load("tensorrt", TESTS / "fake_tensorrt.py")
         tensors = load("gpu_tensors", REPO / "backends" / "tensorrt" / "gpu_tensors.py")
-        load("plan_files", REPO / "backends" / "tensorrt" / "plan_files.py")
+        for name in ("plan_files", "gpu_buffers", "cuda_graphs"):
+            load(name, REPO / "backends" / "tensorrt" / f"{name}.py")
         module = load("tensorrt_backend_model", REPO / "backends" / "tensorrt" / "model.py")
         (tmp_path / "1").mkdir(exist_ok=True)
         put(tmp_path, fake_plan(max_batch=16))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from arcface_build.repository.find import find_repository
 from arcface_build.repository.hand_written import MEMORY, Followed, follow, hand_written, lay_out
-from arcface_build.repository.versions import find_repository
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import Missing, WrongUse
 from conftest import REPO
@@ -102,9 +102,11 @@ def test_code_follows_in_every_version_of_its_model(shipped, tmp_path):
     for version in ("2", "3"):
         shutil.copytree(model / "1", model / version)
     (model / "3" / "model.py").write_text("# ours")
-    (shipped / "arcface_reference" / "1" / "model.py").write_text("# of the next version")
+    (shipped / "arcface_reference" / "1" / "model.py").write_text("import new")
+    (shipped / "arcface_reference" / "1" / "new.py").write_text("# which the next version's model.py needs")
     followed = follow(made, shipped)
-    assert followed.updated == ("arcface_reference/1/model.py", "arcface_reference/2/model.py")
+    code = ("1/model.py", "2/model.py", "1/new.py", "2/new.py", "3/new.py")
+    assert followed.updated == tuple(f"arcface_reference/{name}" for name in code)
     assert followed.edited == ("arcface_reference/3/model.py",)
 
 

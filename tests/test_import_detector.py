@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from arcface_build.cli import cli
 from arcface_build.errors import SourceRefused
 from arcface_build.repository.detector import install_detector, photo_models
-from arcface_build.repository.versions import install, roll_back, versions
+from arcface_build.repository.install import install, roll_back
+from arcface_build.repository.versions import versions
 from arcface_build.serving.binary import TritonBinary
 from arcface_build.serving.ports import free_ports
 from arcface_clients.errors import DependencyMissing

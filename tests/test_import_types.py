@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from arcface_build.errors import ProofFailed, SourceRefused
 from arcface_build.graph import Step
 from arcface_build.graph.repair_source import repair_source
-from arcface_build.imports import importing
+from arcface_build.imports import forms, importing
 from arcface_build.imports.importing import import_model
 from arcface_build.imports.preprocessing import Stated
 from arcface_build.imports.proof_faces import ProofFaces
@@ -222,7 +222,7 @@ def test_a_form_for_the_cpu_that_fails_does_not_stop_the_import(
     def broken(model: onnx.ModelProto) -> None:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(importing, "blocked_layout", broken)
+    monkeypatch.setattr(forms, "blocked_layout", broken)
     path = tmp_path / "net.onnx"
     onnx.save(tiny_net(), str(path))
     manifest = run_import(path)

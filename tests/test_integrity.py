@@ -10,8 +10,9 @@ import pytest
 
 from arcface_build.repository.assemble import assemble, assemble_plans
 from arcface_build.repository.detector import photo_models
+from arcface_build.repository.install import install, roll_back
 from arcface_build.repository.mend import mend
-from arcface_build.repository.versions import check_served, install, roll_back, served_folder, versions
+from arcface_build.repository.versions import check_served, served_folder, versions
 from arcface_build.serving.host_checks import check_weights
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.engines.onnx import OnnxEngine

@@ -21,8 +21,10 @@ from arcface_build.imports.importing import import_model
 from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
 from arcface_build.repository.assemble import assemble
+from arcface_build.repository.install import roll_back
 from arcface_build.repository.mend import faults, mend
-from arcface_build.repository.versions import LEAVES, OVERLAYS, roll_back, served_manifest, versions
+from arcface_build.repository.overlays import OVERLAYS
+from arcface_build.repository.versions import LEAVES, served_manifest, versions
 from arcface_clients.contract import contract_prefix
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import copy_repository

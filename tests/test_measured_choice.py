@@ -13,8 +13,9 @@ from click.testing import CliRunner
 
 from arcface_build.commands.assemble import command
 from arcface_build.repository.assemble import assemble
+from arcface_build.repository.install import roll_back
 from arcface_build.repository.integrity import BY_ASSEMBLE
-from arcface_build.repository.versions import check_served, roll_back, served_manifest, versions
+from arcface_build.repository.versions import check_served, served_manifest, versions
 from arcface_build.serving.server_runtimes import ServerRuntimes, runtimes_of_host
 from arcface_build.serving.variant import check_installed, take_best_variant
 from arcface_build.variants import choose as choosing

@@ -35,7 +35,7 @@ from arcface_clients.triton.options import ClientOptions, PhotoArguments
 from conftest import REPO
 from test_alerts import Prometheus, panel_expressions
 
-STEPS = ("decode", "detect", "align", "scrfd", "yunet")
+STEPS = ("decode", "detect", "align", "scrfd", "yunet", "refusal")
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def detector(assets: Path) -> FaceDetector:
     return FaceDetector(assets / "detectors" / MODEL_NAME)
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_the_served_steps_are_the_files_of_the_package(step: str) -> None:
-    served = REPO / "model_repository" / "photo_faces" / "1" / f"{step}.py"
+@pytest.mark.parametrize(("model", "step"), [*(("photo_faces", step) for step in STEPS), ("photo_verify", "refusal")])
+def test_the_served_steps_are_the_files_of_the_package(model: str, step: str) -> None:
+    served = REPO / "model_repository" / model / "1" / f"{step}.py"
     ours = REPO / "clients" / "arcface_clients" / "faces" / "steps" / f"{step}.py"
     assert served.read_bytes() == ours.read_bytes(), f"cp {ours} {served}"
 

@@ -6,7 +6,9 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from arcface_build.repository.versions import find_repository, install, roll_back, served_manifest, versions
+from arcface_build.repository.find import find_repository
+from arcface_build.repository.install import install, roll_back
+from arcface_build.repository.versions import served_manifest, versions
 from arcface_clients.errors import Missing, WrongUse
 from conftest import REPO
 

@@ -20,7 +20,8 @@ import pytest
 from arcface_build.errors import ServerFailed
 from arcface_build.repository.assemble import assemble
 from arcface_build.repository.hand_written import MEMORY
-from arcface_build.repository.versions import install, served_manifest
+from arcface_build.repository.install import install
+from arcface_build.repository.versions import served_manifest
 from arcface_build.serving.binary import TritonBinary, find_tritonserver
 from arcface_build.serving.command_line import arguments
 from arcface_build.serving.exposure import Exposure

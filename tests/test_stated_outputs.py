@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from arcface_build.repository.overlays import write_overlays
 from arcface_build.repository.stated import NO_COMPLETION, completion_options, outputs_pbtxt
-from arcface_build.repository.versions import write_overlays
 from arcface_clients import TritonEmbedder
 from arcface_clients.faces.synthetic import synthetic_faces
 

@@ -22,7 +22,7 @@ from arcface_build.graph.fold_batchnorm import fold_batchnorm
 from arcface_build.graph.fold_padded import fold_padded
 from arcface_build.graph.prelu_as_relu import prelu_as_relu
 from arcface_build.graph.tensorrt_form import TensorRtForm, form_of, with_made
-from arcface_build.imports.importing import to_serving
+from arcface_build.imports.forms import to_serving
 from arcface_build.plans.form import in_form
 from arcface_build.plans.source import PlanSource, find_source
 from arcface_build.plans.typed import read_typed_onnx

@@ -14,7 +14,7 @@ import pytest
 from arcface_build.bench.interleaved import Spread
 from arcface_build.bench.tune import Duel, Settings, read_settings, search, with_settings, write_tuned
 from arcface_build.reports.tune_page import tune_page
-from arcface_build.repository.versions import install
+from arcface_build.repository.install import install
 from arcface_build.serving.ports import free_ports
 
 SHIPPED = Settings()

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.graph.winograd import POINTS, tile_of, transforms, winograd
-from arcface_build.imports import importing
+from arcface_build.imports import forms, importing
 from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
 from arcface_build.repository.assemble import assemble
@@ -95,7 +95,7 @@ def test_few_channels_are_left_alone() -> None:
 @pytest.fixture
 def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a small network whose import made the Winograd form."""
-    monkeypatch.setattr(importing, "winograd", partial(winograd, fewest_channels=8))
+    monkeypatch.setattr(forms, "winograd", partial(winograd, fewest_channels=8))
     onnx.save(network(), str(tmp_path / "net.onnx"))
     faces = ProofFaces(synthetic_faces(8), "synthetic")
     importing.import_model(

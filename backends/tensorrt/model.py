@@ -10,14 +10,15 @@ It needs tensorrt, polygraphy and a CUDA runtime (the extra `tensorrt` brings th
 through polygraphy.cuda.
 """
 
-import ctypes
 import json
 from pathlib import Path
 
+import cuda_graphs
 import gpu_tensors
 import numpy as np
 import plan_files
 import triton_python_backend_utils as pb_utils
+from gpu_buffers import Buffer
 
 if not plan_files.NOT_INSTALLED:  # else the first use of a device says so
     import tensorrt as trt
@@ -42,7 +43,6 @@ NUMPY_DTYPES = {
     "INT64": np.int64,
 }
 GRAPH_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # and the largest: those that the native backend captures
-CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
 ALIGNMENT = 256  # bytes: what TensorRT requires of an address (NvInferRuntime.h, setTensorAddress)
 
 
@@ -118,12 +118,10 @@ class TritonPythonModel:
 
     def finalize(self):
         """Free the memory; the context first, because it still points there."""
-        for graph in self.graphs.values():
-            self._call("cudaGraphExecDestroy", graph)
+        cuda_graphs.destroy(self.cuda, self.graphs.values())
         self.context = self.engine = None
         for buffer in [*self.inputs.values(), *self.outputs.values()]:
-            self.cuda.free(buffer.device)
-            self._call("cudaFreeHost", ctypes.c_void_p(buffer.host.ctypes.data))
+            buffer.free()
         self.cuda.destroy_stream(self.stream)
 
     def _parts(self, request):
@@ -182,34 +180,18 @@ class TritonPythonModel:
             lone = parts[0].address if len(parts) == 1 and graph is None else None
             if lone is None or lone % ALIGNMENT:
                 lone = None
-                self._gather(buffer, parts)
+                buffer.gather(parts)
             if graph is None:
                 self._set_shape(name, rows)
                 self._set_address(name, lone or buffer.device)
         if graph is not None:
-            self._call("cudaGraphLaunch", graph, ctypes.c_void_p(self.stream))
-        elif not self.context.execute_async_v3(self.stream):
+            cuda_graphs.launch(self.cuda, self.stream, graph)
+        elif not self._enqueue():
             raise RuntimeError("TensorRT could not run the plan; the server's log has its reason")
         if to_host:
             for buffer in self.outputs.values():
-                self._copy(buffer.host.ctypes.data, buffer.device, rows * buffer.row_bytes, "DeviceToHost")
+                buffer.fetch(rows)
         self.cuda.stream_synchronize(self.stream)
-
-    def _gather(self, buffer, parts):
-        """Put the rows of all requests one after another into the input's buffer on the GPU; host rows in one copy."""
-        start, first = 0, None
-        for part in [*parts, None]:
-            if part is not None and part.address is None:
-                first = start if first is None else first
-                buffer.host[start : start + len(part)] = part.array
-            elif first is not None:  # the host rows so far
-                offset, size = first * buffer.row_bytes, (start - first) * buffer.row_bytes
-                self._copy(buffer.device + offset, buffer.host.ctypes.data + offset, size, "HostToDevice")
-                first = None
-            if part is not None and part.address is not None:
-                size = len(part) * buffer.row_bytes
-                self._copy(buffer.device + start * buffer.row_bytes, part.address, size, "DeviceToDevice")
-            start += len(part) if part is not None else 0
 
     def _captured(self):
         """CUDA graphs by batch size, over our own buffers; {} if this plan cannot be captured, and the log says why."""
@@ -218,31 +200,19 @@ class TritonPythonModel:
             for rows in sorted({*(batch for batch in GRAPH_BATCHES if batch < self.max_batch), self.max_batch}):
                 for name in self.inputs:
                     self._set_shape(name, rows)
-                self.context.execute_async_v3(self.stream)  # TensorRT requires one run of a shape before its capture
+                self._enqueue()  # TensorRT requires one run of a shape before its capture
                 self.cuda.stream_synchronize(self.stream)
-                graphs[rows] = self._capture()
+                graphs[rows] = cuda_graphs.capture(self.cuda, self.stream, self._enqueue)
         except Exception as exc:
-            for graph in graphs.values():
-                self._call("cudaGraphExecDestroy", graph)
+            cuda_graphs.destroy(self.cuda, graphs.values())
             self.cuda.handle.cudaGetLastError()  # a refused capture leaves its error behind for the next call
             pb_utils.Logger.log_warn(f"no CUDA graphs for this plan: {str(exc).partition(chr(10))[0]}")
             return {}
         return graphs
 
-    def _capture(self):
-        stream, graph, executable = ctypes.c_void_p(self.stream), ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cudaStreamBeginCapture", stream, ctypes.c_int(CAPTURE_THREAD_LOCAL))
-        try:
-            ran = self.context.execute_async_v3(self.stream)
-        finally:  # the stream is unusable while it captures
-            status = self.cuda.handle.cudaStreamEndCapture(stream, ctypes.byref(graph))
-        self.cuda.check(status)
-        if not ran:
-            raise RuntimeError("TensorRT refused a run during the capture")
-        # Its plain form has other arguments in CUDA 11 than in 12; this one is the same since 11.4.
-        self._call("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
-        self._call("cudaGraphDestroy", graph)
-        return executable
+    def _enqueue(self):
+        """Put a run of the plan on the stream; whether TensorRT accepted it."""
+        return self.context.execute_async_v3(self.stream)
 
     def _buffer(self, name):
         """The buffers of a tensor at the largest batch, on the host and on the GPU; the latter is bound here."""
@@ -253,7 +223,8 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(
                 f"the plan leaves the shape of {name} open ({shape}). Next: arcface plan build NAME, from a typed ONNX"
             )
-        buffer = _Buffer(shape, np.dtype(NUMPY_DTYPES[self.engine.get_tensor_dtype(name).name]), self.cuda)
+        dtype = np.dtype(NUMPY_DTYPES[self.engine.get_tensor_dtype(name).name])
+        buffer = Buffer(shape, dtype, self.cuda, self.stream)
         self._set_address(name, buffer.device)
         return buffer
 
@@ -265,32 +236,6 @@ class TritonPythonModel:
     def _set_address(self, name, address):
         if not self.context.set_tensor_address(name, address):
             raise pb_utils.TritonModelException(f"TensorRT accepts no buffer for {name}")
-
-    def _copy(self, target, source, size, kind):
-        self.cuda.memcpy(target, source, size, getattr(cuda.MemcpyKind, kind), self.stream)
-
-    def _call(self, name, *arguments):
-        self.cuda.check(getattr(self.cuda.handle, name)(*arguments))
-
-
-class _Buffer:
-    """Room for the largest batch of one tensor: `host` is a pinned array, `device` an address on the GPU."""
-
-    def __init__(self, shape, dtype, runtime):
-        size = int(np.prod(shape)) * dtype.itemsize
-        pointer = ctypes.c_void_p()
-        runtime.check(runtime.handle.cudaMallocHost(ctypes.byref(pointer), ctypes.c_size_t(size)))
-        self.host = np.frombuffer((ctypes.c_byte * size).from_address(pointer.value), dtype).reshape(shape)
-        self.device = runtime.malloc(size)
-        self.row_bytes = size // shape[0]
-
-    def tensor(self, name, rows, device, final):
-        """Some rows for a response: on this GPU, or (device None) on the host, copied unless they are final."""
-        if device is None:
-            return pb_utils.Tensor(name, self.host[rows] if final else self.host[rows].copy())
-        shape = (rows.stop - rows.start, *self.host.shape[1:])
-        place = self.device + rows.start * self.row_bytes
-        return pb_utils.Tensor.from_dlpack(name, gpu_tensors.lend(place, shape, self.host.dtype, device))
 
 
 def _asks_for_graphs(config):

@@ -64,7 +64,7 @@ def client(count: int = 4096) -> list[dict[str, Any]]:
     """CPU and bytes of a worker for each face, by kind of source: alone, and with a trivial model behind gRPC."""
     from arcface_clients import TritonEmbedder
     from arcface_tools.bulk import CopyingEngine
-    from arcface_tools.clients import QUICK, quick_server
+    from arcface_tools.quick_server import QUICK, quick_server
 
     found = []
     with tempfile.TemporaryDirectory() as scratch, quick_server() as server:
@@ -84,7 +84,7 @@ def growth(
     count: int = 16_384, actors: Sequence[int] = (1, 2, 4), servers: Sequence[int] = (1, 2)
 ) -> list[dict[str, Any]]:
     """Faces/s of Ray actors that read a shard of JPEGs, and the cores of this host that were busy meanwhile."""
-    from arcface_tools.clients import quick_server
+    from arcface_tools.quick_server import quick_server
 
     found = []
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack, _ray(max(actors)):

@@ -19,7 +19,7 @@ import onnxruntime
 
 from arcface_build.graph.blocked_layout import blocked_layout
 from arcface_build.imports.demo import build_demo
-from arcface_build.imports.importing import to_serving
+from arcface_build.imports.forms import to_serving
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines.runtimes import (
     OnnxSession,

@@ -17,7 +17,8 @@ import numpy as np
 
 from arcface_build.bench.host import describe_host
 from arcface_build.bench.interleaved import Spread, measure_in_turns, ratio, undisturbed_rounds
-from arcface_build.bench.photos import asks, callers_of, cpu_by_part
+from arcface_build.bench.photo_callers import callers_of, cpu_by_part
+from arcface_build.bench.photos import asks
 from arcface_build.bench.run import Bars
 from arcface_build.bench.server import own_server
 from arcface_build.errors import ProofFailed

@@ -7,23 +7,18 @@ given, in fp32, one face a call, in a session as ONNX Runtime opens it.
 
 from __future__ import annotations
 
-import threading
-import time
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from arcface_build.bench.cpu_time import tree_cpu_by_pid
 from arcface_build.bench.host import describe_host
-from arcface_build.bench.interleaved import Sample, Spread, Variant, Work, measure_in_turns, ratio, undisturbed_rounds
+from arcface_build.bench.interleaved import Sample, Spread, measure_in_turns, ratio, undisturbed_rounds
+from arcface_build.bench.photo_callers import Answer, callers_of, cpu_by_part, median_of
 from arcface_build.bench.run import Bars
-from arcface_build.bench.server import ServerUnderTest, own_server
+from arcface_build.bench.server import own_server
 from arcface_build.repository.detector import photo_models
 from arcface_build.repository.versions import served_folder, served_manifest
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
@@ -33,12 +28,8 @@ from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.faces.detect import FaceDetector
 from arcface_clients.photos.embedder import PhotoEmbedder
 
-STAGES = ("decode", "detect", "align", "embed")
 HERE, USUAL, SERVER = "one process", "usual parts", "server"
 LEAF_OF = {"tensorrt": "arcface_trt", "reference": "arcface_reference"}  # by Triton's --model-config-name
-METRICS_BEHIND_S = 0.7  # photo_faces tells Triton its sums twice a second
-Answer = Callable[[bytes], int]
-"""A photo's bytes in, the number of its faces out."""
 
 
 def measure_photos(
@@ -90,28 +81,35 @@ def measure_photos(
             variants.append(callers_of(f"{SERVER} c{number}", ways[SERVER], photos, number, server))
         advance = stack.enter_context(bars(len(variants) * (rounds + 1)))
         samples = measure_in_turns(variants, rounds, sample_s, advance)
+    return {
+        "host": host,
+        "photos": len(photos),
+        "faces": faces,
+        "runs": what_runs(repository, config),
+        **_figures(samples, callers),
+    }
+
+
+def _figures(samples: Mapping[str, Sequence[Sample]], callers: Sequence[int]) -> dict[str, Any]:
+    """What the result says of the samples, from the undisturbed rounds alone."""
     kept, disturbed = undisturbed_rounds(samples)
     rows = [
         {
-            "name": variant.name,
-            "photos_per_s": Spread.of([samples[variant.name][r].faces_per_s for r in kept]).to_json(),
-            "latency_ms": Spread.of([ms for r in kept for ms in samples[variant.name][r].latencies_ms]).to_json(),
-            "cpu_ms_per_photo": cpu_by_part([samples[variant.name][r] for r in kept]),
+            "name": name,
+            "photos_per_s": Spread.of([of[r].faces_per_s for r in kept]).to_json(),
+            "latency_ms": Spread.of([ms for r in kept for ms in of[r].latencies_ms]).to_json(),
+            "cpu_ms_per_photo": cpu_by_part([of[r] for r in kept]),
         }
-        for variant in variants
+        for name, of in samples.items()
     ]
     ratios = {
         way: [{"callers": n, **ratio(samples, f"{SERVER} c{n}", f"{way} c{n}", kept).to_json()} for n in callers]
         for way in (HERE, USUAL)
     }
     waterfalls = {
-        str(n): _median([samples[f"{SERVER} c{n}"][r].details["ms_per_photo"] for r in kept]) for n in callers
+        str(n): median_of([samples[f"{SERVER} c{n}"][r].details["ms_per_photo"] for r in kept]) for n in callers
     }
     return {
-        "host": host,
-        "photos": len(photos),
-        "faces": faces,
-        "runs": what_runs(repository, config),
         "variants": rows,
         "ratios": ratios[HERE],
         "ratios_to_usual_parts": ratios[USUAL],
@@ -173,6 +171,11 @@ def usual_parts(repository: Path) -> Answer:
     return answer
 
 
+def asks(client: PhotoEmbedder) -> Answer:
+    """Asks the server."""
+    return lambda photo: len(client.faces(photo))
+
+
 def photos_text(result: dict[str, Any]) -> str:
     """The result as text."""
     lines = [f"{way}: {runs}" for way, runs in result["runs"].items()]
@@ -196,97 +199,3 @@ def photos_text(result: dict[str, Any]) -> str:
     if result["rounds"]["disturbed"]:
         lines.append("NOT RELIABLE: other processes used the CPU in nearly every round. Measure on an idle machine.")
     return "\n".join(lines)
-
-
-def asks(client: PhotoEmbedder) -> Answer:
-    """Asks the server."""
-    return lambda photo: len(client.faces(photo))
-
-
-def callers_of(
-    name: str, answer: Answer, photos: Sequence[bytes], callers: int, server: ServerUnderTest | None = None
-) -> Variant:
-    """`callers` threads that answer photos in turn. Its "faces a second" are photos a second."""
-    turn = count()
-
-    def sample(seconds: float) -> Work:
-        latencies_s: list[float] = []
-        lock, before = threading.Lock(), _counters(server)
-        started = time.perf_counter()
-
-        def call() -> None:
-            while True:
-                sent = time.perf_counter()
-                answer(photos[next(turn) % len(photos)])
-                now = time.perf_counter()
-                with lock:
-                    latencies_s.append(now - sent)
-                if now - started >= seconds:
-                    return
-
-        spent = _cpu_s(server)
-        with ThreadPoolExecutor(callers) as pool:
-            for future in [pool.submit(call) for _ in range(callers)]:
-                future.result()
-        wall_s = time.perf_counter() - started
-        spent = {side: seconds - spent[side] for side, seconds in _cpu_s(server).items()}
-        details: dict[str, Any] = {
-            "cpu_ms_per_photo": {side: 1000 * seconds / len(latencies_s) for side, seconds in spent.items()}
-        }
-        if server is not None:
-            time.sleep(METRICS_BEHIND_S)
-            details["ms_per_photo"] = _split(before, _counters(server), 1000 * float(np.mean(latencies_s)))
-        return Work(len(latencies_s), wall_s, [1000 * s for s in latencies_s], details=details)
-
-    return Variant(name, sample, "server" if server else "process", (server.pid,) if server and server.pid else ())
-
-
-def cpu_by_part(samples: Sequence[Sample]) -> dict[str, float]:
-    """Medians of the milliseconds of CPU a photo, by process."""
-    return _median([sample.details["cpu_ms_per_photo"] for sample in samples])
-
-
-def _split(before: dict[str, float], after: dict[str, float], latency_ms: float) -> dict[str, float]:
-    """Milliseconds of a photo by step, from Triton's metrics; the rest of the caller's time is receive and answer."""
-    grown = {name: after[name] - before.get(name, 0) for name in after}
-    photos = grown['arcface_photos{outcome="answered"}'] or 1
-    request_us, queue_us = (
-        sum(value for name, value in grown.items() if name.startswith(f"nv_inference_{kind}_duration_us"))
-        for kind in ("request", "queue")
-    )
-    steps = {stage: grown[f'arcface_photo_stage_us{{stage="{stage}"}}'] / photos / 1000 for stage in STAGES}
-    inside = request_us / photos / 1000
-    queue = queue_us / photos / 1000
-    return {
-        "receive and answer": latency_ms - inside,
-        "wait for an instance": queue,
-        **steps,
-        "between the steps": inside - queue - sum(steps.values()),
-    }
-
-
-def _counters(server: ServerUnderTest | None) -> dict[str, float]:
-    """The metrics of `photo_faces` by their full names."""
-    if server is None:
-        return {}
-    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, value in pairs if "photo" in name}
-
-
-def _cpu_s(server: ServerUnderTest | None) -> dict[str, float]:
-    """CPU seconds since their start: of this process, of tritonserver itself, and of each model's instances."""
-    spent = {"this process": time.process_time()}
-    if server is None or not server.pid:
-        return spent
-    for pid, seconds in tree_cpu_by_pid(server.pid).items():
-        name = "tritonserver"
-        if pid != server.pid:  # an instance of a Python model, whose first argument is the path of its version's file
-            name = Path((Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")[1].decode()).parent.parent.name
-        spent[name] = spent.get(name, 0) + seconds
-    return spent
-
-
-def _median(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.median([each[name] for each in steps])) for name in steps[0]}

@@ -53,7 +53,7 @@ def proved_network(source: Path, faces_bgr_u8: np.ndarray) -> Callable[[np.ndarr
 
     from arcface_build.bench.torch_baseline import eager_network
     from arcface_build.bench.torch_export import export_graph
-    from arcface_build.imports.importing import to_serving
+    from arcface_build.imports.forms import to_serving
     from arcface_build.imports.onnx_file import read_source
     from arcface_clients.engines.import_manifest import read_import_manifest
     from arcface_clients.engines.runtimes import open_session

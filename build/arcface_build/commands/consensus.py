@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,12 +104,7 @@ def command(
     if output.exists() and not force:
         raise WrongUse(f"{output} already exists. Choose another name, or overwrite it: --force")
     on_ray = engine == "ray"
-    if on_ray and cache_path:
-        raise WrongUse("--cache is a file of one host, which the workers of --engine ray do not share: leave it out")
-    if runtime_env and not on_ray:
-        raise WrongUse("--runtime-env is for Ray: add --engine ray")
-    if on_ray:
-        require("ray", purpose="--engine ray")
+    _check_runner(on_ray, cache_path, runtime_env)
     found_by = None
     if detect:
         from arcface_clients.faces.detect import find_detector
@@ -120,8 +116,26 @@ def command(
         served = embedder.ensure_ready()
         ray = OnRay(connect, Runner(engine, workers, runtime_env).cluster([served])) if on_ray else None
         records = run(folder, output, embedder, limits, workers or WORKERS, cache_path, force, found_by, ray)
+    summary = _summary(output, records)
+    if not as_json:
+        for refused in (refused for record in records.values() for refused in record["refused"]):
+            terminal.complaint(f"not read: {refused['path']}: {refused['reason']}")
+    hand_over(summary, lambda: _told(records, summary), as_json)
+    return 0
+
+
+def _check_runner(on_ray: bool, cache_path: Path | None, runtime_env: Path | None) -> None:
+    if on_ray and cache_path:
+        raise WrongUse("--cache is a file of one host, which the workers of --engine ray do not share: leave it out")
+    if runtime_env and not on_ray:
+        raise WrongUse("--runtime-env is for Ray: add --engine ray")
+    if on_ray:
+        require("ray", purpose="--engine ray")
+
+
+def _summary(output: Path, records: dict[str, dict]) -> dict[str, Any]:
     undecided = {name: record["reason"] for name, record in records.items() if not record["agreed"]}
-    summary = {
+    return {
         "output": str(output),
         "people": len(records),
         "agreed": len(records) - len(undecided),
@@ -129,11 +143,6 @@ def command(
         "refused": sum(len(record["refused"]) for record in records.values()),
         "undecided": undecided,
     }
-    if not as_json:
-        for refused in (refused for record in records.values() for refused in record["refused"]):
-            terminal.complaint(f"not read: {refused['path']}: {refused['reason']}")
-    hand_over(summary, lambda: _told(records, summary), as_json)
-    return 0
 
 
 def _told(records: dict[str, dict], summary: dict[str, Any]) -> str:
@@ -185,69 +194,91 @@ def run(
 
     `detector`: the files are photos, and this is YuNet's file. `on_ray`: the people are tasks there, else threads here.
     """
-    from contextlib import ExitStack
+    finder = _finder(detector)
+    detector_id = finder.detector_id if finder else None
+    people = people_in(folder)
+    unfinished = output.with_name(f"{output.name}.partial")
+    with Journal(unfinished, engine.contract_id, limits, start_over, detector_id) as journal:
+        left = journal.left(people)
+        done = len(people) - len(left)
+        if done:
+            terminal.notice(f"resuming: {done} of {len(people)} people are already done")
+        with terminal.item_bars() as progress:
+            bar = progress.add_task("people", total=len(people), completed=done)
 
+            def keep(record: dict[str, Any]) -> None:
+                journal.add(record)
+                progress.advance(bar)
+
+            if on_ray:
+                _on_ray(left, engine.contract_id, limits, finder, on_ray, keep)
+            else:
+                _on_threads(left, engine, limits, workers, cache_path, finder, keep)
+        records = {name: journal.records[name] for name in people}
+        read_any = any(record["distances"] for record in records.values())
+        if read_any:
+            _write(output, records, engine.contract_id, detector_id, limits)
+        journal.close(delete=True)
+    if not read_any:
+        raise WrongUse(_nothing_read(folder, records, photos=finder is not None))
+    return records
+
+
+def _on_ray(
+    people: Mapping[str, Sequence[str]],
+    contract_id: str | None,
+    limits: Limits,
+    finder: FaceDetector | None,
+    on_ray: OnRay,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    from arcface_clients.people.on_ray import consensus_on_ray
+
+    consensus_on_ray(
+        people,
+        on_ray.connect,
+        contract_id,
+        keep,
+        limits,
+        detector=str(finder.model) if finder else None,
+        detector_id=finder.detector_id if finder else None,
+        cluster=on_ray.cluster,
+        say=terminal.notice,
+    )
+
+
+def _on_threads(
+    people: Mapping[str, Sequence[str]],
+    engine: EmbeddingEngine,
+    limits: Limits,
+    workers: int,
+    cache_path: Path | None,
+    finder: FaceDetector | None,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
     from arcface_clients.faces.detect import load_detected
     from arcface_clients.people.cache import EmbeddingCache
 
-    finder = _finder(detector)
-    people = people_in(folder)
-    with ExitStack() as stack:
-        journal = stack.enter_context(
-            Journal(
-                output.with_name(f"{output.name}.partial"),
-                engine.contract_id,
-                limits,
-                start_over,
-                finder.detector_id if finder else None,
-            )
-        )
-        cache = stack.enter_context(EmbeddingCache(path=cache_path)) if cache_path else None
-        left = journal.left(people)
-        if len(left) < len(people):
-            terminal.notice(f"resuming: {len(people) - len(left)} of {len(people)} people are already done")
-        progress = stack.enter_context(terminal.item_bars())
-        bar = progress.add_task("people", total=len(people), completed=len(people) - len(left))
+    with EmbeddingCache(path=cache_path) if cache_path else nullcontext() as cache:
+        load = partial(load_detected, detector=finder) if finder else load_faces
+        for record in consensus_of_people(people, engine, limits, workers=workers, cache=cache, load=load):
+            keep(record)
 
-        def keep(record: dict[str, Any]) -> None:
-            journal.add(record)
-            progress.advance(bar)
 
-        if on_ray:
-            from arcface_clients.people.on_ray import consensus_on_ray
-
-            consensus_on_ray(
-                left,
-                on_ray.connect,
-                engine.contract_id,
-                keep,
-                limits,
-                detector=str(finder.model) if finder else None,
-                detector_id=finder.detector_id if finder else None,
-                cluster=on_ray.cluster,
-                say=terminal.notice,
-            )
-        else:
-            load = partial(load_detected, detector=finder) if finder else load_faces
-            for record in consensus_of_people(left, engine, limits, workers=workers, cache=cache, load=load):
-                keep(record)
-        records = {name: journal.records[name] for name in people}
-        if not any(record["distances"] for record in records.values()):
-            journal.close(delete=True)
-            raise WrongUse(_nothing_read(folder, records, finder is not None))
-        write_json(
-            output,
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "contract_id": engine.contract_id,
-                **({"detector_id": finder.detector_id} if finder else {}),
-                "limits": vars(limits),
-                "people": {name: {k: v for k, v in r.items() if k != "person"} for name, r in records.items()},
-            },
-        )
-        journal.close(delete=True)
-    return records
+def _write(
+    output: Path, records: dict[str, dict], contract_id: str | None, detector_id: str | None, limits: Limits
+) -> None:
+    write_json(
+        output,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "contract_id": contract_id,
+            **({"detector_id": detector_id} if detector_id else {}),
+            "limits": vars(limits),
+            "people": {name: {k: v for k, v in r.items() if k != "person"} for name, r in records.items()},
+        },
+    )
 
 
 def _finder(detector: Path | None) -> FaceDetector | None:

@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from arcface_build import terminal
 from arcface_build.commands.options.output import hand_over
@@ -13,7 +14,7 @@ from arcface_build.commands.options.runner import Runner
 from arcface_build.commands.options.settings import access_to, settings
 from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.files import Files, is_url
-from arcface_clients.bulk.job import Job
+from arcface_clients.bulk.job import Counts, Job
 from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.parts import bad_path
 from arcface_clients.bulk.spec import ON_SERVER, JobSpec
@@ -65,21 +66,16 @@ def embed_to_parquet(
                 run_on_ray(job, connect, urls, runner.cluster(served), shown.advance, terminal.notice)
             else:
                 run_local(job, engines, shown.advance, PATIENCE_S)
-        if not job.units:
-            job.discard()
-            raise WrongUse(
-                f"nothing to embed in {' '.join(sources)}: expected images, .npz, .npy, Parquet or .tar files."
-            )
-        done = job.finish()
+        done = _finished(job, sources)
         seconds = time.monotonic() - begun
     refused_list = _refused_list(output, job) if done.refused else None
     if not done.rows:
         if job.output is not None:
             job.output.unlink()
+        expected = "photos with a face." if detector else "aligned 112×112 crops; photos need --detect."
         raise WrongUse(
-            f"no face could be read from {' '.join(sources)}: {done.refused} refused, see {refused_list}. Expected "
-            + ("photos with a face." if detector else "aligned 112×112 crops; photos need --detect.")
-            + f" {output} was not written"
+            f"no face could be read from {' '.join(sources)}: {done.refused} refused, see {refused_list}. "
+            f"Expected {expected} {output} was not written"
         )
     summary = {
         "output": output,
@@ -95,12 +91,29 @@ def embed_to_parquet(
         "seconds": round(seconds, 3),
         "faces_per_s": round(shown.done / seconds, 1),
     }
-    left_out = f", {done.refused} not read: {refused_list}" if done.refused else ""
-    rate = f" ({summary['faces_per_s']:,} faces/s)"
-    by = ", found by the server" if detector == ON_SERVER else ""
-    told = f"{output}: {done.rows} embeddings of {spec.dim} numbers from {model}{by}{left_out}{rate}"
-    hand_over(summary, lambda: told, as_json)
+    hand_over(summary, lambda: _told(summary), as_json)
     return 0
+
+
+def _finished(job: Job, sources: tuple[str, ...]) -> Counts:
+    """What the job gave, in its place; a job without units leaves nothing there.
+
+    Raises:
+        WrongUse: it had no units.
+    """
+    if not job.units:
+        job.discard()
+        raise WrongUse(f"nothing to embed in {' '.join(sources)}: expected images, .npz, .npy, Parquet or .tar files.")
+    return job.finish()
+
+
+def _told(summary: dict[str, Any]) -> str:
+    by = ", found by the server" if summary["detected_by"] == "server" else ""
+    left_out = f", {summary['refused']} not read: {summary['refused_list']}" if summary["refused"] else ""
+    return (
+        f"{summary['output']}: {summary['faces']} embeddings of {summary['embedding_dim']} numbers from "
+        f"{summary['model']}{by}{left_out} ({summary['faces_per_s']:,} faces/s)"
+    )
 
 
 class _Shown:

@@ -30,7 +30,8 @@ To serve InsightFace itself instead: arcface serve --backend reference
 @json_option
 def command(models: tuple[str, ...], model_repository: Path | None, as_json: bool) -> None:
     """Remove the newest version of a model; Triton serves the previous one after a restart."""
-    from arcface_build.repository.versions import roll_back_served, served_manifest
+    from arcface_build.repository.install import roll_back_served
+    from arcface_build.repository.versions import served_manifest
     from arcface_build.serving.change_over import ChangeOver
 
     repository = repository_at(model_repository)

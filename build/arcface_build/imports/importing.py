@@ -9,22 +9,16 @@ from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from arcface_build.errors import SourceRefused
 from arcface_build.graph import Step
-from arcface_build.graph.blocked_layout import blocked_layout
-from arcface_build.graph.dynamic_batch import dynamic_batch
-from arcface_build.graph.fold_batchnorm import fold_batchnorm
-from arcface_build.graph.fold_constants import fold_constants
 from arcface_build.graph.repair_source import repair_source
-from arcface_build.graph.serving import serving_form
-from arcface_build.graph.upgrade_opset import opset_of, upgrade_opset
-from arcface_build.graph.winograd import winograd
+from arcface_build.graph.upgrade_opset import opset_of
 from arcface_build.imports.as_given import check_as_given
 from arcface_build.imports.flavour import check_width, flavour_of
+from arcface_build.imports.forms import CONVERSION, described, forms_for_cpus, save_checked, to_serving
 from arcface_build.imports.front import Front
 from arcface_build.imports.onnx_file import external_files, read_source
 from arcface_build.imports.outputs import keep_embedding
@@ -35,21 +29,15 @@ from arcface_build.imports.second_look import second_look
 from arcface_build.imports.source import Source, file_digest
 from arcface_clients.arrays import Array
 from arcface_clients.atomic import new_folder, write_json
-from arcface_clients.contract import Preprocessing, contract_id
+from arcface_clients.contract import contract_id
 from arcface_clients.engines.import_manifest import IMPORT_MANIFEST, ImportManifest, read_import_manifest
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.evidence.gate import limit_of
 from arcface_clients.evidence.golden import golden_faces, golden_record, is_golden
 
-if TYPE_CHECKING:
-    import onnx
-
 SOURCE_FILE = "source.onnx"
 SERVING_FILE = "serving.onnx"
-CPU_FILE = "serving_cpu.onnx"
-WINOGRAD_FILE = "serving_winograd.onnx"
-CONVERSION = 5  # increase it when the steps produce a different graph: earlier imports are then redone
 TOOLS = ("arcface-triton", "onnx", "onnxruntime", "onnxruntime-openvino", "onnxruntime-gpu", "insightface", "numpy")
 OnStep = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -111,7 +99,7 @@ def import_model(
         progress("convert", 0, 1)
         contract = contract_id(_identity(source, output if outputs > 1 else None), preprocessing, dim)
         serving, steps = to_serving(repaired.model, preprocessing, dim, contract)
-        _save_checked(serving, temporary / SERVING_FILE)
+        save_checked(serving, temporary / SERVING_FILE)
         opset = opset_of(serving)
         prove_file = partial(
             _prove,
@@ -123,9 +111,7 @@ def import_model(
             progress=progress,
         )
         proof = prove_file(temporary / SERVING_FILE)
-        cpu, cpu_step = _other_form("blocked_layout", blocked_layout, serving, temporary / CPU_FILE, prove_file)
-        again = _load(temporary / SERVING_FILE)  # the steps work in place
-        fewer, fewer_step = _other_form("winograd", winograd, again, temporary / WINOGRAD_FILE, prove_file)
+        blocked, fewer, more_steps = forms_for_cpus(serving, temporary / SERVING_FILE, prove_file)
         manifest = ImportManifest(
             name=folder.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -134,11 +120,11 @@ def import_model(
             preprocessing={**decision.to_json(), "look": look.to_json() if look else None},
             dim=dim,
             contract_id=contract,
-            steps=[step.to_json() for step in (repaired, *steps, fewer_step, cpu_step)],
-            serving={**_described(temporary / SERVING_FILE), "opset": opset, "conversion": CONVERSION},
+            steps=[step.to_json() for step in (repaired, *steps, *more_steps)],
+            serving={**described(temporary / SERVING_FILE), "opset": opset, "conversion": CONVERSION},
             proof=proof.to_json(),
             tools=tool_versions(),
-            cpu=cpu,
+            cpu=blocked,
             winograd=fewer,
             golden=golden_record(np.stack([reference.embed(face) for face in golden_faces()])),
         )
@@ -173,56 +159,6 @@ def _source_told(source: Source, copy: dict[str, Any], output: str | None) -> di
     told |= {"url": source.url, "note": source.note}
     told |= {"output": output} if output else {}
     return told | ({"recipe": source.recipe} if source.recipe else {}) | {"copy": copy}
-
-
-def _prove(
-    file: Path,
-    faces: ProofFaces,
-    expected: Array,
-    reference: Reference,
-    limits: Mapping[str, float],
-    contract: str,
-    progress: OnStep,
-) -> Proof:
-    on_face = partial(progress, f"prove {file.name}")
-    return prove(file, faces.faces, expected, reference, faces.origin, on_face, limits, contract)
-
-
-def _other_form(
-    name: str,
-    transform: Callable[[onnx.ModelProto], Step],
-    serving: onnx.ModelProto,
-    file: Path,
-    prove_file: Callable[[Path], Proof],
-) -> tuple[dict[str, Any] | None, Step]:
-    """Write and prove another form of the serving model, for CPUs; returns its entry for the manifest.
-
-    It only makes serving faster, so if it fails the import continues without it.
-    """
-    step = Step(name, serving, False, "")
-    try:
-        step = transform(serving)
-        if not step.changed:
-            return None, step
-        _save_checked(step.model, file)
-        proof = prove_file(file)
-    except Exception as exc:  # any kind: from ONNX, ONNX Runtime or our own proof
-        file.unlink(missing_ok=True)
-        reason = (str(exc).splitlines() or [""])[0]
-        return None, Step(step.name, serving, False, f"not for this network: {type(exc).__name__}: {reason}")
-    proved = {"min_cosine": proof.min_cosine, "max_row_difference": proof.max_row_difference}
-    return {**_described(file), "why": step.why, **proved}, step
-
-
-def to_serving(
-    model: onnx.ModelProto, preprocessing: Preprocessing, dim: int, contract: str
-) -> tuple[onnx.ModelProto, list[Step]]:
-    """Run the graph steps in order; returns the serving model and what each step did."""
-    steps = [upgrade_opset(model)]
-    for step in (fold_constants, dynamic_batch, fold_batchnorm):
-        steps.append(step(steps[-1].model))
-    steps.append(serving_form(steps[-1].model, preprocessing, dim, contract))
-    return steps[-1].model, steps
 
 
 def existing_import(
@@ -284,24 +220,14 @@ def _keep_variants(old: Path, new: Path, manifest: ImportManifest) -> None:
         shutil.copytree(old / "variants", new / "variants")
 
 
-def _described(path: Path) -> dict[str, str | int]:
-    return {"file": path.name, "sha256": file_digest(path), "bytes": path.stat().st_size}
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    import onnx
-
-    return onnx.load(path)
-
-
-def _save_checked(model: onnx.ModelProto, path: Path) -> None:
-    import onnx
-
-    path.write_bytes(model.SerializeToString(deterministic=True))
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
-        line = str(exc).strip().splitlines()[0]
-        raise SourceRefused(
-            f"the converted graph violates the ONNX specification: {line}. Please report which exporter made the file."
-        ) from exc
+def _prove(
+    file: Path,
+    faces: ProofFaces,
+    expected: Array,
+    reference: Reference,
+    limits: Mapping[str, float],
+    contract: str,
+    progress: OnStep,
+) -> Proof:
+    on_face = partial(progress, f"prove {file.name}")
+    return prove(file, faces.faces, expected, reference, faces.origin, on_face, limits, contract)

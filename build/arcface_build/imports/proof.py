@@ -159,18 +159,7 @@ def prove(
             progress(done, total)
         return answer
 
-    difference = 0.0
-    for batch in hostile:
-        rows, single = run(batch), np.concatenate([run(face[None]) for face in batch])
-        # NaN in both is no difference here; the gate refuses it below.
-        off = np.abs(np.nan_to_num(rows, nan=2.0) - np.nan_to_num(single, nan=2.0)).max(axis=1)
-        if not off.max() <= MAX_ROW_DIFFERENCE:
-            raise ProofFailed(
-                f"the faces of a batch affect each other: row {int(off.argmax())} of "
-                f"{len(batch)} differs from its single run by {off.max():.3g}, expected ≤ {MAX_ROW_DIFFERENCE:g}. "
-                "Export the model in inference mode with a dynamic batch."
-            )
-        difference = max(difference, float(off.max()))
+    difference = max([_row_difference(batch, run) for batch in hostile], default=0.0)
     got = np.concatenate([run(faces[i : i + 32]) for i in range(0, len(faces), 32)])
     verdict = judge_embeddings(expected, got, "fp32", limits)
     if verdict.report is None or not verdict.passed:
@@ -191,6 +180,24 @@ def prove(
         reference=reference.name,
         reference_why=reference.why,
     )
+
+
+def _row_difference(batch: np.ndarray, run: Callable[[np.ndarray], np.ndarray]) -> float:
+    """The largest difference between the rows of a batch and those of single runs.
+
+    Raises:
+        ProofFailed: it is too large.
+    """
+    rows, single = run(batch), np.concatenate([run(face[None]) for face in batch])
+    # NaN in both is no difference here; the gate refuses it.
+    off = np.abs(np.nan_to_num(rows, nan=2.0) - np.nan_to_num(single, nan=2.0)).max(axis=1)
+    if not off.max() <= MAX_ROW_DIFFERENCE:
+        raise ProofFailed(
+            f"the faces of a batch affect each other: row {int(off.argmax())} of "
+            f"{len(batch)} differs from its single run by {off.max():.3g}, expected ≤ {MAX_ROW_DIFFERENCE:g}. "
+            "Export the model in inference mode with a dynamic batch."
+        )
+    return float(off.max())
 
 
 def _prove_outputs(session: OnnxSession, faces: np.ndarray, expected: np.ndarray, contract: str) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arcface_build.errors import ProofFailed
+from arcface_build.repository.install import install
 from arcface_build.repository.integrity import CHOICE
 from arcface_build.repository.profiles import CUDA_GRAPHS, with_profiles
-from arcface_build.repository.versions import install, served_folder, served_manifest
+from arcface_build.repository.versions import served_folder, served_manifest
 from arcface_clients.engines.import_manifest import read_import_manifest
 from arcface_clients.engines.model_folder import ModelFolder
 from arcface_clients.engines.runtimes import runtime_for

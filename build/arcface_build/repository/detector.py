@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from arcface_build.errors import LicenceNotAccepted, SourceRefused
+from arcface_build.repository.install import install
 from arcface_build.repository.integrity import PHOTO_MODEL
-from arcface_build.repository.versions import check_served, install, served_manifest, versions
+from arcface_build.repository.versions import check_served, served_manifest, versions
 from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import ConfigError, DependencyMissing, GateFailed, Missing
 from arcface_clients.extras import how_to_get

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from arcface_build.repository.lock import locked
-from arcface_build.repository.versions import LEAVES, write_overlays
+from arcface_build.repository.overlays import write_overlays
+from arcface_build.repository.versions import LEAVES
 from arcface_build.shipped import shipped
 from arcface_clients.atomic import copy_file, new_folder, remove, write_json
 from arcface_clients.errors import Missing, WrongUse
@@ -117,7 +118,7 @@ def _places(repository: Path, name: str) -> list[Path]:
     if path.suffix != ".py":
         return [path]
     later = (folder for folder in path.parent.parent.glob("[0-9]*") if folder.name != "1")
-    return [path, *(folder / path.name for folder in sorted(later) if (folder / path.name).is_file())]
+    return [path, *(folder / path.name for folder in sorted(later) if any(folder.glob("*.py")))]
 
 
 def _digests(repository: Path) -> dict[str, str]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from arcface_build.repository.integrity import PHOTO_MODEL
 from arcface_build.repository.lock import locked
-from arcface_build.repository.versions import LEAVES, stale_overlays, write_overlays
+from arcface_build.repository.overlays import stale_overlays, write_overlays
+from arcface_build.repository.versions import LEAVES
 from arcface_clients.atomic import discard, leftovers
 
 

@@ -14,21 +14,42 @@ from arcface_clients.triton.admin_key import HTTP_HEADER, given_key, is_private,
 RESTRICTED = "model-repository,shared-memory,trace,logging"
 
 
-def new_key() -> str:
-    """ARCFACE_ADMIN_KEY, else 256 random bits.
-
-    Raises:
-        ConfigError: ARCFACE_ADMIN_KEY cannot be a key.
-    """
-    return given_key() or secrets.token_urlsafe(32)
-
-
-def guard_options(key: str) -> list[str]:
-    """Triton's options that restrict the APIs above to whoever sends the key."""
-    return [f"{option}={RESTRICTED}:{HTTP_HEADER}={key}" for option in _OPTIONS]
-
-
 _OPTIONS = ("--http-restricted-api", "--grpc-restricted-protocol")
+
+
+class Guard:
+    """The key of one server, ARCFACE_ADMIN_KEY or else 256 random bits, from its start to its end.
+
+    Attributes:
+        is_hidden: whether it is gone from the command line.
+    """
+
+    def __init__(self) -> None:
+        """Take or make the key.
+
+        Raises:
+            ConfigError: ARCFACE_ADMIN_KEY cannot be a key.
+        """
+        self._key = given_key() or secrets.token_urlsafe(32)
+        self._files: list[Path] = []
+        self.is_hidden = False
+
+    def options(self) -> list[str]:
+        """Triton's options that restrict the APIs above to whoever sends the key."""
+        return [f"{option}={RESTRICTED}:{HTTP_HEADER}={self._key}" for option in _OPTIONS]
+
+    def leave_key(self, ports: tuple[int, ...]) -> None:
+        """See `keep_key`; the process that gets the options is a new one."""
+        self._files = keep_key(ports, self._key)
+        self.is_hidden = False
+
+    def hide(self, pid: int) -> None:
+        """See `hide_key`; where it fails, the caller tries again."""
+        self.is_hidden = hide_key(pid, self._key)
+
+    def forget(self) -> None:
+        """See `forget_key`."""
+        forget_key(self._files, self._key)
 
 
 def keep_key(ports: tuple[int, ...], key: str) -> list[Path]:

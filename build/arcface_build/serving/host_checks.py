@@ -66,9 +66,10 @@ def _lasted(seconds: float) -> str:
 
 def check_weights(settings: EmbeddingConfig) -> Check:
     """Versions with weights in the model repository."""
+    from arcface_build.repository.find import find_repository
     from arcface_build.repository.integrity import PHOTO_MODEL
     from arcface_build.repository.mend import faults
-    from arcface_build.repository.versions import check, find_repository, served_version, versions
+    from arcface_build.repository.versions import check, served_version, versions
 
     given = settings.local.model_repository
     try:

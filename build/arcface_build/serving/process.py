@@ -6,10 +6,8 @@ import contextlib
 import json
 import math
 import os
-import shlex
 import signal
 import subprocess
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -26,9 +24,10 @@ from arcface_build.serving.allocator import with_jemalloc
 from arcface_build.serving.binary import TritonBinary
 from arcface_build.serving.command_line import CONNECTIONS, arguments
 from arcface_build.serving.exposure import Exposure, from_here, no_other_ports
-from arcface_build.serving.guard import forget_key, guard_options, hide_key, keep_key, new_key
+from arcface_build.serving.guard import Guard
 from arcface_build.serving.launcher import launcher
 from arcface_build.serving.listener import pid_listening_on
+from arcface_build.serving.plain_paths import PlainPaths
 from arcface_build.serving.ports import PortLock, Ports
 from arcface_build.serving.reasons import missing_library, reason_in_log, reason_of_end
 from arcface_clients.triton.address import Address
@@ -80,11 +79,9 @@ class TritonProcess:
         )
         self._binary, self._repository, self._extra = binary, repository, extra
         self._exit_timeout_s = exit_timeout_s
-        self._links: tempfile.TemporaryDirectory[str] | None = None
+        self._paths = PlainPaths()
         self._regions = f"arcface_{uuid.uuid4().hex}_"  # how the names of its shared memory begin
-        self._key = new_key() if guarded else ""
-        self._key_files: list[Path] = []
-        self._hidden = not guarded
+        self._guard = Guard() if guarded else None
         environment = {**os.environ, **binary.environment, **(environment or {})}
         self._environment = {"CUDA_MODULE_LOADING": "LAZY", **with_jemalloc(no_other_ports(environment))}
         self._child: subprocess.Popen[bytes] | None = None
@@ -138,15 +135,14 @@ class TritonProcess:
         if not os.access(self._binary.path, os.X_OK):
             raise ServerFailed(f"cannot execute {self._binary.path}: it is not there, or not executable.")
         backends = self._binary.backend_directory
-        binary = replace(self._binary, backend_directory=backends and Path(self._plain(backends, "backends")))
-        line = [*self._line_of(binary, self._plain(self._repository, "repository")), *CONNECTIONS]
+        binary = replace(self._binary, backend_directory=backends and Path(self._paths.of(backends, "backends")))
+        line = [*self._line_of(binary, self._paths.of(self._repository, "repository")), *CONNECTIONS]
         line += [f"--exit-timeout-secs={math.ceil(self._exit_timeout_s)}", *self._extra]
         for backend in ("python", *(p.name for p in backends.iterdir() if p.is_symlink())) if backends else ("python",):
             line.append(f"--backend-config={backend},shm-region-prefix-name={self._regions}")
-        if self._key:
-            line += guard_options(self._key)
-            self._key_files = keep_key((self.ports.http, self.ports.grpc), self._key)
-            self._hidden = False
+        if self._guard:
+            line += self._guard.options()
+            self._guard.leave_key((self.ports.http, self.ports.grpc))
         with self._new_log() as log:
             try:
                 self._child = subprocess.Popen(
@@ -182,7 +178,9 @@ class TritonProcess:
         while time.monotonic() < deadline:
             if self._child.poll() is not None:
                 raise ServerFailed(self._why_it_ended())
-            self._hide_key()
+            # The first line of the log comes after Triton has read its options.
+            if self._guard and not self._guard.is_hidden and self.log_path.stat().st_size:
+                self._guard.hide(self._child.pid)
             if missing_library(self.log_path):  # a stub that cannot start: Triton would wait for it for ever
                 self.stop()
                 raise ServerFailed(f"tritonserver cannot load its models: {reason_in_log(self.log_path)}")
@@ -227,11 +225,6 @@ class TritonProcess:
         except OSError:
             return True
 
-    def _hide_key(self) -> None:
-        """Take the key out of the command line as soon as Triton has read it."""
-        if not self._hidden and self._child is not None and self.log_path.stat().st_size:
-            self._hidden = hide_key(self._child.pid, self._key)
-
     def wait(self, timeout_s: float | None = None) -> int | None:
         """Block until the server ends by itself; returns its exit status, None where it still runs after the time."""
         try:
@@ -266,12 +259,11 @@ class TritonProcess:
                 child.stdin.close()
             for region in Path("/dev/shm").glob(f"{self._regions}*"):
                 region.unlink(missing_ok=True)
-        forget_key(self._key_files, self._key)
+        if self._guard:
+            self._guard.forget()
         if self._lock is not None:
             self._lock.release()
-        if self._links is not None:
-            self._links.cleanup()
-            self._links = None
+        self._paths.remove()
 
     def __enter__(self) -> TritonProcess:
         """Start."""
@@ -280,15 +272,6 @@ class TritonProcess:
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         """Stop."""
         self.stop()
-
-    def _plain(self, path: Path | str, name: str) -> str:
-        """The path, or a link to it where it holds a blank or the like: Triton hands it unquoted to a shell."""
-        if "://" in str(path) or shlex.quote(str(path)) == str(path):
-            return str(path)
-        self._links = self._links or tempfile.TemporaryDirectory(prefix="arcface-")
-        link = Path(self._links.name) / name
-        link.symlink_to(Path(path).resolve())
-        return str(link)
 
     def _why_it_ended(self) -> str:
         status = self._child.returncode if self._child else 0

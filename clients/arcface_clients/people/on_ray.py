@@ -90,21 +90,12 @@ def consensus_on_ray(
                     say(f"no task of {cluster.cpus:g} CPU has answered yet: see `ray status`, or wait")
                 for reference in ready:
                     name, files, deaths = under_way.pop(reference)
-                    record = _answer(ray, reference)
-                    if isinstance(record, str):
-                        if deaths + 1 < TRIES:
-                            under_way[begin(name, files)] = (name, files, deaths + 1)
-                            continue
-                        reason = f"failed: this person killed {TRIES} workers ({record})"
-                        say(f"{name}: {reason}")
-                        record = record_of_failure(name, files, reason)
-                    elif record["signature"] != signature(files):
-                        raise ConfigError(
-                            f"a Ray worker sees other files of {name} than this process: expected a shared folder at "
-                            "the same path everywhere, and nobody writing there. Share it, or leave out --engine ray"
-                        )
+                    answer = _answer(ray, reference)
+                    if isinstance(answer, str) and deaths + 1 < TRIES:
+                        under_way[begin(name, files)] = (name, files, deaths + 1)
+                        continue
                     has_answered = True
-                    keep(record)
+                    keep(_given_up(name, files, answer, say) if isinstance(answer, str) else _same(name, files, answer))
         finally:
             for reference in under_way:
                 with suppress(ray.exceptions.RayError):
@@ -124,6 +115,27 @@ def _answer(ray: Any, reference: Any) -> dict[str, Any] | str:
         return short(exc)
     except errors.RayError as exc:  # what the task raised, or a runtime environment that could not be made
         raise raised_by(exc) from exc
+    return record
+
+
+def _given_up(name: str, files: Sequence[str], death: str, say: Callable[[str], object]) -> dict[str, Any]:
+    """The record of a person who killed too many workers, the last one so."""
+    reason = f"failed: this person killed {TRIES} workers ({death})"
+    say(f"{name}: {reason}")
+    return record_of_failure(name, files, reason)
+
+
+def _same(name: str, files: Sequence[str], record: dict[str, Any]) -> dict[str, Any]:
+    """The record, if the worker saw the files that this process sees.
+
+    Raises:
+        ConfigError: it did not.
+    """
+    if record["signature"] != signature(files):
+        raise ConfigError(
+            f"a Ray worker sees other files of {name} than this process: expected a shared folder at the same path "
+            "everywhere, and nobody writing there. Share it, or leave out --engine ray"
+        )
     return record
 
 

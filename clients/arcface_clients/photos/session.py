@@ -25,6 +25,7 @@ from arcface_clients.errors import (
     WrongUse,
 )
 from arcface_clients.extras import importing
+from arcface_clients.faces.steps.refusal import PHOTO_REFUSED
 from arcface_clients.photos.face import Face, Verified
 from arcface_clients.triton.answer import Tensors, checked_contract, checked_rows, other_contract
 from arcface_clients.triton.options import ClientOptions
@@ -35,7 +36,6 @@ from arcface_clients.triton.transports import Files, Parameter
 PhotoLike = bytes | Path | str | Array
 """A photo: a file's bytes, its path, or pixels uint8 (H,W,3) BGR, which are sent as PNG."""
 VERIFY_MODEL = "photo_verify"
-_REFUSED = "photo refused: "  # how the model's message of a bad photo begins
 # A process of the server that ends after so long may have ended over the photo: it is sent once more, and then refused.
 LONG_S = 30.0
 _OUTPUTS = ("box", "score", "landmarks", "embedding", "norm", CONTRACT_OUTPUT)
@@ -162,7 +162,7 @@ class PhotoSession(Exchanges):
                 if time.monotonic() + wait_s > give_up_s:
                     raise
             except InferenceFailed as exc:
-                _, bad, why = str(exc).partition(_REFUSED)
+                _, bad, why = str(exc).partition(PHOTO_REFUSED)
                 if bad:
                     raise InvalidFaces(why) from exc
                 raise

@@ -23,6 +23,7 @@ from align import FACE_SIZE, align_face, magnification
 from decode import BadPhoto, Photo, from_base64
 from detect import MAX_SIDE, MIN_SCORE, MIN_SIZE, detector_id, find_faces
 from PIL import Image
+from refusal import NUMBER_EXPECTED, PHOTO_REFUSED
 from scrfd import Scrfd
 from yunet import open_yunet
 
@@ -30,7 +31,6 @@ BATCH = 64  # max_batch_size of `arcface`
 STAGES = ("decode", "detect", "align", "embed")
 TELL_EVERY_S = 0.5  # how far the metrics may be behind
 FACES = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
-REFUSED = "photo refused: "  # how the message of a bad photo begins, for clients to know it by
 
 
 class TritonPythonModel:
@@ -86,10 +86,10 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(output_tensors=tensors)
         except BadPhoto as exc:
             self.meter.add("refused")
-            return _error(f"{REFUSED}{exc}", pb_utils.TritonError.INVALID_ARG)
+            return _error(f"{PHOTO_REFUSED}{exc}", pb_utils.TritonError.INVALID_ARG)
         except MemoryError:
             self.meter.add("refused")
-            return _error(f"{REFUSED}not enough memory for it", pb_utils.TritonError.INVALID_ARG)
+            return _error(f"{PHOTO_REFUSED}not enough memory for it", pb_utils.TritonError.INVALID_ARG)
         except WrongCall as exc:
             return _error(f"photo_faces: {exc}", pb_utils.TritonError.INVALID_ARG)
         except Failed as exc:
@@ -263,7 +263,7 @@ def _number(told, key, default, low, high):
     except (TypeError, ValueError):
         number = float("nan")
     if not low <= number <= high:
-        raise WrongCall(f"{key} is {told[key]!r}: expected a number in {low:g}..{high:g}")
+        raise WrongCall(f"{key} is {told[key]!r}{NUMBER_EXPECTED}{low:g}..{high:g}")
     return number
 
 

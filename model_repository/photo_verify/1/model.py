@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from refusal import NUMBER_EXPECTED, PHOTO_REFUSED
 
 NAMES = ("box", "embedding", "contract")
-WRONG = ("photo refused: ", ": expected a number in ")  # how photo_faces refuses a photo, and a parameter
+WRONG = (PHOTO_REFUSED, NUMBER_EXPECTED)  # by these words of photo_faces the caller is at fault
 
 
 class TritonPythonModel:
@@ -45,7 +46,7 @@ class TritonPythonModel:
             asked.pop("probe", None)  # photo_faces would answer it without looking at the photo
             limit = asked.pop("max_distance", None)
             if limit is not None and not 0 <= float(limit) <= 2:
-                raise ValueError(f"max_distance is {limit}: expected a number in 0..2")
+                raise ValueError(f"max_distance is {limit}{NUMBER_EXPECTED}0..2")
             images = [pb_utils.get_input_tensor_by_name(request, name) for name in ("image_a", "image_b")]
             answers = await asyncio.gather(*[self._faces(image.as_numpy(), asked) for image in images])
             found = best_pair(*answers) | self._decision(answers[0]["contract"], limit)

@@ -65,7 +65,7 @@ def command(
     from arcface_build.bench.run import served_file
     from arcface_build.bench.server import own_server
     from arcface_build.reports.bench_text import bench_text
-    from arcface_build.repository.versions import find_repository
+    from arcface_build.repository.find import find_repository
     from arcface_clients.errors import WrongUse
     from arcface_tools import bulk as bulk_job
     from arcface_tools import clients

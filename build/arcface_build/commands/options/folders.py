@@ -45,8 +45,8 @@ def repository_at(given: Path | None, *, make: bool = False) -> Path:
     Raises:
         Missing: there is none, and none was asked for.
     """
+    from arcface_build.repository.find import find_repository
     from arcface_build.repository.hand_written import follow, lay_out
-    from arcface_build.repository.versions import find_repository
 
     configured = settings().local.model_repository
     try:
