@@ -54,6 +54,9 @@ def test_what_each_side_runs_is_told_whatever_is_served(tmp_path: Path) -> None:
     assert runs["server"] == "r50 bf16 in openvino-bf16"
     assert runs["one process"].startswith("r50 bf16 in openvino-bf16, all faces")
     assert "r50 as it was given, fp32 in onnxruntime through InsightFace, one face a call" in runs["usual parts"]
+    exact = given | {"variant": {"runtime": "openvino-fp32", "form": "Winograd"}}
+    (tmp_path / "arcface_onnx" / "1" / "manifest.json").write_text(json.dumps(exact))
+    assert what_runs(tmp_path, "onnx")["server"] == "r50 fp32 by Winograd in openvino-fp32"
     assert what_runs(tmp_path, "reference")["server"] == "r50 fp32 in onnxruntime through InsightFace"
 
 

@@ -133,8 +133,9 @@ def _leaf(repository: Path, leaf: str) -> str:
     """What a leaf model serves, in words."""
     manifest = served_manifest(repository, leaf) or {}
     default = {"arcface_trt": "TensorRT", "arcface_reference": "onnxruntime through InsightFace"}.get(leaf)
-    runtime = default or _runtime(manifest)
-    return f"{manifest.get('name')} {manifest.get('precision', 'fp32')} in {runtime}"
+    form = manifest.get("variant", {}).get("form")
+    words = (manifest.get("name"), manifest.get("precision", "fp32"), form and f"by {form}")
+    return f"{' '.join(filter(None, words))} in {default or _runtime(manifest)}"
 
 
 def _runtime(manifest: Mapping[str, Any]) -> str:

@@ -73,6 +73,8 @@ def assemble(
         _check_gate(variant, imported.name, limits)
         weights, extra, files = model_dir / variant.file, variant.accelerator_pbtxt(), {}
         told = {key: value for key, value in variant.to_json().items() if key not in ("reason", "measured", "offer")}
+        if not variant.form:
+            del told["form"]
         manifest |= {"precision": variant.precision, "variant": told}
     if variant is not None and variant.measured:
         manifest[CHOICE] = {**variant.measured, "reason": variant.reason}

@@ -48,6 +48,7 @@ class VariantChoice:
         sidecar: the variant's; None for fp32.
         measured: goal, figures and runner-up, for the version's manifest; None where nothing was measured.
         offer: a line for people about a variant that would be faster and is not made yet; empty if none is known.
+        form: "Winograd" where the file computes convolutions by that method.
     """
 
     file: str
@@ -57,6 +58,7 @@ class VariantChoice:
     sidecar: dict[str, Any] | None = None
     measured: dict[str, Any] | None = None
     offer: str = ""
+    form: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the field names as keys."""
@@ -193,7 +195,7 @@ def _table(
 def _chosen(one: Candidate, reason: str, why_not: Mapping[str, str]) -> VariantChoice:
     passed = f"; it passed its gate with drift {one.drift:.2g}" if one.drift is not None else ""
     others = "".join(f"; not {name}: {why}" for name, why in why_not.items())
-    return VariantChoice(one.file, one.precision, one.runtime, reason + passed + others, one.sidecar)
+    return VariantChoice(one.file, one.precision, one.runtime, reason + passed + others, one.sidecar, form=one.form)
 
 
 def _why(taken: Speed, runner_up: Speed | None, usable: Sequence[Speed], full_batch: int, goal: Goal) -> str:
