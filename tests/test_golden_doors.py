@@ -6,6 +6,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from arcface_build.repository.assemble import assemble
 from arcface_build.variants.choose import Wanted, choose
 from arcface_build.variants.measure import measure
 from arcface_clients.checks.parity import measure_parity
+from arcface_clients.engines.fallback import FallbackEmbedder
 from arcface_clients.engines.onnx import OnnxEngine
 from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import GateFailed
@@ -71,6 +73,18 @@ def test_a_precision_asked_for_by_name_is_refused_where_it_is_wrong_here(judged,
     assert choose(judged, wanted=Wanted(precision=precision)).runtime == BF16
 
 
+def test_the_only_candidate_is_judged_too_and_one_that_does_not_open_is_not_chosen(judged, openvino_is_wrong):
+    openvino_is_wrong.add(ORT)
+    with pytest.raises(GateFailed, match="fp32 in onnxruntime: this CPU computes something else"):
+        choose(judged, here=(ORT,), told_precision=False)
+    (judged / "serving.onnx").write_bytes(b"no graph")
+    openvino_is_wrong.clear()
+    with pytest.raises(
+        GateFailed, match=r"tiny is not served: .*fp32 in onnxruntime: serving.onnx: ONNX Runtime cannot"
+    ):
+        choose(judged, here=(ORT,))
+
+
 def test_of_two_runtimes_a_precision_asked_for_is_served_in_the_one_that_is_right(judged, openvino_is_wrong):
     openvino_is_wrong.remove(BF16)
     taken = choose(judged, wanted=Wanted(precision="int8"))
@@ -94,10 +108,41 @@ def test_the_engine_in_the_process_refuses_what_is_wrong_here_and_gives_no_vecto
     openvino_is_wrong.add(ORT)
     engine = OnnxEngine(models_dir=folder.parent, device="cpu", max_batch=1)
     for _ in range(2):  # refused again, not taken for loaded
-        with pytest.raises(GateFailed, match=r"computes something else on this host \(onnxruntime\).*two golden faces"):
+        with pytest.raises(
+            GateFailed, match=r"serving.onnx in onnxruntime computes something else on this host.*two golden"
+        ):
             engine.encode(faces)
     openvino_is_wrong.clear()
     assert engine.encode(faces).shape == (2, 64)
+
+
+def test_a_chain_goes_on_with_the_next_engine_and_does_not_ask_the_wrong_one_again(tmp_path, openvino_is_wrong):
+    folder, faces = with_golden_rows(write_model(tmp_path / "models" / "tiny")), golden_faces()
+    right = OnnxEngine(models_dir=folder.parent, device="cpu", max_batch=1).encode(faces)
+    openvino_is_wrong.add(ORT)
+    wrong = OnnxEngine(models_dir=folder.parent, device="cpu")
+    good = SimpleNamespace(name="good", encode=lambda faces: right, embedding_dim=64, contract_id=wrong.contract_id)
+    good.ensure_ready = good.close = lambda: None
+    chain = FallbackEmbedder([wrong, good])
+    for _ in range(2):
+        np.testing.assert_array_equal(chain.encode(faces), right)
+    assert chain.last_engine == "good" and "computes something else on this host" in chain.reason
+    with pytest.raises(GateFailed, match="every engine of the chain failed its validation"):
+        FallbackEmbedder([wrong]).encode(faces)
+
+
+def test_what_a_gate_allowed_on_purpose_is_not_called_wrong(tmp_path):
+    folder = with_golden_rows(model_dir(tmp_path, int8={ORT: 0.3}))
+    write_model(tmp_path / "drifting", error=0.5)
+    int8 = folder / "variants" / "int8-cpu.onnx"
+    int8.write_bytes((tmp_path / "drifting" / "serving.onnx").read_bytes())
+    sidecar = json.loads(int8.with_suffix(".json").read_text())
+    sidecar["gates"][0]["limit"] = 0.35
+    int8.with_suffix(".json").write_text(json.dumps(sidecar))
+    engine = partial(OnnxEngine, models_dir=folder.parent, precision="int8", device="cpu")
+    assert engine().encode(golden_faces()).shape == (2, 64)
+    with pytest.raises(GateFailed, match=r"the limit 0\.05 for int8"):
+        engine(int8, max_drift={"int8": 0.05}, models_dir=None)._check_golden(open_session(int8), int8, "int8", ORT)
 
 
 def test_an_own_limit_counts_in_the_process_too(tmp_path):

@@ -110,6 +110,21 @@ def test_code_follows_in_every_version_of_its_model(shipped, tmp_path):
     assert followed.edited == ("arcface_reference/3/model.py",)
 
 
+def test_in_a_checkout_later_versions_take_the_code_of_the_first_and_nothing_else_is_touched(shipped, tmp_path):
+    made = Path(shutil.copytree(shipped, tmp_path / "checkout"))
+    (made / MEMORY).unlink()
+    second = Path(shutil.copytree(made / "photo_faces" / "1", made / "photo_faces" / "2"))
+    (second / "detector.onnx").write_bytes(b"weights")
+    (made / "photo_faces" / "1" / "model.py").write_text("# what git brought\n")
+    (second / "align.py").unlink()
+    before = (made / "photo_faces" / "config.pbtxt").read_bytes()
+    assert set(follow(made).updated) == {"photo_faces/2/model.py", "photo_faces/2/align.py"}
+    assert (second / "model.py").read_text() == "# what git brought\n"
+    assert (second / "detector.onnx").read_bytes() == b"weights"
+    assert (made / "photo_faces" / "config.pbtxt").read_bytes() == before
+    assert follow(made) == Followed()
+
+
 def test_a_checkout_is_never_touched(shipped, tmp_path):
     made = lay_out(tmp_path / "new", shipped)
     (made / MEMORY).unlink()

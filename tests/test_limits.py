@@ -22,7 +22,7 @@ from arcface_build.errors import ServerFailed
 from arcface_build.serving.allocator import PRELOAD, with_jemalloc
 from arcface_build.serving.command_line import CONNECTIONS
 from arcface_build.serving.launcher import launcher
-from arcface_build.serving.limits import few_open_files, memory_limit, need_shared_memory
+from arcface_build.serving.limits import MEMORY_FLOOR, few_open_files, memory_limit, need_shared_memory
 from arcface_build.serving.ports import free_ports
 from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ServerUnreachable
@@ -88,7 +88,8 @@ def test_a_server_may_take_half_of_the_hosts_memory_or_what_its_user_said(own):
     lower = partial(resource.setrlimit, resource.RLIMIT_DATA, (own or resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     told = subprocess.run(line, check=True, start_new_session=True, capture_output=True, preexec_fn=lower).stdout
     assert told.split() == [str(own or memory_limit()).encode()] * 2
-    assert own or 0 < memory_limit() < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    half = 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert own or MEMORY_FLOOR <= memory_limit() < max(half, MEMORY_FLOOR + 1)
 
 
 def test_a_low_soft_limit_of_files_is_raised_for_the_server_and_a_low_hard_one_is_said(tmp_path, start_triton):

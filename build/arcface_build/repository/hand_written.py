@@ -2,7 +2,8 @@
 
 A folder made here remembers in a hidden file which version wrote which file. A later version replaces a file that is
 still as it was written and leaves one that somebody edited; weights, overlays and tuned settings are never touched.
-A folder without that memory, such as a checkout's, belongs to somebody else and stays as it is.
+A folder without that memory, such as a checkout's, belongs to somebody else, and so do its files. Only the copies of a
+model's code in its later versions, which are ours, follow the code in version 1: git does not know them.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def follow(repository: Path, source: Path | None = None) -> Followed:
-    """Bring the hand-written files of a repository that `lay_out` made to this version.
+    """Bring the hand-written files of a repository that `lay_out` made to this version, of another later versions' code.
 
     Python files of models are copied into each version folder, and followed there too. A file that is gone comes back.
 
@@ -83,8 +84,10 @@ def follow(repository: Path, source: Path | None = None) -> Followed:
         Missing: the memory cannot be read.
     """
     source = source or shipped("model_repository")
-    if not (repository / MEMORY).is_file() or not os.access(repository, os.W_OK):
+    if not os.access(repository, os.W_OK):
         return Followed()
+    if not (repository / MEMORY).is_file():
+        return Followed(tuple(_copied_from_first(repository)))
     wanted, before = _digests(source), _memory(repository)
     if before == wanted and all((repository / name).is_file() for name in wanted):
         return Followed()
@@ -110,6 +113,17 @@ def follow(repository: Path, source: Path | None = None) -> Followed:
         _remember(repository, remembered)
         write_overlays(repository)  # they hold a copy of config.pbtxt
     return Followed(tuple(updated), tuple(edited))
+
+
+def _copied_from_first(repository: Path) -> list[str]:
+    """Bring a model's code in its later versions to that of version 1; returns the paths that were written."""
+    copied = []
+    for name in hand_written(repository):
+        first, *later = _places(repository, name)
+        for target in (target for target in later if _digest(target) != _digest(first)):
+            copy_file(first, target)
+            copied.append(target.relative_to(repository).as_posix())
+    return copied
 
 
 def _places(repository: Path, name: str) -> list[Path]:

@@ -13,6 +13,7 @@ from arcface_build.errors import ServerFailed
 NEEDED_BYTES = 16 << 20
 FILES_WANTED = 1024  # a connection takes one, and a server with models about fifty
 MEMORY_SHARE = 0.5  # a server of ours has 0.6 GB of its own, each of its Python models about 1 GB
+MEMORY_FLOOR = 6 << 30  # a ResNet100 in Winograd's form takes 5 GB while it loads
 _MORE = "docker run --shm-size=1g (compose: shm_size; Kubernetes: an emptyDir of medium Memory on /dev/shm)"
 
 
@@ -52,4 +53,4 @@ def memory_limit() -> int:
     Triton 2.51 takes what a body over HTTP says that it holds: 80 TB for a shape of 2^31 faces. jemalloc asks for it
     as memory that the kernel need not have (MAP_NORESERVE): without a limit such a server fills the host.
     """
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE)
+    return max(MEMORY_FLOOR, int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE))

@@ -63,7 +63,7 @@ def prepare(asked: ServeRequest, config: EmbeddingConfig, audience: Audience) ->
         Missing: weights, or a program, are not there.
         PlanRefused: the plan that was asked for may not be used.
         WrongUse: a precision that what is served cannot heed.
-        GateFailed: one that may not be served here.
+        GateFailed: one that was asked for by name, and may not be served here.
     """
     repository, limits = asked.repository, config.comparison.max_drift.model_dump()
     binary = find_tritonserver()  # before any work
@@ -82,10 +82,15 @@ def prepare(asked: ServeRequest, config: EmbeddingConfig, audience: Audience) ->
     if choice.backend == "onnx" and asked.variant != "installed" and asked.backend != "tuned" and gpu_sm() is None:
         precision = None if asked.variant == "auto" else asked.variant
         wanted = Wanted(config.goal, precision, asked.remeasure)
-        taken = take_best_variant(
-            repository, asked.models_dir, config.versions_kept, limits, runtimes, wanted, audience.notice
-        )
-        audience.chosen(f"variant {taken}")
+        try:
+            taken = take_best_variant(
+                repository, asked.models_dir, config.versions_kept, limits, runtimes, wanted, audience.notice
+            )
+            audience.chosen(f"variant {taken}")
+        except GateFailed as exc:
+            if precision is not None:
+                raise
+            audience.warned(f"variant as installed: {exc}")  # it is judged when it has started, and may be replaced
     photos, told = photo_models(repository)
     audience.chosen(told)
     if photos:

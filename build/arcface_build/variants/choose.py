@@ -11,8 +11,9 @@ from typing import Any
 from arcface_build.variants.candidates import PLAIN, Candidate, candidates
 from arcface_build.variants.fastest import fastest, lead, outruns
 from arcface_build.variants.measure import drift_here, measure
-from arcface_build.variants.speeds import NOTHING_MEASURED, Goal, Speed, SpeedTable, host_key, keep_speeds, kept_speeds
+from arcface_build.variants.speeds import Goal, Speed, SpeedTable, host_key, keep_speeds, kept_speeds
 from arcface_build.variants.untried import offer, untried
+from arcface_clients.engines.runtimes import first_line
 from arcface_clients.errors import DependencyMissing, GateFailed
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.evidence.gate import judge_record
@@ -106,18 +107,17 @@ def choose(
     if wanted.precision is not None:
         return _asked_for(wanted.precision, found, why_not, model_dir, of_today)
     missing = untried(model_dir, here, told_precision)
-    several = len(found) + len(missing) > 1
-    table = _table(model_dir, found, missing, wanted.remeasure, say) if several else NOTHING_MEASURED
+    table = _table(model_dir, found, missing, wanted.remeasure, say)
     by_key = {one.key: one for one in found}
     refused = _refused([one for one in table.speeds if one.key in by_key], of_today)
     why_not |= table.failed | refused
     usable = [speed for speed in table.speeds if speed.key in by_key and speed.name not in why_not]
     if not usable:
-        if found[0].name in refused:
-            raise GateFailed(
-                f"{model_dir.name} is not served: {'; '.join(f'{n}: {why}' for n, why in why_not.items())}"
-            )
-        return _chosen(found[0], f"{found[0].name}, the only one that may run here", why_not)
+        reasons = "; ".join(f"{name}: {why}" for name, why in why_not.items())
+        raise GateFailed(f"{model_dir.name} is not served: {reasons}")
+    if len(table.speeds) == 1:
+        only = by_key[usable[0].key]
+        return _chosen(only, f"{only.name}, the only one that may run here", why_not)
     taken, runner_up = fastest(usable, wanted.goal)
     told = {
         "goal": wanted.goal,
@@ -160,9 +160,11 @@ def _asked_for(
     for one in (one for one in found if one.precision == precision):
         try:
             drift = drift_here(model_dir, one)
+            why = "" if drift is None else _judge_here(drift, precision, limits)
         except DependencyMissing:  # a runtime that only the server has: it is compared when that has started
-            drift = None
-        why = "" if drift is None else _judge_here(drift, precision, limits)
+            why = ""
+        except Exception as exc:  # another runtime may do
+            why = first_line(exc)
         if not why:
             return _chosen(one, f"{one.name}, as asked for", wrong)
         wrong[one.name] = why

@@ -67,7 +67,7 @@ def measure(
         with contextlib.suppress(Exception):
             sessions[candidate.name] = _opened(model_dir, candidate)
             _embed(sessions[candidate.name], faces)
-    if len(sessions) < 2:
+    if not sessions:
         return SpeedTable(SMALLEST_FULL_BATCH, (), failed)
     one = faces[:1]
     full = _full_batch(_rate(next(iter(sessions.values())), one, 0, clock), faces)

@@ -77,9 +77,6 @@ class SpeedTable:
         return SpeedTable(self.full_batch, tuple(have[one.key] for one in (*found, *missing) if one.key in have))
 
 
-NOTHING_MEASURED = SpeedTable(1, ())
-
-
 def host_key() -> str:
     """What has to be the same for a measurement to hold: processor, instruction sets, cores and ONNX Runtime."""
     import onnxruntime

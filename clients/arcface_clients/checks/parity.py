@@ -100,11 +100,11 @@ class ParityReport:
             ModelNotReady: there was no reference to compare with.
             GateFailed: names each backend beyond its limit, with the figure.
         """
-        if REFERENCE in self.skipped:
-            raise ModelNotReady(f"nothing was compared: {self.skipped[REFERENCE]}")
         failed = [f"{row.model} {row.gate}" for row in self.rows if not row.passed]
         if failed:
             raise GateFailed(f"on {self.faces} faces: {'; '.join(failed)}. See which faces: arcface compare")
+        if REFERENCE in self.skipped:
+            raise ModelNotReady(f"nothing was compared: {self.skipped[REFERENCE]}")
 
 
 def measure_parity(

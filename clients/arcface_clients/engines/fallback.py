@@ -41,17 +41,17 @@ class _State:
     probing: bool = False  # a thread is retrying it after a failure
     why: str = ""
     unknown_said: bool = False
-    refused: GateFailed | None = None  # failed its validation: not tried again
+    refused: GateFailed | None = None  # its weights or its validation: not tried again
 
 
 class FallbackEmbedder(Closing):
     """An engine that tries the engines of `chain` in order and uses the first available one.
 
-    Only `BackendUnavailable` falls back. The caller's mistakes (`InvalidFaces`, `ConfigError`) and a failure on this
-    input (`InferenceFailed`) propagate unchanged. An unavailable engine is skipped for `retry_after_s`, doubled
-    after each failure up to `retry_after_max_s`; the next call after that retries it with the caller's own faces, one
-    thread at a time, and returns to it once it answers. If every engine is being skipped, all are tried anyway, since
-    the call would fail otherwise.
+    Only `BackendUnavailable` falls back, and an engine whose weights are refused when it is loaded. The caller's
+    mistakes (`InvalidFaces`, `ConfigError`) and a failure on this input (`InferenceFailed`) propagate unchanged. An
+    unavailable engine is skipped for `retry_after_s`, doubled after each failure up to `retry_after_max_s`; the next
+    call after that retries it with the caller's own faces, one thread at a time, and returns to it once it answers. If
+    every engine is being skipped, all are tried anyway, since the call would fail otherwise.
 
     Attributes:
         last_engine: name of the engine that answered most recently; None before the first answer.
@@ -200,6 +200,9 @@ class FallbackEmbedder(Closing):
                 except BackendUnavailable as exc:
                     self._failed(state, exc, failures)
                     raise
+                except GateFailed as exc:
+                    self._refuse(state, exc)
+                    raise
                 self._validated(state, state.engine)
                 state.accepted = True
             return state.engine
@@ -210,9 +213,12 @@ class FallbackEmbedder(Closing):
         try:
             self.validations[state.name] = self._validate(state.name, engine)
         except GateFailed as exc:
-            state.refused = exc
-            _log.error("%s failed its validation and is not used: %s", state.name, exc)
+            self._refuse(state, exc)
             raise
+
+    def _refuse(self, state: _State, why: GateFailed) -> None:
+        state.refused = why
+        _log.error("%s failed its validation and is not used: %s", state.name, why)
 
     def _compare_contracts(self, state: _State, engine: EmbeddingEngine) -> None:
         """Reject a chain whose embeddings must not be mixed; all engines are checked now rather than in an outage."""

@@ -1,18 +1,15 @@
-"""The base class of in-process engines: loads once and checks what it computes, checks faces, splits batches."""
+"""The base class of in-process engines: loads once, checks faces, splits batches, and rejects overflowed results."""
 
 from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Mapping
 
 import numpy as np
 
 from arcface_clients.arrays import FaceArray, FloatArray
 from arcface_clients.closing import Closing
-from arcface_clients.errors import ConfigError, GateFailed, InferenceFailed
-from arcface_clients.evidence.drift import DRIFT_LIMITS
-from arcface_clients.evidence.golden import judge_golden
+from arcface_clients.errors import ConfigError, InferenceFailed
 from arcface_clients.faces.check import FacesLike, check_faces
 
 
@@ -50,38 +47,11 @@ class LocalEngine(Closing):
         """Says which embeddings these may be compared with; None if unknown. Loads no weights."""
 
     def ensure_ready(self) -> None:
-        """Load the model; free if it is already loaded.
-
-        Raises:
-            GateFailed: what it makes of the golden faces on this host is not what its import's reference did.
-        """
+        """Load the model; free if it is already loaded."""
         with self._load_lock:
             if not self._ready:
                 self._load()
-                try:
-                    self._check_golden()
-                except BaseException:
-                    self._unload()
-                    raise
                 self._ready = True
-
-    def _check_golden(self) -> None:
-        record, precision, limits = self._judged_by()
-        verdict = judge_golden(record, self._run_all, precision, limits)
-        if verdict is not None and not verdict.passed:
-            raise GateFailed(
-                f"{self.name} computes something else on this host ({self.taken.get('runtime', self.name)}) than the "
-                f"reference did at the import: {verdict.why}, on two golden faces. "
-                "Use another precision or device, or judge it here: arcface quantize NAME"
-            )
-
-    def _judged_by(self) -> tuple[str | None, str, Mapping[str, float]]:
-        """The golden rows of what was loaded, its precision, and the limits; no rows, and nothing is judged."""
-        return None, "fp32", DRIFT_LIMITS
-
-    def _run_all(self, faces: FaceArray) -> FloatArray:
-        chunks = [self._run(faces[i : i + self.max_batch]) for i in range(0, len(faces), self.max_batch)]
-        return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
     def encode(self, faces: FacesLike) -> FloatArray:
         """Embeddings of faces: uint8 (N,112,112,3) BGR → float32 (N,D) of unit rows, see `EmbeddingEngine`."""
@@ -89,7 +59,8 @@ class LocalEngine(Closing):
         self.ensure_ready()
         if not len(checked):
             return np.empty((0, self.embedding_dim), np.float32)
-        embeddings = self._run_all(checked)
+        chunks = [self._run(checked[i : i + self.max_batch]) for i in range(0, len(checked), self.max_batch)]
+        embeddings = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
         self._dim = embeddings.shape[1]
         bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
         if bad.size:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from arcface_clients.arrays import FaceArray, FloatArray
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
@@ -31,8 +34,9 @@ from arcface_clients.engines.runtimes import (
     open_session,
     runtime_for,
 )
-from arcface_clients.errors import ConfigError, DependencyMissing, InferenceFailed, ModelMissing
+from arcface_clients.errors import ConfigError, DependencyMissing, GateFailed, InferenceFailed, ModelMissing
 from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.evidence.golden import judge_golden
 from arcface_clients.extras import importing
 
 _log = logging.getLogger(__name__)
@@ -117,21 +121,24 @@ class OnnxEngine(LocalEngine):
                 session = open_session(
                     file, runtime or self._gpu_providers(provider), self._threads, refused=ConfigError
                 )
+                width = _check_contract(session, file)
+                precision = "fp32" if (self.precision, runtime) == ("bf16", "openvino-fp32") else self.precision
+                self._check_golden(session, file, precision, runtime or provider)
                 break
-            except DependencyMissing as exc:
+            except (DependencyMissing, GateFailed) as exc:
                 failed.append(str(exc))
                 if position == len(order):
                     raise
         if failed:
             _log.warning("onnx: %s; using %s", "; ".join(failed), provider)
         reasons = [f"first of {', '.join(order)} that starts" if len(order) > 1 else f"device={self.device}", why]
-        self._dim = _check_contract(session, file)
+        self._dim = width
         self._session = session
         self.taken = {
             "provider": provider,
             "reason": "; ".join(filter(None, [*reasons, *failed])),
             "file": str(file),
-            "precision": "fp32" if (self.precision, runtime) == ("bf16", "openvino-fp32") else self.precision,
+            "precision": precision,
             "runtime": runtime or provider,
             "threads": self._threads,
             "onnxruntime": onnxruntime.__version__,
@@ -167,13 +174,37 @@ class OnnxEngine(LocalEngine):
 
     def _gpu_providers(self, provider: str) -> list[Provider]:
         index = {"device_id": str(device_index(self.device))}
+        exact = {**index, "use_tf32": "0"}  # TF32 has ten bits of mantissa: beyond the limit for fp32
         if provider == TENSORRT:  # operators that it does not support run on the same GPU
-            return [(TENSORRT, index), (CUDA, index), CPU]
-        return [(provider, index) if provider == CUDA else provider, CPU]
+            return [(TENSORRT, index), (CUDA, exact), CPU]
+        return [(provider, exact) if provider == CUDA else provider, CPU]
 
-    def _judged_by(self) -> tuple[str | None, str, Mapping[str, float]]:
-        manifest = self._wanted.folder().manifest
-        return (manifest.golden if manifest else None), str(self.taken["precision"]), self._max_drift or DRIFT_LIMITS
+    def _check_golden(self, session: OnnxSession, file: Path, precision: str, runtime: str) -> None:
+        """Refuse a runtime that computes something else on this host than the import's reference did.
+
+        Raises:
+            GateFailed: the golden faces drift beyond the limit of the precision.
+        """
+        folder = self._wanted.folder()
+        limits = {**DRIFT_LIMITS, **(self._max_drift or {})}
+        if self._max_drift is None:
+            sidecar: dict[str, Any] = sidecar_of(file) or folder.sidecar(precision) or {}
+            for gate in sidecar.get("gates", ()):
+                if gate["runtime"] == runtime:
+                    limits[precision] = gate.get("limit", limits[precision])
+
+        def embed(faces: FaceArray) -> FloatArray:
+            rows = [session.run([EMBEDDING_OUTPUT], {FACE_INPUT: face[None]})[0] for face in faces]
+            return np.concatenate(rows)
+
+        golden = folder.manifest.golden if folder.manifest else None
+        verdict = judge_golden(golden, embed, precision, limits)
+        if verdict is not None and not verdict.passed:
+            raise GateFailed(
+                f"{file} in {runtime} computes something else on this host than the reference did at the import: "
+                f"{verdict.why}, on two golden faces. Use another precision or device, or judge it here: "
+                "arcface quantize NAME"
+            )
 
     def _run(self, faces: FaceArray) -> FloatArray:
         session = self._session
