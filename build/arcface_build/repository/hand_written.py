@@ -76,7 +76,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def follow(repository: Path, source: Path | None = None) -> Followed:
-    """Bring the hand-written files of a repository that `lay_out` made to this version, of another later versions' code.
+    """Bring a repository that `lay_out` made to this version; of another one only the code of models' later versions.
 
     Python files of models are copied into each version folder, and followed there too. A file that is gone comes back.
 
