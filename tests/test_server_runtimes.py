@@ -72,7 +72,7 @@ def test_the_wheels_server_has_what_this_environment_has(triton_binary):
 
 def bf16_twice_as_fast(model_dir, found, *_):
     rates = {"fp32": (10.0,), "bf16": (20.0,)}
-    return SpeedTable(4, tuple(Speed(*one.key, rates[one.precision], rates[one.precision]) for one in found))
+    return SpeedTable(4, tuple(Speed(*one.key, rates[one.precision], rates[one.precision], 0.0) for one in found))
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class DetectorMismatch(ArcFaceError, ValueError):
 
 
 class GateFailed(ArcFaceError):
-    """Drift, accuracy or a benchmark is outside its limit. Never falls back; a chain leaves out an engine so refused."""
+    """Drift, accuracy or a benchmark is outside its limit. Never falls back; but a chain leaves out such an engine."""
 
     exit_code = 1
 
