@@ -436,8 +436,11 @@ def test_nothing_readable_writes_the_reasons_and_no_output(server, tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_command_runs_on_ray_against_a_real_server(server, sources: Path, tmp_path: Path) -> None:
+def test_the_command_runs_on_ray_against_a_real_server(
+    server, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # one of its own, whatever runs on this host
     output = tmp_path / "out.parquet"
     options = ["--engine", "ray", "--actors", 2, "--url", server.grpc_url, "--url", f"http://{server.http_url}"]
     done = arcface_embed(sources / "crops", sources / "stored.npz", "-o", output, *options, "--json")
@@ -451,10 +454,10 @@ def test_a_ray_that_is_not_there_is_one_sentence_with_the_next_command(
     server, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
-    monkeypatch.setenv("RAY_ADDRESS", "auto")  # one that runs on this host: none does
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
     options = ["--engine", "ray", "--url", server.grpc_url]
     done = arcface_embed(sources / "stored.npz", "-o", tmp_path / "out.parquet", *options)
     assert done.returncode == 3
-    assert "Ray at auto cannot be reached: " in done.stderr
+    assert "Ray at nowhere cannot be reached: " in done.stderr
     assert "Next: ray start --head, or leave out --engine ray; what is done is kept" in done.stderr
     assert "Traceback" not in done.stderr

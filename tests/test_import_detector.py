@@ -61,6 +61,7 @@ def test_another_detector_is_a_new_version_with_the_code_and_can_be_rolled_back(
         "decode.py",
         "detect.py",
         "align.py",
+        "refusal.py",
         "scrfd.py",
         "yunet.py",
     }
