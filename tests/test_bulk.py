@@ -450,14 +450,15 @@ def test_the_command_runs_on_ray_against_a_real_server(
     assert len(rows_of(output)) == 41
 
 
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_a_ray_that_is_not_there_is_one_sentence_with_the_next_command(
-    server, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    address: str, server, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
-    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    monkeypatch.setenv("RAY_ADDRESS", address)
     options = ["--engine", "ray", "--url", server.grpc_url]
     done = arcface_embed(sources / "stored.npz", "-o", tmp_path / "out.parquet", *options)
     assert done.returncode == 3
-    assert "Ray at nowhere cannot be reached: " in done.stderr
+    assert f"Ray at {address} cannot be reached: " in done.stderr
     assert "Next: ray start --head, or leave out --engine ray; what is done is kept" in done.stderr
     assert "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -64,6 +65,7 @@ def _connect(ray: Any, cluster: Cluster) -> None:
     address = os.environ.get("RAY_ADDRESS") or "auto"
     if address != "local":
         try:
+            _somebody_listens(address)
             ray.init(address=address, log_to_driver=False)
             return
         except Exception as exc:  # Ray raises ConnectionError, RuntimeError, ValueError and plain Exceptions
@@ -84,6 +86,13 @@ def _connect(ray: Any, cluster: Cluster) -> None:
             ray.shutdown()
             if not attempts_left:
                 raise _unreachable("Ray does not start on this host", exc) from exc
+
+
+def _somebody_listens(address: str, timeout_s: float = 10.0) -> None:
+    """Raise OSError if nobody listens at host:port: Ray itself would look for minutes. Other forms are left to Ray."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
 
 
 def _unreachable(what: str, exc: Exception) -> DependencyMissing:
