@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-DAMAGED_ARRAYS = ("empty", "text", "cut off", "a flipped byte", "pickled objects", "another")
+DAMAGED_ARRAYS = (
+    *("empty", "text", "cut off", "a flipped byte", "a hole at the begin", "pickled objects", "another"),
+    *("a header torn open", "an unknown compression", "a password"),
+)
 
 
 def write_damaged(path: Path, damage: str) -> Path:
@@ -23,6 +26,17 @@ def write_damaged(path: Path, damage: str) -> Path:
         path.write_bytes(content[: len(content) // 2])
     elif damage == "a flipped byte":
         content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+    elif damage == "a hole at the begin":
+        content[60:80] = bytes(20)
+        path.write_bytes(content)
+    elif damage == "a header torn open":
+        np.savez(path, faces=faces)
+        path.write_bytes(path.read_bytes().replace(b"'shape': (2, ", b"'shape': ((2,", 1))
+    elif damage in ("an unknown compression", "a password"):
+        field, value = (6, 1) if damage == "a password" else (8, 99)
+        for place in (field, content.rfind(b"PK\1\2") + field + 2):  # before the data, and in the directory
+            content[place] |= value
         path.write_bytes(content)
     elif damage == "pickled objects":
         np.savez(path, faces=np.array([{}], object))

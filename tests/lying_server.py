@@ -84,6 +84,9 @@ class LyingServer:
                     if header.startswith(b"content-length:"):
                         length = int(header.split(b":")[1])
                 body = lines.read(length)
+                if b"sharedmemory" in line:
+                    client.sendall(http(b'{"error": "not here"}', status="400 Bad Request"))
+                    continue
                 if b"/infer" not in line:
                     client.sendall(self.config)
                     continue

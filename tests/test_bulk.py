@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Sequence
@@ -17,16 +19,22 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from arcface_build.cli import cli
 from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.job import Job
+from arcface_clients.bulk.on_ray import _Worker, seen_here
 from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.parts import bad_path, read_embeddings
 from arcface_clients.bulk.read import read_unit
 from arcface_clients.bulk.spec import JobSpec
 from arcface_clients.bulk.units import iter_units, unit_size
+from arcface_clients.bulk.work import UnitWorker
 from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
+from damaged_arrays import DAMAGED_ARRAYS, write_damaged
+from lying_server import CONFIG, WORDS, LyingServer, http, outputs
 from people import CONTRACT, PixelEngine
 
 pq = pytest.importorskip("pyarrow.parquet")
@@ -174,6 +182,37 @@ def test_a_file_that_breaks_in_the_middle_costs_only_its_rest(faces: np.ndarray,
     assert items[29].refused == "the file became unreadable here (cut off)"
 
 
+@pytest.mark.parametrize("damage", DAMAGED_ARRAYS)
+def test_a_damaged_array_costs_its_own_faces_and_not_the_job(faces: np.ndarray, tmp_path: Path, damage: str) -> None:
+    (tmp_path / "in").mkdir()
+    write_damaged(tmp_path / "in" / "bad.npz", damage)
+    np.savez(tmp_path / "in" / "good.npz", faces=faces[:3])
+    embedded, refused = run(tmp_path / "out.parquet", [tmp_path / "in"])
+    assert embedded == 3
+    assert refused >= 1
+    assert all("bad.npz" in name for name in bad_of(tmp_path / "out.parquet"))
+
+
+def test_names_that_are_no_utf8_cost_no_face_and_no_job(faces: np.ndarray, tmp_path: Path) -> None:
+    person = os.fsencode(tmp_path / "in") + b"/Ren\xe9"  # as Latin-1 systems wrote them
+    Path(os.fsdecode(person)).mkdir(parents=True)
+    Path(os.fsdecode(person + b"/caf\xe9.png")).write_bytes(cv2.imencode(".png", faces[0])[1].tobytes())
+    Path(os.fsdecode(person + b"/bad\xe9.png")).write_bytes(b"no image")
+    assert run(tmp_path / "out.parquet", [tmp_path / "in"]) == (1, 1)
+    ((path, (identity, _)),) = rows_of(tmp_path / "out.parquet").items()
+    assert list(bad_of(tmp_path / "out.parquet")) == [f"{tmp_path}/in/Ren\\xe9/bad\\xe9.png"]
+    assert (path, identity) == (f"{tmp_path}/in/Ren\\xe9/caf\\xe9.png", "Ren\\xe9")
+
+
+def test_a_sample_whose_json_is_nested_without_end_keeps_its_face(faces: np.ndarray, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "in.tar", "w") as shard:
+        for name, data in (("a.png", cv2.imencode(".png", faces[0])[1].tobytes()), ("a.json", b"[" * 100_000)):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            shard.addfile(member, io.BytesIO(data))
+    assert run(tmp_path / "out.parquet", [tmp_path / "in.tar"]) == (1, 0)
+
+
 def test_a_job_that_was_killed_is_gone_on_with_and_no_row_is_lost_or_double(tmp_path: Path) -> None:
     np.save(tmp_path / "faces.npy", np.random.default_rng(0).integers(0, 256, (400, 112, 112, 3), dtype=np.uint8))
     output = tmp_path / "out.parquet"
@@ -249,6 +288,56 @@ def test_another_model_other_sources_or_a_second_process_are_refused(sources: Pa
         run_local(job, [PixelEngine(DIM), PixelEngine(DIM, contract_id="e" * 64)])
     with Job(tmp_path / "out.parquet", JobSpec((str(sources),), CONTRACT, DIM, 5), start_over=True) as job:
         assert list(job.pending())
+
+
+def test_relative_sources_are_those_of_the_folder_in_which_the_job_was_begun(
+    faces: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, own in (("mine", faces[:8]), ("yours", faces[8:16])):
+        (tmp_path / name / "crops").mkdir(parents=True)
+        for i, face in enumerate(own):
+            cv2.imwrite(str(tmp_path / name / "crops" / f"{i}.png"), face)
+    output, engine = f"{tmp_path}/out/", PixelEngine(DIM)
+    monkeypatch.chdir(tmp_path / "mine")
+    spec = JobSpec(("crops",), CONTRACT, DIM, 4)
+    with Job(output, spec) as job:
+        number, unit = next(iter(job.pending()))
+        job.note(number, UnitWorker(job.folder, spec, [engine], job.files).do(number, unit))
+    for elsewhere in (tmp_path / "yours", tmp_path):
+        monkeypatch.chdir(elsewhere)
+        with pytest.raises(ConfigError, match=f"was begun in {tmp_path}/mine, where its sources are"):
+            Job(output, JobSpec(("crops",), CONTRACT, DIM, 4))
+        with Job(output, spec) as job:  # one of the library's users who goes elsewhere
+            run_local(job, [engine])
+            assert counts(job) == (8, 0)
+        np.testing.assert_allclose(
+            [row for _, row in rows_of(Path(output)).values()], engine.encode(faces[:8]), atol=1e-5
+        )
+        for name in ("_SUCCESS", "part-00000001.parquet", "_units/000000.done.json"):
+            (tmp_path / "out" / name).unlink()
+    head = json.loads((tmp_path / "out" / "_metadata.json").read_text())
+    del head["spec"]["below"]  # as an earlier version began it
+    (tmp_path / "out" / "_metadata.json").write_text(json.dumps(head))
+    monkeypatch.chdir(tmp_path / "mine")
+    Job(output, JobSpec(("crops",), CONTRACT, DIM, 4)).close()
+    assert json.loads((tmp_path / "out" / "_metadata.json").read_text())["spec"]["below"] == f"{tmp_path}/mine"
+
+
+def test_a_worker_that_does_not_see_the_folders_of_the_job_ends_it_and_refuses_no_face(
+    sources: Path, tmp_path: Path
+) -> None:
+    spec = JobSpec((str(sources / "plain.npy"), str(sources / "crops" / "p*" / "*.png")), CONTRACT, DIM, 4)
+    with Job(f"{tmp_path}/out/", spec) as job:
+        number, unit = next(iter(job.pending()))
+        seen = seen_here(job)
+        assert seen == [f"{tmp_path}/out/_metadata.json", str(sources / "plain.npy"), str(sources / "crops")]
+        for gone in seen:
+            worker = _Worker(0, job.folder.path, spec, job.files, lambda url: PixelEngine(DIM), ["url"], 0, seen)
+            (moved := Path(gone)).rename(tmp_path / "moved")
+            with pytest.raises(ConfigError, match=f"a Ray worker does not see {gone}: expected a shared folder"):
+                worker.do(number, unit)
+            (tmp_path / "moved").rename(moved)
+        assert worker.do(number, unit).rows == 4
 
 
 @pytest.mark.parametrize("text", ["", "garbage", "[]", '{"spec": {}}'])
@@ -417,6 +506,33 @@ def test_options_that_do_not_fit_are_refused(arguments: list[str], message: str,
     done = arcface_embed(tmp_path, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_models_that_state_no_contract_are_told_by_their_answers(faces: np.ndarray, tmp_path: Path) -> None:
+    """As on tritonservers that were started without the overlays of an import."""
+    np.save(tmp_path / "faces.npy", faces)
+    servers = [LyingServer(), LyingServer()]
+    try:
+        for server, words in zip(servers, (WORDS, WORDS + 1), strict=True):
+            server.config = http(json.dumps({**CONFIG, "parameters": {}}).encode())
+            server.lie = lambda count, told, words=words: outputs(
+                np.eye(count, 64, dtype=np.float32), np.tile(words, (count, 1)), told
+            )
+
+        def embed(output: Path, *servers: LyingServer) -> None:
+            urls = [option for server in servers for option in ("--url", server.url)]
+            arguments = [str(tmp_path / "faces.npy"), "-o", str(output), "--model", "liar", "--unit-rows", "3", *urls]
+            CliRunner().invoke(cli, ["embed", *arguments], catch_exceptions=False, standalone_mode=False)
+
+        with pytest.raises(ContractMismatch, match="expected one model"):
+            embed(tmp_path / "both.parquet", *servers)
+        with pytest.raises(ContractMismatch, match="was begun with contract"):
+            embed(tmp_path / "both.parquet", servers[1])
+        embed(tmp_path / "one.parquet", servers[0])
+        assert len(rows_of(tmp_path / "one.parquet")) == 30
+    finally:
+        for server in servers:
+            server.close()
 
 
 def test_nothing_to_embed_leaves_nothing_behind(server, tmp_path: Path) -> None:

@@ -66,10 +66,12 @@ def crops(variables: dict[str, str]) -> np.ndarray:
     return faces
 
 
-def start(cluster: RayCluster, output: str, engine: str, *sources: str, **variables: str) -> subprocess.Popen[str]:
+def start(
+    cluster: RayCluster, output: str, engine: str, *sources: str, cwd: Path | None = None, **variables: str
+) -> subprocess.Popen[str]:
     line = [sys.executable, str(HERE / "bulk_driver.py"), output, engine, *sources]
     environment = {**cluster.environment, **variables}
-    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(line, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def answer(driver: subprocess.Popen[str]) -> dict[str, Any]:
@@ -114,6 +116,19 @@ def test_a_job_on_two_nodes_reads_and_writes_urls(cluster: RayCluster, crops: np
     assert success["contract_id"] == json.loads(folder.read("_metadata.json") or b"")["spec"]["contract_id"]
     (listed,) = folder.names("_refused")
     assert b"s3://bulk/crops/p0/broken.jpg" in (folder.read(f"_refused/{listed}") or b"")
+
+
+def test_relative_paths_are_those_of_the_driver_wherever_the_nodes_were_started(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
+    (tmp_path / "crops").mkdir()
+    for i, face in enumerate(faces := synthetic_faces(8)):
+        cv2.imwrite(str(tmp_path / "crops" / f"{i}.png"), face)
+    counts = answer(start(cluster, "out/", "quick", "crops", cwd=tmp_path))
+    assert (counts["rows"], counts["refused"]) == (8, 0)
+    rows = rows_of(str(tmp_path / "out"))
+    assert list(rows) == [f"crops/{i}.png" for i in range(8)]
+    np.testing.assert_allclose([row for _, row in rows.values()], PixelEngine(DIM).encode(faces), atol=1e-5)
 
 
 def wait_for_parts(output: str, count: int, driver: subprocess.Popen[str]) -> None:

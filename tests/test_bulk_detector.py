@@ -25,7 +25,7 @@ from arcface_clients.bulk.job import Job
 from arcface_clients.bulk.on_threads import run_local
 from arcface_clients.bulk.parts import is_part, look_at_part
 from arcface_clients.bulk.spec import METADATA, ON_SERVER, JobSpec
-from arcface_clients.errors import DetectorMismatch
+from arcface_clients.errors import ConfigError, DetectorMismatch
 from arcface_clients.faces.detect import MODEL_NAME, FaceDetector
 from arcface_clients.photos.engine import PhotoEngine
 from people import PixelEngine
@@ -109,6 +109,17 @@ def spec_of(output: Path) -> dict[str, Any]:
     return dict(json.loads((output / METADATA).read_text())["spec"])
 
 
+def test_the_former_file_under_another_name_is_the_detector_that_the_job_was_begun_with(tmp_path: Path) -> None:
+    begun = JobSpec(("photos",), CONTRACT, 64, detector="/cache/yunet.onnx", detector_id="yunet sha256=8f23")
+    Job(tmp_path / "out.parquet", begun).close()
+    with pytest.raises(DetectorMismatch, match=r"Give the former file: --detector FILE"):
+        Job(tmp_path / "out.parquet", replace(begun, detector_id="yunet sha256=0000"))
+    Job(tmp_path / "out.parquet", replace(begun, detector="/backup/former.onnx")).close()
+    for other in (replace(begun, detector=ON_SERVER), replace(begun, detector=None)):
+        with pytest.raises(ConfigError, match="was begun with other detector"):
+            Job(tmp_path / "out.parquet", other)
+
+
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_the_server_says_which_detector_finds_the_faces_and_how(server: Served, yunet: Path, protocol: str) -> None:
     url = server.process.grpc_url if protocol == "grpc" else f"http://{server.process.http_url}"
@@ -133,7 +144,8 @@ def test_a_job_is_not_gone_on_with_after_the_server_got_another_detector(
     assert str(refused.exception) == (
         f"{output} was begun with the faces that {begun_with} finds; now they would be found by "
         f"{begun_with.replace(FaceDetector(yunet).sha256, FaceDetector(other_yunet).sha256)}: expected one detector "
-        "for all rows. Serve the former one again (arcface rollback --model photo_faces), or start over: --force"
+        "for all rows. Serve the former one again (arcface rollback --model photo_faces, and start the server again), "
+        "or start over: --force"
     )
     server.finds_with(yunet)
     assert embed(server, portraits, f"{output}/", "--detect=server").exception is None

@@ -136,7 +136,10 @@ def test_caller_wins_over_environment_and_file(write):
             "FILE: storage: got 's3'; expected keys under it. Allowed in storage: type, bucket, prefix, cache, plans, "
             "endpoint, region, path_style, retries, timeout_s, public_key.",
         ),
-        ("triton: {timeout_s: -1}", "FILE: triton.timeout_s: got -1.0; expected more than 0."),
+        (
+            "triton: {timeout_s: -1}",
+            "FILE: triton.timeout_s: got -1.0; expected more than 0 and at most 604,800, a week.",
+        ),
         (
             "triton: {tls: {cert_file: a.pem}}",
             "FILE: triton.tls: mutual TLS needs both cert_file and key_file; got only one of them.",

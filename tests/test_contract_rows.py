@@ -12,14 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from arcface_build.repository.assemble import assemble
 from arcface_build.serving.process import TritonProcess
 from arcface_clients import AsyncTritonEmbedder, FallbackEmbedder, TritonEmbedder
 from arcface_clients.checks.parity import measure_parity
+from arcface_clients.engines.onnx import OnnxEngine
 from arcface_clients.errors import ArcFaceError, BackendUnavailable, ContractMismatch, WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.triton.address import Address
 from arcface_clients.triton.admin_key import GRPC_HEADER, find_key
+from conftest import copy_repository
 from odd_models import LEFT, RIGHT, write_model
+from tiny_model import write_model as write_folder
 
 FACES = synthetic_faces(24)
 MODEL = "swapped"
@@ -167,6 +171,21 @@ def test_model_without_the_outputs_works_and_refuses_norms(repository, start_tri
         assert embedder.contract_prefix is None
         with pytest.raises(WrongUse, match="has no output `norm`"):
             embedder.encode_with_norms(FACES)
+
+
+def test_a_chain_does_not_mix_a_server_without_overlays_with_another_model(
+    start_triton: Callable[..., TritonProcess], tmp_path: Path
+) -> None:
+    served, other = (write_folder(tmp_path / name / "tiny", seed=seed) for seed, name in enumerate(("served", "other")))
+    assemble(served, repository := copy_repository(tmp_path))
+    bare = start_triton(repository, ["arcface"], config_name="")
+    local = {folder: OnnxEngine(models_dir=folder.parent, device="cpu") for folder in (served, other)}
+    with TritonEmbedder(bare.grpc_url) as embedder:
+        assert embedder.contract_id is None
+        with pytest.raises(ContractMismatch, match="a chain must not mix them"):
+            FallbackEmbedder([embedder, local[other]]).encode(FACES)
+        rows = FallbackEmbedder([embedder, local[served]]).encode(FACES)
+    np.testing.assert_allclose(rows, local[served].encode(FACES), atol=1e-5)
 
 
 def test_mismatch_never_falls_back(repository, server) -> None:

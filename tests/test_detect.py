@@ -89,6 +89,20 @@ def test_a_large_photo_gives_the_same_face_as_the_small_one(detector: FaceDetect
     assert np.abs(large.face.astype(int) - small.face.astype(int)).mean() < 12
 
 
+def test_a_face_at_the_end_of_a_panorama_is_found_and_aligned_as_anywhere(
+    detector: FaceDetector, portraits: list[Path]
+) -> None:
+    """OpenCV warps no image with a side of more than 32,766 pixels."""
+    portrait = cv2.resize(cv2.imread(str(portraits[0])), (1000, 1000), interpolation=cv2.INTER_CUBIC)
+    panorama = np.full((1000, 33_000, 3), 90, np.uint8)
+    panorama[:, -1000:] = portrait
+    (found,) = detector.detect(panorama)
+    alone = align_face(portrait, found.landmarks - np.float32([32_000, 0]))
+    assert np.abs(found.face.astype(int) - alone).mean() < 0.5
+    on_its_side = found.landmarks[:, ::-1] * [1, -1] + [0, 33_000 - 1]
+    assert np.abs(align_face(np.rot90(panorama).copy(), on_its_side).astype(int) - alone).mean() < 0.5
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_exif_orientation_is_applied(
     detector: FaceDetector, portraits: list[Path], tmp_path: Path, orientation: int

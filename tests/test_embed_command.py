@@ -46,6 +46,14 @@ def test_embeddings_and_names_are_written_and_bad_files_listed(server, crops: Pa
     assert [r["path"] for r in told["refused"]] == [f"{crops}/bad.jpg"]
 
 
+def test_a_file_url_is_a_path_for_a_npz_too(server, crops: Path, tmp_path: Path) -> None:
+    out, source = tmp_path / "out.npz", crops / "0.png"
+    done = arcface(source.as_uri(), "-o", str(out), "--url", server.grpc_url)
+    assert done.returncode == 0, done.stderr
+    with np.load(out) as saved:
+        assert saved["paths"].tolist() == [str(source)]
+
+
 def test_existing_output_is_kept_unless_forced(crops: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
     out.write_bytes(b"precious")

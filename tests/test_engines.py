@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from arcface_clients.contract import Preprocessing
+from arcface_clients.contract import Preprocessing, contract_id
 from arcface_clients.engines import EmbeddingEngine, EngineRegistry
 from arcface_clients.engines.devices import canonical_device, order_of_providers
 from arcface_clients.engines.model_folder import find_model
@@ -28,7 +28,7 @@ from arcface_clients.engines.runtimes import (
 from arcface_clients.errors import BackendUnavailable, ConfigError, DependencyMissing, InvalidFaces, ModelMissing
 from arcface_clients.evidence.drift import compare_embeddings
 from arcface_clients.faces.synthetic import synthetic_faces
-from tiny_model import write_model
+from tiny_model import write_manifest, write_model
 
 IMAGENET = Preprocessing("rgb", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 CUDA, COREML, TRT = "CUDAExecutionProvider", "CoreMLExecutionProvider", "TensorrtExecutionProvider"
@@ -281,8 +281,7 @@ def test_several_models_and_no_name_is_wrong_use(models):
 def test_demo_networks_beside_one_own_model_are_not_meant(tmp_path):
     for name in ("demo-mobile", "demo-r50"):
         write_model(tmp_path / name)
-        manifest = tmp_path / name / "manifest.json"
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"source": {"sha256": "0", "kind": "demo"}}))
+        write_manifest(tmp_path / name, "0", Preprocessing(), 64, source={"sha256": "0", "kind": "demo"})
     with pytest.raises(ConfigError, match="contains 2 models"):
         find_model(tmp_path)
     write_model(tmp_path / "mine")
@@ -292,22 +291,21 @@ def test_demo_networks_beside_one_own_model_are_not_meant(tmp_path):
 
 @pytest.fixture
 def two_of_ours_and_a_demo(tmp_path) -> Path:
-    """models/ with mine, other and demo-mobile: three contracts."""
-    for seed, name in enumerate(("demo-mobile", "mine", "other")):
-        write_model(tmp_path / "models" / name)
-        manifest = tmp_path / "models" / name / "manifest.json"
-        kind = "demo" if name == "demo-mobile" else "file"
-        of_its_own = {"source": {"sha256": str(seed), "kind": kind}, "contract_id": str(seed) * 64}
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | of_its_own))
+    """models/ with mine, other and demo-mobile: three contracts, of sources with their names as digests."""
+    for name in ("demo-mobile", "mine", "other"):
+        folder, kind = tmp_path / "models" / name, "demo" if name == "demo-mobile" else "file"
+        write_model(folder)
+        write_manifest(folder, name, Preprocessing(), 64, source={"sha256": name, "kind": kind})
     return tmp_path / "models"
 
 
-@pytest.mark.parametrize(("contract", "name"), [("0", "demo-mobile"), ("1", "mine"), ("2", "other")])
-def test_of_several_models_the_served_one_is_meant(two_of_ours_and_a_demo, contract, name):
-    assert find_model(two_of_ours_and_a_demo, served=lambda: contract * 64).path.name == name
+@pytest.mark.parametrize("name", ["demo-mobile", "mine", "other"])
+def test_of_several_models_the_served_one_is_meant(two_of_ours_and_a_demo, name):
+    contract = contract_id(name, Preprocessing(), 64)
+    assert find_model(two_of_ours_and_a_demo, served=lambda: contract).path.name == name
     for engine in ("onnx", "insightface"):
-        made = EngineRegistry.get(engine, models_dir=two_of_ours_and_a_demo, served=lambda: contract * 64)
-        assert made.contract_id == contract * 64
+        made = EngineRegistry.get(engine, models_dir=two_of_ours_and_a_demo, served=lambda: contract)
+        assert made.contract_id == contract
 
 
 def test_of_several_models_the_installed_one_is_meant_where_nothing_is_served(two_of_ours_and_a_demo, tmp_path):
@@ -331,9 +329,10 @@ def test_the_only_model_and_a_named_one_are_meant_without_asking_a_server(two_of
 
 
 def test_an_engine_stays_with_the_model_that_it_found(two_of_ours_and_a_demo):
-    answers = iter(["1" * 64])
+    mine = contract_id("mine", Preprocessing(), 64)
+    answers = iter([mine])
     engine = EngineRegistry.get("onnx", models_dir=two_of_ours_and_a_demo, served=lambda: next(answers))
-    assert [engine.contract_id, engine.contract_id] == ["1" * 64] * 2
+    assert [engine.contract_id, engine.contract_id] == [mine] * 2
 
 
 def test_missing_variant_names_the_command(models):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from arcface_clients.errors import (
     ServerUnreachable,
 )
 from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.triton.address import Address
 from lying_server import CONFIG, WORDS, LyingServer, http, outputs, truth
 from odd_models import LEFT
 
@@ -227,6 +229,67 @@ def test_an_answer_that_is_delivered_twice_shifts_no_later_one(liar) -> None:
                 np.testing.assert_array_equal(await embedder.encode(FACES[: 1 + i % 4]), ROWS[: 1 + i % 4])
 
     asyncio.run(ask())
+
+
+def test_faces_and_keys_follow_no_redirection(liar) -> None:
+    elsewhere = LyingServer()
+    location = f"Location: {elsewhere.url}/v2/models/liar/infer\r\n"
+    liar.lie = says(http(b"", status="307 Temporary Redirect", head=location))
+    try:
+        with client(liar) as embedder, pytest.raises(InferenceFailed, match="HTTP 307"):
+            embedder.encode(FACES)
+        with pytest.raises(InferenceFailed, match="HTTP 307"):
+            encode_async(liar)
+        assert elsewhere.asked == 0
+    finally:
+        elsewhere.close()
+
+
+def test_one_deadline_holds_for_all_addresses_of_a_name_and_a_dead_one_is_passed_over(liar, monkeypatch) -> None:
+    with ExitStack() as stack:
+        dead = [stack.enter_context(_full_listener()) for _ in range(2)]
+        places, look_up = [], socket.getaddrinfo
+
+        def many(host, *rest, **options):
+            if host != "many.example":
+                return look_up(host, *rest, **options)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in places]
+
+        monkeypatch.setattr(socket, "getaddrinfo", many)
+        options = {"retry_for_s": 0, "timeout_s": 2, "shared_memory": False}
+        with TritonEmbedder("http://many.example:8000", "liar", **options) as embedder:
+            places[:] = dead
+            started = time.monotonic()
+            with pytest.raises(ServerUnreachable, match="no connection"):  # a job then goes to its next server
+                embedder.encode(FACES)
+            assert time.monotonic() - started < 3
+            places.append(("127.0.0.1", Address.parse(liar.url).port))
+            np.testing.assert_array_equal(embedder.encode(FACES), ROWS)
+
+
+def test_a_host_that_is_down_is_unreachable_and_not_busy() -> None:
+    """Also over asyncio; what is only busy is asked again, what is away is not while there are others."""
+
+    async def ask(url: str) -> None:
+        async with AsyncTritonEmbedder(url, "liar", retry_for_s=0, timeout_s=2, shared_memory=False) as embedder:
+            await embedder.encode(FACES)
+
+    with _full_listener() as (host, port), pytest.raises(ServerUnreachable, match="no connection within 2 s"):
+        asyncio.run(ask(f"http://{host}:{port}"))
+
+
+@contextmanager
+def _full_listener() -> Iterator[tuple[str, int]]:
+    """The address of a socket that lets nobody in any more and says nothing, as a host that is down."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        place = listener.getsockname()
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(place)
+        time.sleep(0.1)
+        yield place
 
 
 def test_total_timeout_bounds_all_attempts_of_a_call_and_an_overload_is_tried_again(liar) -> None:

@@ -41,7 +41,7 @@ def test_without_a_reference_golden_rows_are_compared_and_no_parity_is_claimed(s
     assert report.rows[0].min_cosine is None
     assert report.rows[0].gate.startswith("golden rows (fp32: drift ")
     without = replace(report, skipped={REFERENCE: "not loaded"})
-    with pytest.raises(ModelNotReady, match="nothing was compared: not loaded"):
+    with pytest.raises(ModelNotReady, match="only the golden rows of the import were compared: not loaded"):
         without.require()
 
 

@@ -82,6 +82,20 @@ class Mortal(Marked):
         os._exit(1)
 
 
+class Bare(PixelEngine):
+    """A server without the import's overlay: only its answers name its contract."""
+
+    contract_prefix: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__(contract_id=None)
+
+    def encode(self, faces: np.ndarray) -> np.ndarray:
+        rows = super().encode(faces)
+        self.contract_prefix = "b" * 32
+        return rows
+
+
 class Away(PixelEngine):
     def encode(self, faces: np.ndarray) -> np.ndarray:
         raise ServerUnreachable("no server at gpu-1:8001")
@@ -165,6 +179,12 @@ def test_errors_of_a_task_come_out_as_they_are_and_another_contract_is_refused(c
         consensus_on_ray(people, Away, CONTRACT, print, LIMITS, cluster=cluster)
     with pytest.raises(ContractMismatch, match=r"this run is of contract dddd.*start over: --force"):
         consensus_on_ray(people, PixelEngine, "d" * 64, print, LIMITS, cluster=cluster)
+    records: list[dict] = []
+    consensus_on_ray(people, Bare, "b" * 32, records.append, LIMITS, cluster=cluster)
+    assert len(records) == PEOPLE
+    for contract in ("d" * 32, "b" * 64):  # only its answers name it; a whole id is never stated
+        with pytest.raises(ContractMismatch, match=rf"this run is of contract {contract}, .*expected one model"):
+            consensus_on_ray(people, Bare, contract, print, LIMITS, cluster=cluster)
 
 
 def test_faces_of_photos_are_found_in_the_task(cluster: Cluster, assets: Path, tmp_path: Path) -> None:

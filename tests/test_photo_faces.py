@@ -6,6 +6,7 @@ import asyncio
 import base64
 import http.client
 import json
+import os
 import pickle
 import re
 import shutil
@@ -25,12 +26,21 @@ from click.testing import CliRunner
 from arcface_build.cli import cli
 from arcface_build.serving.process import TritonProcess
 from arcface_clients import AsyncPhotoEmbedder, PhotoEmbedder, TritonEmbedder
-from arcface_clients.errors import ClientUnusable, InferenceFailed, InvalidFaces, ModelNotReady, ServerUnreachable
+from arcface_clients.errors import (
+    ClientUnusable,
+    ConfigError,
+    ContractMismatch,
+    InvalidFaces,
+    ModelNotReady,
+    ServerUnreachable,
+    WrongUse,
+)
 from arcface_clients.faces.detect import MODEL_NAME, FaceDetector
 from arcface_clients.faces.photos import read_photo
 from arcface_clients.photos.analysis import FaceAnalysis
 from arcface_clients.photos.face import Face, Verified
-from arcface_clients.photos.session import PhotoSession
+from arcface_clients.photos.npz import embed_photos_to_npz
+from arcface_clients.photos.session import PhotoSession, encoded
 from arcface_clients.triton.options import ClientOptions, PhotoArguments
 from conftest import REPO
 from test_alerts import Prometheus, panel_expressions
@@ -175,6 +185,21 @@ def test_a_client_of_photos_is_pickled_as_its_arguments_and_refuses_use_after_it
         PhotoEmbedder(min_scores=0.8)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3)])
+def test_pixels_of_which_there_are_none_are_a_bad_photo_and_do_not_end_a_stream(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidFaces, match=r"the photo has no pixels"):
+        encoded(np.zeros(shape, np.uint8))
+    with PhotoEmbedder("127.0.0.1:1") as photos:
+        (answer,) = photos.faces_stream([np.zeros(shape, np.uint8)])
+    assert isinstance(answer, InvalidFaces)
+
+
+@pytest.mark.parametrize("contract", ["short", "z" * 64])
+def test_what_cannot_be_a_contract_id_is_refused_when_the_client_is_made(contract: str) -> None:
+    with pytest.raises(ConfigError, match="expected_contract"):
+        PhotoEmbedder(expected_contract=contract)
+
+
 @pytest.mark.parametrize(("took_s", "error"), [(61, InvalidFaces), (1, ModelNotReady)])
 def test_a_photo_that_ends_two_processes_is_refused_and_not_sent_for_ever(
     monkeypatch: pytest.MonkeyPatch, took_s: float, error: type[Exception]
@@ -269,9 +294,102 @@ def test_parameters_choose_which_faces_are_answered(photo_server: TritonProcess,
         assert len(photos.faces(several)) < len(everyone)
     with (
         PhotoEmbedder(photo_server.grpc_url, min_score=7) as photos,
-        pytest.raises(InferenceFailed, match=r"min_score is '?7'?: expected a number in 0.01..0.99"),
+        pytest.raises(WrongUse, match=r"min_score is '?7'?: expected a number in 0.01..0.99"),
     ):
         photos.faces(several)
+    with (
+        PhotoEmbedder(photo_server.grpc_url) as photos,
+        pytest.raises(WrongUse, match=r"max_distance is 3: expected a number in 0..2"),
+    ):
+        photos.verify(several, several, max_distance=3)
+
+
+def test_a_face_of_face_analysis_is_used_as_insightfaces_own(photo_server: TritonProcess, assets: Path) -> None:
+    several = [sorted(folder.iterdir())[0] for folder in sorted((assets / "faces" / "raw250").iterdir())[:3]]
+    image = np.hstack([read_photo(path) for path in several])
+    with FaceAnalysis(photo_server.grpc_url) as app:
+        app.prepare()
+        faces = app.get(image)
+        assert len(app.get(image, max_num=-1)) == len(faces) >= 3, "below 0 it means all, as 0 does"
+        (largest,) = app.get(image, max_num=1, det_metric="max")
+        assert largest.bbox.tolist() == max(faces, key=lambda f: np.prod(f.bbox[2:] - f.bbox[:2])).bbox.tolist()
+        with pytest.raises(WrongUse, match=r"max_num is '1'"):
+            app.get(image, max_num="1")  # type: ignore[arg-type]
+    face, other = faces[:2]
+    assert (face.det_score.dtype, face.embedding_norm.dtype) == (np.float32, np.float32)
+    assert (face.age, face.sex, face.get("gender")) == (None, None, None)
+    assert set(face) == set(dict(face)) == {"bbox", "kps", "det_score", "embedding"}
+    assert "embedding" in face
+    assert np.array_equal(face["normed_embedding"], face.normed_embedding)
+    with pytest.raises(KeyError):
+        face["nothing"]
+    face.name = "somebody"
+    face["kps"] *= 2  # back to a photo of another size
+    again = pickle.loads(pickle.dumps(face))
+    assert (again.name, type(again)) == ("somebody", type(face)) and np.array_equal(again.kps, face.kps)
+    face.embedding = face.embedding + other.embedding
+    assert np.linalg.norm(face.normed_embedding) == pytest.approx(1, abs=1e-5)
+    assert face.normed_embedding @ face.embedding == pytest.approx(face.embedding_norm, rel=1e-5)
+    with pytest.raises(AttributeError, match="follows from embedding"):
+        face.normed_embedding = other.embedding
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_numbers_of_any_type_are_sent_and_anything_else_is_refused_before(
+    photo_server: TritonProcess, portraits: list[Path], protocol: str
+) -> None:
+    url = photo_server.grpc_url if protocol == "grpc" else f"http://{photo_server.http_url}"
+    with PhotoEmbedder(url, min_score=np.float32(0.5), max_faces=np.int64(1)) as photos:  # type: ignore[arg-type]
+        assert len(photos.faces(portraits[0])) == 1
+        limit: Any = np.float32(0.5)
+        assert photos.verify(portraits[0], portraits[0], max_distance=limit)
+        with pytest.raises(ConfigError, match=r"max_distance is b'1'; expected a number"):
+            photos.verify(portraits[0], portraits[0], max_distance=b"1")  # type: ignore[arg-type]
+    for huge in (1 << 63, 10**400):
+        with PhotoEmbedder(url, min_size=huge) as photos, pytest.raises(WrongUse, match="min_size"):
+            photos.faces(portraits[0])
+
+
+WRONG: list[dict[str, Any]] = [
+    *({name: value} for name in ("min_score", "min_size", "max_faces") for value in ("0.5", b"1", [1], np.True_)),
+    *({"expected_contract": 7}, {"headers": "x"}, {"model": "\ud800"}),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_an_argument_that_cannot_be_sent_is_a_config_error_that_names_it(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=name):
+        PhotoEmbedder(**wrong)
+
+
+def test_what_is_no_file_of_a_photo_is_refused_without_waiting_and_a_stream_goes_on(
+    photo_server: TritonProcess, portraits: list[Path], tmp_path: Path
+) -> None:
+    pipe, large = tmp_path / "pipe.jpg", tmp_path / "large.jpg"
+    os.mkfifo(pipe)
+    with large.open("wb") as file:
+        file.truncate(1 << 40)  # without a block on the disk
+    tall, huge = np.zeros((1_000_001, 1, 3), np.uint8), np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (9000, 9000, 3))
+    unread = cv2.imread(str(tmp_path / "nowhere.png"))  # None
+    wrong: list[Any] = [pipe, "/dev/zero", large, "a\0b", "\ud800.jpg", tall, huge, unread]
+
+    async def answers() -> list[Any]:
+        async with AsyncPhotoEmbedder(photo_server.grpc_url) as photos:
+            return [answer async for answer in photos.faces_stream([*wrong, portraits[0]])]
+
+    with PhotoEmbedder(photo_server.grpc_url) as photos:
+        for found in (list(photos.faces_stream([*wrong, portraits[0]])), asyncio.run(answers())):
+            assert all(isinstance(answer, InvalidFaces) for answer in found[:-1])
+            for word, answer in zip(
+                ("pipe", "device", "bytes", "name", "name", "PNG", "80,000,000", "imread"), found[:-1], strict=True
+            ):
+                assert word in str(answer)
+            assert isinstance(found[-1], list) and found[-1]
+    with pytest.raises(InvalidFaces, match="pipe"):
+        read_photo(pipe)
+    with pytest.raises(IsADirectoryError):
+        read_photo(tmp_path)
 
 
 def test_the_metrics_count_photos_and_faces(photo_server: TritonProcess, portraits: list[Path]) -> None:
@@ -409,6 +527,15 @@ def test_embed_detects_on_the_server_with_the_same_output(
         assert np.einsum("nd,nd->n", written[way]["embeddings"], written["client"]["embeddings"]).min() >= 0.9999
         for name in ("scores", "boxes", "landmarks"):
             assert np.allclose(written[way][name], written["client"][name], atol=1e-2)
+
+
+def test_embeddings_of_another_contract_than_the_file_would_name_are_not_written(
+    photo_server: TritonProcess, portraits: list[Path], tmp_path: Path
+) -> None:
+    files, output = [str(portraits[0])], tmp_path / "out.npz"
+    with PhotoEmbedder(photo_server.grpc_url) as photos, pytest.raises(ContractMismatch, match="expected 0000000000"):
+        embed_photos_to_npz(files, photos, output, contract_id="0" * 64, model="arcface")
+    assert not output.exists()
 
 
 def test_a_bulk_job_has_the_server_find_the_faces_with_the_same_rows(

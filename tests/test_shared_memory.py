@@ -6,13 +6,15 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from arcface_clients import TritonEmbedder
-from arcface_clients.errors import DeadlineExceeded
+from arcface_clients.errors import ClientUnusable, DeadlineExceeded, InvalidFaces
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.triton.address import Address, Connection
 from arcface_clients.triton.memory.slots import SlotPool
@@ -139,6 +141,73 @@ def test_slots_are_handed_out_once_and_grow_with_demand() -> None:
     assert there == [first, second, larger]  # doubtful, and in use: left for `stale`
     for slot in there:
         slot.path.unlink()
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_a_stream_that_ends_early_gives_its_regions_back(odd_server, in_flight: int) -> None:
+    with TritonEmbedder(odd_server.grpc_url, "good", in_flight=in_flight) as embedder:
+        pool = embedder._session.regions.pool
+        for _ in range(5):
+            with pytest.raises(InvalidFaces):
+                list(embedder.encode_stream([FACES, "no face"]))
+            stream = embedder.encode_stream([FACES] * 9)
+            next(stream)
+            stream.close()
+        until = time.monotonic() + 10  # requests that were under way come back first
+        while len(pool._free) < len(pool._all) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(pool._free) == len(pool._all) <= 2 * in_flight + 2
+
+
+def test_a_request_too_large_for_a_region_goes_over_the_wire(odd_server) -> None:
+    with TritonEmbedder(odd_server.grpc_url, "good") as embedder:
+        truth = embedder.encode(FACES)
+        regions = embedder._session.regions
+        regions.resize(replace(embedder.served, max_batch_size=4), 64)  # another thread found the model loaded anew
+        np.testing.assert_array_equal(embedder.encode(FACES), truth)
+        assert embedder.shared_memory.kind == "system"  # smaller requests still use it
+        assert len(regions.pool._free) == len(regions.pool._all)
+
+
+def test_a_server_that_came_back_with_another_key_is_used_over_the_wire(odd_server, monkeypatch) -> None:
+    with TritonEmbedder(odd_server.grpc_url, "good") as embedder:
+        truth = embedder.encode(FACES)
+        monkeypatch.setenv("ARCFACE_ADMIN_KEY", "not-its-key")
+        embedder._session.regions.server_lost()
+        np.testing.assert_array_equal(embedder.encode(FACES), truth)
+        assert "guards this with a key" in str(embedder.shared_memory)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_whoever_closes_under_load_gives_the_others_one_error(odd_server, protocol: str) -> None:
+    url = f"{protocol}://{getattr(odd_server, f'{protocol}_url')}"
+    odd: list[BaseException] = []
+
+    def work(embedder: TritonEmbedder) -> None:
+        try:
+            while True:
+                embedder.encode(np.concatenate([FACES] * 5))
+        except ClientUnusable:
+            pass
+        except BaseException as exc:
+            odd.append(exc)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for round_ in range(30):
+            embedder = TritonEmbedder(url, "good", in_flight=3)
+            threads = [threading.Thread(target=work, args=(embedder,)) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.002 * round_)
+            embedder.close()
+            for thread in threads:
+                thread.join(30)
+                assert not thread.is_alive()
+    finally:
+        sys.setswitchinterval(interval)
+    assert odd == []
 
 
 def test_full_shared_memory_falls_back_to_the_wire_and_says_so(odd_server) -> None:

@@ -97,6 +97,11 @@ def test_contract_of_the_leaf_is_seen_through_the_ensemble(embedder, server) -> 
         assert leaf.embedding_dim == embedder.embedding_dim
 
 
+def test_what_is_served_fits_a_line_when_it_is_printed(embedder) -> None:
+    assert embedder.served.golden and len(embedder.served.golden) > 1000
+    assert len(repr(embedder.served)) < 400 and embedder.served.contract_id in repr(embedder.served)
+
+
 def test_another_contract_is_refused_before_a_face_is_sent(server) -> None:
     with (
         TritonEmbedder(server.grpc_url, expected_contract="0" * 64) as embedder,
@@ -134,17 +139,27 @@ def test_closed_embedder_says_so(server) -> None:
     "wrong",
     [
         {"timeout_s": 0},
+        {"timeout_s": float("inf")},
+        {"timeout_s": "5"},
+        {"total_timeout_s": "5"},
+        {"in_flight": 2.5},
         {"in_flight": 0},
         {"retry_for_s": -1},
         {"url": "ftp://x"},
         {"model": ""},
         {"headers": {"key": 1}},
         {"headers": ["key"]},
+        {"headers": {"key": "secret\n"}},  # as read from a file
+        {"headers": {"key": "secret\u2028ü"}},
+        {"headers": {"a key": "secret"}},
+        {"headers": {"": "secret"}},
+        {"headers": {"key-bin": "secret"}},  # gRPC takes bytes there
     ],
 )
 def test_impossible_arguments_are_refused_at_once(wrong: dict) -> None:
-    with pytest.raises(ConfigError, match="xpected"):
+    with pytest.raises(ConfigError, match="xpected") as refused:
         TritonEmbedder(**wrong)
+    assert "secret" not in str(refused.value)
 
 
 def test_a_host_that_nobody_knows_is_unreachable() -> None:
@@ -179,10 +194,10 @@ import os
 from arcface_clients.errors import ClientUnusable
 from arcface_clients.triton.live import Live
 live = Live(lambda: None)
-live.workers(1).submit(int).result()
+live.submit(1, int).result()
 if os.fork() == 0:
     try:
-        live.workers(1)
+        live.submit(1, int)
     except ClientUnusable:
         os._exit(7)
     os._exit(9)

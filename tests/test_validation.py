@@ -18,6 +18,7 @@ from arcface_clients.engines import EngineRegistry
 from arcface_clients.engines.validation import StoredReference, reference_from, validate_engine
 from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed
 from arcface_clients.faces.synthetic import synthetic_faces
+from arcface_clients.plans.manifest import file_sha256
 from damaged_arrays import DAMAGED_ARRAYS, write_damaged
 from tiny_model import write_model
 
@@ -133,6 +134,18 @@ def test_without_a_reference_the_engine_is_used_and_that_is_said(tmp_path, caplo
         engine.encode(FACES)
         assert (engine.last_engine, engine.validations["onnx"].status) == ("onnx", "skipped")
     assert "onnx is used without validation: there is no reference on this host" in caplog.text
+
+
+def test_a_reference_that_was_replaced_neither_judges_an_engine_nor_takes_its_place(tmp_path, caplog):
+    folder = write_model(tmp_path / "models" / "tiny")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["source"]["copy"] = {"file": "source.onnx", "sha256": file_sha256(folder / "source.onnx")}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "source.onnx").write_bytes((write_model(tmp_path / "other", seed=1) / "source.onnx").read_bytes())
+    with caplog.at_level(logging.WARNING), get_embedding_backend(config=config(folder)) as engine:
+        engine.encode(FACES)
+        assert (engine.last_engine, engine.validations["onnx"].status) == ("onnx", "skipped")
+    assert "source.onnx is not the file that was proved" in caplog.text
 
 
 def test_code_in_the_documentation_runs(tmp_path, monkeypatch):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,9 @@ FaceArray = npt.NDArray[np.uint8]
 """Faces uint8 (N,112,112,3) BGR."""
 FloatArray = npt.NDArray[np.float32]
 """Embeddings float32 (N,D), or distances."""
+
+DAMAGED = (ValueError, EOFError, SyntaxError, RuntimeError, MemoryError, TokenError, zipfile.BadZipFile, zlib.error)
+"""What NumPy and zipfile raise over a .npy or .npz that is damaged, locked, or of a size that cannot be."""
 
 # Norms outside this range are recomputed in float64 after scaling: their squares overflow or underflow float32.
 SMALLEST_NORM, LARGEST_NORM = 1e-18, 1e18

@@ -1,6 +1,7 @@
 """Atomic writes: a file or folder appears complete or not at all, even if its writer is killed.
 
 Temporary names begin with a dot and contain the writer's process id, so the next writer can remove a dead one's files.
+A writer in another container, or on another host with the same folder, is told by the lock that it holds on its file.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import re
@@ -29,9 +31,9 @@ def new_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers_of(path)
     handle, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
-    os.close(handle)
     temporary = Path(name)
     try:
+        _lock(handle)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -39,6 +41,7 @@ def new_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 @contextmanager
@@ -50,15 +53,20 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers_of(path)
     temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
+    handle = os.open(temporary, os.O_RDONLY)
     try:
+        _lock(handle)
         yield temporary
         temporary.chmod(0o755)
-        if path.exists():
-            _exchange(temporary, path)
-        else:
+        try:
             temporary.rename(path)
+        except OSError as exc:
+            if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            _exchange(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -80,7 +88,7 @@ def leftovers(folder: Path) -> list[Path]:
         for path in sorted(folder.glob(".*"))
         if (name := _TEMPORARY.fullmatch(path.name)) is not None and not Path("/proc", name["pid"]).exists()
     )
-    return list(found)
+    return [path for path in found if not _is_locked(path)]
 
 
 def remove(path: Path) -> None:
@@ -97,6 +105,28 @@ def discard(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file or folder until it is closed; False if another process has it locked."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: nobody holds one
+        pass
+    return True
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except OSError:  # gone meanwhile, or not ours
+        return False
+    try:
+        return not _lock(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove_leftovers_of(path: Path) -> None:

@@ -26,6 +26,7 @@ FACE_INPUT = "face"
 EMBEDDING_OUTPUT = "embedding"
 NORM_OUTPUT = "norm"
 CONTRACT_OUTPUT = "contract"
+CONTRACT_DIGITS = 64
 OUTPUTS = (EMBEDDING_OUTPUT, NORM_OUTPUT, CONTRACT_OUTPUT)
 FACE_SIZE = 112
 FACE_SHAPE = (FACE_SIZE, FACE_SIZE, 3)
@@ -72,9 +73,13 @@ class Preprocessing:
         return np.ascontiguousarray(blob.transpose(0, 3, 1, 2))
 
 
-def contract_id(source_sha256: str, preprocessing: Preprocessing, dim: int) -> str:
-    """Sha256 over (source ONNX digest, preprocessing, dimension); only embeddings with equal ids may be compared."""
-    parts = {"source_sha256": source_sha256, "preprocessing": preprocessing.to_json(), "dim": int(dim)}
+def contract_id(source_sha256: str, preprocessing: Preprocessing, dim: int, output: str | None = None) -> str:
+    """Sha256 over (source ONNX digest, preprocessing, dimension); only embeddings with equal ids may be compared.
+
+    `output` is the chosen one of a source with several; it then counts as part of the source.
+    """
+    identity = source_sha256 if output is None else hashlib.sha256(f"{source_sha256} {output}".encode()).hexdigest()
+    parts = {"source_sha256": identity, "preprocessing": preprocessing.to_json(), "dim": int(dim)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -84,11 +89,20 @@ def contract_words(contract: str) -> npt.NDArray[np.int32]:
     Raises:
         ValueError: not a contract id (64 hexadecimal digits).
     """
-    if len(contract) != 64:
-        raise ValueError(f"{contract!r} is not a contract id: expected 64 hexadecimal digits")
+    if len(contract) != CONTRACT_DIGITS:
+        raise ValueError(f"{contract!r} is not a contract id: expected {CONTRACT_DIGITS} hexadecimal digits")
     return np.frombuffer(bytes.fromhex(contract)[:16], ">i4").astype(np.int32)
 
 
 def contract_prefix(row: npt.NDArray[np.int32]) -> str:
     """The inverse: the first 32 hexadecimal digits of the contract id, from a row int32 (4,) of `contract`."""
     return np.asarray(row, ">i4").tobytes().hex()
+
+
+def named_by(engine: object) -> str | None:
+    """What tells an engine's model from others, without asking it: its contract id, or what its answers named of that.
+
+    None: it does not say, or was not asked yet.
+    """
+    named: str | None = getattr(engine, "contract_id", None) or getattr(engine, "contract_prefix", None)
+    return named

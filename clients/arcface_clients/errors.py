@@ -22,6 +22,7 @@ ArcFaceError
     ├── Overloaded            the server's queue is full, or it dropped the request from it
     ├── DeadlineExceeded      no answer within timeout_s or total_timeout_s
     ├── DependencyMissing     a package or a program is not installed
+    ├── OutOfMemory           a model needs more memory than this process may take
     └── CudaFailed            the CUDA driver refused: out of memory, no such GPU, or the GPU is lost
 
 Errors that only the build raises are in `arcface_build.errors`, under the same root.
@@ -148,6 +149,10 @@ class DeadlineExceeded(BackendUnavailable, TimeoutError):
 
 class DependencyMissing(BackendUnavailable):
     """A package or program that this engine needs is not installed. Falls back."""
+
+
+class OutOfMemory(BackendUnavailable, MemoryError):
+    """A model needs more memory than this process may take (host, container or `ulimit -d`). Falls back."""
 
 
 class CudaFailed(BackendUnavailable):

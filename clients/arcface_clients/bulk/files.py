@@ -33,10 +33,12 @@ class Files:
     Attributes:
         s3: how S3 is reached.
         patience_s: how long an object store that does not answer is asked again.
+        below: the folder that relative paths of files count from; "": that in which a process works.
     """
 
     s3: S3Options = field(default_factory=S3Options)
     patience_s: float = 120.0
+    below: str = ""
 
     @property
     def store(self) -> ObjectStore:
@@ -56,12 +58,12 @@ class Files:
             StoreUnreachable: the object store does not answer.
         """
         path = plain(path)
-        return self.store.open(path) if is_url(path) else Path(path).open("rb")
+        return self.store.open(path) if is_url(path) else Path(self.below, path).open("rb")
 
     def read(self, path: str) -> bytes:
         """A whole file; raises what `open` raises."""
         path = plain(path)
-        return self.store.read(path) if is_url(path) else Path(path).read_bytes()
+        return self.store.read(path) if is_url(path) else Path(self.below, path).read_bytes()
 
 
 def walk_url(url: str, store: ObjectStore) -> Iterator[tuple[str, int]]:

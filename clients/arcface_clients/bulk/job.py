@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -121,10 +121,11 @@ class Job(Closing):
             ContractMismatch, DetectorMismatch: it was begun with another model, or another detector.
             StoreUnreachable: the object store does not answer.
         """
-        self.spec, self.files = spec, files or Files()
-        text = plain(str(output)) if not is_url(plain(str(output))) else str(output)
+        self.spec, self.files = spec, replace(files or Files(), below=spec.below or "")
+        text = plain(str(output))
         self.output: Path | None = None if is_data_set(text) else Path(text).absolute()
-        self.folder = self.files.folder(text if self.output is None else f"{self.output}.parts")
+        whole = text if is_url(text) else str(Path(text).absolute())  # wherever a worker works
+        self.folder = self.files.folder(whole if self.output is None else f"{whole}.parts")
         self.counts = Counts()
         self.before = 0  # entries that were done before this run
         self._open: dict[int, _Open] = {}  # by unit

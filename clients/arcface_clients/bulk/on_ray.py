@@ -11,16 +11,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from glob import has_magic
+from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arcface_clients.bulk.files import Files
+from arcface_clients.bulk.files import Files, is_url, plain
 from arcface_clients.bulk.job import Job
 from arcface_clients.bulk.parts import Part
 from arcface_clients.bulk.schedule import Schedule
-from arcface_clients.bulk.spec import JobSpec
+from arcface_clients.bulk.spec import METADATA, JobSpec
 from arcface_clients.bulk.units import Unit, unit_size
 from arcface_clients.bulk.work import PATIENCE_S, UnitWorker, set_aside
-from arcface_clients.errors import ArcFaceError, DependencyMissing
+from arcface_clients.errors import ArcFaceError, ConfigError, DependencyMissing
 from arcface_clients.ray_cluster import SAY_AFTER_S, TRIES, Cluster, connected, raised_by, short
 
 if TYPE_CHECKING:
@@ -122,7 +125,7 @@ class _Actors:
         patience_s: float,
     ) -> None:
         self._ray, self._cluster = ray, cluster
-        self._arguments = (job.folder.path, job.spec, job.files, make_engine, list(urls), patience_s)
+        self._arguments = (job.folder.path, job.spec, job.files, make_engine, list(urls), patience_s, seen_here(job))
         self._begun = self._failed_starts = 0
         self._answers: dict[Any, tuple[_Actor, int | None]] = {}  # None: that it has started
         self._make = ray.remote(_Worker).options(max_restarts=0, **cluster.options())
@@ -205,6 +208,13 @@ class _Actors:
             self._ray.kill(actor.handle)
 
 
+def seen_here(job: Job) -> list[str]:
+    """The job's own file and its sources (of a glob the folder), those that are of this host and there."""
+    local = [Path(job.files.below, plain(source)) for source in job.spec.sources if not is_url(plain(source))]
+    roots = [str(Path(*takewhile(lambda part: not has_magic(part), path.parts))) for path in local]
+    return [path for path in (job.folder.of(METADATA), *roots) if not is_url(path) and Path(path).exists()]
+
+
 class _Worker:
     """The actor: engines for all servers, beginning with its own; one unit at a time."""
 
@@ -217,7 +227,9 @@ class _Worker:
         make_engine: Callable[[str], EmbeddingEngine],
         urls: list[str],
         patience_s: float,
+        seen: list[str],
     ) -> None:
+        self._seen = seen
         engines = [make_engine(url) for url in urls]
         self._worker = UnitWorker(files.folder(folder), spec, engines, files, first=index, patience_s=patience_s)
 
@@ -225,5 +237,15 @@ class _Worker:
         """It has started."""
 
     def do(self, number: int, unit: Unit) -> Part:
-        """Embed a unit."""
+        """Embed a unit.
+
+        Raises:
+            ConfigError: this machine does not see what the driver sees; it would list every file as one that is gone.
+        """
+        for path in self._seen:
+            if not Path(path).exists():
+                raise ConfigError(
+                    f"a Ray worker does not see {path}: expected a shared folder at the same path on all machines. "
+                    "Share it, give URLs, or leave out --engine ray"
+                )
         return self._worker.do(number, unit)

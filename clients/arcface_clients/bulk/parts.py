@@ -75,7 +75,7 @@ class Part:
 def put_part(folder: Folder, number: int, part: bytes, refused: Sequence[tuple[str, str]]) -> None:
     """Write what a unit refused, then its part; the part is the commit, so the list is there when it is."""
     if refused:
-        lines = (json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in refused)
+        lines = (json.dumps({"path": _text(name), "reason": reason}) + "\n" for name, reason in refused)
         folder.write(refused_name(number), "".join(lines).encode())
     folder.write(part_name(number), part)
 
@@ -106,8 +106,8 @@ def part_bytes(
     columns = columns.with_metadata({**columns.metadata, **{k.encode(): v.encode() for k, v in own.items()}})
     values = pa.array(np.ascontiguousarray(embeddings, np.float32).reshape(-1))
     arrays = [
-        pa.array(names, pa.string()),
-        pa.array(identities, pa.string()),
+        pa.array(map(_text, names), pa.string()),
+        pa.array((None if name is None else _text(name) for name in identities), pa.string()),
         pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1]),
         pa.array([part.contract_id] * len(names), pa.string()).dictionary_encode(),
         pa.array(digests, pa.binary(32)),
@@ -145,8 +145,13 @@ def look_at_part(source: IO[bytes]) -> Part | None:
             told[b"set_aside"].decode(),
             told.get(b"detector_id", b"").decode() or None,
         )
-    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError):
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return None
+
+
+def _text(name: str) -> str:
+    r"""A name as Parquet can hold it: bytes of a file's name that are no UTF-8 are written as \xe9."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _bytes_of(footer: Any) -> int:

@@ -7,13 +7,14 @@ import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import DAMAGED, Array
 from arcface_clients.bulk.files import Files, is_url
 from arcface_clients.bulk.tars import read_samples
 from arcface_clients.contract import FACE_BYTES, FACE_SHAPE
@@ -86,7 +87,9 @@ def read_raw(unit: dict[str, Any], files: Files | None = None) -> Iterator[Raw]:
             done += 1
     except (DependencyMissing, StoreUnreachable):
         raise
-    except (ArcFaceError, OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
+    except (ArcFaceError, OSError, *DAMAGED) as exc:
+        if unit["kind"] == "files":  # each is refused alone, so this is no file's fault
+            raise
         why = f"the file became unreadable here ({exc})"
         if "stop" not in unit:
             yield Raw(unit["path"], None, None, why)
@@ -210,7 +213,7 @@ def _open_array(path: str, files: Files) -> _Array:
         shape, fortran, dtype = header(file)
         if len(shape) != 4 or shape[1:] != FACE_SHAPE or fortran or dtype.hasobject:
             raise InvalidFaces(f"expected faces of shape (N, 112, 112, 3) in C order, got {dtype} {shape}")
-    except (ValueError, EOFError, zipfile.BadZipFile) as exc:
+    except DAMAGED as exc:
         _close(opened)
         raise InvalidFaces(str(exc) if isinstance(exc, InvalidFaces) else f"not a NumPy file ({exc})") from exc
     except BaseException:
@@ -249,13 +252,16 @@ def _array_rows(unit: dict[str, Any], files: Files) -> Iterator[Raw]:
                 yield Raw(f"{path}[{row}]", None, face)
 
 
-def _open_parquet(source: IO[bytes]) -> pq.ParquetFile:
+@contextmanager
+def _open_parquet(source: IO[bytes]) -> Iterator[pq.ParquetFile]:
+    """A Parquet file; what pyarrow says of a damaged one, also while it is read, becomes InvalidFaces."""
     with importing("Parquet"):
         import pyarrow as pa
         import pyarrow.parquet as pq
     try:
-        return pq.ParquetFile(source)
-    except pa.ArrowInvalid as exc:
+        with pq.ParquetFile(source) as file:
+            yield file
+    except pa.ArrowException as exc:
         raise InvalidFaces(f"not a Parquet file, or cut off ({exc})") from exc
 
 

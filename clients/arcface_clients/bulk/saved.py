@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import DAMAGED, Array
 from arcface_clients.bulk.files import Files, is_url
 from arcface_clients.bulk.parts import FORMAT, SUCCESS, read_embeddings
 from arcface_clients.errors import ContractMismatch, WrongUse
@@ -90,7 +89,9 @@ def _parquet(path: Path) -> SavedEmbeddings:
         if metadata.get(b"format", b"").decode() != FORMAT:
             raise WrongUse(f"{path} is a Parquet file, but not of embeddings. {_NEXT.replace('npz', 'parquet')}")
         return _gathered(str(path), metadata[b"contract_id"].decode() or None)
-    except (pa.ArrowInvalid, KeyError) as exc:
+    except WrongUse:
+        raise
+    except (pa.ArrowException, KeyError, ValueError) as exc:
         raise WrongUse(f"{path} is not a Parquet file, or truncated ({exc}). {_NEXT}") from exc
 
 
@@ -111,7 +112,7 @@ def _numpy(path: Path) -> SavedEmbeddings:
             )
     except WrongUse:
         raise
-    except (ValueError, EOFError, zipfile.BadZipFile) as exc:
+    except DAMAGED as exc:
         raise WrongUse(f"{path} is not a NumPy file, or truncated ({exc}). {_NEXT}") from exc
 
 

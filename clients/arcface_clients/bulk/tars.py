@@ -120,7 +120,7 @@ def _identity(suffix: str, data: bytes) -> str | None:
         if suffix == ".cls":
             return text.strip() or None
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     values = (record.get(name) for name in ("identity", "label")) if isinstance(record, dict) else ()
     return next((str(value) for value in values if isinstance(value, (str, int))), None)

@@ -20,7 +20,6 @@ from arcface_clients.bulk.read import Item, read_unit
 from arcface_clients.bulk.spec import ON_SERVER, JobSpec
 from arcface_clients.bulk.units import Unit, unit_names, unit_size
 from arcface_clients.errors import (
-    ContractMismatch,
     DeadlineExceeded,
     InvalidAnswer,
     ModelNotReady,
@@ -132,11 +131,7 @@ def embed_unit(
         StoreUnreachable: the object store does not answer.
         Stopped: `stop` was set.
     """
-    if engine.contract_id != spec.contract_id:
-        raise ContractMismatch(
-            f"this job is of contract {spec.contract_id}, {engine!r} serves {engine.contract_id}: expected one model "
-            "behind all URLs. Serve the same one everywhere: arcface serve"
-        )
+    spec.check_contract(engine)
     names: list[str] = []
     identities: list[str | None] = []
     digests: list[bytes] = []
@@ -178,6 +173,7 @@ def embed_unit(
     for row in rows_of():
         rows.append(row)
         advance(len(row))
+    spec.check_contract(engine)
     advance(unit_size(unit) - len(names) if unit_size(unit) else 0)
     embeddings = np.concatenate(rows) if rows else np.empty((0, spec.dim), np.float32)
     where = found if spec.detector else None

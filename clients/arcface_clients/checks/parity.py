@@ -104,7 +104,9 @@ class ParityReport:
         if failed:
             raise GateFailed(f"on {self.faces} faces: {'; '.join(failed)}. See which faces: arcface compare")
         if REFERENCE in self.skipped:
-            raise ModelNotReady(f"nothing was compared: {self.skipped[REFERENCE]}")
+            golden = any(row.golden_drift is not None for row in self.rows)
+            what = "only the golden rows of the import were compared" if golden else "nothing was compared"
+            raise ModelNotReady(f"{what}: {self.skipped[REFERENCE]}")
 
 
 def measure_parity(

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from arcface_clients.config.old_names import OLD_FILE, from_section, renamed, renamed_variables, with_section
 from arcface_clients.config.schema import EmbeddingConfig
-from arcface_clients.errors import ConfigError
+from arcface_clients.errors import ConfigError, WrongUse
+from arcface_clients.planted import refuse_planted
 
 Model = TypeVar("Model", bound=BaseModel)
 DEFAULT_FILE = Path("config/embedding.yaml")
@@ -103,11 +104,21 @@ def tensorrt_section(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
 
 
 def config_file(path: str | Path | None, environ: Mapping[str, str]) -> Path | None:
-    """The file to read: the given one, else $ARCFACE_CONFIG, else the default one if it exists, else none."""
+    """The file to read: the given one, else $ARCFACE_CONFIG, else the default one if it exists, else none.
+
+    Raises:
+        ConfigError: another user put the default one there.
+    """
     named = path or environ.get(FILE_VARIABLE)
     if named:
         return Path(named)
-    return DEFAULT_FILE if DEFAULT_FILE.exists() else None
+    if not DEFAULT_FILE.exists():
+        return None
+    try:
+        refuse_planted(Path.cwd() / DEFAULT_FILE, Path.cwd(), f"{FILE_VARIABLE}={DEFAULT_FILE}")
+    except WrongUse as exc:
+        raise ConfigError(f"{exc}.") from exc
+    return DEFAULT_FILE
 
 
 def checked(model: type[Model], found: Layers) -> Model:

@@ -22,6 +22,7 @@ from arcface_clients.errors import (
     Overloaded,
 )
 from arcface_clients.faces.check import FacesLike, check_faces, check_in_place
+from arcface_clients.triton.embedder import TritonEmbedder, named_contract
 
 Result = TypeVar("Result")
 Link = EmbeddingEngine | tuple[str, Callable[[], EmbeddingEngine]]
@@ -224,6 +225,8 @@ class FallbackEmbedder(Closing):
         """Reject a chain whose embeddings must not be mixed; all engines are checked now rather than in an outage."""
         with self._contract_lock:
             contract = engine.contract_id
+            if contract is None and isinstance(engine, TritonEmbedder):
+                contract = named_contract(engine)
             self._agree(state.name, contract, engine.embedding_dim)
             if contract is None and len(self._states) > 1 and not state.unknown_said:
                 state.unknown_said = True
@@ -239,7 +242,8 @@ class FallbackEmbedder(Closing):
 
     def _agree(self, name: str, contract: str | None, dim: int | None) -> None:
         if contract is not None:
-            if self._contract and self._contract[0] != contract:
+            known = self._contract[0] if self._contract else contract  # of either only the beginning may be known
+            if self._contract and not (known.startswith(contract) or contract.startswith(known)):
                 raise ContractMismatch(
                     f"engine {name} produces embeddings of contract {contract[:12]}…, engine {self._contract[1]} of "
                     f"{self._contract[0][:12]}…: a chain must not mix them. Point both at the same model (local.model, "

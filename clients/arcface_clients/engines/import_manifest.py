@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from arcface_clients.contract import Preprocessing
+from arcface_clients.contract import Preprocessing, contract_id
 from arcface_clients.errors import Missing, WrongUse
 
 FORMAT = 1
@@ -90,7 +90,8 @@ def read_import_manifest(folder: Path) -> ImportManifest:
 
     Raises:
         Missing: there is none.
-        WrongUse: it is not JSON, has another format, or a field is missing or invalid.
+        WrongUse: it is not JSON, has another format, or a field is missing or invalid; or what the contract id is
+            made of was changed, which would give other embeddings the same name.
     """
     path = folder / IMPORT_MANIFEST
     again = "Import the model again: arcface import SOURCE"
@@ -125,4 +126,15 @@ def read_import_manifest(folder: Path) -> ImportManifest:
         raise WrongUse(f"{path} has a field that cannot be read ({type(exc).__name__}: {exc}). {again}.") from exc
     if unsound := [name for name, good in sound.items() if not good]:
         raise WrongUse(f"{path} has an invalid value in {', '.join(unsound)}. {again}.")
+    if not _own_contract(manifest):
+        raise WrongUse(
+            f"{path} was changed since the import: contract_id is not that of source.sha256, preprocessing and dim. "
+            f"{again}."
+        )
     return manifest
+
+
+def _own_contract(manifest: ImportManifest) -> bool:
+    """Whether the contract id is that of what is stated; an output may be stated where the source has no other."""
+    parts = (manifest.source["sha256"], manifest.wants(), manifest.dim)
+    return manifest.contract_id in {contract_id(*parts, output) for output in (None, manifest.source.get("output"))}

@@ -75,6 +75,7 @@ class InsightFaceEngine(LocalEngine):
         file = self._file or folder.source()
         if not file.is_file():
             raise ModelMissing(f"no source ONNX at {file}. Import one: arcface import SOURCE")
+        folder.check_proved(file)
         with importing("the reference"), warnings.catch_warnings():  # InsightFace's imports raise warnings of their own
             warnings.simplefilter("ignore")
             from insightface.model_zoo.arcface_onnx import ArcFaceONNX

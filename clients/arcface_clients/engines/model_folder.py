@@ -11,7 +11,7 @@ from typing import Any
 from arcface_clients.contract import Preprocessing
 from arcface_clients.engines.import_manifest import DEMO, IMPORT_MANIFEST, ImportManifest, read_import_manifest
 from arcface_clients.engines.onnx_contract import contract_in
-from arcface_clients.errors import ArcFaceError, ConfigError, ContractMismatch, GateFailed, ModelMissing
+from arcface_clients.errors import ArcFaceError, ConfigError, ContractMismatch, GateFailed, Missing, ModelMissing
 from arcface_clients.plans.find import newest_version
 from arcface_clients.plans.manifest import file_sha256
 
@@ -74,12 +74,15 @@ class ModelFolder:
         Raises:
             GateFailed: it was refused, replaced since, or made from another import's serving ONNX.
             ContractMismatch: its answers would name another contract than the manifest.
+            Missing: it is gone.
         """
         name = self.path.name
         if file.suffix == ".refused":
             raise GateFailed(f"{file}: its gate refused it. Use another: arcface import, or arcface quantize {name}")
         told: dict[str, Any] = sidecar_of(file) or {} if file.parent == self.path / "variants" else self._part(file)
         expected, again = told.get("sha256"), "arcface quantize" if "serving_sha256" in told else "arcface import"
+        if not file.is_file():
+            raise Missing(f"{file} is gone, though its manifest names it. Make it again: {again}")
         if expected is not None and expected != (got := file_sha256(file)):
             raise GateFailed(
                 f"{file} is not the file that was proved: expected sha256 {str(expected)[:12]}…, got {got[:12]}…. "

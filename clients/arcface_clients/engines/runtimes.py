@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from arcface_clients.arrays import Array
 from arcface_clients.engines.devices import CPU, CUDA, OPENVINO, TENSORRT, wheels_with
-from arcface_clients.errors import ArcFaceError, ConfigError, DependencyMissing, WrongUse
+from arcface_clients.errors import ArcFaceError, ConfigError, DependencyMissing, OutOfMemory, WrongUse
 from arcface_clients.evidence.gate import judge_sidecar
 from arcface_clients.extras import importing
 
@@ -105,6 +105,7 @@ def open_session(
 
     Raises:
         DependencyMissing: ONNX Runtime or the provider is not installed, or did not start. Falls back.
+        OutOfMemory: it needs more memory than there is. Falls back. OpenVINO does not always say so.
         WrongUse: no such runtime.
     """
     with importing("running an ONNX file"):
@@ -130,9 +131,11 @@ def open_session(
     try:
         session: OnnxSession = onnxruntime.InferenceSession(source, options, providers=list(providers))
     except Exception as exc:  # pybind raises one class per error code, without a common base
+        label = label or (str(model) if isinstance(model, Path) else "the model")
+        if isinstance(exc, MemoryError) or "std::bad_alloc" in str(exc):
+            raise OutOfMemory(f"{label}: this process may not take the memory that it needs in {expected}") from exc
         if expected != CPU and type(exc).__name__ not in _GRAPH_FAULTS:
             raise DependencyMissing(f"{expected} was requested and did not start: {first_line(exc)}{said}") from exc
-        label = label or (str(model) if isinstance(model, Path) else "the model")
         raise refused(f"{label}: ONNX Runtime cannot load the graph: {first_line(exc)}. Export it again.") from exc
     taken = session.get_providers()[0]
     if taken != expected:  # ONNX Runtime replaces a provider that cannot start with the CPU, without an exception

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from arcface_clients.arrays import Array
+from arcface_clients.arrays import DAMAGED, Array
 from arcface_clients.atomic import new_file
 from arcface_clients.engines.protocol import EmbeddingEngine
 from arcface_clients.errors import (
@@ -72,7 +71,7 @@ class StoredReference:
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
                 faces, embeddings = check_faces(data["faces"][:count]), data["embeddings"][:count]
                 contract = str(data["contract_id"]) if "contract_id" in data else ""
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
+        except (OSError, KeyError, TypeError, *DAMAGED) as exc:
             raise ConfigError(
                 f"{file} (validation.reference): expected an .npz with faces, embeddings and contract_id: {exc}"
             ) from exc
@@ -184,7 +183,7 @@ class StartupValidation:
                     try:
                         with self._make_reference() as engine:
                             self._reference = reference_from(engine, synthetic_faces(self._count))
-                    except BackendUnavailable as exc:
+                    except (BackendUnavailable, GateFailed) as exc:  # GateFailed: its file is not what was imported
                         self._no_reference = f"there is no reference on this host: {exc}"
             return self._reference
 

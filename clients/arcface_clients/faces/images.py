@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from arcface_clients.arrays import Array, FaceArray
+from arcface_clients.arrays import DAMAGED, Array, FaceArray
 from arcface_clients.contract import FACE_SHAPE
 from arcface_clients.errors import ArcFaceError, DependencyMissing, InvalidFaces, WrongUse
 from arcface_clients.extras import importing
@@ -226,7 +224,7 @@ def read_array(path: str | Path) -> Array:
             return check_faces(loaded[names[0]])
     except InvalidFaces:
         raise
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
+    except DAMAGED as exc:
         raise InvalidFaces(f"not a NumPy file, or truncated ({exc})") from exc
 
 

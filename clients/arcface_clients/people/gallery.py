@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from arcface_clients.arrays import Array, unit_rows
+from arcface_clients.arrays import DAMAGED, Array, unit_rows
 from arcface_clients.atomic import new_file
 from arcface_clients.errors import ContractMismatch, InvalidEmbeddings
 from arcface_clients.people.neighbours import nearest_unit
@@ -180,7 +179,7 @@ class Gallery:
                 raise ValueError(f"embeddings {gallery._rows.shape} and owners {gallery._owner.shape} do not fit")
             if not np.array_equal(np.unique(gallery._owner), np.arange(len(gallery._names))):
                 raise ValueError("names and owners do not fit")
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as exc:
+        except (KeyError, TypeError, *DAMAGED) as exc:
             raise InvalidEmbeddings(
                 f"{path} cannot be read as a gallery ({exc}): expected a complete {FORMAT} file, "
                 f"version {VERSION} or older. Save it again, or update arcface-triton."

@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arcface_clients.contract import CONTRACT_DIGITS, named_by
 from arcface_clients.errors import ConfigError, ContractMismatch
 from arcface_clients.faces.images import load_faces
 from arcface_clients.people.persons import Limits, Loader, consensus_of_person, record_of_failure, signature
@@ -28,7 +29,7 @@ class _Task:
     """What all tasks of a run share."""
 
     engine: bytes  # pickled, so that a worker knows the one that it has made already
-    contract_id: str | None
+    contract: str | None
     limits: Limits
     detector: str | None
     detector_id: str | None
@@ -54,7 +55,7 @@ def consensus_on_ray(
     Args:
         people: name → files.
         make_engine: called once in each worker, so it must pickle.
-        contract_id: which the engines of all workers must have.
+        contract_id: which the engines of all workers must have; or its first 32 digits, where only answers name it.
         keep: called in this process.
         limits: for agreement.
         detector: YuNet's file, at the same path on all machines: the files are photos; None: they are crops.
@@ -141,19 +142,27 @@ def _same(name: str, files: Sequence[str], record: dict[str, Any]) -> dict[str, 
 
 def _record(task: _Task, name: str, files: Sequence[str]) -> dict[str, Any]:
     """The task: one person, with the engine and the detector that this worker has."""
-    engine = _engine(task.engine, task.contract_id)
-    if engine.contract_id != task.contract_id:
-        raise ContractMismatch(
-            f"this run is of contract {task.contract_id}, {engine!r} serves {engine.contract_id}: expected one model "
-            "for all people. Serve the earlier one, or start over: --force"
-        )
+    engine = _engine(task.engine, task.contract)
+    if engine.contract_id is not None or task.contract is None or len(task.contract) == CONTRACT_DIGITS:
+        _check_contract(task, engine)
     load = load_faces if task.detector is None else _load_detected(task.detector, task.detector_id)
     with _working_in(task.folder):
-        return consensus_of_person(name, files, engine, task.limits, load=load)
+        record = consensus_of_person(name, files, engine, task.limits, load=load)
+    if record["distances"]:  # it has answered, and so named its contract
+        _check_contract(task, engine)
+    return record
+
+
+def _check_contract(task: _Task, engine: EmbeddingEngine) -> None:
+    if (named := named_by(engine)) != task.contract:
+        raise ContractMismatch(
+            f"this run is of contract {task.contract}, {engine!r} serves {named}: expected one model for all people. "
+            "Serve the earlier one, or start over: --force"
+        )
 
 
 @lru_cache(maxsize=1)
-def _engine(pickled: bytes, contract_id: str | None) -> EmbeddingEngine:
+def _engine(pickled: bytes, contract: str | None) -> EmbeddingEngine:
     """The engine of this worker; made again for another contract, as a client keeps to the one that it has seen."""
     engine: EmbeddingEngine = pickle.loads(pickled)()
     return engine

@@ -34,6 +34,7 @@ class PhotoEmbedder(PhotoClient, Closing):
         Raises:
             InvalidFaces: the photo cannot be decoded, or is too large.
             OSError: its file cannot be read.
+            WrongUse: min_score, min_size, max_faces or max_distance is out of its range.
             ServerUnreachable, ModelNotReady, DeadlineExceeded: the server cannot answer.
             InferenceFailed: the server answered with an error.
             ContractMismatch: see `expected_contract`; or the model changed under way.
@@ -50,8 +51,8 @@ class PhotoEmbedder(PhotoClient, Closing):
         Raises:
             What else `faces` raises, when the photo's turn comes.
         """
-        workers, in_flight = self._live.workers, self.options.in_flight
-        begun = (workers(in_flight).submit(self._or_refused, photo, retry_for_s) for photo in photos)
+        submit, in_flight = self._live.submit, self.options.in_flight
+        begun = (submit(in_flight, self._or_refused, photo, retry_for_s) for photo in photos)
         return in_turn(begun, in_flight)
 
     def verify(self, a: PhotoLike, b: PhotoLike, *, max_distance: float | None = None) -> Verified | None:
@@ -77,7 +78,9 @@ class PhotoEmbedder(PhotoClient, Closing):
         self._run(self._session.ready())
 
     def pin_detector(self) -> str | None:
-        """Ask which detector finds the faces, and refuse those of any other from now on.
+        """Ask which detector finds the faces; `faces` and `faces_stream` refuse those of any other from now on.
+
+        `verify` does not tell who found its faces.
 
         Returns:
             Its id: kind, sha256 and limits, as `steps.detect.detector_id` writes them. None, with a warning, where the

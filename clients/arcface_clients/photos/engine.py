@@ -37,6 +37,11 @@ class PhotoEngine(TritonEmbedder):
         self._embedder()
         return self._detector_id
 
+    @property
+    def contract_prefix(self) -> str | None:
+        """As of `TritonEmbedder`; where photos were sent, what their faces name."""
+        return (self._photos.contract_prefix if self._photos else None) or super().contract_prefix
+
     def faces_stream(
         self, photos: Iterable[PhotoLike], *, retry_for_s: float = STREAM_RETRY_FOR_S
     ) -> Iterator[list[Face] | InvalidFaces]:

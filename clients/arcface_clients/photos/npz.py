@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from arcface_clients.bulk.npz import Written, write_npz
-from arcface_clients.errors import InvalidFaces
+from arcface_clients.errors import ContractMismatch, InvalidFaces
 from arcface_clients.faces.detect import CROPS_NOT_PHOTOS
 from arcface_clients.faces.images import ARRAY_SUFFIXES, Crop, Found
 from arcface_clients.photos.embedder import PhotoEmbedder
@@ -24,8 +24,6 @@ def embed_photos_to_npz(
 ) -> Written:
     """Embed every face of the photos `files` into `output`; without one face nothing is written.
 
-    Raises DetectorMismatch where the server gets another detector meanwhile.
-
     Args:
         files: paths of photos.
         photos: finds and embeds the faces.
@@ -33,6 +31,10 @@ def embed_photos_to_npz(
         contract_id: of the served model.
         model: its name.
         on_file: called after each file.
+
+    Raises:
+        DetectorMismatch: the server got another detector meanwhile.
+        ContractMismatch: it has another model than `contract_id` says.
     """
     detector_id = photos.pin_detector()
     names: list[str] = []
@@ -48,6 +50,12 @@ def embed_photos_to_npz(
                 rows.append(face.embedding)
                 found.append(Found(face.score, face.box, face.landmarks))
         on_file()
+    served = photos.contract_prefix
+    if contract_id and served and contract_id[:32] != served:
+        raise ContractMismatch(
+            f"the faces were embedded by a model of contract {served[:12]}, expected {contract_id[:12]}: it was "
+            "exchanged meanwhile. Run the command again"
+        )
     write_npz(output, names, rows, contract_id=contract_id, model=model, found=found, detector_id=detector_id)
     return Written(len(rows), len(rows[0]) if rows else 0, tuple(refused))
 

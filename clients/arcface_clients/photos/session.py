@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from arcface_clients.arrays import Array
 from arcface_clients.contract import CONTRACT_OUTPUT, contract_words
 from arcface_clients.errors import (
     BackendUnavailable,
+    ConfigError,
     DeadlineExceeded,
     DetectorMismatch,
     InferenceFailed,
@@ -25,7 +27,8 @@ from arcface_clients.errors import (
     WrongUse,
 )
 from arcface_clients.extras import importing
-from arcface_clients.faces.steps.refusal import PHOTO_REFUSED
+from arcface_clients.faces.photos import MAX_PIXELS, photo_bytes
+from arcface_clients.faces.steps.refusal import NUMBER_EXPECTED, PHOTO_REFUSED
 from arcface_clients.photos.face import Face, Verified
 from arcface_clients.triton.answer import Tensors, checked_contract, checked_rows, other_contract
 from arcface_clients.triton.options import ClientOptions
@@ -63,15 +66,21 @@ class PhotoSession(Exchanges):
             options: how the server is called.
             parameters: of every request; None: the server's default.
             crops: ask for the aligned faces too.
+
+        Raises:
+            ConfigError: a parameter is no number, or `expected_contract` no contract id.
         """
         super().__init__(options)
-        self._parameters: dict[str, Parameter] = {k: v for k, v in parameters.items() if v is not None}
+        self._parameters: dict[str, Parameter] = {k: _number(k, v) for k, v in parameters.items() if v is not None}
         self._parameters |= {"crop": True} if crops else {}
         self._outputs: tuple[str, ...] = (*_OUTPUTS, *["crop"] * crops)
         self._detector_id: str | None = None
         expected = options.expected_contract
         self._lock = threading.Lock()
-        self.contract: npt.NDArray[np.int32] | None = contract_words(expected) if expected else None
+        try:
+            self.contract: npt.NDArray[np.int32] | None = contract_words(expected) if expected else None
+        except ValueError as exc:
+            raise ConfigError(f"expected_contract: {exc}.", "expected_contract") from exc
 
     def ready(self) -> Steps[Mapping[str, Any]]:
         """Ask the server for the model: its configuration.
@@ -129,7 +138,8 @@ class PhotoSession(Exchanges):
 
     def verify(self, a: bytes, b: bytes, max_distance: float | None) -> Steps[Verified | None]:
         """The most alike faces of two encoded photos; see `PhotoEmbedder.verify`."""
-        parameters = self._parameters | ({} if max_distance is None else {"max_distance": max_distance})
+        limit = {} if max_distance is None else {"max_distance": _number("max_distance", max_distance)}
+        parameters = self._parameters | limit
         request = PhotoRequest(VERIFY_MODEL, {"image_a": a, "image_b": b}, _VERIFY_OUTPUTS, parameters)
         found = yield from self._asked(request, self.options.retry_for_s)
         if not len(found["similarity"]):
@@ -165,6 +175,8 @@ class PhotoSession(Exchanges):
                 _, bad, why = str(exc).partition(PHOTO_REFUSED)
                 if bad:
                     raise InvalidFaces(why) from exc
+                if NUMBER_EXPECTED in str(exc):
+                    raise WrongUse(f"{exc}.") from exc
                 raise
             yield "sleep", wait_s
             attempt += 1
@@ -177,7 +189,7 @@ class PhotoSession(Exchanges):
         if self._detector_id is not None and (other := self._detector_of(found)) != self._detector_id:
             raise DetectorMismatch(
                 f"{self.who} answered with the faces that {other} finds; expected those of {self._detector_id}, "
-                "as before. Serve that one again: arcface rollback --model photo_faces"
+                "as before. Serve that one again: arcface rollback --model photo_faces, then start the server again"
             )
         count = len(found["box"])
         shapes = {"box": (count, 4), "score": (count,), "landmarks": (count, 5, 2)}
@@ -222,18 +234,29 @@ def encoded(photo: PhotoLike) -> bytes:
 
     Raises:
         OSError: it cannot be read.
+        InvalidFaces: None, as `cv2.imread` gives for what it cannot read; an array without pixels, or with more than
+            `MAX_PIXELS` or a PNG has room for; see `photo_bytes` too.
         WrongUse: this is no photo.
     """
     if isinstance(photo, (bytes, bytearray, memoryview)):
         return bytes(photo)
     if isinstance(photo, (str, Path)):
-        return Path(photo).read_bytes()
+        return photo_bytes(photo)
+    if photo is None:
+        raise InvalidFaces("None, as cv2.imread gives for a file that it cannot read; expected a photo.")
     if not isinstance(photo, np.ndarray) or photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
         got = f"{photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else type(photo).__name__
         raise WrongUse(f"expected a photo as a path, a file's bytes, or pixels uint8 (H, W, 3) BGR; got {got}.")
+    if not photo.size:
+        raise InvalidFaces(f"the photo has no pixels: expected uint8 (H, W, 3) BGR, got {photo.shape}.")
+    if photo.shape[0] * photo.shape[1] > MAX_PIXELS:
+        raise InvalidFaces(f"{photo.shape[1]} × {photo.shape[0]} pixels; expected at most {MAX_PIXELS:,}.")
     with importing("sending pixels"):
         import cv2
-    return bytes(cv2.imencode(".png", photo, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1])
+    written, png = cv2.imencode(".png", photo, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    if not written:
+        raise InvalidFaces(f"pixels {photo.shape} do not fit a PNG: a side may have 1,000,000.")
+    return bytes(png)
 
 
 def refused(exc: InvalidFaces | OSError) -> InvalidFaces:
@@ -247,6 +270,18 @@ def refused(exc: InvalidFaces | OSError) -> InvalidFaces:
     if isinstance(exc, BackendUnavailable):
         raise exc
     return InvalidFaces(exc.strerror or str(exc))
+
+
+def _number(key: str, value: object) -> Parameter:
+    """A parameter as every protocol can carry it; its range is the server's to judge."""
+    if not isinstance(value, Real):
+        raise ConfigError(f"{key} is {value!r}; expected a number.", key)
+    if isinstance(value, Integral) and abs(int(value)) < 1 << 63:
+        return int(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
 
 
 def _box(row: Array) -> tuple[float, float, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -146,18 +147,25 @@ class TritonEmbedder(TritonClient, Closing):
 
         `deadline_s`: of all of them; None: each has `total_timeout_s` for itself.
         """
-        requests, in_flight = (self._prepared(chunk, norms) for chunk in chunks), self.options.in_flight
-        head = list(islice(requests, 2))
-        if len(head) < 2:
-            for request in head:
-                yield self._embed(request, retry_for_s, deadline_s)
-            return
-        begun = (self._submit(request, retry_for_s, deadline_s) for request in chain(head, requests))
-        yield from in_turn(begun, in_flight)
+        requests = (self._prepared(chunk, norms) for chunk in chunks)
+        head: deque[InferRequest] = deque()
+        try:
+            head.extend(islice(requests, 2))
+            if len(head) == 1:
+                yield self._embed(head.popleft(), retry_for_s, deadline_s)
+            waiting = (head.popleft() for _ in range(len(head)))
+            begun = (self._submit(request, retry_for_s, deadline_s) for request in chain(waiting, requests))
+            yield from in_turn(begun, self.options.in_flight)
+        finally:
+            for request in head:  # the source, or whoever wants the answers, gave up before their turn
+                self._session.drop(request)
 
     def _submit(self, request: InferRequest, retry_for_s: float | None, deadline_s: float | None) -> Future[Answer]:
-        workers = self._live.workers(self.options.in_flight)
-        future = workers.submit(self._embed, request, retry_for_s, deadline_s)
+        try:
+            future = self._live.submit(self.options.in_flight, self._embed, request, retry_for_s, deadline_s)
+        except BaseException:
+            self._session.drop(request)
+            raise
         future.add_done_callback(lambda _: self._session.drop(request))  # also when it is cancelled before it ran
         return future
 

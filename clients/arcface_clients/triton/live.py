@@ -6,8 +6,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from arcface_clients.errors import ClientUnusable
 from arcface_clients.triton.transports import Transport
@@ -47,8 +47,8 @@ class Live:
                 self._transport = self._opener()
             return self._transport
 
-    def workers(self, count: int) -> ThreadPoolExecutor:
-        """The pool, of `count` threads.
+    def submit(self, count: int, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Have the pool, of `count` threads, do this work.
 
         Raises:
             ClientUnusable: closed, or carried over a fork.
@@ -59,7 +59,7 @@ class Live:
                 raise closed()
             if self._workers is None:
                 self._workers = ThreadPoolExecutor(count, thread_name_prefix="arcface-triton")
-            return self._workers
+            return self._workers.submit(work, *arguments)
 
     def _check_fork(self) -> None:
         if os.getpid() != self._pid:
@@ -85,7 +85,11 @@ class Live:
 
 
 def in_turn(futures: Iterable[Future[T]], in_flight: int) -> Iterator[T]:
-    """Results in order of futures that are begun as they are taken, `in_flight` at a time; the rest is cancelled."""
+    """Results in order of futures that are begun as they are taken, `in_flight` at a time; the rest is cancelled.
+
+    Raises:
+        ClientUnusable: `Live.end` cancelled one.
+    """
     window: deque[Future[T]] = deque()
     try:
         for future in futures:
@@ -94,6 +98,8 @@ def in_turn(futures: Iterable[Future[T]], in_flight: int) -> Iterator[T]:
                 yield window.popleft().result()
         while window:
             yield window.popleft().result()
+    except CancelledError as exc:
+        raise closed() from exc
     finally:
         for future in window:
             future.cancel()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TypedDict
 
 from arcface_clients.errors import ConfigError
 from arcface_clients.triton.address import Access, Address, Connection, Tls
 from arcface_clients.triton.memory.choice import SharedMemoryOption, shared_memory_option
+
+_LONGEST_S = 7 * 86_400
+_HEADER = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
@@ -51,19 +56,24 @@ class ClientOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be before anything is opened."""
-        _check("model", self.model, isinstance(self.model, str) and self.model, "a served model's name")
-        _check("timeout_s", self.timeout_s, self.timeout_s > 0, "more than 0")
+        named = isinstance(self.model, str) and self.model and self.model.isprintable()
+        _check("model", self.model, named, "a served model's name")
+        contract = self.expected_contract
+        _check("expected_contract", contract, contract is None or isinstance(contract, str), "a contract id, or None")
+        times = (self.timeout_s, 0.0 if self.total_timeout_s is None else self.total_timeout_s, self.retry_for_s)
+        for key, value in zip(("timeout_s", "total_timeout_s", "retry_for_s"), times, strict=True):
+            _check(key, value, isinstance(value, Real), "seconds")
+        in_time = 0 < self.timeout_s <= _LONGEST_S  # infinity is no time that a socket can wait
+        _check("timeout_s", self.timeout_s, in_time, f"more than 0 and at most {_LONGEST_S:,}, a week")
         total_s = self.total_timeout_s
         _check("total_timeout_s", total_s, total_s is None or total_s > 0, "more than 0, or None")
-        _check("in_flight", self.in_flight, 1 <= self.in_flight <= 256, "1..256")
+        whole = isinstance(self.in_flight, Integral)
+        _check("in_flight", self.in_flight, whole and 1 <= self.in_flight <= 256, "1..256")
         _check("retry_for_s", self.retry_for_s, self.retry_for_s >= 0, "0 or more")
         _check(
             "compression", self.compression, self.compression in (None, "gzip", "deflate"), "None, 'gzip' or 'deflate'"
         )
-        if not _is_text(self.headers):
-            raise ConfigError(
-                "headers: expected names and values, both text, such as {'authorization': '…'}.", "headers"
-            )
+        _check_headers(self.headers)
         object.__setattr__(self, "shared_memory", shared_memory_option(self.shared_memory))
         self.connection()
 
@@ -111,5 +121,16 @@ def _check(key: str, value: object, good: object, expected: str) -> None:
         raise ConfigError(f"{key} is {value!r}; expected {expected}.", key)
 
 
-def _is_text(headers: object) -> bool:
-    return isinstance(headers, Mapping) and all(isinstance(part, str) for header in headers.items() for part in header)
+def _check_headers(headers: object) -> None:
+    """Refuse what gRPC or HTTP could not carry; a message never shows a value, which may be a key."""
+    pairs = headers.items() if isinstance(headers, Mapping) else [(None, "")]
+    for name, value in pairs:
+        if not isinstance(name, str) or not _HEADER.fullmatch(name) or name.lower().endswith("-bin"):
+            raise ConfigError(
+                "headers: expected names (letters, digits, -, _ and ., not ending in -bin) and values, both text, such "
+                "as {'authorization': '…'}.",
+                "headers",
+            )
+        if not isinstance(value, str) or not value.isascii() or not value.isprintable():
+            ends = " It has a line break, as what is read from a file: strip it" if str(value).strip() != value else ""
+            raise ConfigError(f"headers: expected the value of {name!r} to be printable ASCII text.{ends}", "headers")

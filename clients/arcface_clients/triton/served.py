@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT, FACE_SHAPE, OUTPUTS
@@ -27,7 +27,7 @@ class ServedModel:
     gpu: int | None  # the leaf's first GPU as the server numbers them; None: it runs on the CPU
     outputs: tuple[str, ...] = (EMBEDDING_OUTPUT,)  # those of the tensor contract that it has
     demo: bool = False  # random weights: its embeddings recognise nobody
-    golden: str | None = None  # the reference's rows of a few faces: `arcface_clients.evidence.golden`
+    golden: str | None = field(default=None, repr=False)  # rows of the reference: `arcface_clients.evidence.golden`
     max_queue_size: int = 0  # requests that may wait for the leaf; 0: without bound
     instances: int = 1  # of the leaf: batches that the server computes at a time
 

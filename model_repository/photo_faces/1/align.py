@@ -14,6 +14,7 @@ FACE_SIZE = 112
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
 )
+REACH = 32_000  # pixels: cv2.warpAffine takes no larger side than 32,766 (imgwarp.cpp, SHRT_MAX)
 _CENTRE = TEMPLATE.mean(axis=0)
 _SPREAD = TEMPLATE - _CENTRE
 
@@ -68,5 +69,14 @@ def align_face(
     matrix = similarity_to_template(landmarks)
     matrix[:, 2] += matrix[:, :2].sum(axis=1) * (0.5 / scale - 0.5)
     matrix[:, :2] /= scale
+    part, corner = _around(image_bgr, np.mean(landmarks, axis=0) * scale)
+    matrix[:, 2] += matrix[:, :2] @ corner
     size, black = (FACE_SIZE, FACE_SIZE), (0.0, 0.0, 0.0)
-    return np.asarray(cv2.warpAffine(image_bgr, matrix, size, borderValue=black), np.uint8)
+    return np.asarray(cv2.warpAffine(part, matrix, size, borderValue=black), np.uint8)
+
+
+def _around(image: npt.NDArray[np.uint8], centre: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], list[int]]:
+    """The part of an image around a point (x, y) that warpAffine takes (most images: all), and its corner."""
+    height, width = image.shape[:2]
+    x, y = (int(min(max(0, c - REACH / 2), max(0, n - REACH))) for c, n in zip(centre, (width, height), strict=True))
+    return image[y : y + REACH, x : x + REACH], [x, y]

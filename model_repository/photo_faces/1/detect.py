@@ -21,6 +21,7 @@ MIN_SIZE = 16
 # LOOK_SIDE, and then at its mirror image makes alignment more stable.
 LOOK_SIDE = 128
 LOOK_MARGIN = 1.5
+REACH = 32_000  # pixels: cv2.warpAffine takes no larger side than 32,766 (imgwarp.cpp, SHRT_MAX)
 
 
 class Look(Protocol):
@@ -130,11 +131,19 @@ def _patch(
     source, source_scale = (small, small_scale) if zoom < small_scale else (image, scale)
     # warpAffine does not average: a large face is warped to a multiple of the side, then shrunk with averaging.
     times = max(1, int(source_scale / zoom))
-    shift = times * zoom * (0.5 / source_scale - 0.5 - corner) + (times - 1) / 2
+    part, part_corner = _around(source, (box[:2] + box[2:] / 2) * source_scale)
     ratio = times * zoom / source_scale
+    shift = times * zoom * (0.5 / source_scale - 0.5 - corner) + (times - 1) / 2 + ratio * np.array(part_corner)
     matrix = np.array([[ratio, 0, shift[0]], [0, ratio, shift[1]]])
-    patch = cv2.warpAffine(source, matrix, (times * side, times * side))
+    patch = cv2.warpAffine(part, matrix, (times * side, times * side))
     return np.asarray(cv2.resize(patch, (side, side), interpolation=cv2.INTER_AREA), np.uint8), zoom, corner
+
+
+def _around(image: Image, centre: npt.NDArray[np.float64]) -> tuple[Image, list[int]]:
+    """The part of an image around a point (x, y) that warpAffine takes (most images: all), and its corner."""
+    height, width = image.shape[:2]
+    x, y = (int(min(max(0, c - REACH / 2), max(0, n - REACH))) for c, n in zip(centre, (width, height), strict=True))
+    return image[y : y + REACH, x : x + REACH], [x, y]
 
 
 def _look_again(

@@ -23,6 +23,7 @@ from arcface_clients.triton.memory.system import Slot, is_local
 from arcface_clients.triton.options import ClientOptions
 from arcface_clients.triton.sansio import CONTROL_TIMEOUT_S, Steps
 from arcface_clients.triton.served import ServedModel
+from arcface_clients.triton.transports.refusals import closed
 
 MAX_DOUBTFUL = 16  # regions that late answers may still be written to; beyond, the wire is kinder to /dev/shm
 _log = logging.getLogger(__name__)
@@ -115,8 +116,8 @@ class Regions:
         if slot.registered_with is not life:
             try:
                 yield "register_shared", slot, CONTROL_TIMEOUT_S
-            except InferenceFailed as exc:
-                # it could before; whatever changed, the faces are still in the slot and go over the wire
+            except (InferenceFailed, ConfigError) as exc:
+                # it could before; whatever changed (its key, say), the faces are still in the slot: over the wire
                 self._give_up(slot.memory, f"the server cannot open our region any more: {exc}")
                 body = yield "pack", self._model, [slot.faces(count)], outputs
                 tensors: Tensors = yield "infer", self._model, body, self._timeout_s
@@ -151,17 +152,25 @@ class Regions:
             slot.close()
 
     def _filled(self, parts: Sequence[Faces], device: int | None) -> Slot | None:
-        """A slot on this GPU (None: in system memory) with these faces in it; None when no more can be made."""
+        """A slot on this GPU (None: in system memory) with these faces in it; None when they have to take the wire.
+
+        That is when no more can be made, and when the model takes fewer at once than when these were put together.
+        """
+        max_faces = self._max_faces
+        if sum(map(len, parts)) > max_faces:
+            return None
         try:
-            slot = self.pool.take(self._max_faces, self._embedding_dim, device)
+            slot = self.pool.take(max_faces, self._embedding_dim, device)
         except OSError as exc:
             where = "shared memory" if device is None else f"memory on GPU {device}"
             self._give_up("system" if device is None else "cuda", f"no more room in {where} ({exc.strerror or exc})")
             return None
         try:
             slot.put(parts)
-        except OSError:  # the GPU is lost to this process
+        except OSError as exc:  # the GPU is lost to this process, or somebody closes us
             self.pool.discard(slot)
+            if self.pool.is_closed:
+                raise closed() from exc
             raise
         return slot
 
@@ -195,8 +204,10 @@ class Regions:
         life, why_not = self._server_life, ""
         try:
             yield "register_shared", slot, CONTROL_TIMEOUT_S
-        except (InferenceFailed, ConfigError) as exc:
+        except BaseException as exc:
             self.pool.discard(slot)
+            if not isinstance(exc, (InferenceFailed, ConfigError)):
+                raise
             if device is None:
                 return f"the server cannot open a region of ours, it may be in another container: {exc}"
             return (
@@ -204,9 +215,11 @@ class Regions:
                 "number, and in another container --pid=host"
             )
         slot.registered_with = life
-        if device is not None:
-            why_not = yield from self._try_a_face(slot)
-        self.pool.give(slot)
+        try:
+            if device is not None:
+                why_not = yield from self._try_a_face(slot)
+        finally:
+            self.pool.give(slot)
         yield from sweep(slot.memory)
         return why_not
 

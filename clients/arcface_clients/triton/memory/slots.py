@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from arcface_clients.triton.memory.cuda import CudaSlot
 from arcface_clients.triton.memory.system import Slot
+from arcface_clients.triton.transports.refusals import closed
 
 
 class SlotPool:
@@ -17,6 +18,7 @@ class SlotPool:
         self._lock = threading.Lock()
         self._free: list[Slot] = []
         self._all: set[Slot] = set()
+        self.is_closed = False
 
     @property
     def doubtful(self) -> int:
@@ -33,8 +35,11 @@ class SlotPool:
 
         Raises:
             OSError: none is free and no more can be made.
+            ClientUnusable: the pool is closed.
         """
         with self._lock:
+            if self.is_closed:
+                raise closed()
             for slot in [slot for slot in reversed(self._free) if slot.device == device]:
                 self._free.remove(slot)
                 if (slot.max_faces, slot.embedding_dim) == (max_faces, embedding_dim):
@@ -43,8 +48,11 @@ class SlotPool:
                 slot.close()
         slot = Slot(max_faces, embedding_dim) if device is None else CudaSlot(max_faces, embedding_dim, device)
         with self._lock:
-            self._all.add(slot)
-        return slot
+            if not self.is_closed:
+                self._all.add(slot)
+                return slot
+        slot.close()
+        raise closed()
 
     def give(self, slot: Slot) -> None:
         """Take a slot back; a doubtful one is never handed out again."""
@@ -70,6 +78,7 @@ class SlotPool:
     def close(self) -> list[Slot]:
         """Close every slot; returns those to be unregistered: not those in use, and no doubtful ones."""
         with self._lock:
+            self.is_closed = True
             slots, self._all, free, self._free = self._all, set(), set(self._free), []
         for slot in slots:
             slot.doubtful |= slot not in free

@@ -109,9 +109,9 @@ class Slot:
         if self._file >= 0:
             if not self.doubtful:
                 self.path.unlink(missing_ok=True)
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # the mapping would keep it: a doubtful file is left for `stale`
-            os.close(self._file)
-            self._file = -1
+            file, self._file = self._file, -1
+            fcntl.flock(file, fcntl.LOCK_UN)  # the mapping would keep it: a doubtful file is left for `stale`
+            os.close(file)
 
 
 def stale(name: str, now_s: float | None = None) -> bool:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from arcface_clients.arrays import Array
+from arcface_clients.errors import InferenceFailed
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.admin_key import admin_headers
 from arcface_clients.triton.answer import Tensors
@@ -67,10 +68,11 @@ class GrpcTransport:
     def register_shared(self, slot: Slot, timeout_s: float) -> None:
         """Make a slot known to the server."""
         try:
-            self._call_restricted(*messages.register_request(slot), timeout_s)
-        except self._rpc_error as exc:
-            if "already" not in (exc.details() or ""):
-                raise messages.translated(exc, self._connection, "shared memory", timeout_s) from exc
+            with self._errors("shared memory", timeout_s):
+                self._call_restricted(*messages.register_request(slot), timeout_s)
+        except InferenceFailed as exc:
+            if "already" not in str(exc):
+                raise
 
     def unregister_shared(self, name: str, timeout_s: float) -> None:
         """Make the server forget a region."""

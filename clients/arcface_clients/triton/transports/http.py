@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -136,7 +136,9 @@ class HttpTransport:
             connection, reused = self._take()
             sound = False
             try:
-                status, head_length, reply = self._exchange(connection, method, path, body, headers, deadline_s)
+                status, head_length, reply = self._exchange(
+                    connection, method, path, body, headers, deadline_s, timeout_s
+                )
                 if status != 200:
                     raise messages.translated(self._connection, model, status, reply)
                 answer = read(head_length, reply)
@@ -172,10 +174,14 @@ class HttpTransport:
         body: bytes | None,
         headers: dict[str, str] | None,
         deadline_s: float,
+        timeout_s: float,
     ) -> tuple[int, str | None, bytes]:
         if connection.sock is None:
-            connection.timeout = _left_s(deadline_s)
-            connection.connect()
+            connection._create_connection = connect_by(deadline_s)  # type: ignore[attr-defined]  # create_connection
+            try:
+                connection.connect()
+            except TimeoutError as exc:  # nothing was sent: it is not busy, it is not there
+                raise ConnectionError(f"no connection within {timeout_s:g} s") from exc
             _end_if_dead(connection)
         connection.sock.settimeout(_left_s(deadline_s))
         connection.response_class = partial(TimedReply, deadline_s)  # type: ignore[assignment]  # made with a socket
@@ -219,6 +225,26 @@ class HttpTransport:
                 self._idle.pop(0)[1].close()
         if not keep:
             connection.close()
+
+
+def connect_by(deadline_s: float) -> Callable[..., socket.socket]:
+    """`socket.create_connection`, but all addresses of a name are tried before one deadline, each for its share."""
+
+    def connect(place: tuple[str, int], *_: object) -> socket.socket:
+        found = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)
+        while True:
+            share_s = _left_s(deadline_s) / len(found)
+            host, port = found.pop(0)[4][:2]
+            try:
+                connected = socket.create_connection((str(host), int(port)), share_s)
+            except OSError:
+                if not found:
+                    raise
+            else:
+                connected.settimeout(_left_s(deadline_s))
+                return connected
+
+    return connect
 
 
 class TimedReply(http.client.HTTPResponse):

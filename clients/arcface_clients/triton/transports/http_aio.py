@@ -19,6 +19,8 @@ from arcface_clients.triton.transports import Files, Parameter, refusals
 from arcface_clients.triton.transports import http_messages as messages
 from arcface_clients.triton.transports.files import pack_http, unpack_http
 
+_CONNECTING = 0.9  # of a request's time may pass before there is a connection; less than all, to be told from an answer
+
 
 class AsyncHttpTransport:
     """An aiohttp session, bound to the event loop that it was opened in."""
@@ -116,12 +118,17 @@ class AsyncHttpTransport:
         headers: Mapping[str, str] | None = None,
     ) -> messages.T:
         """What `read` makes of a reply with status 200; connections gone stale while idle aiohttp replaces."""
-        timeout = self._aiohttp.ClientTimeout(total=timeout_s)
+        timeout = self._aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECTING * timeout_s)
         data = io.BytesIO(body) if body else None  # bytes as they are would be written in one go, blocking the loop
         session, address = self._session, self._connection.address
         try:
             async with session.request(
-                method, self._base + path, data=data, headers=headers, timeout=timeout
+                method,
+                self._base + path,
+                data=data,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,  # faces and keys are for this address
             ) as response:
                 reply = bytearray()
                 async for piece in response.content.iter_any():
@@ -138,6 +145,8 @@ class AsyncHttpTransport:
             raise
         except ArcFaceError:
             raise
+        except self._aiohttp.ServerTimeoutError as exc:  # nothing was sent: it is not busy, it is not there
+            raise refusals.unreachable(address, f"no connection within {timeout_s:g} s") from exc
         except asyncio.TimeoutError as exc:
             raise refusals.too_late(address, model, timeout_s) from exc
         except (self._aiohttp.ClientError, OSError) as exc:

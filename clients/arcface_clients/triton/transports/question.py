@@ -11,7 +11,7 @@ from typing import Any
 from arcface_clients.errors import DeadlineExceeded
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.transports import grpc_messages, http_messages, refusals
-from arcface_clients.triton.transports.http import TimedReply
+from arcface_clients.triton.transports.http import TimedReply, connect_by
 
 
 def grpc_answer(connection: Connection, method: str, request: Any, headers: Mapping[str, str], timeout_s: float) -> Any:
@@ -54,6 +54,7 @@ def http_answer(
         if context
         else http.client.HTTPConnection(address.host, address.port, timeout=timeout_s)
     )
+    opened._create_connection = connect_by(deadline_s)  # type: ignore[attr-defined]  # create_connection
     opened.response_class = partial(TimedReply, deadline_s)  # type: ignore[assignment]  # made with a socket
     try:
         opened.request(verb, f"{address.path}{path}", b"{}" if verb == "POST" else None, dict(headers))
