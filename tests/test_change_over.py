@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 
@@ -18,6 +19,7 @@ from arcface_build.repository.assemble import assemble
 from arcface_build.serving.change_over import ChangeOver, servers_of
 from arcface_clients import TritonEmbedder
 from arcface_clients.checks.parity import measure_parity, render_table
+from arcface_clients.faces.detect import MODEL_NAME
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import copy_repository
 from serve_process import Serving
@@ -55,6 +57,20 @@ def test_who_installs_or_goes_back_under_a_live_server_is_told_how_to_change_ove
         nothing_new = arcface("assemble", "second", "--models-dir", tmp_path / "models", *options)
         assert "goes on answering" not in nothing_new.stderr
     assert servers_of(repository) == [server.pid]
+
+
+def test_who_exchanges_the_detector_under_a_live_server_is_told_so_too(served, tmp_path, assets):
+    repository, server = served
+    options, yunet = ("--model-repository", repository), assets / "detectors" / MODEL_NAME
+    model = onnx.load(yunet)
+    model.doc_string = "trained anew"
+    onnx.save(model, tmp_path / "anew.onnx")
+    arcface("import-detector", yunet, *options)
+    for line in (("import-detector", tmp_path / "anew.onnx"), ("rollback", "--model", "photo_faces")):
+        told = arcface(*line, *options).stderr
+        assert f"tritonserver (process {server.pid}) serves this repository and goes on answering with" in told
+        assert "another contract" not in told
+    assert "goes on answering" not in arcface("import-detector", yunet, *options).stderr
 
 
 def test_a_server_that_comes_back_with_other_weights_says_so(triton_binary, tmp_path):

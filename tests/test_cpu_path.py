@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from arcface_build.variants.candidates import candidates
 from arcface_build.variants.choose import Wanted, choose
 from arcface_clients.engines.runtimes import RUNTIMES, cpu_flags, cpu_runtimes, has_openvino, open_session
-from arcface_clients.errors import WrongUse
+from arcface_clients.errors import GateFailed, WrongUse
 from tiny_model import write_model
 
 SAPPHIRE = frozenset({"avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"})
@@ -80,11 +80,45 @@ def test_an_openvino_that_is_not_told_a_precision_is_one_runtime(tmp_path, flags
     assert [(one.precision, one.runtime) for one in found] == expected
 
 
-def test_sidecar_whose_file_is_gone_names_the_command(tmp_path):
-    folder = model_dir(tmp_path, **BOTH)
+def gone(folder):
     (folder / "variants" / "int8-cpu.onnx").unlink()
-    with pytest.raises(WrongUse, match=r"names variants/int8-cpu.onnx, which is gone. Make it again: arcface quantize"):
-        choose(folder, None, cpu_runtimes(SAPPHIRE, True))
+    return "names variants/int8-cpu.onnx, which is gone. Make it again: arcface quantize tiny --precision int8"
+
+
+def cut_off(folder):
+    (folder / "variants" / "int8-cpu.json").write_text('{"format": 1, "fi')
+    return "int8-cpu.json is not JSON"
+
+
+@pytest.mark.parametrize("damage", [gone, cut_off])
+def test_a_damaged_variant_is_named_with_the_command_and_keeps_nothing_else_from_being_served(tmp_path, damage):
+    folder = model_dir(tmp_path, int8={ORT: 0.008})
+    told = damage(folder)
+    choice = choose(folder, None, (ORT,))
+    assert (choice.precision, choice.runtime) == ("fp32", ORT) and told in choice.reason
+    with pytest.raises(GateFailed, match=f"int8 of tiny is not served: .*{told}"):
+        choose(folder, None, (ORT,), wanted=Wanted(precision="int8"))
+
+
+@pytest.mark.parametrize("digest", [{"sha256": "5" * 64}, {}])
+def test_a_form_that_was_deleted_takes_no_part_and_is_named(tmp_path, digest):
+    folder = model_dir(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["winograd"] = {"file": "serving_winograd.onnx", **digest}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found, why_not = candidates(folder, None, (FP32, ORT))
+    assert [one.name for one in found] == ["fp32 in onnxruntime", "fp32 in openvino-fp32"]
+    expected = "serving_winograd.onnx is gone. Import the model again: arcface import SOURCE"
+    assert why_not["fp32 by Winograd in openvino-fp32"] == expected
+
+
+def test_without_its_serving_onnx_nothing_of_a_model_is_chosen_and_that_is_said(tmp_path):
+    folder = model_dir(tmp_path)
+    (folder / "serving.onnx").unlink()
+    with pytest.raises(GateFailed, match=r"tiny is not served: fp32 in onnxruntime: serving\.onnx is gone\. Import"):
+        choose(folder, None, (ORT,))
+    with pytest.raises(GateFailed, match=r"fp32 of tiny is not served: serving\.onnx is gone"):
+        choose(folder, None, (ORT,), wanted=Wanted(precision="fp32"))
 
 
 def test_choice_writes_the_field_that_triton_knows(tmp_path):

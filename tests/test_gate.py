@@ -18,6 +18,7 @@ from arcface_build.errors import ProofFailed
 from arcface_build.graph.tensorrt_form import UNTOUCHED
 from arcface_build.imports.proof import prove
 from arcface_build.plans import build as plan_build
+from arcface_build.plans.source import find_source
 from arcface_build.repository.assemble import assemble, assemble_plans
 from arcface_build.repository.versions import served_manifest
 from arcface_build.serving.server_runtimes import ServerRuntimes
@@ -27,10 +28,11 @@ from arcface_build.variants.candidates import Candidate
 from arcface_build.variants.choose import VariantChoice, choose
 from arcface_build.variants.eval_set import FaceSet
 from arcface_build.variants.gate import judge_variant
+from arcface_build.variants.make import Wish, make_variant
 from arcface_build.variants.speeds import Speed, SpeedTable
 from arcface_build.variants.verify import verify_variant
 from arcface_clients.checks import parity
-from arcface_clients.contract import Preprocessing
+from arcface_clients.contract import Preprocessing, contract_id
 from arcface_clients.engines import EngineRegistry
 from arcface_clients.engines.validation import StoredReference, validate_engine
 from arcface_clients.errors import ConfigError, ContractMismatch, GateFailed, InferenceFailed, Missing, PlanRefused
@@ -103,9 +105,10 @@ def in_a_regression_test(folder: Path, candidate: np.ndarray, monkeypatch) -> No
 
 def at_startup(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
     file = table_model(folder / "serving.onnx", candidate)
-    write_manifest(folder, "0" * 64, Preprocessing(), DIM, contract_id="c" * 64)
+    write_manifest(folder, "0" * 64, Preprocessing(), DIM)
+    contract = contract_id("0" * 64, Preprocessing(), DIM)
     engine = EngineRegistry.get("onnx", file=file, device="cpu", threads=1)
-    validate_engine(engine, StoredReference(FACES, REFERENCE, "c" * 64, "a file"), "int8", LIMITS, "onnx")
+    validate_engine(engine, StoredReference(FACES, REFERENCE, contract, "a file"), "int8", LIMITS, "onnx")
 
 
 def in_quantize(folder: Path, candidate: np.ndarray, monkeypatch) -> None:
@@ -414,16 +417,66 @@ def test_a_file_replaced_after_its_import_is_not_installed(name, tmp_path):
     assert not list(repository.glob("arcface_*/*/*.onnx"))
 
 
-def test_a_serving_onnx_replaced_after_its_import_is_not_loaded(tmp_path):
+@pytest.mark.parametrize("name", ["serving.onnx", "source.onnx"])
+def test_a_file_that_is_gone_is_named_with_the_command_that_makes_it(name, tmp_path):
     model_dir = write_model(tmp_path / "models" / "tiny")
     with_digests(model_dir)
-    engine = EngineRegistry.get("onnx", models_dir=tmp_path / "models", device="cpu", threads=1)
+    (model_dir / name).unlink()
+    with pytest.raises(Missing, match=f"{name} is gone, though its manifest names it. Make it again: arcface import"):
+        assemble(model_dir, copy_repository(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "options"), [("onnx", "serving.onnx", {"device": "cpu"}), ("insightface", "source.onnx", {})]
+)
+def test_a_file_replaced_after_its_import_is_not_loaded(name, file, options, tmp_path):
+    model_dir = write_model(tmp_path / "models" / "tiny")
+    with_digests(model_dir)
+    engine = EngineRegistry.get(name, models_dir=tmp_path / "models", threads=1, **options)
     engine.ensure_ready()
     engine.close()
     write_model(tmp_path / "other", seed=1)
+    (model_dir / file).write_bytes((tmp_path / "other" / file).read_bytes())
+    with pytest.raises(GateFailed, match=f"{file} is not the file that was proved"):
+        engine.ensure_ready()
+
+
+def quantized(models_dir: Path) -> None:
+    make_variant(models_dir / "tiny", Wish("fp16", eval_faces=8))
+
+
+def planned_from_the_import(models_dir: Path) -> None:
+    find_source("tiny", "fp32", models_dir)
+
+
+def planned_from_a_variant(models_dir: Path) -> None:
+    variants = models_dir / "tiny" / "variants"
+    variants.mkdir()
+    (variants / "fp16-tensorrt.onnx").write_bytes(b"made before")
+    find_source("tiny", "fp16", models_dir)
+
+
+@pytest.mark.parametrize("door", [quantized, planned_from_the_import, planned_from_a_variant])
+def test_nothing_is_made_from_a_serving_onnx_that_was_replaced(door, tmp_path):
+    model_dir = write_model(tmp_path / "models" / "tiny")
+    with_digests(model_dir)
+    write_model(tmp_path / "other", seed=1)
     (model_dir / "serving.onnx").write_bytes((tmp_path / "other" / "serving.onnx").read_bytes())
     with pytest.raises(GateFailed, match=r"serving\.onnx is not the file that was proved"):
-        engine.ensure_ready()
+        door(tmp_path / "models")
+
+
+def test_a_plan_is_not_built_from_a_variant_that_was_replaced(tmp_path):
+    model_dir = write_model(tmp_path / "models" / "tiny")
+    with_digests(model_dir)
+    (model_dir / "variants").mkdir()
+    file = model_dir / "variants" / "fp16-tensorrt.onnx"
+    file.write_bytes((model_dir / "serving.onnx").read_bytes())
+    file.with_suffix(".json").write_text(json.dumps({"sha256": file_sha256(file)}))
+    assert find_source("tiny", "fp16", tmp_path / "models").onnx == file
+    file.write_bytes(b"another")
+    with pytest.raises(GateFailed, match=r"fp16-tensorrt\.onnx is not the file that was proved"):
+        find_source("tiny", "fp16", tmp_path / "models")
 
 
 def test_an_int8_file_is_not_run_as_fp32_and_a_refused_one_not_at_all(tmp_path):

@@ -10,10 +10,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from arcface_build.cli import cli
 from arcface_build.repository.assemble import assemble
 from arcface_build.variants.choose import Wanted, choose
 from arcface_build.variants.measure import measure
+from arcface_build.variants.session_process import SessionProcess
 from arcface_clients.checks.parity import measure_parity
 from arcface_clients.engines.fallback import FallbackEmbedder
 from arcface_clients.engines.onnx import OnnxEngine
@@ -48,11 +51,14 @@ def openvino_is_wrong(tmp_path, monkeypatch):
     wrong = write_model(tmp_path / "wrong", error=1.0) / "serving.onnx"
     runtimes = {FP32, BF16}
 
-    def opened(model, runtime, *arguments, **options):
-        return open_session(wrong if runtime in runtimes else model, ORT, *arguments, **options)
+    def opener(real):
+        def opened(model, runtime, *arguments, **options):
+            return real(wrong if runtime in runtimes else model, ORT, *arguments, **options)
 
-    for module in (measure.__module__, OnnxEngine.__module__):
-        monkeypatch.setattr(sys.modules[module], "open_session", opened)
+        return opened
+
+    monkeypatch.setattr(sys.modules[measure.__module__], "SessionProcess", opener(SessionProcess))
+    monkeypatch.setattr(sys.modules[OnnxEngine.__module__], "open_session", opener(open_session))
     return runtimes
 
 
@@ -71,6 +77,17 @@ def test_a_precision_asked_for_by_name_is_refused_where_it_is_wrong_here(judged,
         choose(judged, wanted=Wanted(precision=precision))
     openvino_is_wrong.discard(BF16)
     assert choose(judged, wanted=Wanted(precision=precision)).runtime == BF16
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_assemble_by_name_refuses_what_is_wrong_here(judged, openvino_is_wrong, precision, tmp_path):
+    openvino_is_wrong.add(ORT)
+    repository = copy_repository(tmp_path)
+    line = ["assemble", "tiny", "--variant", precision, "--models-dir", str(judged.parent)]
+    done = CliRunner().invoke(cli, [*line, "--model-repository", str(repository)], standalone_mode=False)
+    assert isinstance(done.exception, GateFailed), done.output
+    assert f"{precision} of tiny is not served: " in str(done.exception)
+    assert not list(repository.glob("arcface_onnx/*/manifest.json"))
 
 
 def test_the_only_candidate_is_judged_too_and_one_that_does_not_open_is_not_chosen(judged, openvino_is_wrong):

@@ -23,6 +23,7 @@ from arcface_build.variants.gate import judge_variant
 from arcface_build.variants.held_back import MIN_PEOPLE, likeness, part, without
 from arcface_build.variants.make import Wish, load_named, make_variant
 from arcface_build.variants.search import Attempt, SearchResult
+from arcface_build.variants.sidecar import retired_since
 from arcface_clients.engines import EngineRegistry
 from arcface_clients.engines.runtimes import RUNTIMES
 from arcface_clients.errors import Missing, ModelMissing, WrongUse
@@ -206,6 +207,26 @@ def test_a_variant_that_fails_on_other_faces_is_set_aside_and_no_door_serves_it(
         assemble(variant, copy_repository(tmp_path), VariantChoice(before["file"], "int8", ROUNDED, "", refused))
     with pytest.raises(Missing, match="no int8-tensorrt variant of demo-mobile: its gate refused it"):
         raise verify(variant, others(tmp_path)).exception
+
+
+def test_weights_that_were_retired_are_refused_when_they_are_made_again_and_are_not_forgotten(variant, loose, tmp_path):
+    assert isinstance(verify(variant, others(tmp_path), "--max-drift", "1e-6").exception, ProofFailed)
+    refused = variant / "variants" / "int8-tensorrt.json.refused"
+    told = json.loads(refused.read_text())
+    (retired,) = told["retired"]
+    assert retired["sha256"] == told["sha256"] and retired["faces"] == "24 faces of others.npz"
+    assert 0 < retired["max_drift"] < 0.5
+    refused.write_text(json.dumps({**told, "retired": [{**retired, "max_drift": 0.6}]}))  # as on harder faces
+    before = refused.read_bytes()
+    with pytest.raises(ProofFailed, match=r"of demo-mobile that were retired before: they fail in onnxruntime with"):
+        make_variant(variant, loose)
+    assert refused.read_bytes() == before and not refused.with_suffix("").exists()
+    layers = [node.name for node in load_named(variant / "serving.onnx").graph.node if node.op_type == "Conv"]
+    sidecar, _ = make_variant(variant, replace(loose, keep=tuple(layers[5:10])))
+    assert sidecar["passed"] and sidecar["sha256"] != told["sha256"] and sidecar["retired"][0]["max_drift"] == 0.6
+    assert "24 faces of others.npz" in retired_since(variant, told) and not retired_since(variant, sidecar)
+    sidecar, _ = make_variant(variant, replace(loose, limits={"int8": 0.7}))  # more drift is allowed by now
+    assert sidecar["sha256"] == told["sha256"] and not retired_since(variant, sidecar)
 
 
 def test_a_variant_cannot_be_verified_by_the_faces_that_it_was_fitted_to(variant, tmp_path):

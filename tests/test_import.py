@@ -17,10 +17,13 @@ from arcface_build.imports.preprocessing import Stated
 from arcface_build.imports.proof import Reference, prove, reference_embeddings
 from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
+from arcface_build.repository.assemble import assemble
 from arcface_clients.contract import Preprocessing, contract_id, contract_prefix
 from arcface_clients.engines.import_manifest import ImportManifest, read_import_manifest
+from arcface_clients.engines.registry import EngineRegistry
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
+from conftest import copy_repository
 from tiny_model import write_manifest
 from tiny_nets import tiny_net
 
@@ -259,6 +262,42 @@ def test_a_damaged_field_is_named_before_anybody_reads_it(tmp_path: Path, damage
         read_import_manifest(tmp_path / "tiny")
     assert message in str(caught.value)
     assert str(caught.value).endswith("Import the model again: arcface import SOURCE.")
+
+
+CHANGED_SINCE = "was changed since the import: contract_id is not that of source.sha256, preprocessing and dim"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"contract_id": "c" * 64},
+        {"dim": 256},
+        {"source": {"sha256": "6" * 64}},
+        {"preprocessing": {"color": "bgr", "mean": [127.5] * 3, "std": [127.5] * 3}},
+        {"preprocessing": {"color": "rgb", "mean": [127.5] * 3, "std": [128] * 3}},
+    ],
+)
+def test_what_a_contract_id_is_made_of_is_not_changed_under_it(tmp_path: Path, changed: dict) -> None:
+    tmp_path.joinpath("tiny").mkdir()
+    write_manifest(tmp_path / "tiny", "5" * 64, Preprocessing(), 512, **changed)
+    with pytest.raises(WrongUse, match=CHANGED_SINCE):
+        read_import_manifest(tmp_path / "tiny")
+
+
+def test_an_import_whose_manifest_was_edited_answers_nobody_and_is_made_anew(tmp_path, faces) -> None:
+    net = save(tiny_net(), tmp_path / "net.onnx")
+    told = run_import(net, faces).to_json()
+    file = tmp_path / "models/net/manifest.json"
+    edited = {**told, "preprocessing": {**told["preprocessing"], "mean": [0.0, 0.0, 0.0]}}
+    file.write_text(json.dumps(edited))
+    for engine in ("onnx", "insightface"):
+        embedder = EngineRegistry.get(engine, models_dir=tmp_path / "models", model="net")
+        with pytest.raises(WrongUse, match=CHANGED_SINCE):
+            embedder.encode(faces[:2])
+    with pytest.raises(WrongUse, match=CHANGED_SINCE):
+        assemble(file.parent, copy_repository(tmp_path))
+    again = run_import(net, faces)
+    assert again.contract_id == told["contract_id"] == read_import_manifest(file.parent).contract_id
 
 
 def test_keys_of_a_later_version_are_left_out(tmp_path: Path) -> None:

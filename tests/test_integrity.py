@@ -15,6 +15,7 @@ from arcface_build.repository.mend import mend
 from arcface_build.repository.versions import check_served, served_folder, versions
 from arcface_build.serving.host_checks import check_weights
 from arcface_clients.config.schema import EmbeddingConfig
+from arcface_clients.contract import Preprocessing, contract_id
 from arcface_clients.engines.onnx import OnnxEngine
 from arcface_clients.engines.onnx_contract import contract_in
 from arcface_clients.errors import ContractMismatch, GateFailed
@@ -108,8 +109,9 @@ def test_a_rolled_back_version_is_still_what_was_installed(repository, model_dir
 
 def test_a_manifest_with_another_contract_than_its_onnx_is_refused_by_assemble_and_the_engine(repository, model_dir):
     assert contract_in(model_dir / "source.onnx") is None
-    edit(model_dir / "manifest.json", contract_id="2" * 64)
-    expected = r"serving\.onnx names contract \w{12}… in its answers, the manifest of tiny 222222222222…"
+    other = contract_id("6" * 64, Preprocessing(), 64)
+    edit(model_dir / "manifest.json", source={"sha256": "6" * 64}, contract_id=other)  # of another import
+    expected = rf"serving\.onnx names contract \w{{12}}… in its answers, the manifest of tiny {other[:12]}…"
     with pytest.raises(ContractMismatch, match=expected):
         assemble(model_dir, repository)
     with pytest.raises(ContractMismatch, match=expected), OnnxEngine(models_dir=model_dir.parent) as engine:

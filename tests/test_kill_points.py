@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from arcface_build.repository.install import roll_back
 from arcface_build.repository.mend import faults, mend
 from arcface_build.repository.overlays import OVERLAYS
 from arcface_build.repository.versions import LEAVES, served_manifest, versions
+from arcface_clients.atomic import new_file, new_folder
 from arcface_clients.contract import contract_prefix
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import copy_repository
@@ -158,3 +160,23 @@ def test_every_overlay_pins_the_version_that_it_describes(prepared: Place) -> No
     for overlay in OVERLAYS:
         text = (prepared.repository / "arcface_onnx" / "configs" / f"{overlay}.pbtxt").read_text()
         assert "version_policy: { specific { versions: [ 1 ] } }" in text
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_a_writer_of_another_container_or_host_is_let_finish_and_a_dead_one_is_tidied_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    monkeypatch.setattr("arcface_clients.atomic._prefix", lambda path: f".{path.name}.{2**22 + 1}.")  # no process here
+    target, dead = tmp_path / "part", tmp_path / f".part.{2**22 + 1}.abcdefgh"
+    dead.write_text("half")
+
+    def fill(temporary: Path, text: str) -> None:
+        (temporary / "text" if temporary.is_dir() else temporary).write_text(text)
+
+    with new(target) as mine:
+        assert not dead.exists()
+        fill(mine, "mine")
+        with new(target) as other:
+            fill(other, "other")
+    assert (target / "text" if target.is_dir() else target).read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [target]

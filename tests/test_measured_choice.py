@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
 
+from arcface_build.bench.server import still_to_choose
 from arcface_build.commands.assemble import command
+from arcface_build.commands.bench import command as bench_command
+from arcface_build.commands.bench_photos import command as bench_photos
+from arcface_build.imports.source import file_digest
 from arcface_build.repository.assemble import assemble
 from arcface_build.repository.install import roll_back
 from arcface_build.repository.integrity import BY_ASSEMBLE
 from arcface_build.repository.versions import check_served, served_manifest, versions
 from arcface_build.serving.server_runtimes import ServerRuntimes, runtimes_of_host
-from arcface_build.serving.variant import check_installed, take_best_variant
+from arcface_build.serving.variant import check_installed, short_of_memory, take_best_variant
 from arcface_build.variants import choose as choosing
 from arcface_build.variants.candidates import Candidate, candidates
 from arcface_build.variants.choose import Wanted, choose
 from arcface_build.variants.fastest import fastest
+from arcface_build.variants.gate import VariantVerdict
 from arcface_build.variants.measure import measure
+from arcface_build.variants.session_process import SessionProcess
+from arcface_build.variants.sidecar import set_aside
 from arcface_build.variants.speeds import Speed, SpeedTable, host_key, keep_speeds, kept_speeds, speeds_file
 from arcface_build.variants.untried import _stand_in, untried
 from arcface_clients.engines.runtimes import has_openvino
-from arcface_clients.errors import GateFailed, Missing
+from arcface_clients.errors import GateFailed, InferenceFailed, Missing, OutOfMemory
 from arcface_clients.evidence.drift import DRIFT_LIMITS
+from arcface_clients.evidence.gate import GateVerdict
+from arcface_clients.evidence.golden import golden_faces
 from conftest import copy_repository
 from test_cpu_path import BF16, FP32, ORT, model_dir
 from tiny_model import write_model
@@ -115,7 +133,7 @@ def watch(monkeypatch):
 def test_it_is_measured_once_on_a_host_and_again_when_asked(tmp_path, watch):
     folder, said = model_dir(tmp_path, **JUDGED), []
     first = choose(folder, None, HERE, say=said.append)
-    assert said == ["measuring 2 ways to run tiny on this CPU, once: a few seconds"]
+    assert said == ["measuring 2 ways to run tiny on this CPU, once: seconds, or a minute for a large model"]
     assert first.reason.startswith(
         "int8 in onnxruntime: 30 faces/s, 3.00 × fp32 in onnxruntime (measured on this CPU at batch 8, for throughput);"
         " it passed its gate with drift 0.008; not bf16: none that passed its gate"
@@ -136,6 +154,97 @@ def test_what_was_measured_on_another_host_is_not_believed_and_stays_in_the_file
     assert choose(folder, None, HERE).precision == "fp32" and watch.asked == 1
 
 
+def test_what_does_not_run_in_the_memory_of_this_host_is_not_served_and_not_tried_again(tmp_path, watch):
+    folder = model_dir(tmp_path, **JUDGED)
+    fp32, int8 = candidates(folder, None, HERE)[0]
+    slow = Speed(*fp32.key, *2 * [5 * (10.0,)], 0.0, memory=1 << 30)
+    keep_speeds(folder, host_key(), SpeedTable(8, (slow, Speed(*int8.key, (), (), memory=2 << 30))))
+    taken = choose(folder, None, HERE)
+    assert taken.precision == "fp32" and taken.measured["memory_bytes"] == 1 << 30
+    assert "not int8 in onnxruntime: it does not run in the 2.0 GB that a process of the server may" in taken.reason
+    assert not watch.asked
+
+
+def test_a_form_that_was_chosen_where_there_was_more_memory_is_named_should_it_not_load(tmp_path, monkeypatch):
+    served = {"name": "large", "choice": {"memory_bytes": 3 << 30}}
+    monkeypatch.setattr("arcface_build.serving.variant.server_memory_limit", lambda: 3 << 30)
+    assert short_of_memory(served) == short_of_memory({"name": "older"}) == ""
+    monkeypatch.setattr("arcface_build.serving.variant.server_memory_limit", lambda: 2 << 30)
+    told = "it took 3.0 GB where it was chosen, and a process of the server may take 2.0 GB here. Give it more memory, "
+    assert short_of_memory(served) == told + "or have it chosen here: arcface assemble large --variant auto"
+
+
+def test_a_candidate_that_takes_all_memory_ends_its_own_process_and_is_kept_as_too_large(tmp_path, monkeypatch):
+    folder = model_dir(tmp_path, **JUDGED)
+    found, _ = candidates(folder, None, HERE)
+    with closing(SessionProcess(folder / "serving.onnx", ORT, "small")) as session:
+        session.embed(np.resize(golden_faces(), (64, 112, 112, 3)))
+        enough = session.memory
+    limit = int(enough / 0.9) + (200 << 20)
+    monkeypatch.setattr("arcface_build.variants.measure.server_memory_limit", lambda: limit)
+    monkeypatch.setattr("arcface_build.variants.session_process.server_memory_limit", lambda: limit)
+    heavy = onnx.load(folder / "serving.onnx")
+    heavy.graph.initializer.append(numpy_helper.from_array(np.ones(100 << 20, np.float32), "ballast"))
+    heavy.graph.node.append(helper.make_node("ReduceSum", ["ballast"], ["weighed"], keepdims=0))
+    heavy.graph.output.append(helper.make_tensor_value_info("weighed", TensorProto.FLOAT, []))
+    onnx.save(heavy, folder / found[1].file)
+    table = measure(folder, found)
+    fp32, int8 = table.speeds
+    assert fp32.full and 0 < fp32.memory <= limit and not fp32.too_large and not table.failed
+    assert not int8.full and int8.memory == limit and int8.too_large
+    keep_speeds(folder, host_key(), table)
+    assert kept_speeds(folder, host_key()) == table
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "left"), [((0,), ["int8"]), ((5,), ["fp32"]), ((4, 7), [])], ids=["fp32", "int8", "both"]
+)
+def test_a_candidate_that_is_killed_while_it_is_timed_leaves_the_others_to_be_served(
+    tmp_path, monkeypatch, killed_at, left
+):
+    rate, calls = SessionProcess.rate, []
+
+    def under_pressure(session: SessionProcess, *arguments) -> float:
+        if len(calls) in killed_at:  # as the kernel does where all of them need more than there is
+            os.kill(session._child.pid, signal.SIGKILL)
+        calls.append(session)
+        return rate(session, *arguments)
+
+    monkeypatch.setattr(SessionProcess, "rate", under_pressure)
+    folder = model_dir(tmp_path, **JUDGED)
+    table = measure(folder, candidates(folder, None, HERE)[0])
+    assert [speed.precision for speed in table.speeds] == left and all(len(speed.full) == 5 for speed in table.speeds)
+    assert len(table.failed) == 2 - len(left) and all("was killed" in why for why in table.failed.values())
+    assert all(session._child.returncode is not None for session in calls)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "said"),
+    [
+        (signal.SIGKILL, OutOfMemory, r"tiny: its process was killed, as the kernel does where the [\d.]+ GB"),
+        (signal.SIGSEGV, InferenceFailed, r"tiny crashes its runtime \(SIGSEGV\)"),
+    ],
+)
+def test_a_candidate_that_crashes_is_one_error(tmp_path, number, error, said):
+    with closing(SessionProcess(model_dir(tmp_path) / "serving.onnx", ORT, "tiny", 64 << 30)) as session:
+        os.kill(session._child.pid, number)
+        with pytest.raises(error, match=said):
+            session.embed(golden_faces())
+
+
+def test_the_process_of_a_candidate_ends_with_whoever_tries_it(tmp_path):
+    opened = "from pathlib import Path; from arcface_build.variants.session_process import SessionProcess as S\n"
+    opened += f"s = S(Path({str(model_dir(tmp_path) / 'serving.onnx')!r}), 'onnxruntime', 'tiny')\n"
+    opened += "print(s._child.pid, flush=True); import time; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", opened], stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.kill()
+    ends = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
+        assert time.monotonic() < ends, "it is still there"
+        time.sleep(0.05)
+
+
 def test_a_host_is_known_by_cpu_cores_and_onnx_runtime(monkeypatch):
     import onnxruntime
 
@@ -144,6 +253,9 @@ def test_a_host_is_known_by_cpu_cores_and_onnx_runtime(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(f"arcface_build.variants.speeds.{name}", lambda value=value: value)
             assert host_key() != here
+    with monkeypatch.context() as patch:
+        patch.setattr("arcface_build.variants.speeds.server_memory_limit", lambda: 1 << 30)
+        assert host_key() != here
     monkeypatch.setattr(onnxruntime, "__version__", "0.1")
     assert host_key() != here
 
@@ -220,6 +332,22 @@ def test_a_precision_that_is_asked_for_is_obeyed_unmeasured(tmp_path, watch):
     assert take(Wanted()).startswith("fp32 in onnxruntime: 10 faces/s, 10.00 × int8 in onnxruntime")
 
 
+def test_where_there_is_no_room_for_the_fastest_what_is_installed_stays(tmp_path, watch):
+    folder, repository = model_dir(tmp_path, **JUDGED), copy_repository(tmp_path)
+    assemble(folder, repository)
+    before, limits = served_manifest(repository), resource.getrlimit(resource.RLIMIT_FSIZE)
+    take = partial(take_best_variant, repository, folder.parent, 3, DRIFT_LIMITS, lambda: ServerRuntimes(HERE))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a full disk, as far as the weights are concerned
+    try:
+        assert take() == "fp32 as installed: int8 in onnxruntime could not be installed (File too large)"
+        with pytest.raises(OSError, match="File too large"):
+            take(Wanted(precision="int8"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert served_manifest(repository) == before and not list(repository.glob("*/.*"))
+    assert take().startswith("int8 in onnxruntime")
+
+
 def test_a_precision_that_is_asked_for_undoes_a_rollback_and_auto_does_not(tmp_path, watch):
     folder, repository = model_dir(tmp_path, **JUDGED), copy_repository(tmp_path)
     assemble(folder, repository)
@@ -266,6 +394,66 @@ def test_a_precision_that_assemble_was_asked_for_by_name_stays_until_the_fastest
     assert served_by_serve()[1] == asked, "and serve chooses again"
 
 
+@pytest.mark.parametrize("held", [BY_ASSEMBLE, ""], ids=["held", "not held"])
+def test_what_failed_its_gate_after_it_was_installed_is_served_by_no_door(tmp_path, watch, held):
+    folder, repository = model_dir(tmp_path, **JUDGED), copy_repository(tmp_path)
+    file = folder / "variants" / "int8-cpu.json"
+    sidecar = json.loads(file.read_text()) | {"target": "cpu", "recipe": {}}
+    sidecar["sha256"] = file_digest(folder / sidecar["file"])
+    file.write_text(json.dumps(sidecar))
+    assemble(folder, repository)
+    assemble(folder, repository, choose(folder, None, HERE, wanted=Wanted(precision="int8")), held=held)
+    server, said = lambda: ServerRuntimes(HERE), []
+    take = partial(take_best_variant, repository, folder.parent, 3, DRIFT_LIMITS, server, say=said.append)
+    installed = partial(check_installed, served_manifest(repository), server, DRIFT_LIMITS, folder.parent)
+    installed()
+    other = folder / "variants" / "int8-cpu.json.refused"
+    other.write_text(json.dumps(sidecar | {"sha256": "6" * 64}))  # another try, which failed, condemns nothing
+    installed()
+    other.write_text(json.dumps(sidecar))  # nor does one with the same file, while the sidecar that passed is there
+    installed()
+    assert take().startswith("int8")
+    gate = GateVerdict("int8", 0.01, 0.02, 9, "drift 0.02 is 2 × the limit 0.01 for int8")
+    verdict = VariantVerdict(ORT, gate, None, 0.005)
+    set_aside(folder, sidecar, "9 faces of others", verdict)  # as quantize --verify does
+    since = r"which failed its gate on other faces since \(in onnxruntime on 9 faces of others: drift 0.02 is 2 ×"
+    with pytest.raises(GateFailed, match=f"holds int8 of tiny, {since}"):
+        installed()
+    retired = json.loads(other.read_text())["retired"]
+    other.write_text(json.dumps(sidecar | {"sha256": "6" * 64, "retired": retired}))  # a new try, which failed
+    with pytest.raises(GateFailed, match=since):
+        installed()
+    file.write_text(json.dumps(sidecar | {"sha256": "7" * 64, "retired": retired}))  # one that passed
+    other.unlink()
+    with pytest.raises(GateFailed, match=since):
+        installed()
+    file.unlink()
+    other.write_text(json.dumps(sidecar | {"retired": retired}))
+    with pytest.raises(GateFailed, match="int8 of tiny is not served: none that passed its gate"):
+        take(wanted=Wanted(precision="int8"))
+    assert take().startswith("fp32 in onnxruntime") and served_manifest(repository).get("precision") == "fp32"
+    assert any("int8 of tiny is not served any more: it failed its gate since (in onnxr" in one for one in said)
+
+
+def test_a_bench_of_what_nobody_has_chosen_yet_says_so(tmp_path, watch, monkeypatch):
+    monkeypatch.setattr("arcface_build.bench.server.gpu_sm", lambda: None)
+    folder, repository = model_dir(tmp_path, **JUDGED), copy_repository(tmp_path)
+    assert still_to_choose(repository, "onnx") == ""
+    assemble(folder, repository)
+    told = still_to_choose(repository, "onnx")
+    assert told.startswith("measuring tiny in fp32 in onnxruntime, as it was installed")
+    assert told.endswith("arcface assemble tiny --variant auto") and still_to_choose(repository, "reference") == ""
+    for bench, refused in ((bench_command, ["--model", "nosuch"]), (bench_photos, [str(tmp_path)])):
+        assert told in CliRunner().invoke(bench, [*refused, "--model-repository", str(repository)]).stderr, bench
+    take_best_variant(repository, folder.parent, 3, DRIFT_LIMITS, lambda: ServerRuntimes(HERE))
+    assert still_to_choose(repository, "onnx") == ""
+    roll_back(repository, "arcface_onnx")
+    assert still_to_choose(repository, "onnx") == "", "a rollback is a choice"
+    watch.rates |= {"fp32": 99.0}
+    assemble(folder, repository, choose(folder, None, HERE, wanted=Wanted(remeasure=True)), held="")
+    assert still_to_choose(repository, "onnx") == "", "fp32 in onnxruntime was measured to be the fastest"
+
+
 def test_a_precision_beside_a_plan_is_wrong_use(tmp_path):
     folder, repository = model_dir(tmp_path), copy_repository(tmp_path)
     line = ["tiny", "--models-dir", str(folder.parent), "--model-repository", str(repository)]
@@ -289,7 +477,7 @@ def test_the_choice_travels_in_the_manifest_and_new_figures_are_no_new_version(t
     told = served_manifest(repository)["choice"]
     assert told["goal"] == "throughput" and told["host"] == host_key() and told["runner_up"] == "fp32 in onnxruntime"
     rates = {"latency_ms": 33.333, "faces_per_s": 30.0}
-    assert {"precision": "int8", "runtime": ORT, **rates, "drift": 0.0} in told["speeds"]
+    assert {"precision": "int8", "runtime": ORT, **rates, "memory_bytes": 0, "drift": 0.0} in told["speeds"]
     watch.rates |= {"int8": 40.0}
     assemble(folder, repository, choose(folder, None, HERE, wanted=Wanted(remeasure=True)))
     assert versions(repository / "arcface_onnx") == [1]
@@ -371,21 +559,24 @@ def test_fp32_in_another_runtime_is_not_compared_with_itself_where_the_proved_on
     assert "nothing to compare it with" in table.failed["fp32 in openvino-fp32"]
 
 
-def test_ctrl_c_while_measuring_leaves_nothing_half(tmp_path, monkeypatch):
-    ticks = [0.2 * number for number in range(12)]
+def test_ctrl_c_while_measuring_leaves_nothing_half_and_no_process(tmp_path, monkeypatch):
+    rate, calls = SessionProcess.rate, []
 
-    def clock() -> float:
-        if not ticks:
+    def interrupted(session: SessionProcess, *arguments) -> float:
+        calls.append(session)
+        if len(calls) == 6:
             raise KeyboardInterrupt
-        return ticks.pop(0)
+        return rate(session, *arguments)
 
-    monkeypatch.setattr(choosing, "measure", partial(measure, clock=clock))
+    monkeypatch.setattr(SessionProcess, "rate", interrupted)
     folder, repository = model_dir(tmp_path, **JUDGED), copy_repository(tmp_path)
     assemble(folder, repository)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(KeyboardInterrupt):
         take_best_variant(repository, folder.parent, 3, DRIFT_LIMITS, lambda: ServerRuntimes(HERE))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert len({session._child.pid for session in calls}) == 2
+    assert all(session._child.returncode is not None for session in calls)
 
 
 def test_a_fresh_import_is_told_what_would_win(tmp_path, watch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from arcface_build.serving.ports import free_ports
 
 SLEEPER = """
 import time
+import uuid
 import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
@@ -95,3 +97,27 @@ def test_a_stub_in_the_middle_of_a_batch_is_ended(triton_binary, tmp_path, kille
             starter.kill()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
+
+
+BEGINS = """
+import subprocess, sys
+from arcface_build.serving.launcher import launcher
+
+line = [*launcher(1, regions=sys.argv[1]), sys.executable, "-c", sys.argv[2]]
+subprocess.run(line, start_new_session=True, stdin=subprocess.PIPE)
+"""
+
+
+def test_shared_memory_goes_with_a_server_whose_starter_is_killed_before_it_is_ready_and_no_other_does(tmp_path):
+    mine, another = (Path("/dev/shm") / f"arcface_{uuid.uuid4().hex}_1" for _ in range(2))
+    another.touch()
+    server = f"import pathlib, time; pathlib.Path({str(mine)!r}).touch(); time.sleep(60)"
+    try:
+        with subprocess.Popen([sys.executable, "-c", BEGINS, mine.name.removesuffix("1"), server]) as starter:
+            wait_until(mine.exists, "it did not start")
+            starter.kill()
+        wait_until(lambda: not mine.exists(), "its shared memory is still there")
+        assert another.exists()
+    finally:
+        another.unlink()
+        mine.unlink(missing_ok=True)

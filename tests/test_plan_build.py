@@ -30,7 +30,7 @@ from arcface_build.plans.loaders import pin_precisions
 from arcface_build.plans.source import PlanSource
 from arcface_build.plans.typed import check_buildable, read_typed_onnx
 from arcface_build.plans.weakly_typed import float_weights
-from arcface_clients.contract import Preprocessing
+from arcface_clients.contract import Preprocessing, contract_id
 from arcface_clients.errors import ArcFaceError, Missing, PlanRefused, WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.plans.manifest import PlanManifest
@@ -472,7 +472,7 @@ def plan_build(
     folder = tmp_path / "models" / "tiny"
     write_tiny(folder / "serving.onnx")
     write_tiny(folder / "variants" / "fp16-tensorrt.onnx", "fp16")
-    write_manifest(folder, "5" * 64, Preprocessing(), DIM, contract_id="c" * 64)
+    write_manifest(folder, "5" * 64, Preprocessing(), DIM)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", "from arcface_build.cli import main; main()", "plan", "build", *arguments]
@@ -488,7 +488,8 @@ def test_plan_build_builds_once_then_finds_it(plan_build: Callable[..., Any], tm
     first = plan_build("tiny", "--precision", "fp16", "--max-batch", "8", "--workspace", "512MB", "--push", "--json")
     assert first.returncode == 0, first.stderr
     said = json.loads(first.stdout)
-    assert (said["source"], said["file"], said["contract_id"]) == ("build", "tiny-fp16-sm86.plan", "c" * 64)
+    contract = contract_id("5" * 64, Preprocessing(), DIM)
+    assert (said["source"], said["file"], said["contract_id"]) == ("build", "tiny-fp16-sm86.plan", contract)
     assert said["spec"]["opt_batch"] == 8
     assert said["spec"]["options"]["workspace_bytes"] == 512 << 20
     shutil.rmtree(tmp_path / "cache")

@@ -208,7 +208,7 @@ def test_a_start_that_fails_leaves_no_key_no_link_and_no_port_taken(tmp_path, mo
         log.write_text("of the server before")
         (tmp_path / "tritonserver.previous.log" / "in the way").mkdir(parents=True)
     else:
-        monkeypatch.setattr("arcface_build.serving.process.launcher", lambda _: [str(tmp_path / "nowhere")])
+        monkeypatch.setattr("arcface_build.serving.process.launcher", lambda _, **_options: [str(tmp_path / "nowhere")])
     blank = tmp_path / "a blank"
     blank.mkdir()
     for _ in range(2):  # the ports were given back

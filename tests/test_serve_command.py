@@ -12,17 +12,19 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
 import pytest
 
 from arcface_build.errors import ServerFailed
+from arcface_build.host_memory import launch_limit
 from arcface_build.repository.assemble import assemble
 from arcface_build.repository.hand_written import MEMORY
 from arcface_build.repository.install import install
 from arcface_build.repository.versions import served_manifest
-from arcface_build.serving.binary import TritonBinary, find_tritonserver
+from arcface_build.serving.binary import TritonBinary, _compose_backends, find_tritonserver
 from arcface_build.serving.command_line import arguments
 from arcface_build.serving.exposure import Exposure
 from arcface_build.serving.launcher import launcher
@@ -32,7 +34,7 @@ from arcface_build.serving.reasons import reason_in_log, reason_of_end
 from arcface_build.serving.run import Interrupt
 from arcface_build.serving.watch import watch
 from arcface_clients.engines.onnx_contract import CONSTANT
-from conftest import copy_repository
+from conftest import REPO, copy_repository
 from tiny_model import write_model
 
 MAIN = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
@@ -371,6 +373,18 @@ def test_a_stricter_limit_in_the_configuration_acts_in_the_startup_check(triton_
     assert "FAILED (fp32: drift" in table
 
 
+def test_a_reference_that_does_not_load_costs_the_comparison_and_not_the_service(triton_binary, own_repository):
+    (model,) = own_repository.glob("arcface_reference/*/model.py")
+    model.write_text("raise MemoryError\n")
+    process = serve(own_repository, "--once")
+    table, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    told = rf"arcface_reference: it needs more memory than the {launch_limit() / 2**30:.1f} GB that its process may"
+    assert told in errors and "serving onnx without the reference instead" in errors
+    measured = table.split("mean cosine")[1]  # before it, what serve mended names every model
+    assert "golden rows (fp32: drift" in measured and "arcface_reference" not in measured
+
+
 def test_a_backend_that_drifts_is_replaced_by_the_reference_and_loudly(triton_binary, tmp_path):
     repository = copy_repository(tmp_path)
     assemble(write_model(tmp_path / "models" / "drifting", error=0.5), repository)
@@ -410,6 +424,12 @@ def test_a_backend_that_drifts_is_replaced_by_the_reference_and_loudly(triton_bi
             "error: creating server: Invalid argument - load failed for model 'arcface'\n",
             "arcface_onnx: failed to read text proto from /m/arcface_onnx/configs/onnx.pbtxt (log: {log})",
         ),
+        (
+            "E1122 17:47:15.0 1310 model_lifecycle.cc:642] \"failed to load 'arcface_onnx' version 2: Internal: "
+            'MemoryError: <EMPTY MESSAGE>\\n\\nAt:\\n  /x/onnx/__init__.py(169): _load_bytes\\n"\n',
+            f"arcface_onnx: it needs more memory than the {launch_limit() / 2**30:.1f} GB that its process may "
+            "take here (log: {log})",
+        ),
         ("", "no reason in its output (log: {log})"),
     ],
 )
@@ -438,6 +458,27 @@ def test_shared_memory_is_allowed_where_the_server_on_path_refuses_it_by_default
     binary = find_tritonserver()
     assert binary.options == options
     assert set(options) <= set(arguments(binary, "repository", ["arcface"], "onnx", free_ports(), Exposure()))
+
+
+def test_backends_are_composed_whole_by_servers_that_start_for_the_first_time_at_once(
+    triton_binary, tmp_path, monkeypatch
+):
+    wheel = triton_binary.path.parents[1]
+    stub = wheel / "python_backend_stubs" / f"3.{sys.version_info.minor}" / "triton_python_backend_stub"
+    meet = threading.Barrier(4)
+
+    def compose(round_: int) -> list[str]:
+        meet.wait()
+        folder = _compose_backends(wheel, REPO / "backends")
+        made = folder / "python" / stub.name
+        assert os.access(made, os.X_OK)
+        assert made.read_bytes() == stub.read_bytes()
+        return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+    for round_ in range(4):
+        monkeypatch.setattr("arcface_build.serving.binary._composed", lambda name, n=round_: tmp_path / str(n) / name)
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(compose, [round_] * 4)) == [["onnxruntime", "python", "tensorrt"]] * 4
 
 
 def test_two_serves_of_one_moment_do_not_prove_each_others_server(triton_binary, own_repository, tmp_path):

@@ -11,6 +11,7 @@ from arcface_build.repository.overlays import write_overlays
 from arcface_build.repository.stated import NO_COMPLETION, completion_options, outputs_pbtxt
 from arcface_clients import TritonEmbedder
 from arcface_clients.faces.synthetic import synthetic_faces
+from conftest import REPO
 
 WHOLE = 'input [ { name: "face" } ]\noutput [ { name: "embedding" } ]\n'
 HALF = 'input [ { name: "face" } ]\n'
@@ -54,6 +55,15 @@ def test_one_model_that_needs_completion_keeps_it_for_all(one_model):
     assert completion_options(str(repository), "")
     (repository / "other" / "config.pbtxt").write_text(HALF)
     assert completion_options(str(repository), "") == []
+
+
+@pytest.mark.parametrize(("code", "states"), [("this version's", True), ("a former one's", False)])
+def test_a_reference_states_what_its_own_code_answers_with(tmp_path, code, states):
+    version = tmp_path / "arcface_reference" / "1"
+    version.mkdir(parents=True)
+    text = (REPO / "model_repository" / "arcface_reference" / "1" / "model.py").read_text()
+    (version / "model.py").write_text(text if states else text.replace('"contract"', '"of_old"'))
+    assert ('name: "contract"' in outputs_pbtxt(version, {"dim": 512})) == states
 
 
 def test_a_repository_that_cannot_be_read_here_is_completed_by_triton(tmp_path):

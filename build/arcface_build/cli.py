@@ -19,7 +19,7 @@ import click
 from arcface_build.commands.options.settings import config_option
 from arcface_build.lazy_group import LazyGroup
 from arcface_build.old_command_lines import translated
-from arcface_build.terminal import notice, quiet_option
+from arcface_build.terminal import notice, quiet_option, visible
 from arcface_clients.errors import ArcFaceError
 from arcface_clients.extras import how_to_mend
 
@@ -123,12 +123,19 @@ def run(group: click.Group, prog_name: str, argv: list[str] | None = None) -> No
     except OSError as exc:  # a full or read-only disk, a file that may not be read
         if os.environ.get("ARCFACE_TRACEBACK"):
             raise
-        _fail(f"{type(exc).__name__}: {exc}. Next: check the path, its permissions and the free disk space", 3)
+        _fail(f"{type(exc).__name__}: {exc}. Next: {_after(exc)}", 3)
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def _after(exc: OSError) -> str:
+    """What to do about it; os.getcwd() names no file where the current folder was removed."""
+    if isinstance(exc, FileNotFoundError) and exc.filename is None:
+        return "cd into a folder that exists: the one in which this runs was removed"
+    return "check the path, its permissions and the free disk space"
+
+
 def _fail(sentence: str, status: int) -> NoReturn:
-    click.echo(sentence, err=True)
+    click.echo(visible(sentence, kept="\n\t"), err=True)
     sys.exit(status)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from arcface_clients.planted import refuse_planted
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -14,6 +16,14 @@ def shipped(name: str) -> Path:
 
 
 def config_table(name: str) -> Path:
-    """A table of config/: the one in this folder or above it, else the shipped one."""
-    here = (folder / "config" / name for folder in (Path.cwd(), *Path.cwd().parents))
-    return next((path for path in here if path.is_file()), shipped("config") / name)
+    """A table of config/: the one in this folder or above it, else the shipped one.
+
+    Raises:
+        WrongUse: another user put it there.
+    """
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        path = folder / "config" / name
+        if path.is_file():
+            refuse_planted(path, folder, "copy it to config/ here")
+            return path
+    return shipped("config") / name

@@ -49,6 +49,11 @@ def complaint(text: str) -> None:
     click.echo(text, err=True)
 
 
+def visible(text: str, kept: str = "") -> str:
+    """Text from outside, such as a file's name, without what would steer the terminal or begin a line of its own."""
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+
+
 class Items(Protocol):
     """Work on a number of items, shown in one or several bars."""
 

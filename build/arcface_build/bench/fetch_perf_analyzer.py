@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from arcface_build.child_process import module_line
 from arcface_clients.atomic import new_folder
 from arcface_clients.errors import Missing
 
@@ -39,7 +39,7 @@ def fetch_perf_analyzer(cache: Path, say: Callable[[str], None], timeout_s: floa
     target = cached_perf_analyzer(cache)
     say(f"no perf_analyzer on this host: fetching it from tritonclient=={VERSION} into {target.parent}")
     with tempfile.TemporaryDirectory(prefix="perf_analyzer-wheel-") as name:
-        line = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1"]
+        line = module_line("pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1")
         line += ["--no-deps", "--only-binary=:all:", "--dest", name, f"tritonclient=={VERSION}"]
         try:
             done = subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, check=False)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from arcface_build.bench.perf_analyzer import access_options
 from arcface_build.errors import ServerFailed
+from arcface_build.plans.gpu import gpu_sm
+from arcface_build.repository.integrity import CHOICE, HELD
+from arcface_build.repository.versions import served_manifest
 from arcface_build.serving.binary import find_tritonserver
 from arcface_build.serving.listener import pid_listening_on
 from arcface_build.serving.ports import free_ports
@@ -62,6 +65,18 @@ def own_server(repository: Path, models: Sequence[str], config: str) -> Iterator
         server.wait_ready()
         metrics_url = f"127.0.0.1:{server.ports.metrics}"
         yield ServerUnderTest(server.grpc_url, server.http_url, server.pid, metrics_url=metrics_url)
+
+
+def still_to_choose(repository: Path, config: str) -> str:
+    """A sentence where what is installed is not yet what `arcface serve` would choose to serve here; "" otherwise."""
+    served = served_manifest(repository) or {}
+    settled = any(served.get(key) for key in ("variant", CHOICE, HELD))
+    if config != "onnx" or not served or settled or gpu_sm() is not None:
+        return ""
+    return (
+        f"measuring {served['name']} in fp32 in onnxruntime, as it was installed; `arcface serve` looks for the "
+        f"fastest on this host first, as does: arcface assemble {served['name']} --variant auto"
+    )
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def command(
     elif cuda_graphs:
         raise click.UsageError("--cuda-graphs is for plans: add --plan FILE")
     else:
-        if variant not in (None, "fp32"):
+        if variant is not None:
             server = runtimes_of_host(terminal.complaint)
             wanted = Wanted(config.goal, None if variant == "auto" else variant, remeasure)
             choice = choose(model_dir, limits, server.here, server.told_precision, wanted, terminal.notice)

@@ -73,13 +73,15 @@ def command(
     from arcface_build.bench.perf_analyzer import find_perf_analyzer
     from arcface_build.bench.result import read_result, regressions
     from arcface_build.bench.run import BenchRequest, run_benchmark
-    from arcface_build.bench.server import running_server
+    from arcface_build.bench.server import running_server, still_to_choose
     from arcface_build.reports.bench_page import bench_csv, bench_page
     from arcface_build.reports.bench_text import bench_text
 
     old = read_result(against) if against else None
     asked = BenchRequest(**asked_for)
     target = running_server(url, http_url, access_to(url)) if url else None
+    if target is None and (told := still_to_choose(repository_at(model_repository), config_name)):
+        terminal.notice(told)
     program = find_perf_analyzer(settings().storage.cache, terminal.notice)
     result = run_benchmark(
         asked,

@@ -47,13 +47,17 @@ def command(
     YuNet through OpenCV.
     """
     from arcface_build.bench.photos import measure_photos, photos_text
+    from arcface_build.bench.server import still_to_choose
     from arcface_clients.faces.images import ARRAY_SUFFIXES, find_files
 
     files = [name for name in find_files(sources) if not name.lower().endswith(ARRAY_SUFFIXES)]
     photos = [Path(name).read_bytes() for name in files[:: max(1, len(files) // limit)][:limit]]
+    repository = repository_at(model_repository)
+    if told := still_to_choose(repository, config_name):
+        terminal.notice(told)
     result = measure_photos(
         photos,
-        repository_at(model_repository),
+        repository,
         callers=callers,
         rounds=rounds,
         sample_s=sample_s,

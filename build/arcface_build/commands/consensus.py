@@ -18,6 +18,7 @@ from arcface_build.commands.options.runner import Runner, engine_option, runtime
 from arcface_build.commands.options.server import served_model_option, url_option
 from arcface_build.commands.options.settings import access_to
 from arcface_clients.atomic import write_json
+from arcface_clients.contract import named_by
 from arcface_clients.errors import WrongUse
 from arcface_clients.extras import require
 from arcface_clients.faces.images import load_faces
@@ -100,6 +101,7 @@ def command(
     A person without a clear majority is undecided, and the groups of photos are listed.
     """
     from arcface_clients import TritonEmbedder
+    from arcface_clients.triton.embedder import named_contract
 
     if output.exists() and not force:
         raise WrongUse(f"{output} already exists. Choose another name, or overwrite it: --force")
@@ -114,12 +116,14 @@ def command(
     connect = partial(TritonEmbedder, url, model, **access_to(url))
     with connect() as embedder:
         served = embedder.ensure_ready()
+        if named_by(embedder) is None:
+            named_contract(embedder)  # known from here on, if its answers name it
         ray = OnRay(connect, Runner(engine, workers, runtime_env).cluster([served])) if on_ray else None
         records = run(folder, output, embedder, limits, workers or WORKERS, cache_path, force, found_by, ray)
     summary = _summary(output, records)
     if not as_json:
         for refused in (refused for record in records.values() for refused in record["refused"]):
-            terminal.complaint(f"not read: {refused['path']}: {refused['reason']}")
+            terminal.complaint(terminal.visible(f"not read: {refused['path']}: {refused['reason']}"))
     hand_over(summary, lambda: _told(records, summary), as_json)
     return 0
 
@@ -198,7 +202,8 @@ def run(
     detector_id = finder.detector_id if finder else None
     people = people_in(folder)
     unfinished = output.with_name(f"{output.name}.partial")
-    with Journal(unfinished, engine.contract_id, limits, start_over, detector_id) as journal:
+    contract = named_by(engine)
+    with Journal(unfinished, contract, limits, start_over, detector_id) as journal:
         left = journal.left(people)
         done = len(people) - len(left)
         if done:
@@ -211,13 +216,13 @@ def run(
                 progress.advance(bar)
 
             if on_ray:
-                _on_ray(left, engine.contract_id, limits, finder, on_ray, keep)
+                _on_ray(left, contract, limits, finder, on_ray, keep)
             else:
                 _on_threads(left, engine, limits, workers, cache_path, finder, keep)
         records = {name: journal.records[name] for name in people}
         read_any = any(record["distances"] for record in records.values())
         if read_any:
-            _write(output, records, engine.contract_id, detector_id, limits)
+            _write(output, records, engine.contract_id, contract, detector_id, limits)
         journal.close(delete=True)
     if not read_any:
         raise WrongUse(_nothing_read(folder, records, photos=finder is not None))
@@ -266,7 +271,12 @@ def _on_threads(
 
 
 def _write(
-    output: Path, records: dict[str, dict], contract_id: str | None, detector_id: str | None, limits: Limits
+    output: Path,
+    records: dict[str, dict],
+    contract_id: str | None,
+    named: str | None,
+    detector_id: str | None,
+    limits: Limits,
 ) -> None:
     write_json(
         output,
@@ -274,6 +284,7 @@ def _write(
             "format": FORMAT,
             "version": VERSION,
             "contract_id": contract_id,
+            **({"contract_prefix": named} if contract_id is None and named else {}),
             **({"detector_id": detector_id} if detector_id else {}),
             "limits": vars(limits),
             "people": {name: {k: v for k, v in r.items() if k != "person"} for name, r in records.items()},

@@ -126,7 +126,7 @@ def command(
     if detect and photos is None:
         from arcface_clients.faces.detect import find_detector
 
-        found_by = find_detector(detector)
+        found_by = find_detector(detector).absolute()
     if parquet:
         from arcface_build.commands.embed_parquet import embed_to_parquet
         from arcface_clients.bulk.spec import ON_SERVER
@@ -180,9 +180,10 @@ def _embed_to_npz(
     as_json: bool,
 ) -> int:
     from arcface_clients import TritonEmbedder
+    from arcface_clients.bulk.files import plain
     from arcface_clients.faces.images import find_files
 
-    files = find_files(sources)
+    files = find_files(map(plain, sources))
     with (
         TritonEmbedder(url, model, timeout_s=timeout_s, **access_to(url)) as embedder,
         terminal.item_bars() as progress,
@@ -191,7 +192,7 @@ def _embed_to_npz(
         bar = progress.add_task("files", total=len(files))
         done = _embed(files, embedder, output, contract_id, model, detector, photos, lambda: progress.advance(bar))
     for crop in done.refused:
-        terminal.complaint(f"not read: {crop.name}: {crop.refused}")
+        terminal.complaint(terminal.visible(f"not read: {crop.name}: {crop.refused}"))
     if not done.faces:
         expected = "photos with a face" if detector or photos else "aligned 112×112 crops; photos need --detect"
         raise WrongUse(

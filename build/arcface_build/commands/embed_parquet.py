@@ -23,6 +23,7 @@ from arcface_clients.errors import WrongUse
 from arcface_clients.photos.engine import PhotoEngine
 from arcface_clients.s3 import S3Options
 from arcface_clients.triton.address import Access
+from arcface_clients.triton.embedder import named_contract
 
 
 def embed_to_parquet(
@@ -55,6 +56,7 @@ def embed_to_parquet(
             unit_rows,
             detector=detector,
             detector_id=_detector_id(detector, engines[0]),
+            contract_prefix=None if served[0].contract_id else named_contract(engines[0]),
         )
         job = stack.enter_context(Job(output, spec, start_over, _files()))
         begun = time.monotonic()

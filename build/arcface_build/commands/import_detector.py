@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from arcface_build import terminal
 from arcface_build.commands.options.folders import model_repository_option, repository_at
 from arcface_build.commands.options.output import hand_over, json_option
 from arcface_build.commands.options.settings import settings
@@ -31,8 +32,10 @@ def command(file: Path | None, licence: str | None, model_repository: Path | Non
     A running server picks it up after a restart.
     """
     from arcface_build.repository.detector import install_detector, installed_detector
+    from arcface_build.serving.change_over import ChangeOver
 
     repository = repository_at(model_repository)
+    change = ChangeOver(repository)
     version = install_detector(file, repository, licence, settings().versions_kept)
     manifest = installed_detector(repository) or {}
     source = manifest["source"]
@@ -41,3 +44,5 @@ def command(file: Path | None, licence: str | None, model_repository: Path | Non
         f"{source['licence']}). Next: arcface serve"
     )
     hand_over({"model": "photo_faces", "version": version, **manifest}, lambda: told, as_json)
+    if still := change.told():
+        terminal.complaint(still)

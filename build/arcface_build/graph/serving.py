@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 SMALLEST_NORM = 1e-6  # a zero embedding stays zero instead of NaN; representable in fp16
 BATCH = "N"
 SERVING_NAME = "arcface_serving"  # graph name by which an import recognises its own product
-_FIRST = (("starts", 0), ("ends", 1))  # Slice: the first of the dimensions
 
 
 def serving_form(model: onnx.ModelProto, preprocessing: Preprocessing, dim: int, contract: str) -> Step:
@@ -115,21 +114,23 @@ def _back(graph: onnx.GraphProto, opset: int) -> list[onnx.NodeProto]:
 
 
 def _name_itself(graph: onnx.GraphProto, contract: str) -> list[onnx.NodeProto]:
-    """Nodes that repeat the contract's words for each face.
+    """Nodes that repeat the contract's words for each face: one of two equal rows, by whether its norm is above 0.
 
-    The batch size is read after the Cast: TensorRT computes nothing on uint8, not even the shape of `face`.
+    So neither the shape nor the values of `face` are asked. For a shape, OpenVINO reads the batch size off the first
+    convolution, which it then computes apart from its bias and activation; for values, it converts all pixels apart.
     """
     from onnx.helper import make_node
 
     index = GraphIndex(graph)
     words = index.add_constant("contract_words", contract_words(contract).reshape(1, 4))
-    first = [index.add_constant(f"contract_{name}", np.array([value], np.int64)) for name, value in _FIRST]
-    four = index.add_constant("contract_width", np.array([4], np.int64))
+    zero = index.add_constant("contract_zero", np.array(0, np.float32))
+    flat = index.add_constant("contract_flat", np.array([-1], np.int64))
     return [
-        make_node("Shape", ["face_float"], ["face_shape"], name="face_shape"),
-        make_node("Slice", ["face_shape", *first], ["face_count"], name="face_count"),
-        make_node("Concat", ["face_count", four], ["contract_shape"], axis=0, name="contract_shape"),
-        make_node("Expand", [words, "contract_shape"], [CONTRACT_OUTPUT], name=CONTRACT_OUTPUT),
+        make_node("Concat", [words, words], ["contract_table"], axis=0, name="contract_table"),
+        make_node("Greater", [NORM_OUTPUT, zero], ["contract_choice"], name="contract_choice"),
+        make_node("Cast", ["contract_choice"], ["contract_number"], to=6, name="contract_number"),
+        make_node("Reshape", ["contract_number", flat], ["contract_row"], name="contract_row"),
+        make_node("Gather", ["contract_table", "contract_row"], [CONTRACT_OUTPUT], axis=0, name=CONTRACT_OUTPUT),
     ]
 
 
@@ -161,7 +162,14 @@ def _free_names(graph: onnx.GraphProto) -> None:
     """Rename source tensors whose names the serving model needs."""
     index = GraphIndex(graph)
     ours = {FACE_INPUT, *OUTPUTS, "face_float", "face_nchw", "face_rgb", "face_centred", "face_scaled"}
-    ours |= {"embedding_raw", "embedding_length", "face_shape", "face_count", "contract_shape"}
+    ours |= {
+        "embedding_raw",
+        "embedding_length",
+        "contract_table",
+        "contract_choice",
+        "contract_number",
+        "contract_row",
+    }
     renamed = {}
     for name in ours & ({*index.maker, *index.initializers} | {value.name for value in graph.input}):
         renamed[name] = f"source_{name}"

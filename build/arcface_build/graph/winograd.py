@@ -4,8 +4,9 @@ An m×m tile of the output is computed from (m+2)×(m+2) inputs and as many prod
 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015; matrices by the Cook-Toom method):
     y = A[(G g Gᵀ) ∘ (B d Bᵀ)]Aᵀ      g: 3×3 kernel, d: (m+2)×(m+2) input
 All tiles, faces and channels go through one product a position, and feature maps stay *rows* between two such
-convolutions: [positions, faces, channels], the positions of a tile ordered so that the next convolution reads
-whole rows. Sums, PRelu and BatchNormalization between them work on rows too.
+convolutions: [rows, faces, channels], the pixels of a tile ordered so that the next convolution reads whole rows. The
+last rows are always 0: what it reads beyond the border. Sums and PRelu work on rows too and leave 0 what is 0;
+BatchNormalization goes into the kernels and into a bias that is another one at the borders.
 
 The file keeps the 3×3 kernels, one row a position; a runtime makes (m+2)² of 9 values when it loads. So a session needs
 4 to 5.4 times the memory for the weights of these layers. Results differ from the direct method by rounding.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arcface_build.graph import Step
-from arcface_build.graph.fold_batchnorm import affine_of
+from arcface_build.graph.fold_batchnorm import affine_of, bias_of
 from arcface_build.graph.index import GraphIndex, attribute, drop_unused, shapes
 
 if TYPE_CHECKING:
@@ -68,16 +69,27 @@ def transforms(tile: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.kron(a, a), np.kron(g, g), np.kron(b, b)
 
 
+def bias_by_border(weight: np.ndarray, bias: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """What a padded 3×3 convolution adds to W·x if it reads x + shift: float64 [9, out], for `border_of_row`.
+
+    Beyond the border it reads 0, not the shift, so fewer of its weights meet the shift there.
+    """
+    within = (slice(1, 3), slice(0, 3), slice(0, 2))
+    met = [weight[:, :, v, h].astype(np.float64).sum(axis=(2, 3)) @ shift for v in within for h in within]
+    return bias + np.stack(met)
+
+
 class _Layout:
     """Where the pixels of a size × size map are among its rows: row (i·m + j)·t² + p·t + q is pixel (m·p + i, m·q + j).
 
-    t tiles across; rows of pixels beyond the map exist and mean nothing.
+    t tiles across; rows of pixels beyond the map exist and mean nothing. The t² rows after all these are 0.
     """
 
     def __init__(self, size: int) -> None:
         self.size, self.tile = size, tile_of(size)
         self.across = tiles_across(size, self.tile)
-        self.rows = (self.tile * self.across) ** 2
+        self.zeros = (self.tile * self.across) ** 2  # the first of them
+        self.rows = self.zeros + self.across**2
 
     def row_of_pixel(self) -> np.ndarray:
         """[size, size]"""
@@ -86,15 +98,23 @@ class _Layout:
         return ((y % m) * m + x % m) * t * t + (y // m) * t + x // m
 
     def pixel_of_row(self) -> np.ndarray:
-        """[rows]; 0 beyond the map."""
-        pixels = np.zeros(self.rows, np.int64)
+        """[rows]; size² where there is none."""
+        pixels = np.full(self.rows, self.size**2, np.int64)
         pixels[self.row_of_pixel().reshape(-1)] = np.arange(self.size**2)
         return pixels
 
+    def border_of_row(self) -> np.ndarray:
+        """[rows]: 3·v + h for a pixel in the first (0), an inner (1) or the last (2) line v and column h; 9 beyond."""
+        part = np.ones(self.size, np.int64)
+        part[0], part[-1] = 0, 2
+        borders = np.full(self.rows, 9, np.int64)
+        borders[self.row_of_pixel().reshape(-1)] = (3 * part[:, None] + part).reshape(-1)
+        return borders
+
     def rows_of_tiles(self) -> np.ndarray:
-        """[(m+2)² · t²]: for each position of an input tile its row in each tile; `rows`, which holds 0, at borders."""
+        """[(m+2)² · t²]: for each position of an input tile its row in each tile; a row of 0 beyond the border."""
         m, t, size = self.tile, self.across, self.size
-        padded = np.full((m * t + 2, m * t + 2), self.rows, np.int64)
+        padded = np.full((m * t + 2, m * t + 2), self.zeros, np.int64)
         padded[1 : size + 1, 1 : size + 1] = self.row_of_pixel()
         start = m * np.arange(t)
         at = [padded[np.ix_(start + i, start + j)] for i in range(m + 2) for j in range(m + 2)]
@@ -102,13 +122,17 @@ class _Layout:
 
 
 class _Rewrite:
-    """One pass over a graph; `rows` holds each tensor that exists as rows, by its name in the original graph."""
+    """One pass over a graph; `rows` holds each tensor that exists as rows, by its name in the original graph.
+
+    `affine` holds slope and shift of those whose BatchNormalization is left to the convolutions that read them.
+    """
 
     def __init__(self, model: onnx.ModelProto, fewest_channels: int) -> None:
         self.graph, self.fewest_channels = model.graph, fewest_channels
         self.known, self.index = shapes(model), GraphIndex(model.graph)
         self.nodes: list[onnx.NodeProto] = []
         self.rows: dict[str, str] = {}
+        self.affine: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.only_rows: set[str] = set()
         self.constants: dict[str, str] = {}
 
@@ -143,36 +167,40 @@ class _Rewrite:
         stated = {name: attribute(node, name, value) for name, value in usual.items()}
         if stated != usual | {"pads": [1] * 4}:
             return False
-        bias = self.index.constant(node.input[2]) if len(node.input) > 2 else np.zeros(1)
-        square = isinstance(shape[2], int) and shape[2] == shape[3] and out[2:] == shape[2:]
+        square = isinstance(shape[2], int) and 1 < shape[2] == shape[3] and out[2:] == shape[2:]
+        bias = bias_of(self.index, node, len(weight))
         return bias is not None and square and min(weight.shape[:2]) >= self.fewest_channels
 
     def convolution(self, node: onnx.NodeProto) -> str:
         """The nodes of one convolution, from rows to rows."""
         y, layout = node.output[0], self.layout(node.input[0])
         weight = self.index.constant(node.input[1])
-        if weight is None:  # `suits` has seen it
+        bias = None if weight is None else bias_of(self.index, node, len(weight))
+        if weight is None or bias is None:  # `suits` has seen them
             raise AssertionError(y)
         channels_out, channels = weight.shape[:2]
+        slope, shift = self.affine.get(node.input[0], (np.ones(channels), np.zeros(channels)))
+        biases = bias_by_border(weight, bias, shift)
+        weight = weight * slope.reshape(1, -1, 1, 1)
         across, kernel, into = transforms(layout.tile)
         positions, key = len(into), f"{layout.size}"
-        padded = self.emit("Pad", [self.as_rows(node.input[0]), self.shape(0, 0, 0, 1, 0, 0)], f"{y}.padded")
         tiles = self.constant(f"winograd_tiles_{key}", layout.rows_of_tiles())
-        x = self.emit("Gather", [padded, tiles], f"{y}.tiles", axis=0)
+        x = self.emit("Gather", [self.as_rows(node.input[0]), tiles], f"{y}.tiles", axis=0)
         x = self.emit("Reshape", [x, self.shape(positions, -1)], f"{y}.positions")
         b = self.constant(f"winograd_b_{layout.tile}", into.astype(np.float32))
         x = self.emit("MatMul", [b, x], f"{y}.transformed")
         x = self.emit("Reshape", [x, self.shape(positions, -1, channels)], f"{y}.by_channel")
-        nine = self.constant(f"{y}.kernel", weight.transpose(2, 3, 1, 0).reshape(9, -1))
+        nine = self.constant(f"{y}.kernel", weight.transpose(2, 3, 1, 0).reshape(9, -1).astype(np.float32))
         g = self.constant(f"winograd_g_{layout.tile}", kernel.astype(np.float32))
         u = self.emit("MatMul", [g, nine], f"{y}.kernel_transformed")
         u = self.emit("Reshape", [u, self.shape(positions, channels, channels_out)], f"{y}.kernel_by_channel")
         x = self.emit("MatMul", [x, u], f"{y}.products")
         x = self.emit("Reshape", [x, self.shape(positions, -1)], f"{y}.product_positions")
+        across = np.vstack([across, np.zeros(positions)])  # the rows that stay 0
         a = self.constant(f"winograd_a_{layout.tile}", across.astype(np.float32))
         x = self.emit("MatMul", [a, x], f"{y}.pixels")
         x = self.emit("Reshape", [x, self.shape(layout.rows, -1, channels_out)], f"{y}.sums")
-        return self.emit("Add", [x, node.input[2]], f"{y}.rows") if len(node.input) > 2 else x
+        return self.emit("Add", [x, self.by_border(f"{y}.biases", biases, layout)], f"{y}.rows")
 
     def between(self, node: onnx.NodeProto, chosen: set[str]) -> str | None:
         """A node that works on rows as it does on maps; None if it shall stay what it is."""
@@ -184,10 +212,12 @@ class _Rewrite:
             before = bool(users) and all(user.output[0] in chosen for user in users) and y not in self.index.outputs
             if affine is None or not (rows or before):
                 return None
-            slope, shift = (self.constant(f"{y}.{i}", value.astype(np.float32)) for i, value in enumerate(affine))
-            return self.emit(
-                "Add", [self.emit("Mul", [self.as_rows(node.input[0]), slope], f"{y}.scaled"), shift], f"{y}.rows"
-            )
+            if before:
+                self.affine[y] = affine
+                return self.as_rows(node.input[0])
+            slope = self.constant(f"{y}.slope", affine[0].astype(np.float32))
+            shift = self.by_border(f"{y}.shifts", np.tile(affine[1], (9, 1)), self.layout(y))
+            return self.emit("Add", [self.emit("Mul", [rows or "", slope], f"{y}.scaled"), shift], f"{y}.rows")
         if not rows:
             return None
         if node.op_type == "PRelu":
@@ -205,8 +235,10 @@ class _Rewrite:
         """A feature map [faces, channels, size, size] as rows."""
         if name not in self.rows:
             layout, channels = self.layout(name), self.known[name][1]
-            x = self.emit("Transpose", [name], f"{name}.pixels_first", perm=[2, 3, 0, 1])
-            x = self.emit("Reshape", [x, self.shape(layout.size**2, -1, int(channels or 0))], f"{name}.in_order")
+            x = self.emit("Transpose", [name], f"{name}.channels_last", perm=[0, 2, 3, 1])
+            x = self.emit("Reshape", [x, self.shape(-1, layout.size**2, int(channels or 0))], f"{name}.in_order")
+            x = self.emit("Transpose", [x], f"{name}.pixels_first", perm=[1, 0, 2])
+            x = self.emit("Pad", [x, self.shape(0, 0, 0, 1, 0, 0)], f"{name}.padded")
             order = self.constant(f"winograd_order_{layout.size}", layout.pixel_of_row())
             self.rows[name] = self.emit("Gather", [x, order], f"{name}.rows", axis=0)
         return self.rows[name]
@@ -216,9 +248,18 @@ class _Rewrite:
         if name in self.only_rows:
             self.only_rows.remove(name)
             layout = self.layout(name)
-            place = self.constant(f"winograd_place_{layout.size}", layout.row_of_pixel())
+            size, channels = layout.size, int(self.known[name][1] or 0)
+            place = self.constant(f"winograd_place_{size}", layout.row_of_pixel().reshape(-1))
             x = self.emit("Gather", [self.rows[name], place], f"{name}.pixels_placed", axis=0)
-            self.emit("Transpose", [x], name, perm=[2, 3, 0, 1])
+            x = self.emit("Transpose", [x], f"{name}.faces_first", perm=[1, 0, 2])
+            x = self.emit("Reshape", [x, self.shape(-1, size, size, channels)], f"{name}.lines")
+            self.emit("Transpose", [x], name, perm=[0, 3, 1, 2])
+
+    def by_border(self, name: str, values: np.ndarray, layout: _Layout) -> str:
+        """[rows, 1, channels] of values [9, channels] for `border_of_row`, and 0 beyond; made when a runtime loads."""
+        table = np.vstack([values, np.zeros_like(values[:1])])[:, None].astype(np.float32)
+        borders = self.constant(f"winograd_borders_{layout.size}", layout.border_of_row())
+        return self.emit("Gather", [self.constant(name, table), borders], f"{name}.rows", axis=0)
 
     def layout(self, name: str) -> _Layout:
         return _Layout(int(self.known[name][2] or 0))

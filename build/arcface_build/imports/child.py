@@ -9,10 +9,8 @@ everything else that is printed goes to standard error.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -23,12 +21,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
+from arcface_build.child_process import end_with_parent, module_line, take_at_most
+from arcface_build.host_memory import own_limit, usable_memory
 from arcface_clients.errors import ArcFaceError
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 
 TIMEOUT_S = 1800.0
-MEMORY_SHARE = 0.8  # of the host's memory; a ResNet100 needs less than 2 GB
-PR_SET_PDEATHSIG = 1
+MEMORY_SHARE = 0.8  # of the host's memory, or the container's; a ResNet100 needs less than 2 GB
 EXIT_TOLD = 4  # the child has reported the error
 
 
@@ -73,7 +72,7 @@ def run_child(
     log = Path(job.scratch) / "stderr.log"
     with log.open("w") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "arcface_build.imports.child"],
+            module_line("arcface_build.imports.child"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -133,7 +132,10 @@ def _error(told: dict[str, Any], code: int, source: str, timeout_s: float | None
         if isinstance(kind, type) and issubclass(kind, ArcFaceError):
             return kind(told["message"])
     if told.get("error") == "MemoryError":
-        return refused(f"{file} needs more than {memory_limit() / 1e9:.0f} GB: expected less than 2 GB.")
+        return refused(
+            f"{file} needs more than the {memory_limit() / 2**30:.1f} GB of memory that an import may take here. "
+            "Next: import it where there is more, or give this host, container or session (ulimit -d) more"
+        )
     if "error" in told:
         return refused(
             f"{file}: the import failed: {told['error']}: {told['message']}. ARCFACE_TRACEBACK=1 shows where."
@@ -146,7 +148,8 @@ def _error(told: dict[str, Any], code: int, source: str, timeout_s: float | None
 
 def memory_limit() -> int:
     """Bytes that a child may allocate."""
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE)
+    share, own = int(usable_memory() * MEMORY_SHARE), own_limit()
+    return share if own is None else min(share, own)
 
 
 def _kill(child: subprocess.Popen[str]) -> None:
@@ -157,13 +160,8 @@ def _kill(child: subprocess.Popen[str]) -> None:
 
 def main() -> int:
     """Run the job given on standard input; returns 0, or EXIT_TOLD after reporting an error."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return EXIT_TOLD
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    limit = memory_limit() if hard == resource.RLIM_INFINITY else min(memory_limit(), hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    end_with_parent()
+    take_at_most(memory_limit())
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # C++ code and InsightFace print to standard output too
     try:

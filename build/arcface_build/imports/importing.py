@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -97,7 +96,7 @@ def import_model(
             progress("look again", 0, 1)
             look = second_look(repaired.model, preprocessing, faces)
         progress("convert", 0, 1)
-        contract = contract_id(_identity(source, output if outputs > 1 else None), preprocessing, dim)
+        contract = contract_id(source.sha256, preprocessing, dim, output if outputs > 1 else None)
         serving, steps = to_serving(repaired.model, preprocessing, dim, contract)
         save_checked(serving, temporary / SERVING_FILE)
         opset = opset_of(serving)
@@ -141,11 +140,6 @@ def _keep_source(source: Source, repaired: Step, target: Path, *, whole: bool) -
     else:
         target.write_bytes(repaired.model.SerializeToString(deterministic=True))
     return {"file": target.name, "sha256": file_digest(target), "exact": exact}
-
-
-def _identity(source: Source, output: str | None) -> str:
-    """What makes embeddings of this source comparable: its digest and, if there are several outputs, the chosen one."""
-    return source.sha256 if output is None else hashlib.sha256(f"{source.sha256} {output}".encode()).hexdigest()
 
 
 def _source_told(source: Source, copy: dict[str, Any], output: str | None) -> dict[str, Any]:

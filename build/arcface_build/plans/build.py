@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from arcface_build.child_process import module_line
 from arcface_build.errors import ProofFailed
 from arcface_build.plans.build_child import EXIT_MISSING
 from arcface_build.plans.gpu import Gpu, find_gpus
@@ -142,7 +143,7 @@ def timing_cache_path(folder: Path, tensorrt: str, gpu_name: str) -> Path:
 
 def _run_child(folder: Path, timeout_s: float, on_phase: OnPhase) -> None:
     """Run build_child to its end, forwarding its progress; kill it on Ctrl-C or timeout."""
-    command = [sys.executable, "-m", "arcface_build.plans.build_child", str(folder)]
+    command = module_line("arcface_build.plans.build_child", str(folder))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of nvidia-smi
     environment.setdefault("CUDA_MODULE_LOADING", "LAZY")  # keep unused kernels out of the GPU's memory

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
+from arcface_clients.engines.model_folder import ModelFolder
 from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import Missing, WrongUse
 
@@ -38,6 +39,7 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
     Raises:
         Missing: the model is not imported, or has no variant of this precision (a refused one counts as none).
         WrongUse: an ONNX file without its reference.
+        GateFailed: a file of the model was replaced after it was proved or judged.
     """
     from arcface_clients.engines.import_manifest import model_at, read_import_manifest
 
@@ -62,5 +64,7 @@ def find_source(model: str, precision: str, models_dir: Path, reference: Path | 
             f"{model} has no {precision} variant for TensorRT: {why}. "
             f"Make it: arcface quantize {model} --precision {precision} --target tensorrt"
         )
+    for file in dict.fromkeys((serving, typed)):
+        ModelFolder(folder, manifest).check_proved(file)
     recipe = typed.with_suffix(".json") if typed != serving and typed.with_suffix(".json").is_file() else None
     return PlanSource(manifest.name, typed, reference or serving, manifest.contract_id, recipe)

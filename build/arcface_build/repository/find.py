@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from arcface_clients.errors import Missing
+from arcface_clients.planted import refuse_planted
 
 
 def find_repository(given: Path | None = None, configured: Path = Path("model_repository")) -> Path:
@@ -12,6 +13,7 @@ def find_repository(given: Path | None = None, configured: Path = Path("model_re
 
     Raises:
         Missing: there is none.
+        WrongUse: the nearest was put there by another user: a repository holds code.
     """
     if given is not None:
         if not (given / "arcface" / "config.pbtxt").is_file():
@@ -19,6 +21,8 @@ def find_repository(given: Path | None = None, configured: Path = Path("model_re
         return given.resolve()
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (folder / configured / "arcface" / "config.pbtxt").is_file():
+            if not configured.is_absolute():
+                refuse_planted(folder / configured, folder, f"--model-repository {folder / configured}")
             return folder / configured
     where = (
         f"model repository at {configured}"

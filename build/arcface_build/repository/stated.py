@@ -20,14 +20,18 @@ NO_COMPLETION = "--disable-auto-complete-config"
 def outputs_pbtxt(version: Path, manifest: Mapping[str, Any]) -> str:
     """The outputs of these weights for config.pbtxt; empty where only the file itself can tell them.
 
-    That is so for plans, and for imports from before every answer named its contract.
+    That is so for plans, and for imports and a reference's code from before every answer named its contract.
     """
-    named = version.parent.name == "arcface_reference" or contract_in(version / "model.onnx")
-    if not named or "dim" not in manifest:
+    if not _names_its_contract(version) or "dim" not in manifest:
         return ""
     outputs = ((EMBEDDING_OUTPUT, "FP32", manifest["dim"]), (NORM_OUTPUT, "FP32", 1), (CONTRACT_OUTPUT, "INT32", 4))
     entries = ", ".join(f'{{ name: "{name}" data_type: TYPE_{dtype} dims: [ {d} ] }}' for name, dtype, d in outputs)
     return f"output [ {entries} ]\n"
+
+
+def _names_its_contract(version: Path) -> bool:
+    code = version / "model.py"  # a repository that is not ours to bring to this version may hold that of another
+    return f'"{CONTRACT_OUTPUT}"' in code.read_text() if code.is_file() else bool(contract_in(version / "model.onnx"))
 
 
 def completion_options(repository: Path | str, config_name: str) -> list[str]:

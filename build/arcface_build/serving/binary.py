@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from arcface_build.shipped import shipped
+from arcface_clients.atomic import new_folder
 from arcface_clients.errors import Missing
 from arcface_clients.extras import how_to_get
 
@@ -116,18 +118,17 @@ def _compose_backends(server: Path, ours: Path) -> Path:
     folder = _composed(f"{metadata.version('nvidia-pytriton')}-{checkout}")
     target = folder / "python"
     if not (target / stub.name).is_file():
-        target.mkdir(parents=True, exist_ok=True)
-        for file in (server / "backends" / "python").glob("*.*"):
-            shutil.copyfile(file, target / file.name)
-        ready = target / f".{stub.name}"  # the stub last: its presence says that the folder is complete
-        shutil.copyfile(stub, ready)
-        ready.chmod(0o755)
-        ready.replace(target / stub.name)
+        with new_folder(target) as making:  # whole or not at all: two servers may be started for the first time at once
+            for file in (server / "backends" / "python").glob("*.*"):
+                shutil.copyfile(file, making / file.name)
+            shutil.copyfile(stub, making / stub.name)
+            (making / stub.name).chmod(0o755)
     for backend in filter(Path.is_dir, ours.iterdir()):
         link = folder / backend.name
         if not link.is_symlink() or link.resolve() != backend.resolve():
-            link.unlink(missing_ok=True)
-            link.symlink_to(backend)
+            new = folder / f".{backend.name}.{secrets.token_hex(4)}"
+            new.symlink_to(backend)
+            new.replace(link)
     return folder
 
 

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arcface_build.repository.integrity import HELD
+from arcface_build.repository.integrity import HELD, PHOTO_MODEL
 from arcface_build.repository.versions import LEAVES, served_manifest
 from arcface_clients.errors import Missing
 
 _OPTION = "--model-repository="
+_WITH_FILES = (*LEAVES, PHOTO_MODEL)
 
 
 class ChangeOver:
@@ -29,7 +30,7 @@ class ChangeOver:
     def told(self) -> str:
         """Which servers still answer with the former weights, and how to change over; empty if there is none."""
         now = _served(self._repository)
-        changed = [leaf for leaf in LEAVES if now.get(leaf) != self._before.get(leaf)]
+        changed = [model for model in _WITH_FILES if now.get(model) != self._before.get(model)]
         servers = servers_of(self._repository) if changed else []
         if not servers:
             return ""
@@ -38,9 +39,8 @@ class ChangeOver:
             f"tritonserver ({processes}) serves this repository and goes on answering with what it loaded. "
             "To change over: stop it and run arcface serve again"
         ]
-        contracts = {
-            served[leaf]["contract_id"] for served in (self._before, now) for leaf in changed if leaf in served
-        }
+        versions = [served[model] for served in (self._before, now) for model in changed if model in served]
+        contracts = {version["contract_id"] for version in versions if "contract_id" in version}  # a detector has none
         if len(contracts) > 1:
             lines.append(
                 "The new weights are of another contract: clients that are connected then end with ContractMismatch, "
@@ -65,11 +65,11 @@ def servers_of(repository: Path) -> list[int]:
 
 
 def _served(repository: Path) -> Mapping[str, Mapping[str, Any]]:
-    """Leaf model → manifest of the version that a new server would take; the same weights have the same one."""
+    """Model → manifest of the version that a new server would take; the same weights have the same one."""
     found = {}
-    for leaf in LEAVES:
+    for model in _WITH_FILES:
         with contextlib.suppress(Missing):
-            manifest = served_manifest(repository, leaf)
+            manifest = served_manifest(repository, model)
             if manifest is not None:
-                found[leaf] = {key: value for key, value in manifest.items() if key != HELD}
+                found[model] = {key: value for key, value in manifest.items() if key != HELD}
     return found

@@ -1,4 +1,4 @@
-"""What a tritonserver needs of this host, looked at before a start (/dev/shm, open files), and may take (memory)."""
+"""What a tritonserver needs of this host, looked at before a start: /dev/shm, open files, memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import shutil
 from pathlib import Path
 
 from arcface_build.errors import ServerFailed
+from arcface_build.host_memory import RESERVED, own_limit
 
 # A stub starts with 1 MB and grows: a batch of 64 faces is 2.4 MB, once for each of the two models that may hold one.
 NEEDED_BYTES = 16 << 20
 FILES_WANTED = 1024  # a connection takes one, and a server with models about fifty
-MEMORY_SHARE = 0.5  # a server of ours has 0.6 GB of its own, each of its Python models about 1 GB
-MEMORY_FLOOR = 6 << 30  # a ResNet100 in Winograd's form takes 5 GB while it loads
 _MORE = "docker run --shm-size=1g (compose: shm_size; Kubernetes: an emptyDir of medium Memory on /dev/shm)"
 
 
@@ -47,10 +46,12 @@ def few_open_files(wanted: int = FILES_WANTED) -> str:
     )
 
 
-def memory_limit() -> int:
-    """Bytes of its own (RLIMIT_DATA) that each process of a server may ask for.
-
-    Triton 2.51 takes what a body over HTTP says that it holds: 80 TB for a shape of 2^31 faces. jemalloc asks for it
-    as memory that the kernel need not have (MAP_NORESERVE): without a limit such a server fills the host.
-    """
-    return max(MEMORY_FLOOR, int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE))
+def little_memory() -> str:
+    """A sentence where this session's own limit (`ulimit -d`) leaves a server less than it needs; empty if not."""
+    had = own_limit()
+    if had is None or had >= RESERVED:
+        return ""
+    return (
+        f"each process of the server may take {had / 2**30:.1f} GB (ulimit -d): expected {RESERVED >> 30} GB "
+        "or more, else it may end without a word. Next: ulimit -d unlimited"
+    )

@@ -14,8 +14,11 @@ class PlainPaths:
         self._links: tempfile.TemporaryDirectory[str] | None = None
 
     def of(self, path: Path | str, name: str) -> str:
-        """The path itself where a shell takes it as it is, else a link to it of this name."""
-        if "://" in str(path) or shlex.quote(str(path)) == str(path):
+        """The path itself, absolute, where a shell takes it as it is, else a link to it of this name."""
+        if "://" in str(path):
+            return str(path)
+        path = Path(path).absolute()
+        if shlex.quote(str(path)) == str(path):
             return str(path)
         self._links = self._links or tempfile.TemporaryDirectory(prefix="arcface-")
         link = Path(self._links.name) / name

@@ -22,7 +22,7 @@ from arcface_build.serving.choose import (
     order_of_backends,
     refuse_unheeded_precision,
 )
-from arcface_build.serving.limits import few_open_files, need_shared_memory
+from arcface_build.serving.limits import few_open_files, little_memory, need_shared_memory
 from arcface_build.serving.request import Audience, ServeRequest
 from arcface_build.serving.served_plans import served_plans, tensorrt_of_server
 from arcface_build.serving.server_runtimes import ServerRuntimes, runtimes_of_server
@@ -74,8 +74,8 @@ def prepare(asked: ServeRequest, config: EmbeddingConfig, audience: Audience) ->
     with_reference = has_reference and _is_compared(asked, config, choice, audience)
     if binary.backend_directory is not None or with_reference or choice.backend == "reference":
         need_shared_memory()
-    if few := few_open_files():
-        audience.warned(few)
+    for lacking in filter(None, (few_open_files(), little_memory())):
+        audience.warned(lacking)
     audience.chosen(f"tritonserver {binary.origin}")
     audience.chosen(f"backend {choice.backend}: {choice.reason}")
     # Tuned for the installed weights: another variant would take the tuned settings away.
@@ -115,12 +115,12 @@ def check_weights_of(asked: ServeRequest, ready: Prepared, backend: str) -> None
     """Refuse a backend whose weights are not what was installed, or may not run here.
 
     Raises:
-        GateFailed: they were changed since.
+        GateFailed: they were changed since, or refused by a later look.
         Missing: their manifest cannot be read, or the variant passed its gate in no runtime of this host.
     """
     check_served(asked.repository, LEAF_OF[backend])
     if backend == "onnx":
-        check_installed(served_manifest(asked.repository) or {}, ready.runtimes, ready.limits)
+        check_installed(served_manifest(asked.repository) or {}, ready.runtimes, ready.limits, asked.models_dir)
 
 
 def _mend(asked: ServeRequest, audience: Audience) -> None:

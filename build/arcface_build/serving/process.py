@@ -19,8 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from arcface_build.allocator import with_jemalloc
 from arcface_build.errors import ServerFailed
-from arcface_build.serving.allocator import with_jemalloc
+from arcface_build.host_memory import processes_killed
 from arcface_build.serving.binary import TritonBinary
 from arcface_build.serving.command_line import CONNECTIONS, arguments
 from arcface_build.serving.exposure import Exposure, from_here, no_other_ports
@@ -29,7 +30,7 @@ from arcface_build.serving.launcher import launcher
 from arcface_build.serving.listener import pid_listening_on
 from arcface_build.serving.plain_paths import PlainPaths
 from arcface_build.serving.ports import PortLock, Ports
-from arcface_build.serving.reasons import missing_library, reason_in_log, reason_of_end
+from arcface_build.serving.reasons import for_want_of_memory, missing_library, reason_in_log, reason_of_end
 from arcface_clients.triton.address import Address
 from arcface_clients.triton.admin_key import VARIABLE
 from arcface_clients.triton.certificate import presented_sha256
@@ -51,6 +52,8 @@ class TritonProcess:
         log_path: where the server's output goes.
         extra: further arguments for tritonserver, as they are.
         exit_timeout_s: how long running requests may take to finish when it is stopped.
+        folder: where it runs. Its Python models look there for modules, before all other places: a json.py in it would
+            be executed. So not where the command was started, but the root, which nobody else may write to.
         guarded: whether model control, shared memory, trace and log settings want a key, which this user's clients
             find by themselves; False only where `extra` says how they are guarded.
     """
@@ -68,6 +71,7 @@ class TritonProcess:
         extra: Sequence[str] = (),
         environment: dict[str, str] | None = None,
         exit_timeout_s: float = EXIT_TIMEOUT_S,
+        folder: Path = Path("/"),
         guarded: bool = True,
     ) -> None:
         self.ports = ports or Ports()
@@ -78,7 +82,7 @@ class TritonProcess:
             arguments, models=models, config_name=config_name, ports=self.ports, exposure=self.exposure
         )
         self._binary, self._repository, self._extra = binary, repository, extra
-        self._exit_timeout_s = exit_timeout_s
+        self._exit_timeout_s, self._folder = exit_timeout_s, folder
         self._paths = PlainPaths()
         self._regions = f"arcface_{uuid.uuid4().hex}_"  # how the names of its shared memory begin
         self._guard = Guard() if guarded else None
@@ -86,6 +90,7 @@ class TritonProcess:
         self._environment = {"CUDA_MODULE_LOADING": "LAZY", **with_jemalloc(no_other_ports(environment))}
         self._child: subprocess.Popen[bytes] | None = None
         self._lock: PortLock | None = None
+        self._killed_before = 0
 
     @property
     def grpc_url(self) -> str:
@@ -143,13 +148,15 @@ class TritonProcess:
         if self._guard:
             line += self._guard.options()
             self._guard.leave_key((self.ports.http, self.ports.grpc))
+        self._killed_before = processes_killed()
         with self._new_log() as log:
             try:
                 self._child = subprocess.Popen(
-                    [*launcher(self._exit_timeout_s), *line],
+                    [*launcher(self._exit_timeout_s, regions=self._regions), *line],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.PIPE,  # nothing is ever written: its end tells that we are gone
+                    cwd=self._folder,
                     env={name: text for name, text in self._environment.items() if name != VARIABLE},
                     start_new_session=True,  # Ctrl-C reaches us first; the group is ours to end as a whole
                 )
@@ -160,9 +167,9 @@ class TritonProcess:
         """An empty log; what the server before said last stays beside it."""
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            if self.log_path.exists():
+            if os.path.lexists(self.log_path):
                 self.log_path.replace(self.log_path.with_suffix(".previous.log"))
-            return self.log_path.open("wb")
+            return self.log_path.open("xb")  # never through a link that somebody put there
         except OSError as exc:
             raise ServerFailed(f"cannot write the server's log {self.log_path}: {exc.strerror}") from exc
 
@@ -275,4 +282,5 @@ class TritonProcess:
 
     def _why_it_ended(self) -> str:
         status = self._child.returncode if self._child else 0
-        return f"tritonserver ended while starting {reason_of_end(status, self.log_path)}"
+        why = f"tritonserver ended while starting {reason_of_end(status, self.log_path)}"
+        return f"{why}; {for_want_of_memory()}" if processes_killed() > self._killed_before else why

@@ -6,6 +6,10 @@ import re
 import signal
 from pathlib import Path
 
+from arcface_build.host_memory import launch_limit, usable_memory
+
+KILLED = "the kernel killed a process for want of memory"
+
 
 def reason_of_end(status: int, log_path: Path) -> str:
     """Why a tritonserver ended: the signal that it was sent, else its status and what its log says."""
@@ -13,6 +17,12 @@ def reason_of_end(status: int, log_path: Path) -> str:
         return f"with status {status}: {reason_in_log(log_path)}"
     memory = " (out of memory? Next: dmesg)" if status == -signal.SIGKILL else ""
     return f"by {signal.Signals(-status).name}{memory} (log: {log_path})"
+
+
+def for_want_of_memory() -> str:
+    """What to say where the kernel killed a process while a server started."""
+    here = f"this host or container has {usable_memory() / 2**30:.1f} GB"
+    return f"{KILLED} meanwhile: {here}. Give it more, or a smaller model"
 
 
 def reason_in_log(path: Path) -> str:
@@ -53,5 +63,7 @@ def missing_library(path: Path) -> str | None:
 
 def _first_line(reason: str) -> str:
     """What a model said, without the exception's class and the stack that the python backend appends."""
+    if re.search("MemoryError|OutOfMemory|bad_alloc", reason):  # Python gives it no text of its own
+        return f"it needs more memory than the {launch_limit() / 2**30:.1f} GB that its process may take here"
     plain = re.sub(r"^(?:\w+Exception|\w+Error): ", "", reason.strip().strip('"'))
     return re.split(r"\\n|\n| At:", plain)[0].strip()

@@ -18,8 +18,9 @@ from arcface_build.serving.choose import LEAF_OF, BackendChoice
 from arcface_build.serving.exposure import Exposure, refuse_overrides
 from arcface_build.serving.prepare import Prepared, check_weights_of, prepare
 from arcface_build.serving.process import LATENCY_QUANTILES, TritonProcess
-from arcface_build.serving.reasons import reason_of_end
+from arcface_build.serving.reasons import KILLED, reason_of_end
 from arcface_build.serving.request import Audience, ServeRequest
+from arcface_build.serving.variant import short_of_memory
 from arcface_build.serving.watch import RESTARTS, RESTARTS_WITHIN_S, Restarts, Signs, watch
 from arcface_clients.checks.parity import ParityReport, measure_parity
 from arcface_clients.config.schema import EmbeddingConfig
@@ -107,10 +108,11 @@ def _life(
             return _serve_as(backend, asked, ready, audience, interrupt, restarts)
         except _Declined as exc:
             cause = exc.__cause__
-            if ready.photos and isinstance(cause, ServerFailed) and "photo_" in str(exc):
-                ready = replace(ready, photos=())  # faces do not depend on photos
+            lesser = _without_what_failed(ready, backend, str(exc)) if isinstance(cause, ServerFailed) else None
+            if lesser:
+                ready, told = lesser
                 backends.appendleft(backend)
-                audience.failed(str(exc), f"{backend} without photos")
+                audience.failed(str(exc), f"{backend} {told}")
             elif cause is not None and not backends:
                 raise cause from None
             else:
@@ -118,6 +120,15 @@ def _life(
     raise GateFailed(
         "no backend passed its gate, nothing is served. See which faces: arcface compare; go back: arcface rollback"
     )
+
+
+def _without_what_failed(ready: Prepared, backend: str, why: str) -> tuple[Prepared, str] | None:
+    """What to serve without models that did not load and that embeddings do not depend on; None if they do."""
+    if ready.photos and "photo_" in why:
+        return replace(ready, photos=()), "without photos"
+    if ready.with_reference and backend != "reference" and ("arcface_reference: " in why or KILLED in why):
+        return replace(ready, with_reference=False), "without the reference"
+    return None
 
 
 def _serve_as(
@@ -142,7 +153,9 @@ def _serve_as(
         try:
             server.wait_ready(asked.ready_timeout_s)
         except ServerFailed as exc:
-            raise _Declined(str(exc)) from exc
+            short = short_of_memory(served_manifest(asked.repository) or {}) if "arcface_onnx: " in str(exc) else ""
+            told = ServerFailed("; ".join(filter(None, (str(exc), short))))
+            raise _Declined(str(told)) from told
         report = _prove(server, asked, ready)
         audience.proved(server, BackendChoice(backend, ready.choice.reason), report, ready.with_reference)
         if serves_demo(asked.repository, LEAF_OF[backend]):

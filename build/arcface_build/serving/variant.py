@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from arcface_build.repository.integrity import BY_ASSEMBLE, HELD
+from arcface_build.host_memory import server_memory_limit
+from arcface_build.repository.integrity import BY_ASSEMBLE, CHOICE, HELD
 from arcface_build.repository.versions import served_manifest
 from arcface_build.serving.server_runtimes import ServerRuntimes
 from arcface_build.variants.choose import FASTEST, Wanted, choose
+from arcface_build.variants.sidecar import retired_since
 from arcface_clients.engines.import_manifest import read_import_manifest
 from arcface_clients.engines.runtimes import able_runtimes, gated_runtimes
-from arcface_clients.errors import Missing, WrongUse
+from arcface_clients.errors import GateFailed, Missing, WrongUse
 
 
 def take_best_variant(
@@ -46,7 +48,8 @@ def take_best_variant(
 
     served = served_manifest(repository) or {}
     model_dir = models_dir / served.get("name", "")
-    stays = _why_it_stays(served, model_dir, repository, asked=wanted.precision is not None)
+    retired = _retired(served, model_dir)
+    stays = _why_it_stays(served, model_dir, repository, keep_held=wanted.precision is None and not retired)
     if stays:
         precision = served.get("precision", "fp32")
         if wanted.precision not in (None, precision):
@@ -54,28 +57,46 @@ def take_best_variant(
                 f"cannot serve {wanted.precision}: {stays}. Next: arcface serve --variant installed ({precision})"
             )
         return f"{precision} as installed: {stays}"
+    if retired:
+        say(f"{served['precision']} of {served['name']} is not served any more: it failed its gate since ({retired})")
     server = runtimes()
     choice = choose(model_dir, limits, server.here, server.told_precision, wanted, say)
-    assemble(model_dir, repository, choice, versions_kept, limits)
+    try:
+        assemble(model_dir, repository, choice, versions_kept, limits)
+    except OSError as exc:  # a full disk keeps nothing that is installed from being served
+        if wanted.precision is not None:
+            raise
+        told = f"{choice.precision} in {choice.runtime} could not be installed ({exc.strerror or exc})"
+        return f"{served.get('precision', 'fp32')} as installed: {told}"
     return "\n".join(filter(None, (choice.reason, choice.offer)))
 
 
 def check_installed(
-    served: Mapping[str, Any], runtimes: Callable[[], ServerRuntimes], limits: Mapping[str, float]
+    served: Mapping[str, Any],
+    runtimes: Callable[[], ServerRuntimes],
+    limits: Mapping[str, float],
+    models_dir: Path | None = None,
 ) -> None:
-    """Refuse a variant that was installed on another host or under wider limits: no runtime here passes.
+    """Refuse a variant that was installed on another host or under wider limits, or failed its gate since.
 
     Args:
         served: manifest of the version that arcface_onnx serves.
         runtimes: those of the server that will run it; only asked where a variant is served.
         limits: largest drift by precision.
+        models_dir: where imported models are.
 
     Raises:
-        Missing: it would be served ungated.
+        Missing: it would be served ungated: no runtime here passes.
+        GateFailed: `arcface quantize --verify` has refused it.
     """
     variant = served.get("variant")
     if not variant:
         return
+    if why := models_dir and _retired(served, models_dir / served["name"]):
+        raise GateFailed(
+            f"arcface_onnx holds {variant['precision']} of {served['name']}, which failed its gate on other faces "
+            f"since ({why}). Next: arcface assemble {served['name']} --variant auto"
+        )
     server = runtimes()
     why_not = f"it is set up for {variant['runtime']}, this host has {' and '.join(server.here)}"
     able: list[str] = []
@@ -91,9 +112,32 @@ def check_installed(
         )
 
 
-def _why_it_stays(served: Mapping[str, Any], model_dir: Path, repository: Path, asked: bool) -> str:
-    """Why the installed version is not replaced; empty where it may be. One held gives way to who asks by name."""
-    if served.get(HELD) and not asked:
+def short_of_memory(served: Mapping[str, Any]) -> str:
+    """A sentence where what is installed took more memory when it was chosen than it may take here; else empty.
+
+    Args:
+        served: manifest of the version that arcface_onnx serves.
+    """
+    took, limit = served.get(CHOICE, {}).get("memory_bytes", 0), server_memory_limit()
+    if took <= limit:
+        return ""
+    return (
+        f"it took {took / 2**30:.1f} GB where it was chosen, and a process of the server may take {limit / 2**30:.1f} "
+        f"GB here. Give it more memory, or have it chosen here: arcface assemble {served['name']} --variant auto"
+    )
+
+
+def _retired(served: Mapping[str, Any], model_dir: Path) -> str:
+    """What condemns the installed variant since; empty if nothing does."""
+    return retired_since(model_dir, (served.get("variant") or {}).get("sidecar") or {})
+
+
+def _why_it_stays(served: Mapping[str, Any], model_dir: Path, repository: Path, keep_held: bool) -> str:
+    """Why the installed version is not replaced; empty where it may be.
+
+    One held gives way to who asks for another by name, and where it failed its gate since.
+    """
+    if served.get(HELD) and keep_held:
         by = "assemble --variant asked for" if served[HELD] == BY_ASSEMBLE else "rollback went back to"
         return f"arcface {by} it (the fastest instead: arcface assemble {served['name']} --variant auto)"
     try:

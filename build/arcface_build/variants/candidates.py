@@ -11,7 +11,7 @@ from arcface_build.variants.sidecar import read_sidecar
 from arcface_clients.engines.import_manifest import ImportManifest, read_import_manifest
 from arcface_clients.engines.model_folder import ModelFolder
 from arcface_clients.engines.runtimes import RUNTIMES, able_runtimes
-from arcface_clients.errors import GateFailed
+from arcface_clients.errors import ContractMismatch, GateFailed, WrongUse
 from arcface_clients.evidence.gate import judge_sidecar
 from arcface_clients.plans.manifest import file_sha256
 
@@ -86,22 +86,26 @@ def candidates(
         told_precision: whether OpenVINO is told in which precision to compute; see `able_runtimes`.
 
     Returns:
-        The candidates, fp32 in ONNX Runtime's own kernels first (it is what an import proved), and precision → why it
-        is not among them.
-
-    Raises:
-        WrongUse: a sidecar cannot be read, or names a file that is gone.
+        The candidates, fp32 in ONNX Runtime's own kernels first (it is what an import proved), and name or precision →
+        why it is not among them. One that is damaged, or whose file is gone, keeps no other from being served.
     """
     imported = read_import_manifest(model_dir)
     exact = _told(able_runtimes("fp32", None, here, told_precision)[0], told_precision)
-    found = [
-        Candidate("fp32", runtime, *fp32_file(model_dir, part), form=form)
-        for runtime in sorted(exact, key=RUNTIMES.index)
-        for form, part in _fp32_parts(imported, runtime)
-    ]
+    found: list[Candidate] = []
     why_not: dict[str, str] = {}
+    for runtime in sorted(exact, key=RUNTIMES.index):
+        for form, part in _fp32_parts(imported, runtime):
+            if (model_dir / part["file"]).is_file():
+                found.append(Candidate("fp32", runtime, *fp32_file(model_dir, part), form=form))
+            else:
+                name = Candidate("fp32", runtime, "", "", form=form).name
+                why_not[name] = f"{part['file']} is gone. Import the model again: arcface import SOURCE"
     for precision in PRECISIONS[1:]:
-        sidecar = read_sidecar(model_dir, precision, "cpu")
+        try:
+            sidecar = read_sidecar(model_dir, precision, "cpu")
+        except WrongUse as exc:
+            why_not[precision] = str(exc)
+            continue
         if sidecar is None:
             why_not[precision] = f"none that passed its gate (arcface quantize {model_dir.name} makes one)"
             continue
@@ -115,7 +119,7 @@ def candidates(
         file = model_dir / sidecar["file"]
         try:
             ModelFolder(model_dir, imported).check_proved(file)
-        except GateFailed as exc:
+        except (GateFailed, ContractMismatch) as exc:
             why_not[precision] = str(exc)
             continue
         digest = sidecar.get("sha256") or file_sha256(file)

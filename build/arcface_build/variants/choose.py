@@ -100,7 +100,6 @@ def choose(
 
     Raises:
         GateFailed: the precision that is wanted may not be served here, or nothing may.
-        WrongUse: a sidecar cannot be read, or names a file that is gone.
     """
     found, why_not = candidates(model_dir, limits, here, told_precision)
     of_today = {**DRIFT_LIMITS, **(limits or {})}
@@ -109,8 +108,8 @@ def choose(
     missing = untried(model_dir, here, told_precision)
     table = _table(model_dir, found, missing, wanted.remeasure, say)
     by_key = {one.key: one for one in found}
-    refused = _refused([one for one in table.speeds if one.key in by_key], of_today)
-    why_not |= table.failed | refused
+    why_not |= table.failed
+    why_not |= _refused([one for one in table.speeds if one.key in by_key], of_today)
     usable = [speed for speed in table.speeds if speed.key in by_key and speed.name not in why_not]
     if not usable:
         reasons = "; ".join(f"{name}: {why}" for name, why in why_not.items())
@@ -124,12 +123,14 @@ def choose(
         "host": host_key(),
         "full_batch": table.full_batch,
         "runner_up": runner_up.name if runner_up else None,
+        "memory_bytes": taken.memory,
         "speeds": [speed.told() for speed in usable],
     }
     offers = [
         offer(model_dir.name, speed.precision, lead(speed, taken, wanted.goal))
-        for speed in sorted(table.speeds, key=lambda speed: -median(speed.rounds(wanted.goal)))
-        if speed.key not in by_key
+        for speed in sorted(
+            (one for one in table.speeds if one.key not in by_key), key=lambda one: -median(one.rounds(wanted.goal))
+        )
     ]
     reason = _why(taken, runner_up, usable, table.full_batch, wanted.goal)
     choice = _chosen(by_key[taken.key], reason, why_not)
@@ -137,8 +138,10 @@ def choose(
 
 
 def _refused(speeds: Sequence[Speed], limits: Mapping[str, float]) -> dict[str, str]:
-    """Name → why, of those that this host computes differently from the reference, or of which nobody measured it."""
-    verdicts = {speed.name: _judge_here(speed.drift, speed.precision, limits) for speed in speeds}
+    """Name → why, of those that need more memory than there is, that this host computes differently from the reference,
+    or of which nobody measured it.
+    """
+    verdicts = {speed.name: speed.too_large or _judge_here(speed.drift, speed.precision, limits) for speed in speeds}
     return {name: why for name, why in verdicts.items() if why}
 
 
@@ -168,7 +171,8 @@ def _asked_for(
         if not why:
             return _chosen(one, f"{one.name}, as asked for", wrong)
         wrong[one.name] = why
-    because = "; ".join(wrong.values()) or why_not.get(precision, "no runtime here computes it")
+    left_out = [why for name, why in why_not.items() if name.split()[0] == precision]
+    because = "; ".join(list(wrong.values()) or left_out) or "no runtime here computes it"
     raise GateFailed(
         f"{precision} of {model_dir.name} is not served: {because}. "
         f"Next: arcface quantize {model_dir.name} --precision {precision}, or leave the choice: --variant auto"
@@ -187,7 +191,10 @@ def _table(
     kept = None if remeasure else kept_speeds(model_dir, host)
     if kept and (have := kept.of(found, missing)):
         return have
-    say(f"measuring {len(found) + len(missing)} ways to run {model_dir.name} on this CPU, once: a few seconds")
+    say(
+        f"measuring {len(found) + len(missing)} ways to run {model_dir.name} on this CPU, once: seconds, "
+        "or a minute for a large model"
+    )
     table = measure(model_dir, found, missing)
     if table.speeds and not table.failed:
         keep_speeds(model_dir, host, table)

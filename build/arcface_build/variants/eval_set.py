@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from arcface_clients.arrays import DAMAGED
 from arcface_clients.contract import FACE_SHAPE
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.faces.images import ARRAY_SUFFIXES, load_faces
@@ -96,7 +97,7 @@ def _saved_identities(path: Path, count: int) -> np.ndarray | None:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
             identities = None if isinstance(loaded, np.ndarray) else loaded.get("identities")
-    except ValueError as exc:
+    except DAMAGED as exc:
         raise WrongUse(f"{path}: {exc}; {_EXPECTED}.") from exc
     if identities is not None and identities.shape != (count,):
         raise WrongUse(f"{path} holds {count} faces and identities {identities.shape}: {_EXPECTED}.")

@@ -22,6 +22,7 @@ from arcface_build.variants.sidecar import variants_folder, write_variant
 from arcface_build.variants.trial import Stage, Trial, open_trial, runtimes_for, silent
 from arcface_build.variants.typed import body_nodes, largest_values, overflowing, rounded_as_float16, with_followers
 from arcface_clients.engines.import_manifest import ImportManifest, read_import_manifest
+from arcface_clients.engines.model_folder import ModelFolder
 from arcface_clients.engines.runtimes import cpu_flags, has_bf16, has_openvino
 from arcface_clients.errors import Missing, WrongUse
 from arcface_clients.evidence.drift import DRIFT_LIMITS
@@ -79,13 +80,13 @@ def make_variant(model_dir: Path, wish: Wish, stage: Stage = silent) -> tuple[di
 
     Raises:
         ProofFailed: it fails its gate; it is kept as .refused beside its report.
+        GateFailed: the serving ONNX is not the one that the import proved.
         Missing, WrongUse: no such model, no faces, a combination that does not exist.
     """
     manifest = read_import_manifest(model_dir)
     target = _check(wish, manifest)
     serving_path = model_dir / manifest.serving["file"]
-    if not serving_path.is_file():
-        raise Missing(f"{serving_path} is gone, though its manifest names it. Next: arcface import SOURCE --force")
+    ModelFolder(model_dir, manifest).check_proved(serving_path)
     runtimes = runtimes_for(wish.precision, target)
     if wish.precision == "bf16":  # nothing is fitted to any face: all of them judge
         faces = evaluation_faces(wish.eval_source, wish.eval_faces)

@@ -1,21 +1,22 @@
-"""Times candidates in this process, about a second each, in turns: at batch 1 and at a full batch."""
+"""Times candidates, each in a process of its own, about a second each, in turns: at batch 1 and at a full batch."""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
+from arcface_build.host_memory import server_memory_limit
 from arcface_build.variants.candidates import Candidate
+from arcface_build.variants.session_process import SessionProcess
 from arcface_build.variants.speeds import Speed, SpeedTable
 from arcface_clients.arrays import FaceArray
-from arcface_clients.contract import EMBEDDING_OUTPUT, FACE_INPUT
 from arcface_clients.engines.import_manifest import read_import_manifest
-from arcface_clients.engines.runtimes import OnnxSession, first_line, open_session
-from arcface_clients.errors import GateFailed
+from arcface_clients.engines.runtimes import first_line
+from arcface_clients.errors import GateFailed, OutOfMemory
 from arcface_clients.evidence.gate import judge_embeddings
 from arcface_clients.evidence.golden import golden_faces, golden_rows
 from arcface_clients.faces.synthetic import synthetic_faces
@@ -31,7 +32,6 @@ def measure(
     model_dir: Path,
     found: Sequence[Candidate],
     missing: Sequence[Candidate] = (),
-    clock: Callable[[], float] = time.perf_counter,
 ) -> SpeedTable:
     """Measure each candidate in each round, in rotating order: a disturbance hits neighbours alike.
 
@@ -45,56 +45,80 @@ def measure(
         model_dir: models/NAME/.
         found: from `candidates`; fp32 in ONNX Runtime first, which the import proved.
         missing: from `untried`; nobody asked for them, so one that fails is left out without a word.
-        clock: seconds; `time.perf_counter`.
     """
+    with contextlib.ExitStack() as opened:
+        return _measured(model_dir, found, missing, opened)
+
+
+def _measured(
+    model_dir: Path, found: Sequence[Candidate], missing: Sequence[Candidate], opened: contextlib.ExitStack
+) -> SpeedTable:
     faces = synthetic_faces(_DIFFERENT_FACES)
-    sessions: dict[str, OnnxSession] = {}
+    sessions: dict[str, SessionProcess] = {}
     failed: dict[str, str] = {}
+    too_large: dict[str, int] = {}
     drifts: dict[str, float] = {}
     expected = golden_rows(read_import_manifest(model_dir).golden)
     for candidate in found:
         try:
-            session = _opened(model_dir, candidate)
-            rows = _embed(session, golden_faces())
+            session, rows = _tried(model_dir, candidate)
+            opened.callback(session.close)
             if expected is None and candidate is found[0]:
                 expected = rows
             drifts[candidate.name] = _drift(expected, rows)
+        except OutOfMemory:
+            too_large[candidate.name] = server_memory_limit()
         except Exception as exc:  # whatever it is, the others can be served
             failed[candidate.name] = first_line(exc)
-            continue
-        sessions[candidate.name] = session
+        else:
+            sessions[candidate.name] = session
     for candidate in missing:
         with contextlib.suppress(Exception):
-            sessions[candidate.name] = _opened(model_dir, candidate)
-            _embed(sessions[candidate.name], faces)
-    if not sessions:
-        return SpeedTable(SMALLEST_FULL_BATCH, (), failed)
-    one = faces[:1]
-    full = _full_batch(_rate(next(iter(sessions.values())), one, 0, clock), faces)
+            session = opened.enter_context(closing(_opened(model_dir, candidate)))
+            session.embed(faces)
+            sessions[candidate.name] = session
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
-    for session in sessions.values():
-        _embed(session, full)  # a runtime compiles for a shape at its first call
-    turn = list(sessions)
-    for _ in range(ROUNDS):
-        for name in turn:
-            rounds[name].append(
-                (_rate(sessions[name], one, SAMPLE_S, clock), _rate(sessions[name], full, SAMPLE_S, clock))
-            )
-        turn = [*turn[1:], turn[0]]
+    turn, full = list(sessions), faces[:0]
+    for number in range(ROUNDS):
+        for name in [one for one in turn if one in sessions]:
+            session = sessions[name]
+            try:
+                if not len(full):
+                    full = _full_batch(session.rate(faces[:1], 0), faces)
+                if number == 0:
+                    session.embed(full)  # a runtime compiles for a shape at its first call
+                rounds[name].append((session.rate(faces[:1], SAMPLE_S), session.rate(full, SAMPLE_S)))
+            except Exception as exc:  # together they may need more memory than there is: one alone may not
+                sessions.pop(name).close()
+                failed[name] = first_line(exc)
+        turn = turn[1:] + turn[:1]
     speeds = [
-        Speed(
-            candidate.precision,
-            candidate.runtime,
-            candidate.sha256,
-            tuple(rate for rate, _ in rounds[candidate.name]),
-            tuple(rate for _, rate in rounds[candidate.name]),
-            drifts.get(candidate.name),
-            candidate.form,
-        )
-        for candidate in (*found, *missing)
-        if candidate.name in sessions
+        _speed(one, rounds[one.name], drifts, sessions[one.name].memory)
+        for one in (*found, *missing)
+        if one.name in sessions
     ]
-    return SpeedTable(len(full), tuple(speeds), failed)
+    speeds += [_speed(one, [], {}, too_large[one.name]) for one in found if one.name in too_large]
+    asked_for = {one.name for one in found}
+    return SpeedTable(
+        len(full) or SMALLEST_FULL_BATCH,
+        tuple(speeds),
+        {name: why for name, why in failed.items() if name in asked_for},
+    )
+
+
+def _speed(
+    candidate: Candidate, rounds: Sequence[tuple[float, float]], drifts: Mapping[str, float], memory: int
+) -> Speed:
+    return Speed(
+        candidate.precision,
+        candidate.runtime,
+        candidate.sha256,
+        tuple(rate for rate, _ in rounds),
+        tuple(rate for _, rate in rounds),
+        drifts.get(candidate.name),
+        candidate.form,
+        memory,
+    )
 
 
 def drift_here(model_dir: Path, candidate: Candidate) -> float | None:
@@ -102,18 +126,36 @@ def drift_here(model_dir: Path, candidate: Candidate) -> float | None:
 
     Raises:
         GateFailed: these are no embeddings.
+        OutOfMemory: a process of a server may not take what it needs.
         DependencyMissing, WrongUse: it cannot be opened.
     """
     expected = golden_rows(read_import_manifest(model_dir).golden)
     if expected is None:
         return None
-    return _drift(expected, _embed(_opened(model_dir, candidate), golden_faces()))
+    session, rows = _tried(model_dir, candidate)
+    session.close()
+    return _drift(expected, rows)
 
 
-def _opened(model_dir: Path, candidate: Candidate) -> OnnxSession:
-    return open_session(
-        candidate.made() if candidate.made else model_dir / candidate.file, candidate.runtime, label=candidate.file
-    )
+def _opened(model_dir: Path, candidate: Candidate) -> SessionProcess:
+    return SessionProcess(candidate.made or model_dir / candidate.file, candidate.runtime, candidate.file)
+
+
+def _tried(model_dir: Path, candidate: Candidate) -> tuple[SessionProcess, np.ndarray]:
+    """A candidate's session, and its embeddings of the golden faces; what cannot embed them keeps no memory."""
+    session = _opened(model_dir, candidate)
+    try:
+        return session, _warmed(session)
+    except BaseException:
+        session.close()
+        raise
+
+
+def _warmed(session: SessionProcess) -> np.ndarray:
+    """Embeddings of the golden faces, after a batch as large as a server's warm-up has: most memory is for that."""
+    faces = golden_faces()
+    session.embed(np.resize(faces, (LARGEST_FULL_BATCH, *faces.shape[1:])))
+    return session.embed(faces)
 
 
 def _drift(expected: np.ndarray | None, embeddings: np.ndarray) -> float:
@@ -135,18 +177,3 @@ def _full_batch(faces_per_s: float, faces: FaceArray) -> FaceArray:
     while 2 * count <= min(LARGEST_FULL_BATCH, SAMPLE_S * faces_per_s):
         count *= 2
     return np.resize(faces, (count, *faces.shape[1:]))
-
-
-def _rate(session: OnnxSession, faces: FaceArray, at_least_s: float, clock: Callable[[], float]) -> float:
-    """faces/s over whole calls that take at least this long together."""
-    calls, started = 0, clock()
-    while True:
-        _embed(session, faces)
-        calls += 1
-        passed_s = clock() - started
-        if passed_s >= at_least_s:
-            return calls * len(faces) / max(passed_s, 1e-9)
-
-
-def _embed(session: OnnxSession, faces: FaceArray) -> np.ndarray:
-    return session.run([EMBEDDING_OUTPUT], {FACE_INPUT: faces})[0]

@@ -11,13 +11,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeAlias
 
+from arcface_build.allocator import PRELOAD, with_jemalloc
+from arcface_build.host_memory import server_memory_limit
 from arcface_build.variants.candidates import Candidate, Measurable
 from arcface_build.variants.sidecar import variants_folder
 from arcface_clients.atomic import write_json
 from arcface_clients.engines.runtimes import TELLING_FLAGS, available_cores, cpu_flags, cpu_name
 
 Goal: TypeAlias = Literal["throughput", "latency"]
-_FORMAT = 4
+_FORMAT = 5
 _log = logging.getLogger(__name__)
 
 
@@ -29,7 +31,9 @@ class Speed(Measurable):
         precision, runtime, sha256, form: of the candidate.
         one: faces/s at batch 1, one figure a round.
         full: faces/s at the full batch, one figure a round.
-        drift: 1 − cosine of the worst golden face on this host; None for what was timed only to be offered.
+        drift: 1 − cosine of the worst golden face on this host; None for what was timed only to be offered, and for
+            what did not run in the memory that there was.
+        memory: bytes that its process asked for, more or less; where it was not enough, what it could have had.
     """
 
     precision: str
@@ -39,6 +43,14 @@ class Speed(Measurable):
     full: tuple[float, ...]
     drift: float | None = None
     form: str = ""
+    memory: int = 0
+
+    @property
+    def too_large(self) -> str:
+        """Why it may not run here for want of memory; empty if it may."""
+        if self.full:
+            return ""
+        return f"it does not run in the {self.memory / 2**30:.1f} GB that a process of the server may take here"
 
     def rounds(self, goal: Goal) -> tuple[float, ...]:
         """faces/s that count for a goal, one figure a round."""
@@ -52,6 +64,7 @@ class Speed(Measurable):
             **({"form": self.form} if self.form else {}),
             "latency_ms": round(1000 / median(self.one), 3),
             "faces_per_s": round(median(self.full), 2),
+            "memory_bytes": self.memory,
         } | ({} if self.drift is None else {"drift": self.drift})
 
 
@@ -62,7 +75,8 @@ class SpeedTable:
     Attributes:
         full_batch: faces a call at the full batch.
         speeds: one entry for each candidate that could be loaded.
-        failed: candidate's name → why it could not be loaded. Such a table is not kept.
+        failed: candidate's name → why it could not be loaded. Such a table is not kept. One that needs more memory is
+            not among them.
     """
 
     full_batch: int
@@ -78,7 +92,7 @@ class SpeedTable:
 
 
 def host_key() -> str:
-    """What has to be the same for a measurement to hold: processor, instruction sets, cores and ONNX Runtime."""
+    """What has to be the same for a measurement to hold: processor, instruction sets, cores, runtime and memory."""
     import onnxruntime
 
     flags = cpu_flags()
@@ -90,6 +104,8 @@ def host_key() -> str:
             " ".join(flag for flag in TELLING_FLAGS if flag in flags) or "no vector extensions known",
             f"{available_cores()} cores",
             f"ONNX Runtime {onnxruntime.__version__} {openvino} OpenVINO",
+            "jemalloc" if PRELOAD in with_jemalloc({}) else "no jemalloc",
+            f"{server_memory_limit() / 2**30:.1f} GB a process",
         )
     )
 
@@ -117,7 +133,7 @@ def kept_speeds(model_dir: Path, host: str) -> SpeedTable | None:
         return None
     try:
         speeds = tuple(_speed(entry) for entry in data["speeds"])
-        if len({len(speed.one) for speed in speeds}) > 1:
+        if len({len(speed.one) for speed in speeds if speed.one}) > 1:
             raise ValueError("rounds")
         return SpeedTable(_whole(data["full_batch"]), speeds)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -153,12 +169,13 @@ def _tables(model_dir: Path) -> dict[str, Any]:
 
 def _speed(entry: Mapping[str, Any]) -> Speed:
     one, full = (tuple(_rate(figure) for figure in entry[key]) for key in ("one", "full"))
-    if not one or len(one) != len(full):
+    memory = entry["memory"]
+    if isinstance(memory, bool) or not isinstance(memory, int) or len(one) != len(full) or not (one or memory):
         raise ValueError("rounds")
     texts = (entry["precision"], entry["runtime"], entry["sha256"], entry.get("form", ""))
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("text")
-    return Speed(*texts[:3], one, full, entry["drift"], texts[3])
+    return Speed(*texts[:3], one, full, entry["drift"], texts[3], memory)
 
 
 def _rate(value: object) -> float:

@@ -79,7 +79,7 @@ def verify_variant(
     if failed is None:
         write_json(variants_folder(model_dir) / f"{name}.json", sidecar)
         return sidecar
-    path = set_aside(model_dir, sidecar)
+    path = set_aside(model_dir, sidecar, f"{len(faces.faces)} faces of {faces.origin}", failed)
     raise ProofFailed(
         f"{precision} of {manifest.name} fails in {failed.runtime} on {len(faces.faces)} faces of {faces.origin}: "
         f"{failed.why}. It is retired ({path}). If it is installed, replace it: "

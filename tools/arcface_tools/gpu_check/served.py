@@ -76,6 +76,7 @@ def served(check: GpuCheck, repository: Path, models: list[str], log: str) -> It
     """
     check.logs.mkdir(exist_ok=True)
     options: dict[str, Any] = {"log_path": check.logs / log, "ports": free_ports(), "config_name": ""}
+    options["folder"] = Path.cwd()  # where a rehearsal has its stand-ins
     with (
         packages_shown_to_the_stub(),
         TritonProcess(find_tritonserver(), repository, models, **options) as server,
