@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,19 +153,40 @@ def import_into(repository: Path, source: str) -> Path:
     return models
 
 
+S3_SERVER = """
+import logging, sys
+from moto.server import ThreadedMotoServer
+logging.basicConfig(level=logging.ERROR)
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+S3_LOG: list[Path] = []
+
+
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[str]:
-    """A real S3 server process of this session (moto's), empty; its URL."""
-    import logging
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real S3 server in a process of its own (moto's), empty; its URL. It ends with this session."""
+    log = tmp_path_factory.mktemp("s3") / "server.log"
+    line = [sys.executable, "-c", S3_SERVER]
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as server,
+    ):
+        port = server.stdout.readline().strip()
+        assert port, f"moto did not start: {log.read_text()}"
+        S3_LOG[:] = [log]
+        yield f"http://127.0.0.1:{port}"
+        server.stdin.close()
 
-    from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """What the S3 server said last, where a test that uses it fails."""
+    report = (yield).get_result()
+    if report.failed and S3_LOG and "s3_server" in getattr(item, "fixturenames", ()):
+        report.sections.append(("S3 server", S3_LOG[0].read_text()[-4000:]))
 
 
 @pytest.fixture(scope="session")

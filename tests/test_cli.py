@@ -32,6 +32,16 @@ arcface_build.program.main()
     assert (answer.returncode, answer.stderr) == (-signal.SIGINT, ""), "a shell calls this 130"
 
 
+def test_a_current_folder_that_was_removed_is_named_as_the_cause(tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    code = f"import os; os.chdir({str(here)!r}); os.rmdir({str(here)!r})\n"
+    code += "from arcface_build.cli import main\nmain(['serve'])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 3 and answer.stderr.count("\n") == 1
+    assert "Next: cd into a folder that exists: the one in which this runs was removed" in answer.stderr
+
+
 def test_an_unknown_subcommand_is_wrong_use():
     answer = arcface("servve")
     assert answer.returncode == 2

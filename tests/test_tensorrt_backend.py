@@ -55,10 +55,10 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def install(triton_binary: TritonBinary, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+def install(triton_binary: TritonBinary, tmp_path: Path) -> Callable[[str], None]:
     """install(code): the stubs find this as `tensorrt`.
 
-    It goes into the server's working folder, which is on a stub's path; the stub's Python does not read PYTHONPATH.
+    It goes into the server's working folder, which is on a stub's path (`folder=tmp_path`); a stub reads no PYTHONPATH.
     """
     if triton_binary.backend_directory is None:
         pytest.skip("this tritonserver has native backends")
@@ -66,18 +66,17 @@ def install(triton_binary: TritonBinary, monkeypatch: pytest.MonkeyPatch, tmp_pa
     def install(code: str) -> None:
         head = f"from __future__ import annotations\nimport sys\nsys.path[:0] = {[p for p in sys.path if p]!r}\n"
         (tmp_path / "tensorrt.py").write_text(head + code)
-        monkeypatch.chdir(tmp_path)
 
     return install
 
 
 @pytest.fixture
-def start(install: Callable[[str], None], start_triton: Callable[..., Any]) -> Callable[..., Any]:
+def start(install: Callable[[str], None], start_triton: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
     """start(repository, **environment): a tritonserver whose stubs find our TensorRT."""
     install((TESTS / "fake_tensorrt.py").read_text().partition("from __future__ import annotations\n")[2])
 
     def start(repository: Path, **environment: str) -> Any:
-        return start_triton(repository, ["arcface_trt"], environment=environment)
+        return start_triton(repository, ["arcface_trt"], environment=environment, folder=tmp_path)
 
     return start
 
@@ -185,13 +184,13 @@ def test_a_host_without_tensorrt_says_what_to_do(repository: Path, start_triton:
 
 
 def test_a_host_without_a_gpu_says_so(
-    repository: Path, install: Callable[[str], None], start_triton: Callable[..., Any]
+    repository: Path, install: Callable[[str], None], start_triton: Callable[..., Any], tmp_path: Path
 ) -> None:
     """TensorRT installed, no driver: the real CUDA runtime of the wheel answers, with its own error."""
     pytest.importorskip("nvidia.cuda_runtime")
     install('__version__ = "10.3.0"\n')
     with pytest.raises(ServerFailed, match=r"no GPU 0 on this host \(CUDA error \d+, 0 GPUs\)"):
-        start_triton(repository, ["arcface_trt"])
+        start_triton(repository, ["arcface_trt"], folder=tmp_path)
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ from arcface_build.plans.form import in_form
 from arcface_build.plans.source import PlanSource, find_source
 from arcface_build.plans.typed import read_typed_onnx
 from arcface_build.variants.make import Wish, make_variant
-from arcface_clients.contract import Preprocessing
+from arcface_clients.contract import Preprocessing, contract_id
 from arcface_clients.engines.runtimes import open_session
 from arcface_clients.errors import WrongUse
 from arcface_clients.evidence.drift import compare_embeddings
@@ -136,10 +136,11 @@ def imported(tmp_path: Path) -> Path:
     """models/net: an imported network with a BatchNormalization before each padded convolution, and its fp16."""
     folder = tmp_path / "models" / "net"
     folder.mkdir(parents=True)
-    serving, _ = to_serving(tiny_net(bn_before_conv=True, dim=16), Preprocessing(), 16, "c" * 64)
+    contract = contract_id("5" * 64, Preprocessing(), 16)
+    serving, _ = to_serving(tiny_net(bn_before_conv=True, dim=16), Preprocessing(), 16, contract)
     onnx.save(serving, folder / "serving.onnx")
     file = {"file": "serving.onnx", "sha256": file_sha256(folder / "serving.onnx")}
-    write_manifest(folder, "5" * 64, Preprocessing(), 16, contract_id="c" * 64, serving=file)
+    write_manifest(folder, "5" * 64, Preprocessing(), 16, serving=file)
     make_variant(folder, Wish("fp16", eval_faces=4, limits={"fp16": 0.1}))
     return folder.parent
 
