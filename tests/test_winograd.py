@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +17,8 @@ from arcface_build.imports import forms, importing
 from arcface_build.imports.proof_faces import ProofFaces
 from arcface_build.imports.source import known_models, resolve
 from arcface_build.repository.assemble import assemble
-from arcface_build.variants.candidates import candidates
-from arcface_build.variants.choose import VariantChoice
+from arcface_build.variants.candidates import WINOGRAD, Candidate, candidates
+from arcface_build.variants.choose import VariantChoice, Wanted, choose
 from arcface_build.variants.fastest import fastest
 from arcface_build.variants.speeds import Speed, SpeedTable, keep_speeds, kept_speeds
 from arcface_clients.engines.import_manifest import read_import_manifest
@@ -104,22 +106,26 @@ def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "models/net"
 
 
-def test_an_import_proves_the_form_and_it_is_a_candidate_for_openvino_only(imported: Path) -> None:
+def test_an_import_proves_the_form_and_it_is_a_candidate_in_each_runtime(imported: Path) -> None:
     manifest = read_import_manifest(imported)
     assert manifest.winograd is not None
     assert manifest.winograd["min_cosine"] >= 0.99999 and manifest.winograd["why"] == "1 of 2 Conv by Winograd's method"
     found, _ = candidates(imported, None, ("openvino-fp32", "onnxruntime"))
     assert [(one.name, one.file) for one in found] == [
         ("fp32 in onnxruntime", "serving_cpu.onnx"),
+        ("fp32 by Winograd in onnxruntime", "serving_winograd.onnx"),
         ("fp32 in openvino-fp32", "serving.onnx"),
         ("fp32 by Winograd in openvino-fp32", "serving_winograd.onnx"),
     ]
 
 
-def test_what_was_chosen_is_installed_and_a_replaced_file_is_not(imported: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino-fp32"])
+def test_what_was_chosen_is_installed_and_a_replaced_file_is_not(imported: Path, tmp_path: Path, runtime: str) -> None:
     repository = copy_repository(tmp_path / "repository")
-    choice = VariantChoice("serving_winograd.onnx", "fp32", "openvino-fp32", "measured", None)
+    choice = VariantChoice("serving_winograd.onnx", "fp32", runtime, "measured", None, form=WINOGRAD)
     assemble(imported, repository, choice)
+    told = json.loads((repository / "arcface_onnx/1/manifest.json").read_text())["variant"]
+    assert (told["runtime"], told["form"]) == (runtime, "Winograd")
     installed = (repository / "arcface_onnx/1/model.onnx").read_bytes()
     assert installed == (imported / "serving_winograd.onnx").read_bytes()
     (imported / "serving_winograd.onnx").write_bytes((imported / "serving.onnx").read_bytes())
@@ -134,6 +140,27 @@ def test_of_two_forms_that_are_level_the_plain_one_is_served() -> None:
     assert fastest([level, plain], "throughput")[0] is plain
     assert fastest([plain, faster], "throughput") == (faster, plain)
     assert fastest([plain, faster], "latency")[0] is plain
+
+
+def test_each_runtime_may_be_the_one_that_is_fast_by_winograd(imported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO with AVX-512, ONNX Runtime's own kernels with AVX2: what was measured decides."""
+    for quick in ("onnxruntime", "openvino-fp32"):
+
+        def measured(model_dir: Path, found: list[Candidate], missing: object, quick: str = quick) -> SpeedTable:
+            rates = [(13.0 if (one.form, one.runtime) == (WINOGRAD, quick) else 10.0,) * 5 for one in found]
+            speeds = [
+                Speed(one.precision, one.runtime, one.sha256, (10.0,) * 5, rate, drift=0.0, form=one.form)
+                for one, rate in zip(found, rates, strict=True)
+            ]
+            return SpeedTable(8, tuple(speeds))
+
+        monkeypatch.setattr("arcface_build.variants.choose.measure", measured)
+        here, told = ("openvino-fp32", "onnxruntime"), Wanted(remeasure=True)
+        choice = choose(imported, None, here, wanted=told)
+        assert (choice.file, choice.runtime, choice.plain) == ("serving_winograd.onnx", quick, False)
+        assert choice.reason.startswith(f"fp32 by Winograd in {quick}: 13 faces/s, 1.30 × fp32 in onnxruntime")
+        lone = choose(imported, None, here, wanted=replace(told, goal="latency"))
+        assert (lone.file, lone.plain) == ("serving_cpu.onnx", True)
 
 
 def test_a_kept_measurement_names_the_form(tmp_path: Path) -> None:

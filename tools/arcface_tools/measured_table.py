@@ -28,10 +28,10 @@ HEAD = """# What has been measured
 
 {begin}
 
-On 2 cores of an AMD EPYC (AVX512-VNNI, AVX512-BF16), no GPU, the wheel's tritonserver and our python-based
-backends. Ratios are medians of ratios measured in turns within one run, with the 10th and 90th percentile in
-brackets; a figure without brackets is a single figure of its report. Drift is that of the worst face the gate saw.
-The reports hold the rest: the host, every sample, the rounds that were dropped.
+On 2 cores of an AMD EPYC (AVX512-VNNI, AVX512-BF16; where it says so, AVX2 alone), no GPU, the wheel's tritonserver
+and our python-based backends. Ratios are medians of ratios measured in turns within one run, with the 10th and 90th
+percentile in brackets; a figure without brackets is a single figure of its report. Drift is that of the worst face the
+gate saw. The reports hold the rest: the host, every sample, the rounds that were dropped.
 
 Each row names its command, its report, and the key of each figure in the order of the text. `ratios[A, B]` is the
 entry of `ratios` with these names. To add a row, edit [rows.yaml](rows.yaml).

@@ -108,9 +108,9 @@ def contestants(model_dir: Path) -> list[Contestant]:
     if imported.cpu:
         found.append(Contestant("fp32 onnxruntime", model_dir / imported.cpu["file"], "onnxruntime"))
     found += [Contestant(f"fp32 {one}", serving, one) for one in here if one == "openvino-fp32"]
-    if imported.winograd and "openvino-fp32" in here:
+    if imported.winograd:
         file = model_dir / imported.winograd["file"]
-        found.append(Contestant("fp32 by Winograd openvino-fp32", file, "openvino-fp32"))
+        found += [Contestant(f"fp32 by Winograd {one}", file, one) for one in here if one != "openvino-bf16"]
     bf16, int8 = (read_sidecar(model_dir, precision, "cpu") for precision in ("bf16", "int8"))
     if bf16:
         found += [Contestant(f"bf16 {one}", serving, one, _gate(bf16, one)) for one in here if one == "openvino-bf16"]

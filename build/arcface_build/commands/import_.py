@@ -172,7 +172,7 @@ def _told(done: BroughtIn) -> str:
     if manifest.cpu:
         lines.append(f"  for CPU        {manifest.cpu['why']}: min cosine {manifest.cpu['min_cosine']:.8f}")
     if manifest.winograd:
-        lines.append(f"  for OpenVINO   {manifest.winograd['why']}: min cosine {manifest.winograd['min_cosine']:.8f}")
+        lines.append(f"  for batches    {manifest.winograd['why']}: min cosine {manifest.winograd['min_cosine']:.8f}")
     lines.append(f"  contract id    {manifest.contract_id}")
     state = "unchanged" if done.imported.reused else "written"
     lines.append(f"{state}: {folder} ({manifest.dim}-d, opset {manifest.serving['opset']})")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16", "int8")  # the more exact one first
 WINOGRAD = "Winograd"
-PLAIN = ("fp32", "onnxruntime")  # what is served where nothing was chosen
+PLAIN = ("fp32", "onnxruntime", "")  # precision, runtime and form of what is served where nothing was chosen
 
 
 class Measurable:
@@ -138,11 +138,10 @@ def _told(able: Sequence[str], told_precision: bool) -> list[str]:
 def _fp32_parts(imported: ImportManifest, runtime: str) -> list[tuple[str, dict[str, Any]]]:
     """Form and manifest entry: ONNX Runtime's own kernels have a form of their own, OpenVINO fuses the plain one.
 
-    Winograd's method is for OpenVINO: one face a call it is slower in ONNX Runtime's own kernels.
+    Winograd's is for both: OpenVINO computes its products well with AVX-512 and badly without, ONNX Runtime with AVX2.
     """
-    if runtime == "onnxruntime":
-        return [("", imported.cpu or imported.serving)]
-    return [("", imported.serving), *([(WINOGRAD, imported.winograd)] if imported.winograd else [])]
+    plain = imported.cpu or imported.serving if runtime == "onnxruntime" else imported.serving
+    return [("", plain), *([(WINOGRAD, imported.winograd)] if imported.winograd else [])]
 
 
 def fp32_file(model_dir: Path, part: Mapping[str, Any]) -> tuple[str, str]:

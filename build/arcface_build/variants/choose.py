@@ -68,7 +68,7 @@ class VariantChoice:
     @property
     def plain(self) -> bool:
         """Whether it is what would be served without a choice."""
-        return (self.precision, self.runtime) == PLAIN
+        return (self.precision, self.runtime, self.form) == PLAIN
 
     def accelerator_pbtxt(self) -> str:
         """The `optimization` block for config.pbtxt; empty for ONNX Runtime's own kernels."""
@@ -193,7 +193,7 @@ def _table(
         return have
     say(
         f"measuring {len(found) + len(missing)} ways to run {model_dir.name} on this CPU, once: seconds, "
-        "or a minute for a large model"
+        "or a minute or two for a large model"
     )
     table = measure(model_dir, found, missing)
     if table.speeds and not table.failed:
@@ -209,7 +209,7 @@ def _chosen(one: Candidate, reason: str, why_not: Mapping[str, str]) -> VariantC
 
 def _why(taken: Speed, runner_up: Speed | None, usable: Sequence[Speed], full_batch: int, goal: Goal) -> str:
     """What was measured, in one line: against the runner-up, and against what is served where nothing is chosen."""
-    plain = next((speed for speed in usable if (speed.precision, speed.runtime) == PLAIN), None)
+    plain = next((speed for speed in usable if (speed.precision, speed.runtime, speed.form) == PLAIN), None)
     others = dict.fromkeys(speed for speed in (runner_up, plain) if speed is not None and speed is not taken)
     against = (
         f"{lead(taken, other, goal):.2f} × {other.name}" if outruns(taken, other, goal) else f"level with {other.name}"

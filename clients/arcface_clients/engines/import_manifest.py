@@ -35,7 +35,7 @@ class ImportManifest:
     tools: package → version.
     cpu: the same network laid out for ONNX Runtime's CPU provider (graph.blocked_layout): file, sha256, bytes, why,
         min_cosine, max_row_difference; None if that changes nothing.
-    winograd: the same network with 3×3 convolutions by Winograd's method (graph.winograd), for OpenVINO; as `cpu`.
+    winograd: the same network with 3×3 convolutions by Winograd's method (graph.winograd); as `cpu`.
     golden: see `arcface_clients.evidence.golden`; None in imports made before it was kept.
     """
 
