@@ -27,6 +27,7 @@ from arcface_clients.bulk.work import PATIENCE_S
 from arcface_clients.errors import Overloaded
 from arcface_clients.photos.engine import PhotoEngine  # noqa: F401
 from arcface_clients.ray_cluster import Cluster
+from deadlines import HANG_S
 from people import PixelEngine
 
 DIM, ROWS = 64, 4
@@ -86,7 +87,7 @@ def busy(url: str) -> PixelEngine:
 
 
 class StragglingEngine(PixelEngine):
-    """The first to embed at all makes a file, and then takes a minute."""
+    """The first to embed at all makes a file, and then takes ten minutes."""
 
     def __init__(self, mark: str) -> None:
         super().__init__(DIM)
@@ -97,7 +98,7 @@ class StragglingEngine(PixelEngine):
             self._mark.touch(exist_ok=False)
         except FileExistsError:
             return super().encode(faces)
-        time.sleep(60)
+        time.sleep(HANG_S)
         return super().encode(faces)
 
 

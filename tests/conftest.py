@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +125,29 @@ def photo_server(
 
 
 @pytest.fixture(scope="session")
-def odd_server(triton_binary: TritonBinary, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonProcess]:
+def odd_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the models of `odd_server` lie."""
+    return tmp_path_factory.mktemp("odd") / "repository"
+
+
+@pytest.fixture(scope="session")
+def odd_server(triton_binary: TritonBinary, odd_repository: Path) -> Iterator[TritonProcess]:
     """A second tritonserver, of quick models that misbehave each in its own way (tests/odd_models.py)."""
     from odd_models import write_models
 
-    folder = tmp_path_factory.mktemp("odd")
-    models = write_models(folder / "repository")
-    options = {"config_name": "", "log_path": folder / "tritonserver.log", "ports": free_ports()}
-    with TritonProcess(triton_binary, folder / "repository", models, **options) as process:
+    models = write_models(odd_repository)
+    options = {"config_name": "", "log_path": odd_repository.parent / "tritonserver.log", "ports": free_ports()}
+    with TritonProcess(triton_binary, odd_repository, models, **options) as process:
         process.wait_ready()
         yield process
+
+
+@pytest.fixture
+def slow_is_held(odd_repository: Path) -> Callable[[], AbstractContextManager[Callable[[], None]]]:
+    """slow_is_held(): a block in which the model `slow` of `odd_server` answers no marked face (odd_models.held)."""
+    from odd_models import held
+
+    return partial(held, odd_repository)
 
 
 def copy_repository(folder: Path) -> Path:

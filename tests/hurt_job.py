@@ -18,9 +18,9 @@ from arcface_clients import TritonEmbedder
 from arcface_clients.bulk.files import Files
 from arcface_clients.bulk.parts import is_part, look_at_part, read_embeddings
 from arcface_tools.quick_server import OTHER_CONTRACT, OUR_CONTRACT, QUICK, QuickServer, quick_server
+from deadlines import HANG_S
 
 COUNT, ROWS = 800, 4
-WAIT_S = 120  # for the next parts, on a busy host
 
 
 class HurtJob:
@@ -45,7 +45,7 @@ class HurtJob:
         Raises:
             AssertionError: they do not come; with what the driver said.
         """
-        wanted, deadline_s = self._parts() + parts, time.monotonic() + WAIT_S
+        wanted, deadline_s = self._parts() + parts, time.monotonic() + HANG_S
         while self._parts() < wanted:
             if self.driver.poll() is not None or time.monotonic() > deadline_s:
                 self.driver.kill()
@@ -55,7 +55,7 @@ class HurtJob:
     def ends(self) -> tuple[int, str, str]:
         """Let it run as fast as it can; exit code, stdout, stderr."""
         self._mark.touch()
-        told, errors = self.driver.communicate(timeout=WAIT_S)
+        told, errors = self.driver.communicate(timeout=HANG_S)
         return self.driver.returncode, told, errors
 
     def counts(self) -> dict[str, Any]:

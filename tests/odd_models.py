@@ -5,8 +5,16 @@ The embedding is a fixed projection of the face, so a late, lost, doubled or mis
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
+from deadlines import HANG_S
+
+MARKED = np.full((1, 112, 112, 3), 255, np.uint8)  # what `slow` answers only when it is not held
 MODEL = """
 import json, os, time
 import numpy as np
@@ -15,7 +23,7 @@ import triton_python_backend_utils as pb_utils
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.name = args["model_name"]
+        self.name, self.folder = args["model_name"], args["model_repository"]
         config = json.loads(args["model_config"])
         contract = config["parameters"]["contract_id"]["string_value"]
         seed, self.words = 5, None
@@ -29,7 +37,7 @@ class TritonPythonModel:
         for request in requests:
             faces = pb_utils.get_input_tensor_by_name(request, "face").as_numpy()
             if self.name == "slow" and faces[0, 0, 0].min() == 255:  # only a marked face is slow
-                time.sleep(2.0)
+                self.wait_while_held()
             if self.name == "failing":
                 error = pb_utils.TritonError("the network gave up on purpose")
                 answers.append(pb_utils.InferenceResponse(output_tensors=[], error=error))
@@ -47,6 +55,12 @@ class TritonPythonModel:
                 tensors += [pb_utils.Tensor("norm", lengths), pb_utils.Tensor("contract", words)]
             answers.append(pb_utils.InferenceResponse(output_tensors=tensors))
         return answers
+
+    def wait_while_held(self):
+        if os.path.exists(self.folder + "/held"):
+            open(self.folder + "/begun", "w").close()
+        while os.path.exists(self.folder + "/held"):
+            time.sleep(0.01)
 """
 CONFIG = """
 backend: "python"
@@ -61,6 +75,25 @@ NAMED = """
 output [ { name: "norm" data_type: TYPE_FP32 dims: [ 1 ] }, { name: "contract" data_type: TYPE_INT32 dims: [ 4 ] } ]
 """
 LEFT, RIGHT = "1" * 64, "2" * 64  # two contracts
+
+
+@contextmanager
+def held(repository: Path) -> Iterator[Callable[[], None]]:
+    """`slow` answers no marked face before the block ends; what is yielded waits until it has begun with one."""
+    hold, begun = repository / "slow" / "held", repository / "slow" / "begun"
+    begun.unlink(missing_ok=True)
+
+    def wait_until_begun() -> None:
+        until = time.monotonic() + HANG_S
+        while not begun.exists():
+            assert time.monotonic() < until, "no marked face has come"
+            time.sleep(0.01)
+
+    hold.touch()
+    try:
+        yield wait_until_begun
+    finally:
+        hold.unlink()
 
 
 def write_model(

@@ -12,7 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-START_S = 120  # a busy host
+from deadlines import HANG_S
+
 STARTS = 3  # of a node: on a busy host Ray gives up after 30 s of its own
 STARTED = "Ray runtime started."  # said once the head knows the node
 
@@ -31,7 +32,7 @@ class Node:
 
     def has_joined(self) -> bool:
         """Wait until it has; False where it gave up."""
-        deadline_s = time.monotonic() + START_S
+        deadline_s = time.monotonic() + HANG_S
         while time.monotonic() < deadline_s and self.process.poll() is None:
             if STARTED in self._log.read_text():
                 return True

@@ -14,6 +14,7 @@ from arcface_build.serving.ports import Ports, free_ports
 from arcface_build.serving.process import TritonProcess
 from arcface_clients.triton.address import Address, Connection
 from arcface_clients.triton.admin_key import admin_headers
+from deadlines import HANG_S
 
 MAIN = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
 NO_WAY_OUT = {"http_proxy": "http://127.0.0.1:9", "grpc_proxy": "http://127.0.0.1:9"}  # loopback needs no proxy
@@ -44,7 +45,7 @@ class Serving:
         for line in self.process.stdout:
             self.said.append(line)
 
-    def wait_for(self, words: str, times: int = 1, timeout_s: float = 90) -> None:
+    def wait_for(self, words: str, times: int = 1, timeout_s: float = HANG_S) -> None:
         until = time.monotonic() + timeout_s
         while sum(words in line for line in list(self.said)) < times:
             assert time.monotonic() < until and self.process.poll() is None, "".join(self.said)
@@ -64,7 +65,7 @@ class Serving:
     def stop(self) -> None:
         """End it as Ctrl-C does."""
         self.process.terminate()
-        assert self.process.wait(60) == 0, "".join(self.said)
+        assert self.process.wait(HANG_S) == 0, "".join(self.said)
         self.listener.join()
         self.process.stdout.close()
 
@@ -74,6 +75,6 @@ def control(server: TritonProcess, verb: str, model: str) -> None:
     connection = Connection(Address.parse(f"http://{server.http_url}"))
     url = f"http://{server.http_url}/v2/repository/models/{model}/{verb}"
     with urllib.request.urlopen(
-        urllib.request.Request(url, b"{}", admin_headers(connection), method="POST"), timeout=60
+        urllib.request.Request(url, b"{}", admin_headers(connection), method="POST"), timeout=HANG_S
     ) as answer:
         assert answer.status == 200

@@ -25,6 +25,7 @@ from arcface_clients.checks.parity import count_drift
 from arcface_clients.errors import ConfigError
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import REPO
+from deadlines import HANG_S
 
 PROMETHEUS = REPO / "deploy" / "prometheus"
 DASHBOARD = REPO / "deploy" / "grafana" / "dashboards" / "arcface.json"
@@ -105,13 +106,13 @@ class Prometheus:
 
     def get(self, path: str, **parameters: str) -> Any:
         query = urllib.parse.urlencode(parameters)
-        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=HANG_S) as answer:
             return json.load(answer)["data"]
 
     def values(self, expression: str) -> list[float]:
         return [float(row["value"][1]) for row in self.get("query", query=expression)["result"]]
 
-    def wait_for(self, expression: str, timeout_s: float = 20.0) -> None:
+    def wait_for(self, expression: str, timeout_s: float = HANG_S) -> None:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             try:
@@ -124,7 +125,7 @@ class Prometheus:
 
     def stop(self) -> None:
         self._child.terminate()
-        self._child.wait(20)
+        self._child.wait(HANG_S)
         self._log.close()
 
 

@@ -34,6 +34,7 @@ from arcface_clients.bulk.work import UnitWorker
 from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
 from damaged_arrays import DAMAGED_ARRAYS, write_damaged
+from deadlines import HANG_S
 from lying_server import CONFIG, WORDS, LyingServer, http, outputs
 from people import CONTRACT, PixelEngine
 
@@ -235,7 +236,7 @@ def test_a_job_that_was_killed_is_gone_on_with_and_no_row_is_lost_or_double(tmp_
     parts = tmp_path / "out.parquet.parts"
     for kill_at, how in ((5, signal.SIGKILL), (12, signal.SIGINT), (25, signal.SIGKILL)):
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + HANG_S
             while len(list(parts.glob("part-*.parquet"))) < kill_at and time.monotonic() < deadline:
                 time.sleep(0.005)
             os.kill(process.pid, how)
@@ -383,7 +384,7 @@ def test_workers_share_the_units(tmp_path: Path) -> None:
         tmp_path / "faces.npy",
         np.zeros((40, 112, 112, 3), np.uint8) + np.arange(40, dtype=np.uint8)[:, None, None, None],
     )
-    met = threading.Barrier(2, timeout=10)
+    met = threading.Barrier(2, timeout=HANG_S)
 
     class Meeting(PixelEngine):
         def encode(self, faces: np.ndarray) -> np.ndarray:
@@ -451,7 +452,7 @@ def engine_of(folder: Path, url: str) -> PixelEngine:
 
 def arcface_embed(*arguments: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-c", "from arcface_build.cli import main; main()", "embed", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+    return subprocess.run(line, capture_output=True, text=True, timeout=HANG_S)
 
 
 def test_the_command_writes_parquet_through_a_real_server(server, sources: Path, tmp_path: Path) -> None:

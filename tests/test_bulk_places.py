@@ -40,6 +40,7 @@ from arcface_clients.errors import (
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.ray_cluster import TRIES
 from arcface_clients.s3 import S3Options
+from deadlines import HANG_S
 from fault_proxy import FaultProxy
 from people import CONTRACT, PixelEngine
 
@@ -365,7 +366,7 @@ def test_the_command_writes_a_data_set_through_a_real_server(
     line = [sys.executable, "-c", "from arcface_build.cli import main; main()", "embed", "s3://urls/shards/00000.tar"]
     line += [str(tmp_path / "bad.jpg"), "-o", output, "--url", server.grpc_url, "--unit-rows", "10", "--json"]
     environment = {**os.environ, "AWS_ENDPOINT_URL": store.s3.endpoint_url or ""}
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=HANG_S, env=environment)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["faces"], summary["refused"], summary["set_aside"]) == (COUNT, 1, [])
@@ -377,7 +378,7 @@ def test_the_command_writes_a_data_set_through_a_real_server(
     if output.startswith("/"):
         saved = read_saved(output)
         assert (saved.contract_id, len(saved.paths or ())) == (contract, COUNT)
-    again = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment)
+    again = subprocess.run(line, capture_output=True, text=True, timeout=HANG_S, env=environment)
     assert again.returncode == 2
     assert "is finished" in again.stderr
 
@@ -391,7 +392,9 @@ def test_the_command_writes_a_data_set_through_a_real_server(
 )
 def test_outputs_that_do_not_fit_a_url_are_refused(server, arguments: list[str], message: str, tmp_path: Path) -> None:
     line = [sys.executable, "-c", "from arcface_build.cli import main; main()", "embed", str(tmp_path), *arguments]
-    done = subprocess.run([*line, "--url", server.grpc_url], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(
+        [*line, "--url", server.grpc_url], capture_output=True, text=True, timeout=HANG_S, cwd=tmp_path
+    )
     assert done.returncode == 2
     assert message in done.stderr
 

@@ -22,6 +22,7 @@ from arcface_clients.checks.parity import measure_parity, render_table
 from arcface_clients.faces.detect import MODEL_NAME
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import copy_repository
+from deadlines import HANG_S
 from serve_process import Serving
 from tiny_model import write_model
 
@@ -104,7 +105,7 @@ def test_demo_weights_are_named_in_the_table_the_metrics_and_by_embed_and_consen
     report = measure_parity(server.grpc_url, FACES, limits={"fp32": 1e-3})
     assert all(row.demo for row in report.rows)
     assert render_table(report).count(", DEMO\n") + 1 == len(report.rows)
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as metrics:
+    with urllib.request.urlopen(server.metrics_url, timeout=HANG_S) as metrics:
         assert 'arcface_demo_weights{model="arcface_onnx"} 1' in metrics.read().decode()
     person = tmp_path / "people" / "a"
     person.mkdir(parents=True)
@@ -124,6 +125,6 @@ def test_demo_weights_are_named_in_the_table_the_metrics_and_by_embed_and_consen
 def command(*line: str | Path) -> str:
     """What a command of its own process writes to standard error."""
     run = [sys.executable, "-c", "from arcface_build.cli import main; main()", *map(str, line)]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     return done.stderr

@@ -9,11 +9,12 @@ import sys
 
 from arcface_build.cli import COMMANDS
 from conftest import REPO
+from deadlines import HANG_S
 
 
 def arcface(*arguments: str) -> subprocess.CompletedProcess[str]:
     code = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=HANG_S)
 
 
 def test_ctrl_c_while_python_imports_shows_no_traceback():
@@ -28,7 +29,7 @@ import arcface_build.program
 sys.meta_path.insert(0, Slow())
 arcface_build.program.main()
 """
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S)
     assert (answer.returncode, answer.stderr) == (-signal.SIGINT, ""), "a shell calls this 130"
 
 
@@ -37,7 +38,7 @@ def test_a_current_folder_that_was_removed_is_named_as_the_cause(tmp_path):
     here.mkdir()
     code = f"import os; os.chdir({str(here)!r}); os.rmdir({str(here)!r})\n"
     code += "from arcface_build.cli import main\nmain(['serve'])"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S)
     assert answer.returncode == 3 and answer.stderr.count("\n") == 1
     assert "Next: cd into a folder that exists: the one in which this runs was removed" in answer.stderr
 

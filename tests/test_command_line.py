@@ -22,6 +22,7 @@ from arcface_clients.atomic import write_json
 from arcface_clients.errors import WrongUse
 from arcface_clients.plans.manifest import manifest_path
 from conftest import REPO
+from deadlines import HANG_S
 from plan_samples import write_plan
 
 MAIN = [sys.executable, "-c", "from arcface_build.program import main; main()"]
@@ -30,7 +31,7 @@ MAIN = [sys.executable, "-c", "from arcface_build.program import main; main()"]
 def arcface(*arguments: object, cwd: Path = REPO, **environment: str) -> subprocess.CompletedProcess[str]:
     line = [*MAIN, *map(str, arguments)]
     env = {**os.environ, **environment}
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=cwd, env=env, check=False)
+    return subprocess.run(line, capture_output=True, text=True, timeout=HANG_S, cwd=cwd, env=env, check=False)
 
 
 def leaves(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
@@ -207,11 +208,11 @@ def test_an_option_of_old_without_a_successor_is_one_sentence(line, message):
 
 def test_python_m_runs_a_mode_of_old_with_one_line_of_notice(tmp_path):
     line = [sys.executable, "-m", "arcface_build", "--mode", "info", "--engine-path", "no.plan"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=HANG_S, cwd=tmp_path, check=False)
     notice, error = done.stderr.splitlines()
     assert notice == "an old name; use: arcface plan show no.plan"
     assert done.returncode == 3 and error.startswith("PlanNotFound: ")
-    silent = subprocess.run([*line, "-q"], capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+    silent = subprocess.run([*line, "-q"], capture_output=True, text=True, timeout=HANG_S, cwd=tmp_path, check=False)
     assert silent.stderr.splitlines() == [error]
 
 
@@ -252,7 +253,7 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(command, tmp_path):
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [*MAIN, *command], stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=60, env=nobody
+        [*MAIN, *command], stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=HANG_S, env=nobody
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
@@ -279,7 +280,7 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(command, tmp_path):
 def test_a_package_that_is_missing_is_one_sentence_before_any_work(module, command, how, tmp_path):
     code = f"import sys; sys.modules[{module!r}] = None; from arcface_build.program import main; main()"
     line = [sys.executable, "-c", code, *command.split()]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=REPO, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=HANG_S, cwd=REPO, check=False)
     if module == "torch" and "perf_analyzer" in done.stderr:
         pytest.skip("no perf_analyzer here")
     assert done.returncode == 3, done.stderr
@@ -293,7 +294,7 @@ def test_a_package_that_nobody_asked_for_is_still_one_sentence(tmp_path):
         "from arcface_build.program import main; main()"
     )
     line = [sys.executable, "-c", code, "parity", "--url", "127.0.0.1:9"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=HANG_S, cwd=tmp_path, check=False)
     assert done.returncode == 3
     (sentence,) = done.stderr.splitlines()
     assert sentence.startswith("DependencyMissing: ")
@@ -343,7 +344,7 @@ def on_a_terminal(*arguments: object, cwd: Path) -> str:
         if not block:
             break
         shown += block
-    process.wait(60)
+    process.wait(HANG_S)
     os.close(outer)
     return shown.decode(errors="replace")
 
@@ -361,9 +362,9 @@ def test_without_a_terminal_progress_is_a_line_now_and_then_and_none_with_quiet(
         "from arcface_build.cli import main; main(sys.argv[1:])"
     )
     line = [sys.executable, "impatient.py", "import", "demo", "--models-dir", "models", "--no-assemble", "--force"]
-    said = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=True).stderr
+    said = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=HANG_S, check=True).stderr
     assert "reference" in said or "prove serving.onnx" in said, said
-    quiet = subprocess.run([*line, "-q"], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=True)
+    quiet = subprocess.run([*line, "-q"], capture_output=True, text=True, cwd=tmp_path, timeout=HANG_S, check=True)
     assert quiet.stderr == ""
 
 

@@ -22,6 +22,7 @@ from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.triton.address import Address
 from arcface_clients.triton.admin_key import GRPC_HEADER, find_key
 from conftest import copy_repository
+from deadlines import HANG_S
 from odd_models import LEFT, RIGHT, write_model
 from tiny_model import write_model as write_folder
 
@@ -110,12 +111,12 @@ def test_busy_clients_never_see_rows_of_two_contracts_while_the_model_is_exchang
     threads.append(threading.Thread(target=lambda: asyncio.run(ask())))
     for thread in threads:
         thread.start()
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + HANG_S
     while min(counts.values()) < 400 and time.monotonic() < deadline_s:
         time.sleep(0.02)
     load(server, repository, RIGHT)
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG_S)
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
     assert min(counts.values()) >= 400

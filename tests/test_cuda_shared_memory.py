@@ -32,6 +32,7 @@ from arcface_tools.clients import run
 from arcface_tools.gpu_check.clocks import GpuLog
 from arcface_tools.gpu_check.settings import Settings
 from arcface_tools.gpu_check.stages.through_triton import through
+from deadlines import HANG_S
 from fake_cuda import MAX_BATCH, WIDTH, FakeCuda, FakeGpuServer, projected
 
 FACES = synthetic_faces(11)
@@ -426,7 +427,7 @@ def test_another_process_opens_a_slot_on_a_real_gpu() -> None:
         assert np.isnan(slot.rows(len(FACES))).all()
         arguments = [slot.raw_handle.hex(), str(len(FACES)), str(slot.rows_at(1)[0])]
         command = [sys.executable, "-c", OTHER_PROCESS, *arguments]
-        seen = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        seen = subprocess.run(command, capture_output=True, text=True, check=True, timeout=HANG_S).stdout
         assert int(seen) == int(FACES.astype(np.int64).sum())
         np.testing.assert_array_equal(slot.rows(len(FACES)).ravel(), np.arange(len(FACES) * 4))
         np.testing.assert_array_equal(slot.faces(len(FACES)), FACES)

@@ -26,6 +26,7 @@ from arcface_clients.checks.parity import count_drift
 from arcface_clients.errors import ModelNotReady, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import REPO
+from deadlines import HANG_S
 
 KUBERNETES = REPO / "deploy" / "kubernetes"
 COMPONENTS = ("pvc", "servicemonitor", "mutual-tls")
@@ -267,7 +268,7 @@ def post(url: str, headers: dict[str, str] | None = None, method: str = "POST") 
         url, data=b"{}" if method == "POST" else None, headers=headers or {}, method=method
     )
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=HANG_S) as answer:
             return answer.status
     except urllib.error.HTTPError as exc:
         exc.close()
@@ -277,27 +278,28 @@ def post(url: str, headers: dict[str, str] | None = None, method: str = "POST") 
 def test_sigterm_lets_the_request_in_flight_finish_and_takes_no_new_one(
     container: dict[str, Any], tmp_path: Path, start_triton: Callable[..., Any]
 ) -> None:
-    from odd_models import write_model
+    from odd_models import MARKED, held, write_model
 
-    write_model(tmp_path / "repository", "slow")
+    repository = tmp_path / "repository"
+    write_model(repository, "slow")
     extra = flags(container)
-    server = start_triton(tmp_path / "repository", ["slow"], config_name="", guarded=False, extra=extra)
-    slow = np.full((1, 112, 112, 3), 255, np.uint8)  # computes for two seconds
+    server = start_triton(repository, ["slow"], config_name="", guarded=False, extra=extra)
     answers: list[np.ndarray] = []
     with TritonEmbedder(server.grpc_url, "slow", retry_for_s=0) as embedder:
         embedder.ensure_ready()
-        thread = threading.Thread(target=lambda: answers.append(embedder.encode(slow)))
-        thread.start()
-        time.sleep(0.3)
-        os.kill(server.pid, 15)
-        time.sleep(0.3)
-        with (
-            pytest.raises((ServerUnreachable, ModelNotReady)),
-            TritonEmbedder(server.grpc_url, "slow", retry_for_s=0) as late,
-        ):
-            late.encode(slow)
-        assert not answers, "it was still computing"
-        thread.join(10)
+        thread = threading.Thread(target=lambda: answers.append(embedder.encode(MARKED)))
+        with held(repository) as wait_until_begun:
+            thread.start()
+            wait_until_begun()
+            os.kill(server.pid, 15)
+            time.sleep(0.3)
+            with (
+                pytest.raises((ServerUnreachable, ModelNotReady)),
+                TritonEmbedder(server.grpc_url, "slow", retry_for_s=0) as late,
+            ):
+                late.encode(MARKED)
+            assert not answers, "it was still computing"
+        thread.join(HANG_S)
     assert len(answers) == 1 and answers[0].shape == (1, 64)
     assert server.wait() == 0
 

@@ -33,6 +33,7 @@ from arcface_build.serving.ports import free_ports
 from arcface_clients import TritonEmbedder
 from arcface_clients.faces.synthetic import synthetic_faces, synthetic_people
 from conftest import REPO, copy_repository
+from deadlines import HANG_S
 from tiny_nets import tiny_net
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md"))]
@@ -147,10 +148,10 @@ def serving(triton_binary, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield Serving(printed, folder, as_served, f"127.0.0.1:{ports.grpc}", by_script)
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(HANG_S)
 
 
-def _until_it_serves(process: subprocess.Popen[bytes], log: Path, timeout_s: float = 240) -> str:
+def _until_it_serves(process: subprocess.Popen[bytes], log: Path, timeout_s: float = HANG_S) -> str:
     deadline = time.monotonic() + timeout_s
     while not (printed := log.read_text()).endswith("Ctrl-C stops it.\n"):
         assert process.poll() is None and time.monotonic() < deadline, f"it does not serve:\n{printed}"
@@ -289,7 +290,9 @@ def matches(shown: str, printed: str) -> bool:
 def test_the_lines_that_serve_prints_can_be_pasted(serving: Serving) -> None:
     lines = re.search(r"\n\n(source .*\nPY\n)", serving.printed, re.DOTALL)
     assert lines, serving.printed
-    done = subprocess.run(["bash", "-euc", lines[1]], cwd="/", capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        ["bash", "-euc", lines[1]], cwd="/", capture_output=True, text=True, timeout=HANG_S, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "(4, 512)" in done.stdout
 

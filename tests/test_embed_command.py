@@ -13,13 +13,14 @@ import pytest
 
 from arcface_clients import TritonEmbedder
 from arcface_clients.faces.synthetic import synthetic_faces
+from deadlines import HANG_S
 
 cv2 = pytest.importorskip("cv2")
 
 
 def arcface(*arguments: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-c", "from arcface_build.cli import main; main()", "embed", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+    return subprocess.run(line, capture_output=True, text=True, timeout=HANG_S)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,12 @@ def test_the_configured_servers_tls_files_are_used_for_that_server_alone(
     settings = {"ARCFACE_TRITON__URL": "grpcs://127.0.0.1:1", "ARCFACE_TRITON__TLS__CA_FILE": "own.pem"}
     for options, code in ((), 2), (("--url", "grpcs://127.0.0.1:9"), 3):
         done = subprocess.run(
-            [*line, *options], capture_output=True, text=True, timeout=120, cwd=tmp_path, env={**os.environ, **settings}
+            [*line, *options],
+            capture_output=True,
+            text=True,
+            timeout=HANG_S,
+            cwd=tmp_path,
+            env={**os.environ, **settings},
         )
         assert done.returncode == code, done.stderr
         assert ("own.pem" in done.stderr) == (not options)
@@ -94,7 +100,12 @@ def test_the_server_is_the_one_of_the_configuration_unless_an_option_names_one(
     settings = {"ARCFACE_TRITON__URL": "127.0.0.1:9"}
     for options, asked in ((), "127.0.0.1:9"), (("--url", "127.0.0.1:1"), "127.0.0.1:1"):
         done = subprocess.run(
-            [*line, *options], capture_output=True, text=True, timeout=120, cwd=tmp_path, env={**os.environ, **settings}
+            [*line, *options],
+            capture_output=True,
+            text=True,
+            timeout=HANG_S,
+            cwd=tmp_path,
+            env={**os.environ, **settings},
         )
         assert done.returncode == 3, done.stderr
         assert asked in done.stderr

@@ -28,6 +28,7 @@ from arcface_clients.engines.runtimes import (
 from arcface_clients.errors import BackendUnavailable, ConfigError, DependencyMissing, InvalidFaces, ModelMissing
 from arcface_clients.evidence.drift import compare_embeddings
 from arcface_clients.faces.synthetic import synthetic_faces
+from deadlines import HANG_S
 from tiny_model import write_manifest, write_model
 
 IMAGENET = Preprocessing("rgb", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -144,7 +145,7 @@ def test_threads_share_an_engine(models, faces):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(HANG_S)
     assert len(answers) == 4 and all(np.allclose(a, answers[0], atol=1e-6) for a in answers)
 
 

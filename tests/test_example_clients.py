@@ -14,6 +14,7 @@ from arcface_build.serving.process import TritonProcess
 from arcface_clients import TritonEmbedder
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import REPO
+from deadlines import HANG_S
 
 EXAMPLES = REPO / "examples"
 FACES = synthetic_faces(3)
@@ -43,7 +44,7 @@ def program(name: str) -> str:
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=HANG_S)
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:

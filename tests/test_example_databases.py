@@ -23,13 +23,16 @@ from arcface_clients.bulk.saved import read_saved
 from arcface_clients.errors import ContractMismatch, WrongUse
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import REPO
+from deadlines import HANG_S
 
 EXAMPLES = REPO / "examples"
 Search = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def run(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=HANG_S
+    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import pytest
 from arcface_build.serving.process import TritonProcess
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import REPO
+from deadlines import HANG_S
 
 EXAMPLES = REPO / "examples"
 Run = Callable[..., str]
@@ -27,7 +28,7 @@ def run(tmp_path: Path) -> Run:
     def run(example: str, *arguments: str | Path, program: tuple[str, ...] = (), **environment: str) -> str:
         line = [sys.executable, *program, str(EXAMPLES / example), *map(str, arguments)]
         done = subprocess.run(
-            line, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+            line, cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=HANG_S
         )
         assert done.returncode == 0, done.stderr + done.stdout
         return done.stdout + done.stderr
@@ -119,7 +120,7 @@ def test_compare_saved_refuses_two_models(tmp_path: Path) -> None:
     for name in ("before", "after"):
         np.savez(tmp_path / f"{name}.npz", paths=["a"], embeddings=np.ones((1, 4)), contract_id=np.array(name))
     line = [sys.executable, str(EXAMPLES / "compare_saved.py"), "before.npz", "after.npz"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 1
     assert "ContractMismatch: these embeddings are of before, those to compare them with of after" in done.stderr
 

@@ -20,6 +20,7 @@ from arcface_clients.errors import (
     ModelNotReady,
     ServerUnreachable,
 )
+from deadlines import HANG_S
 
 FACES = np.zeros((3, 112, 112, 3), np.uint8)
 
@@ -271,7 +272,7 @@ def test_many_threads_get_all_their_answers_while_the_first_engine_comes_and_goe
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(HANG_S)
     assert not wrong and not any(thread.is_alive() for thread in threads)
     assert first.calls + second.calls >= 1200
 
@@ -281,7 +282,7 @@ def test_failures_at_the_same_time_count_as_one(clock):
 
     class Slow(Engine):
         def encode(self, faces):
-            barrier.wait(5)
+            barrier.wait(HANG_S)
             raise ServerUnreachable("gone")
 
     chain = FallbackEmbedder([Slow("triton"), Engine("onnx")], retry_after_s=5, clock=clock)
@@ -290,7 +291,7 @@ def test_failures_at_the_same_time_count_as_one(clock):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(5)
+        thread.join(HANG_S)
     clock.now = 4.9
     assert not chain._may_ask(chain._states[0], last_resort=False)
     clock.now = 5.0

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from deadlines import HANG_S
+
 REPO = Path(__file__).resolve().parent.parent
 FIND = """
 import os, sys
@@ -62,7 +64,7 @@ def find(packages: Path, cache: Path, wheels: Path) -> subprocess.CompletedProce
     places = {"PATH": "/nonexistent", "PYTHONPATH": f"{REPO / 'clients'}:{REPO / 'build'}:{packages}"}
     environment = {"HOME": str(cache.parent), "CACHE": str(cache), **pip, **places}
     line = [str(below), "-S", "-c", FIND]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=HANG_S, check=False)
 
 
 def test_it_is_fetched_once_said_and_found_from_then_on(packages: Path, tmp_path: Path) -> None:

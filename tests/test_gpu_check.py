@@ -32,6 +32,7 @@ from arcface_tools.gpu_check.other_python import find_torch_python, torch_baseli
 from arcface_tools.gpu_check.rehearsal import SMALL, stand_ins
 from arcface_tools.gpu_check.report import to_markdown
 from arcface_tools.gpu_check.stages.baselines import device_ms
+from deadlines import HANG_S
 from tiny_model import write_manifest
 from tiny_onnx import DIM, tiny_onnx, write_tiny
 
@@ -230,7 +231,7 @@ def test_sigterm_ends_the_run_with_what_was_measured(host: dict[str, str], tmp_p
         if "PyTorch on tiny" in text:
             break
     process.terminate()
-    assert process.wait(timeout=60) == 143
+    assert process.wait(HANG_S) == 143
     assert "ended by SIGTERM" in process.stderr.read()
     process.stdout.close()
     process.stderr.close()
@@ -318,11 +319,11 @@ def test_a_baseline_that_outlasts_the_budget_keeps_what_it_printed(tmp_path: Pat
     python.write_text(f"#!/bin/sh\necho '{json.dumps({'torch': '2'})}'\necho '{json.dumps(way)}'\nexec sleep 600\n")
     python.chmod(0o755)
     onnx, faces = write_tiny(tmp_path / "x.onnx"), np.zeros((2, 112, 112, 3), np.uint8)
-    found = torch_baseline(str(python), onnx, faces, np.zeros((2, DIM)), [1], 0.1, tmp_path / "t", timeout_s=1.5)
-    assert (found["torch"], found["ways"], found["stopped"]) == ("2", [way], "TimeoutExpired after 2 s")
+    found = torch_baseline(str(python), onnx, faces, np.zeros((2, DIM)), [1], 0.1, tmp_path / "t", timeout_s=5)
+    assert (found["torch"], found["ways"], found["stopped"]) == ("2", [way], "TimeoutExpired after 5 s")
     python.write_text("#!/bin/sh\necho 'NotImplementedError: no eager form of Conv' >&2\nexit 1\n")
     with pytest.raises(Missing, match="the PyTorch baseline did not run: NotImplementedError: no eager form of Conv"):
-        torch_baseline(str(python), onnx, faces, np.zeros((2, DIM)), [1], 0.1, tmp_path / "t", timeout_s=30)
+        torch_baseline(str(python), onnx, faces, np.zeros((2, DIM)), [1], 0.1, tmp_path / "t", timeout_s=HANG_S)
 
 
 def test_the_python_with_torch_is_found_behind_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.imports import child
 from arcface_build.imports.child import ImportJob, run_child
+from deadlines import HANG_S
 from tiny_nets import tiny_net
 
 COMMAND = [sys.executable, "-c", "from arcface_build.cli import main; main()", "import"]
@@ -133,7 +134,7 @@ def test_a_harmful_file_ends_in_one_sentence_in_time_and_leaves_nothing(what: st
         [*COMMAND, str(path), "-q", "--no-assemble", "--timeout", "8", "--models-dir", str(tmp_path / "models")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
         cwd=tmp_path,
     )
     assert answer.stderr.startswith(message) and answer.stderr.count("\n") == 1, answer.stderr
@@ -157,14 +158,14 @@ def processes_naming(text: str) -> list[int]:
 def test_a_killed_import_takes_its_child_with_it(tmp_path: Path) -> None:
     path = endless(tmp_path)
     process = subprocess.Popen([*COMMAND, str(path), "--no-assemble"], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_S
     while len(processes_naming(str(tmp_path))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(processes_naming(str(tmp_path))) == 2
     time.sleep(0.5)  # the child asks to die with its parent in its first moments
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG_S
     while processes_naming(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes_naming(str(tmp_path)) == []

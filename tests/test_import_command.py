@@ -22,6 +22,7 @@ from arcface_build.imports.importing import existing_import
 from arcface_build.imports.source import known_models, resolve
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import copy_repository
+from deadlines import HANG_S
 from test_checkpoint import state_dict, write_safetensors
 from tiny_nets import tiny_net
 
@@ -31,7 +32,7 @@ COMMAND = [sys.executable, *WARNINGS, "-c", "from arcface_build.cli import main;
 
 
 def arcface_import(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run([*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, timeout=HANG_S)
 
 
 @pytest.fixture
@@ -160,11 +161,11 @@ def test_ctrl_c_and_kill_leave_nothing_behind(workplace: Path, number: signal.Si
     arguments = ["net.onnx", "--no-assemble", "--faces", "many.npz"]
     without_warnings = [part for part in COMMAND if part not in WARNINGS]  # an import cut short leaves files open
     process = subprocess.Popen([*without_warnings, *arguments], cwd=workplace, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     while not list(workplace.glob("models/.import-*/made/.net.*/source.onnx")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG_S)
     assert (process.returncode, errors.strip()) == (130, "interrupted")
     assert list((workplace / "models").iterdir()) == []
     assert not children_in(workplace)

@@ -21,6 +21,7 @@ from arcface_clients.errors import DependencyMissing
 from arcface_clients.faces.detect import MODEL_NAME
 from arcface_clients.plans.manifest import file_sha256
 from conftest import copy_repository
+from deadlines import HANG_S
 
 MAIN = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
 
@@ -113,6 +114,6 @@ def serve_once(repository: Path) -> tuple[str, str]:
     line = [sys.executable, "-c", MAIN, "serve", "--once", "--no-reference", "--variant", "installed"]
     line += ["--model-repository", str(repository)]
     line += [option for name, port in ports.named().items() for option in (f"--{name}-port", str(port))]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr

@@ -247,7 +247,7 @@ def test_faces_and_keys_follow_no_redirection(liar) -> None:
 
 def test_one_deadline_holds_for_all_addresses_of_a_name_and_a_dead_one_is_passed_over(liar, monkeypatch) -> None:
     with ExitStack() as stack:
-        dead = [stack.enter_context(_full_listener()) for _ in range(2)]
+        dead = [stack.enter_context(_full_listener()) for _ in range(5)]
         places, look_up = [], socket.getaddrinfo
 
         def many(host, *rest, **options):
@@ -262,7 +262,7 @@ def test_one_deadline_holds_for_all_addresses_of_a_name_and_a_dead_one_is_passed
             started = time.monotonic()
             with pytest.raises(ServerUnreachable, match="no connection"):  # a job then goes to its next server
                 embedder.encode(FACES)
-            assert time.monotonic() - started < 3
+            assert time.monotonic() - started < 8  # 2 s for all five, not for each
             places.append(("127.0.0.1", Address.parse(liar.url).port))
             np.testing.assert_array_equal(embedder.encode(FACES), ROWS)
 
@@ -299,7 +299,7 @@ def test_total_timeout_bounds_all_attempts_of_a_call_and_an_overload_is_tried_ag
         started = time.monotonic()
         with pytest.raises(BackendUnavailable, match=r"total_timeout_s = 1 s|too much to do"):
             embedder.encode(FACES)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 25  # not timeout_s, nor retry_for_s
         assert liar.asked > 2
         liar.lie = truth
         np.testing.assert_array_equal(embedder.encode(FACES), ROWS)

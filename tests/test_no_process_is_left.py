@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from arcface_build.serving.ports import free_ports
+from deadlines import HANG_S
 
 SLEEPER = """
 import time
@@ -49,7 +50,7 @@ def members(group: int) -> list[int]:
 
 
 def wait_until(done, what: str) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + HANG_S
     while not done():
         assert time.monotonic() < until, what
         time.sleep(0.05)

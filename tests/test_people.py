@@ -20,6 +20,7 @@ from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreacha
 from arcface_clients.faces.synthetic import synthetic_people
 from arcface_clients.people.cache import EmbeddingCache
 from arcface_clients.people.persons import Journal, Limits, consensus_of_people, people_in
+from deadlines import HANG_S
 from people import CONTRACT, PixelEngine
 
 LIMITS = Limits(max_distance=0.12)
@@ -108,7 +109,7 @@ def test_ctrl_c_keeps_who_is_finished_and_a_rerun_goes_on(folder: Path, tmp_path
     command = [sys.executable, "-c", script, str(Path(__file__).parent), str(folder), str(output)]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         journal = tmp_path / "out.json.partial"
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + HANG_S
         while (not journal.exists() or journal.read_bytes().count(b"\n") < 4) and time.monotonic() < deadline:
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGINT)
@@ -199,7 +200,7 @@ def test_the_command_asks_a_real_server(server, folder: Path, assets: Path, tmp_
     line = [sys.executable, "-c", "from arcface_build.cli import main; main()", "consensus"]
     options = ["--url", server.grpc_url, "--max-distance", "0.9", "--json"]
     done = subprocess.run(
-        [*line, folder, "-o", tmp_path / "out.json", *options], capture_output=True, text=True, timeout=120
+        [*line, folder, "-o", tmp_path / "out.json", *options], capture_output=True, text=True, timeout=HANG_S
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -216,7 +217,7 @@ def test_the_command_asks_a_real_server(server, folder: Path, assets: Path, tmp_
         [*line, photos, "-o", tmp_path / "photos.json", *options, *found_by],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr
     people = json.loads((tmp_path / "photos.json").read_text())["people"]

@@ -43,6 +43,7 @@ from arcface_clients.photos.npz import embed_photos_to_npz
 from arcface_clients.photos.session import PhotoSession, encoded
 from arcface_clients.triton.options import ClientOptions, PhotoArguments
 from conftest import REPO
+from deadlines import HANG_S
 from test_alerts import Prometheus, panel_expressions
 
 STEPS = ("decode", "detect", "align", "scrfd", "yunet", "refusal")
@@ -235,7 +236,7 @@ def post(
 ) -> tuple[int, dict[str, Any], bytes]:
     """Status, headers and body of a request without any client of ours."""
     host, port = server.http_url.split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    connection = http.client.HTTPConnection(host, int(port), timeout=HANG_S)
     try:
         connection.request("POST", f"/v2/models/{model}/{method}", body, headers or {})
         reply = connection.getresponse()
@@ -436,7 +437,7 @@ def test_the_documented_curl_lines_work(
         pytest.skip("no curl")
     (tmp_path / "photo.jpg").write_bytes(portraits[0].read_bytes())
     script = block.replace("localhost:8000", photo_server.http_url).replace("curl -s ", "curl -sf --noproxy '*' ")
-    done = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"name":"embedding"') == 1  # infer
     assert done.stdout.count('"embedding":[') == 1  # generate
@@ -459,7 +460,7 @@ def test_the_documented_javascript_works(photo_server: TritonProcess, portraits:
         + code.replace("localhost:8000", photo_server.http_url)
         + "console.log(faces.box.length);\n"
     )
-    done = subprocess.run(["node", "photo.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["node", "photo.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     if "fetch is not defined" in done.stderr:
         pytest.skip("this node is older than 18")
     assert done.returncode == 0, done.stderr
@@ -495,7 +496,7 @@ def settled_metrics(server: TritonProcess) -> dict[str, float]:
 
 def metrics(server: TritonProcess) -> dict[str, float]:
     """Triton's metrics of photos by their full names."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.ports.metrics, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.ports.metrics, timeout=HANG_S)
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()
     connection.close()

@@ -14,6 +14,7 @@ from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ArcFaceError
 from arcface_clients.faces.synthetic import synthetic_faces
 from conftest import REPO
+from deadlines import HANG_S
 
 
 def test_the_command_for_a_cpu_host_serves_arcface(triton_binary, demo_repository, tmp_path):
@@ -34,7 +35,7 @@ def test_the_command_for_a_cpu_host_serves_arcface(triton_binary, demo_repositor
         )
     try:
         with TritonEmbedder(f"localhost:{ports.grpc}", retry_for_s=90) as embedder:
-            until = time.monotonic() + 90
+            until = time.monotonic() + HANG_S
             faces = synthetic_faces(2)
             while True:
                 try:
@@ -46,4 +47,4 @@ def test_the_command_for_a_cpu_host_serves_arcface(triton_binary, demo_repositor
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-3)
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(HANG_S)

@@ -36,6 +36,7 @@ from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.plans.manifest import PlanManifest
 from arcface_clients.plans.read import check_content
 from arcface_clients.plans.spec import BuilderOptions, PlanSpec
+from deadlines import HANG_S
 from tiny_model import write_manifest
 from tiny_onnx import DIM, tiny_onnx, write_tiny
 
@@ -544,12 +545,12 @@ def test_ctrl_c_stops_the_child_and_leaves_nothing(
     }
     command = [sys.executable, "-c", code, "plan", "build", "tiny", "--precision", "fp16"]
     process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_S
     while not list((tmp_path / "cache").rglob("request.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20)[1].strip() == "interrupted"
+    assert process.communicate(timeout=HANG_S)[1].strip() == "interrupted"
     assert process.returncode == 130
     assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".lock"] == []
 

@@ -19,6 +19,7 @@ from arcface_build.store import open_store
 from arcface_clients.errors import Missing, PlanRefused, WrongUse
 from arcface_clients.plans.manifest import PlanManifest
 from arcface_clients.plans.spec import PlanSpec
+from deadlines import HANG_S
 from plan_samples import SPEC, spec, write_plan
 
 TESTS = Path(__file__).resolve().parent
@@ -209,7 +210,7 @@ def test_two_processes_on_one_host_build_once(cache: PlanStore) -> None:
         print(get_or_build(SPEC, cache, None, build).source)
     """
     both = [child(code, cache.url) for _ in range(2)]
-    assert sorted(process.communicate(timeout=60)[0].strip() for process in both) == ["build", "cache"]
+    assert sorted(process.communicate(timeout=HANG_S)[0].strip() for process in both) == ["build", "cache"]
 
 
 def test_a_builder_killed_in_the_middle_frees_the_key_and_leaves_no_plan(cache: PlanStore) -> None:

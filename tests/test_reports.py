@@ -23,6 +23,7 @@ from arcface_build.reports.plots import Axis, Series, lines
 from arcface_clients.evidence.accuracy import pairs_from_identities
 from arcface_clients.evidence.drift import DRIFT_LIMITS
 from arcface_clients.faces.synthetic import synthetic_faces
+from deadlines import HANG_S
 
 NAMES = tuple(f"p{i // 3}/{i % 3}.jpg" for i in range(12))
 
@@ -210,7 +211,7 @@ def test_a_browser_lays_the_page_out_without_sideways_scrolling(compared, matrix
     (tmp_path / "all.html").write_text(f"<body>{frames}<script>{measure}</script></body>")
     line = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
     line += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "all.html").as_uri()]
-    answer = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True)
+    answer = subprocess.run(line, capture_output=True, text=True, timeout=HANG_S, check=True)
     found = re.search(r"MEASURED (\[.*\])", answer.stdout)
     assert found, answer.stdout[-500:]
     import json

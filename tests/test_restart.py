@@ -15,6 +15,7 @@ from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ConfigError, ContractMismatch, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.triton.session import RECHECK_AFTER_S
+from deadlines import HANG_S
 from odd_models import write_model
 
 FACES = synthetic_faces(16)
@@ -30,7 +31,7 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path / "repository"
 
 
-def wait_until_more(seen: list[int], more: int = 40, timeout_s: float = 30) -> None:
+def wait_until_more(seen: list[int], more: int = 40, timeout_s: float = HANG_S) -> None:
     """Every counter has gone up since now."""
     before, deadline_s = list(seen), time.monotonic() + timeout_s
     while not all(after >= start + more for start, after in zip(before, seen, strict=True)):
@@ -81,7 +82,7 @@ def test_streams_survive_two_restarts_with_every_face_answered_once_and_in_order
     wait_until_more(seen)
     done.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(HANG_S)
     assert wrong == []
     assert not any(thread.is_alive() for thread in threads)
     assert through_memory == [True, False, False]  # shared memory is shared memory again

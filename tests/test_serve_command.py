@@ -35,6 +35,7 @@ from arcface_build.serving.run import Interrupt
 from arcface_build.serving.watch import watch
 from arcface_clients.engines.onnx_contract import CONSTANT
 from conftest import REPO, copy_repository
+from deadlines import HANG_S
 from tiny_model import write_model
 
 MAIN = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
@@ -101,7 +102,7 @@ def test_it_serves_until_a_signal_and_leaves_no_process(triton_binary, own_repos
     assert "TritonEmbedder(" in text
     assert processes_of(own_repository)
     process.send_signal(number)
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, errors
     assert "stopped: no process is left" in rest
     assert processes_of(own_repository) == []
@@ -136,8 +137,8 @@ def test_the_server_ends_when_serve_is_killed(triton_binary, own_repository):
         if line.startswith("Ctrl-C"):
             break
     process.kill()
-    process.communicate(timeout=60)
-    deadline = time.monotonic() + 30
+    process.communicate(timeout=HANG_S)
+    deadline = time.monotonic() + HANG_S
     while processes_of(own_repository) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert processes_of(own_repository) == []
@@ -154,7 +155,7 @@ def test_a_signal_before_it_serves_is_130_and_leaves_nothing(triton_binary, tmp_
             break
     time.sleep(0.4)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=HANG_S)
     assert (process.returncode, output) == (130, ""), errors
     assert errors.endswith("interrupted\n") and "Traceback" not in errors
     assert processes_of(repository) == []
@@ -189,7 +190,7 @@ def test_once_with_json_prints_one_object_and_the_choice(triton_binary, own_repo
     repository = tmp_path / "a (größer)" / "model_repository"  # Triton hands paths to a shell without quotes
     repository.parent.mkdir()
     own_repository.rename(repository)
-    output, errors = serve(repository, "--once", "--json", "--backend", "reference").communicate(timeout=120)
+    output, errors = serve(repository, "--once", "--json", "--backend", "reference").communicate(timeout=HANG_S)
     told = json.loads(output)
     assert told["backend"] == "reference" and told["reason"] == "asked for"
     assert [row["model"] for row in told["parity"]["rows"]] == ["arcface_reference", "arcface"]
@@ -202,7 +203,7 @@ def test_a_busy_port_is_named_before_any_work(demo_repository):
         other.listen()
         port = other.getsockname()[1]
         process = serve(demo_repository, "--grpc-port", str(port))
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 3
     assert errors == (
         f"ServerFailed: port {port} (grpc) is in use on 127.0.0.1. Stop what listens there (ss -ltnp | grep {port}), "
@@ -249,14 +250,14 @@ def test_a_busy_port_is_named_before_any_work(demo_repository):
 )
 def test_wrong_options_are_refused_before_any_work(demo_repository, options, message):
     process = serve(demo_repository, *options)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=HANG_S)
     assert (process.returncode, output) == (2, "")
     assert errors.endswith(message)
 
 
 def test_a_repository_without_weights_is_refused_where_the_demo_is_not_wanted(tmp_path):
     process = serve(copy_repository(tmp_path), "--no-demo")
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 3
     assert errors == (
         "Missing: no weights in the model repository. "
@@ -266,7 +267,7 @@ def test_a_repository_without_weights_is_refused_where_the_demo_is_not_wanted(tm
 
 def test_tensorrt_without_gpu_says_what_is_there_and_what_to_do(demo_repository):
     process = serve(demo_repository, "--backend", "tensorrt", PATH="/nowhere")
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 3
     assert errors == (
         "Missing: cannot serve tensorrt: no GPU here (plans: none). "
@@ -284,7 +285,7 @@ def install_broken(repository: Path, weights: bytes) -> None:
 def test_broken_weights_are_reported_with_the_models_own_reason(triton_binary, own_repository):
     install_broken(own_repository, b"\x08\x08truncated")
     process = serve(own_repository, "--no-reference", "--once")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 3
     assert errors.startswith(
         "ServerFailed: tritonserver ended while starting with status 1: arcface_onnx: ONNX Runtime"
@@ -309,7 +310,7 @@ def test_weights_that_cannot_be_served_are_replaced_by_the_reference_and_loudly(
     process = serve(own_repository)
     shown = "".join(iter(process.stdout.readline, "Ctrl-C stops it.\n"))
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG_S)
     assert reason in errors and "serving reference instead" in errors
     assert "arcface  " in shown and process.returncode == 0
 
@@ -319,7 +320,7 @@ def test_a_reference_that_was_changed_is_named_and_keeps_no_backend_from_serving
     process = serve(own_repository)
     shown = "".join(iter(process.stdout.readline, "Ctrl-C stops it.\n"))
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG_S)
     assert "arcface_reference/1 is not what was installed: source.onnx was changed" in errors
     assert "serving onnx without the reference instead" in errors
     assert "arcface doctor 127.0.0.1:" in shown and "arcface parity" not in shown
@@ -343,7 +344,7 @@ def test_weights_of_an_older_import_are_named_with_the_command_that_imports_them
     without_contract(model.graph)
     install_broken(own_repository, model.SerializeToString())
     process = serve(own_repository, "--no-reference", "--once")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 3
     assert re.search(
         "the weights in arcface_onnx come from an older import: they have no output '(norm|contract)'. "
@@ -358,7 +359,7 @@ def test_serve_mends_what_a_killed_command_left_and_names_demo_weights(triton_bi
     assert 'parameters { key: "demo" value: { string_value: "true" } }' in right
     overlay.write_text("# of another version\n")
     process = serve(own_repository, "--no-reference", "--once")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, errors
     assert f"mended: {overlay} does not describe the version to be served" in output
     assert "DEMO WEIGHTS: random numbers that recognise nobody. Next: arcface import YOUR.onnx" in output
@@ -368,7 +369,7 @@ def test_serve_mends_what_a_killed_command_left_and_names_demo_weights(triton_bi
 def test_a_stricter_limit_in_the_configuration_acts_in_the_startup_check(triton_binary, own_repository, monkeypatch):
     monkeypatch.setenv("ARCFACE_COMPARISON__MAX_DRIFT__FP32", "1e-17")
     process = serve(own_repository, "--once")
-    table, errors = process.communicate(timeout=120)
+    table, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 1, errors
     assert "FAILED (fp32: drift" in table
 
@@ -377,7 +378,7 @@ def test_a_reference_that_does_not_load_costs_the_comparison_and_not_the_service
     (model,) = own_repository.glob("arcface_reference/*/model.py")
     model.write_text("raise MemoryError\n")
     process = serve(own_repository, "--once")
-    table, errors = process.communicate(timeout=120)
+    table, errors = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, errors
     told = rf"arcface_reference: it needs more memory than the {launch_limit() / 2**30:.1f} GB that its process may"
     assert told in errors and "serving onnx without the reference instead" in errors
@@ -395,7 +396,7 @@ def test_a_backend_that_drifts_is_replaced_by_the_reference_and_loudly(triton_bi
         if line.startswith("Ctrl-C"):
             break
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG_S)
     assert "VALIDATION FAILED: arcface_onnx FAILED (fp32: drift" in errors
     assert "serving reference instead" in errors
     last = "".join(shown).split("arcface_reference")[-1]
@@ -487,7 +488,7 @@ def test_two_serves_of_one_moment_do_not_prove_each_others_server(triton_binary,
     options = ["--http-port", str(ports.http), "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics)]
     options += ["--once", "--json", "--no-reference"]
     both = [serve(repository, *options) for repository in (own_repository, other)]
-    said = [process.communicate(timeout=180) for process in both]
+    said = [process.communicate(timeout=HANG_S) for process in both]
     states = sorted(process.returncode for process in both)
     assert states in ([0, 3], [0, 0]), said  # [0, 0]: the machine was so slow that they followed each other
     for process, (output, errors) in zip(both, said, strict=True):

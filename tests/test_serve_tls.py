@@ -20,6 +20,7 @@ from arcface_build.bench.perf_analyzer import find_perf_analyzer
 from arcface_clients import Tls, TritonEmbedder
 from arcface_clients.errors import Missing, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
+from deadlines import HANG_S
 from serve_process import MAIN, Serving
 
 pytest.importorskip("cryptography")
@@ -67,7 +68,7 @@ def arcface(folder: Path, *arguments: str, **triton: object) -> subprocess.Compl
     command, *rest = arguments
     line = [sys.executable, "-c", MAIN, command, "--config", str(settings), *rest]
     own = {name: text for name, text in os.environ.items() if not name.startswith("ARCFACE_TRITON")}
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=folder, env=own)
+    return subprocess.run(line, capture_output=True, text=True, timeout=HANG_S, cwd=folder, env=own)
 
 
 def test_what_serve_says_to_try_works_where_ca_and_client_have_these_names(served, authority):

@@ -20,6 +20,8 @@ from arcface_clients.triton.address import Address, Connection
 from arcface_clients.triton.memory.slots import SlotPool
 from arcface_clients.triton.memory.system import FOLDER, GRACE_S, Slot, is_local, left_behind, stale
 from arcface_clients.triton.transports import open_transport
+from deadlines import HANG_S
+from odd_models import MARKED
 
 FACES = synthetic_faces(8)
 
@@ -44,7 +46,7 @@ faces = synthetic_faces(2)
 embedder = TritonEmbedder({server.grpc_url!r}, "good")
 {body}
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_S)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -104,14 +106,13 @@ def test_region_of_a_living_process_is_never_stale() -> None:
     assert stale(slot.name)  # closed: there is no file any more
 
 
-def test_lost_request_keeps_its_region_to_itself(odd_server, known) -> None:
+def test_lost_request_keeps_its_region_to_itself(odd_server, slow_is_held, known) -> None:
     with TritonEmbedder(odd_server.grpc_url, "slow", timeout_s=1.5) as embedder:
         embedder.ensure_ready()
         before = known()
-        with pytest.raises(DeadlineExceeded):
-            embedder.encode(np.full((1, 112, 112, 3), 255, np.uint8))
-        time.sleep(2)
-        embedder.encode(FACES)
+        with slow_is_held(), pytest.raises(DeadlineExceeded):
+            embedder.encode(MARKED)
+        embedder.encode(FACES)  # after the lost one: there is one instance
         (fresh,) = known() - before
         (lost,) = [slot for slot in embedder._session.regions.pool._all if slot.doubtful]
         assert lost.name != fresh
@@ -153,7 +154,7 @@ def test_a_stream_that_ends_early_gives_its_regions_back(odd_server, in_flight: 
             stream = embedder.encode_stream([FACES] * 9)
             next(stream)
             stream.close()
-        until = time.monotonic() + 10  # requests that were under way come back first
+        until = time.monotonic() + HANG_S  # requests that were under way come back first
         while len(pool._free) < len(pool._all) and time.monotonic() < until:
             time.sleep(0.01)
         assert len(pool._free) == len(pool._all) <= 2 * in_flight + 2
@@ -203,7 +204,7 @@ def test_whoever_closes_under_load_gives_the_others_one_error(odd_server, protoc
             time.sleep(0.002 * round_)
             embedder.close()
             for thread in threads:
-                thread.join(30)
+                thread.join(HANG_S)
                 assert not thread.is_alive()
     finally:
         sys.setswitchinterval(interval)

@@ -24,6 +24,7 @@ from arcface_build.store.s3 import S3Store
 from arcface_clients.errors import PlanRefused, WrongUse
 from arcface_clients.plans.manifest import PlanManifest, manifest_bytes, manifest_path
 from arcface_clients.plans.signing import sign
+from deadlines import HANG_S
 from fault_proxy import FaultProxy, Faults
 from plan_samples import SPEC, spec, write_plan
 
@@ -477,7 +478,7 @@ def test_a_bucket_that_is_missing_is_named(bucket: str, s3_server: str, plan: Pa
 def test_wrong_credentials_are_named(remote: PlanStore, s3_server: str, plan: Path, manifest: PlanManifest) -> None:
     import requests
 
-    requests.post(f"{s3_server}/moto-api/reset-auth", data="0", timeout=5)  # from now on the server checks keys
+    requests.post(f"{s3_server}/moto-api/reset-auth", data="0", timeout=HANG_S)  # from now on the server checks keys
     try:
         for action in (remote.manifests, lambda: remote.find(manifest.key), lambda: remote.put(plan, manifest)):
             with pytest.raises(
@@ -485,7 +486,7 @@ def test_wrong_credentials_are_named(remote: PlanStore, s3_server: str, plan: Pa
             ):
                 action()
     finally:
-        requests.post(f"{s3_server}/moto-api/reset-auth", data="inf", timeout=5)
+        requests.post(f"{s3_server}/moto-api/reset-auth", data="inf", timeout=HANG_S)
 
 
 def test_no_credentials_are_named(bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -521,7 +522,7 @@ def run(code: str, *argv: object, wait: bool = True, **env: str) -> subprocess.P
         text=True,
     )
     if wait:
-        process.wait(60)
+        process.wait(HANG_S)
     return process
 
 
@@ -587,7 +588,7 @@ def test_two_processes_that_upload_one_key_agree_on_one_plan(
     for process in both:
         assert process.stdout.readline() == "ready\n"
     (tmp_path / "go").touch()
-    answers = [process.communicate(timeout=60)[0].split() for process in both]
+    answers = [process.communicate(timeout=HANG_S)[0].split() for process in both]
     assert sorted(created for created, _ in answers) == ["False", "True"]
     assert answers[0][1] == answers[1][1]
     store = PlanStore(open_store(url, endpoint_url=s3_server))

@@ -17,6 +17,7 @@ from arcface_clients import AsyncTritonEmbedder, Tls, TritonEmbedder
 from arcface_clients.errors import ConfigError, ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
 from certificates import Authority
+from deadlines import HANG_S
 from odd_models import write_model
 
 pytest.importorskip("cryptography")
@@ -73,7 +74,7 @@ def https(odd_server, certificates: Path) -> Iterator[str]:
     yield f"https://localhost:{listener.getsockname()[1]}"
     listener.shutdown(socket.SHUT_RDWR)
     listener.close()
-    thread.join(5)
+    thread.join(HANG_S)
 
 
 def ours(certificates: Path) -> Tls:

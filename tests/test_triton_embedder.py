@@ -19,6 +19,7 @@ from arcface_clients.errors import (
     ServerUnreachable,
 )
 from arcface_clients.faces.synthetic import synthetic_faces
+from deadlines import HANG_S
 
 FACES = synthetic_faces(16)
 
@@ -184,7 +185,7 @@ if os.fork() == 0:
 assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
 embedder.encode(face)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
 
 
@@ -203,7 +204,7 @@ if os.fork() == 0:
     os._exit(9)
 assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
 
 

@@ -16,6 +16,7 @@ from arcface_build.bench.tune import Duel, Settings, read_settings, search, with
 from arcface_build.reports.tune_page import tune_page
 from arcface_build.repository.install import install
 from arcface_build.serving.ports import free_ports
+from deadlines import HANG_S
 
 SHIPPED = Settings()
 
@@ -94,14 +95,14 @@ def test_a_tuned_config_is_served_with_its_ensembles_and_falls_with_the_weights(
     ports = free_ports()
     line += ["--http-port", str(ports.http), "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics)]
     line += ["--model-repository", str(repository)]
-    answer = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(line, capture_output=True, text=True, timeout=HANG_S)
     assert answer.returncode == 0, answer.stderr
     assert written[0].exists(), "serving what was tuned must not choose other weights first"
     manifest = json.loads(next((repository / "arcface_onnx").glob("*/manifest.json")).read_text())
     weights = next((repository / "arcface_onnx").glob("*/model.onnx"))
     install(repository, "arcface_onnx", {"model.onnx": weights}, {**manifest, "precision": "bf16"})
     assert not written[0].exists(), "other weights must not be served with the contract of these"
-    answer = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(line, capture_output=True, text=True, timeout=HANG_S)
     assert answer.returncode == 3
     assert answer.stderr == (
         "Missing: arcface_onnx has no configs/tuned.pbtxt for the weights that it serves. Next: arcface tune\n"

@@ -17,11 +17,12 @@ import pytest
 
 from arcface_build.repository.hand_written import MEMORY, hand_written
 from conftest import REPO
+from deadlines import HANG_S
 
 PYTHONS = ("python3.13", "python3.12", "python3.11", "python3.10")
 
 
-def run(line: Sequence[object], timeout_s: float = 300, **kwargs) -> subprocess.CompletedProcess[str]:
+def run(line: Sequence[object], timeout_s: float = HANG_S, **kwargs) -> subprocess.CompletedProcess[str]:
     """A program that sees neither this checkout nor this environment."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")}
     line = [str(word) for word in line]

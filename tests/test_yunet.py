@@ -18,6 +18,7 @@ from arcface_clients.faces.steps.align import align_face
 from arcface_clients.faces.steps.detect import find_faces
 from arcface_clients.faces.steps.yunet import NotYuNet, OpenCvYuNet, YuNet, for_any_size, open_yunet
 from conftest import REPO
+from deadlines import HANG_S
 
 BOTH = pytest.mark.parametrize("opencv", [False, True], ids=["ONNX Runtime", "OpenCV"])
 
@@ -139,7 +140,7 @@ def test_a_look_needs_no_fresh_pages_under_the_allocator_of_the_server(file: Pat
         env={"PYTHONPATH": ".", "PYTHONDONTWRITEBYTECODE": "1", "LD_PRELOAD": str(find_library("jemalloc"))},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
     assert float(done.stdout) < 40, done.stderr
 
@@ -163,7 +164,7 @@ def test_the_served_step_needs_numpy_and_opencv_only(file: Path, assets: Path) -
         env={"PYTHONPATH": ".", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
     name, faces, onnx_loaded = done.stdout.split()
     assert (name, onnx_loaded) == ("OpenCvYuNet", "False"), done.stderr

@@ -19,6 +19,7 @@ from arcface_build.serving.process import TritonProcess
 from arcface_build.shipped import config_table
 from arcface_clients.config.sources import load_config
 from arcface_clients.errors import WrongUse
+from deadlines import HANG_S
 
 # Of the standard library, of what we need, and of what we try to import and may not be there.
 NAMES = (
@@ -51,7 +52,12 @@ def arcface(folder: Path, *line: str) -> None:
     """The program, run there; it has to succeed."""
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *line], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PROGRAM, *line],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
