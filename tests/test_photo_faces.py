@@ -533,10 +533,13 @@ def test_embed_detects_on_the_server_with_the_same_output(
 def test_embeddings_of_another_contract_than_the_file_would_name_are_not_written(
     photo_server: TritonProcess, portraits: list[Path], tmp_path: Path
 ) -> None:
-    files, output = [str(portraits[0])], tmp_path / "out.npz"
+    files, output, read = [str(portraits[0])] * 9, tmp_path / "out.npz", []
     with PhotoEmbedder(photo_server.grpc_url) as photos, pytest.raises(ContractMismatch, match="expected 0000000000"):
-        embed_photos_to_npz(files, photos, output, contract_id="0" * 64, model="arcface")
+        embed_photos_to_npz(
+            files, photos, output, contract_id="0" * 64, model="arcface", on_file=lambda: read.append(1)
+        )
     assert not output.exists()
+    assert not read  # the first face says it, and not the last
 
 
 def test_a_bulk_job_has_the_server_find_the_faces_with_the_same_rows(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from contextlib import aclosing
+from typing import Any
 
 import numpy as np
 import pytest
 
-from arcface_clients import AsyncTritonEmbedder, TritonEmbedder
+from arcface_clients import AsyncPhotoEmbedder, AsyncTritonEmbedder, PhotoEmbedder, TritonEmbedder
 from arcface_clients.errors import ConfigError, InvalidFaces
 from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.triton.streaming import Stream
@@ -108,9 +110,34 @@ def test_bad_item_is_refused_when_its_turn_comes(embedder) -> None:
         list(answers)
 
 
-def test_batches_that_the_server_does_not_take_are_refused_at_once(embedder) -> None:
-    with pytest.raises(ConfigError, match=r"batch_size is 9; expected 1..8"):
-        embedder.encode_stream(items(), batch_size=9)
+@pytest.mark.parametrize("size", [9, 0, "8", 2.5])
+def test_batches_that_the_server_does_not_take_are_refused_at_once(embedder, size) -> None:
+    with pytest.raises(ConfigError, match=rf"batch_size is {size!r}; expected 1..8"):
+        embedder.encode_stream(items(), batch_size=size)
+
+
+@pytest.mark.parametrize(("time_s", "expected"), [("x", "seconds"), (None, "seconds"), (-1, "0 or more")])
+def test_a_time_that_is_none_is_refused_before_anything_is_asked(time_s, expected) -> None:
+    nowhere = "127.0.0.1:9"
+
+    async def follow(answers: AsyncIterable[Any]) -> None:
+        async with aclosing(answers):
+            async for _ in answers:
+                pass
+
+    with TritonEmbedder(nowhere) as embedder, PhotoEmbedder(nowhere) as photos:
+        streams = {
+            "faces": lambda: embedder.encode_stream([], retry_for_s=time_s),
+            "photos": lambda: photos.faces_stream([], retry_for_s=time_s),
+            "asyncio": lambda: asyncio.run(follow(AsyncTritonEmbedder(nowhere).encode_stream([], retry_for_s=time_s))),
+            "photos asyncio": lambda: asyncio.run(
+                follow(AsyncPhotoEmbedder(nowhere).faces_stream([], retry_for_s=time_s))
+            ),
+            "client": lambda: TritonEmbedder(nowhere, retry_for_s=time_s),
+        }
+        for stream in streams.values():
+            with pytest.raises(ConfigError, match=f"retry_for_s is {time_s!r}; expected {expected}"):
+                stream()
 
 
 @pytest.mark.parametrize("shapes", [[], [0], [0, 0, 2], [None] * 9, [9], [4, 4], [1, 8, 1], SHAPES])

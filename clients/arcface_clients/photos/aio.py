@@ -13,6 +13,7 @@ from arcface_clients.photos.face import Face, Verified
 from arcface_clients.photos.session import PhotoLike, encoded, refused
 from arcface_clients.triton.aio import AsyncLive, each, in_turn_async
 from arcface_clients.triton.client import STREAM_RETRY_FOR_S
+from arcface_clients.triton.options import check_retry
 from arcface_clients.triton.sansio import Steps, T, arun
 
 
@@ -35,6 +36,7 @@ class AsyncPhotoEmbedder(PhotoClient, AsyncClosing):
         self, photos: Iterable[PhotoLike] | AsyncIterable[PhotoLike], *, retry_for_s: float = STREAM_RETRY_FOR_S
     ) -> AsyncGenerator[list[Face] | InvalidFaces, None]:
         """What `faces` gives for each photo, in order, `in_flight` at a time; see `PhotoEmbedder.faces_stream`."""
+        check_retry(retry_for_s)
         begun = self._begun(photos, retry_for_s)
         async with aclosing(begun), aclosing(in_turn_async(begun, self.options.in_flight)) as answers:
             async for answer in answers:

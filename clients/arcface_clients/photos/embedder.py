@@ -13,6 +13,7 @@ from arcface_clients.photos.face import Face, Verified
 from arcface_clients.photos.session import PhotoLike, encoded, refused
 from arcface_clients.triton.client import STREAM_RETRY_FOR_S
 from arcface_clients.triton.live import Live, in_turn
+from arcface_clients.triton.options import check_retry
 from arcface_clients.triton.sansio import Steps, T, run
 from arcface_clients.triton.transports import open_transport
 
@@ -49,8 +50,10 @@ class PhotoEmbedder(PhotoClient, Closing):
         A bad photo yields its InvalidFaces instead of ending the stream; a file that cannot be read as well.
 
         Raises:
+            ConfigError: retry_for_s is no time.
             What else `faces` raises, when the photo's turn comes.
         """
+        check_retry(retry_for_s)
         submit, in_flight = self._live.submit, self.options.in_flight
         begun = (submit(in_flight, self._or_refused, photo, retry_for_s) for photo in photos)
         return in_turn(begun, in_flight)

@@ -49,15 +49,19 @@ def embed_photos_to_npz(
                 names.append(f"{name}[{index}]")
                 rows.append(face.embedding)
                 found.append(Found(face.score, face.box, face.landmarks))
+            _check(photos.contract_prefix, contract_id)
         on_file()
-    served = photos.contract_prefix
+    write_npz(output, names, rows, contract_id=contract_id, model=model, found=found, detector_id=detector_id)
+    return Written(len(rows), len(rows[0]) if rows else 0, tuple(refused))
+
+
+def _check(served: str | None, contract_id: str | None) -> None:
+    """What served the first face; the client itself refuses faces of more than one contract."""
     if contract_id and served and contract_id[:32] != served:
         raise ContractMismatch(
             f"the faces were embedded by a model of contract {served[:12]}, expected {contract_id[:12]}: it was "
             "exchanged meanwhile. Run the command again"
         )
-    write_npz(output, names, rows, contract_id=contract_id, model=model, found=found, detector_id=detector_id)
-    return Written(len(rows), len(rows[0]) if rows else 0, tuple(refused))
 
 
 def _answers(files: Sequence[str], photos: PhotoEmbedder) -> Iterator[list[Face] | InvalidFaces]:

@@ -18,6 +18,7 @@ from arcface_clients.faces.check import Faces, FacesLike, check_in_place
 from arcface_clients.triton.address import Connection
 from arcface_clients.triton.answer import Answer, Rows
 from arcface_clients.triton.client import STREAM_RETRY_FOR_S, TritonClient
+from arcface_clients.triton.options import check_retry
 from arcface_clients.triton.sansio import arun
 from arcface_clients.triton.served import ServedModel
 from arcface_clients.triton.session import InferRequest
@@ -61,6 +62,7 @@ class AsyncTritonEmbedder(TritonClient, AsyncClosing):
         normalized: bool = True,
     ) -> AsyncGenerator[FloatArray, None]:
         """Embeddings of a stream, one for each item and in order; see `TritonEmbedder.encode_stream`."""
+        check_retry(retry_for_s)
         served = await self._known()
         stream = Stream(self._stream_size(served, batch_size), self._session.embedding_dim)
         async with aclosing(self._in_order(_chunks(items, stream), retry_for_s, not normalized)) as answers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from arcface_clients.errors import ConfigError
@@ -131,9 +132,9 @@ class TritonClient(ServerClient):
             ConfigError: the server takes no such batch.
         """
         size = served.max_batch_size if batch_size is None else batch_size
-        if not 1 <= size <= served.max_batch_size:
+        if not isinstance(size, Integral) or not 1 <= size <= served.max_batch_size:
             raise ConfigError(
-                f"batch_size is {size}; expected 1..{served.max_batch_size}, the server's max_batch_size."
+                f"batch_size is {size!r}; expected 1..{served.max_batch_size}, the server's max_batch_size."
             )
         return size
 

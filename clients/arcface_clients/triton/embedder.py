@@ -17,6 +17,7 @@ from arcface_clients.faces.synthetic import synthetic_faces
 from arcface_clients.triton.answer import Answer, Rows
 from arcface_clients.triton.client import STREAM_RETRY_FOR_S, TritonClient
 from arcface_clients.triton.live import Live, in_turn
+from arcface_clients.triton.options import check_retry
 from arcface_clients.triton.sansio import run
 from arcface_clients.triton.served import ServedModel
 from arcface_clients.triton.session import InferRequest
@@ -98,10 +99,11 @@ class TritonEmbedder(TritonClient, Closing):
             normalized: False gives rows of the length that the network gave them, as InsightFace does.
 
         Raises:
-            ConfigError: batch_size is not in 1..max_batch_size.
+            ConfigError: batch_size is not in 1..max_batch_size, or retry_for_s no time.
             WrongUse: `normalized` is False, and the model was imported before it told its norms.
             What `encode` raises, when the item's turn comes.
         """
+        check_retry(retry_for_s)
         size = self._stream_size(self._known(), batch_size)
         return self._streamed(items, Stream(size, self._session.embedding_dim), retry_for_s, not normalized)
 

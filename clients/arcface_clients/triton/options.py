@@ -60,8 +60,8 @@ class ClientOptions:
         _check("model", self.model, named, "a served model's name")
         contract = self.expected_contract
         _check("expected_contract", contract, contract is None or isinstance(contract, str), "a contract id, or None")
-        times = (self.timeout_s, 0.0 if self.total_timeout_s is None else self.total_timeout_s, self.retry_for_s)
-        for key, value in zip(("timeout_s", "total_timeout_s", "retry_for_s"), times, strict=True):
+        times = (self.timeout_s, 0.0 if self.total_timeout_s is None else self.total_timeout_s)
+        for key, value in zip(("timeout_s", "total_timeout_s"), times, strict=True):
             _check(key, value, isinstance(value, Real), "seconds")
         in_time = 0 < self.timeout_s <= _LONGEST_S  # infinity is no time that a socket can wait
         _check("timeout_s", self.timeout_s, in_time, f"more than 0 and at most {_LONGEST_S:,}, a week")
@@ -69,7 +69,7 @@ class ClientOptions:
         _check("total_timeout_s", total_s, total_s is None or total_s > 0, "more than 0, or None")
         whole = isinstance(self.in_flight, Integral)
         _check("in_flight", self.in_flight, whole and 1 <= self.in_flight <= 256, "1..256")
-        _check("retry_for_s", self.retry_for_s, self.retry_for_s >= 0, "0 or more")
+        check_retry(self.retry_for_s)
         _check(
             "compression", self.compression, self.compression in (None, "gzip", "deflate"), "None, 'gzip' or 'deflate'"
         )
@@ -114,6 +114,16 @@ class PhotoArguments(TypedDict, total=False):
     compression: str | None
     headers: Mapping[str, str] | None
     tls: Tls | None
+
+
+def check_retry(retry_for_s: object) -> None:
+    """Refuse, of a client and of each of its streams, what is no time to wait for a lost server.
+
+    Raises:
+        ConfigError: it is no number of seconds, or less than none.
+    """
+    _check("retry_for_s", retry_for_s, isinstance(retry_for_s, Real), "seconds")
+    _check("retry_for_s", retry_for_s, isinstance(retry_for_s, Real) and float(retry_for_s) >= 0, "0 or more")
 
 
 def _check(key: str, value: object, good: object, expected: str) -> None:
