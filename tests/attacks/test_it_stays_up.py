@@ -98,7 +98,9 @@ def server_of_photos(triton_binary, repository_with_photos, tmp_path):
 def bare_server(triton_binary, repository, tmp_path):
     """A tritonserver that nobody starts again."""
     models = ["arcface", "photo_faces"]
-    with TritonProcess(triton_binary, repository, models, log_path=tmp_path / "log", ports=free_ports()) as server:
+    with TritonProcess(
+        triton_binary, repository, models, log_path=tmp_path / "log", ports=free_ports(), exit_timeout_s=2
+    ) as server:
         server.wait_ready()
         yield server
 
