@@ -6,17 +6,19 @@ The embedding is a fixed projection of the face, so a late, lost, doubled or mis
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from arcface_clients.atomic import new_file
 from deadlines import HANG_S
 
 MARKED = np.full((1, 112, 112, 3), 255, np.uint8)  # what `slow` answers only when it is not held
 MODEL = """
-import json, os, time
+import json, pathlib, time
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -57,10 +59,17 @@ class TritonPythonModel:
         return answers
 
     def wait_while_held(self):
-        if os.path.exists(self.folder + "/held"):
-            open(self.folder + "/begun", "w").close()
-        while os.path.exists(self.folder + "/held"):
+        mine = self.holder()
+        if mine:
+            pathlib.Path(self.folder, "begun").write_text(mine)
+        while mine and self.holder() == mine:
             time.sleep(0.01)
+
+    def holder(self):
+        try:
+            return pathlib.Path(self.folder, "held").read_text()
+        except FileNotFoundError:
+            return None
 """
 CONFIG = """
 backend: "python"
@@ -80,16 +89,16 @@ LEFT, RIGHT = "1" * 64, "2" * 64  # two contracts
 @contextmanager
 def held(repository: Path) -> Iterator[Callable[[], None]]:
     """`slow` answers no marked face before the block ends; what is yielded waits until it has begun with one."""
-    hold, begun = repository / "slow" / "held", repository / "slow" / "begun"
-    begun.unlink(missing_ok=True)
+    hold, begun, name = repository / "slow" / "held", repository / "slow" / "begun", uuid.uuid4().hex
 
     def wait_until_begun() -> None:
         until = time.monotonic() + HANG_S
-        while not begun.exists():
+        while not begun.exists() or begun.read_text() != name:
             assert time.monotonic() < until, "no marked face has come"
             time.sleep(0.01)
 
-    hold.touch()
+    with new_file(hold) as temporary:
+        temporary.write_text(name)  # a face of the block before is let go by another name
     try:
         yield wait_until_begun
     finally:
