@@ -5,7 +5,6 @@ The embedding is a fixed projection of the face, so a late, lost, doubled or mis
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from arcface_clients.atomic import new_file
-from deadlines import HANG_S
+from deadlines import wait_until
 
 MARKED = np.full((1, 112, 112, 3), 255, np.uint8)  # what `slow` answers only when it is not held
 MODEL = """
@@ -91,16 +90,10 @@ def held(repository: Path) -> Iterator[Callable[[], None]]:
     """`slow` answers no marked face before the block ends; what is yielded waits until it has begun with one."""
     hold, begun, name = repository / "slow" / "held", repository / "slow" / "begun", uuid.uuid4().hex
 
-    def wait_until_begun() -> None:
-        until = time.monotonic() + HANG_S
-        while not begun.exists() or begun.read_text() != name:
-            assert time.monotonic() < until, "no marked face has come"
-            time.sleep(0.01)
-
     with new_file(hold) as temporary:
         temporary.write_text(name)  # a face of the block before is let go by another name
     try:
-        yield wait_until_begun
+        yield lambda: wait_until(lambda: begun.exists() and begun.read_text() == name, "no marked face has come")
     finally:
         hold.unlink()
 

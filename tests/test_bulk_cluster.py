@@ -240,7 +240,7 @@ def test_a_straggler_does_not_hold_the_end(cluster: RayCluster, crops: np.ndarra
     engine = f"StragglingEngine:{tmp_path / 'first'}"
     counts = answer(start(cluster, "s3://bulk/quick/", engine, "s3://bulk/crops/"))
     assert (counts["rows"], counts["refused"]) == (30, 1)
-    assert counts["seconds"] < HANG_S  # what the straggler alone takes
+    assert counts["seconds"] < 50  # the straggler alone takes ten minutes
     check_crops("s3://bulk/quick/", crops)
 
 

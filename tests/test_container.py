@@ -20,7 +20,6 @@ from arcface_build.repository.hand_written import hand_written
 from arcface_build.serving.ports import Ports, free_ports
 from arcface_clients import TritonEmbedder
 from conftest import REPO
-from deadlines import HANG_S
 
 BASE, IMAGE = "localhost/arcface-test-base", "localhost/arcface-test"
 AUTHORITIES = "etc/ssl/certs/ca-certificates.crt"  # in Debian
@@ -36,7 +35,7 @@ class Buildah:
     def line(self, command: str, *arguments: object) -> list[str]:
         return ["buildah", command, *self.places, *map(str, arguments)]
 
-    def __call__(self, command: str, *arguments: object, timeout_s: float = HANG_S) -> str:
+    def __call__(self, command: str, *arguments: object, timeout_s: float = 300) -> str:
         done = subprocess.run(
             self.line(command, *arguments), capture_output=True, text=True, timeout=timeout_s, check=False
         )
@@ -53,7 +52,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Buildah, s
     folder = tmp_path_factory.mktemp("container")
     rootfs = folder / "rootfs"
     line = ["debootstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", "bookworm", rootfs]
-    made = subprocess.run(line, capture_output=True, text=True, timeout=HANG_S, check=False)
+    made = subprocess.run(line, capture_output=True, text=True, timeout=900, check=False)
     if made.returncode:
         pytest.skip(f"no Debian to be had: {(made.stdout + made.stderr).strip().splitlines()[-1]}")
     if Path("/", AUTHORITIES).is_file():  # those of this host: its network may have one of its own
@@ -115,7 +114,7 @@ def test_it_serves_from_an_empty_volume_and_says_when_it_is_ready(image, tmp_pat
     finally:
         giving_up.cancel()
         started.terminate()
-        started.communicate(timeout=HANG_S)
+        started.communicate(timeout=60)
     assert subprocess.run(inside(image, *check), stderr=subprocess.DEVNULL, check=False).returncode != 0
     assert {path.name for path in data.iterdir()} == {"model_repository", "models", ".cache"}
     assert {path.stat().st_uid for path in data.rglob("*")} == {1000}

@@ -329,7 +329,7 @@ def test_what_is_no_triton_server_is_told_soon_and_in_words(stranger, protocol):
         config = EmbeddingConfig(backend="triton", triton={"url": url})
         started = time.monotonic()
         server, restrictions = check_server(config, 1.0), check_restrictions(config, 1.0)
-        assert time.monotonic() - started < 60  # it answers a byte now and then, without end
+        assert time.monotonic() - started < 10
     assert server.status == "problem" and "\n" not in server.found
     assert (words if protocol == "http" else "no ") in server.found
     assert restrictions.status == "absent" and restrictions.found.startswith("not asked: ")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,13 @@ from deadlines import HANG_S
 cv2 = pytest.importorskip("cv2")
 
 
+def program(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", "from arcface_build.cli import main; main()", *words]
+    return subprocess.run(line, capture_output=True, text=True, timeout=HANG_S, **options)
+
+
 def arcface(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-c", "from arcface_build.cli import main; main()", "embed", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=HANG_S)
+    return program("embed", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +79,10 @@ def test_dead_server_leaves_nothing_behind(crops: Path, tmp_path: Path) -> None:
 def test_the_configured_servers_tls_files_are_used_for_that_server_alone(
     command: list[str], crops: Path, tmp_path: Path
 ) -> None:
-    line = [sys.executable, "-c", "from arcface_build.cli import main; main()", command[0], str(crops), *command[1:]]
+    line = [command[0], str(crops), *command[1:]]
     settings = {"ARCFACE_TRITON__URL": "grpcs://127.0.0.1:1", "ARCFACE_TRITON__TLS__CA_FILE": "own.pem"}
     for options, code in ((), 2), (("--url", "grpcs://127.0.0.1:9"), 3):
-        done = subprocess.run(
-            [*line, *options],
-            capture_output=True,
-            text=True,
-            timeout=HANG_S,
-            cwd=tmp_path,
-            env={**os.environ, **settings},
-        )
+        done = program(*line, *options, cwd=tmp_path, env={**os.environ, **settings})
         assert done.returncode == code, done.stderr
         assert ("own.pem" in done.stderr) == (not options)
 
@@ -95,18 +93,10 @@ def test_the_configured_servers_tls_files_are_used_for_that_server_alone(
 def test_the_server_is_the_one_of_the_configuration_unless_an_option_names_one(
     command: list[str], crops: Path, tmp_path: Path
 ) -> None:
-    line = [sys.executable, "-c", "from arcface_build.cli import main; main()"]
-    line += [part.format(crops=crops) for part in command]
+    line = [part.format(crops=crops) for part in command]
     settings = {"ARCFACE_TRITON__URL": "127.0.0.1:9"}
     for options, asked in ((), "127.0.0.1:9"), (("--url", "127.0.0.1:1"), "127.0.0.1:1"):
-        done = subprocess.run(
-            [*line, *options],
-            capture_output=True,
-            text=True,
-            timeout=HANG_S,
-            cwd=tmp_path,
-            env={**os.environ, **settings},
-        )
+        done = program(*line, *options, cwd=tmp_path, env={**os.environ, **settings})
         assert done.returncode == 3, done.stderr
         assert asked in done.stderr
 

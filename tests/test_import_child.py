@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from arcface_build.imports import child
 from arcface_build.imports.child import ImportJob, run_child
-from deadlines import HANG_S
+from deadlines import HANG_S, wait_until
 from tiny_nets import tiny_net
 
 COMMAND = [sys.executable, "-c", "from arcface_build.cli import main; main()", "import"]
@@ -158,17 +158,11 @@ def processes_naming(text: str) -> list[int]:
 def test_a_killed_import_takes_its_child_with_it(tmp_path: Path) -> None:
     path = endless(tmp_path)
     process = subprocess.Popen([*COMMAND, str(path), "--no-assemble"], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + HANG_S
-    while len(processes_naming(str(tmp_path))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(processes_naming(str(tmp_path))) == 2
+    wait_until(lambda: len(processes_naming(str(tmp_path))) == 2, "its child does not start")
     time.sleep(0.5)  # the child asks to die with its parent in its first moments
     process.kill()
     process.wait()
-    deadline = time.monotonic() + HANG_S
-    while processes_naming(str(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert processes_naming(str(tmp_path)) == []
+    wait_until(lambda: processes_naming(str(tmp_path)) == [], "its child is still there", 10)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ from arcface_build.serving.server_runtimes import ServerRuntimes
 from arcface_clients import TritonEmbedder
 from arcface_clients.errors import ServerUnreachable
 from arcface_clients.faces.synthetic import synthetic_faces
-from deadlines import HANG_S
 from odd_models import CONFIG, write_model
 
 SERVE = "from arcface_build.cli import main; import sys; main(sys.argv[1:])"
@@ -200,7 +199,7 @@ def test_a_peer_that_says_nothing_more_is_cut_off_and_clients_outlive_their_conn
     ):
         silent.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
         silent.settimeout(20)
-        until = time.monotonic() + HANG_S
+        until = time.monotonic() + 20
         open_ = True
         while open_ and time.monotonic() < until:
             assert embedder.encode(faces).shape == (2, 64)
@@ -265,7 +264,7 @@ def test_a_burst_over_the_wire_is_given_back_though_nobody_asks_again(tmp_path, 
     before = resident_mb(server.pid)
     with ThreadPoolExecutor(BURST) as callers:
         assert all(callers.map(ask, range(BURST)))
-    until = time.monotonic() + HANG_S
+    until = time.monotonic() + 60
     while (kept := resident_mb(server.pid) - before) > KEPT_MB and time.monotonic() < until:
         time.sleep(0.5)  # jemalloc's own threads give back, over ten seconds
     assert kept <= KEPT_MB, kept

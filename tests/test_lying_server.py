@@ -299,7 +299,7 @@ def test_total_timeout_bounds_all_attempts_of_a_call_and_an_overload_is_tried_ag
         started = time.monotonic()
         with pytest.raises(BackendUnavailable, match=r"total_timeout_s = 1 s|too much to do"):
             embedder.encode(FACES)
-        assert time.monotonic() - started < 25  # not timeout_s, nor retry_for_s
+        assert time.monotonic() - started < 5
         assert liar.asked > 2
         liar.lie = truth
         np.testing.assert_array_equal(embedder.encode(FACES), ROWS)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from arcface_build.serving.ports import free_ports
-from deadlines import HANG_S
+from deadlines import wait_until
 
 SLEEPER = """
 import time
@@ -49,11 +48,7 @@ def members(group: int) -> list[int]:
     return found
 
 
-def wait_until(done, what: str) -> None:
-    until = time.monotonic() + HANG_S
-    while not done():
-        assert time.monotonic() < until, what
-        time.sleep(0.05)
+SOON_S = 30  # what they do takes minutes
 
 
 STARTER = """
@@ -93,7 +88,7 @@ def test_a_stub_in_the_middle_of_a_batch_is_ended(triton_binary, tmp_path, kille
                 wait_until(begun.exists, "the batch does not begin")
                 assert len(members(group)) == 3  # the server, its stub, and what ends the rest
                 os.kill(group if killed == "the server" else starter.pid, signal.SIGKILL)
-                wait_until(lambda: not members(group), "processes are left")
+                wait_until(lambda: not members(group), "processes are left", SOON_S)
         finally:
             starter.kill()
             with contextlib.suppress(ProcessLookupError):
@@ -117,7 +112,7 @@ def test_shared_memory_goes_with_a_server_whose_starter_is_killed_before_it_is_r
         with subprocess.Popen([sys.executable, "-c", BEGINS, mine.name.removesuffix("1"), server]) as starter:
             wait_until(mine.exists, "it did not start")
             starter.kill()
-        wait_until(lambda: not mine.exists(), "its shared memory is still there")
+        wait_until(lambda: not mine.exists(), "its shared memory is still there", SOON_S)
         assert another.exists()
     finally:
         another.unlink()

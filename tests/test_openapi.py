@@ -14,7 +14,6 @@ import yaml
 
 from arcface_build.serving.process import TritonProcess
 from conftest import REPO
-from deadlines import HANG_S
 
 jsonschema = pytest.importorskip("jsonschema")
 DOCUMENT = yaml.safe_load((REPO / "docs" / "openapi.yaml").read_text())
@@ -106,7 +105,7 @@ def described(
     if valid:
         check(request, call["requestBody"]["content"]["application/json"]["schema"])
     host, port = server.http_url.split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=HANG_S)
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
     connection.request("POST", path, json.dumps(request), {"Content-Type": "application/json"})
     reply = connection.getresponse()
     body = reply.read()

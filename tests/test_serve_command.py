@@ -35,7 +35,7 @@ from arcface_build.serving.run import Interrupt
 from arcface_build.serving.watch import watch
 from arcface_clients.engines.onnx_contract import CONSTANT
 from conftest import REPO, copy_repository
-from deadlines import HANG_S
+from deadlines import HANG_S, wait_until
 from tiny_model import write_model
 
 MAIN = "import sys; from arcface_build.cli import main; main(sys.argv[1:])"
@@ -138,10 +138,7 @@ def test_the_server_ends_when_serve_is_killed(triton_binary, own_repository):
             break
     process.kill()
     process.communicate(timeout=HANG_S)
-    deadline = time.monotonic() + HANG_S
-    while processes_of(own_repository) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert processes_of(own_repository) == []
+    wait_until(lambda: processes_of(own_repository) == [], "processes are left", 30)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])

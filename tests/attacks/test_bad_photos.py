@@ -139,7 +139,7 @@ def test_a_bad_photo_is_refused_in_words_and_soon(photos: PhotoEmbedder, portrai
     start_s = time.monotonic()
     with pytest.raises(InvalidFaces, match=words):
         photos.faces(photo)
-    assert time.monotonic() - start_s < 60
+    assert time.monotonic() - start_s < 20
     assert len(photos.faces(portrait)) == 1
 
 
@@ -148,7 +148,7 @@ def test_a_jpeg_that_claims_64_million_pixels_takes_no_more_time_than_one(
 ) -> None:
     start_s = time.monotonic()
     photos.faces(said_to_be(portrait.read_bytes(), 8000, 8000))  # libjpeg fills what is missing with grey
-    assert time.monotonic() - start_s < 60
+    assert time.monotonic() - start_s < 20
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5000, 1), (1, 5000), (3, 20000), (17, 17)])

@@ -28,11 +28,10 @@ from arcface_clients.checks.served_checks import check_photos
 from arcface_clients.config.schema import EmbeddingConfig
 from arcface_clients.errors import ArcFaceError, DeadlineExceeded
 from arcface_clients.faces.synthetic import synthetic_faces
-from deadlines import HANG_S
 from serve_process import Serving, control
 
 FACES = synthetic_faces(2)
-SOON_S = 60  # five seconds, on a host that has nothing else to do
+SOON_S, TRIES = 5, 3  # what else runs on the host only adds to the time, so the best try counts
 DEADLY = {
     "200,000 opening brackets": b"[" * 200_000,
     "a shape of 2^31": b'{"inputs":[{"name":"face","datatype":"UINT8","shape":[2147483648,112,112,3],"data":[1]}]}',
@@ -54,7 +53,7 @@ def test_bodies_that_kill_the_server_are_survived_and_streams_ride_over_them(ser
         for number, body in enumerate(DEADLY.values(), 1):
             with pytest.raises(ConnectionError):  # it ends with the server, before that takes the host's memory
                 urllib.request.urlopen(
-                    f"http://127.0.0.1:{serving.ports.http}/v2/models/arcface/infer", body, timeout=HANG_S
+                    f"http://127.0.0.1:{serving.ports.http}/v2/models/arcface/infer", body, timeout=20
                 )
             for rows, wanted in zip(embedder.encode_stream(iter(FACES)), truth, strict=True):
                 np.testing.assert_allclose(rows, wanted, atol=1e-5)
@@ -63,13 +62,22 @@ def test_bodies_that_kill_the_server_are_survived_and_streams_ride_over_them(ser
         assert embedder.shared_memory.kind == "system"  # with the key of the new life
 
 
+def noticed_soon(serving, number, model, words):
+    """A process of `model` gets a signal; `words` are said within SOON_S, and the server is there again."""
+    took_s = []
+    while not took_s or (took_s[-1] >= SOON_S and len(took_s) < TRIES):
+        os.kill(serving.stub(model), number)
+        started = time.monotonic()
+        serving.wait_for("RESTART in ", len(took_s) + 1)
+        took_s.append(time.monotonic() - started)
+        assert [words in line for line in serving.said if "RESTART in " in line] == [True] * len(took_s)
+        serving.wait_for("Ctrl-C stops it.", len(took_s) + 1)
+    assert min(took_s) < SOON_S
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "stopped"])
-def test_a_stub_that_died_or_stands_still_is_noticed_soon_and_replaced(serving, number):
-    os.kill(serving.stub(), number)
-    started = time.monotonic()
-    serving.wait_for("RESTART in 1 s: the server ")  # answers no face, or computes nothing
-    assert time.monotonic() - started < SOON_S
-    serving.wait_for("Ctrl-C stops it.", 2)
+def test_a_stub_that_died_or_stands_still_is_noticed_within_five_seconds_and_replaced(serving, number):
+    noticed_soon(serving, number, "arcface_onnx", ": the server ")  # answers no face, or computes nothing
     with TritonEmbedder(f"localhost:{serving.ports.grpc}") as embedder:
         assert embedder.encode(FACES).shape == (2, 512)
 
@@ -171,7 +179,7 @@ def test_a_process_of_photos_that_loops_over_one_says_where_and_ends(
                 photos.faces(cv2.imencode(".png", np.zeros((77, 77, 3), np.uint8))[1].tobytes())
             assert photos.faces(portrait)
         with pytest.raises(ServerFailed, match="which died, of photo_faces"):
-            until = time.monotonic() + HANG_S
+            until = time.monotonic() + 10
             while time.monotonic() < until:
                 watched.beats()
                 time.sleep(0.05)
@@ -192,19 +200,14 @@ def find_faces(look, pixels, *rest, **limits):
 def metric(serving, name):
     import urllib.request
 
-    with urllib.request.urlopen(f"http://127.0.0.1:{serving.ports.metrics}/metrics", timeout=HANG_S) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{serving.ports.metrics}/metrics", timeout=10) as answer:
         (line,) = [line for line in answer.read().decode().splitlines() if line.startswith(name)]
     return float(line.rsplit(" ", 1)[1])
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "stopped"])
-def test_a_lost_process_of_photos_that_nobody_asks_is_noticed_soon(serving_photos, number):
-    lost = serving_photos.stub("photo_faces")
-    os.kill(lost, number)
-    started = time.monotonic()
-    serving_photos.wait_for("of photo_faces")
-    assert time.monotonic() - started < SOON_S
-    serving_photos.wait_for("Ctrl-C stops it.", 2)
+def test_a_lost_process_of_photos_that_nobody_asks_is_noticed_within_five_seconds(serving_photos, number):
+    noticed_soon(serving_photos, number, "photo_faces", "of photo_faces")
     with PhotoEmbedder(f"localhost:{serving_photos.ports.grpc}") as photos:
         photos.probe()
 
@@ -225,7 +228,7 @@ def test_a_model_unloaded_or_loaded_anew_is_no_lost_process_and_its_new_ones_are
             time.sleep(0.05)
     os.kill(a_process_of(server_of_photos, victim), signal.SIGKILL)
     with pytest.raises(ServerFailed, match=rf"lost a process: \d+, which died, of {victim}"):
-        while time.monotonic() < until + HANG_S:
+        while time.monotonic() < until + 10:
             watched.beats()
             time.sleep(0.05)
 
@@ -256,8 +259,8 @@ def follow(pulse: Pulse, server: Silent) -> None:
         server.finished += 1
         time.sleep(0.05)
     started = time.monotonic()
-    with pytest.raises(ServerFailed, match=r"the server hangs: nothing was computed for \d+\.\d s"):
-        while time.monotonic() < started + HANG_S:
+    with pytest.raises(ServerFailed, match=r"the server hangs: nothing was computed for [1-9]\.\d s"):
+        while time.monotonic() < started + 10:
             pulse.beats()
 
 

@@ -23,7 +23,6 @@ from arcface_build.serving.process import TritonProcess
 from arcface_clients import AsyncTritonEmbedder, Tls, TritonEmbedder
 from arcface_clients.errors import BackendUnavailable
 from arcface_clients.faces.synthetic import synthetic_faces
-from deadlines import HANG_S
 from odd_models import write_model
 
 pytest.importorskip("cryptography")
@@ -52,7 +51,7 @@ def addresses() -> list[str]:
 
 def listens(address: str, port: int) -> bool:
     try:
-        with socket.create_connection((address, port), timeout=HANG_S):
+        with socket.create_connection((address, port), timeout=5):
             return True
     except OSError:
         return False
@@ -148,7 +147,7 @@ def test_nobody_puts_a_server_of_his_own_before_ours_on_one_address(outward):
 @pytest.mark.parametrize("address", addresses())
 def test_in_plain_text_no_address_answers_a_word(outward, address):
     for opening in (b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"):
-        with socket.create_connection((address, outward.ports.grpc), timeout=HANG_S) as plain:
+        with socket.create_connection((address, outward.ports.grpc), timeout=10) as plain:
             plain.sendall(opening)
             try:
                 answer = plain.recv(4096)
@@ -161,7 +160,7 @@ def call(server: TritonProcess, credentials: grpc.ChannelCredentials, request: A
     """Its answer to a request, by the request's own name."""
     with grpc.secure_channel(f"localhost:{server.ports.grpc}", credentials) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        return getattr(stub, type(request).__name__.removesuffix("Request"))(request, timeout=HANG_S, metadata=keys)
+        return getattr(stub, type(request).__name__.removesuffix("Request"))(request, timeout=10, metadata=keys)
 
 
 def test_without_a_certificate_of_ours_nobody_learns_even_that_it_lives(outward, authority, tmp_path):
@@ -193,7 +192,7 @@ def test_old_versions_of_tls_are_refused(outward):
         context.minimum_version = ssl.TLSVersion.TLSv1
         context.maximum_version = ssl.TLSVersion.TLSv1_1
     with (
-        socket.create_connection(("127.0.0.1", outward.ports.grpc), timeout=HANG_S) as plain,
+        socket.create_connection(("127.0.0.1", outward.ports.grpc), timeout=10) as plain,
         pytest.raises(OSError, match=r"(?i)version|protocol|reset|eof"),
     ):
         context.wrap_socket(plain)
@@ -210,7 +209,7 @@ def test_a_web_page_gets_no_leave_to_read_an_answer_or_to_send_a_header(odd_serv
         ("OPTIONS", "/v2/models/good/infer", None, preflight),
     ]
     for method, path, body, headers in asked:
-        with closing(http.client.HTTPConnection(odd_server.http_url, timeout=HANG_S)) as connection:
+        with closing(http.client.HTTPConnection(odd_server.http_url, timeout=10)) as connection:
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
             assert not [name for name, _ in answer.getheaders() if name.lower().startswith("access-control")], path
@@ -248,7 +247,7 @@ class Eavesdropper:
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        self._thread.join(HANG_S)
+        self._thread.join(10)
 
 
 @pytest.mark.parametrize("scheme", ["grpcs", "https"])

@@ -116,14 +116,14 @@ class PhotoArguments(TypedDict, total=False):
     tls: Tls | None
 
 
-def check_retry(retry_for_s: object) -> None:
+def check_retry(retry_for_s: float) -> None:
     """Refuse, of a client and of each of its streams, what is no time to wait for a lost server.
 
     Raises:
         ConfigError: it is no number of seconds, or less than none.
     """
     _check("retry_for_s", retry_for_s, isinstance(retry_for_s, Real), "seconds")
-    _check("retry_for_s", retry_for_s, isinstance(retry_for_s, Real) and float(retry_for_s) >= 0, "0 or more")
+    _check("retry_for_s", retry_for_s, retry_for_s >= 0, "0 or more")
 
 
 def _check(key: str, value: object, good: object, expected: str) -> None:
